@@ -1,0 +1,113 @@
+"""The base config, whose fields every config file shares, and what is checked before anything is written."""
+
+import dataclasses
+
+import ml_collections
+
+from dvinv.errors import DvinvError
+from dvinv.inversion import PRESETS, InversionConfig, Stage, Weights
+from dvinv.training import Recipe
+
+TASKS = ('teacher', 'synthesis', 'distillation', 'report')
+METHODS = ('deepinversion', 'prior_only', 'noise')
+
+
+def base_config(preset: str) -> ml_collections.ConfigDict:
+    """All fields with their defaults; synthesis as in the preset of this name (see `dvinv.inversion.presets`)."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.tasks = TASKS  # run in this order; one alone by --config.tasks="('teacher',)"
+    config.devices = 0  # how many; 0: all. On CPU, this many virtual ones (0: one)
+    config.bn_stats = 'device'  # 'device': each inverts batches of its own; 'global': one batch is split over all
+    config.pool = ''  # path of an existing pool, to be used instead of synthesizing one
+
+    config.data = ml_collections.ConfigDict({
+        'name': 'digits',
+        'path': '',
+        'validation': False,  # score on a held-out fifth of the training split instead of the test split
+    })
+    recipe = {'updates': 500, 'batch_size': 128, 'learning_rate': 0.01, 'optimiser': 'adam', 'schedule': 'cosine',
+              'milestones': (0.4, 0.8), 'warmup': 0, 'weight_decay': 0.0, 'shift': 0, 'flip': False, 'reestimate': 0}
+    config.teacher = ml_collections.ConfigDict({
+        'factory': '',  # 'module:function' that returns a dvinv.Teacher; or network and weights:
+        'network': 'small_resnet',
+        'width': 1.0,
+        'weights': '',  # path of a network file; trained when empty
+        'mean': (0.5,),
+        'std': (0.5,),
+        'training': {**recipe, 'label_smoothing': 0.0},
+    })
+    config.verifier = ml_collections.ConfigDict({
+        'network': 'small_convnet',  # '': no verifier
+        'width': 1.0,
+        'weights': '',
+        'training': {**recipe, 'label_smoothing': 0.0},
+    })
+    config.student = ml_collections.ConfigDict({'network': 'small_resnet', 'width': 1.0})
+    config.synthesis = ml_collections.ConfigDict({
+        'method': 'deepinversion',
+        'images': 1024,
+        'batch_size': 256,
+        **_fields(PRESETS[preset]),
+    })
+    config.distillation = ml_collections.ConfigDict({
+        **recipe,
+        'temperature': 3.0,
+        'controls': ('noise', 'prior_only', 'real'),  # students with the same budget, from other images
+    })
+    config.logging = ml_collections.ConfigDict({
+        'every': 50,  # updates of a training a line in metrics.jsonl
+        'checkpoint_every': 500,  # updates
+        'iterations': 10,  # of a synthesis a line
+    })
+    return config
+
+
+def _fields(preset: InversionConfig) -> dict:
+    """A preset as config fields."""
+    fields = dataclasses.asdict(preset)
+    del fields['bn_stats']
+    fields['stages'] = tuple(ml_collections.ConfigDict(stage) for stage in fields['stages'])
+    return fields
+
+
+def inversion_config(config, method: str = '') -> InversionConfig:
+    """`config.synthesis` as the inversion core takes it; `prior_only` has no feature term."""
+    group = config.synthesis
+    weights = Weights(**group.weights)
+    if (method or group.method) == 'prior_only':
+        weights = dataclasses.replace(weights, feature=0.0)
+    return InversionConfig(tuple(Stage(**stage) for stage in group.stages), weights, group.total_variation, group.l2,
+                           group.prior_on, config.bn_stats, group.iterations_per_dispatch)
+
+
+def recipe_of(group) -> Recipe:
+    """The `Recipe` among the fields of a config group."""
+    return Recipe(**{field.name: group[field.name] for field in dataclasses.fields(Recipe)})
+
+
+def check(config) -> None:
+    """Refuse, before anything is written, what no task could run.
+
+    Raises:
+      DvinvError: names the field, its value and the choices.
+    """
+    for task in config.tasks:
+        if task not in TASKS:
+            raise DvinvError(f'tasks names {task!r}; choose among {", ".join(TASKS)}.')
+    if config.synthesis.method not in METHODS:
+        raise DvinvError(f'synthesis.method is {config.synthesis.method!r}; choose one of {", ".join(METHODS)}.')
+    for name, least in (('images', 1), ('batch_size', 2)):
+        if config.synthesis[name] < least:
+            raise DvinvError(f'synthesis.{name} is {config.synthesis[name]}; it must be at least {least}.')
+    for control in config.distillation.controls:
+        if control not in ('noise', 'prior_only', 'real'):
+            raise DvinvError(f'distillation.controls names {control!r}; choose among noise, prior_only, real.')
+    if config.distillation.temperature <= 0:
+        raise DvinvError(f'distillation.temperature is {config.distillation.temperature}; it must be above 0.')
+    recipe_of(config.teacher.training).check('teacher.training')
+    recipe_of(config.verifier.training).check('verifier.training')
+    recipe_of(config.distillation).check('distillation')
+    if config.logging.every < 1 or config.logging.checkpoint_every % config.logging.every:
+        raise DvinvError(f'logging.every is {config.logging.every} and logging.checkpoint_every '
+                         f'{config.logging.checkpoint_every}; the second must be a multiple of the first.')

@@ -1,0 +1,1 @@
+"""Real data in; the image pool in and out."""

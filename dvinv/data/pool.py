@@ -1,0 +1,93 @@
+"""The image pool: synthesized images on disk, one numbered batch a shard.
+
+    shard-000003.npz   images uint8 [B, H, W, C], labels int32 [B], logits float32 [B, K] of the stored pixels
+    shard-000003.json  sha256 of the npz, the teacher's digest, and what the synthesizer noted
+
+The sidecar is written last: a shard without one does not exist. Readable with nothing but numpy.
+"""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+
+from dvinv.errors import DvinvError
+from dvinv.runtime.files import sha256_of, write_atomic
+
+
+class ImagePool:
+    """A pool in a folder. Bytes depend on the images alone, so equal runs make equal pools."""
+
+    def __init__(self, folder: Path, teacher_digest: str):
+        self.folder = Path(folder)
+        self._digest = teacher_digest
+
+    def write(self, number: int, images: np.ndarray, labels: np.ndarray, logits: np.ndarray, notes: dict) -> None:
+        """Add batch `number`, whole or not at all.
+
+        Raises:
+          DvinvError: the disk is full.
+        """
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, images=images.astype(np.uint8), labels=labels.astype(np.int32),
+                            logits=logits.astype(np.float32))
+        path = self._shard(number)
+        write_atomic(path, buffer.getvalue())
+        sidecar = {'sha256': sha256_of(path), 'teacher': self._digest, 'images': len(labels), **notes}
+        write_atomic(path.with_suffix('.json'), (json.dumps(sidecar, indent=1, sort_keys=True) + '\n').encode())
+
+    def numbers(self) -> list[int]:
+        """Numbers of the finished shards, ascending."""
+        return sorted(int(path.stem.removeprefix('shard-')) for path in self.folder.glob('shard-*.json'))
+
+    def notes(self, number: int) -> dict:
+        """The sidecar of a shard.
+
+        Raises:
+          DvinvError: it is damaged, or the shard was made from another teacher.
+        """
+        path = self._shard(number).with_suffix('.json')
+        try:
+            notes = json.loads(path.read_text())
+            teacher = notes['teacher']
+        except (ValueError, KeyError, TypeError) as error:
+            raise DvinvError(f'The sidecar {path} is damaged; {self._way_out(number)}.') from error
+        if teacher != self._digest:
+            raise DvinvError(f'The pool {self.folder} was made from another teacher (digest {teacher[:12]}, not '
+                             f'{self._digest[:12]}); use the teacher that made it, or another pool.')
+        return notes
+
+    def read(self, number: int) -> dict[str, np.ndarray]:
+        """{'images', 'labels', 'logits'} of a shard, checked against its sha256.
+
+        Raises:
+          DvinvError: the shard is missing, truncated or changed.
+        """
+        path, notes = self._shard(number), self.notes(number)
+        if not path.exists():
+            raise DvinvError(f'The shard {path} is missing, though its sidecar is there; {self._way_out(number)}.')
+        if sha256_of(path) != notes['sha256']:
+            raise DvinvError(f'The shard {path} is damaged (truncated, or a byte changed: its sha256 is not the one '
+                             f'written); {self._way_out(number)}.')
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    def read_all(self) -> dict[str, np.ndarray]:
+        """All shards joined in order.
+
+        Raises:
+          DvinvError: the pool is empty or a shard is bad.
+        """
+        numbers = self.numbers()
+        if not numbers:
+            raise DvinvError(f'There is no image in the pool {self.folder}; run the task synthesis first, or name a pool.')
+        shards = [self.read(number) for number in numbers]
+        return {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
+
+    def _shard(self, number: int) -> Path:
+        return self.folder / f'shard-{number:06d}.npz'
+
+    def _way_out(self, number: int) -> str:
+        sidecar = self._shard(number).with_suffix('.json')
+        return f'delete {sidecar.name} and run the command that made the pool again: it makes this shard anew'

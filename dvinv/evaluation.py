@@ -1,0 +1,60 @@
+"""One evaluation for all: logits of stored pixels, accuracies, and what a network costs."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dvinv.networks.classifier import Classifier
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(apply_fn: Callable):
+    return jax.jit(apply_fn)
+
+
+def logits_of(network: Classifier, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
+    """Logits float32 [N, K] of pixels uint8 [N, H, W, C], in eval mode; the last batch is padded, so one program serves."""
+    apply_fn, parts = _compiled(network.apply_fn), []
+    batch_size = min(batch_size, len(images))
+    for start in range(0, len(images), batch_size):
+        part = images[start:start + batch_size]
+        padded = np.concatenate([part, np.zeros((batch_size - len(part), *part.shape[1:]), part.dtype)])
+        parts.append(np.asarray(apply_fn(network.variables, network.normalise(jnp.asarray(padded))))[:len(part)])
+    return np.concatenate(parts).astype(np.float32)
+
+
+def top_accuracy(logits: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
+    """The share (0 to 1) of images whose label is among the `k` highest of their logits [N, K]."""
+    best = np.argsort(-logits, axis=1, kind='stable')[:, :k]
+    return float((best == np.asarray(labels)[:, None]).any(1).mean())
+
+
+def accuracy(network: Classifier, images: np.ndarray, labels: np.ndarray) -> float:
+    """The share (0 to 1) of images uint8 [N, H, W, C] that `network` puts into their class."""
+    return top_accuracy(logits_of(network, images), labels)
+
+
+def flops(network: Classifier) -> int:
+    """Floating-point operations of the convolutions and matrix products for one image, two a multiply-add."""
+    x = jax.ShapeDtypeStruct((1, *network.image_shape), jnp.float32)
+    return _count(jax.make_jaxpr(network.apply_fn)(network.variables, x).jaxpr)
+
+
+def _count(jaxpr) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        out = equation.outvars[0].aval
+        if equation.primitive.name == 'conv_general_dilated':
+            kernel = equation.invars[1].aval.shape
+            features = kernel[equation.params['dimension_numbers'].rhs_spec[0]]
+            total += 2 * out.size * int(np.prod(kernel)) // features
+        elif equation.primitive.name == 'dot_general':
+            (contracted, _), _ = equation.params['dimension_numbers']
+            total += 2 * out.size * int(np.prod([equation.invars[0].aval.shape[i] for i in contracted]))
+        else:
+            inner = sum(_count(sub) for sub in jax.core.jaxprs_in_params(equation.params))
+            total += inner * equation.params.get('length', 1)  # a scan runs its body `length` times
+    return total

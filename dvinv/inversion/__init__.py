@@ -1,0 +1,20 @@
+"""The heart: pixels are optimised until a frozen teacher is sure of them and finds their statistics familiar.
+
+Pure functions, no files and no flags. Read in the order settings, teacher, tap, augmentation, losses, objective, step,
+invert.
+"""
+
+from dvinv.inversion.invert import (
+    Inversion,
+    balanced_labels,
+    check_labels,
+    invert,
+    make_feature_loss,
+    make_inverter,
+)
+from dvinv.inversion.presets import PRESETS
+from dvinv.inversion.settings import InversionConfig, Stage, Weights
+from dvinv.inversion.teacher import Teacher, from_linen
+
+__all__ = ['PRESETS', 'Inversion', 'InversionConfig', 'Stage', 'Teacher', 'Weights', 'balanced_labels', 'check_labels',
+           'from_linen', 'invert', 'make_feature_loss', 'make_inverter']

@@ -1,0 +1,218 @@
+"""Whole inversions, mapped over a device mesh: labels in, images out.
+
+`bn_stats = 'device'`: each device inverts whole batches of its own (what `pmap` meant), without any communication.
+`bn_stats = 'global'`: one batch is split over the devices; its losses are those of the whole batch.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dvinv.errors import DvinvError
+from dvinv.inversion.losses import feature_loss, feature_terms
+from dvinv.inversion.objective import view
+from dvinv.inversion.settings import InversionConfig, Stage
+from dvinv.inversion.step import InversionState, initial_images, make_chunk, make_step
+from dvinv.inversion.teacher import Teacher
+from dvinv.runtime.devices import AXIS, make_mesh
+
+REPORT_EVERY = 20  # iterations between two looks at the metrics, at least
+
+
+@dataclasses.dataclass(frozen=True)
+class Inversion:
+    """Finished batches.
+
+    Attributes:
+      images: [..., B, H, W, C] float32, normalised; the last iterate, never the "best".
+      metrics: {'loss' or an unweighted term: [..., iterations] float32}, each before that iteration's update.
+    """
+
+    images: np.ndarray
+    metrics: dict[str, np.ndarray]
+
+
+def balanced_labels(number: int, batch_size: int, num_classes: int) -> np.ndarray:
+    """Labels of batch `number`, int32 [B]: classes in turn, on from where the batch before it stopped."""
+    return ((np.arange(batch_size, dtype=np.int64) + number * batch_size) % num_classes).astype(np.int32)
+
+
+def check_labels(labels, num_classes: int) -> None:
+    """Refuse labels that the teacher does not know."""
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise DvinvError(f'Labels must be a vector of integers; these are {labels.dtype} of shape {labels.shape}.')
+    wrong = labels[(labels < 0) | (labels >= num_classes)]
+    if wrong.size:
+        raise DvinvError(f'Label {wrong[0]} is out of range: the network has {num_classes} classes, 0 to {num_classes - 1}.')
+
+
+def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student_fn: Callable | None = None):
+    """Compile-once inversion of many batches on one mesh.
+
+    Returns:
+      `run(keys, labels, student_variables=None, on_chunk=None) -> Inversion` for n batches at a time: keys [n] and labels
+      int [n, B], with n the mesh's size in `device` mode and 1 in `global` mode. `on_chunk(iterations done, {term: mean})`
+      is called as chunks finish.
+    """
+    config.check(teacher.image_shape)
+    split = config.bn_stats == 'global'
+    wrap = _over_one_batch if split else _over_batches
+    dispatch = config.iterations_per_dispatch or (1 if mesh.devices.flat[0].platform == 'cpu' else 100)
+    variables = jax.device_put(teacher.variables, NamedSharding(mesh, P()))
+    programs = {}
+
+    def program(name, *args):
+        if (name, *args) not in programs:
+            programs[name, *args] = _PROGRAMS[name](wrap(mesh), teacher, config, student_fn, AXIS if split else None, *args)
+        return programs[name, *args]
+
+    def run(keys, labels, student_variables=None, on_chunk=None) -> Inversion:
+        labels = np.asarray(labels)
+        check_labels(labels.ravel(), teacher.num_classes)
+        batches, batch_size = labels.shape
+        if split and batch_size % mesh.size:
+            raise DvinvError(f"A batch of {batch_size} images cannot be split evenly over {mesh.size} devices "
+                             f"(bn_stats='global'); choose a batch_size that {mesh.size} divides, or other devices.")
+        expected = 1 if split else mesh.size
+        if batches != expected:
+            raise ValueError(f'this inverter takes {expected} batches at a time, not {batches}')
+        labels = labels[0] if split else labels
+        keys = keys[0] if split else keys
+        images, step_keys = program('begin', batch_size)(keys)
+        iteration = np.zeros((), np.int32) if split else np.zeros(batches, np.int32)
+        history, pending = [], []
+        for stage in config.stages:
+            state = InversionState(images, program('optimiser', stage)(images), iteration, step_keys)
+            for length in _chunks(stage.iterations, dispatch):
+                state, metrics = program('chunk', stage, length)(state, labels, variables, student_variables)
+                # Older metrics are looked at while this chunk runs: the devices never wait for the host.
+                if len(pending) * dispatch >= REPORT_EVERY:
+                    _collect(pending, history, on_chunk)
+                    pending = []
+                pending.append(metrics)
+            images, iteration = state.images, state.iteration
+        _collect(pending, history, on_chunk)
+        images = np.asarray(images)
+        stacked = {term: np.concatenate([part[term] for part in history], -1) for term in history[0]}
+        if split:
+            return Inversion(images[None], {term: values[None] for term, values in stacked.items()})
+        return Inversion(images, stacked)
+
+    return run
+
+
+def invert(teacher: Teacher, labels, config: InversionConfig, key: jax.Array, *, student_fn: Callable | None = None,
+           student_variables=None, mesh: Mesh | None = None) -> Inversion:
+    """Synthesize one batch: images that `teacher` takes for `labels` and whose BatchNorm moments match its training set's.
+
+    Args:
+      labels: int [B], one image each.
+      key: of this batch. The same key, labels and config give the same images.
+      student_fn, student_variables: the competitor of Adaptive DeepInversion, in eval mode; None for plain DeepInversion.
+      mesh: devices for `bn_stats = 'global'` (default: all); a single batch is inverted on one device in `device` mode.
+
+    Returns:
+      An `Inversion` with images [B, H, W, C] float32, normalised; `teacher.to_uint8` makes pixels of them.
+
+    Raises:
+      DvinvError: labels out of range, settings that do not fit the images, a batch that the devices do not divide, or a
+        loss that is not a number (names the step and the term).
+    """
+    labels = np.asarray(labels)
+    check_labels(labels, teacher.num_classes)
+    mesh = (mesh or make_mesh()) if config.bn_stats == 'global' else make_mesh(1)
+    run = make_inverter(teacher, config, mesh, student_fn)
+    result = run(key[None], labels[None], student_variables)
+    return Inversion(result.images[0], {term: values[0] for term, values in result.metrics.items()})
+
+
+def make_feature_loss(teacher: Teacher, stage: Stage):
+    """`(variables, images [B, H, W, C] normalised, key) -> R_feature` with unit layer weights, on the view of `stage`."""
+
+    @jax.jit
+    def measure(variables, images, key):
+        _, shown = view(teacher, stage, images, key)
+        _, moments = teacher.tap(variables, shown)
+        return feature_loss(feature_terms(moments, teacher.statistics(variables)))
+
+    return measure
+
+
+def _chunks(iterations: int, most: int) -> list[int]:
+    """Lengths of the dispatches of a stage: equal ones, then the rest."""
+    full, rest = divmod(iterations, most)
+    return [most] * full + [rest] * bool(rest)
+
+
+def _collect(pending: list, history: list, on_chunk) -> None:
+    """Fetch the metrics of finished chunks, stop at the first value that is not a number, and report."""
+    for metrics in jax.device_get(pending):
+        done = sum(part['loss'].shape[-1] for part in history)
+        bad = {term: int(np.argmin(np.isfinite(np.atleast_2d(values)).all(0))) for term, values in metrics.items()
+               if not np.isfinite(values).all()}
+        if bad:
+            # The loss is a sum of the terms: blame a term where one is to blame.
+            term = min(bad, key=lambda name: (bad[name], name == 'loss'))
+            raise DvinvError(f'The term {term} is not a finite number at iteration {done + bad[term]} of the inversion: '
+                             "lower the learning rate or its weight, or look for NaNs in the teacher's weights.")
+        history.append(metrics)
+    if on_chunk is not None:
+        on_chunk(sum(part['loss'].shape[-1] for part in history),
+                 {term: float(values[..., -1].mean()) for term, values in history[-1].items()})
+
+
+def _over_batches(mesh: Mesh):
+    """Map a per-batch program over the mesh: every argument but the weights has a leading axis, one batch a device."""
+
+    def wrap(program, weights: int = 0, donate: bool = False):
+        def local(*args):
+            mine = jax.tree.map(lambda a: a[0], args[:len(args) - weights])
+            return jax.tree.map(lambda a: a[None], program(*mine, *args[len(args) - weights:]))
+
+        def mapped(*args):
+            specs = (P(AXIS),) * (len(args) - weights) + (P(),) * weights
+            return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(AXIS))(*args)
+
+        return jax.jit(mapped, donate_argnums=0 if donate else ())
+
+    return wrap
+
+
+def _over_one_batch(mesh: Mesh):
+    """Split the images of one batch over the mesh: what is shaped like images [B, ...] is cut on its first axis."""
+
+    def spec(a):
+        return P(AXIS) if a.ndim == 4 else P()
+
+    def wrap(program, weights: int = 0, donate: bool = False):
+        def mapped(*args):
+            if not weights:  # the programs that make images and optimiser states have nothing to communicate
+                return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, NamedSharding(mesh, spec(a))),
+                                    program(*args))
+            state, labels, *frozen = args
+            specs = (jax.tree.map(spec, state), P(AXIS), *(P() for _ in frozen))
+            return jax.shard_map(program, mesh=mesh, in_specs=specs, out_specs=(specs[0], P()))(*args)
+
+        return jax.jit(mapped, donate_argnums=0 if donate else ())
+
+    return wrap
+
+
+def _begin(wrap, teacher, config, student_fn, axis, batch_size):
+    return wrap(lambda key: initial_images(key, batch_size, teacher.image_shape))
+
+
+def _optimiser(wrap, teacher, config, student_fn, axis, stage):
+    return wrap(lambda images: stage.optimiser().init(images))
+
+
+def _chunk(wrap, teacher, config, student_fn, axis, stage, length):
+    return wrap(make_chunk(make_step(teacher, config, stage, student_fn, axis), length), weights=2, donate=True)
+
+
+_PROGRAMS = {'begin': _begin, 'optimiser': _optimiser, 'chunk': _chunk}

@@ -1,0 +1,117 @@
+"""The terms of DeepInversion's objective, as plain functions of arrays (arXiv 1912.08795, section 3).
+
+Every term is returned unweighted; weights are applied in one place, `objective.py`. A batch may be split over
+the devices of a mesh axis: `axis` then names it, and sums are reduced over it *before* the root is taken, so that
+the value is the whole batch's (the feature term, the L2 form of the total variation and CIFAR's L2 couple all
+images of a batch).
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# Inside every square root: an un-squared L2 norm has a NaN gradient at zero in JAX.
+EPSILON = 1e-12
+
+
+def psum(tree, axis: str | None):
+    """Sum of a pytree over the mesh axis `axis`; the tree itself when the batch is not split."""
+    return tree if axis is None else jax.lax.psum(tree, axis)
+
+
+def pmean(tree, axis: str | None):
+    """Mean of a pytree over the mesh axis `axis` (shards of equal size); the tree itself when the batch is not split."""
+    return tree if axis is None else jax.lax.pmean(tree, axis)
+
+
+def safe_norm(x: jax.Array, axis=None) -> jax.Array:
+    """Un-squared L2 norm ||x||_2 over `axis` (all axes when None), with the gradient 0 at x = 0."""
+    return jnp.sqrt(jnp.sum(jnp.square(x), axis=axis) + EPSILON)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, axis: str | None = None) -> jax.Array:
+    """Mean cross-entropy of `logits` [B, K] to integer `labels` [B]; the paper's L(f(x), y), eq. 1."""
+    return pmean(optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), axis)
+
+
+def feature_terms(moments: dict, statistics: dict) -> dict:
+    """The paper's R_feature (eq. 4), one term a BatchNorm layer, in the order of `moments`.
+
+        R_l = || mu_l(x) - E[mu_l] ||_2  +  || sigma^2_l(x) - E[sigma^2_l] ||_2
+
+    Args:
+      moments: {layer: (mean, variance)} of the layer's *input* over the batch and space, float32 [..., C], biased.
+      statistics: {layer: (running mean, running variance)}, the same shapes.
+
+    Returns:
+      {layer: scalar, or [...] where a lifted transform stacked several layers into one}. Not divided by channels.
+    """
+    return {
+        layer: safe_norm(mean - statistics[layer][0], -1) + safe_norm(variance - statistics[layer][1], -1)
+        for layer, (mean, variance) in moments.items()
+    }
+
+
+def feature_loss(terms: dict, first_bn_multiplier: float = 1.0) -> jax.Array:
+    """R_feature = sum_l m_l R_l, with m = `first_bn_multiplier` for the first layer in forward order and 1 elsewhere.
+
+    Of a first layer that is a stack (`nn.scan`), the first element alone carries the multiplier.
+    """
+    total = sum(jnp.sum(term) for term in terms.values())
+    first = jnp.ravel(next(iter(terms.values())))[0]
+    return total + (first_bn_multiplier - 1.0) * first
+
+
+def _differences(x: jax.Array) -> tuple[jax.Array, ...]:
+    """One-pixel differences of x [B, H, W, C]: horizontal, vertical, and along both diagonals."""
+    return (
+        x[:, :, 1:] - x[:, :, :-1],
+        x[:, 1:] - x[:, :-1],
+        x[:, 1:, 1:] - x[:, :-1, :-1],
+        x[:, 1:, :-1] - x[:, :-1, 1:],
+    )
+
+
+def total_variation_l2(x: jax.Array, axis: str | None = None) -> jax.Array:
+    """R_tv, L2 form: the sum of four Frobenius norms over the whole batch x [B, H, W, C]; grows as sqrt(B)."""
+    squares = psum(tuple(jnp.sum(jnp.square(d)) for d in _differences(x)), axis)
+    return sum(jnp.sqrt(s + EPSILON) for s in squares)
+
+
+def total_variation_l1(x: jax.Array, axis: str | None = None) -> jax.Array:
+    """R_tv, L1 form: the sum of the four means of absolute differences of x [B, H, W, C]; free of B."""
+    return pmean(sum(jnp.mean(jnp.abs(d)) for d in _differences(x)), axis)
+
+
+def l2_per_image(x: jax.Array, axis: str | None = None) -> jax.Array:
+    """R_l2 of the ImageNet settings: the mean over images of ||x_i||_2, x [B, H, W, C]."""
+    return pmean(jnp.mean(safe_norm(x.reshape(x.shape[0], -1), 1)), axis)
+
+
+def l2_per_batch(x: jax.Array, axis: str | None = None) -> jax.Array:
+    """R_l2 of the CIFAR settings: ||x||_2 of the whole batch x [B, H, W, C]; grows as sqrt(B)."""
+    return jnp.sqrt(psum(jnp.sum(jnp.square(x)), axis) + EPSILON)
+
+
+def jensen_shannon(p_logits: jax.Array, q_logits: jax.Array, temperature: float) -> jax.Array:
+    """JS(p, q) = 0.5 KL(p||m) + 0.5 KL(q||m), m = (p + q) / 2, an image; [B, K] twice -> [B], in [0, ln 2]."""
+    log_p = jax.nn.log_softmax(p_logits / temperature)
+    log_q = jax.nn.log_softmax(q_logits / temperature)
+    log_m = jnp.logaddexp(log_p, log_q) - jnp.log(2.0)
+    kl_pm = jnp.sum(jnp.exp(log_p) * (log_p - log_m), -1)
+    kl_qm = jnp.sum(jnp.exp(log_q) * (log_q - log_m), -1)
+    return 0.5 * (kl_pm + kl_qm)
+
+
+def competition(teacher_logits: jax.Array, student_logits: jax.Array, axis: str | None = None,
+                temperature: float = 3.0) -> jax.Array:
+    """R_compete of Adaptive DeepInversion (eq. 5): 1 - JS(p_teacher, p_student), the mean over images.
+
+    The paper's true Jensen-Shannon divergence: at most ln 2, so nothing is clipped and the gradient is alive where
+    teacher and student disagree with confidence. It flows through both networks into the pixels.
+    """
+    return 1.0 - pmean(jnp.mean(jensen_shannon(teacher_logits, student_logits, temperature)), axis)
+
+
+TOTAL_VARIATION = {'l2': total_variation_l2, 'l1': total_variation_l1}
+L2 = {'image': l2_per_image, 'batch': l2_per_batch}

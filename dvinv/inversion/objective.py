@@ -1,0 +1,54 @@
+"""The objective of DeepInversion (eq. 1 to 5): the one place where the terms meet their weights."""
+
+import jax
+import jax.numpy as jnp
+
+from dvinv.inversion.augmentation import augment, average_pool
+from dvinv.inversion.losses import (
+    L2,
+    TOTAL_VARIATION,
+    competition,
+    cross_entropy,
+    feature_loss,
+    feature_terms,
+)
+from dvinv.inversion.settings import InversionConfig, Stage
+from dvinv.inversion.teacher import Teacher
+
+
+def view(teacher: Teacher, stage: Stage, images: jax.Array, key: jax.Array, axis: str | None = None):
+    """(pooled images, what the teacher sees): images [B, H, W, C] at the stage's resolution, plain and augmented."""
+    pooled = average_pool(images, stage.pool_factor(images.shape[1]))
+    black = jnp.asarray(teacher.valid_range[0])
+    return pooled, augment(key, pooled, stage.augmentation, stage.jitter, stage.flip, black, axis)
+
+
+def objective(teacher: Teacher, config: InversionConfig, stage: Stage, student_fn, images, labels, variables,
+              student_variables, key, axis: str | None = None):
+    """Loss and its terms for one batch.
+
+    Args:
+      student_fn: (student_variables, x) -> logits, in eval mode: the competitor of Adaptive DeepInversion, or None.
+      images: [B, H, W, C] float32, normalised; `labels`: int [B]; `variables`: the teacher's.
+      key: of this iteration; draws the augmentation.
+      axis: the mesh axis that the batch is split over, or None. All values are then the whole batch's.
+
+    Returns:
+      (loss, {term: unweighted value}), float32 scalars.
+    """
+    pooled, shown = view(teacher, stage, images, key, axis)
+    logits, moments = teacher.tap(variables, shown, axis)
+    smooth = shown if config.prior_on == 'view' else pooled
+    weights = config.weights
+    terms = {
+        'cross_entropy': (weights.main, cross_entropy(logits, labels, axis)),
+        'feature': (weights.feature, feature_loss(feature_terms(moments, teacher.statistics(variables)),
+                                                  weights.first_bn_multiplier)),
+        'total_variation': (weights.total_variation, TOTAL_VARIATION[config.total_variation](smooth, axis)),
+        'l2': (weights.l2, L2[config.l2](smooth, axis)),
+    }
+    if student_fn is not None:
+        student_logits = student_fn(student_variables, shown)
+        terms['competition'] = (weights.competition, competition(logits, student_logits, axis))
+    loss = sum(weight * value for weight, value in terms.values() if weight)
+    return loss, {name: value for name, (_, value) in terms.items()}

@@ -1,0 +1,105 @@
+"""Settings of an inversion: its stages, its weights, and what is checked about them before the first step."""
+
+import dataclasses
+from typing import Any
+
+import optax
+
+from dvinv.errors import DvinvError
+from dvinv.inversion.losses import L2, TOTAL_VARIATION
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stretch of iterations at one resolution; Adam starts anew with each."""
+
+    iterations: int
+    learning_rate: float
+    resolution: int = 0  # height in pixels of what the teacher sees, by average pooling of the image; 0: the image's own
+    schedule: str = 'cosine'  # 'cosine' (to 0) or 'constant'
+    warmup: int = 0  # iterations of linear warm-up from 0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    augmentation: str = 'roll'  # 'roll' (paper) or 'crop': see augmentation.py
+    jitter: int = 0  # pixels, at this stage's resolution
+    flip: bool = False
+    clip: bool = True  # keep pixels in the valid range [0, 1] (before normalisation) after each iteration
+
+    def pool_factor(self, height: int) -> int:
+        """How many pixels of an image of this `height` are averaged into one that the teacher sees."""
+        return height // self.resolution if self.resolution else 1
+
+    def optimiser(self) -> optax.GradientTransformation:
+        """Adam on the pixels, with this stage's schedule."""
+        if self.schedule == 'constant':
+            rate = optax.warmup_constant_schedule(0.0, self.learning_rate, self.warmup)
+        else:
+            rate = optax.warmup_cosine_decay_schedule(
+                0.0 if self.warmup else self.learning_rate, self.learning_rate, self.warmup, self.iterations)
+        return optax.adam(rate, self.beta1, self.beta2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Weights of the terms of the objective; a term of weight 0 is still logged, but has no gradient."""
+
+    main: float = 1.0  # cross-entropy to the target labels
+    feature: float = 0.01  # BatchNorm moments against running statistics
+    first_bn_multiplier: float = 1.0  # of the first BatchNorm layer within the feature term
+    total_variation: float = 1e-4
+    l2: float = 0.0
+    competition: float = 0.0  # Adaptive DeepInversion; needs a student
+
+
+@dataclasses.dataclass(frozen=True)
+class InversionConfig:
+    """Everything that `invert` needs to know beside the teacher, the labels and the key. Hashable, static."""
+
+    stages: tuple[Stage, ...]
+    weights: Weights = Weights()
+    total_variation: str = 'l2'  # the form: 'l2' (paper) or 'l1'
+    l2: str = 'image'  # the norm of each image ('image': ImageNet) or of the whole batch ('batch': CIFAR)
+    prior_on: str = 'view'  # total variation and L2 of what the teacher sees ('view': paper) or of the 'image' itself
+    bn_stats: str = 'device'  # each device inverts batches of its own ('device') or a share of one ('global')
+    iterations_per_dispatch: int = 0  # 0: 1 on CPU, where XLA runs convolutions in a loop body 10 times slower; else 100
+
+    @property
+    def iterations(self) -> int:
+        """Iterations of one batch over all stages."""
+        return sum(stage.iterations for stage in self.stages)
+
+    def check(self, image_shape: tuple[int, int, int]) -> None:
+        """Refuse settings that cannot be run on images of `image_shape` [H, W, C].
+
+        Raises:
+          DvinvError: a sentence that names the field, its value and the choices.
+        """
+        _one_of('total_variation', self.total_variation, TOTAL_VARIATION)
+        _one_of('l2', self.l2, L2)
+        _one_of('prior_on', self.prior_on, ('view', 'image'))
+        _one_of('bn_stats', self.bn_stats, ('device', 'global'))
+        if not self.stages:
+            raise DvinvError('An inversion needs at least one stage; stages is empty.')
+        height, width, _ = image_shape
+        for i, stage in enumerate(self.stages):
+            _one_of(f'stages[{i}].augmentation', stage.augmentation, ('roll', 'crop'))
+            _one_of(f'stages[{i}].schedule', stage.schedule, ('cosine', 'constant'))
+            _positive(f'stages[{i}].iterations', stage.iterations)
+            factor = stage.pool_factor(height)
+            if stage.resolution and (factor < 1 or factor * stage.resolution != height or width % factor):
+                raise DvinvError(
+                    f'stages[{i}].resolution is {stage.resolution}, which does not divide the {height}x{width} image; '
+                    f'choose a divisor of {height}, or 0 for the full image.')
+            if stage.warmup >= stage.iterations and stage.schedule == 'cosine':
+                raise DvinvError(f'stages[{i}].warmup is {stage.warmup}, but the stage has only {stage.iterations} '
+                                 'iterations; the cosine needs some after the warm-up.')
+
+
+def _one_of(name: str, value: Any, choices) -> None:
+    if value not in choices:
+        raise DvinvError(f'{name} is {value!r}; choose one of {", ".join(map(repr, choices))}.')
+
+
+def _positive(name: str, value: int) -> None:
+    if value < 1:
+        raise DvinvError(f'{name} is {value}; it must be at least 1.')

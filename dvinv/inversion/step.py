@@ -1,0 +1,73 @@
+"""One iteration of the inversion: a pure step from state to state, and many of them in one dispatch."""
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+
+from dvinv.inversion.objective import objective
+from dvinv.inversion.settings import InversionConfig, Stage
+from dvinv.inversion.teacher import Teacher
+
+
+@flax.struct.dataclass
+class InversionState:
+    """What changes while one batch is inverted.
+
+    Attributes:
+      images: [B, H, W, C] float32, normalised pixels, always at full resolution.
+      opt_state: Adam's, of the present stage.
+      iteration: int32 scalar, counted over all stages of the batch.
+      key: the batch's PRNG key; iteration t draws from fold_in(key, t).
+    """
+
+    images: jax.Array
+    opt_state: optax.OptState
+    iteration: jax.Array
+    key: jax.Array
+
+
+def initial_images(key: jax.Array, batch_size: int, image_shape) -> tuple[jax.Array, jax.Array]:
+    """(images ~ N(0, 1) [B, H, W, C] in normalised space, the key that the iterations draw from)."""
+    image_key, step_key = jax.random.split(key)
+    return jax.random.normal(image_key, (batch_size, *image_shape)), step_key
+
+
+def make_step(teacher: Teacher, config: InversionConfig, stage: Stage, student_fn=None, axis: str | None = None):
+    """The pure step `(state, labels, variables, student_variables) -> (state, metrics)`.
+
+    The gradient is taken with respect to the pixels only. The metrics are the loss and its unweighted terms at the images
+    *before* the update.
+    """
+    optimiser = stage.optimiser()
+    low, high = teacher.valid_range
+
+    def step(state: InversionState, labels, variables, student_variables):
+        def loss_fn(images):
+            return objective(teacher, config, stage, student_fn, images, labels, variables, student_variables,
+                             jax.random.fold_in(state.key, state.iteration), axis)
+
+        (loss, terms), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.images)
+        updates, opt_state = optimiser.update(gradient, state.opt_state)
+        images = optax.apply_updates(state.images, updates)
+        if stage.clip:
+            images = jnp.clip(images, low, high)
+        state = state.replace(images=images, opt_state=opt_state, iteration=state.iteration + 1)
+        return state, {'loss': loss, **terms}
+
+    return step
+
+
+def make_chunk(step, iterations: int):
+    """`iterations` steps in one dispatch; metrics come back stacked, [iterations] each."""
+
+    def chunk(state, labels, variables, student_variables):
+        def body(state, _):
+            return step(state, labels, variables, student_variables)
+
+        if iterations == 1:
+            state, metrics = body(state, None)
+            return state, jax.tree.map(lambda value: value[None], metrics)
+        return jax.lax.scan(body, state, length=iterations)
+
+    return chunk

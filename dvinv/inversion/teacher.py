@@ -1,0 +1,54 @@
+"""The Teacher: all that the rest of dvinv knows of a network. Whatever has these fields is invertible."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dvinv.errors import DvinvError
+from dvinv.inversion.tap import LinenTap, running_statistics
+from dvinv.networks.classifier import Classifier
+
+# Names by which Linen networks say "eval mode", and the value that says so.
+EVAL_MODE = {'train': False, 'training': False, 'is_training': False, 'deterministic': True,
+             'use_running_average': True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher(Classifier):
+    """A trained, frozen classifier whose BatchNorm inputs can be listened to."""
+
+    tap: Callable  # (variables, x, axis=None) -> (logits, {layer: (input mean, input variance)}), layers in forward order
+    statistics: Callable  # (variables) -> {layer: (running mean, running variance)}
+
+
+def from_linen(module, variables, *, image_shape, mean, std, call_kwargs: dict | None = None) -> Teacher:
+    """A Teacher from any Flax Linen module, unmodified.
+
+    Args:
+      module: takes x [B, H, W, C] and returns logits [B, K].
+      variables: {'params': ..., 'batch_stats': ...} of the trained network.
+      image_shape: (H, W, C).
+      mean, std: one number a channel, for pixels in [0, 1].
+      call_kwargs: what puts the module in eval mode; found from its signature (`train`, `deterministic`, ...) when None.
+
+    Raises:
+      DvinvError: the network has no BatchNorm, or one out of reach of the tap, or does not take such images.
+    """
+    image_shape = tuple(int(n) for n in image_shape)
+    mean, std = (tuple(float(v) for v in np.ravel(values)) for values in (mean, std))
+    if len(image_shape) != 3 or not len(mean) == len(std) == image_shape[-1]:
+        raise DvinvError(f'image_shape is {image_shape} with {len(mean)} means and {len(std)} standard deviations; '
+                         'image_shape must be (height, width, channels), with a mean and a deviation a channel.')
+    if min(std) <= 0:
+        raise DvinvError(f'std is {std}; every standard deviation must be above 0.')
+    if call_kwargs is None:
+        parameters = inspect.signature(module.__call__).parameters
+        call_kwargs = {name: value for name, value in EVAL_MODE.items() if name in parameters}
+    example = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+    tap = LinenTap(module, variables, example, call_kwargs)
+    num_classes = jax.eval_shape(tap.apply_fn, variables, example).shape[-1]
+    return Teacher(tap.apply_fn, variables, image_shape, num_classes, mean, std, tap, running_statistics)

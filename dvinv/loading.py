@@ -1,0 +1,24 @@
+"""Networks that a run made, for use elsewhere."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from dvinv.errors import DvinvError
+from dvinv.networks import load_classifier
+
+RESULTS = {'teacher': 'teacher', 'distillation': 'student'}  # task -> the network file that it ends with
+
+
+def load(workdir, task: str) -> tuple[Callable, dict]:
+    """(apply_fn, variables) of the network that `task` made in `workdir`.
+
+    `apply_fn(variables, x)` gives logits [B, K] of normalised images x [B, H, W, C], in eval mode. The file itself,
+    `workdir`/networks/NAME.safetensors, is readable wherever safetensors is.
+
+    Raises:
+      DvinvError: no such task, or it has not finished there, or the file is damaged.
+    """
+    if task not in RESULTS:
+        raise DvinvError(f'The task {task!r} makes no network; choose one of {", ".join(RESULTS)}.')
+    network = load_classifier(Path(workdir) / 'networks' / f'{RESULTS[task]}.safetensors')
+    return network.apply_fn, network.variables

@@ -1,0 +1,69 @@
+"""python -m dvinv.main --config configs/digits.py --workdir DIR [--config.field=value ...] [--seeds N]"""
+
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from dvinv.errors import DvinvError
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'The config file, for instance configs/digits.py.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'The folder for all that the run writes; the same command resumes it.')
+_SEEDS = flags.DEFINE_integer('seeds', 0, 'Run the config with this many seeds, each in a folder of its own; 0: once.')
+
+
+def main(_) -> None:
+    config = _CONFIG.value
+    # Imported late, so that a mistyped flag is answered at once.
+    import jax
+
+    from dvinv import pipeline, seeds
+    from dvinv.runtime.devices import set_cpu_devices
+
+    set_cpu_devices(config.devices)
+    jax.config.update('jax_compilation_cache_dir', _compilation_cache())
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+    if _SEEDS.value:
+        print(seeds.table(seeds.run(config, _WORKDIR.value, _SEEDS.value)))
+    else:
+        print(seeds.table({'runs': [pipeline.run(config, _WORKDIR.value)]}))
+
+
+def _compilation_cache() -> str:
+    """Where compiled programs are kept between runs: XDG_CACHE_HOME or ~/.cache."""
+    import os
+    from pathlib import Path
+
+    return str(Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'dvinv' / 'jax')
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """absl's flag parser, with a sentence for what it would answer with a traceback or not at all."""
+    try:
+        rest = flags.FLAGS(argv)
+        if _CONFIG.value is None or not hasattr(_CONFIG.value, 'tasks'):
+            raise DvinvError('--config names no config file that can be read; for instance --config configs/digits.py.')
+    except (AttributeError, KeyError, TypeError) as error:
+        raise DvinvError(f'The config has no such key or type: {" ".join(str(error).split())}') from error
+    except (flags.Error, OSError, SyntaxError) as error:
+        raise DvinvError(f'{error} (--helpfull lists all flags.)') from error
+    if len(rest) > 1:
+        raise DvinvError(f'Nothing is known to be done with the argument {rest[1]!r}; flags start with --.')
+    if not _WORKDIR.value:
+        raise DvinvError('--workdir is missing: name the folder for all that the run writes.')
+    if _SEEDS.value < 0:
+        raise DvinvError(f'--seeds is {_SEEDS.value}; it must be at least 1, or 0 for a single run.')
+    return rest
+
+
+def cli() -> None:
+    """Run, and answer a user's mistake with one sentence and the exit status 1."""
+    try:
+        app.run(main, flags_parser=_parse)
+    except DvinvError as error:
+        print(f'dvinv: {error}', file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == '__main__':
+    cli()

@@ -1,0 +1,96 @@
+"""Networks by name, and networks as files."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from dvinv.errors import DvinvError
+from dvinv.networks import small
+from dvinv.networks.classifier import Classifier, flatten, unflatten
+from dvinv.runtime.files import write_atomic
+
+
+def _scaled(channels: tuple[int, ...], width: float) -> tuple[int, ...]:
+    return tuple(max(1, round(c * width)) for c in channels)
+
+
+# name -> (num_classes, width) -> Linen module with __call__(x, train)
+NETWORKS: dict[str, Callable] = {
+    'small_resnet': lambda classes, width: small.SmallResNet(classes, _scaled((32, 64), width)),
+    'small_convnet': lambda classes, width: small.SmallConvNet(classes, _scaled((32, 64), width)),
+}
+
+
+def create(name: str, num_classes: int, width: float = 1.0):
+    """The Linen module `name` with channel counts scaled by `width`.
+
+    Raises:
+      DvinvError: no network has this name.
+    """
+    if name not in NETWORKS:
+        raise DvinvError(f'There is no network {name!r}; choose one of {", ".join(sorted(NETWORKS))}.')
+    if width <= 0:
+        raise DvinvError(f'The width of {name} is {width}; it must be above 0.')
+    return NETWORKS[name](num_classes, width)
+
+
+def initialise(module, key: jax.Array, image_shape) -> dict:
+    """Random variables of a Linen module for images [H, W, C]."""
+    return jax.jit(lambda k: module.init(k, np.zeros((1, *image_shape), np.float32), train=False))(key)
+
+
+def save_network(path: Path, variables, description: dict) -> None:
+    """Write a network as one safetensors file.
+
+    Args:
+      variables: nested dicts of arrays; the file's tensor names are paths such as 'params/Conv_0/kernel'.
+      description: what `load_network` needs to build it again: network, width, num_classes, image_shape, mean, std.
+    """
+    tensors = {name: np.ascontiguousarray(leaf) for name, leaf in flatten(variables).items()}
+    write_atomic(path, save(tensors, {'dvinv': json.dumps(description, sort_keys=True), 'sha256': _digest(tensors)}))
+
+
+def load_network(path: Path) -> tuple[dict, dict]:
+    """(variables as numpy arrays, description) of a file that `save_network` wrote.
+
+    Raises:
+      DvinvError: the file is missing, damaged, or not one of dvinv's.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DvinvError(f'The network file {path} is not there.')
+    try:
+        with safe_open(path, 'numpy') as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DvinvError(f'The network file {path} is damaged or no safetensors file ({error}); delete it and run the '
+                         'command that made it again.') from error
+    if 'dvinv' not in metadata:
+        raise DvinvError(f'{path} is a safetensors file, but dvinv did not write it: its header has no description.')
+    if metadata.get('sha256') != _digest(tensors):
+        raise DvinvError(f'The network file {path} is damaged (its weights are not those that were written); delete it and '
+                         'run the command that made it again.')
+    return unflatten(tensors), json.loads(metadata['dvinv'])
+
+
+def load_classifier(path: Path) -> Classifier:
+    """A `Classifier` from a network file."""
+    variables, about = load_network(path)
+    module = create(about['network'], about['num_classes'], about['width'])
+    return Classifier(lambda v, x: module.apply(v, x, train=False), variables, tuple(about['image_shape']),
+                      about['num_classes'], tuple(about['mean']), tuple(about['std']))
+
+
+def _digest(tensors: dict[str, np.ndarray]) -> str:
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        sha.update(f'{name} {tensors[name].dtype} {tensors[name].shape}'.encode())
+        sha.update(tensors[name].tobytes())
+    return sha.hexdigest()

@@ -1,0 +1,61 @@
+"""Small networks for small pictures (8x8 to 32x32): a residual one and, as a verifier of another build, a plain one."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+
+
+def _norm(train: bool):
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions, each with BatchNorm, and a shortcut (1x1 convolution and BatchNorm where shapes differ)."""
+
+    channels: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        strides = (self.stride, self.stride)
+        y = nn.Conv(self.channels, (3, 3), strides, use_bias=False)(x)
+        y = nn.relu(_norm(train)(y))
+        y = _norm(train)(nn.Conv(self.channels, (3, 3), use_bias=False)(y))
+        if x.shape != y.shape:
+            x = _norm(train)(nn.Conv(self.channels, (1, 1), strides, use_bias=False)(x))
+        return nn.relu(x + y)
+
+
+class SmallResNet(nn.Module):
+    """A 3x3 stem, then residual blocks; every stage but the first halves the picture. [B, H, W, C] -> logits [B, K]."""
+
+    num_classes: int
+    channels: Sequence[int] = (32, 64)  # a stage
+    blocks: int = 1  # a stage
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = nn.relu(_norm(train)(nn.Conv(self.channels[0], (3, 3), use_bias=False)(x)))
+        for stage, channels in enumerate(self.channels):
+            for block in range(self.blocks):
+                x = ResidualBlock(channels, 2 if stage and not block else 1)(x, train)
+        return nn.Dense(self.num_classes)(x.mean((1, 2)))
+
+
+class SmallConvNet(nn.Module):
+    """Plain 3x3 convolutions with BatchNorm, max-pooling between stages, a dense layer. [B, H, W, C] -> logits [B, K]."""
+
+    num_classes: int
+    channels: Sequence[int] = (32, 64)  # a stage of two convolutions
+    hidden: int = 64
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        for stage, channels in enumerate(self.channels):
+            if stage:
+                x = nn.max_pool(x, (2, 2), (2, 2))
+            for _ in range(2):
+                x = nn.relu(_norm(train)(nn.Conv(channels, (3, 3), use_bias=False)(x)))
+        x = nn.relu(nn.Dense(self.hidden)(x.reshape(x.shape[0], -1)))
+        return nn.Dense(self.num_classes)(x)

@@ -1,0 +1,47 @@
+"""The tasks of a config, one after the other, in one work directory."""
+
+import contextlib
+
+from dvinv import configuration, distillation, report, synthesis, teacher
+from dvinv.configuration import TASKS
+from dvinv.errors import DvinvError
+from dvinv.runtime.devices import make_mesh
+from dvinv.runtime.workdir import Workdir, open_workdir
+
+DRIVERS = {'teacher': teacher, 'synthesis': synthesis, 'distillation': distillation, 'report': report}
+
+
+def check(config) -> None:
+    """Refuse what cannot be run, in a sentence, before a work directory is made or touched."""
+    configuration.check(config)
+    devices = make_mesh(config.devices).size
+    images, batch_size = config.synthesis.images, config.synthesis.batch_size
+    if images % batch_size:
+        raise DvinvError(f'synthesis.images is {images}, which batches of {batch_size} do not fill; choose a multiple, for '
+                         f'instance {max(1, images // batch_size) * batch_size}.')
+    if config.bn_stats == 'global' and batch_size % devices:
+        raise DvinvError(f"synthesis.batch_size is {batch_size}, which {devices} devices do not divide; with bn_stats='global' "
+                         'one batch is split over all devices: choose a multiple of their number.')
+    teacher.check(config)
+
+
+def run(config, workdir) -> dict:
+    """Run the config's tasks that `workdir` has no results of yet; returns all results, by task.
+
+    Raises:
+      DvinvError: a user's mistake or a full disk, in a sentence. What was finished stays.
+    """
+    check(config)
+    with contextlib.closing(open_workdir(workdir, config)) as workdir:
+        for task in TASKS:
+            if task in config.tasks and (task == 'report' or task not in workdir.results):
+                run_task(task, config, workdir)
+        return workdir.results
+
+
+def run_task(task: str, config, workdir: Workdir) -> None:
+    """One task: its driver's figures, its time and its seed go into results.json."""
+    workdir.start_clock(task)
+    figures = DRIVERS[task].run(config, workdir)
+    if figures is not None:
+        workdir.add_results(task, {**figures, 'seed': config.seed, 'wall_seconds': round(workdir.wall_seconds(task), 2)})

@@ -1,0 +1,230 @@
+"""Line charts as inline SVG text, drawn with the standard library and numpy alone.
+
+A chart is a string that goes into an HTML page as it is. Colours are CSS variables with fallbacks (`--series-1` to
+`--series-6`, `--grid`, `--muted`) and `currentColor`, so the page decides on light or dark.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+import numpy as np
+
+# View-box units; one unit is one CSS pixel when the chart is shown at its natural width.
+WIDTH = 520
+PLOT_HEIGHT = 210
+RIGHT = 16
+# More points than this cannot be told apart at this width.
+MAX_BUCKETS = 240
+# Hover targets per series: enough to read values off, few enough to keep the page small.
+MAX_TOOLTIPS = 40
+# Beyond this a span of two values may overflow a float; nobody trains there.
+LARGEST = 1e300
+
+_FALLBACK_COLOURS = ("#2f6fde", "#d9772b", "#1f9a70", "#8a5bd0", "#cf4a6c", "#7b8594")
+
+
+def line_chart(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    title: str,
+    x_label: str,
+    y_label: str,
+    log_y: bool = False,
+) -> str:
+    """Draws each series as one line.
+
+    Args:
+      series: name -> (x values, y values), two sequences of one length. None, NaN and infinite values are gaps.
+      title: stands above the chart; about 60 characters fit.
+      x_label: name and unit of the x axis.
+      y_label: name and unit of the y axis.
+      log_y: logarithmic y axis. Values of zero or less have no place on it: they become gaps and a note counts them.
+        Where no value is positive the axis is linear after all.
+
+    Returns:
+      One `<svg>` element.
+    """
+    lines = {name: _clean(name, *xy) for name, xy in series.items()}
+    log_y = log_y and any(np.any(y > 0) for _, y in lines.values())
+    hidden = 0
+    if log_y:
+        hidden = sum(int(np.sum(y <= 0)) for _, y in lines.values())
+        lines = {name: (x, np.where(y > 0, y, np.nan)) for name, (x, y) in lines.items()}
+    seen = [~np.isnan(y) for _, y in lines.values()]
+    xs = np.concatenate([x[s] for (x, _), s in zip(lines.values(), seen)] or [np.zeros(0)])
+    ys = np.concatenate([y[s] for (_, y), s in zip(lines.values(), seen)] or [np.zeros(0)])
+
+    x_low, x_high = _limits(xs, padding=0.0)
+    y_low, y_high = _limits(np.log10(ys) if log_y else ys, padding=0.05)
+    x_ticks = _linear_ticks(x_low, x_high, 6)
+    y_ticks = _log_ticks(y_low, y_high) if log_y else _linear_ticks(y_low, y_high, 5)
+    if not len(ys):  # Figures on an axis without a line would look like data.
+        x_ticks, y_ticks = [], []
+
+    legend = _legend(list(lines))
+    top = 34 + 19 * len(legend)
+    bottom = top + PLOT_HEIGHT
+    left = 38 + 7.5 * max((len(label) for _, label in y_ticks), default=0)
+
+    def across(x):
+        return left + (x - x_low) / (x_high - x_low) * (WIDTH - RIGHT - left)
+
+    def down(y):
+        return bottom - ((np.log10(y) if log_y else y) - y_low) / (y_high - y_low) * PLOT_HEIGHT
+
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {WIDTH} {bottom + 48}" role="img"',
+        f'aria-label="{escape(title)}" font-family="inherit" font-size="12" fill="currentColor">',
+        f'<text class="chart-title" x="0" y="16" font-size="14" font-weight="600">{escape(title)}</text>',
+        *(f'<text x="0" y="{38 + 19 * row}">{spans}</text>' for row, spans in enumerate(legend)),
+    ]
+    muted = 'style="fill:var(--muted,#6b7280)"'
+    for value, label in y_ticks:
+        y = down(value)
+        out.append(f'<path d="M{left:.1f} {y:.1f}H{WIDTH - RIGHT}" style="stroke:var(--grid,#8884)"/>')
+        out.append(f'<text x="{left - 8:.1f}" y="{y + 4:.1f}" text-anchor="end" {muted}>{label}</text>')
+    out.append(f'<path d="M{left:.1f} {bottom}H{WIDTH - RIGHT}" style="stroke:var(--muted,#6b7280)"/>')
+    for value, label in x_ticks:
+        x = across(value)
+        out.append(f'<path d="M{x:.1f} {bottom}v4" style="stroke:var(--muted,#6b7280)"/>')
+        out.append(f'<text x="{x:.1f}" y="{bottom + 19}" text-anchor="middle" {muted}>{label}</text>')
+    middle_x, middle_y = (left + WIDTH - RIGHT) / 2, top + PLOT_HEIGHT / 2
+    out.append(f'<text x="{middle_x:.1f}" y="{bottom + 40}" text-anchor="middle" {muted}>{escape(x_label)}</text>')
+    scale = ", log scale" if log_y else ""
+    out.append(
+        f'<text transform="translate(12 {middle_y:.1f}) rotate(-90)" text-anchor="middle" {muted}>'
+        f"{escape(y_label)}{scale}</text>"
+    )
+    if hidden:
+        out.append(
+            f'<text x="{WIDTH - RIGHT}" y="{bottom + 40}" text-anchor="end" font-size="11" {muted}>'
+            f"{hidden:,} value{'s' if hidden > 1 else ''} ≤ 0 not shown</text>"
+        )
+    if not len(ys):
+        out.append(f'<text x="{middle_x:.1f}" y="{middle_y:.1f}" text-anchor="middle" {muted}>no data</text>')
+    for index, (name, (x, y)) in enumerate(lines.items()):
+        out.append(_line(index, name, *_thin(x, y), across, down))
+    out.append("</svg>")
+    return "\n".join(out)
+
+
+def _clean(name, x, y) -> tuple[np.ndarray, np.ndarray]:
+    """Both as float64 [N]; y is NaN wherever the point cannot be drawn."""
+    x = np.asarray(x, dtype=np.float64).reshape(-1)
+    y = np.asarray(y, dtype=np.float64).reshape(-1)
+    if len(x) != len(y):
+        raise ValueError(f"Series {name!r} has {len(x)} x values but {len(y)} y values; give one y for each x.")
+    with np.errstate(invalid="ignore"):
+        drawn = (np.abs(x) < LARGEST) & (np.abs(y) < LARGEST)
+    return x, np.where(drawn, y, np.nan)
+
+
+def _limits(values: np.ndarray, padding: float) -> tuple[float, float]:
+    """The range of an axis; never empty, so that a constant or a single point lies in its middle."""
+    if not len(values):
+        return 0.0, 1.0
+    low, high = float(values.min()), float(values.max())
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-280):
+        room = abs(low) * 0.1 or 1.0
+        return low - room, high + room
+    room = padding * (high - low)
+    return low - room, high + room
+
+
+def _linear_ticks(low: float, high: float, about: int) -> list[tuple[float, str]]:
+    """Round values within [low, high] in steps of 1, 2 or 5 times a power of ten, with their labels."""
+    raw = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
+    first, last = math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6)
+    values = [index * step for index in range(first, last + 1)]
+    largest = max(abs(low), abs(high))
+    exponent = math.floor(math.log10(step) + 1e-9)
+    if largest >= 1e7 or largest < 1e-3:
+        digits = max(0, math.floor(math.log10(largest)) - exponent)
+        return [(value, f"{value:.{digits}e}" if value else "0") for value in values]
+    return [(value, f"{value:,.{max(0, -exponent)}f}") for value in values]
+
+
+def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """Ticks for an axis over the exponents [low, high] of ten: decades, or 1-2-5, or round values, as room allows."""
+    stride = max(1, math.ceil((high - low) / 6))
+    decades = range(math.ceil(low), math.floor(high) + 1)
+    if len(decades) >= 3:
+        return [(10.0**exponent, _plain(10.0**exponent)) for exponent in decades if exponent % stride == 0]
+    steps = [m * 10.0**e for e in range(math.floor(low), math.floor(high) + 1) for m in (1, 2, 5)]
+    inside = [value for value in steps if low <= math.log10(value) <= high]
+    if len(inside) >= 3:
+        return [(value, _plain(value)) for value in inside]
+    return [(value, label) for value, label in _linear_ticks(10.0**low, 10.0**high, 4) if value > 0]
+
+
+def _plain(value: float) -> str:
+    return f"{value:,.6g}" if 1e-3 <= value < 1e6 else f"{value:.0e}"
+
+
+def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Keeps the lowest and the highest point of each bucket, so that a spike survives; a bucket of gaps stays one."""
+    if len(y) <= 2 * MAX_BUCKETS:
+        return x, y
+    kept = {0, len(y) - 1}
+    for bucket in np.array_split(np.arange(len(y)), MAX_BUCKETS):
+        inside = bucket[~np.isnan(y[bucket])]
+        if len(inside):
+            kept.update((int(inside[y[inside].argmin()]), int(inside[y[inside].argmax()])))
+        else:
+            kept.add(int(bucket[0]))
+    order = sorted(kept)
+    return x[order], y[order]
+
+
+def _colour(index: int) -> str:
+    slot = index % len(_FALLBACK_COLOURS)
+    return f"var(--series-{slot + 1},{_FALLBACK_COLOURS[slot]})"
+
+
+def _dashed(index: int) -> bool:
+    """A second round through the colours is dashed."""
+    return index // len(_FALLBACK_COLOURS) % 2 == 1
+
+
+def _legend(names: list[str]) -> list[str]:
+    """Rows of `<tspan>`s. They flow within a row, so a page may enlarge the type without anything overlapping."""
+    rows, used = [], WIDTH
+    for index, name in enumerate(names):
+        width = 36 + 8 * len(name)
+        if used + width > WIDTH:
+            rows.append("")
+            used = 0
+        mark = "╍╍" if _dashed(index) else "━━"
+        gap = f' dx="{18 if used else 0}"'
+        rows[-1] += f'<tspan{gap} style="fill:{_colour(index)}">{mark}</tspan><tspan dx="6">{escape(name)}</tspan>'
+        used += width
+    return rows
+
+
+def _line(index: int, name: str, x: np.ndarray, y: np.ndarray, across, down) -> str:
+    """One series: a path, dots where a point has no neighbour or is the last, and hover targets with the values."""
+    drawn = np.flatnonzero(~np.isnan(y))
+    if not len(drawn):
+        return ""
+    points = {int(i): f"{across(x[i]):.1f} {down(y[i]):.1f}" for i in drawn}
+    path = "".join(("L" if i - 1 in points else "M") + point for i, point in points.items())
+    alone = [i for i in points if i - 1 not in points and i + 1 not in points]
+    dash = ' stroke-dasharray="6 4"' if _dashed(index) else ""
+    out = [
+        f'<g style="stroke:{_colour(index)};fill:{_colour(index)}">',
+        f'<path d="{path}" fill="none" style="fill:none" stroke-width="1.8" stroke-linejoin="round"{dash}>',
+        f"<title>{escape(name)}</title></path>",
+    ]
+    for i in sorted({*alone, int(drawn[-1])}):
+        out.append(f'<circle cx="{across(x[i]):.1f}" cy="{down(y[i]):.1f}" r="2.6" stroke="none"/>')
+    shown = np.unique(np.linspace(0, len(drawn) - 1, min(len(drawn), MAX_TOOLTIPS)).round().astype(int))
+    for i in drawn[shown]:
+        out.append(
+            f'<circle class="hit" cx="{across(x[i]):.1f}" cy="{down(y[i]):.1f}" r="6" opacity="0">'
+            f"<title>{escape(name)}: {y[i]:.4g} at {x[i]:,.6g}</title></circle>"
+        )
+    return "\n".join([*out, "</g>"])

@@ -1,0 +1,76 @@
+"""Checkpoints of a training: Orbax writes them, a checksum of every file guards them.
+
+Orbax restores a flipped byte without a word, takes any folder named by a number for a checkpoint, and so cannot tell a
+good one from a bad one. Here a checkpoint exists when its manifest, written last, exists; and it is restored only
+when every file still has the manifest's sha256.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from dvinv.errors import DvinvError
+from dvinv.runtime.files import disk_full_told, sha256_of, write_atomic
+
+
+class Checkpoints:
+    """The newest checkpoint of one training, in a folder of its own."""
+
+    def __init__(self, folder: Path):
+        self._folder = Path(folder).absolute()
+
+    def save(self, step: int, state) -> None:
+        """Write `state` (a pytree of arrays) as that of `step`, then drop older ones.
+
+        Raises:
+          DvinvError: the disk is full. The older checkpoint stands.
+        """
+        target = self._folder / f'{step:09d}'
+        with disk_full_told(target):
+            shutil.rmtree(target, ignore_errors=True)  # the remains of a save that was killed
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(target, state)
+        files = {str(p.relative_to(target)): sha256_of(p) for p in sorted(target.rglob('*')) if p.is_file()}
+        write_atomic(self._manifest(step), json.dumps({'step': step, 'sha256': files}, indent=1).encode())
+        for older in self._steps():
+            if older != step:
+                self._manifest(older).unlink()
+        for entry in self._folder.iterdir():
+            if entry.is_dir() and entry != target:
+                shutil.rmtree(entry, ignore_errors=True)
+
+    def restore(self, template):
+        """(step, state) of the newest checkpoint, or None where there is none.
+
+        Args:
+          template: a pytree like the saved state, of arrays or `jax.ShapeDtypeStruct`.
+
+        Raises:
+          DvinvError: a file of it is missing or not the one that was written (named).
+        """
+        steps = self._steps()
+        if not steps:
+            return None
+        step = steps[-1]
+        folder, way_out = self._folder / f'{step:09d}', f'delete {self._folder} to train this network again from its start'
+        try:
+            files = json.loads(self._manifest(step).read_text())['sha256']
+        except (ValueError, KeyError, TypeError) as error:
+            raise DvinvError(f'The checkpoint manifest {self._manifest(step)} is damaged; {way_out}.') from error
+        for name, sha256 in files.items():
+            if not (folder / name).exists():
+                raise DvinvError(f'The checkpoint file {folder / name} is missing; {way_out}.')
+            if sha256_of(folder / name) != sha256:
+                raise DvinvError(f'The checkpoint file {folder / name} is damaged (its sha256 is not the one written); '
+                                 f'{way_out}.')
+        with ocp.StandardCheckpointer() as checkpointer:
+            return step, checkpointer.restore(folder, jax.tree.map(ocp.utils.to_shape_dtype_struct, template))
+
+    def _manifest(self, step: int) -> Path:
+        return self._folder / f'{step:09d}.json'
+
+    def _steps(self) -> list[int]:
+        return sorted(int(p.stem) for p in self._folder.glob('*.json') if p.stem.isdigit())

@@ -1,0 +1,50 @@
+"""Files that are whole or absent: atomic writes and checksums."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+from dvinv.errors import DvinvError
+
+
+@contextlib.contextmanager
+def disk_full_told(path: Path):
+    """Turn "no space left" while writing `path` into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DvinvError(f'The disk is full: {path} could not be written. Nothing that was finished is lost; free some '
+                         'space and run the same command again, it goes on from there.') from error
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path`: after a kill or on a full disk the old file stands, or none, never a part.
+
+    Raises:
+      DvinvError: the disk is full.
+    """
+    path = Path(path)
+    with disk_full_told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+        try:
+            with os.fdopen(descriptor, 'wb') as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal sha256 of a file's bytes."""
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()

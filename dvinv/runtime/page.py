@@ -1,0 +1,261 @@
+"""The report of a run as one HTML file: no script, no other file, nothing fetched, the same text for the same inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from PIL import Image
+
+from dvinv.runtime.pictures import png_data_uri
+
+UNKNOWN = "–"
+
+# Numbers of a column line up through tabular figures; charts take their colours from the same variables.
+STYLESHEET = """
+:root { color-scheme: light dark; --page: #fbfbf9; --surface: #fff; --ink: #1c2128; --muted: #667080; --line: #e4e5e1;
+  --grid: #e9eae6; --accent: #2f6fde; --tint: #eef3fc; --series-1: #2f6fde; --series-2: #d9772b; --series-3: #1f9a70;
+  --series-4: #8a5bd0; --series-5: #cf4a6c; --series-6: #7b8594; }
+@media (prefers-color-scheme: dark) { :root { --page: #12151a; --surface: #1a1e25; --ink: #e4e7ec; --muted: #98a2b1;
+  --line: #2b313b; --grid: #2a3039; --accent: #76a5f7; --tint: #1d2838; --series-1: #76a5f7; --series-2: #eda164;
+  --series-3: #57c79b; --series-4: #b795ee; --series-5: #ef8aa4; --series-6: #9aa4b3; } }
+* { box-sizing: border-box; }
+html { scroll-behavior: smooth; -webkit-text-size-adjust: 100%; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.6 system-ui, "Segoe UI", sans-serif; }
+main { max-width: 68rem; margin: 0 auto; padding: clamp(1.75rem, 6vw, 4.5rem) clamp(1rem, 4vw, 2.5rem) 3rem; }
+p { margin: 0 0 .8em; } p:last-child { margin-bottom: 0; }
+.eyebrow { font-size: .78rem; font-weight: 600; letter-spacing: .12em; text-transform: uppercase; color: var(--accent); }
+h1 { margin: 0 0 1rem; font-size: clamp(1.75rem, 4.6vw, 2.7rem); font-weight: 650; line-height: 1.15;
+  letter-spacing: -.022em; text-wrap: balance; }
+h2 { margin: 0 0 .6rem; font-size: 1.4rem; font-weight: 620; letter-spacing: -.012em; line-height: 1.25; }
+.summary, .text { max-width: 46rem; } .summary { font-size: 1.08rem; } .text { color: var(--muted); }
+nav { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; margin-top: 1.4rem; font-size: .92rem; }
+nav a { color: var(--accent); text-decoration: none; } nav a:hover { text-decoration: underline; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .9rem; margin: 2.2rem 0 0; }
+.tiles div, .plot, .picture .grid, .table { background: var(--surface); border: 1px solid var(--line);
+  border-radius: 12px; }
+.tiles div { padding: 1rem 1.1rem; } .tiles dd { margin: 0; } .tiles dt { font-size: .86rem; color: var(--muted); }
+.tiles strong { display: block; font-size: 1.8rem; font-weight: 620; line-height: 1.35; letter-spacing: -.02em;
+  font-variant-numeric: tabular-nums; }
+.bar { display: block; height: 4px; margin: .25rem 0 .55rem; border-radius: 2px; background: var(--grid); }
+.bar span { display: block; height: 100%; border-radius: 2px; background: var(--accent); }
+.note { display: block; font-size: .8rem; line-height: 1.4; color: var(--muted); }
+section { margin-top: 3rem; padding-top: 2.2rem; border-top: 1px solid var(--line); }
+.table { margin: 1.4rem 0 0; overflow-x: auto; }
+table { width: 100%; border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
+caption, figcaption { font-size: .86rem; line-height: 1.5; color: var(--muted); text-align: left; }
+caption { padding: .8rem 1.1rem .2rem; } figcaption { padding: .6rem .2rem 0; max-width: 46rem; }
+th, td { padding: .55rem 1.1rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); }
+th { font-size: .82rem; font-weight: 600; color: var(--muted); border-top: 0; } .words { text-align: left; }
+.main td { background: var(--tint); font-weight: 600; }
+figure { margin: 0; min-width: 0; } .wide { margin-top: 1.4rem; }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.4rem;
+  margin-top: 1.4rem; align-items: start; } .columns > :only-child { max-width: 42rem; }
+.plot { padding: 1.1rem 1.1rem .7rem; } .chart { display: block; width: 100%; height: auto; overflow: visible; }
+.chart .hit:hover { opacity: 1; }
+.picture .grid { display: flex; justify-content: center; gap: .7rem; padding: .9rem; }
+.picture .rows { display: flex; flex-direction: column; font-size: .8rem; line-height: 1; color: var(--muted);
+  font-variant-numeric: tabular-nums; text-align: right; }
+.picture .rows span { flex: 1 1 0; display: flex; align-items: center; justify-content: flex-end; min-height: 0; }
+.picture img { display: block; min-width: 0; max-width: 100%; height: auto; flex: 0 1 auto; align-self: start;
+  image-rendering: pixelated; }
+footer { margin-top: 3rem; padding-top: 1.5rem; border-top: 1px solid var(--line); font-size: .86rem;
+  color: var(--muted); }
+summary { cursor: pointer; font-weight: 600; } details { margin-bottom: 1rem; }
+pre { margin: .8rem 0 0; padding: 1rem 1.1rem; overflow-x: auto; font: .82rem/1.55 ui-monospace, monospace;
+  color: var(--ink); background: var(--surface); border: 1px solid var(--line); border-radius: 12px; }
+@media (max-width: 40rem) { .chart { font-size: 15px; } .chart .chart-title { font-size: 18px; }
+  .tiles { grid-template-columns: 1fr 1fr; } .plot { padding: .9rem .8rem .5rem; } th, td { padding: .5rem .8rem; } }
+@media print { section, figure, .table { break-inside: avoid; } }
+"""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One key figure of the headline."""
+
+    label: str
+    """What was measured, in two or three words."""
+    value: str
+    """As shown; see `percent` and `number`."""
+    note: str = ""
+    """On what it was measured."""
+    fraction: float | None = None
+    """In [0, 1]: draws a bar of that length under the value. None draws no bar."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose first column holds names and whose others hold figures."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | int | float | None]]
+    """Each as long as `columns`. Numbers are shown by `number`; None and NaN are an en dash."""
+    caption: str = ""
+    highlight: int | None = None
+    """The row that the others are compared with, from 0."""
+    text_columns: int = 1
+    """How many columns at the left are text and not figures."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image with its caption."""
+
+    image: Image.Image
+    caption: str
+    row_labels: Sequence[str | int] = ()
+    """Names of the rows of a grid, from the top; see `pictures.shown_classes`."""
+    wide: bool = False
+    """Takes the whole width, above the charts; the others of a section stand side by side below them."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the report; what is empty is left out."""
+
+    heading: str
+    text: str = ""
+    """Paragraphs, with an empty line between them."""
+    tables: Sequence[Table] = ()
+    charts: Sequence[str] = ()
+    """SVG elements from `charts.line_chart`; they go into the page unescaped."""
+    pictures: Sequence[Picture] = ()
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A fraction in [0, 1] as per cent; None and NaN as an en dash."""
+    return UNKNOWN if value is None or math.isnan(value) else f"{100 * value:.{digits}f}%"
+
+
+def number(value: float | None) -> str:
+    """Whole numbers in full with separators, others to four significant digits; None and NaN as an en dash."""
+    if value is None or math.isnan(value):
+        return UNKNOWN
+    if isinstance(value, int):
+        return f"{value:,}"
+    if 1e-4 <= abs(value) < 1e6:
+        shown = f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
+        return shown.rstrip("0").rstrip(".") if "." in shown else shown
+    return f"{value:.3g}"
+
+
+def render(
+    title: str,
+    summary: str,
+    tiles: Sequence[Tile] = (),
+    sections: Sequence[Section] = (),
+    configuration: str = "",
+    eyebrow: str = "dvinv",
+    footer: str = "",
+) -> str:
+    """The page.
+
+    Args:
+      title: the headline and the name of the browser tab.
+      summary: what was done and what came out; paragraphs with an empty line between them.
+      tiles: the key figures, four to six.
+      sections: in the order of the page.
+      configuration: text of the run's configuration, shown as it is in a part that opens on a click.
+      eyebrow: the line above the headline.
+      footer: one line at the end, such as versions and hardware.
+    """
+    links = "".join(f'<a href="#s{i}">{escape(part.heading)}</a>' for i, part in enumerate(sections))
+    body = [
+        "<header>",
+        f'<p class="eyebrow">{escape(eyebrow)}</p>',
+        f"<h1>{escape(title)}</h1>",
+        f'<div class="summary">{_paragraphs(summary)}</div>',
+        f'<nav aria-label="Sections">{links}</nav>' if len(sections) > 1 else "",
+        "</header>",
+        f'<dl class="tiles">{"".join(_tile(tile) for tile in tiles)}</dl>' if tiles else "",
+        *(_section(i, part) for i, part in enumerate(sections)),
+        "<footer>",
+        _configuration(configuration) if configuration else "",
+        f"<p>{escape(footer)}</p>" if footer else "",
+        "</footer>",
+    ]
+    content = "\n".join(part for part in body if part)
+    # The policy makes the promise of the first line hold even if a caller's chart breaks it.
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{escape(title)}</title>
+<style>
+{STYLESHEET}</style>
+</head>
+<body>
+<main>
+{content}
+</main>
+</body>
+</html>
+"""
+
+
+def _configuration(text: str) -> str:
+    return f"<details><summary>Configuration</summary><pre>{escape(text)}</pre></details>"
+
+
+def _paragraphs(text: str) -> str:
+    return "".join(f"<p>{escape(part.strip())}</p>" for part in text.split("\n\n") if part.strip())
+
+
+def _tile(tile: Tile) -> str:
+    bar = ""
+    if tile.fraction is not None and math.isfinite(tile.fraction):
+        filled = 100 * min(1.0, max(0.0, tile.fraction))
+        bar = f'<span class="bar"><span style="width:{filled:.1f}%"></span></span>'
+    note = f'<span class="note">{escape(tile.note)}</span>' if tile.note else ""
+    return f"<div><dt>{escape(tile.label)}</dt><dd><strong>{escape(tile.value)}</strong>{bar}{note}</dd></div>"
+
+
+def _section(index: int, section: Section) -> str:
+    charts = "".join(f'<figure class="plot">{chart}</figure>' for chart in section.charts)
+    wide = "".join(_picture(picture) for picture in section.pictures if picture.wide)
+    narrow = "".join(_picture(picture) for picture in section.pictures if not picture.wide)
+    parts = [
+        f'<section id="s{index}">',
+        f"<h2>{escape(section.heading)}</h2>",
+        f'<div class="text">{_paragraphs(section.text)}</div>' if section.text else "",
+        *(_table(table) for table in section.tables),
+        wide,
+        f'<div class="columns">{charts}</div>' if charts else "",
+        f'<div class="columns">{narrow}</div>' if narrow else "",
+        "</section>",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _table(table: Table) -> str:
+    def cells(tag, values):
+        shown = [escape(value if isinstance(value, str) else number(value)) for value in values]
+        kinds = [' class="words"' if column < table.text_columns else "" for column in range(len(shown))]
+        return "".join(f"<{tag}{kind}>{text}</{tag}>" for kind, text in zip(kinds, shown))
+
+    rows = []
+    for index, row in enumerate(table.rows):
+        if len(row) != len(table.columns):
+            raise ValueError(f"Row {index} of a table has {len(row)} cells for {len(table.columns)} columns: {row!r}.")
+        mark = ' class="main"' if index == table.highlight else ""
+        rows.append(f"<tr{mark}>{cells('td', row)}</tr>")
+    caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
+    head = f"<thead><tr>{cells('th', table.columns)}</tr></thead>"
+    return f'<div class="table"><table>{caption}{head}<tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _picture(picture: Picture) -> str:
+    image, caption = picture.image, escape(picture.caption)
+    labels = "".join(f"<span>{escape(str(label))}</span>" for label in picture.row_labels)
+    rows = f'<div class="rows" aria-hidden="true">{labels}</div>' if labels else ""
+    size = f'width="{image.width}" height="{image.height}"'
+    return (
+        f'<figure class="{"picture wide" if picture.wide else "picture"}"><div class="grid">{rows}'
+        f'<img src="{png_data_uri(image)}" {size} alt="{caption}"></div><figcaption>{caption}</figcaption></figure>'
+    )

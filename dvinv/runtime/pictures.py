@@ -1,0 +1,82 @@
+"""Arrays of images as one picture: a grid with a row a class, and its text form for a page without other files."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+
+import numpy as np
+from PIL import Image
+
+
+def shown_classes(labels: np.ndarray, max_classes: int = 20) -> list[int]:
+    """The classes that `class_grid` gives a row, from the top.
+
+    Args:
+      labels: int [N].
+      max_classes: where there are more, this many are taken evenly spaced over the sorted classes: neighbouring
+        classes of a large data set tend to be alike (the first twenty of ImageNet are fish and birds).
+    """
+    if max_classes < 1:
+        raise ValueError(f"max_classes is {max_classes}; a grid needs at least one row.")
+    present = np.unique(np.asarray(labels))
+    if len(present) > max_classes:
+        present = present[np.linspace(0, len(present) - 1, max_classes).round().astype(int)]
+    return [int(label) for label in present]
+
+
+def class_grid(
+    images: np.ndarray,
+    labels: np.ndarray,
+    per_class: int,
+    *,
+    max_classes: int = 20,
+    gap: int = 4,
+    width: int = 900,
+) -> Image.Image:
+    """Lays images out with one row a class (ascending) and the first `per_class` images of the class as columns.
+
+    Args:
+      images: uint8 [N, H, W, C], C of 1 or 3.
+      labels: int [N].
+      per_class: columns.
+      max_classes: rows at most; see `shown_classes`.
+      gap: pixels between neighbours.
+      width: pixels the grid is about to have. Small images grow by a whole factor with nearest neighbour, so that a
+        pixel stays a square; images too large for it shrink by a whole factor with a mean.
+
+    Returns:
+      A picture of mode LA or RGBA. Gaps, and cells of a class with fewer images, are transparent, so the grid suits
+      a light and a dark page.
+    """
+    images, labels = np.asarray(images), np.asarray(labels)
+    if images.ndim != 4 or images.shape[-1] not in (1, 3) or images.dtype != np.uint8:
+        raise ValueError(f"Images are {images.dtype} {images.shape}; a grid needs uint8 [N, H, W, C] with C of 1 or 3.")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"Labels have shape {labels.shape} for {len(images)} images; give one label for each image.")
+    if not len(images) or per_class < 1:
+        raise ValueError(f"A grid of {len(images)} images with {per_class} columns is empty; give one or more.")
+
+    classes = shown_classes(labels, max_classes)
+    room = (width - gap * (per_class - 1)) / per_class
+    grow = max(1, int(room // images.shape[2]))
+    shrink = max(1, math.ceil(images.shape[2] / max(1.0, room)))
+    height_in, width_in = images.shape[1:3]
+    cell_height, cell_width = math.ceil(height_in / shrink) * grow, math.ceil(width_in / shrink) * grow
+    mode = "LA" if images.shape[-1] == 1 else "RGBA"
+    size = (per_class * (cell_width + gap) - gap, len(classes) * (cell_height + gap) - gap)
+    grid = Image.new(mode, size)
+    for row, label in enumerate(classes):
+        for column, index in enumerate(np.flatnonzero(labels == label)[:per_class]):
+            cell = Image.fromarray(images[index, :, :, 0] if mode == "LA" else images[index]).reduce(shrink)
+            cell = cell.resize((cell_width, cell_height), Image.Resampling.NEAREST).convert(mode)
+            grid.paste(cell, (column * (cell_width + gap), row * (cell_height + gap)))
+    return grid
+
+
+def png_data_uri(image: Image.Image) -> str:
+    """The picture as `data:image/png;base64,...`, lossless and the same for the same pixels."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

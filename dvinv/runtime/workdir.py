@@ -1,0 +1,132 @@
+"""The work directory of a run: its config, results, lock and clock.
+
+    config.json  results.json  metrics.jsonl  report.html  checkpoints/  networks/  pool/  samples/
+
+The same command resumes; another config is refused.
+"""
+
+import fcntl
+import json
+import time
+from pathlib import Path
+
+import ml_collections
+
+from dvinv.errors import DvinvError
+from dvinv.runtime.files import write_atomic
+from dvinv.runtime.metrics import Metrics
+
+# Keys that a resumed run may change, since no result depends on them.
+EXEMPT = ('tasks', 'devices', 'logging')
+
+
+def plain(config) -> dict:
+    """A config as nested dicts, lists and scalars, as JSON knows them."""
+    return json.loads(json.dumps(_plain(config)))
+
+
+def _plain(value):
+    if isinstance(value, ml_collections.ConfigDict):
+        return {key: _plain(value[key]) for key in sorted(value)}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _flat(tree, prefix='') -> dict:
+    """{'a.b[0].c': leaf} of nested dicts and lists."""
+    if isinstance(tree, dict):
+        return {k: v for key, item in tree.items() for k, v in _flat(item, f'{prefix}.{key}' if prefix else key).items()}
+    if isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
+        return {k: v for i, item in enumerate(tree) for k, v in _flat(item, f'{prefix}[{i}]').items()}
+    return {prefix: tree}
+
+
+def open_workdir(workdir, config) -> 'Workdir':
+    """`workdir` itself where it is open already; else the folder of this path, opened."""
+    return workdir if isinstance(workdir, Workdir) else Workdir(workdir, config)
+
+
+class Workdir:
+    """An open work directory; one process at a time.
+
+    Raises:
+      DvinvError: it holds a run with another config (names the keys), another process runs in it, or its config.json is
+        damaged.
+    """
+
+    def __init__(self, path, config):
+        self.path = Path(path)
+        config = plain(config)
+        self._refuse_other(config)
+        if self.path.exists() and not self.path.is_dir():
+            raise DvinvError(f'--workdir {self.path} is a file; name a folder.')
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / '.lock', 'w')  # noqa: SIM115  held, and so locked, for the life of the process
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DvinvError(f'Another process is running in {self.path}; wait for it, or choose another --workdir.') from error
+        self.metrics = Metrics(self.path / 'metrics.jsonl', on_append=self._tick)
+        self._times = self.read_json('times.json', {})
+        self._started, self._written = {}, 0.0
+        write_atomic(self.path / 'config.json', _dumps(config))
+
+    def _refuse_other(self, config: dict) -> None:
+        old = self.read_json('config.json', None)
+        if old is None:
+            return
+        mine, theirs = ({k: v for k, v in _flat(c).items() if k.split('.')[0] not in EXEMPT} for c in (config, old))
+        absent = object()
+        differing = sorted(k for k in {*mine, *theirs} if mine.get(k, absent) != theirs.get(k, absent))
+        if differing:
+            shown = ', '.join(f'{k} ({theirs.get(k, "absent")!r} there, {mine.get(k, "absent")!r} here)' for k in differing[:8])
+            more = f' and {len(differing) - 8} more' if len(differing) > 8 else ''
+            raise DvinvError(f'{self.path} holds a run with another config: {shown}{more}. Choose another --workdir, or repeat '
+                             'the settings of that run to resume it.')
+
+    def read_json(self, name: str, default):
+        """The parsed file, or `default` where there is none."""
+        try:
+            return json.loads((self.path / name).read_text())
+        except FileNotFoundError:
+            return default
+        except ValueError as error:
+            raise DvinvError(f'{self.path / name} is damaged ({error}); restore it or choose another --workdir.') from error
+
+    def network(self, name: str) -> Path:
+        """The file of a finished network."""
+        return self.path / 'networks' / f'{name}.safetensors'
+
+    @property
+    def results(self) -> dict:
+        """Results of the finished tasks, by task."""
+        return self.read_json('results.json', {})
+
+    def add_results(self, task: str, results: dict) -> None:
+        """Put a finished task's results beside the others'."""
+        write_atomic(self.path / 'results.json', _dumps({**self.results, task: results}))
+
+    def start_clock(self, task: str) -> None:
+        """From now on time belongs to `task`, on top of what earlier, killed runs spent on it."""
+        self._started[task] = time.monotonic() - self._times.get(task, 0.0)
+
+    def wall_seconds(self, task: str) -> float:
+        """Seconds spent on `task` so far, over all runs; remembered on disk."""
+        self._times[task] = time.monotonic() - self._started[task]
+        self._written = time.monotonic()
+        write_atomic(self.path / 'times.json', _dumps(self._times))
+        return self._times[task]
+
+    def _tick(self, task: str) -> None:
+        """Called with every measurement, so that a kill loses little of the time spent."""
+        if task in self._started and time.monotonic() - self._written > 2:
+            self.wall_seconds(task)
+
+    def close(self) -> None:
+        """Let other processes in."""
+        self._lock.close()
+
+
+def _dumps(tree) -> bytes:
+    return (json.dumps(tree, indent=2, sort_keys=True) + '\n').encode()

@@ -1,0 +1,51 @@
+"""A config over several seeds: mean and standard deviation of every figure, and the table that is printed."""
+
+import json
+import statistics
+from pathlib import Path
+
+import ml_collections
+
+from dvinv import pipeline
+from dvinv.runtime.files import write_atomic
+
+
+def run(config, workdir, count: int) -> dict:
+    """Run `config` with the seeds config.seed, config.seed + 1, ...; each in `workdir`/seed-S, resumable.
+
+    Returns:
+      {'seeds': [...], 'runs': [results of each], 'mean': {task: {figure: float}}, 'std': the same}, also written to
+      `workdir`/results.json. The deviation is the sample's (n - 1); None for one seed.
+    """
+    seeds, runs = [config.seed + i for i in range(count)], []
+    for seed in seeds:
+        one = ml_collections.ConfigDict(config)
+        one.seed = seed
+        runs.append(pipeline.run(one, Path(workdir) / f'seed-{seed}'))
+    summary = {'seeds': seeds, 'runs': runs, 'mean': _over(runs, statistics.fmean),
+               'std': _over(runs, lambda values: statistics.stdev(values) if len(values) > 1 else None)}
+    write_atomic(Path(workdir) / 'results.json', (json.dumps(summary, indent=2, sort_keys=True) + '\n').encode())
+    return summary
+
+
+def _over(runs: list[dict], summarise) -> dict:
+    """{task: {figure: summary}} of the figures that are numbers in every run."""
+    return {task: {figure: summarise([results[task][figure] for results in runs]) for figure in figures
+                   if figure != 'seed' and all(isinstance(results[task][figure], int | float) for results in runs)}
+            for task, figures in runs[0].items()}
+
+
+def table(summary: dict) -> str:
+    """The figures as lines of text, with the standard deviation where there are several seeds."""
+    runs = summary['runs']
+    mean, std = _over(runs, statistics.fmean), summary.get('std', {})
+    lines = []
+    for task, figures in mean.items():
+        for figure, value in figures.items():
+            spread = std.get(task, {}).get(figure)
+            lines.append(f'{task:14}{figure:28}{_short(value):>12}' + (f' +- {_short(spread)}' if spread is not None else ''))
+    return '\n'.join(lines)
+
+
+def _short(value: float) -> str:
+    return f'{value:,.0f}' if value >= 1000 or value == int(value) and value > 1 else f'{value:.4f}'

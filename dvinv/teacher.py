@@ -1,0 +1,135 @@
+"""The task `teacher`: the network that is inverted, and the verifier that judges the images; trained or read, then scored."""
+
+import functools
+import importlib
+from pathlib import Path
+
+import jax
+import optax
+
+from dvinv.configuration import recipe_of
+from dvinv.data.real import RealData, load_real
+from dvinv.errors import DvinvError
+from dvinv.evaluation import accuracy, flops
+from dvinv.inversion.teacher import Teacher, from_linen
+from dvinv.networks import Classifier, create, initialise, load_classifier, load_network
+from dvinv.runtime.workdir import Workdir, open_workdir
+from dvinv.training import learn
+
+ROLES = {'teacher': 1, 'verifier': 2}
+
+
+def run(config, workdir) -> dict:
+    """Train what is not given, score teacher and verifier on the real test images; returns the figures."""
+    workdir = open_workdir(workdir, config)
+    data = load_real(config.data.name, config.data.validation)
+    for name, group in (('teacher', config.teacher), ('verifier', config.verifier)):
+        if _is_trained_here(name, config):
+            learn(config, workdir, 'teacher', name, group, recipe_of(group.training), supervised(group.training.label_smoothing),
+                  _blank(config, data), data.train.images, data.train.labels, ROLES[name])
+    teacher, verifier = load(config, workdir), load_verifier(config, workdir)
+    check_fits(teacher, data)
+    return {
+        'test_accuracy': accuracy(teacher, data.test.images, data.test.labels),
+        'verifier_test_accuracy': accuracy(verifier, data.test.images, data.test.labels) if verifier else None,
+        'test_images': len(data.test.labels),
+        'parameters': teacher.parameters,
+        'flops': flops(teacher),
+    }
+
+
+def load(config, workdir: Workdir) -> Teacher:
+    """The teacher of a run: from the user's factory, from a weights file, or as the task `teacher` trained it.
+
+    Raises:
+      DvinvError: it is not there, cannot be imported, or cannot be inverted.
+    """
+    group = config.teacher
+    if group.factory:
+        return _from_factory(group.factory)
+    variables, about = load_network(_file(config, workdir, 'teacher'))
+    if about['network'] != group.network:
+        raise DvinvError(f'{group.weights} holds a {about["network"]}, but teacher.network is {group.network}.')
+    module = create(about['network'], about['num_classes'], about['width'])
+    return from_linen(module, variables, image_shape=about['image_shape'], mean=about['mean'], std=about['std'])
+
+
+def load_verifier(config, workdir: Workdir) -> Classifier | None:
+    """The network that judges the images, independent of the teacher; None where the config names none."""
+    return load_classifier(_file(config, workdir, 'verifier')) if config.verifier.network else None
+
+
+def check_fits(teacher: Classifier, data: RealData) -> None:
+    """Refuse a data set whose pictures or classes the teacher cannot take."""
+    if tuple(teacher.image_shape) != tuple(data.image_shape):
+        theirs, ours = ('x'.join(map(str, shape)) for shape in (teacher.image_shape, data.image_shape))
+        raise DvinvError(f'The teacher takes images of {theirs} (height x width x channels), but the data set has {ours}.')
+    highest = int(max(data.train.labels.max(), data.test.labels.max()))
+    if highest >= teacher.num_classes:
+        raise DvinvError(f'The data set has the label {highest}, but the teacher knows {teacher.num_classes} classes, 0 to '
+                         f'{teacher.num_classes - 1}.')
+
+
+def check(config) -> None:
+    """Refuse, before anything is written, a teacher that could not be inverted or does not fit the data."""
+    data = load_real(config.data.name, config.data.validation)
+    if config.teacher.factory:
+        check_fits(_from_factory(config.teacher.factory), data)
+    elif _is_trained_here('teacher', config):
+        from_linen(*_abstract(config, data), image_shape=data.image_shape, mean=config.teacher.mean,
+                   std=config.teacher.std)
+    else:
+        load_network(config.teacher.weights)
+    if _is_trained_here('verifier', config):
+        create(config.verifier.network, data.num_classes, config.verifier.width)
+    create(config.student.network, data.num_classes, config.student.width)
+
+
+def supervised(label_smoothing: float):
+    """Cross-entropy to the labels, as a loss for `training.fit`."""
+
+    def loss(logits, x, labels, frozen):
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
+        return optax.softmax_cross_entropy(logits, targets).mean()
+
+    return loss
+
+
+def _is_trained_here(name: str, config) -> bool:
+    group = config[name]
+    return bool(group.network) and not group.weights and not group.get('factory', '')
+
+
+def _file(config, workdir: Workdir, name: str) -> Path:
+    """Where the weights of teacher or verifier are."""
+    path = Path(config[name].weights or workdir.network(name))
+    if not path.exists() and not config[name].weights:
+        raise DvinvError(f'There is no {name} in {workdir.path} yet; run the task teacher first, or set {name}.weights.')
+    return path
+
+
+@functools.cache
+def _from_factory(name: str) -> Teacher:
+    """What the user's 'module:function' returns."""
+    module, _, function = name.partition(':')
+    try:
+        factory = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise DvinvError(f"teacher.factory is {name!r}, which cannot be imported ({error}); it must be 'module:function' on "
+                         'the Python path.') from error
+    teacher = factory()
+    if not isinstance(teacher, Teacher):
+        raise DvinvError(f'teacher.factory {name!r} returned a {type(teacher).__name__}; it must return a dvinv.Teacher, as '
+                         'dvinv.from_linen makes.')
+    return teacher
+
+
+def _blank(config, data: RealData) -> Classifier:
+    """What a network trained here will be, without weights."""
+    return Classifier(None, None, data.image_shape, data.num_classes, tuple(config.teacher.mean), tuple(config.teacher.std))
+
+
+def _abstract(config, data: RealData):
+    """(module, shapes of its variables) of the teacher to be."""
+    module = create(config.teacher.network, data.num_classes, config.teacher.width)
+    return module, jax.eval_shape(lambda key: initialise(module, key, data.image_shape), jax.random.key(0))
