@@ -27,7 +27,7 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
         'validation': False,  # score on a held-out fifth of the training split instead of the test split
     })
     recipe = {'updates': 500, 'batch_size': 128, 'learning_rate': 0.01, 'optimiser': 'adam', 'schedule': 'cosine',
-              'milestones': (0.4, 0.8), 'warmup': 0, 'weight_decay': 0.0, 'shift': 0, 'flip': False, 'reestimate': 0}
+              'milestones': (0.4, 0.8), 'warmup': 0, 'weight_decay': 0.0, 'shift': 0, 'flip': False, 'noise': 0.0, 'reestimate': 0}
     config.teacher = ml_collections.ConfigDict({
         'factory': '',  # 'module:function' that returns a dvinv.Teacher; or network and weights:
         'network': 'small_resnet',

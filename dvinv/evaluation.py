@@ -55,6 +55,12 @@ def _count(jaxpr) -> int:
             (contracted, _), _ = equation.params['dimension_numbers']
             total += 2 * out.size * int(np.prod([equation.invars[0].aval.shape[i] for i in contracted]))
         else:
-            inner = sum(_count(sub) for sub in jax.core.jaxprs_in_params(equation.params))
+            inner = sum(_count(sub) for sub in _inner_jaxprs(equation.params))
             total += inner * equation.params.get('length', 1)  # a scan runs its body `length` times
     return total
+
+
+def _inner_jaxprs(params: dict) -> list:
+    """The jaxprs that an equation (jit, remat, scan, a custom gradient) carries."""
+    values = [item for value in params.values() for item in (value if isinstance(value, tuple | list) else [value])]
+    return [getattr(value, 'jaxpr', value) for value in values if hasattr(getattr(value, 'jaxpr', value), 'eqns')]

@@ -2,7 +2,7 @@
 
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from dvinv.errors import DvinvError
@@ -20,6 +20,7 @@ def main(_) -> None:
     from dvinv import pipeline, seeds
     from dvinv.runtime.devices import set_cpu_devices
 
+    logging.set_verbosity(logging.WARNING)  # Orbax tells much of every checkpoint
     set_cpu_devices(config.devices)
     jax.config.update('jax_compilation_cache_dir', _compilation_cache())
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)

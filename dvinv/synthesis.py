@@ -126,7 +126,7 @@ def _real_feature_loss(config, teacher: Teacher, batches: int) -> float:
     stage: Stage = inversion_config(config).stages[-1]
     if not (config.teacher.factory or config.teacher.weights):
         recipe = config.teacher.training
-        stage = Stage(1, 0.0, augmentation='crop', jitter=recipe.shift, flip=recipe.flip)
+        stage = Stage(1, 0.0, augmentation='crop', jitter=recipe.shift, flip=recipe.flip, noise=recipe.noise)
     measure = make_feature_loss(teacher, stage)
     size = min(config.synthesis.batch_size, len(data.train.labels))
     order = np.random.default_rng(config.seed).permutation(len(data.train.labels))

@@ -6,18 +6,16 @@ checkpoint, so a training that was killed ends with the bits of one that was not
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
 import flax
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dvinv.errors import DvinvError
-from dvinv.inversion.augmentation import augment
+from dvinv.inversion.augmentation import Augmentation
 from dvinv.networks import Classifier, create, initialise, load_classifier, save_network
 from dvinv.runtime.checkpoints import Checkpoints
 from dvinv.runtime.devices import AXIS, make_mesh, training_mesh
@@ -60,6 +58,7 @@ class Recipe:
     weight_decay: float = 0.0
     shift: int = 0  # pixels; random crops of a picture padded with black
     flip: bool = False  # a coin an image
+    noise: float = 0.0  # deviation, up to, of Gaussian noise an image, for pixels in [0, 1]
     reestimate: int = 0  # batches on which BatchNorm statistics are estimated again at the end, weights frozen
 
     def check(self, name: str) -> None:
@@ -70,6 +69,11 @@ class Recipe:
         for field, choices in (('optimiser', ('adam', 'sgd')), ('schedule', ('cosine', 'step'))):
             if getattr(self, field) not in choices:
                 raise DvinvError(f'{name}.{field} is {getattr(self, field)!r}; choose one of {", ".join(choices)}.')
+
+    @property
+    def look(self) -> Augmentation:
+        """How the network is shown its training images."""
+        return Augmentation('crop', self.shift, self.flip, self.noise)
 
     def optimizer(self) -> optax.GradientTransformation:
         """The Optax optimiser with its schedule."""
@@ -95,15 +99,14 @@ def make_update(module, recipe: Recipe, loss_fn: Callable, classifier: Classifie
     The update takes images uint8 [N, H, W, C] and labels int [N], of which `chosen` int [B] are this batch.
     """
     optimizer = recipe.optimizer()
-    black = jnp.asarray(classifier.valid_range[0])
 
     def update(state: TrainState, images, labels, chosen, frozen, key):
-        x = augment(jax.random.fold_in(key, state.step), classifier.normalise(images[chosen]), 'crop', recipe.shift,
-                    recipe.flip, black)
+        look_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+        x = recipe.look(look_key, classifier.normalise(images[chosen]), classifier)
 
         def loss_of(params):
             logits, changed = module.apply({'params': params, 'batch_stats': state.batch_stats}, x, train=True,
-                                           mutable=['batch_stats'])
+                                           mutable=['batch_stats'], rngs={'dropout': dropout_key})
             return loss_fn(logits, x, labels[chosen], frozen), changed.get('batch_stats', {})
 
         (loss, batch_stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
@@ -116,12 +119,10 @@ def make_update(module, recipe: Recipe, loss_fn: Callable, classifier: Classifie
 
 def make_reestimate(module, recipe: Recipe, classifier: Classifier):
     """`(state, images, chosen, key) -> state`: one batch in train mode moves the running statistics, weights stay."""
-    black = jnp.asarray(classifier.valid_range[0])
-
     def reestimate(state: TrainState, images, chosen, key):
-        x = augment(jax.random.fold_in(key, state.step), classifier.normalise(images[chosen]), 'crop', recipe.shift,
-                    recipe.flip, black)
-        _, changed = module.apply(state.variables, x, train=True, mutable=['batch_stats'])
+        look_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+        x = recipe.look(look_key, classifier.normalise(images[chosen]), classifier)
+        _, changed = module.apply(state.variables, x, train=True, mutable=['batch_stats'], rngs={'dropout': dropout_key})
         return state.replace(batch_stats=changed.get('batch_stats', {}), step=state.step + 1)
 
     return reestimate

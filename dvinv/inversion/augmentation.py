@@ -1,4 +1,4 @@
-"""What the teacher is shown: pool, then shift, then flip of the optimised images.
+"""What a network is shown: images pooled, shifted, mirrored, with noise.
 
 The paper rolls the whole batch by one random offset and flips it by one coin. The alternative, `crop`, pads each image
 with black and cuts a random window of its own: running statistics describe the *augmented* training set, so a
@@ -8,8 +8,12 @@ Random numbers are drawn for the whole batch from a key that no device index ent
 batch takes its slice of them.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+
+from dvinv.networks.classifier import Classifier
 
 
 def average_pool(x: jax.Array, factor: int) -> jax.Array:
@@ -56,19 +60,29 @@ def flip_each(key: jax.Array, x: jax.Array, axis: str | None = None) -> jax.Arra
     return jnp.where(coins, x[:, :, ::-1], x)
 
 
-def augment(key: jax.Array, x: jax.Array, kind: str, pixels: int, flips: bool, fill: jax.Array,
-            axis: str | None = None) -> jax.Array:
-    """The view x' of images x [B, H, W, C] (normalised): shifted by up to `pixels`, mirrored if `flips`.
+def add_noise(key: jax.Array, x: jax.Array, most: jax.Array, axis: str | None = None) -> jax.Array:
+    """Add Gaussian noise; each image's deviation is drawn from [0, `most`], `most` [C] in normalised space."""
+    deviation_key, noise_key = jax.random.split(key)
+    deviations = per_image(lambda n: jax.random.uniform(deviation_key, (n, 1, 1, 1)), x.shape[0], axis)
+    noise = per_image(lambda n: jax.random.normal(noise_key, (n, *x.shape[1:])), x.shape[0], axis)
+    return x + most * deviations * noise
 
-    Args:
-      key: of this iteration; the same on every device.
-      kind: 'roll' (the paper: one offset, one coin a batch) or 'crop' (one an image, black comes in at the borders).
-      fill: black in normalised space, [C].
-      axis: the mesh axis that the batch is split over, or None.
-    """
-    shift_key, flip_key = jax.random.split(key)
-    if kind == 'roll':
-        x = roll(shift_key, x, pixels) if pixels else x
-        return flip(flip_key, x) if flips else x
-    x = crop_each(shift_key, x, pixels, fill, axis)
-    return flip_each(flip_key, x, axis) if flips else x
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """How images are changed before a network sees them."""
+
+    kind: str = 'crop'  # 'roll' (the paper: one offset, one coin a batch) or 'crop' (one an image; black comes in)
+    shift: int = 0  # pixels, up to
+    flip: bool = False  # mirror left to right, by a coin
+    noise: float = 0.0  # deviation of Gaussian noise, up to, for pixels in [0, 1]
+
+    def __call__(self, key: jax.Array, x: jax.Array, network: Classifier, axis: str | None = None) -> jax.Array:
+        """The view x' of images x [B, H, W, C] normalised for `network`; `key` is the same on every device of `axis`."""
+        shift_key, flip_key, noise_key = jax.random.split(key, 3)
+        if self.shift:
+            x = (roll(shift_key, x, self.shift) if self.kind == 'roll'
+                 else crop_each(shift_key, x, self.shift, jnp.asarray(network.valid_range[0]), axis))
+        if self.flip:
+            x = flip(flip_key, x) if self.kind == 'roll' else flip_each(flip_key, x, axis)
+        return add_noise(noise_key, x, self.noise / jnp.asarray(network.std), axis) if self.noise else x

@@ -1,9 +1,8 @@
 """The objective of DeepInversion (eq. 1 to 5): the one place where the terms meet their weights."""
 
 import jax
-import jax.numpy as jnp
 
-from dvinv.inversion.augmentation import augment, average_pool
+from dvinv.inversion.augmentation import average_pool
 from dvinv.inversion.losses import (
     L2,
     TOTAL_VARIATION,
@@ -19,8 +18,7 @@ from dvinv.inversion.teacher import Teacher
 def view(teacher: Teacher, stage: Stage, images: jax.Array, key: jax.Array, axis: str | None = None):
     """(pooled images, what the teacher sees): images [B, H, W, C] at the stage's resolution, plain and augmented."""
     pooled = average_pool(images, stage.pool_factor(images.shape[1]))
-    black = jnp.asarray(teacher.valid_range[0])
-    return pooled, augment(key, pooled, stage.augmentation, stage.jitter, stage.flip, black, axis)
+    return pooled, stage.look(key, pooled, teacher, axis)
 
 
 def objective(teacher: Teacher, config: InversionConfig, stage: Stage, student_fn, images, labels, variables,

@@ -7,6 +7,11 @@ _IMAGENET_WEIGHTS = {'feature': 0.01, 'total_variation': 1e-4, 'l2': 1e-5, 'comp
 _IMAGENET_STAGE = {'learning_rate': 0.2, 'warmup': 100, 'beta1': 0.5, 'beta2': 0.9, 'flip': True}
 
 PRESETS = {
+    # The 8x8 digits: the teacher is shown what it was trained on (shifted, noisy pictures), Adam takes long steps.
+    'digits': InversionConfig(
+        stages=(Stage(iterations=100, learning_rate=0.4, beta1=0.5, beta2=0.9, augmentation='crop', jitter=1, noise=0.1),),
+        weights=Weights(feature=0.3, total_variation=1e-3),
+        prior_on='image'),
     # CIFAR-10 as in the paper; batches of 256.
     'cifar10_paper': InversionConfig(
         stages=(Stage(learning_rate=0.05, **_CIFAR_STAGE),),

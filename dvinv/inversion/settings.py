@@ -6,6 +6,7 @@ from typing import Any
 import optax
 
 from dvinv.errors import DvinvError
+from dvinv.inversion.augmentation import Augmentation
 from dvinv.inversion.losses import L2, TOTAL_VARIATION
 
 
@@ -23,11 +24,17 @@ class Stage:
     augmentation: str = 'roll'  # 'roll' (paper) or 'crop': see augmentation.py
     jitter: int = 0  # pixels, at this stage's resolution
     flip: bool = False
+    noise: float = 0.0  # deviation, up to, of Gaussian noise an image, for pixels in [0, 1]
     clip: bool = True  # keep pixels in the valid range [0, 1] (before normalisation) after each iteration
 
     def pool_factor(self, height: int) -> int:
         """How many pixels of an image of this `height` are averaged into one that the teacher sees."""
         return height // self.resolution if self.resolution else 1
+
+    @property
+    def look(self) -> Augmentation:
+        """How the teacher is shown the images."""
+        return Augmentation(self.augmentation, self.jitter, self.flip, self.noise)
 
     def optimiser(self) -> optax.GradientTransformation:
         """Adam on the pixels, with this stage's schedule."""

@@ -16,14 +16,15 @@ from dvinv.networks.classifier import Classifier, flatten, unflatten
 from dvinv.runtime.files import write_atomic
 
 
-def _scaled(channels: tuple[int, ...], width: float) -> tuple[int, ...]:
-    return tuple(max(1, round(c * width)) for c in channels)
+def _scaled(channels: tuple[int, ...], hidden: int, width: float) -> tuple[tuple[int, ...], int]:
+    """Channels and hidden units, `width` times as many."""
+    return tuple(max(1, round(c * width)) for c in channels), max(1, round(hidden * width))
 
 
 # name -> (num_classes, width) -> Linen module with __call__(x, train)
 NETWORKS: dict[str, Callable] = {
-    'small_resnet': lambda classes, width: small.SmallResNet(classes, _scaled((32, 64), width)),
-    'small_convnet': lambda classes, width: small.SmallConvNet(classes, _scaled((32, 64), width)),
+    'small_resnet': lambda classes, width: small.SmallResNet(classes, *_scaled((32, 64), 64, width)),
+    'small_convnet': lambda classes, width: small.SmallConvNet(classes, *_scaled((32, 64), 128, width)),
 }
 
 

@@ -28,34 +28,36 @@ class ResidualBlock(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """A 3x3 stem, then residual blocks; every stage but the first halves the picture. [B, H, W, C] -> logits [B, K]."""
+    """A 3x3 stem, a residual block a stage (every stage but the first halves the picture), a dense layer with BatchNorm.
+
+    [B, H, W, C] -> logits [B, K].
+    """
 
     num_classes: int
     channels: Sequence[int] = (32, 64)  # a stage
-    blocks: int = 1  # a stage
+    hidden: int = 64
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         x = nn.relu(_norm(train)(nn.Conv(self.channels[0], (3, 3), use_bias=False)(x)))
         for stage, channels in enumerate(self.channels):
-            for block in range(self.blocks):
-                x = ResidualBlock(channels, 2 if stage and not block else 1)(x, train)
-        return nn.Dense(self.num_classes)(x.mean((1, 2)))
+            x = ResidualBlock(channels, 2 if stage else 1)(x, train)
+        x = nn.avg_pool(x, (2, 2), (2, 2))
+        x = nn.relu(_norm(train)(nn.Dense(self.hidden, use_bias=False)(x.reshape(x.shape[0], -1))))
+        return nn.Dense(self.num_classes)(x)
 
 
 class SmallConvNet(nn.Module):
-    """Plain 3x3 convolutions with BatchNorm, max-pooling between stages, a dense layer. [B, H, W, C] -> logits [B, K]."""
+    """Plain 3x3 convolutions with BatchNorm and max-pooling, dropout, a wide dense layer. [B, H, W, C] -> logits [B, K]."""
 
     num_classes: int
-    channels: Sequence[int] = (32, 64)  # a stage of two convolutions
-    hidden: int = 64
+    channels: Sequence[int] = (32, 64)  # a convolution
+    hidden: int = 128
+    dropout: float = 0.3
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        for stage, channels in enumerate(self.channels):
-            if stage:
-                x = nn.max_pool(x, (2, 2), (2, 2))
-            for _ in range(2):
-                x = nn.relu(_norm(train)(nn.Conv(channels, (3, 3), use_bias=False)(x)))
-        x = nn.relu(nn.Dense(self.hidden)(x.reshape(x.shape[0], -1)))
-        return nn.Dense(self.num_classes)(x)
+        for channels in self.channels:
+            x = nn.max_pool(nn.relu(_norm(train)(nn.Conv(channels, (3, 3))(x))), (2, 2), (2, 2))
+        x = nn.Dropout(self.dropout, deterministic=not train)(x.reshape(x.shape[0], -1))
+        return nn.Dense(self.num_classes)(nn.relu(nn.Dense(self.hidden)(x)))
