@@ -1,4 +1,12 @@
-"""digits."""
+"""Teacher, images, student on real 8x8 digits: the whole chain, on data that comes inside scikit-learn.
+
+    python -m dvinv.main --config configs/digits.py --workdir runs/digits
+
+A residual network of 94 thousand parameters is trained on 1,437 scanned digits; 1,024 images are synthesized from it alone;
+a student with a quarter of its parameters learns from them, and everything is scored on the 360 real test images. About
+90 seconds on a 2-core CPU. Every setting was chosen on a validation part of the training split
+(`--config.data.validation=True`). Expected figures: the README's table. `:smoke` shrinks the run to seconds.
+"""
 
 import ml_collections
 
@@ -6,5 +14,30 @@ from dvinv.configuration import base_config
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
+    """The config; `arg` is '' or 'smoke'."""
     config = base_config('digits')
+    config.teacher.mean, config.teacher.std = (0.3053,), (0.3761,)  # of the training pixels
+    # Noise makes the teacher's statistics, and so the images, those of robust features: the verifier's share of agreement
+    # rose from .7 to .97 with it.
+    augmentation = {'shift': 1, 'noise': 0.1}
+    optimiser = {'batch_size': 64, 'weight_decay': 5e-4}
+    config.teacher.training.update(updates=500, learning_rate=5e-3, warmup=50, **optimiser, **augmentation)
+    config.verifier.training.update(updates=600, learning_rate=2e-3, warmup=60, **optimiser, **augmentation)
+    config.student.width = 0.5
+    config.synthesis.update(images=1024, batch_size=512)
+    config.distillation.update(updates=400, learning_rate=3e-2, warmup=40, **optimiser, **augmentation)
+    if arg == 'smoke':
+        shrink(config)
+    elif arg:
+        raise ValueError(f'configs/digits.py knows the argument smoke, not {arg!r}')
     return config
+
+
+def shrink(config) -> None:
+    """Seconds instead of minutes: every part runs, no figure means anything."""
+    for group in (config.teacher.training, config.verifier.training, config.distillation):
+        group.update(updates=20, batch_size=32, warmup=2)
+    config.teacher.width, config.student.width, config.verifier.width = 0.25, 0.125, 0.25
+    config.synthesis.update(images=40, batch_size=20)
+    config.synthesis.stages[0].iterations = 5
+    config.logging.update(every=5, checkpoint_every=10, iterations=2)

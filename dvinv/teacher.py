@@ -5,6 +5,7 @@ import importlib
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from dvinv.configuration import recipe_of
@@ -12,7 +13,7 @@ from dvinv.data.real import RealData, load_real
 from dvinv.errors import DvinvError
 from dvinv.evaluation import accuracy, flops
 from dvinv.inversion.teacher import Teacher, from_linen
-from dvinv.networks import Classifier, create, initialise, load_classifier, load_network
+from dvinv.networks import Classifier, create, load_classifier, load_network
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.training import learn
 
@@ -132,4 +133,5 @@ def _blank(config, data: RealData) -> Classifier:
 def _abstract(config, data: RealData):
     """(module, shapes of its variables) of the teacher to be."""
     module = create(config.teacher.network, data.num_classes, config.teacher.width)
-    return module, jax.eval_shape(lambda key: initialise(module, key, data.image_shape), jax.random.key(0))
+    image = jax.ShapeDtypeStruct((1, *data.image_shape), jnp.float32)
+    return module, jax.eval_shape(functools.partial(module.init, train=False), jax.random.key(0), image)

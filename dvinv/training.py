@@ -90,24 +90,22 @@ class Recipe:
 
 
 def make_update(module, recipe: Recipe, loss_fn: Callable, classifier: Classifier):
-    """The pure update `(state, images, labels, chosen, frozen, key) -> (state, loss)`.
+    """The pure update `(state, images, labels, frozen, key) -> (state, loss)`, for images uint8 [B, H, W, C], labels [B].
 
     Args:
       loss_fn: (logits, x, labels, frozen) -> scalar; x is the augmented, normalised batch, `frozen` a teacher's variables.
       classifier: tells how pixels are normalised.
-
-    The update takes images uint8 [N, H, W, C] and labels int [N], of which `chosen` int [B] are this batch.
     """
     optimizer = recipe.optimizer()
 
-    def update(state: TrainState, images, labels, chosen, frozen, key):
+    def update(state: TrainState, images, labels, frozen, key):
         look_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-        x = recipe.look(look_key, classifier.normalise(images[chosen]), classifier)
+        x = recipe.look(look_key, classifier.normalise(images), classifier)
 
         def loss_of(params):
             logits, changed = module.apply({'params': params, 'batch_stats': state.batch_stats}, x, train=True,
                                            mutable=['batch_stats'], rngs={'dropout': dropout_key})
-            return loss_fn(logits, x, labels[chosen], frozen), changed.get('batch_stats', {})
+            return loss_fn(logits, x, labels, frozen), changed.get('batch_stats', {})
 
         (loss, batch_stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -118,10 +116,10 @@ def make_update(module, recipe: Recipe, loss_fn: Callable, classifier: Classifie
 
 
 def make_reestimate(module, recipe: Recipe, classifier: Classifier):
-    """`(state, images, chosen, key) -> state`: one batch in train mode moves the running statistics, weights stay."""
-    def reestimate(state: TrainState, images, chosen, key):
+    """`(state, images, key) -> state`: one batch in train mode moves the running statistics, weights stay."""
+    def reestimate(state: TrainState, images, key):
         look_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-        x = recipe.look(look_key, classifier.normalise(images[chosen]), classifier)
+        x = recipe.look(look_key, classifier.normalise(images), classifier)
         _, changed = module.apply(state.variables, x, train=True, mutable=['batch_stats'], rngs={'dropout': dropout_key})
         return state.replace(batch_stats=changed.get('batch_stats', {}), step=state.step + 1)
 
@@ -177,7 +175,7 @@ def fit(module, recipe: Recipe, loss_fn: Callable, classifier: Classifier, image
     everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
     key = jax.random.key(seed)
     update = jax.jit(make_update(module, recipe, loss_fn, classifier), donate_argnums=0,
-                     in_shardings=(everywhere, everywhere, everywhere, split, everywhere, everywhere))
+                     in_shardings=(everywhere, split, split, everywhere, everywhere))
 
     variables = initialise(module, jax.random.fold_in(key, 0), classifier.image_shape)
     state = TrainState(variables['params'], variables.get('batch_stats', {}),
@@ -187,13 +185,12 @@ def fit(module, recipe: Recipe, loss_fn: Callable, classifier: Classifier, image
     state = jax.device_put(state, everywhere)
     workdir.metrics.cut(task, series, step)
 
-    images, labels, frozen = jax.device_put((images, labels, frozen), everywhere)
-    batch_key = jax.random.fold_in(key, 1)
+    frozen, batch_key = jax.device_put((frozen, jax.random.fold_in(key, 1)), everywhere)
     losses = []
     with Progress(f'{task}: {series}', recipe.updates, step) as progress:
         while step < recipe.updates:
             chosen = chosen_images(seed, step, recipe.batch_size, len(images))
-            state, loss = update(state, images, labels, chosen, frozen, batch_key)
+            state, loss = update(state, images[chosen], labels[chosen], frozen, batch_key)
             losses.append(loss)
             step += 1
             last = step == recipe.updates
@@ -204,9 +201,9 @@ def fit(module, recipe: Recipe, loss_fn: Callable, classifier: Classifier, image
                 progress.update(step, loss=mean)
                 if step % logging.checkpoint_every == 0 and not last:
                     checkpoints.save(step, jax.device_get(state))
-    reestimate = jax.jit(make_reestimate(module, recipe, classifier), in_shardings=(everywhere, everywhere, split, everywhere))
+    reestimate = jax.jit(make_reestimate(module, recipe, classifier), in_shardings=(everywhere, split, everywhere))
     for batch in range(recipe.updates, recipe.updates + recipe.reestimate):
-        state = reestimate(state, images, chosen_images(seed, batch, recipe.batch_size, len(images)), batch_key)
+        state = reestimate(state, images[chosen_images(seed, batch, recipe.batch_size, len(images))], batch_key)
     return jax.device_get(state.variables)
 
 

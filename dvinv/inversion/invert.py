@@ -81,10 +81,13 @@ def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student
         expected = 1 if split else mesh.size
         if batches != expected:
             raise ValueError(f'this inverter takes {expected} batches at a time, not {batches}')
-        labels = labels[0] if split else labels
-        keys = keys[0] if split else keys
+        # Everything is put where the programs leave it, or the first call would be compiled for another placement.
+        batchwise = NamedSharding(mesh, P() if split else P(AXIS))
+        keys = jax.device_put(keys[0] if split else keys, batchwise)
+        iteration = jax.device_put(np.zeros((), np.int32) if split else np.zeros(batches, np.int32), batchwise)
+        labels = jax.device_put(labels[0] if split else labels, NamedSharding(mesh, P(AXIS)))
+        student_variables = jax.device_put(student_variables, NamedSharding(mesh, P()))
         images, step_keys = program('begin', batch_size)(keys)
-        iteration = np.zeros((), np.int32) if split else np.zeros(batches, np.int32)
         history, pending = [], []
         for stage in config.stages:
             state = InversionState(images, program('optimiser', stage)(images), iteration, step_keys)
