@@ -19,7 +19,7 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
     config.tasks = TASKS  # run in this order; one alone by --config.tasks="('teacher',)"
     config.devices = 0  # how many; 0: all. On CPU, this many virtual ones (0: one)
     config.bn_stats = 'device'  # 'device': each inverts batches of its own; 'global': one batch is split over all
-    config.pool = ''  # path of an existing pool, to be used instead of synthesizing one
+    config.pool = ''  # path of an existing pool, used instead of synthesizing one
 
     config.data = ml_collections.ConfigDict({
         'name': 'digits',
@@ -108,6 +108,9 @@ def check(config) -> None:
     recipe_of(config.teacher.training).check('teacher.training')
     recipe_of(config.verifier.training).check('verifier.training')
     recipe_of(config.distillation).check('distillation')
-    if config.logging.every < 1 or config.logging.checkpoint_every % config.logging.every:
+    for name in ('every', 'checkpoint_every', 'iterations'):
+        if config.logging[name] < 1:
+            raise DvinvError(f'logging.{name} is {config.logging[name]}; it must be at least 1.')
+    if config.logging.checkpoint_every % config.logging.every:
         raise DvinvError(f'logging.every is {config.logging.every} and logging.checkpoint_every '
                          f'{config.logging.checkpoint_every}; the second must be a multiple of the first.')

@@ -50,6 +50,11 @@ def run(config, workdir) -> dict:
     }
 
 
+def complete(config, workdir: Workdir) -> bool:
+    """Whether the student of the finished task is still there: a damaged network file is deleted by its owner."""
+    return workdir.network('student').exists()
+
+
 def distil(config, workdir: Workdir, teacher: Teacher, images: np.ndarray, labels: np.ndarray, name: str) -> Classifier:
     """A student taught by `teacher` on `images` uint8 [N, H, W, C]; all that are compared start and shuffle alike."""
     loss = distillation_loss(teacher, config.distillation.temperature)
@@ -60,7 +65,7 @@ def distil(config, workdir: Workdir, teacher: Teacher, images: np.ndarray, label
 def control_pool(config, workdir: Workdir, teacher: Teacher, method: str) -> ImagePool:
     """As many images as the pool has, from the same noise with the same budget, by a lesser method."""
     pool = ImagePool(workdir.path / 'controls' / method, teacher.digest())
-    fill_pool(config, workdir, teacher, pool, method, 'distillation')
+    fill_pool(config, workdir, teacher, pool, method, 'distillation', f'{method}_images')
     return pool
 
 
@@ -71,8 +76,9 @@ def distillation_loss(teacher: Teacher, temperature: float):
     """
 
     def loss(logits, x, labels, teacher_variables):
-        targets = jax.nn.log_softmax(teacher.apply_fn(teacher_variables, x) / temperature)
-        divergence = jnp.sum(jnp.exp(targets) * (targets - jax.nn.log_softmax(logits / temperature)), -1)
+        teacher_logits = teacher.apply_fn(teacher_variables, x)
+        targets, answers = (jax.nn.log_softmax(z.astype(jnp.float32) / temperature) for z in (teacher_logits, logits))
+        divergence = jnp.sum(jnp.exp(targets) * (targets - answers), -1)
         return temperature**2 * divergence.mean()
 
     return loss

@@ -20,7 +20,7 @@ def main(_) -> None:
     from dvinv import pipeline, seeds
     from dvinv.runtime.devices import set_cpu_devices
 
-    logging.set_verbosity(logging.WARNING)  # Orbax tells much of every checkpoint
+    logging.set_verbosity(logging.FATAL)  # Orbax tells much of every checkpoint, and of a full disk with a traceback
     set_cpu_devices(config.devices)
     jax.config.update('jax_compilation_cache_dir', _compilation_cache())
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
@@ -45,9 +45,11 @@ def _parse(argv: list[str]) -> list[str]:
         if _CONFIG.value is None or not hasattr(_CONFIG.value, 'tasks'):
             raise DvinvError('--config names no config file that can be read; for instance --config configs/digits.py.')
     except (AttributeError, KeyError, TypeError) as error:
-        raise DvinvError(f'The config has no such key or type: {" ".join(str(error).split())}') from error
+        raise DvinvError(f'The config has no such key or type: {" ".join(str(error.args[0]).split())}') from error
     except (flags.Error, OSError, SyntaxError) as error:
-        raise DvinvError(f'{error} (--helpfull lists all flags.)') from error
+        # Of a config file that fails, absl's message holds a traceback; its last line says what was wrong.
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise DvinvError(f'{reason} (--helpfull lists all flags.)') from error
     if len(rest) > 1:
         raise DvinvError(f'Nothing is known to be done with the argument {rest[1]!r}; flags start with --.')
     if not _WORKDIR.value:

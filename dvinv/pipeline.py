@@ -1,9 +1,11 @@
 """The tasks of a config, one after the other, in one work directory."""
 
 import contextlib
+from pathlib import Path
 
 from dvinv import configuration, distillation, report, synthesis, teacher
 from dvinv.configuration import TASKS
+from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.workdir import Workdir, open_workdir
@@ -15,6 +17,8 @@ def check(config) -> None:
     """Refuse what cannot be run, in a sentence, before a work directory is made or touched."""
     configuration.check(config)
     devices = make_mesh(config.devices).size
+    if config.pool and not Path(config.pool).is_dir():
+        raise DvinvError(f'pool is {config.pool!r}, but there is no such folder.')
     images, batch_size = config.synthesis.images, config.synthesis.batch_size
     if images % batch_size:
         raise DvinvError(f'synthesis.images is {images}, which batches of {batch_size} do not fill; choose a multiple, for '
@@ -23,10 +27,11 @@ def check(config) -> None:
         raise DvinvError(f"synthesis.batch_size is {batch_size}, which {devices} devices do not divide; with bn_stats='global' "
                          'one batch is split over all devices: choose a multiple of their number.')
     teacher.check(config)
+    configuration.inversion_config(config).check(load_real(config.data.name).image_shape)
 
 
 def run(config, workdir) -> dict:
-    """Run the config's tasks that `workdir` has no results of yet; returns all results, by task.
+    """Run the config's tasks that `workdir` has no results of yet, or lost files of; returns all results, by task.
 
     Raises:
       DvinvError: a user's mistake or a full disk, in a sentence. What was finished stays.
@@ -34,9 +39,13 @@ def run(config, workdir) -> dict:
     check(config)
     with contextlib.closing(open_workdir(workdir, config)) as workdir:
         for task in TASKS:
-            if task in config.tasks and (task == 'report' or task not in workdir.results):
+            if task in config.tasks and not _finished(task, config, workdir):
                 run_task(task, config, workdir)
         return workdir.results
+
+
+def _finished(task: str, config, workdir: Workdir) -> bool:
+    return task != 'report' and task in workdir.results and DRIVERS[task].complete(config, workdir)
 
 
 def run_task(task: str, config, workdir: Workdir) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import ml_collections
 
 from dvinv import pipeline
+from dvinv.errors import DvinvError
 from dvinv.runtime.files import write_atomic
 
 
@@ -16,7 +17,12 @@ def run(config, workdir, count: int) -> dict:
     Returns:
       {'seeds': [...], 'runs': [results of each], 'mean': {task: {figure: float}}, 'std': the same}, also written to
       `workdir`/results.json. The deviation is the sample's (n - 1); None for one seed.
+
+    Raises:
+      DvinvError: `workdir` holds a single run, or as for `pipeline.run`.
     """
+    if (Path(workdir) / 'config.json').exists():
+        raise DvinvError(f'{workdir} holds a single run; choose another --workdir for several seeds.')
     seeds, runs = [config.seed + i for i in range(count)], []
     for seed in seeds:
         one = ml_collections.ConfigDict(config)
@@ -30,8 +36,11 @@ def run(config, workdir, count: int) -> dict:
 
 def _over(runs: list[dict], summarise) -> dict:
     """{task: {figure: summary}} of the figures that are numbers in every run."""
+    def known(results, task, figure):
+        return isinstance(results.get(task, {}).get(figure), int | float)
+
     return {task: {figure: summarise([results[task][figure] for results in runs]) for figure in figures
-                   if figure != 'seed' and all(isinstance(results[task][figure], int | float) for results in runs)}
+                   if figure != 'seed' and all(known(results, task, figure) for results in runs)}
             for task, figures in runs[0].items()}
 
 

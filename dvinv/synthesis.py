@@ -1,6 +1,6 @@
 """The task `synthesis`: numbered batches of images from the teacher alone, into the pool."""
 
-from pathlib import Path
+import io
 
 import jax
 import numpy as np
@@ -9,11 +9,11 @@ import dvinv
 from dvinv.configuration import inversion_config
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
-from dvinv.errors import DvinvError
 from dvinv.evaluation import logits_of, top_accuracy
 from dvinv.inversion import Stage, Teacher, balanced_labels, make_feature_loss, make_inverter
 from dvinv.inversion.step import initial_images
 from dvinv.runtime.devices import make_mesh
+from dvinv.runtime.files import write_atomic
 from dvinv.runtime.pictures import class_grid
 from dvinv.runtime.progress import Progress
 from dvinv.runtime.workdir import Workdir, open_workdir, plain
@@ -26,7 +26,7 @@ def run(config, workdir) -> dict:
     teacher, verifier = load(config, workdir), load_verifier(config, workdir)
     pool = open_pool(config, workdir, teacher)
     if not config.pool:
-        fill_pool(config, workdir, teacher, pool, config.synthesis.method, 'synthesis')
+        fill_pool(config, workdir, teacher, pool, config.synthesis.method, 'synthesis', config.synthesis.method)
     images = pool.read_all()
     _write_samples(workdir, images)
     notes = [pool.notes(number) for number in pool.numbers()]
@@ -43,14 +43,23 @@ def run(config, workdir) -> dict:
     }
 
 
+def complete(config, workdir: Workdir) -> bool:
+    """Whether the pool still has all that the finished task put there: a damaged shard is deleted by its owner."""
+    return bool(config.pool) or not _missing(config, ImagePool(workdir.path / 'pool', ''))
+
+
+def _missing(config, pool: ImagePool) -> list[int]:
+    """Numbers of the batches that the pool lacks."""
+    return sorted({*range(config.synthesis.images // config.synthesis.batch_size)} - {*pool.numbers()})
+
+
 def open_pool(config, workdir: Workdir, teacher: Teacher) -> ImagePool:
     """The pool of this run: an existing one where the config names it."""
-    if config.pool and not Path(config.pool).is_dir():
-        raise DvinvError(f'pool is {config.pool!r}, but there is no such folder.')
     return ImagePool(config.pool or workdir.path / 'pool', teacher.digest())
 
 
-def fill_pool(config, workdir: Workdir, teacher: Teacher, pool: ImagePool, method: str, task: str) -> None:
+def fill_pool(config, workdir: Workdir, teacher: Teacher, pool: ImagePool, method: str, task: str,
+              series: str) -> None:
     """Synthesize the batches that the pool lacks.
 
     Batch i depends on the teacher, the config and fold_in(key(seed), i) alone: not on devices, nor on kills. No real image
@@ -58,7 +67,7 @@ def fill_pool(config, workdir: Workdir, teacher: Teacher, pool: ImagePool, metho
 
     Args:
       method: 'deepinversion', 'prior_only' (no feature term) or 'noise' (the initial images themselves).
-      task: that its metrics go by.
+      task, series: what its metrics go by.
     """
     group, settings = config.synthesis, inversion_config(config, method)
     settings.check(teacher.image_shape)
@@ -69,8 +78,10 @@ def fill_pool(config, workdir: Workdir, teacher: Teacher, pool: ImagePool, metho
     finished = pool.numbers()
     for number in finished:
         pool.notes(number)  # refuses another teacher's pool
-    missing = [i for i in range(group.images // group.batch_size) if i not in finished]
-    workdir.metrics.keep(task, method, lambda line: line['batch'] in finished)
+    missing = _missing(config, pool)
+    if not missing:
+        return
+    workdir.metrics.keep(task, series, lambda line: line['batch'] in finished)
     invert_batches = None if method == 'noise' else make_inverter(teacher, settings, mesh)
     measure = make_feature_loss(teacher, settings.stages[-1])
     seed_key = jax.random.key(config.seed)
@@ -94,7 +105,7 @@ def fill_pool(config, workdir: Workdir, teacher: Teacher, pool: ImagePool, metho
                 batches, metrics = inversion.images, inversion.metrics
             for row, number in enumerate(numbers):
                 images, (initial, view_key) = teacher.to_uint8(batches[row]), first[row]
-                workdir.metrics.append(task, method, _lines(number, row, metrics, config.logging.iterations))
+                workdir.metrics.append(task, series, _lines(number, row, metrics, config.logging.iterations))
                 pool.write(number, images, labels[row], logits_of(teacher, images), {
                     'batch': number,
                     'iterations': iterations,
@@ -138,5 +149,6 @@ def _real_feature_loss(config, teacher: Teacher, batches: int) -> float:
 
 
 def _write_samples(workdir: Workdir, images: dict) -> None:
-    (workdir.path / 'samples').mkdir(exist_ok=True)
-    class_grid(images['images'], images['labels'], 16).save(workdir.path / 'samples' / 'grid.png')
+    buffer = io.BytesIO()
+    class_grid(images['images'], images['labels'], 16).save(buffer, 'PNG')
+    write_atomic(workdir.path / 'samples' / 'grid.png', buffer.getvalue())

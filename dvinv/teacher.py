@@ -39,7 +39,12 @@ def run(config, workdir) -> dict:
     }
 
 
-def load(config, workdir: Workdir) -> Teacher:
+def complete(config, workdir: Workdir) -> bool:
+    """Whether the networks of the finished task are still there: a damaged file is deleted by its owner."""
+    return all(workdir.network(name).exists() for name in ROLES if _is_trained_here(name, config))
+
+
+def load(config, workdir: Workdir | None) -> Teacher:
     """The teacher of a run: from the user's factory, from a weights file, or as the task `teacher` trained it.
 
     Raises:
@@ -55,34 +60,34 @@ def load(config, workdir: Workdir) -> Teacher:
     return from_linen(module, variables, image_shape=about['image_shape'], mean=about['mean'], std=about['std'])
 
 
-def load_verifier(config, workdir: Workdir) -> Classifier | None:
+def load_verifier(config, workdir: Workdir | None) -> Classifier | None:
     """The network that judges the images, independent of the teacher; None where the config names none."""
     return load_classifier(_file(config, workdir, 'verifier')) if config.verifier.network else None
 
 
-def check_fits(teacher: Classifier, data: RealData) -> None:
-    """Refuse a data set whose pictures or classes the teacher cannot take."""
+def check_fits(teacher: Classifier, data: RealData, name: str = 'teacher') -> None:
+    """Refuse a data set whose pictures or classes the teacher (or what `name` says) cannot take."""
     if tuple(teacher.image_shape) != tuple(data.image_shape):
         theirs, ours = ('x'.join(map(str, shape)) for shape in (teacher.image_shape, data.image_shape))
-        raise DvinvError(f'The teacher takes images of {theirs} (height x width x channels), but the data set has {ours}.')
+        raise DvinvError(f'The {name} takes images of {theirs} (height x width x channels), but the data set has {ours}.')
     highest = int(max(data.train.labels.max(), data.test.labels.max()))
     if highest >= teacher.num_classes:
-        raise DvinvError(f'The data set has the label {highest}, but the teacher knows {teacher.num_classes} classes, 0 to '
+        raise DvinvError(f'The data set has the label {highest}, but the {name} knows {teacher.num_classes} classes, 0 to '
                          f'{teacher.num_classes - 1}.')
 
 
 def check(config) -> None:
     """Refuse, before anything is written, a teacher that could not be inverted or does not fit the data."""
     data = load_real(config.data.name, config.data.validation)
-    if config.teacher.factory:
-        check_fits(_from_factory(config.teacher.factory), data)
-    elif _is_trained_here('teacher', config):
+    if _is_trained_here('teacher', config):
         from_linen(*_abstract(config, data), image_shape=data.image_shape, mean=config.teacher.mean,
                    std=config.teacher.std)
     else:
-        load_network(config.teacher.weights)
+        check_fits(load(config, None), data)
     if _is_trained_here('verifier', config):
         create(config.verifier.network, data.num_classes, config.verifier.width)
+    elif config.verifier.network:
+        check_fits(load_verifier(config, None), data, 'verifier')
     create(config.student.network, data.num_classes, config.student.width)
 
 
@@ -101,8 +106,8 @@ def _is_trained_here(name: str, config) -> bool:
     return bool(group.network) and not group.weights and not group.get('factory', '')
 
 
-def _file(config, workdir: Workdir, name: str) -> Path:
-    """Where the weights of teacher or verifier are."""
+def _file(config, workdir: Workdir | None, name: str) -> Path:
+    """Where the weights of teacher or verifier are; `workdir` matters where the config names no file."""
     path = Path(config[name].weights or workdir.network(name))
     if not path.exists() and not config[name].weights:
         raise DvinvError(f'There is no {name} in {workdir.path} yet; run the task teacher first, or set {name}.weights.')

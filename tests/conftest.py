@@ -1,6 +1,8 @@
 """Several CPU devices, strict promotion, and where the real data are."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -16,3 +18,39 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f'no real data at {folder}; set DVINV_DATA')
     return folder
+
+
+@pytest.fixture(scope='session')
+def start(tmp_path_factory):
+    """`start(*flags)`: the process of a run of the smoke config, with the compilation cache of all tests."""
+    cache = tmp_path_factory.mktemp('cache')
+    environment = {**os.environ, 'XDG_CACHE_HOME': str(cache), 'JAX_PLATFORMS': 'cpu',
+                   'PYTHONPATH': str(Path(__file__).parent)}
+    jax.config.update('jax_compilation_cache_dir', str(cache / 'dvinv' / 'jax'))
+
+    def start(*flags, config='configs/digits.py:smoke') -> subprocess.Popen:
+        command = [sys.executable, '-m', 'dvinv.main', *(['--config', config] if config else []), *map(str, flags)]
+        return subprocess.Popen(command, cwd=Path(__file__).parents[1], env=environment, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    return start
+
+
+@pytest.fixture(scope='session')
+def command(start):
+    """`command(*flags) -> (exit status, stdout, stderr)` of such a run."""
+    def command(*flags, **options):
+        with start(*flags, **options) as process:
+            out, err = process.communicate()
+        return process.returncode, out, err
+
+    return command
+
+
+@pytest.fixture(scope='session')
+def finished(command, tmp_path_factory) -> Path:
+    """The work directory of a finished run of the smoke config. Tests that change it copy it."""
+    workdir = tmp_path_factory.mktemp('finished') / 'run'
+    status, _, err = command('--workdir', workdir)
+    assert status == 0, err
+    return workdir

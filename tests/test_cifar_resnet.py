@@ -68,8 +68,8 @@ def test_a_missing_an_extra_and_a_misshapen_tensor_are_named(state):
 
 def test_prefixes_and_counters_of_pytorch_are_understood(state):
     module = CifarResNet(10, 1, (4, 8, 16))
-    wrapped = {f'module.{key}': value for key, value in state.items()} | {'module.bn1.num_batches_tracked': np.zeros((), np.int64)}
-    import_state_dict(module, SHAPE, wrapped)
+    wrapped = {f'module.{key}': value for key, value in state.items()}
+    import_state_dict(module, SHAPE, wrapped | {'module.bn1.num_batches_tracked': np.zeros((), np.int64)})
 
 
 def test_files_that_are_missing_unknown_or_could_run_code_are_refused(tmp_path, state):

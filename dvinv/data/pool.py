@@ -1,11 +1,12 @@
 """The image pool: synthesized images on disk, one numbered batch a shard.
 
     shard-000003.npz   images uint8 [B, H, W, C], labels int32 [B], logits float32 [B, K] of the stored pixels
-    shard-000003.json  sha256 of the npz, the teacher's digest, and what the synthesizer noted
+    shard-000003.json  sha256 of the npz, the teacher's digest, what the synthesizer noted, and a sha256 of all that
 
 The sidecar is written last: a shard without one does not exist. Readable with nothing but numpy.
 """
 
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -35,11 +36,13 @@ class ImagePool:
         path = self._shard(number)
         write_atomic(path, buffer.getvalue())
         sidecar = {'sha256': sha256_of(path), 'teacher': self._digest, 'images': len(labels), **notes}
-        write_atomic(path.with_suffix('.json'), (json.dumps(sidecar, indent=1, sort_keys=True) + '\n').encode())
+        sidecar['notes_sha256'] = _checksum(sidecar)
+        write_atomic(path.with_suffix('.json'), _dumps(sidecar))
 
     def numbers(self) -> list[int]:
         """Numbers of the finished shards, ascending."""
-        return sorted(int(path.stem.removeprefix('shard-')) for path in self.folder.glob('shard-*.json'))
+        numbers = (path.stem.removeprefix('shard-') for path in self.folder.glob('shard-*.json'))
+        return sorted(int(number) for number in numbers if number.isdecimal())
 
     def notes(self, number: int) -> dict:
         """The sidecar of a shard.
@@ -50,11 +53,14 @@ class ImagePool:
         path = self._shard(number).with_suffix('.json')
         try:
             notes = json.loads(path.read_text())
-            teacher = notes['teacher']
-        except (ValueError, KeyError, TypeError) as error:
+            whole = notes.pop('notes_sha256') == _checksum(notes)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DvinvError(f'The sidecar {path} is damaged; {self._way_out(number)}.') from error
-        if teacher != self._digest:
-            raise DvinvError(f'The pool {self.folder} was made from another teacher (digest {teacher[:12]}, not '
+        if not whole:
+            raise DvinvError(f'The sidecar {path} is damaged (its notes_sha256 is not the one written); '
+                             f'{self._way_out(number)}.')
+        if notes['teacher'] != self._digest:
+            raise DvinvError(f'The pool {self.folder} was made from another teacher (digest {notes["teacher"][:12]}, not '
                              f'{self._digest[:12]}); use the teacher that made it, or another pool.')
         return notes
 
@@ -91,3 +97,11 @@ class ImagePool:
     def _way_out(self, number: int) -> str:
         sidecar = self._shard(number).with_suffix('.json')
         return f'delete {sidecar.name} and run the command that made the pool again: it makes this shard anew'
+
+
+def _dumps(sidecar: dict) -> bytes:
+    return (json.dumps(sidecar, indent=1, sort_keys=True) + '\n').encode()
+
+
+def _checksum(sidecar: dict) -> str:
+    return hashlib.sha256(_dumps(sidecar)).hexdigest()

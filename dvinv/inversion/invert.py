@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -61,15 +62,22 @@ def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student
     """
     config.check(teacher.image_shape)
     split = config.bn_stats == 'global'
-    wrap = _over_one_batch if split else _over_batches
+    mapped = _over_one_batch(mesh) if split else _over_batches(mesh)
     dispatch = config.iterations_per_dispatch or (1 if mesh.devices.flat[0].platform == 'cpu' else 100)
     variables = jax.device_put(teacher.variables, NamedSharding(mesh, P()))
-    programs = {}
 
-    def program(name, *args):
-        if (name, *args) not in programs:
-            programs[name, *args] = _PROGRAMS[name](wrap(mesh), teacher, config, student_fn, AXIS if split else None, *args)
-        return programs[name, *args]
+    @functools.cache
+    def begin(batch_size: int):
+        return mapped(lambda key: initial_images(key, batch_size, teacher.image_shape))
+
+    @functools.cache
+    def restart(stage: Stage):
+        return mapped(stage.optimiser().init)
+
+    @functools.cache
+    def advance(stage: Stage, iterations: int):
+        step = make_step(teacher, config, stage, student_fn, AXIS if split else None)
+        return mapped(make_chunk(step, iterations), weights=2, donate=True)
 
     def run(keys, labels, student_variables=None, on_chunk=None) -> Inversion:
         labels = np.asarray(labels)
@@ -87,20 +95,23 @@ def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student
         iteration = jax.device_put(np.zeros((), np.int32) if split else np.zeros(batches, np.int32), batchwise)
         labels = jax.device_put(labels[0] if split else labels, NamedSharding(mesh, P(AXIS)))
         student_variables = jax.device_put(student_variables, NamedSharding(mesh, P()))
-        images, step_keys = program('begin', batch_size)(keys)
+        images, step_keys = begin(batch_size)(keys)
         history, pending = [], []
         for stage in config.stages:
-            state = InversionState(images, program('optimiser', stage)(images), iteration, step_keys)
+            state = InversionState(images, restart(stage)(images), iteration, step_keys)
             for length in _chunks(stage.iterations, dispatch):
-                state, metrics = program('chunk', stage, length)(state, labels, variables, student_variables)
+                state, metrics = advance(stage, length)(state, labels, variables, student_variables)
                 # Older metrics are looked at while this chunk runs: the devices never wait for the host.
                 if len(pending) * dispatch >= REPORT_EVERY:
                     _collect(pending, history, on_chunk)
                     pending = []
                 pending.append(metrics)
-            images, iteration = state.images, state.iteration
+            images, iteration, step_keys = state.images, state.iteration, state.key  # the old ones were donated
         _collect(pending, history, on_chunk)
         images = np.asarray(images)
+        if not np.isfinite(images).all():  # by the very last update, which no loss has seen
+            raise DvinvError(f'The images are not finite after the last of {config.iterations} iterations: lower the '
+                             'learning rate.')
         stacked = {term: np.concatenate([part[term] for part in history], -1) for term in history[0]}
         if split:
             return Inversion(images[None], {term: values[None] for term, values in stacked.items()})
@@ -197,25 +208,10 @@ def _over_one_batch(mesh: Mesh):
             if not weights:  # the programs that make images and optimiser states have nothing to communicate
                 return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, NamedSharding(mesh, spec(a))),
                                     program(*args))
-            state, labels, *frozen = args
+            state, _, *frozen = args
             specs = (jax.tree.map(spec, state), P(AXIS), *(P() for _ in frozen))
             return jax.shard_map(program, mesh=mesh, in_specs=specs, out_specs=(specs[0], P()))(*args)
 
         return jax.jit(mapped, donate_argnums=0 if donate else ())
 
     return wrap
-
-
-def _begin(wrap, teacher, config, student_fn, axis, batch_size):
-    return wrap(lambda key: initial_images(key, batch_size, teacher.image_shape))
-
-
-def _optimiser(wrap, teacher, config, student_fn, axis, stage):
-    return wrap(lambda images: stage.optimiser().init(images))
-
-
-def _chunk(wrap, teacher, config, student_fn, axis, stage, length):
-    return wrap(make_chunk(make_step(teacher, config, stage, student_fn, axis), length), weights=2, donate=True)
-
-
-_PROGRAMS = {'begin': _begin, 'optimiser': _optimiser, 'chunk': _chunk}

@@ -31,6 +31,7 @@ def safe_norm(x: jax.Array, axis=None) -> jax.Array:
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, axis: str | None = None) -> jax.Array:
     """Mean cross-entropy of `logits` [B, K] to integer `labels` [B]; the paper's L(f(x), y), eq. 1."""
+    logits = logits.astype(jnp.float32)
     return pmean(optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), axis)
 
 
@@ -80,7 +81,8 @@ def total_variation_l2(x: jax.Array, axis: str | None = None) -> jax.Array:
 
 def total_variation_l1(x: jax.Array, axis: str | None = None) -> jax.Array:
     """R_tv, L1 form: the sum of the four means of absolute differences of x [B, H, W, C]; free of B."""
-    return pmean(sum(jnp.mean(jnp.abs(d)) for d in _differences(x)), axis)
+    # d sign(d) is |d| with the gradient 0 at 0 (that of jnp.abs is 1): clipped pixels are often exactly alike.
+    return pmean(sum(jnp.mean(d * jnp.sign(d)) for d in _differences(x)), axis)
 
 
 def l2_per_image(x: jax.Array, axis: str | None = None) -> jax.Array:
@@ -95,8 +97,7 @@ def l2_per_batch(x: jax.Array, axis: str | None = None) -> jax.Array:
 
 def jensen_shannon(p_logits: jax.Array, q_logits: jax.Array, temperature: float) -> jax.Array:
     """JS(p, q) = 0.5 KL(p||m) + 0.5 KL(q||m), m = (p + q) / 2, an image; [B, K] twice -> [B], in [0, ln 2]."""
-    log_p = jax.nn.log_softmax(p_logits / temperature)
-    log_q = jax.nn.log_softmax(q_logits / temperature)
+    log_p, log_q = (jax.nn.log_softmax(logits.astype(jnp.float32) / temperature) for logits in (p_logits, q_logits))
     log_m = jnp.logaddexp(log_p, log_q) - jnp.log(2.0)
     kl_pm = jnp.sum(jnp.exp(log_p) * (log_p - log_m), -1)
     kl_qm = jnp.sum(jnp.exp(log_q) * (log_q - log_m), -1)

@@ -38,11 +38,11 @@ class Stage:
 
     def optimiser(self) -> optax.GradientTransformation:
         """Adam on the pixels, with this stage's schedule."""
+        start = 0.0 if self.warmup else self.learning_rate  # Optax stays at the start where the warm-up has no steps
         if self.schedule == 'constant':
-            rate = optax.warmup_constant_schedule(0.0, self.learning_rate, self.warmup)
+            rate = optax.warmup_constant_schedule(start, self.learning_rate, self.warmup)
         else:
-            rate = optax.warmup_cosine_decay_schedule(
-                0.0 if self.warmup else self.learning_rate, self.learning_rate, self.warmup, self.iterations)
+            rate = optax.warmup_cosine_decay_schedule(start, self.learning_rate, self.warmup, self.iterations)
         return optax.adam(rate, self.beta1, self.beta2)
 
 
@@ -85,13 +85,14 @@ class InversionConfig:
         _one_of('l2', self.l2, L2)
         _one_of('prior_on', self.prior_on, ('view', 'image'))
         _one_of('bn_stats', self.bn_stats, ('device', 'global'))
+        _at_least('iterations_per_dispatch', self.iterations_per_dispatch, 0)
         if not self.stages:
             raise DvinvError('An inversion needs at least one stage; stages is empty.')
         height, width, _ = image_shape
         for i, stage in enumerate(self.stages):
             _one_of(f'stages[{i}].augmentation', stage.augmentation, ('roll', 'crop'))
             _one_of(f'stages[{i}].schedule', stage.schedule, ('cosine', 'constant'))
-            _positive(f'stages[{i}].iterations', stage.iterations)
+            _at_least(f'stages[{i}].iterations', stage.iterations, 1)
             factor = stage.pool_factor(height)
             if stage.resolution and (factor < 1 or factor * stage.resolution != height or width % factor):
                 raise DvinvError(
@@ -107,6 +108,6 @@ def _one_of(name: str, value: Any, choices) -> None:
         raise DvinvError(f'{name} is {value!r}; choose one of {", ".join(map(repr, choices))}.')
 
 
-def _positive(name: str, value: int) -> None:
-    if value < 1:
-        raise DvinvError(f'{name} is {value}; it must be at least 1.')
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise DvinvError(f'{name} is {value}; it must be at least {least}.')

@@ -1,5 +1,6 @@
 """Networks by name, and networks as files."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from safetensors.numpy import save
 
 from dvinv.errors import DvinvError
 from dvinv.networks import small
+from dvinv.networks.cifar_resnet import CifarResNet
 from dvinv.networks.classifier import Classifier, flatten, unflatten
 from dvinv.runtime.files import write_atomic
 
@@ -21,8 +23,13 @@ def _scaled(channels: tuple[int, ...], hidden: int, width: float) -> tuple[tuple
     return tuple(max(1, round(c * width)) for c in channels), max(1, round(hidden * width))
 
 
+def _cifar_resnet(blocks: int, classes: int, width: float):
+    return CifarResNet(classes, blocks, tuple(max(1, round(c * width)) for c in (16, 32, 64)))
+
+
 # name -> (num_classes, width) -> Linen module with __call__(x, train)
 NETWORKS: dict[str, Callable] = {
+    **{f'resnet{depth}': functools.partial(_cifar_resnet, (depth - 2) // 6) for depth in (20, 32, 44, 56, 110)},
     'small_resnet': lambda classes, width: small.SmallResNet(classes, *_scaled((32, 64), 64, width)),
     'small_convnet': lambda classes, width: small.SmallConvNet(classes, *_scaled((32, 64), 128, width)),
 }
@@ -57,7 +64,9 @@ def save_network(path: Path, variables, description: dict) -> None:
       description: what `load_network` needs to build it again: network, width, num_classes, image_shape, mean, std.
     """
     tensors = {name: np.ascontiguousarray(leaf) for name, leaf in flatten(variables).items()}
-    write_atomic(path, save(tensors, {'dvinv': json.dumps(description, sort_keys=True), 'sha256': _digest(tensors)}))
+    # One entry: safetensors writes several in an order that changes from call to call.
+    about = {**description, 'sha256': _digest(description, tensors)}
+    write_atomic(path, save(tensors, {'dvinv': json.dumps(about, sort_keys=True)}))
 
 
 def load_network(path: Path) -> tuple[dict, dict]:
@@ -71,17 +80,18 @@ def load_network(path: Path) -> tuple[dict, dict]:
         raise DvinvError(f'The network file {path} is not there.')
     try:
         with safe_open(path, 'numpy') as file:
-            metadata = file.metadata() or {}
+            header = (file.metadata() or {}).get('dvinv')
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        about = header and json.loads(header)
     except (SafetensorError, OSError, ValueError) as error:
         raise DvinvError(f'The network file {path} is damaged or no safetensors file ({error}); delete it and run the '
                          'command that made it again.') from error
-    if 'dvinv' not in metadata:
+    if about is None:
         raise DvinvError(f'{path} is a safetensors file, but dvinv did not write it: its header has no description.')
-    if metadata.get('sha256') != _digest(tensors):
-        raise DvinvError(f'The network file {path} is damaged (its weights are not those that were written); delete it and '
-                         'run the command that made it again.')
-    return unflatten(tensors), json.loads(metadata['dvinv'])
+    if about.pop('sha256', None) != _digest(about, tensors):
+        raise DvinvError(f'The network file {path} is damaged (its sha256 is not the one written); delete it and run the '
+                         'command that made it again.')
+    return unflatten(tensors), about
 
 
 def load_classifier(path: Path) -> Classifier:
@@ -92,8 +102,8 @@ def load_classifier(path: Path) -> Classifier:
                       about['num_classes'], tuple(about['mean']), tuple(about['std']))
 
 
-def _digest(tensors: dict[str, np.ndarray]) -> str:
-    sha = hashlib.sha256()
+def _digest(description: dict, tensors: dict[str, np.ndarray]) -> str:
+    sha = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     for name in sorted(tensors):
         sha.update(f'{name} {tensors[name].dtype} {tensors[name].shape}'.encode())
         sha.update(tensors[name].tobytes())

@@ -29,18 +29,17 @@ class Checkpoints:
           DvinvError: the disk is full. The older checkpoint stands.
         """
         target = self._folder / f'{step:09d}'
-        with disk_full_told(target):
-            shutil.rmtree(target, ignore_errors=True)  # the remains of a save that was killed
-            with ocp.StandardCheckpointer() as checkpointer:
+        self._sweep()
+        try:
+            with disk_full_told(target), ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(target, state)
-        files = {str(p.relative_to(target)): sha256_of(p) for p in sorted(target.rglob('*')) if p.is_file()}
-        write_atomic(self._manifest(step), json.dumps({'step': step, 'sha256': files}, indent=1).encode())
-        for older in self._steps():
-            if older != step:
-                self._manifest(older).unlink()
-        for entry in self._folder.iterdir():
-            if entry.is_dir() and entry != target:
-                shutil.rmtree(entry, ignore_errors=True)
+            files = {str(p.relative_to(target)): sha256_of(p) for p in sorted(target.rglob('*')) if p.is_file()}
+            write_atomic(self._manifest(step), json.dumps({'step': step, 'sha256': files}, indent=1).encode())
+            for older in self._steps():
+                if older != step:
+                    self._manifest(older).unlink()
+        finally:
+            self._sweep()
 
     def restore(self, template):
         """(step, state) of the newest checkpoint, or None where there is none.
@@ -57,10 +56,10 @@ class Checkpoints:
         step = steps[-1]
         folder, way_out = self._folder / f'{step:09d}', f'delete {self._folder} to train this network again from its start'
         try:
-            files = json.loads(self._manifest(step).read_text())['sha256']
-        except (ValueError, KeyError, TypeError) as error:
+            files = json.loads(self._manifest(step).read_text())['sha256'].items()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DvinvError(f'The checkpoint manifest {self._manifest(step)} is damaged; {way_out}.') from error
-        for name, sha256 in files.items():
+        for name, sha256 in files:
             if not (folder / name).exists():
                 raise DvinvError(f'The checkpoint file {folder / name} is missing; {way_out}.')
             if sha256_of(folder / name) != sha256:
@@ -68,6 +67,13 @@ class Checkpoints:
                                  f'{way_out}.')
         with ocp.StandardCheckpointer() as checkpointer:
             return step, checkpointer.restore(folder, jax.tree.map(ocp.utils.to_shape_dtype_struct, template))
+
+    def _sweep(self) -> None:
+        """Delete the folders without a manifest: older checkpoints, and what is left of a save that failed or was killed."""
+        kept = {self._manifest(step).stem for step in self._steps()}
+        for entry in self._folder.glob('*'):
+            if entry.is_dir() and entry.name not in kept:
+                shutil.rmtree(entry, ignore_errors=True)
 
     def _manifest(self, step: int) -> Path:
         return self._folder / f'{step:09d}.json'

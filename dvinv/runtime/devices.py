@@ -26,8 +26,10 @@ def make_mesh(count: int = 0) -> Mesh:
     """A mesh of the first `count` devices (0: all of them).
 
     Raises:
-      DvinvError: fewer devices than asked for.
+      DvinvError: fewer devices than asked for, or a negative number.
     """
+    if count < 0:
+        raise DvinvError(f'devices is {count}; it must be at least 1, or 0 for all there are.')
     devices = jax.devices()
     if count > len(devices):
         raise DvinvError(f'devices is {count}, but JAX sees only {len(devices)} ({devices[0].platform}); '

@@ -15,8 +15,10 @@ def disk_full_told(path: Path):
     """Turn "no space left" while writing `path` into a sentence."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, ValueError) as error:
+        # TensorStore, beneath Orbax, raises a ValueError with the system's words.
+        full = (errno.ENOSPC, errno.EDQUOT)
+        if getattr(error, 'errno', None) not in full and not any(os.strerror(code) in str(error) for code in full):
             raise
         raise DvinvError(f'The disk is full: {path} could not be written. Nothing that was finished is lost; free some '
                          'space and run the same command again, it goes on from there.') from error

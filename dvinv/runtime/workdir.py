@@ -13,7 +13,7 @@ from pathlib import Path
 import ml_collections
 
 from dvinv.errors import DvinvError
-from dvinv.runtime.files import write_atomic
+from dvinv.runtime.files import disk_full_told, write_atomic
 from dvinv.runtime.metrics import Metrics
 
 # Keys that a resumed run may change, since no result depends on them.
@@ -58,23 +58,35 @@ class Workdir:
     def __init__(self, path, config):
         self.path = Path(path)
         config = plain(config)
-        self._refuse_other(config)
-        if self.path.exists() and not self.path.is_dir():
-            raise DvinvError(f'--workdir {self.path} is a file; name a folder.')
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / '.lock', 'w')  # noqa: SIM115  held, and so locked, for the life of the process
+        try:
+            self._refuse_other(config)
+            with disk_full_told(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = open(self.path / '.lock', 'w')  # noqa: SIM115  held, and so locked, for the life of the process
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise DvinvError(f'--workdir {self.path} cannot be written to ({error.strerror}); name another.') from error
+        try:
+            self._claim()
+            self.metrics = Metrics(self.path / 'metrics.jsonl', on_append=self._tick)
+            self._times = self.read_json('times.json', {})
+            self._started, self._written = {}, 0.0
+            write_atomic(self.path / 'config.json', _dumps(config))
+        except BaseException:
+            self.close()
+            raise
+
+    def _claim(self) -> None:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise DvinvError(f'Another process is running in {self.path}; wait for it, or choose another --workdir.') from error
-        self.metrics = Metrics(self.path / 'metrics.jsonl', on_append=self._tick)
-        self._times = self.read_json('times.json', {})
-        self._started, self._written = {}, 0.0
-        write_atomic(self.path / 'config.json', _dumps(config))
 
     def _refuse_other(self, config: dict) -> None:
         old = self.read_json('config.json', None)
         if old is None:
+            if (self.path / 'results.json').exists():
+                raise DvinvError(f'{self.path} holds the runs of several seeds; repeat --seeds to resume them, or choose '
+                                 'another --workdir.')
             return
         mine, theirs = ({k: v for k, v in _flat(c).items() if k.split('.')[0] not in EXEMPT} for c in (config, old))
         absent = object()

@@ -1,7 +1,7 @@
 """Writes cifar_resnet_logits.npz with PyTorch: python tests/golden/make_cifar_resnet_logits.py DATA
 
-For the published ResNet-20 and ResNet-32 in DATA the logits of the first 16 exact test images; and, so that a test runs where
-the data are not, those of a ResNet-8 and its random weights on random pixels. Needs torch, which the tests do not.
+For the published ResNet-20 and ResNet-32 in DATA the logits of the first 16 exact test images; and, so that a test runs
+where the data are not, those of a ResNet-8 and its random weights on random pixels. Needs torch, which the tests do not.
 """
 
 import sys
@@ -37,7 +37,8 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels[0])
         before = channels[0]
         for stage, width in enumerate(channels, 1):
-            blocks = [Block(before if i == 0 else width, width, 2 if stage > 1 and i == 0 else 1) for i in range((depth - 2) // 6)]
+            blocks = [Block(before, width, 2 if stage > 1 else 1)]
+            blocks += [Block(width, width, 1) for _ in range((depth - 2) // 6 - 1)]
             setattr(self, f'layer{stage}', nn.Sequential(*blocks))
             before = width
         self.linear = nn.Linear(channels[-1], 10)

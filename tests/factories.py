@@ -1,0 +1,54 @@
+"""Teachers as a user's own module would make them: named by teacher.factory='factories:NAME'."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+from tiny import TinyNet, trained_variables
+
+from dvinv import from_linen
+
+
+def _digits_teacher(module, shape=(8, 8, 1)):
+    channels = shape[-1]
+    return from_linen(module, trained_variables(module, shape), image_shape=shape, mean=(0.3,) * channels,
+                      std=(0.4,) * channels)
+
+
+def own():
+    """A network that takes the digits."""
+    return _digits_teacher(TinyNet(num_classes=10))
+
+
+def five_classes():
+    """A network that knows only half of the digits."""
+    return _digits_teacher(TinyNet(num_classes=5))
+
+
+def colour():
+    """A network for pictures of three channels."""
+    return _digits_teacher(TinyNet(num_classes=10), (8, 8, 3))
+
+
+def broken():
+    """A network whose weights are not numbers."""
+    teacher = own()
+    jax.tree.leaves(teacher.variables['params'])[-1].fill(np.nan)
+    return teacher
+
+
+class Plain(nn.Module):
+    """A network without BatchNorm."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(10)(x.reshape(x.shape[0], -1))
+
+
+def without_batch_norm():
+    """What cannot be inverted."""
+    return _digits_teacher(Plain())
+
+
+def no_teacher():
+    """What is no teacher at all."""
+    return TinyNet()

@@ -1,0 +1,114 @@
+"""What a network is shown: each change of the pictures, and that a split batch is shown the same."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from dvinv.inversion.augmentation import Augmentation, add_noise, average_pool, crop_each, flip, flip_each, roll
+from dvinv.runtime.devices import AXIS, make_mesh
+
+MEAN, STD = np.array([0.4, 0.6], np.float32), np.array([0.2, 0.3], np.float32)
+BLACK = -MEAN / STD
+NETWORK = types.SimpleNamespace(valid_range=(BLACK, (1 - MEAN) / STD), std=STD)
+
+
+def _images(batch=8, height=6, width=5):
+    return np.random.default_rng(0).normal(size=(batch, height, width, 2)).astype(np.float32)
+
+
+def test_pooling_takes_means_of_squares():
+    x = _images(2, 6, 4)
+    expected = np.stack([[x[:, i:i + 2, j:j + 2].mean((1, 2)) for j in (0, 2)] for i in (0, 2, 4)])
+    np.testing.assert_allclose(average_pool(x, 2), np.moveaxis(expected, 2, 0), rtol=1e-6, atol=1e-7)
+    assert average_pool(x, 1) is x
+
+
+def test_roll_wraps_by_one_offset_for_the_batch():
+    x, seen = _images(), set()
+    shifts = {(i, j): np.roll(x, (i, j), (1, 2)).tobytes() for i in range(-2, 3) for j in range(-2, 3)}
+    for key in jax.random.split(jax.random.key(0), 60):
+        shown = np.asarray(roll(key, x, 2)).tobytes()
+        seen |= {offset for offset, rolled in shifts.items() if rolled == shown} or {'no roll of the whole batch'}
+    assert seen <= set(shifts)
+    assert {i for i, _ in seen} == {j for _, j in seen} == {-2, -1, 0, 1, 2}
+
+
+def test_crop_cuts_a_window_of_its_own_from_each_image_and_brings_in_black():
+    x, pixels = _images(64), 1
+    shown = np.asarray(crop_each(jax.random.key(0), x, pixels, BLACK))
+    padded = np.stack([np.pad(x[..., c], ((0, 0), (1, 1), (1, 1)), constant_values=BLACK[c]) for c in (0, 1)], -1)
+    offsets = []
+    for image, source in zip(shown, padded, strict=True):
+        windows = {(i, j): source[i:i + 6, j:j + 5] for i in range(3) for j in range(3)}
+        offsets += [at for at, window in windows.items() if np.allclose(image, window, atol=1e-6)]
+    assert len(offsets) == 64
+    assert len(set(offsets)) == 9
+
+
+def test_no_shift_leaves_images_as_they_are():
+    assert crop_each(jax.random.key(0), _images(), 0, BLACK).tobytes() == _images().tobytes()
+
+
+def test_flip_is_one_fair_coin_for_the_batch():
+    x = _images()
+    coins = []
+    for key in jax.random.split(jax.random.key(0), 60):
+        shown = np.asarray(flip(key, x))
+        assert shown.tobytes() in (x.tobytes(), x[:, :, ::-1].tobytes())
+        coins.append(shown.tobytes() != x.tobytes())
+    assert 0.25 < np.mean(coins) < 0.75
+
+
+def test_flip_each_is_a_fair_coin_an_image():
+    x = _images(200)
+    shown = np.asarray(flip_each(jax.random.key(0), x))
+    mirrored = (shown == x[:, :, ::-1]).all((1, 2, 3))
+    assert (mirrored | (shown == x).all((1, 2, 3))).all()
+    assert 0.35 < mirrored.mean() < 0.65
+
+
+def test_noise_has_a_deviation_of_its_own_in_each_image_up_to_the_bound():
+    x, most = _images(200, 32, 32), np.array([0.5, 0.25], np.float32)
+    noise = np.asarray(add_noise(jax.random.key(0), x, most)) - x
+    deviations = noise.std((1, 2)) / most  # of 1,024 pixels: within 10% of the true ones
+    np.testing.assert_allclose(deviations[:, 0], deviations[:, 1], rtol=0.2)
+    assert deviations.max() < 1.1
+    assert deviations.min() < 0.05
+    np.testing.assert_allclose(np.quantile(deviations, (0.25, 0.5, 0.75)), (0.25, 0.5, 0.75), atol=0.1)
+    np.testing.assert_allclose(noise.mean((1, 2)), 0, atol=0.1)
+
+
+def test_noise_is_given_for_pixels_from_zero_to_one():
+    shown = Augmentation(noise=0.1)(jax.random.key(0), np.zeros((200, 32, 32, 2), np.float32), NETWORK)
+    deviations = np.asarray(shown).std((1, 2)) * STD
+    assert 0.09 < deviations.max() < 0.11
+
+
+@pytest.mark.parametrize('kind', ['roll', 'crop'])
+def test_without_settings_images_are_shown_as_they_are(kind):
+    np.testing.assert_array_equal(Augmentation(kind)(jax.random.key(0), _images(), NETWORK), _images())
+
+
+def _whole_and_split(look, devices):
+    key, x = jax.random.key(3), _images(16)
+    whole = jax.jit(lambda x: look(key, x, NETWORK))(x)
+    split = jax.jit(jax.shard_map(lambda x: look(key, x, NETWORK, AXIS), mesh=make_mesh(devices), in_specs=P(AXIS),
+                                  out_specs=P(AXIS)))(x)
+    assert np.abs(np.asarray(whole) - x).max() > 0.1
+    return np.asarray(whole), np.asarray(split)
+
+
+@pytest.mark.parametrize('kind', ['roll', 'crop'])
+@pytest.mark.parametrize('devices', [2, 8])
+def test_a_split_batch_is_shown_the_same_to_the_bit(kind, devices):
+    whole, split = _whole_and_split(Augmentation(kind, shift=2, flip=True), devices)
+    assert split.tobytes() == whole.tobytes()
+
+
+@pytest.mark.parametrize('devices', [2, 8])
+def test_a_split_batch_gets_the_same_noise(devices):
+    # To the last bit but one: XLA rounds Gaussians differently in loops of different length.
+    np.testing.assert_allclose(*_whole_and_split(Augmentation(noise=0.1), devices), rtol=1e-6, atol=1e-6)

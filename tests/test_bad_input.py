@@ -1,0 +1,269 @@
+"""A user's mistake is answered by one sentence, before anything is written; so are damaged files and a full disk."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from absl import flags
+from smoke import flip, lasting, smoke_config
+
+from dvinv import main, pipeline
+from dvinv.errors import DvinvError
+
+FACTORY = {'verifier__network': '', 'distillation__controls': ()}
+
+
+def contents(folder):
+    return {str(path): path.read_bytes() for path in folder.rglob('*') if path.is_file() and path.name != '.lock'}
+
+
+def refusal(workdir, **changes):
+    """The sentence that a changed smoke config is refused with; nothing may be written."""
+    before = contents(workdir) if workdir.exists() else None
+    with pytest.raises(DvinvError) as caught:
+        pipeline.run(smoke_config(**changes), workdir)
+    assert (contents(workdir) if workdir.exists() else None) == before
+    message = str(caught.value)
+    assert '\n' not in message
+    assert message.endswith('.')
+    return message
+
+
+def check_told(answer, *words):
+    """A process answered with a last line that holds all `words`, and with no traceback."""
+    status, out, err = answer
+    assert status == 1
+    assert out == ''
+    last = err.splitlines()[-1]
+    assert last.startswith('dvinv: ')
+    assert all(word in last for word in words), last
+    assert 'Traceback' not in err
+    return err
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / 'run')
+
+
+# The command line
+
+
+@pytest.fixture
+def parse():
+    """The command line's answer to flags, without a process."""
+    def parse(*argv):
+        try:
+            with pytest.raises(DvinvError) as caught:
+                main._parse(['dvinv', *argv])
+        finally:
+            for name in [name for name in flags.FLAGS if name.startswith('config.')]:
+                delattr(flags.FLAGS, name)
+            flags.FLAGS.unparse_flags()
+        message = str(caught.value)
+        assert '\n' not in message
+        return message
+
+    return parse
+
+
+SMOKE = ('--config', 'configs/digits.py:smoke')
+
+
+@pytest.mark.parametrize(('argv', 'words'), [
+    (('--workdir', 'w', *SMOKE, '--config.synthesis.imagse=3'), ['imagse', 'Did you mean "images"']),
+    (('--workdir', 'w', *SMOKE, '--config.sede=3'), ['sede', 'Did you mean "seed"']),
+    (('--workdir', 'w', *SMOKE, '--config.seed=first'), ['--config.seed=first', 'int']),
+    (('--workdir', 'w', *SMOKE, '--config.teacher.training.learning_rate=high'), ['learning_rate=high', 'float']),
+    (('--workdir', 'w', *SMOKE, '--config.synthesis.stages[0].iterations=x'), ['stages[0].iterations=x', 'int']),
+    (('--workdir', 'w', *SMOKE, '--config.synthesis.stages[4].iterations=5'), ['stages[4]']),
+    (SMOKE, ['--workdir is missing']),
+    (('--workdir', 'w', *SMOKE, '--seeds', '-1'), ['--seeds is -1', 'at least 1']),
+    (('--workdir', 'w', *SMOKE, '--sedes', '3'), ["Unknown command line flag 'sedes'", "'seeds'"]),
+    (('--workdir', 'w', *SMOKE, 'teacher'), ["argument 'teacher'", 'flags start with --']),
+    (('--workdir', 'w'), ['--config names no config file']),
+    (('--workdir', 'w', '--config', 'configs/nothere.py'), ['No such file', 'configs/nothere.py']),
+    (('--workdir', 'w', '--config', 'configs/digits.py:smok'), ["knows the argument smoke, not 'smok'"]),
+])
+def test_a_mistyped_command_is_told(parse, argv, words):
+    message = parse(*argv)
+    assert all(word in message for word in words), message
+
+
+def test_an_unknown_key_ends_the_process_with_one_line(command, tmp_path):
+    answer = command('--workdir', tmp_path / 'run', '--config.synthesis.imagse=3')
+    assert check_told(answer, 'imagse', 'Did you mean "images"').count('\n') == 1
+    assert not (tmp_path / 'run').exists()
+
+
+# Settings that cannot be run
+
+
+@pytest.mark.parametrize(('changes', 'words'), [
+    ({'tasks': ('teacher', 'synthesise')}, ["tasks names 'synthesise'", 'teacher, synthesis, distillation']),
+    ({'synthesis__method': 'deepdream'}, ["synthesis.method is 'deepdream'", 'deepinversion']),
+    ({'synthesis__images': 50}, ['synthesis.images is 50', 'batches of 20', 'for instance 40']),
+    ({'synthesis__images': 0}, ['synthesis.images is 0', 'at least 1']),
+    ({'synthesis__batch_size': 1}, ['synthesis.batch_size is 1', 'at least 2']),
+    ({'synthesis__total_variation': 'l3'}, ["total_variation is 'l3'", "'l1'"]),
+    ({'synthesis__iterations_per_dispatch': -1}, ['iterations_per_dispatch is -1', 'at least 0']),
+    ({'bn_stats': 'world'}, ["bn_stats is 'world'", "'device', 'global'"]),
+    ({'bn_stats': 'global', 'devices': 8}, ['synthesis.batch_size is 20', '8 devices do not divide', "bn_stats='global'"]),
+    ({'devices': 9}, ['devices is 9', 'JAX sees only 8']),
+    ({'devices': -1}, ['devices is -1', '0 for all']),
+    ({'pool': '/no/such/pool'}, ["pool is '/no/such/pool'", 'no such folder']),
+    ({'data__name': 'mnist'}, ["no data set 'mnist'", 'digits']),
+    ({'teacher__network': 'resnet21'}, ["no network 'resnet21'", 'small_resnet']),
+    ({'student__network': 'tiny'}, ["no network 'tiny'"]),
+    ({'verifier__network': 'judge'}, ["no network 'judge'"]),
+    ({'student__width': 0.0}, ['width of small_resnet is 0.0', 'above 0']),
+    ({'teacher__weights': '/no/such.safetensors'}, ['/no/such.safetensors is not there']),
+    ({'verifier__weights': '/no/such.safetensors'}, ['/no/such.safetensors is not there']),
+    ({'teacher__mean': (0.3, 0.3)}, ['2 means', 'a mean and a deviation a channel']),
+    ({'teacher__std': (0.0,)}, ['std is (0.0,)', 'above 0']),
+    ({'teacher__training__optimiser': 'lion'}, ["teacher.training.optimiser is 'lion'", 'adam, sgd']),
+    ({'distillation__updates': 0}, ['distillation.updates is 0', 'at least 1']),
+    ({'distillation__temperature': 0.0}, ['distillation.temperature is 0.0', 'above 0']),
+    ({'distillation__controls': ('gauss',)}, ["distillation.controls names 'gauss'", 'noise, prior_only, real']),
+    ({'logging__every': 0}, ['logging.every is 0', 'at least 1']),
+    ({'logging__iterations': 0}, ['logging.iterations is 0', 'at least 1']),
+    ({'logging__checkpoint_every': 0}, ['logging.checkpoint_every is 0', 'at least 1']),
+    ({'logging__checkpoint_every': 7}, ['checkpoint_every 7', 'multiple of the first']),
+    ({'teacher__factory': 'factories:without_batch_norm'}, ['Plain has no running statistics', 'needs a network with BatchNorm']),
+    ({'teacher__factory': 'factories:colour'}, ['teacher takes images of 8x8x3', 'the data set has 8x8x1']),
+    ({'teacher__factory': 'factories:five_classes'}, ['the label 9', 'knows 5 classes, 0 to 4']),
+    ({'teacher__factory': 'factories:missing'}, ["'factories:missing'", 'cannot be imported']),
+    ({'teacher__factory': 'no_such_module:teacher'}, ["'no_such_module:teacher'", 'cannot be imported']),
+    ({'teacher__factory': 'factories'}, ["'factories'", "must be 'module:function'"]),
+    ({'teacher__factory': 'factories:no_teacher'}, ['returned a TinyNet', 'dvinv.from_linen']),
+])
+def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path, changes, words):
+    message = refusal(tmp_path / 'run', **changes)
+    assert all(word in message for word in words), message
+
+
+def test_a_bad_stage_is_refused(tmp_path):
+    config = smoke_config()
+    config.synthesis.stages[0].resolution = 3
+    with pytest.raises(DvinvError, match=r'stages\[0\]\.resolution is 3, which does not divide the 8x8 image'):
+        pipeline.run(config, tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_weights_of_another_network_are_refused(finished, tmp_path):
+    path = finished / 'networks' / 'verifier.safetensors'
+    assert 'holds a small_convnet, but teacher.network is small_resnet' in refusal(tmp_path / 'run', teacher__weights=str(path))
+
+
+def test_a_batch_that_the_devices_do_not_divide_ends_the_process(command, tmp_path):
+    answer = command('--workdir', tmp_path / 'run', '--config.bn_stats=global', '--config.devices=8')
+    err = check_told(answer, 'synthesis.batch_size is 20, which 8 devices do not divide')
+    assert err.count('\n') == 1
+    assert not (tmp_path / 'run').exists()
+
+
+# What is in the work directory already
+
+
+def test_a_run_with_another_config_is_left_alone(run, command):
+    before = contents(run)
+    answer = command('--workdir', run, '--config.seed=1', '--config.synthesis.images=20')
+    err = check_told(answer, 'holds a run with another config: seed (0 there, 1 here), synthesis.images (40 there, 20 here)')
+    assert err.count('\n') == 1
+    assert contents(run) == before
+
+
+def damage(path, how):
+    flip(path) if how == 'flipped' else path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize('how', ['flipped', 'truncated'])
+@pytest.mark.parametrize('name', ['pool/shard-000001.npz', 'pool/shard-000000.json', 'networks/teacher.safetensors',
+                                  'config.json', 'results.json'])
+def test_a_damaged_file_of_a_finished_run_is_named(run, name, how):
+    damage(run / name, how)
+    if name.endswith('json') and how == 'flipped':
+        (run / name).write_bytes((run / name).read_bytes().replace(b'{', b'[', 1))
+    message = refusal(run)
+    assert str(run / name) in message
+    assert 'damaged' in message
+
+
+@pytest.mark.parametrize('how', ['flipped', 'truncated'])
+def test_a_damaged_checkpoint_is_named(run, how):
+    (run / 'networks' / 'teacher.safetensors').unlink()
+    path = max((run / 'checkpoints' / 'teacher' / '000000010').rglob('*'), key=lambda path: path.stat().st_size)
+    damage(path, how)
+    message = refusal(run)
+    assert f'{path} is damaged' in message
+    assert f'delete {run / "checkpoints" / "teacher"} to train this network again' in message
+
+
+# Losses that are not numbers
+
+
+def test_a_training_that_diverges_names_the_update(tmp_path):
+    config = smoke_config(tasks=('teacher',), teacher__training__learning_rate=1e30, teacher__training__updates=5)
+    with pytest.raises(DvinvError, match=r'^The loss of the teacher is not a finite number at update \d+: lower its learning_rate'):
+        pipeline.run(config, tmp_path / 'run')
+    assert not (tmp_path / 'run' / 'results.json').exists()
+
+
+def test_an_inversion_that_is_not_a_number_names_iteration_and_term(command, tmp_path):
+    answer = command('--workdir', tmp_path / 'run', '--config.teacher.factory=factories:broken', '--config.verifier.network=')
+    check_told(answer, 'The term cross_entropy is not a finite number at iteration 0', "NaNs in the teacher's weights")
+    assert not list((tmp_path / 'run').glob('pool/*'))
+
+
+# A full disk
+
+
+def test_a_full_disk_is_told_and_what_was_finished_stays(run, monkeypatch):
+    before, replace = lasting(run), os.replace
+    (run / 'pool' / 'shard-000001.json').unlink()
+
+    def full(source, target):
+        if 'shard' in str(target):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(os, 'replace', full)
+    with pytest.raises(DvinvError, match=r'^The disk is full: .*shard-000001\.npz could not be written\..*run the same command'):
+        pipeline.run(smoke_config(), run)
+    after = lasting(run)
+    after.pop('metrics.jsonl')
+    assert after == {name: before[name] for name in before if name not in ('metrics.jsonl', 'pool/shard-000001.json')}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KB."""
+    folder = tmp_path / 'disk'
+    folder.mkdir()
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=256k', 'tmpfs', str(folder)]
+    if sys.platform != 'linux' or os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip('a small file system can be mounted by root on Linux only')
+    yield folder
+    subprocess.run(['umount', str(folder)], check=True)
+
+
+def test_a_run_goes_on_when_the_disk_has_room_again(small_disk, command, finished):
+    alone = "--config.tasks=('teacher',)"
+    check_told(command('--workdir', small_disk / 'run', alone), 'The disk is full: ', str(small_disk), 'free some space')
+    subprocess.run(['mount', '-o', 'remount,size=64m', str(small_disk)], check=True)
+    status, _, err = command('--workdir', small_disk / 'run', alone)
+    assert status == 0, err
+    assert lasting(small_disk / 'run')['results']['teacher'] == lasting(finished)['results']['teacher']
+    for name in ('teacher', 'verifier'):
+        made, expected = ((folder / 'networks' / f'{name}.safetensors').read_bytes() for folder in (small_disk / 'run', finished))
+        assert made == expected
+
+
+def test_a_disk_without_any_room_is_told(small_disk, tmp_path):
+    (small_disk / 'filler').write_bytes(np.zeros(256 * 1024, np.uint8).tobytes())
+    with pytest.raises(DvinvError, match='The disk is full: '):
+        pipeline.run(smoke_config(), small_disk / 'run')

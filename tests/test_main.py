@@ -1,0 +1,259 @@
+"""The whole chain from the command line and from Python: every task, once; what is finished is not done again."""
+
+import contextlib
+import json
+import re
+import shutil
+
+import factories
+import jax
+import numpy as np
+import pytest
+from smoke import flip, lasting, smoke_config
+
+import dvinv
+from dvinv import distillation, pipeline, seeds, synthesis, teacher
+from dvinv.data.pool import ImagePool
+from dvinv.data.real import load_real
+from dvinv.errors import DvinvError
+from dvinv.evaluation import top_accuracy
+from dvinv.networks import load_classifier
+from dvinv.runtime.workdir import Workdir
+
+# The names that DESIGN.md fixes.
+NAMES = {
+    'teacher': {'test_accuracy', 'test_images', 'parameters', 'flops', 'wall_seconds', 'seed'},
+    'synthesis': {'images', 'iterations', 'teacher_accuracy', 'verifier_accuracy', 'verifier_top5_accuracy',
+                  'feature_loss_first', 'feature_loss_last', 'feature_loss_real', 'wall_seconds', 'seed'},
+    'distillation': {'test_accuracy', 'noise_test_accuracy', 'prior_only_test_accuracy', 'real_test_accuracy', 'parameters',
+                     'images', 'updates', 'wall_seconds', 'seed'},
+}
+STUDENTS = {'student', 'noise', 'prior_only', 'real'}
+TEACHER_ALONE = {'tasks': ('teacher',)}
+MODIFIED = ('pool', 'networks', 'controls', 'results.json', 'metrics.jsonl')
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of a finished run, to be changed."""
+    return shutil.copytree(finished, tmp_path / 'run')
+
+
+@pytest.fixture
+def taught(run):
+    """A copy of a run of which only the task teacher is finished."""
+    for name in ('pool', 'controls', 'checkpoints', 'samples'):
+        shutil.rmtree(run / name)
+    for name in STUDENTS:
+        (run / 'networks' / f'{name}.safetensors').unlink()
+    (run / 'results.json').write_text(json.dumps({'teacher': json.loads((run / 'results.json').read_text())['teacher']}))
+    return run
+
+
+def results(workdir):
+    return json.loads((workdir / 'results.json').read_text())
+
+
+# What a run leaves
+
+
+def test_results_have_the_fixed_names(finished):
+    written = results(finished)
+    assert set(written) == set(NAMES)
+    for task, names in NAMES.items():
+        assert names <= set(written[task])
+        assert all(isinstance(value, int | float) for value in written[task].values())
+    assert written['teacher']['test_images'] == 360
+    assert written['synthesis']['images'] == written['distillation']['images'] == 40
+    assert written['synthesis']['iterations'] == 5
+    assert written['distillation']['updates'] == 20
+    assert all(0 <= value <= 1 for figures in written.values() for name, value in figures.items() if 'accuracy' in name)
+
+
+def test_every_network_is_there(finished):
+    assert {path.stem for path in (finished / 'networks').iterdir()} == {'teacher', 'verifier', *STUDENTS}
+
+
+def test_metrics_tell_every_training_and_every_batch(finished):
+    lines = [json.loads(line) for line in (finished / 'metrics.jsonl').read_text().splitlines()]
+    steps = {}
+    for line in lines:
+        steps.setdefault((line['task'], line['series'], line.get('batch')), []).append(line['step'])
+    training = [('teacher', name, None) for name in ('teacher', 'verifier')] + [('distillation', n, None) for n in STUDENTS]
+    batches = [('synthesis', 'deepinversion', 0), ('synthesis', 'deepinversion', 1),
+               ('distillation', 'prior_only_images', 0), ('distillation', 'prior_only_images', 1)]
+    assert steps == {**{key: [5, 10, 15, 20] for key in training}, **{key: [0, 2, 4] for key in batches}}
+    assert {'loss', 'cross_entropy', 'feature', 'total_variation', 'l2'} <= set(
+        next(line for line in lines if line['task'] == 'synthesis'))
+
+
+def test_the_pool_is_read_by_numpy(finished):
+    labels = []
+    for number in range(2):
+        with np.load(finished / 'pool' / f'shard-{number:06d}.npz', allow_pickle=False) as shard:
+            assert shard['images'].shape == (20, 8, 8, 1)
+            assert shard['images'].dtype == np.uint8
+            assert shard['logits'].shape == (20, 10)
+            labels += shard['labels'].tolist()
+    assert np.bincount(labels).tolist() == [4] * 10
+
+
+def test_logits_in_the_pool_are_those_of_the_stored_pixels(finished):
+    network = load_classifier(finished / 'networks' / 'teacher.safetensors')
+    images = ImagePool(finished / 'pool', network.digest()).read_all()
+    again = network.apply_fn(network.variables, network.normalise(images['images']))
+    np.testing.assert_allclose(images['logits'], again, rtol=1e-4, atol=1e-4)
+    assert results(finished)['synthesis']['teacher_accuracy'] == top_accuracy(images['logits'], images['labels'])
+
+
+def test_the_report_is_one_page_that_needs_no_other_file(finished):
+    page = (finished / 'report.html').read_text().replace('xmlns="http://www.w3.org/2000/svg"', '')
+    assert not re.search(r'https?://|url\(|@import|<script|<link', page)
+    assert all(source.startswith(('data:image/png;base64,', '#')) for source in re.findall(r'(?:src|href)="([^"]*)"', page))
+    assert page.count('<img') == 3
+    assert f'{100 * results(finished)["distillation"]["test_accuracy"]:.1f}%' in page
+
+
+def test_a_loaded_student_scores_what_the_results_say(finished):
+    apply_fn, variables = dvinv.load(finished, 'distillation')
+    student = load_classifier(finished / 'networks' / 'student.safetensors')
+    test = load_real('digits').test
+    x = student.normalise(test.images)
+    logits = np.asarray(apply_fn(variables, x))
+    np.testing.assert_array_equal(logits, student.apply_fn(student.variables, x))
+    assert top_accuracy(logits, test.labels) == pytest.approx(results(finished)['distillation']['test_accuracy'], abs=0.003)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables['params'])) == results(finished)['distillation']['parameters']
+
+
+def test_what_makes_no_network_cannot_be_loaded(finished, tmp_path):
+    with pytest.raises(DvinvError, match="'synthesis' makes no network; choose one of teacher, distillation"):
+        dvinv.load(finished, 'synthesis')
+    with pytest.raises(DvinvError, match='is not there'):
+        dvinv.load(tmp_path, 'distillation')
+
+
+# What is finished, and what is lost
+
+
+def test_the_same_command_does_nothing_again(run, command):
+    before = {path: path.stat().st_mtime_ns for name in MODIFIED for path in [run / name, *(run / name).rglob('*')]}
+    status, out, err = command('--workdir', run)
+    assert (status, err) == (0, '')
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert re.search(r'^distillation +test_accuracy +\d\.\d+$', out, re.M)
+
+
+def test_what_was_damaged_is_made_again_as_the_sentences_say(run):
+    before, written = lasting(run), results(run)
+    (run / 'results.json').write_text(json.dumps({task: written[task] for task in ('teacher', 'synthesis')}))
+    shard, network = run / 'pool' / 'shard-000000.npz', run / 'networks' / 'student.safetensors'
+    flip(shard)
+    flip(network)
+    with pytest.raises(DvinvError, match=r'delete shard-000000\.json and run the command that made the pool again'):
+        pipeline.run(smoke_config(), run)
+    shard.with_suffix('.json').unlink()
+    with pytest.raises(DvinvError, match=r'student\.safetensors is damaged .*; delete it and run the command that made it'):
+        pipeline.run(smoke_config(), run)
+    network.unlink()
+    (run / 'networks' / 'verifier.safetensors').unlink()
+    pipeline.run(smoke_config(), run)
+    after = lasting(run)
+    lines, repeated = (content.pop('metrics.jsonl').splitlines() for content in (before, after))
+    assert after == before
+    assert sorted(repeated) == sorted(lines)  # those of what was made again stand at the end
+
+
+# Parts of a run
+
+
+def test_one_task_alone(command, taught):
+    expected = results(taught)['teacher']['test_accuracy']
+    for name in ('results.json', 'report.html'):
+        (taught / name).unlink()
+    status, _, err = command('--workdir', taught, "--config.tasks=('teacher',)")
+    assert status == 0, err
+    assert set(results(taught)) == {'teacher'}
+    assert results(taught)['teacher']['test_accuracy'] == expected
+    assert not (taught / 'pool').exists()
+    assert not (taught / 'report.html').exists()
+
+
+def test_no_real_image_is_read_while_images_are_made_and_a_student_learns(taught, finished, monkeypatch):
+    def refuse(*_):
+        raise AssertionError('real data were read')
+
+    config = smoke_config()
+    for module in (teacher, synthesis, distillation):
+        monkeypatch.setattr(module, 'load_real', refuse)
+    with contextlib.closing(Workdir(taught, config)) as workdir:
+        network = teacher.load(config, workdir)
+        pool = synthesis.open_pool(config, workdir, network)
+        synthesis.fill_pool(config, workdir, network, pool, 'deepinversion', 'synthesis', 'deepinversion')
+        images = pool.read_all()
+        distillation.distil(config, workdir, network, images['images'], images['labels'], 'student')
+        with pytest.raises(AssertionError, match='real data were read'):  # not before the controls are finished, too
+            distillation.run(config, workdir)
+    networks = {path.stem for path in (taught / 'networks').iterdir()}
+    assert networks == {'teacher', 'verifier', 'student', 'noise', 'prior_only'}
+    made, expected = ({path.name: path.read_bytes() for path in (run / 'pool').iterdir()} for run in (taught, finished))
+    assert made == expected  # 8 virtual devices in this process, one in the other
+
+
+def test_a_finished_pool_serves_another_run(finished, tmp_path):
+    weights = {f'{role}__weights': str(finished / 'networks' / f'{role}.safetensors') for role in ('teacher', 'verifier')}
+    config = smoke_config(pool=str(finished / 'pool'), distillation__controls=(), **weights)
+    figures = pipeline.run(config, tmp_path / 'run')
+    assert not (tmp_path / 'run' / 'pool').exists()
+    expected = results(finished)
+    for task, name in (('teacher', 'test_accuracy'), ('synthesis', 'teacher_accuracy'), ('synthesis', 'feature_loss_last'),
+                       ('distillation', 'test_accuracy')):
+        assert figures[task][name] == expected[task][name]
+    assert figures['distillation']['real_test_accuracy'] is None
+
+
+def test_a_pool_of_another_teacher_is_refused(finished, tmp_path):
+    config = smoke_config(pool=str(finished / 'pool'), teacher__factory='factories:own', verifier__network='')
+    with pytest.raises(DvinvError, match='was made from another teacher'):
+        pipeline.run(config, tmp_path / 'run')
+    assert set(results(tmp_path / 'run')) == {'teacher'}
+
+
+def test_a_users_own_network_runs_through_the_whole_chain(tmp_path):
+    figures = pipeline.run(smoke_config(teacher__factory='factories:own', verifier__network='', distillation__controls=()),
+                           tmp_path / 'run')
+    assert figures['teacher']['parameters'] == factories.own().parameters
+    assert figures['teacher']['verifier_test_accuracy'] is figures['synthesis']['verifier_accuracy'] is None
+    assert NAMES['distillation'] <= set(figures['distillation'])
+    assert (tmp_path / 'run' / 'report.html').exists()
+
+
+# Seeds
+
+
+def test_several_seeds_give_mean_and_deviation(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / 'runs' / 'seed-0')
+    config = smoke_config(**TEACHER_ALONE)
+    summary = seeds.run(config, tmp_path / 'runs', 2)
+    first, second = (results(tmp_path / 'runs' / f'seed-{seed}') for seed in (0, 1))
+    assert summary == json.loads((tmp_path / 'runs' / 'results.json').read_text())
+    assert summary['seeds'] == [first['teacher']['seed'], second['teacher']['seed']] == [0, 1]
+    a, b = first['teacher']['test_accuracy'], second['teacher']['test_accuracy']
+    assert a != b
+    assert summary['mean']['teacher']['test_accuracy'] == pytest.approx((a + b) / 2)
+    assert summary['std']['teacher']['test_accuracy'] == pytest.approx(abs(a - b) / 2**0.5)
+    assert re.search(r'^teacher +test_accuracy +0\.\d+ \+- 0\.\d+$', seeds.table(summary), re.M)
+
+
+def test_the_flag_seeds_prints_the_table(finished, command, tmp_path):
+    shutil.copytree(finished, tmp_path / 'runs' / 'seed-0')
+    status, out, err = command('--workdir', tmp_path / 'runs', '--seeds', 1)
+    assert (status, err) == (0, '')
+    assert re.search(r'^teacher +test_accuracy +0\.\d+$', out, re.M)
+    assert results(tmp_path / 'runs')['std']['teacher']['test_accuracy'] is None
+
+
+def test_a_single_run_and_several_seeds_do_not_share_a_folder(run, tmp_path):
+    before = lasting(run)
+    with pytest.raises(DvinvError, match='holds a single run; choose another --workdir'):
+        seeds.run(smoke_config(), run, 2)
+    assert lasting(run) == before

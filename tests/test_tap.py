@@ -1,0 +1,273 @@
+"""The BatchNorm tap: moments by their definition, however the network is built, or a sentence why not."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, trained_variables
+
+from dvinv import DvinvError, from_linen
+
+
+class ForeignNorm(nn.Module):
+    """Somebody's own normalisation, with running statistics where Flax keeps them."""
+
+    use_running_average: bool
+
+    @nn.compact
+    def __call__(self, x):
+        mean = self.variable('batch_stats', 'mean', jnp.zeros, x.shape[-1:])
+        var = self.variable('batch_stats', 'var', jnp.ones, x.shape[-1:])
+        assert self.use_running_average
+        return (x - mean.value) / jnp.sqrt(var.value + 1e-3)
+
+
+class Doubled(nn.BatchNorm):
+    """A subclass whose call goes on to BatchNorm's own."""
+
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class Block(nn.Module):
+    """A linear layer and a normalisation of its output, which is kept as the intermediate 'seen'."""
+
+    norm: Any = nn.BatchNorm
+    dense: bool = False
+    keyword: bool = False
+    axis: int = -1
+    calls: int = 1
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        linear = nn.Dense(3, dtype=self.dtype) if self.dense else nn.Conv(3, (3, 3), dtype=self.dtype)
+        norm = self.norm(use_running_average=True, **({} if self.axis == -1 else {'axis': self.axis}))
+        for _ in range(self.calls):
+            x = jnp.moveaxis(linear(x), -1, self.axis)
+            self.sow('intermediates', 'seen', x)
+            x = nn.relu(jnp.moveaxis(norm(x=x) if self.keyword else norm(x), self.axis, -1))
+        return x, None
+
+
+class Net(nn.Module):
+    """A stem of three channels, `Block`s in the named arrangement, and logits of two classes."""
+
+    arrangement: str = 'plain'
+    block: dict = None
+
+    def setup(self):
+        lift = {'variable_axes': {'params': 0, 'batch_stats': 0, 'intermediates': 0}, 'split_rngs': {'params': True}}
+        arrange = {
+            'plain': lambda block: block,
+            'remat': nn.remat,
+            'jit': nn.jit,
+            'scan': lambda block: nn.scan(block, length=3, **lift),
+            'vmap': lambda block: nn.vmap(block, in_axes=None, out_axes=0, axis_size=3, **lift),
+        }[self.arrangement]
+        self.first = Block()
+        self.blocks = arrange(Block)(**(self.block or {}))
+        self.head = nn.Dense(2)
+
+    def __call__(self, x):
+        x, _ = self.blocks(self.first(x)[0])
+        return self.head((x.mean(0) if self.arrangement == 'vmap' else x).mean((1, 2)))
+
+
+def _teacher(module, image_shape=IMAGE_SHAPE, **options):
+    channels = image_shape[-1]
+    options = {'mean': MEAN[:1] * channels, 'std': STD[:1] * channels, **options}
+    return from_linen(module, trained_variables(module, image_shape), image_shape=image_shape, **options)
+
+
+def _images(batch=4, image_shape=IMAGE_SHAPE):
+    return np.random.default_rng(0).normal(size=(batch, *image_shape)).astype(np.float32)
+
+
+def _tap(teacher, module):
+    """(moments, {block: the inputs that its normalisation saw}), from one program."""
+    order = []
+
+    @jax.jit
+    def run(variables, x):
+        tapped = teacher.tap(variables, x)
+        order.extend(tapped[1])  # jit sorts the keys of what it returns
+        return tapped, module.apply(variables, x, mutable=['intermediates'])
+
+    (logits, moments), (plain_logits, kept) = run(teacher.variables, _images())
+    np.testing.assert_allclose(logits, plain_logits, rtol=1e-5)
+    seen = flax.traverse_util.flatten_dict(kept['intermediates'], sep='/')
+    return {layer: moments[layer] for layer in order}, {name.removesuffix('/seen'): values for name, values in seen.items()}
+
+
+def _definition(inputs, axis, stacked):
+    """(mean, biased variance) of each channel in float64; the mean over calls where there are several."""
+    def one(x):
+        x = np.asarray(x, np.float64)
+        x = np.moveaxis(x, axis, -1).reshape(*x.shape[:stacked], -1, x.shape[axis])
+        return x.mean(-2), ((x - x.mean(-2, keepdims=True))**2).mean(-2)
+
+    return [np.mean(values, 0) for values in zip(*map(one, inputs), strict=True)]
+
+
+@pytest.mark.parametrize(('arrangement', 'block'), [
+    ('plain', {}),
+    ('plain', {'norm': ForeignNorm}),
+    ('plain', {'norm': Doubled}),
+    ('plain', {'keyword': True}),
+    ('plain', {'axis': 1}),
+    ('plain', {'dense': True}),
+    ('plain', {'calls': 2}),
+    ('plain', {'norm': Doubled, 'calls': 2}),
+    ('plain', {'dtype': jnp.bfloat16}),
+    ('remat', {}),
+    ('jit', {}),
+    ('scan', {}),
+    ('scan', {'calls': 2}),
+    ('vmap', {}),
+], ids=str)
+def test_moments_are_those_of_the_input(arrangement, block):
+    module = Net(arrangement, block)
+    moments, seen = _tap(_teacher(module), module)
+    assert [layer.split('/')[0] for layer in moments] == ['first', 'blocks']
+    tolerance = 2e-3 if 'dtype' in block else 1e-5  # XLA may leave out a rounding to bfloat16 (2^-9) before the moments
+    for layer, (mean, variance) in moments.items():
+        name = layer.split('/')[0]
+        exact = _definition(seen[name], block.get('axis', -1) if name == 'blocks' else -1,
+                            name == 'blocks' and arrangement in ('scan', 'vmap'))
+        assert mean.dtype == variance.dtype == np.float32
+        np.testing.assert_allclose(mean, exact[0], rtol=1e-4, atol=tolerance)
+        np.testing.assert_allclose(variance, exact[1], rtol=1e-4, atol=tolerance)
+
+
+def test_the_first_layer_is_the_first_that_runs():
+    class Backwards(nn.Module):
+        def setup(self):
+            self.a, self.b, self.c = (nn.BatchNorm(use_running_average=True) for _ in range(3))
+
+        def __call__(self, x):
+            return self.b(self.a(self.c(x))).mean((1, 2))
+
+    teacher = _teacher(Backwards())
+    _, moments = teacher.tap(teacher.variables, _images())
+    assert list(moments) == ['c', 'a', 'b']
+
+
+@pytest.mark.parametrize('arrangement', ['plain', 'jit', 'scan'])
+def test_the_same_module_can_be_tapped_again(arrangement):
+    module = Net(arrangement)
+    first, second = _teacher(module), _teacher(module)
+    assert first.tap.layers == second.tap.layers == ('first/BatchNorm_0', 'blocks/BatchNorm_0')
+
+
+def test_variance_is_exact_where_the_mean_is_large():
+    class Norm(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.BatchNorm(use_running_average=True)(x).mean((1, 2))
+
+    x = 1000 + 0.01 * _images(64)
+    variables = {'params': {'BatchNorm_0': {'scale': np.ones(2, np.float32), 'bias': np.zeros(2, np.float32)}},
+                 'batch_stats': {'BatchNorm_0': {'mean': np.full(2, 1000.1, np.float32), 'var': np.ones(2, np.float32)}}}
+    teacher = from_linen(Norm(), variables, image_shape=IMAGE_SHAPE, mean=MEAN, std=STD)
+    (mean, variance), = teacher.tap(variables, x)[1].values()
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(mean, exact.mean((0, 1, 2)), rtol=1e-7)
+    np.testing.assert_allclose(variance, exact.var((0, 1, 2)), rtol=1e-3)
+    cancelled = jnp.square(x).mean((0, 1, 2)) - jnp.square(x.mean((0, 1, 2)))
+    assert np.all(np.abs(cancelled / exact.var((0, 1, 2)) - 1) > 0.5)
+
+
+def test_moments_have_a_gradient_with_respect_to_the_pixels():
+    class Norm(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.BatchNorm(use_running_average=True)(x).mean((1, 2))
+
+    teacher, x = _teacher(Norm()), _images()
+
+    @jax.grad
+    def gradient(x):
+        (mean, variance), = teacher.tap(teacher.variables, x)[1].values()
+        return mean.sum() + variance.sum()
+
+    n = x[..., 0].size
+    exact = 1 / n + 2 * (x - x.mean((0, 1, 2))) / n
+    np.testing.assert_allclose(gradient(x), exact, rtol=1e-4, atol=1e-7)
+
+
+# Refusals
+
+
+class Moody(nn.Module):
+    """Learns by default: BatchNorm and, if asked for, dropout."""
+
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, deterministic: bool = False):
+        x = nn.BatchNorm(use_running_average=True if self.dropout else deterministic)(x)
+        return nn.Dropout(self.dropout, deterministic=deterministic)(x).mean((1, 2))
+
+
+class Hidden(nn.Module):
+    """Its running statistics are used by a method that is not __call__."""
+
+    def setup(self):
+        self.open = nn.BatchNorm(use_running_average=True)
+        self.secret = ByMethod()
+
+    def __call__(self, x):
+        return self.secret.normalise(self.open(x)).mean((1, 2))
+
+
+class ByMethod(nn.Module):
+    @nn.compact
+    def normalise(self, x):
+        return (x - self.variable('batch_stats', 'mean', jnp.zeros, x.shape[-1:]).value) / jnp.sqrt(
+            self.variable('batch_stats', 'var', jnp.ones, x.shape[-1:]).value)
+
+
+class SharedByAll(nn.Module):
+    """A scan whose steps share one set of running statistics."""
+
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(Block, variable_broadcast=('params', 'batch_stats'), split_rngs={'params': False}, length=2)
+        return scan()(Block()(x)[0], None)[0].mean((1, 2))
+
+
+class NoNorm(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(x).mean((1, 2))
+
+
+@pytest.mark.parametrize(('module', 'options', 'sentence'), [
+    (NoNorm(), {}, 'NoNorm has no running statistics .* needs a network with BatchNorm'),
+    (Hidden(), {}, 'Hidden keeps running statistics that the tap cannot reach: secret\\.'),
+    (SharedByAll(), {}, 'SharedByAll keeps running statistics that the tap cannot reach: .*ScanBlock_0/BatchNorm_0'),
+    (Moody(), {'call_kwargs': {}}, 'Moody wants to update its running statistics, .* call_kwargs, .* \\(now {}\\)'),
+    (Moody(0.5), {'call_kwargs': {}}, 'Moody asks for random numbers \\(dropout\\?\\), .* \\(now {}\\)'),
+    (TinyNet(), {'call_kwargs': {'tarin': 1}}, 'TinyNet cannot be applied to images of shape 8x8x2 with .*tarin.*TypeError'),
+    (Block(), {}, 'Block must return logits \\[B, K\\]; for images of shape 8x8x2 it returns'),
+    (TinyNet(), {'mean': (0.5,)}, 'image_shape is \\(8, 8, 2\\) with 1 means'),
+    (TinyNet(), {'std': (0.5, 0.0)}, 'std is \\(0.5, 0.0\\)'),
+])
+def test_what_cannot_be_inverted_is_refused_in_a_sentence(module, options, sentence):
+    with pytest.raises(DvinvError, match=sentence):
+        _teacher(module, **options)
+
+
+def test_images_of_another_shape_are_refused_in_a_sentence():
+    with pytest.raises(DvinvError, match='TinyNet cannot be applied to images of shape 8x8x3'):
+        from_linen(TinyNet(), trained_variables(TinyNet()), image_shape=(8, 8, 3), mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+@pytest.mark.parametrize('module', [Moody(), Moody(0.5), TinyNet()], ids=str)
+def test_eval_mode_is_found_from_the_signature(module):
+    assert _teacher(module).num_classes in (2, 3)

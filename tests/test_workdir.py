@@ -1,0 +1,177 @@
+"""The work directory: one run, one process, one config; results, time and metrics survive a kill."""
+
+import contextlib
+import json
+from pathlib import Path
+
+import ml_collections
+import pytest
+
+from dvinv.errors import DvinvError
+from dvinv.runtime import workdir as workdir_module
+from dvinv.runtime.metrics import Metrics
+from dvinv.runtime.workdir import Workdir
+
+
+def config(**changes):
+    return ml_collections.ConfigDict({
+        'seed': 0, 'tasks': ('teacher',), 'devices': 1, 'logging': {'every': 5}, 'teacher': {'width': 1.0, 'mean': (0.5,)},
+        'stages': (ml_collections.ConfigDict({'iterations': 5}),), **changes})
+
+
+def refusal(path, config):
+    with pytest.raises(DvinvError) as caught:
+        Workdir(path, config)
+    return str(caught.value)
+
+
+def files(path):
+    return {str(file): file.read_bytes() for file in path.rglob('*') if file.is_file()}
+
+
+# Config
+
+
+def test_another_config_is_refused_and_its_keys_named(tmp_path):
+    Workdir(tmp_path, config()).close()
+    before = files(tmp_path)
+    message = refusal(tmp_path, config(seed=1, stages=(ml_collections.ConfigDict({'iterations': 6}),)))
+    assert 'seed (0 there, 1 here)' in message
+    assert 'stages[0].iterations (5 there, 6 here)' in message
+    assert 'teacher' not in message
+    assert 'Choose another --workdir' in message
+    assert files(tmp_path) == before
+
+
+def test_a_key_that_only_one_config_has_is_named(tmp_path):
+    Workdir(tmp_path, config()).close()
+    assert "pool ('absent' there, 'x' here)" in refusal(tmp_path, config(pool='x'))
+
+
+def test_many_differing_keys_are_counted(tmp_path):
+    Workdir(tmp_path, config(**{f'k{i}': 0 for i in range(12)})).close()
+    assert 'and 4 more' in refusal(tmp_path, config(**{f'k{i}': 1 for i in range(12)}))
+
+
+def test_tasks_devices_and_logging_may_change(tmp_path):
+    Workdir(tmp_path, config()).close()
+    Workdir(tmp_path, config(tasks=('synthesis', 'report'), devices=8, logging={'every': 7})).close()
+    assert json.loads((tmp_path / 'config.json').read_text())['tasks'] == ['synthesis', 'report']
+
+
+@pytest.mark.parametrize('name', ['config.json', 'times.json', 'results.json'])
+def test_a_damaged_file_is_named(tmp_path, name):
+    Workdir(tmp_path, config()).close()
+    (tmp_path / name).write_text('{"seed": 0')
+    with pytest.raises(DvinvError, match=rf'{name} is damaged'), contextlib.closing(Workdir(tmp_path, config())) as workdir:
+        workdir.results  # noqa: B018
+
+
+@pytest.mark.parametrize('name', ['file', 'file/below'])
+def test_a_file_is_no_work_directory(tmp_path, name):
+    (tmp_path / 'file').write_text('mine')
+    assert f'--workdir {tmp_path / name} cannot be written to' in refusal(tmp_path / name, config())
+    assert (tmp_path / 'file').read_text() == 'mine'
+
+
+def test_the_folder_of_several_seeds_is_no_work_directory(tmp_path):
+    (tmp_path / 'results.json').write_text('{"runs": []}')
+    assert 'holds the runs of several seeds' in refusal(tmp_path, config())
+    assert [path.name for path in tmp_path.iterdir()] == ['results.json']
+
+
+# Lock
+
+
+def test_a_second_process_is_refused_until_the_first_is_done(tmp_path):
+    first = Workdir(tmp_path, config())
+    assert f'Another process is running in {tmp_path}' in refusal(tmp_path, config())
+    first.close()
+    Workdir(tmp_path, config()).close()
+
+
+# Results and clock
+
+
+def test_results_of_earlier_tasks_are_kept(tmp_path):
+    workdir = Workdir(tmp_path, config())
+    workdir.add_results('teacher', {'test_accuracy': 0.5})
+    workdir.close()
+    workdir = Workdir(tmp_path, config())
+    workdir.add_results('synthesis', {'images': 3})
+    workdir.close()
+    assert json.loads((tmp_path / 'results.json').read_text()) == workdir.results == {
+        'teacher': {'test_accuracy': 0.5}, 'synthesis': {'images': 3}}
+
+
+def test_time_spent_before_a_kill_counts(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(workdir_module.time, 'monotonic', lambda: now[0])
+    killed = Workdir(tmp_path, config())
+    killed.start_clock('teacher')
+    now[0] += 7
+    killed.metrics.append('teacher', 'teacher', [{'step': 1, 'loss': 0.5}])  # a measurement remembers the time
+    killed.close()
+    now[0] = 5000.0
+    workdir = Workdir(tmp_path, config())
+    workdir.start_clock('teacher')
+    now[0] += 3
+    assert workdir.wall_seconds('teacher') == 10
+    workdir.close()
+
+
+# Metrics
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    metrics = Metrics(tmp_path / 'metrics.jsonl')
+    for series in ('teacher', 'verifier'):
+        metrics.append('teacher', series, [{'step': step, 'loss': step / 2} for step in (5, 10, 15)])
+    return metrics
+
+
+def test_a_line_tells_task_series_step_and_values(metrics):
+    assert metrics.read()[3] == {'task': 'teacher', 'series': 'verifier', 'step': 5, 'loss': 2.5}
+
+
+def test_a_series_is_cut_and_the_others_are_not(metrics):
+    metrics.cut('teacher', 'teacher', 10)
+    assert [(line['series'], line['step']) for line in metrics.read()] == [
+        ('teacher', 5), ('teacher', 10), ('verifier', 5), ('verifier', 10), ('verifier', 15)]
+
+
+def test_a_cut_of_nothing_leaves_the_bytes(metrics, tmp_path):
+    before = (tmp_path / 'metrics.jsonl').read_bytes()
+    metrics.cut('teacher', 'verifier', 15)
+    metrics.cut('synthesis', 'deepinversion', 0)
+    assert (tmp_path / 'metrics.jsonl').read_bytes() == before
+
+
+def test_a_half_written_last_line_is_dropped(metrics, tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    whole = path.read_text()
+    path.write_text(whole[:-9])
+    assert len(metrics.read()) == 5
+    metrics.cut('synthesis', 'deepinversion', 0)
+    assert path.read_text() == ''.join(whole.splitlines(keepends=True)[:5])
+
+
+def test_a_line_that_is_no_measurement_is_shown(metrics, tmp_path):
+    with open(tmp_path / 'metrics.jsonl', 'a') as file:
+        file.write('rubbish\n')
+    for look in (metrics.read, lambda: metrics.cut('teacher', 'teacher', 0)):
+        with pytest.raises(DvinvError, match=r"metrics\.jsonl holds a line that is not JSON \('rubbish'\); delete"):
+            look()
+
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='no /dev/full')
+def test_a_full_disk_is_told():
+    with pytest.raises(DvinvError, match='The disk is full: /dev/full could not be written'):
+        Metrics(Path('/dev/full')).append('teacher', 'teacher', [{'step': 1, 'loss': 0.5}])
+
+
+def test_no_metrics_yet_is_no_error(tmp_path):
+    metrics = Metrics(tmp_path / 'metrics.jsonl')
+    metrics.cut('teacher', 'teacher', 0)
+    assert metrics.read() == []

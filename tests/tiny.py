@@ -1,0 +1,53 @@
+"""The smallest networks that have all that the tests look at."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from dvinv.inversion import from_linen
+
+IMAGE_SHAPE = (8, 8, 2)
+MEAN, STD = (0.4, 0.6), (0.2, 0.3)
+
+
+class TinyNet(nn.Module):
+    """Two convolutions with BatchNorm, the mean over space, a dense layer."""
+
+    num_classes: int = 3
+    channels: tuple[int, ...] = (4, 5)
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        for channels in self.channels:
+            x = nn.Conv(channels, (3, 3), use_bias=False)(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+        return nn.Dense(self.num_classes)(x.mean((1, 2)))
+
+
+def trained(variables, seed: int = 0):
+    """The variables, as numpy arrays, with weights drawn anew and running statistics such as training leaves."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        if name == 'var':
+            values = rng.uniform(0.5, 2.0, leaf.shape)
+        elif name == 'kernel':
+            values = rng.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
+        else:
+            values = (name == 'scale') + 0.3 * rng.normal(size=leaf.shape)
+        return values.astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, variables)
+
+
+def trained_variables(module, image_shape=IMAGE_SHAPE, seed: int = 0):
+    """`trained` variables of a module, without compiling its initialisation."""
+    image = jax.ShapeDtypeStruct((2, *image_shape), np.float32)
+    return trained(jax.eval_shape(module.init, jax.random.key(0), image), seed)
+
+
+def tiny_teacher(seed: int = 0, **fields):
+    """A Teacher of 3 classes that takes pictures of `IMAGE_SHAPE`."""
+    module = TinyNet(**fields)
+    return from_linen(module, trained_variables(module, seed=seed), image_shape=IMAGE_SHAPE, mean=MEAN, std=STD)
