@@ -46,14 +46,14 @@ def flops(network: Classifier) -> int:
 def _count(jaxpr) -> int:
     total = 0
     for equation in jaxpr.eqns:
-        out = equation.outvars[0].aval
         if equation.primitive.name == 'conv_general_dilated':
             kernel = equation.invars[1].aval.shape
             features = kernel[equation.params['dimension_numbers'].rhs_spec[0]]
-            total += 2 * out.size * int(np.prod(kernel)) // features
+            total += 2 * equation.outvars[0].aval.size * int(np.prod(kernel)) // features
         elif equation.primitive.name == 'dot_general':
             (contracted, _), _ = equation.params['dimension_numbers']
-            total += 2 * out.size * int(np.prod([equation.invars[0].aval.shape[i] for i in contracted]))
+            lengths = [equation.invars[0].aval.shape[i] for i in contracted]
+            total += 2 * equation.outvars[0].aval.size * int(np.prod(lengths))
         else:
             inner = sum(_count(sub) for sub in _inner_jaxprs(equation.params))
             total += inner * equation.params.get('length', 1)  # a scan runs its body `length` times

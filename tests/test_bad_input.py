@@ -14,8 +14,6 @@ from smoke import flip, lasting, smoke_config
 from dvinv import main, pipeline
 from dvinv.errors import DvinvError
 
-FACTORY = {'verifier__network': '', 'distillation__controls': ()}
-
 
 def contents(folder):
     return {str(path): path.read_bytes() for path in folder.rglob('*') if path.is_file() and path.name != '.lock'}
@@ -54,12 +52,13 @@ def run(finished, tmp_path):
 
 
 @pytest.fixture
-def parse():
+def parse(monkeypatch):
     """The command line's answer to flags, without a process."""
     def parse(*argv):
+        monkeypatch.setattr(sys, 'argv', ['dvinv', *argv])  # ml_collections looks there for what overrides the config
         try:
             with pytest.raises(DvinvError) as caught:
-                main._parse(['dvinv', *argv])
+                main._parse(sys.argv)
         finally:
             for name in [name for name in flags.FLAGS if name.startswith('config.')]:
                 delattr(flags.FLAGS, name)
@@ -74,16 +73,17 @@ def parse():
 SMOKE = ('--config', 'configs/digits.py:smoke')
 
 
+@pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')  # ml_collections reads config files by it
 @pytest.mark.parametrize(('argv', 'words'), [
     (('--workdir', 'w', *SMOKE, '--config.synthesis.imagse=3'), ['imagse', 'Did you mean "images"']),
     (('--workdir', 'w', *SMOKE, '--config.sede=3'), ['sede', 'Did you mean "seed"']),
     (('--workdir', 'w', *SMOKE, '--config.seed=first'), ['--config.seed=first', 'int']),
     (('--workdir', 'w', *SMOKE, '--config.teacher.training.learning_rate=high'), ['learning_rate=high', 'float']),
     (('--workdir', 'w', *SMOKE, '--config.synthesis.stages[0].iterations=x'), ['stages[0].iterations=x', 'int']),
-    (('--workdir', 'w', *SMOKE, '--config.synthesis.stages[4].iterations=5'), ['stages[4]']),
+    (('--workdir', 'w', *SMOKE, '--config.synthesis.stages[4].iterations=5'), ['beyond the end of a tuple']),
     (SMOKE, ['--workdir is missing']),
     (('--workdir', 'w', *SMOKE, '--seeds', '-1'), ['--seeds is -1', 'at least 1']),
-    (('--workdir', 'w', *SMOKE, '--sedes', '3'), ["Unknown command line flag 'sedes'", "'seeds'"]),
+    (('--workdir', 'w', *SMOKE, '--sedes', '3'), ["Unknown command line flag 'sedes'", 'Did you mean: seeds']),
     (('--workdir', 'w', *SMOKE, 'teacher'), ["argument 'teacher'", 'flags start with --']),
     (('--workdir', 'w'), ['--config names no config file']),
     (('--workdir', 'w', '--config', 'configs/nothere.py'), ['No such file', 'configs/nothere.py']),
@@ -133,7 +133,7 @@ def test_an_unknown_key_ends_the_process_with_one_line(command, tmp_path):
     ({'logging__iterations': 0}, ['logging.iterations is 0', 'at least 1']),
     ({'logging__checkpoint_every': 0}, ['logging.checkpoint_every is 0', 'at least 1']),
     ({'logging__checkpoint_every': 7}, ['checkpoint_every 7', 'multiple of the first']),
-    ({'teacher__factory': 'factories:without_batch_norm'}, ['Plain has no running statistics', 'needs a network with BatchNorm']),
+    ({'teacher__factory': 'factories:without_batch_norm'}, ['Plain has no running statistics', 'needs a network with']),
     ({'teacher__factory': 'factories:colour'}, ['teacher takes images of 8x8x3', 'the data set has 8x8x1']),
     ({'teacher__factory': 'factories:five_classes'}, ['the label 9', 'knows 5 classes, 0 to 4']),
     ({'teacher__factory': 'factories:missing'}, ["'factories:missing'", 'cannot be imported']),
@@ -155,8 +155,8 @@ def test_a_bad_stage_is_refused(tmp_path):
 
 
 def test_weights_of_another_network_are_refused(finished, tmp_path):
-    path = finished / 'networks' / 'verifier.safetensors'
-    assert 'holds a small_convnet, but teacher.network is small_resnet' in refusal(tmp_path / 'run', teacher__weights=str(path))
+    path = str(finished / 'networks' / 'verifier.safetensors')
+    assert 'holds a small_convnet, but teacher.network is small_resnet' in refusal(tmp_path / 'run', teacher__weights=path)
 
 
 def test_a_batch_that_the_devices_do_not_divide_ends_the_process(command, tmp_path):
@@ -196,7 +196,7 @@ def test_a_damaged_file_of_a_finished_run_is_named(run, name, how):
 @pytest.mark.parametrize('how', ['flipped', 'truncated'])
 def test_a_damaged_checkpoint_is_named(run, how):
     (run / 'networks' / 'teacher.safetensors').unlink()
-    path = max((run / 'checkpoints' / 'teacher' / '000000010').rglob('*'), key=lambda path: path.stat().st_size)
+    path = max((run / 'checkpoints' / 'teacher').rglob('*'), key=lambda path: path.stat().st_size * path.is_file())
     damage(path, how)
     message = refusal(run)
     assert f'{path} is damaged' in message
@@ -208,13 +208,14 @@ def test_a_damaged_checkpoint_is_named(run, how):
 
 def test_a_training_that_diverges_names_the_update(tmp_path):
     config = smoke_config(tasks=('teacher',), teacher__training__learning_rate=1e30, teacher__training__updates=5)
-    with pytest.raises(DvinvError, match=r'^The loss of the teacher is not a finite number at update \d+: lower its learning_rate'):
+    with pytest.raises(DvinvError, match=r'^The loss of the teacher is not a finite number at update \d+: lower its'):
         pipeline.run(config, tmp_path / 'run')
     assert not (tmp_path / 'run' / 'results.json').exists()
 
 
 def test_an_inversion_that_is_not_a_number_names_iteration_and_term(command, tmp_path):
-    answer = command('--workdir', tmp_path / 'run', '--config.teacher.factory=factories:broken', '--config.verifier.network=')
+    changes = ('--config.teacher.factory=factories:broken', '--config.verifier.network=')
+    answer = command('--workdir', tmp_path / 'run', *changes)
     check_told(answer, 'The term cross_entropy is not a finite number at iteration 0', "NaNs in the teacher's weights")
     assert not list((tmp_path / 'run').glob('pool/*'))
 
@@ -232,7 +233,7 @@ def test_a_full_disk_is_told_and_what_was_finished_stays(run, monkeypatch):
         replace(source, target)
 
     monkeypatch.setattr(os, 'replace', full)
-    with pytest.raises(DvinvError, match=r'^The disk is full: .*shard-000001\.npz could not be written\..*run the same command'):
+    with pytest.raises(DvinvError, match=r'^The disk is full: .*shard-000001\.npz could not be written\. .*run the same'):
         pipeline.run(smoke_config(), run)
     after = lasting(run)
     after.pop('metrics.jsonl')
@@ -252,15 +253,13 @@ def small_disk(tmp_path):
 
 
 def test_a_run_goes_on_when_the_disk_has_room_again(small_disk, command, finished):
-    alone = "--config.tasks=('teacher',)"
-    check_told(command('--workdir', small_disk / 'run', alone), 'The disk is full: ', str(small_disk), 'free some space')
+    alone = ("--config.tasks=('teacher',)", '--config.verifier.network=')
+    check_told(command('--workdir', small_disk / 'run', *alone), 'The disk is full: ', str(small_disk), 'free some space')
     subprocess.run(['mount', '-o', 'remount,size=64m', str(small_disk)], check=True)
-    status, _, err = command('--workdir', small_disk / 'run', alone)
+    status, _, err = command('--workdir', small_disk / 'run', *alone)
     assert status == 0, err
-    assert lasting(small_disk / 'run')['results']['teacher'] == lasting(finished)['results']['teacher']
-    for name in ('teacher', 'verifier'):
-        made, expected = ((folder / 'networks' / f'{name}.safetensors').read_bytes() for folder in (small_disk / 'run', finished))
-        assert made == expected
+    made, expected = ((run / 'networks' / 'teacher.safetensors').read_bytes() for run in (small_disk / 'run', finished))
+    assert made == expected
 
 
 def test_a_disk_without_any_room_is_told(small_disk, tmp_path):

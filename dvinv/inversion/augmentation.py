@@ -12,6 +12,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dvinv.networks.classifier import Classifier
 
@@ -85,4 +86,7 @@ class Augmentation:
                  else crop_each(shift_key, x, self.shift, jnp.asarray(network.valid_range[0]), axis))
         if self.flip:
             x = flip(flip_key, x) if self.kind == 'roll' else flip_each(flip_key, x, axis)
-        return add_noise(noise_key, x, self.noise / jnp.asarray(network.std), axis) if self.noise else x
+        if self.noise:
+            # Divided here, not in the program: XLA folds that quotient differently on one device and on several.
+            x = add_noise(noise_key, x, (self.noise / np.asarray(network.std)).astype(np.float32), axis)
+        return x

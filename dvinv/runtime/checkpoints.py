@@ -5,7 +5,9 @@ good one from a bad one. Here a checkpoint exists when its manifest, written las
 when every file still has the manifest's sha256.
 """
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,6 +16,8 @@ import orbax.checkpoint as ocp
 
 from dvinv.errors import DvinvError
 from dvinv.runtime.files import disk_full_told, sha256_of, write_atomic
+
+MARGIN = 2**20  # bytes that must be free beside the arrays of a checkpoint
 
 
 class Checkpoints:
@@ -31,8 +35,10 @@ class Checkpoints:
         target = self._folder / f'{step:09d}'
         self._sweep()
         try:
-            with disk_full_told(target), ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(target, state)
+            with disk_full_told(target):
+                self._check_room(state)
+                with ocp.StandardCheckpointer() as checkpointer:
+                    checkpointer.save(target, state)
             files = {str(p.relative_to(target)): sha256_of(p) for p in sorted(target.rglob('*')) if p.is_file()}
             write_atomic(self._manifest(step), json.dumps({'step': step, 'sha256': files}, indent=1).encode())
             for older in self._steps():
@@ -67,6 +73,13 @@ class Checkpoints:
                                  f'{way_out}.')
         with ocp.StandardCheckpointer() as checkpointer:
             return step, checkpointer.restore(folder, jax.tree.map(ocp.utils.to_shape_dtype_struct, template))
+
+    def _check_room(self, state) -> None:
+        """Raise on a full disk before Orbax starts, whose threads would answer with tracebacks of their own."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + MARGIN
+        if shutil.disk_usage(self._folder).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _sweep(self) -> None:
         """Delete the folders without a manifest: older checkpoints, and what is left of a save that failed or was killed."""

@@ -1,0 +1,189 @@
+"""The training loop: resumed to the bit, every image once an epoch, schedules, statistics, devices, losses that blow up."""
+
+import dataclasses
+import types
+
+import jax
+import ml_collections
+import numpy as np
+import optax
+import pytest
+from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet
+
+import dvinv.training
+from dvinv import DvinvError
+from dvinv.networks import Classifier
+from dvinv.runtime.devices import make_mesh
+from dvinv.runtime.workdir import Workdir
+from dvinv.training import Recipe, chosen_images, fit
+
+CLASSIFIER = Classifier(None, None, IMAGE_SHAPE, 3, MEAN, STD)
+LOGGING = types.SimpleNamespace(every=2, checkpoint_every=4)
+RECIPE = Recipe(updates=8, batch_size=8, learning_rate=0.05, warmup=2, weight_decay=1e-3, shift=1, flip=True, noise=0.1)
+
+
+def _loss(logits, x, labels, frozen):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def _data(count=20):
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (count, *IMAGE_SHAPE), dtype=np.uint8), (np.arange(count) % 3).astype(np.int32)
+
+
+def _fit(folder, recipe=RECIPE, devices=1, loss=_loss, seed=3):
+    workdir = Workdir(folder, ml_collections.ConfigDict())
+    try:
+        variables = fit(TinyNet(), recipe, loss, CLASSIFIER, *_data(), seed, make_mesh(devices), workdir, 'teacher',
+                        'teacher', LOGGING)
+    finally:
+        workdir.close()
+    return variables, workdir.metrics.read()
+
+
+def _same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+    return _fit(tmp_path_factory.mktemp('undisturbed'))
+
+
+def test_a_killed_training_ends_with_the_bits_of_an_undisturbed_one(undisturbed, tmp_path, monkeypatch):
+    def killed_at(update):
+        def chosen(seed, number, *args):
+            if number == update:
+                raise KeyboardInterrupt
+            calls.append(number)
+            return chosen_images(seed, number, *args)
+
+        calls = []
+        monkeypatch.setattr(dvinv.training, 'chosen_images', chosen)
+        return calls
+
+    for update, first in ((5, 0), (7, 4)):  # after the checkpoint of update 4, and once more, resumed from it
+        calls = killed_at(update)
+        with pytest.raises(KeyboardInterrupt):
+            _fit(tmp_path)
+        assert calls == list(range(first, update))
+    calls = killed_at(None)
+    variables, metrics = _fit(tmp_path)
+    assert calls == [4, 5, 6, 7]
+    _same(variables, undisturbed[0])
+    assert metrics == undisturbed[1]
+
+
+def test_metrics_tell_the_mean_loss_every_so_many_updates(undisturbed):
+    _, metrics = undisturbed
+    assert [line['step'] for line in metrics] == [2, 4, 6, 8]
+    assert all(0 < line['loss'] < 10 for line in metrics)
+
+
+def test_the_seed_decides(undisturbed, tmp_path):
+    variables, _ = _fit(tmp_path, seed=4)
+    assert not np.array_equal(variables['params']['Dense_0']['kernel'], undisturbed[0]['params']['Dense_0']['kernel'])
+
+
+# Which images
+
+
+@pytest.mark.parametrize(('batch_size', 'count'), [(4, 20), (7, 20), (20, 20), (33, 20), (1, 3)])
+def test_every_image_is_shown_once_an_epoch(batch_size, count):
+    updates = 3 * count
+    shown = np.concatenate([chosen_images(5, update, batch_size, count) for update in range(updates)])
+    assert shown.shape == (updates * batch_size,)
+    epochs = shown[:updates * batch_size // count * count].reshape(-1, count)
+    np.testing.assert_array_equal(np.sort(epochs, 1), np.broadcast_to(np.arange(count), epochs.shape))
+    assert count < 20 or len({epoch.tobytes() for epoch in epochs}) == len(epochs)
+
+
+def test_the_images_of_an_update_depend_on_seed_and_number_alone():
+    late, again = chosen_images(1, 9, 8, 20), [chosen_images(1, update, 8, 20) for update in (9, 0, 9)]
+    np.testing.assert_array_equal(again[0], late)
+    np.testing.assert_array_equal(again[2], late)
+    assert not np.array_equal(chosen_images(2, 9, 8, 20), late)
+
+
+# Schedules
+
+
+def _rates(recipe):
+    """The learning rate of each update, from the steps that Nesterov's momentum takes on a constant gradient of 1."""
+    optimizer = recipe.optimizer()
+    state, momentum, rates = optimizer.init(np.float32(0)), 0.0, []
+    for _ in range(recipe.updates):
+        step, state = optimizer.update(np.float32(1), state, np.float32(0))
+        momentum = 1 + 0.9 * momentum
+        rates.append(-float(step) / (1 + 0.9 * momentum))
+    return rates
+
+
+def test_the_cosine_schedule_warms_up_and_falls_to_zero():
+    rates = _rates(Recipe(10, 8, 0.5, 'sgd', 'cosine', warmup=2))
+    expected = [0, 0.25, *(0.25 * (1 + np.cos(np.pi * np.arange(8) / 8)))]
+    np.testing.assert_allclose(rates, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize('warmup', [0, 2])
+def test_the_step_schedule_divides_by_ten_after_each_milestone(warmup):
+    rates = _rates(Recipe(10, 8, 0.5, 'sgd', 'step', milestones=(0.4, 0.8), warmup=warmup))
+    expected = np.array([0.5] * 4 + [0.05] * 4 + [0.005] * 2)
+    expected[:warmup] *= np.arange(warmup) / max(warmup, 1)
+    np.testing.assert_allclose(rates, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize('optimiser', ['adam', 'sgd'])
+def test_weight_decay_shrinks_weights_that_have_no_gradient(optimiser):
+    optimizer = Recipe(10, 8, 0.1, optimiser, 'cosine', weight_decay=0.1).optimizer()
+    step, _ = optimizer.update(np.float32(0), optimizer.init(np.float32(2)), np.float32(2))
+    assert float(step) < 0
+
+
+@pytest.mark.parametrize(('fields', 'sentence'), [
+    ({'updates': 0}, 'student.updates is 0; it must be at least 1'),
+    ({'batch_size': 0}, 'student.batch_size is 0; it must be at least 1'),
+    ({'optimiser': 'lion'}, "student.optimiser is 'lion'; choose one of adam, sgd"),
+    ({'schedule': 'linear'}, "student.schedule is 'linear'; choose one of cosine, step"),
+])
+def test_recipes_that_cannot_be_followed_are_refused(fields, sentence):
+    with pytest.raises(DvinvError, match=sentence):
+        dataclasses.replace(RECIPE, **fields).check('student')
+
+
+# Statistics, devices, losses
+
+
+def test_estimating_statistics_again_changes_them_and_no_weight(undisturbed, tmp_path):
+    variables, metrics = _fit(tmp_path, dataclasses.replace(RECIPE, reestimate=30))
+    _same(variables['params'], undisturbed[0]['params'])
+    assert metrics == undisturbed[1]
+    for name, layer in variables['batch_stats'].items():
+        for statistic in ('mean', 'var'):
+            assert not np.allclose(layer[statistic], undisturbed[0]['batch_stats'][name][statistic], rtol=1e-3)
+
+
+SHORT = dataclasses.replace(RECIPE, updates=3, optimiser='sgd', warmup=0)
+
+
+@pytest.fixture(scope='module')
+def on_one_device(tmp_path_factory):
+    return _fit(tmp_path_factory.mktemp('one'), SHORT)[0]
+
+
+@pytest.mark.parametrize('devices', [2, 8])
+def test_several_devices_train_nearly_the_same_network(on_one_device, tmp_path, devices):
+    several, _ = _fit(tmp_path, SHORT, devices)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), several, on_one_device)
+
+
+def test_a_batch_that_devices_do_not_divide_is_refused(tmp_path):
+    with pytest.raises(DvinvError, match='A batch of 12 images cannot be split evenly over 8 devices'):
+        _fit(tmp_path, dataclasses.replace(RECIPE, batch_size=12), devices=8)
+
+
+def test_a_loss_that_is_not_finite_stops_the_training_and_names_the_update(tmp_path):
+    # The first update is made with finite weights; its learning rate spoils them for the second.
+    recipe = dataclasses.replace(SHORT, learning_rate=float('inf'))
+    with pytest.raises(DvinvError, match='The loss of the teacher is not a finite number at update 2: lower its learning'):
+        _fit(tmp_path, recipe)
