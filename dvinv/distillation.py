@@ -13,7 +13,7 @@ from dvinv.networks import Classifier
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.synthesis import fill_pool, open_pool
 from dvinv.teacher import check_fits, load
-from dvinv.training import learn
+from dvinv.training import Lesson, learn
 
 ROLE = 3
 DATA_FREE_CONTROLS = ('noise', 'prior_only')
@@ -58,8 +58,8 @@ def complete(config, workdir: Workdir) -> bool:
 def distil(config, workdir: Workdir, teacher: Teacher, images: np.ndarray, labels: np.ndarray, name: str) -> Classifier:
     """A student taught by `teacher` on `images` uint8 [N, H, W, C]; all that are compared start and shuffle alike."""
     loss = distillation_loss(teacher, config.distillation.temperature)
-    return learn(config, workdir, 'distillation', name, config.student, recipe_of(config.distillation), loss, teacher, images,
-                 labels, ROLE, teacher.variables)
+    lesson = Lesson(recipe_of(config.distillation), loss, images, labels, teacher.variables)
+    return learn(config, workdir, 'distillation', name, config.student, lesson, teacher, ROLE)
 
 
 def control_pool(config, workdir: Workdir, teacher: Teacher, method: str) -> ImagePool:

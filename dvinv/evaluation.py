@@ -20,9 +20,9 @@ def logits_of(network: Classifier, images: np.ndarray, batch_size: int = 256) ->
     apply_fn, parts = _compiled(network.apply_fn), []
     batch_size = min(batch_size, len(images))
     for start in range(0, len(images), batch_size):
-        part = images[start:start + batch_size]
+        part = images[start : start + batch_size]
         padded = np.concatenate([part, np.zeros((batch_size - len(part), *part.shape[1:]), part.dtype)])
-        parts.append(np.asarray(apply_fn(network.variables, network.normalise(jnp.asarray(padded))))[:len(part)])
+        parts.append(np.asarray(apply_fn(network.variables, network.normalise(jnp.asarray(padded))))[: len(part)])
     return np.concatenate(parts).astype(np.float32)
 
 

@@ -47,8 +47,10 @@ def _parse(argv: list[str]) -> list[str]:
     except (AttributeError, KeyError, TypeError) as error:
         raise DvinvError(f'The config has no such key or type: {" ".join(str(error.args[0]).split())}') from error
     except IndexError as error:
-        raise DvinvError('A flag counts beyond the end of a tuple in the config, as --config.synthesis.stages[9] would; indices '
-                         'start at 0.') from error
+        raise DvinvError(
+            'A flag counts beyond the end of a tuple in the config, as --config.synthesis.stages[9] would; indices '
+            'start at 0.'
+        ) from error
     except (flags.Error, OSError, SyntaxError) as error:
         # Of a config file that fails, absl's message holds a traceback; its last line says what was wrong.
         reason = str(error).strip().splitlines()[-1].strip()

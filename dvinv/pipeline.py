@@ -7,7 +7,7 @@ from dvinv import configuration, distillation, report, synthesis, teacher
 from dvinv.configuration import TASKS
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
-from dvinv.runtime.devices import make_mesh
+from dvinv.runtime.devices import make_mesh, training_mesh
 from dvinv.runtime.workdir import Workdir, open_workdir
 
 DRIVERS = {'teacher': teacher, 'synthesis': synthesis, 'distillation': distillation, 'report': report}
@@ -21,11 +21,23 @@ def check(config) -> None:
         raise DvinvError(f'pool is {config.pool!r}, but there is no such folder.')
     images, batch_size = config.synthesis.images, config.synthesis.batch_size
     if images % batch_size:
-        raise DvinvError(f'synthesis.images is {images}, which batches of {batch_size} do not fill; choose a multiple, for '
-                         f'instance {max(1, images // batch_size) * batch_size}.')
+        raise DvinvError(
+            f'synthesis.images is {images}, which batches of {batch_size} do not fill; choose a multiple, for '
+            f'instance {max(1, images // batch_size) * batch_size}.'
+        )
     if config.bn_stats == 'global' and batch_size % devices:
-        raise DvinvError(f"synthesis.batch_size is {batch_size}, which {devices} devices do not divide; with bn_stats='global' "
-                         'one batch is split over all devices: choose a multiple of their number.')
+        raise DvinvError(
+            f"synthesis.batch_size is {batch_size}, which {devices} devices do not divide; with bn_stats='global' "
+            'one batch is split over all devices: choose a multiple of their number.'
+        )
+    for name, group in (
+        ('teacher.training', config.teacher.training),
+        ('verifier.training', config.verifier.training),
+        ('distillation', config.distillation),
+    ):
+        recipe = configuration.recipe_of(group)
+        recipe.check(name)
+        recipe.check_devices(name, training_mesh(make_mesh(config.devices)).size)
     teacher.check(config)
     configuration.inversion_config(config).check(load_real(config.data.name).image_shape)
 

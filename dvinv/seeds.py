@@ -28,20 +28,30 @@ def run(config, workdir, count: int) -> dict:
         one = ml_collections.ConfigDict(config)
         one.seed = seed
         runs.append(pipeline.run(one, Path(workdir) / f'seed-{seed}'))
-    summary = {'seeds': seeds, 'runs': runs, 'mean': _over(runs, statistics.fmean),
-               'std': _over(runs, lambda values: statistics.stdev(values) if len(values) > 1 else None)}
+    summary = {
+        'seeds': seeds,
+        'runs': runs,
+        'mean': _over(runs, statistics.fmean),
+        'std': _over(runs, lambda values: statistics.stdev(values) if len(values) > 1 else None),
+    }
     write_atomic(Path(workdir) / 'results.json', (json.dumps(summary, indent=2, sort_keys=True) + '\n').encode())
     return summary
 
 
 def _over(runs: list[dict], summarise) -> dict:
     """{task: {figure: summary}} of the figures that are numbers in every run."""
+
     def known(results, task, figure):
         return isinstance(results.get(task, {}).get(figure), int | float)
 
-    return {task: {figure: summarise([results[task][figure] for results in runs]) for figure in figures
-                   if figure != 'seed' and all(known(results, task, figure) for results in runs)}
-            for task, figures in runs[0].items()}
+    return {
+        task: {
+            figure: summarise([results[task][figure] for results in runs])
+            for figure in figures
+            if figure != 'seed' and all(known(results, task, figure) for results in runs)
+        }
+        for task, figures in runs[0].items()
+    }
 
 
 def table(summary: dict) -> str:
@@ -52,9 +62,11 @@ def table(summary: dict) -> str:
     for task, figures in mean.items():
         for figure, value in figures.items():
             spread = std.get(task, {}).get(figure)
-            lines.append(f'{task:14}{figure:28}{_short(value):>12}' + (f' +- {_short(spread)}' if spread is not None else ''))
+            lines.append(
+                f'{task:14}{figure:28}{_short(value):>12}' + (f' +- {_short(spread)}' if spread is not None else '')
+            )
     return '\n'.join(lines)
 
 
 def _short(value: float) -> str:
-    return f'{value:,.0f}' if value >= 1000 or value == int(value) and value > 1 else f'{value:.4f}'
+    return f'{value:,.0f}' if value >= 1000 or (value == int(value) and value > 1) else f'{value:.4f}'

@@ -1,5 +1,6 @@
 """The task `synthesis`: numbered batches of images from the teacher alone, into the pool."""
 
+import functools
 import io
 
 import jax
@@ -10,7 +11,7 @@ from dvinv.configuration import inversion_config
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
 from dvinv.evaluation import logits_of, top_accuracy
-from dvinv.inversion import Stage, Teacher, balanced_labels, make_feature_loss, make_inverter
+from dvinv.inversion import Inversion, Stage, Teacher, balanced_labels, make_feature_loss, make_inverter
 from dvinv.inversion.step import initial_images
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.files import write_atomic
@@ -58,8 +59,7 @@ def open_pool(config, workdir: Workdir, teacher: Teacher) -> ImagePool:
     return ImagePool(config.pool or workdir.path / 'pool', teacher.digest())
 
 
-def fill_pool(config, workdir: Workdir, teacher: Teacher, pool: ImagePool, method: str, task: str,
-              series: str) -> None:
+def fill_pool(config, workdir: Workdir, teacher: Teacher, pool: ImagePool, method: str, task: str, series: str) -> None:
     """Synthesize the batches that the pool lacks.
 
     Batch i depends on the teacher, the config and fold_in(key(seed), i) alone: not on devices, nor on kills. No real image
@@ -82,40 +82,54 @@ def fill_pool(config, workdir: Workdir, teacher: Teacher, pool: ImagePool, metho
     if not missing:
         return
     workdir.metrics.keep(task, series, lambda line: line['batch'] in finished)
-    invert_batches = None if method == 'noise' else make_inverter(teacher, settings, mesh)
+    invert_batches = _make_noise(teacher) if method == 'noise' else make_inverter(teacher, settings, mesh)
     measure = make_feature_loss(teacher, settings.stages[-1])
     seed_key = jax.random.key(config.seed)
-    begin = jax.jit(initial_images, static_argnums=(1, 2))
     iterations = 0 if method == 'noise' else settings.iterations
-    total = len(missing) * max(1, iterations)
 
-    with Progress(f'{task}: {method}', total) as progress:
+    with Progress(f'{task}: {method}', len(missing) * max(1, iterations)) as progress:
         for start in range(0, len(missing), at_once):
-            numbers = missing[start:start + at_once]
+            numbers = missing[start : start + at_once]
             padded = numbers + numbers[-1:] * (at_once - len(numbers))  # every device has work; repeats are dropped
             keys = jax.vmap(lambda i: jax.random.fold_in(seed_key, i))(np.asarray(padded))
             labels = np.stack([balanced_labels(i, group.batch_size, teacher.num_classes) for i in padded])
-            first = [begin(key, group.batch_size, teacher.image_shape) for key in keys[:len(numbers)]]
-            if invert_batches is None:
-                batches, metrics = [np.asarray(images) for images, _ in first], {}
-            else:
-                def report(done, terms, start=start, n=len(numbers)):
-                    progress.update((start + n * done / iterations) * iterations, **terms)
-                inversion = invert_batches(keys, labels, None, report)
-                batches, metrics = inversion.images, inversion.metrics
+            inversion = invert_batches(
+                keys, labels, on_chunk=functools.partial(_report, progress, start * iterations, len(numbers))
+            )
             for row, number in enumerate(numbers):
-                images, (initial, view_key) = teacher.to_uint8(batches[row]), first[row]
-                workdir.metrics.append(task, series, _lines(number, row, metrics, config.logging.iterations))
-                pool.write(number, images, labels[row], logits_of(teacher, images), {
-                    'batch': number,
-                    'iterations': iterations,
-                    'feature_loss_first': float(measure(teacher.variables, initial, view_key)),
-                    'feature_loss_last': float(measure(teacher.variables, teacher.normalise(images), view_key)),
-                    'config': {'seed': config.seed, 'bn_stats': config.bn_stats, 'method': method,
-                               **plain(group)},
-                    'version': dvinv.__version__,
-                })
+                images = teacher.to_uint8(inversion.images[row])
+                initial, view_key = initial_images(keys[row], group.batch_size, teacher.image_shape)
+                workdir.metrics.append(task, series, _lines(number, row, inversion.metrics, config.logging.iterations))
+                pool.write(
+                    number,
+                    images,
+                    labels[row],
+                    logits_of(teacher, images),
+                    {
+                        'batch': number,
+                        'iterations': iterations,
+                        'feature_loss_first': float(measure(teacher.variables, initial, view_key)),
+                        'feature_loss_last': float(measure(teacher.variables, teacher.normalise(images), view_key)),
+                        'config': {'seed': config.seed, 'bn_stats': config.bn_stats, 'method': method, **plain(group)},
+                        'version': dvinv.__version__,
+                    },
+                )
             progress.update((start + len(numbers)) * max(1, iterations))
+
+
+def _report(progress: Progress, before: int, abreast: int, done: int, terms: dict) -> None:
+    """Progress in iterations of batches: `done` of each of the `abreast`, after `before` of earlier ones."""
+    progress.update(before + abreast * done, **terms)
+
+
+def _make_noise(teacher: Teacher):
+    """What `make_inverter` returns, for the control that ends where every inversion starts."""
+
+    def run(keys, labels, on_chunk=None) -> Inversion:
+        batch_size = np.shape(labels)[1]
+        return Inversion(np.stack([initial_images(key, batch_size, teacher.image_shape)[0] for key in keys]), {})
+
+    return run
 
 
 def _lines(number: int, row: int, metrics: dict, every: int) -> list[dict]:
@@ -123,8 +137,11 @@ def _lines(number: int, row: int, metrics: dict, every: int) -> list[dict]:
     if not metrics:
         return []
     last = len(metrics['loss'][row]) - 1
-    return [{'step': i, 'batch': number, **{term: float(values[row][i]) for term, values in metrics.items()}}
-            for i in range(last + 1) if i % every == 0 or i == last]
+    return [
+        {'step': i, 'batch': number, **{term: float(values[row][i]) for term, values in metrics.items()}}
+        for i in range(last + 1)
+        if i % every == 0 or i == last
+    ]
 
 
 def _real_feature_loss(config, teacher: Teacher, batches: int) -> float:
@@ -143,7 +160,7 @@ def _real_feature_loss(config, teacher: Teacher, batches: int) -> float:
     order = np.random.default_rng(config.seed).permutation(len(data.train.labels))
     losses = []
     for i in range(max(1, min(batches, len(order) // size))):
-        images = data.train.images[order[i * size:(i + 1) * size]]
+        images = data.train.images[order[i * size : (i + 1) * size]]
         losses.append(float(measure(teacher.variables, teacher.normalise(images), jax.random.key(i))))
     return float(np.mean(losses))
 

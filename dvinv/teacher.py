@@ -1,4 +1,4 @@
-"""The task `teacher`: the network that is inverted, and the verifier that judges the images; trained or read, then scored."""
+"""The task `teacher`: the network that is inverted and the verifier that judges the images, trained or read, then scored."""
 
 import functools
 import importlib
@@ -15,7 +15,7 @@ from dvinv.evaluation import accuracy, flops
 from dvinv.inversion.teacher import Teacher, from_linen
 from dvinv.networks import Classifier, create, load_classifier, load_network
 from dvinv.runtime.workdir import Workdir, open_workdir
-from dvinv.training import learn
+from dvinv.training import Lesson, learn
 
 ROLES = {'teacher': 1, 'verifier': 2}
 
@@ -26,8 +26,9 @@ def run(config, workdir) -> dict:
     data = load_real(config.data.name, config.data.validation)
     for name, group in (('teacher', config.teacher), ('verifier', config.verifier)):
         if _is_trained_here(name, config):
-            learn(config, workdir, 'teacher', name, group, recipe_of(group.training), supervised(group.training.label_smoothing),
-                  _blank(config, data), data.train.images, data.train.labels, ROLES[name])
+            loss = supervised(group.training.label_smoothing)
+            lesson = Lesson(recipe_of(group.training), loss, data.train.images, data.train.labels)
+            learn(config, workdir, 'teacher', name, group, lesson, _blank(config, data), ROLES[name])
     teacher, verifier = load(config, workdir), load_verifier(config, workdir)
     check_fits(teacher, data)
     return {
@@ -72,16 +73,17 @@ def check_fits(teacher: Classifier, data: RealData, name: str = 'teacher') -> No
         raise DvinvError(f'The {name} takes images of {theirs} (height x width x channels), but the data set has {ours}.')
     highest = int(max(data.train.labels.max(), data.test.labels.max()))
     if highest >= teacher.num_classes:
-        raise DvinvError(f'The data set has the label {highest}, but the {name} knows {teacher.num_classes} classes, 0 to '
-                         f'{teacher.num_classes - 1}.')
+        raise DvinvError(
+            f'The data set has the label {highest}, but the {name} knows {teacher.num_classes} classes, 0 to '
+            f'{teacher.num_classes - 1}.'
+        )
 
 
 def check(config) -> None:
     """Refuse, before anything is written, a teacher that could not be inverted or does not fit the data."""
     data = load_real(config.data.name, config.data.validation)
     if _is_trained_here('teacher', config):
-        from_linen(*_abstract(config, data), image_shape=data.image_shape, mean=config.teacher.mean,
-                   std=config.teacher.std)
+        from_linen(*_abstract(config, data), image_shape=data.image_shape, mean=config.teacher.mean, std=config.teacher.std)
     else:
         check_fits(load(config, None), data)
     if _is_trained_here('verifier', config):
@@ -121,12 +123,16 @@ def _from_factory(name: str) -> Teacher:
     try:
         factory = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise DvinvError(f"teacher.factory is {name!r}, which cannot be imported ({error}); it must be 'module:function' on "
-                         'the Python path.') from error
+        raise DvinvError(
+            f"teacher.factory is {name!r}, which cannot be imported ({error}); it must be 'module:function' on "
+            'the Python path.'
+        ) from error
     teacher = factory()
     if not isinstance(teacher, Teacher):
-        raise DvinvError(f'teacher.factory {name!r} returned a {type(teacher).__name__}; it must return a dvinv.Teacher, as '
-                         'dvinv.from_linen makes.')
+        raise DvinvError(
+            f'teacher.factory {name!r} returned a {type(teacher).__name__}; it must return a dvinv.Teacher, as '
+            'dvinv.from_linen makes.'
+        )
     return teacher
 
 

@@ -70,6 +70,14 @@ class Recipe:
             if getattr(self, field) not in choices:
                 raise DvinvError(f'{name}.{field} is {getattr(self, field)!r}; choose one of {", ".join(choices)}.')
 
+    def check_devices(self, name: str, devices: int) -> None:
+        """Refuse a batch that cannot be split evenly over so many devices; `name` is that of the config group."""
+        if self.batch_size % devices:
+            raise DvinvError(
+                f'A batch of {self.batch_size} images cannot be split evenly over {devices} devices; choose a '
+                f'{name}.batch_size that {devices} divides, or another number of devices.'
+            )
+
     @property
     def look(self) -> Augmentation:
         """How the network is shown its training images."""
@@ -81,7 +89,8 @@ class Recipe:
             rate = optax.cosine_decay_schedule(self.learning_rate, max(1, self.updates - self.warmup))
         else:
             rate = optax.piecewise_constant_schedule(
-                self.learning_rate, {round(share * self.updates) - self.warmup: 0.1 for share in self.milestones})
+                self.learning_rate, {round(share * self.updates) - self.warmup: 0.1 for share in self.milestones}
+            )
         if self.warmup:
             rate = optax.join_schedules([optax.linear_schedule(0.0, self.learning_rate, self.warmup), rate], [self.warmup])
         if self.optimiser == 'adam':
@@ -89,11 +98,36 @@ class Recipe:
         return optax.chain(optax.add_decayed_weights(self.weight_decay), optax.sgd(rate, 0.9, nesterov=True))
 
 
+@dataclasses.dataclass(frozen=True)
+class Lesson:
+    """What a network is taught, and how.
+
+    Attributes:
+      recipe: how.
+      loss_fn: (logits, x, labels, frozen) -> scalar; x is the augmented, normalised batch [B, H, W, C].
+      images: uint8 [N, H, W, C]; `labels`: int [N].
+      frozen: variables that `loss_fn` needs beside, those of a teacher for instance.
+    """
+
+    recipe: Recipe
+    loss_fn: Callable
+    images: np.ndarray
+    labels: np.ndarray
+    frozen: dict | None = None
+
+
+def initial_state(module, recipe: Recipe, key: jax.Array, image_shape) -> TrainState:
+    """Random weights for images [H, W, C], and the optimiser's state for them."""
+    variables = initialise(module, key, image_shape)
+    optimiser_state = recipe.optimizer().init(variables['params'])
+    return TrainState(variables['params'], variables.get('batch_stats', {}), optimiser_state, np.zeros((), np.int32))
+
+
 def make_update(module, recipe: Recipe, loss_fn: Callable, classifier: Classifier):
     """The pure update `(state, images, labels, frozen, key) -> (state, loss)`, for images uint8 [B, H, W, C], labels [B].
 
     Args:
-      loss_fn: (logits, x, labels, frozen) -> scalar; x is the augmented, normalised batch, `frozen` a teacher's variables.
+      loss_fn: see `Lesson`; `frozen` is handed to it.
       classifier: tells how pixels are normalised.
     """
     optimizer = recipe.optimizer()
@@ -103,8 +137,13 @@ def make_update(module, recipe: Recipe, loss_fn: Callable, classifier: Classifie
         x = recipe.look(look_key, classifier.normalise(images), classifier)
 
         def loss_of(params):
-            logits, changed = module.apply({'params': params, 'batch_stats': state.batch_stats}, x, train=True,
-                                           mutable=['batch_stats'], rngs={'dropout': dropout_key})
+            logits, changed = module.apply(
+                {'params': params, 'batch_stats': state.batch_stats},
+                x,
+                train=True,
+                mutable=['batch_stats'],
+                rngs={'dropout': dropout_key},
+            )
             return loss_fn(logits, x, labels, frozen), changed.get('batch_stats', {})
 
         (loss, batch_stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
@@ -117,6 +156,7 @@ def make_update(module, recipe: Recipe, loss_fn: Callable, classifier: Classifie
 
 def make_reestimate(module, recipe: Recipe, classifier: Classifier):
     """`(state, images, key) -> state`: one batch in train mode moves the running statistics, weights stay."""
+
     def reestimate(state: TrainState, images, key):
         look_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
         x = recipe.look(look_key, classifier.normalise(images), classifier)
@@ -131,11 +171,12 @@ def chosen_images(seed: int, update: int, batch_size: int, count: int) -> np.nda
     first = update * batch_size
     epochs = range(first // count, (first + batch_size - 1) // count + 1)
     order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(count) for epoch in epochs])
-    return order[first - epochs[0] * count:][:batch_size].astype(np.int32)
+    return order[first - epochs[0] * count :][:batch_size].astype(np.int32)
 
 
-def learn(config, workdir: Workdir, task: str, name: str, network, recipe: Recipe, loss_fn: Callable, like: Classifier,
-          images: np.ndarray, labels: np.ndarray, role: int, frozen=None) -> Classifier:
+def learn(
+    config, workdir: Workdir, task: str, name: str, network, lesson: Lesson, like: Classifier, role: int
+) -> Classifier:
     """The trained network `name`: from its file where it is finished, else trained (or trained on) and written.
 
     Args:
@@ -146,22 +187,20 @@ def learn(config, workdir: Workdir, task: str, name: str, network, recipe: Recip
     path = workdir.network(name)
     if not path.exists():
         module = create(network.network, like.num_classes, network.width)
-        variables = fit(module, recipe, loss_fn, like, images, labels, 16 * config.seed + role,
-                        training_mesh(make_mesh(config.devices)), workdir, task, name, config.logging, frozen)
-        save_network(path, variables, {
-            'network': network.network, 'width': network.width, 'num_classes': like.num_classes,
-            'image_shape': like.image_shape, 'mean': like.mean, 'std': like.std})
+        mesh = training_mesh(make_mesh(config.devices))
+        variables = fit(module, lesson, like, 16 * config.seed + role, mesh, workdir, task, name, config.logging)
+        about = {field: getattr(like, field) for field in ('num_classes', 'image_shape', 'mean', 'std')}
+        save_network(path, variables, {'network': network.network, 'width': network.width, **about})
     return load_classifier(path)
 
 
-def fit(module, recipe: Recipe, loss_fn: Callable, classifier: Classifier, images: np.ndarray, labels: np.ndarray, seed: int,
-        mesh: Mesh, workdir: Workdir, task: str, series: str, logging, frozen=None) -> dict:
+def fit(
+    module, lesson: Lesson, like: Classifier, seed: int, mesh: Mesh, workdir: Workdir, task: str, series: str, logging
+) -> dict:
     """Train `module` from scratch, or from its last checkpoint; returns its variables as numpy arrays.
 
     Args:
-      loss_fn: see `make_update`; `frozen` is handed to it.
-      classifier: image shape, mean and std of the network to be; its variables are not used.
-      images: uint8 [N, H, W, C]; `labels`: int [N].
+      like: image shape, mean and std of the network to be; its variables are not used.
       mesh: batches are split over it; BatchNorm sees the whole batch.
       task, series: what its metrics and checkpoints go by in `workdir`.
       logging: `every` so many updates a line of metrics, `checkpoint_every` so many a checkpoint.
@@ -169,28 +208,30 @@ def fit(module, recipe: Recipe, loss_fn: Callable, classifier: Classifier, image
     Raises:
       DvinvError: a batch that the devices do not divide, a loss that is not a number, a damaged checkpoint.
     """
-    if recipe.batch_size % mesh.size:
-        raise DvinvError(f'A batch of {recipe.batch_size} images cannot be split evenly over {mesh.size} devices; choose a '
-                         f'batch_size that {mesh.size} divides, or another number of devices.')
+    recipe = lesson.recipe
+    recipe.check_devices(series, mesh.size)
     everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
+    update = jax.jit(
+        make_update(module, recipe, lesson.loss_fn, like),
+        donate_argnums=0,
+        in_shardings=(everywhere, split, split, everywhere, everywhere),
+    )
+    reestimate = jax.jit(make_reestimate(module, recipe, like), in_shardings=(everywhere, split, everywhere))
     key = jax.random.key(seed)
-    update = jax.jit(make_update(module, recipe, loss_fn, classifier), donate_argnums=0,
-                     in_shardings=(everywhere, split, split, everywhere, everywhere))
-
-    variables = initialise(module, jax.random.fold_in(key, 0), classifier.image_shape)
-    state = TrainState(variables['params'], variables.get('batch_stats', {}),
-                       recipe.optimizer().init(variables['params']), np.zeros((), np.int32))
     checkpoints = Checkpoints(workdir.path / 'checkpoints' / series)
+    state = initial_state(module, recipe, jax.random.fold_in(key, 0), like.image_shape)
     step, state = checkpoints.restore(state) or (0, state)
-    state = jax.device_put(state, everywhere)
     workdir.metrics.cut(task, series, step)
+    state, frozen, batch_key = jax.device_put((state, lesson.frozen, jax.random.fold_in(key, 1)), everywhere)
 
-    frozen, batch_key = jax.device_put((frozen, jax.random.fold_in(key, 1)), everywhere)
+    def chosen(step):
+        return chosen_images(seed, step, recipe.batch_size, len(lesson.images))
+
     losses = []
     with Progress(f'{task}: {series}', recipe.updates, step) as progress:
         while step < recipe.updates:
-            chosen = chosen_images(seed, step, recipe.batch_size, len(images))
-            state, loss = update(state, images[chosen], labels[chosen], frozen, batch_key)
+            rows = chosen(step)
+            state, loss = update(state, lesson.images[rows], lesson.labels[rows], frozen, batch_key)
             losses.append(loss)
             step += 1
             last = step == recipe.updates
@@ -201,10 +242,12 @@ def fit(module, recipe: Recipe, loss_fn: Callable, classifier: Classifier, image
                 progress.update(step, loss=mean)
                 if step % logging.checkpoint_every == 0 and not last:
                     checkpoints.save(step, jax.device_get(state))
-    reestimate = jax.jit(make_reestimate(module, recipe, classifier), in_shardings=(everywhere, split, everywhere))
-    for batch in range(recipe.updates, recipe.updates + recipe.reestimate):
-        state = reestimate(state, images[chosen_images(seed, batch, recipe.batch_size, len(images))], batch_key)
-    return jax.device_get(state.variables)
+    for step in range(recipe.updates, recipe.updates + recipe.reestimate):
+        state = reestimate(state, lesson.images[chosen(step)], batch_key)
+    variables = jax.device_get(state.variables)
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables)):  # by the last update, which no loss saw
+        raise DvinvError(f'The weights of the {series} are not finite after the last update: lower its learning_rate.')
+    return variables
 
 
 def _checked_mean(losses: list, step: int, series: str) -> float:

@@ -24,14 +24,24 @@ def real_data() -> Path:
 def start(tmp_path_factory):
     """`start(*flags)`: the process of a run of the smoke config, with the compilation cache of all tests."""
     cache = tmp_path_factory.mktemp('cache')
-    environment = {**os.environ, 'XDG_CACHE_HOME': str(cache), 'JAX_PLATFORMS': 'cpu',
-                   'PYTHONPATH': str(Path(__file__).parent)}
+    environment = {
+        **os.environ,
+        'XDG_CACHE_HOME': str(cache),
+        'JAX_PLATFORMS': 'cpu',
+        'PYTHONPATH': str(Path(__file__).parent),
+    }
     jax.config.update('jax_compilation_cache_dir', str(cache / 'dvinv' / 'jax'))
 
     def start(*flags, config='configs/digits.py:smoke') -> subprocess.Popen:
         command = [sys.executable, '-m', 'dvinv.main', *(['--config', config] if config else []), *map(str, flags)]
-        return subprocess.Popen(command, cwd=Path(__file__).parents[1], env=environment, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen(
+            command,
+            cwd=Path(__file__).parents[1],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
 
     return start
 
@@ -39,6 +49,7 @@ def start(tmp_path_factory):
 @pytest.fixture(scope='session')
 def command(start):
     """`command(*flags) -> (exit status, stdout, stderr)` of such a run."""
+
     def command(*flags, **options):
         with start(*flags, **options) as process:
             out, err = process.communicate()

@@ -10,8 +10,9 @@ from dvinv import from_linen
 
 def _digits_teacher(module, shape=(8, 8, 1)):
     channels = shape[-1]
-    return from_linen(module, trained_variables(module, shape), image_shape=shape, mean=(0.3,) * channels,
-                      std=(0.4,) * channels)
+    return from_linen(
+        module, trained_variables(module, shape), image_shape=shape, mean=(0.3,) * channels, std=(0.4,) * channels
+    )
 
 
 def own():

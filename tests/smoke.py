@@ -23,8 +23,13 @@ def lasting(workdir) -> dict:
     files = [path for folder in folders for path in (workdir / folder).rglob('*') if path.is_file()]
     content = {str(path.relative_to(workdir)): path.read_bytes() for path in [*files, workdir / 'metrics.jsonl']}
     results = json.loads((workdir / 'results.json').read_text())
-    return {**content, 'results': {task: {name: value for name, value in figures.items() if name != 'wall_seconds'}
-                                   for task, figures in results.items()}}
+    return {
+        **content,
+        'results': {
+            task: {name: value for name, value in figures.items() if name != 'wall_seconds'}
+            for task, figures in results.items()
+        },
+    }
 
 
 def flip(path: Path, position: int = -1) -> None:

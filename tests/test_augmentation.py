@@ -21,7 +21,7 @@ def _images(batch=8, height=6, width=5):
 
 def test_pooling_takes_means_of_squares():
     x = _images(2, 6, 4)
-    expected = np.stack([[x[:, i:i + 2, j:j + 2].mean((1, 2)) for j in (0, 2)] for i in (0, 2, 4)])
+    expected = np.stack([[x[:, i : i + 2, j : j + 2].mean((1, 2)) for j in (0, 2)] for i in (0, 2, 4)])
     np.testing.assert_allclose(average_pool(x, 2), np.moveaxis(expected, 2, 0), rtol=1e-6, atol=1e-7)
     assert average_pool(x, 1) is x
 
@@ -42,7 +42,7 @@ def test_crop_cuts_a_window_of_its_own_from_each_image_and_brings_in_black():
     padded = np.stack([np.pad(x[..., c], ((0, 0), (1, 1), (1, 1)), constant_values=BLACK[c]) for c in (0, 1)], -1)
     offsets = []
     for image, source in zip(shown, padded, strict=True):
-        windows = {(i, j): source[i:i + 6, j:j + 5] for i in range(3) for j in range(3)}
+        windows = {(i, j): source[i : i + 6, j : j + 5] for i in range(3) for j in range(3)}
         offsets += [at for at, window in windows.items() if np.allclose(image, window, atol=1e-6)]
     assert len(offsets) == 64
     assert len(set(offsets)) == 9
@@ -95,8 +95,9 @@ def test_without_settings_images_are_shown_as_they_are(kind):
 def _whole_and_split(look, devices):
     key, x = jax.random.key(3), _images(16)
     whole = jax.jit(lambda x: look(key, x, NETWORK))(x)
-    split = jax.jit(jax.shard_map(lambda x: look(key, x, NETWORK, AXIS), mesh=make_mesh(devices), in_specs=P(AXIS),
-                                  out_specs=P(AXIS)))(x)
+    split = jax.jit(
+        jax.shard_map(lambda x: look(key, x, NETWORK, AXIS), mesh=make_mesh(devices), in_specs=P(AXIS), out_specs=P(AXIS))
+    )(x)
     assert np.abs(np.asarray(whole) - x).max() > 0.1
     return np.asarray(whole), np.asarray(split)
 

@@ -54,6 +54,7 @@ def run(finished, tmp_path):
 @pytest.fixture
 def parse(monkeypatch):
     """The command line's answer to flags, without a process."""
+
     def parse(*argv):
         monkeypatch.setattr(sys, 'argv', ['dvinv', *argv])  # ml_collections looks there for what overrides the config
         try:
@@ -74,21 +75,24 @@ SMOKE = ('--config', 'configs/digits.py:smoke')
 
 
 @pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')  # ml_collections reads config files by it
-@pytest.mark.parametrize(('argv', 'words'), [
-    (('--workdir', 'w', *SMOKE, '--config.synthesis.imagse=3'), ['imagse', 'Did you mean "images"']),
-    (('--workdir', 'w', *SMOKE, '--config.sede=3'), ['sede', 'Did you mean "seed"']),
-    (('--workdir', 'w', *SMOKE, '--config.seed=first'), ['--config.seed=first', 'int']),
-    (('--workdir', 'w', *SMOKE, '--config.teacher.training.learning_rate=high'), ['learning_rate=high', 'float']),
-    (('--workdir', 'w', *SMOKE, '--config.synthesis.stages[0].iterations=x'), ['stages[0].iterations=x', 'int']),
-    (('--workdir', 'w', *SMOKE, '--config.synthesis.stages[4].iterations=5'), ['beyond the end of a tuple']),
-    (SMOKE, ['--workdir is missing']),
-    (('--workdir', 'w', *SMOKE, '--seeds', '-1'), ['--seeds is -1', 'at least 1']),
-    (('--workdir', 'w', *SMOKE, '--sedes', '3'), ["Unknown command line flag 'sedes'", 'Did you mean: seeds']),
-    (('--workdir', 'w', *SMOKE, 'teacher'), ["argument 'teacher'", 'flags start with --']),
-    (('--workdir', 'w'), ['--config names no config file']),
-    (('--workdir', 'w', '--config', 'configs/nothere.py'), ['No such file', 'configs/nothere.py']),
-    (('--workdir', 'w', '--config', 'configs/digits.py:smok'), ["knows the argument smoke, not 'smok'"]),
-])
+@pytest.mark.parametrize(
+    ('argv', 'words'),
+    [
+        (('--workdir', 'w', *SMOKE, '--config.synthesis.imagse=3'), ['imagse', 'Did you mean "images"']),
+        (('--workdir', 'w', *SMOKE, '--config.sede=3'), ['sede', 'Did you mean "seed"']),
+        (('--workdir', 'w', *SMOKE, '--config.seed=first'), ['--config.seed=first', 'int']),
+        (('--workdir', 'w', *SMOKE, '--config.teacher.training.learning_rate=high'), ['learning_rate=high', 'float']),
+        (('--workdir', 'w', *SMOKE, '--config.synthesis.stages[0].iterations=x'), ['stages[0].iterations=x', 'int']),
+        (('--workdir', 'w', *SMOKE, '--config.synthesis.stages[4].iterations=5'), ['beyond the end of a tuple']),
+        (SMOKE, ['--workdir is missing']),
+        (('--workdir', 'w', *SMOKE, '--seeds', '-1'), ['--seeds is -1', 'at least 1']),
+        (('--workdir', 'w', *SMOKE, '--sedes', '3'), ["Unknown command line flag 'sedes'", 'Did you mean: seeds']),
+        (('--workdir', 'w', *SMOKE, 'teacher'), ["argument 'teacher'", 'flags start with --']),
+        (('--workdir', 'w'), ['--config names no config file']),
+        (('--workdir', 'w', '--config', 'configs/nothere.py'), ['No such file', 'configs/nothere.py']),
+        (('--workdir', 'w', '--config', 'configs/digits.py:smok'), ["knows the argument smoke, not 'smok'"]),
+    ],
+)
 def test_a_mistyped_command_is_told(parse, argv, words):
     message = parse(*argv)
     assert all(word in message for word in words), message
@@ -103,44 +107,50 @@ def test_an_unknown_key_ends_the_process_with_one_line(command, tmp_path):
 # Settings that cannot be run
 
 
-@pytest.mark.parametrize(('changes', 'words'), [
-    ({'tasks': ('teacher', 'synthesise')}, ["tasks names 'synthesise'", 'teacher, synthesis, distillation']),
-    ({'synthesis__method': 'deepdream'}, ["synthesis.method is 'deepdream'", 'deepinversion']),
-    ({'synthesis__images': 50}, ['synthesis.images is 50', 'batches of 20', 'for instance 40']),
-    ({'synthesis__images': 0}, ['synthesis.images is 0', 'at least 1']),
-    ({'synthesis__batch_size': 1}, ['synthesis.batch_size is 1', 'at least 2']),
-    ({'synthesis__total_variation': 'l3'}, ["total_variation is 'l3'", "'l1'"]),
-    ({'synthesis__iterations_per_dispatch': -1}, ['iterations_per_dispatch is -1', 'at least 0']),
-    ({'bn_stats': 'world'}, ["bn_stats is 'world'", "'device', 'global'"]),
-    ({'bn_stats': 'global', 'devices': 8}, ['synthesis.batch_size is 20', '8 devices do not divide', "bn_stats='global'"]),
-    ({'devices': 9}, ['devices is 9', 'JAX sees only 8']),
-    ({'devices': -1}, ['devices is -1', '0 for all']),
-    ({'pool': '/no/such/pool'}, ["pool is '/no/such/pool'", 'no such folder']),
-    ({'data__name': 'mnist'}, ["no data set 'mnist'", 'digits']),
-    ({'teacher__network': 'resnet21'}, ["no network 'resnet21'", 'small_resnet']),
-    ({'student__network': 'tiny'}, ["no network 'tiny'"]),
-    ({'verifier__network': 'judge'}, ["no network 'judge'"]),
-    ({'student__width': 0.0}, ['width of small_resnet is 0.0', 'above 0']),
-    ({'teacher__weights': '/no/such.safetensors'}, ['/no/such.safetensors is not there']),
-    ({'verifier__weights': '/no/such.safetensors'}, ['/no/such.safetensors is not there']),
-    ({'teacher__mean': (0.3, 0.3)}, ['2 means', 'a mean and a deviation a channel']),
-    ({'teacher__std': (0.0,)}, ['std is (0.0,)', 'above 0']),
-    ({'teacher__training__optimiser': 'lion'}, ["teacher.training.optimiser is 'lion'", 'adam, sgd']),
-    ({'distillation__updates': 0}, ['distillation.updates is 0', 'at least 1']),
-    ({'distillation__temperature': 0.0}, ['distillation.temperature is 0.0', 'above 0']),
-    ({'distillation__controls': ('gauss',)}, ["distillation.controls names 'gauss'", 'noise, prior_only, real']),
-    ({'logging__every': 0}, ['logging.every is 0', 'at least 1']),
-    ({'logging__iterations': 0}, ['logging.iterations is 0', 'at least 1']),
-    ({'logging__checkpoint_every': 0}, ['logging.checkpoint_every is 0', 'at least 1']),
-    ({'logging__checkpoint_every': 7}, ['checkpoint_every 7', 'multiple of the first']),
-    ({'teacher__factory': 'factories:without_batch_norm'}, ['Plain has no running statistics', 'needs a network with']),
-    ({'teacher__factory': 'factories:colour'}, ['teacher takes images of 8x8x3', 'the data set has 8x8x1']),
-    ({'teacher__factory': 'factories:five_classes'}, ['the label 9', 'knows 5 classes, 0 to 4']),
-    ({'teacher__factory': 'factories:missing'}, ["'factories:missing'", 'cannot be imported']),
-    ({'teacher__factory': 'no_such_module:teacher'}, ["'no_such_module:teacher'", 'cannot be imported']),
-    ({'teacher__factory': 'factories'}, ["'factories'", "must be 'module:function'"]),
-    ({'teacher__factory': 'factories:no_teacher'}, ['returned a TinyNet', 'dvinv.from_linen']),
-])
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'tasks': ('teacher', 'synthesise')}, ["tasks names 'synthesise'", 'teacher, synthesis, distillation']),
+        ({'synthesis__method': 'deepdream'}, ["synthesis.method is 'deepdream'", 'deepinversion']),
+        ({'synthesis__images': 50}, ['synthesis.images is 50', 'batches of 20', 'for instance 40']),
+        ({'synthesis__images': 0}, ['synthesis.images is 0', 'at least 1']),
+        ({'synthesis__batch_size': 1}, ['synthesis.batch_size is 1', 'at least 2']),
+        ({'synthesis__total_variation': 'l3'}, ["total_variation is 'l3'", "'l1'"]),
+        ({'synthesis__iterations_per_dispatch': -1}, ['iterations_per_dispatch is -1', 'at least 0']),
+        ({'bn_stats': 'world'}, ["bn_stats is 'world'", "'device', 'global'"]),
+        (
+            {'bn_stats': 'global', 'devices': 8},
+            ['synthesis.batch_size is 20', '8 devices do not divide', "bn_stats='global'"],
+        ),
+        ({'devices': 9}, ['devices is 9', 'JAX sees only 8']),
+        ({'devices': -1}, ['devices is -1', '0 for all']),
+        ({'pool': '/no/such/pool'}, ["pool is '/no/such/pool'", 'no such folder']),
+        ({'data__name': 'mnist'}, ["no data set 'mnist'", 'digits']),
+        ({'teacher__network': 'resnet21'}, ["no network 'resnet21'", 'small_resnet']),
+        ({'student__network': 'tiny'}, ["no network 'tiny'"]),
+        ({'verifier__network': 'judge'}, ["no network 'judge'"]),
+        ({'student__width': 0.0}, ['width of small_resnet is 0.0', 'above 0']),
+        ({'teacher__weights': '/no/such.safetensors'}, ['/no/such.safetensors is not there']),
+        ({'verifier__weights': '/no/such.safetensors'}, ['/no/such.safetensors is not there']),
+        ({'teacher__mean': (0.3, 0.3)}, ['2 means', 'a mean and a deviation a channel']),
+        ({'teacher__std': (0.0,)}, ['std is (0.0,)', 'above 0']),
+        ({'teacher__training__optimiser': 'lion'}, ["teacher.training.optimiser is 'lion'", 'adam, sgd']),
+        ({'distillation__updates': 0}, ['distillation.updates is 0', 'at least 1']),
+        ({'distillation__temperature': 0.0}, ['distillation.temperature is 0.0', 'above 0']),
+        ({'distillation__controls': ('gauss',)}, ["distillation.controls names 'gauss'", 'noise, prior_only, real']),
+        ({'logging__every': 0}, ['logging.every is 0', 'at least 1']),
+        ({'logging__iterations': 0}, ['logging.iterations is 0', 'at least 1']),
+        ({'logging__checkpoint_every': 0}, ['logging.checkpoint_every is 0', 'at least 1']),
+        ({'logging__checkpoint_every': 7}, ['checkpoint_every 7', 'multiple of the first']),
+        ({'teacher__factory': 'factories:without_batch_norm'}, ['Plain has no running statistics', 'needs a network with']),
+        ({'teacher__factory': 'factories:colour'}, ['teacher takes images of 8x8x3', 'the data set has 8x8x1']),
+        ({'teacher__factory': 'factories:five_classes'}, ['the label 9', 'knows 5 classes, 0 to 4']),
+        ({'teacher__factory': 'factories:missing'}, ["'factories:missing'", 'cannot be imported']),
+        ({'teacher__factory': 'no_such_module:teacher'}, ["'no_such_module:teacher'", 'cannot be imported']),
+        ({'teacher__factory': 'factories'}, ["'factories'", "must be 'module:function'"]),
+        ({'teacher__factory': 'factories:no_teacher'}, ['returned a TinyNet', 'dvinv.from_linen']),
+    ],
+)
 def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path, changes, words):
     message = refusal(tmp_path / 'run', **changes)
     assert all(word in message for word in words), message
@@ -182,8 +192,10 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize('how', ['flipped', 'truncated'])
-@pytest.mark.parametrize('name', ['pool/shard-000001.npz', 'pool/shard-000000.json', 'networks/teacher.safetensors',
-                                  'config.json', 'results.json'])
+@pytest.mark.parametrize(
+    'name',
+    ['pool/shard-000001.npz', 'pool/shard-000000.json', 'networks/teacher.safetensors', 'config.json', 'results.json'],
+)
 def test_a_damaged_file_of_a_finished_run_is_named(run, name, how):
     damage(run / name, how)
     if name.endswith('json') and how == 'flipped':

@@ -51,7 +51,8 @@ def test_train_and_test_are_all_digits_once():
     data = load_real('digits')
     assert sorted(keys(data.train) + keys(data.test)) == sorted(
         np.rint(image * (255 / 16)).astype(np.uint8).tobytes() + bytes([label])
-        for image, label in zip(*load_digits(return_X_y=True), strict=True))
+        for image, label in zip(*load_digits(return_X_y=True), strict=True)
+    )
 
 
 def test_validation_is_a_part_of_the_training_split():

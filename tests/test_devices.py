@@ -39,8 +39,9 @@ def _run_batches(teacher, student, devices, numbers=range(BATCHES)):
     run = make_inverter(teacher, InversionConfig((STAGE,), WEIGHTS), make_mesh(devices), student.apply_fn)
     rounds = np.asarray(numbers).reshape(-1, devices)
     labels = [[balanced_labels(i, BATCH, 3) for i in numbers] for numbers in rounds]
-    return np.concatenate([run(_keys(numbers), label, student.variables).images
-                           for numbers, label in zip(rounds, labels, strict=True)])
+    return np.concatenate(
+        [run(_keys(numbers), label, student.variables).images for numbers, label in zip(rounds, labels, strict=True)]
+    )
 
 
 @pytest.fixture(scope='module')

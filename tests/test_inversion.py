@@ -39,8 +39,15 @@ def _config(*stages, **fields):
 def _flat_batch(teacher, stage, config, **others):
     """Arguments of `objective` for a batch of noise."""
     images, key = initial_images(KEY, len(LABELS), IMAGE_SHAPE)
-    arguments = {'student_fn': None, 'images': images, 'labels': LABELS, 'variables': teacher.variables,
-                 'student_variables': None, 'key': key, **others}
+    arguments = {
+        'student_fn': None,
+        'images': images,
+        'labels': LABELS,
+        'variables': teacher.variables,
+        'student_variables': None,
+        'key': key,
+        **others,
+    }
     return {'teacher': teacher, 'config': config, 'stage': stage, **arguments}
 
 
@@ -55,8 +62,11 @@ def _gradient(arguments):
 
 def _golden_run(teacher, student):
     look = {'beta1': 0.5, 'beta2': 0.9, 'flip': True}
-    config = _config(Stage(4, 0.2, resolution=4, jitter=1, warmup=1, **look),
-                     Stage(5, 0.1, augmentation='crop', jitter=2, noise=0.1, **look), weights=EVERY_TERM)
+    config = _config(
+        Stage(4, 0.2, resolution=4, jitter=1, warmup=1, **look),
+        Stage(5, 0.1, augmentation='crop', jitter=2, noise=0.1, **look),
+        weights=EVERY_TERM,
+    )
     result = invert(teacher, LABELS, config, KEY, student_fn=student.apply_fn, student_variables=student.variables)
     return {'images': result.images, **result.metrics}
 
@@ -88,7 +98,7 @@ def _reference(images, stages, low, high):
             gradient = (pooled / np.linalg.norm(pooled)).repeat(factor, 1).repeat(factor, 2) / factor**2
             first = stage.beta1 * first + (1 - stage.beta1) * gradient
             second = stage.beta2 * second + (1 - stage.beta2) * gradient**2
-            step = first / (1 - stage.beta1**(t + 1)) / (np.sqrt(second / (1 - stage.beta2**(t + 1))) + 1e-8)
+            step = first / (1 - stage.beta1 ** (t + 1)) / (np.sqrt(second / (1 - stage.beta2 ** (t + 1))) + 1e-8)
             if t < stage.warmup:
                 rate = stage.learning_rate * t / stage.warmup
             elif stage.schedule == 'constant':
@@ -104,11 +114,15 @@ def _reference(images, stages, low, high):
 ONLY_NORM = {'weights': Weights(main=0, feature=0, total_variation=0, l2=1), 'l2': 'batch', 'prior_on': 'image'}
 
 
-@pytest.mark.parametrize('stages', [
-    (Stage(5, 0.3, resolution=4, warmup=2, beta1=0.5, beta2=0.9, clip=False), Stage(4, 0.2, warmup=1, clip=True)),
-    (Stage(4, 2.0, schedule='constant', clip=False),),
-    (Stage(4, 0.3, schedule='constant', warmup=3), Stage(2, 0.1, schedule='constant', clip=True)),
-], ids=['pooled, then whole', 'constant', 'constant after warm-up'])
+@pytest.mark.parametrize(
+    'stages',
+    [
+        (Stage(5, 0.3, resolution=4, warmup=2, beta1=0.5, beta2=0.9, clip=False), Stage(4, 0.2, warmup=1, clip=True)),
+        (Stage(4, 2.0, schedule='constant', clip=False),),
+        (Stage(4, 0.3, schedule='constant', warmup=3), Stage(2, 0.1, schedule='constant', clip=True)),
+    ],
+    ids=['pooled, then whole', 'constant', 'constant after warm-up'],
+)
 def test_stages_are_adam_restarted_on_pooled_pixels_and_the_last_iterate_is_kept(teacher, stages):
     result = invert(teacher, LABELS, _config(*stages, **ONLY_NORM), KEY)
     initial, _ = initial_images(KEY, len(LABELS), IMAGE_SHAPE)
@@ -141,8 +155,9 @@ def test_many_iterations_a_dispatch_are_the_same_inversion(teacher):
 
 def test_the_loss_is_the_weighted_sum_of_its_logged_terms(teacher, student):
     config = _config(weights=EVERY_TERM)
-    arguments = _flat_batch(teacher, config.stages[0], config, student_fn=student.apply_fn,
-                            student_variables=student.variables)
+    arguments = _flat_batch(
+        teacher, config.stages[0], config, student_fn=student.apply_fn, student_variables=student.variables
+    )
     loss, terms = jax.jit(lambda: objective(**arguments))()
     weights = {'cross_entropy': 1.0, 'feature': 0.3, 'total_variation': 1e-2, 'l2': 1e-2, 'competition': 0.5}
     np.testing.assert_allclose(loss, sum(weights[name] * float(value) for name, value in terms.items()), rtol=1e-5)
@@ -167,8 +182,9 @@ def test_prior_only_has_no_gradient_of_the_features(teacher):
     assert inversion_config(config).weights.feature > 0
     prior_only = inversion_config(config, 'prior_only').weights
     for weights, alike in ((prior_only, True), (dataclasses.replace(prior_only, feature=0.3), False)):
-        gradients, terms = zip(*(_gradient(_flat_batch(t, Stage(1, 0.1), _config(weights=weights)))
-                                 for t in (teacher, moved)), strict=True)
+        gradients, terms = zip(
+            *(_gradient(_flat_batch(t, Stage(1, 0.1), _config(weights=weights))) for t in (teacher, moved)), strict=True
+        )
         assert terms[0]['feature'] != terms[1]['feature']  # logged all the same
         assert np.array_equal(*gradients) == alike
 
@@ -193,8 +209,9 @@ def test_the_gradient_of_the_competition_flows_through_both_networks(teacher, st
 
     def gradient(teacher, student_fn):
         config = _config(weights=Weights(main=0, feature=0, total_variation=0, competition=1))
-        arguments = _flat_batch(teacher, config.stages[0], config, student_fn=student_fn,
-                                student_variables=student.variables)
+        arguments = _flat_batch(
+            teacher, config.stages[0], config, student_fn=student_fn, student_variables=student.variables
+        )
         return _gradient(arguments)[0]
 
     both = gradient(teacher, student.apply_fn)
@@ -256,28 +273,34 @@ def test_a_last_update_that_blows_up_is_told_too(teacher):
         invert(teacher, LABELS, _config(Stage(1, float('inf'), schedule='constant', clip=False)), KEY)
 
 
-@pytest.mark.parametrize(('labels', 'sentence'), [
-    ([0, 3], 'Label 3 is out of range: the network has 3 classes, 0 to 2'),
-    ([-1, 0], 'Label -1 is out of range'),
-    ([0.0, 1.0], 'Labels must be a vector of integers; these are float64'),
-    ([[0], [1]], 'Labels must be a vector of integers; .* of shape \\(2, 1\\)'),
-])
+@pytest.mark.parametrize(
+    ('labels', 'sentence'),
+    [
+        ([0, 3], 'Label 3 is out of range: the network has 3 classes, 0 to 2'),
+        ([-1, 0], 'Label -1 is out of range'),
+        ([0.0, 1.0], 'Labels must be a vector of integers; these are float64'),
+        ([[0], [1]], 'Labels must be a vector of integers; .* of shape \\(2, 1\\)'),
+    ],
+)
 def test_labels_that_the_teacher_does_not_know_are_refused(teacher, labels, sentence):
     with pytest.raises(DvinvError, match=sentence):
         invert(teacher, labels, _config(), KEY)
 
 
-@pytest.mark.parametrize(('config', 'sentence'), [
-    (_config(Stage(1, 0.1), Stage(1, 0.1, resolution=3)), r'stages\[1\].resolution is 3, which does not divide the 8x8'),
-    (_config(Stage(1, 0.1, resolution=16)), r'stages\[0\].resolution is 16, which does not divide'),
-    (_config(Stage(0, 0.1)), r'stages\[0\].iterations is 0; it must be at least 1'),
-    (_config(Stage(5, 0.1, warmup=5)), r'stages\[0\].warmup is 5, but the stage has only 5 iterations'),
-    (_config(Stage(5, 0.1, schedule='linear')), r"stages\[0\].schedule is 'linear'; choose one of 'cosine', 'constant'"),
-    (_config(Stage(5, 0.1, augmentation='cut')), r"stages\[0\].augmentation is 'cut'; choose one of 'roll', 'crop'"),
-    (_config(bn_stats='pod'), "bn_stats is 'pod'; choose one of 'device', 'global'"),
-    (_config(total_variation='l3'), "total_variation is 'l3'; choose one of 'l2', 'l1'"),
-    (InversionConfig(()), 'stages is empty'),
-])
+@pytest.mark.parametrize(
+    ('config', 'sentence'),
+    [
+        (_config(Stage(1, 0.1), Stage(1, 0.1, resolution=3)), r'stages\[1\].resolution is 3, which does not divide the 8x8'),
+        (_config(Stage(1, 0.1, resolution=16)), r'stages\[0\].resolution is 16, which does not divide'),
+        (_config(Stage(0, 0.1)), r'stages\[0\].iterations is 0; it must be at least 1'),
+        (_config(Stage(5, 0.1, warmup=5)), r'stages\[0\].warmup is 5, but the stage has only 5 iterations'),
+        (_config(Stage(5, 0.1, schedule='linear')), r"stages\[0\].schedule is 'linear'; choose one of 'cosine', 'constant'"),
+        (_config(Stage(5, 0.1, augmentation='cut')), r"stages\[0\].augmentation is 'cut'; choose one of 'roll', 'crop'"),
+        (_config(bn_stats='pod'), "bn_stats is 'pod'; choose one of 'device', 'global'"),
+        (_config(total_variation='l3'), "total_variation is 'l3'; choose one of 'l2', 'l1'"),
+        (InversionConfig(()), 'stages is empty'),
+    ],
+)
 def test_settings_that_do_not_fit_are_refused_before_anything_runs(teacher, config, sentence):
     with pytest.raises(DvinvError, match=sentence):
         make_inverter(teacher, config, make_mesh(1))
@@ -302,25 +325,80 @@ def test_labels_of_far_batches_do_not_overflow():
 # The published settings: (iterations, resolution, jitter) a stage, then betas, bounds of the learning rate, and so on.
 TABLE = {
     'imagenet_multires': {
-        'stages': [(2000, 112, 15), (1000, 224, 30)], 'betas': (0.5, 0.9), 'rate': (0.2, 0.25), 'warmup': 100,
-        'schedule': 'cosine', 'clip': True, 'flip': True, 'feature': 0.01, 'first': 10, 'tv': 1e-4, 'l2': 1e-5,
-        'norm': 'image', 'competition': 0.2},
+        'stages': [(2000, 112, 15), (1000, 224, 30)],
+        'betas': (0.5, 0.9),
+        'rate': (0.2, 0.25),
+        'warmup': 100,
+        'schedule': 'cosine',
+        'clip': True,
+        'flip': True,
+        'feature': 0.01,
+        'first': 10,
+        'tv': 1e-4,
+        'l2': 1e-5,
+        'norm': 'image',
+        'competition': 0.2,
+    },
     'imagenet_2k': {
-        'stages': [(2000, 0, 30)], 'betas': (0.5, 0.9), 'rate': (0.2, 0.25), 'warmup': 100,
-        'schedule': 'cosine', 'clip': True, 'flip': True, 'feature': 0.01, 'first': 10, 'tv': 1e-4, 'l2': 1e-5,
-        'norm': 'image', 'competition': 0.2},
+        'stages': [(2000, 0, 30)],
+        'betas': (0.5, 0.9),
+        'rate': (0.2, 0.25),
+        'warmup': 100,
+        'schedule': 'cosine',
+        'clip': True,
+        'flip': True,
+        'feature': 0.01,
+        'first': 10,
+        'tv': 1e-4,
+        'l2': 1e-5,
+        'norm': 'image',
+        'competition': 0.2,
+    },
     'imagenet_20k': {
-        'stages': [(20000, 0, 30)], 'betas': (0.9, 0.999), 'rate': (0.05, 0.05), 'warmup': 0,
-        'schedule': 'constant', 'clip': False, 'flip': True, 'feature': 0.01, 'first': 1, 'tv': 1e-4, 'l2': 0,
-        'norm': 'image', 'competition': 0.2},
+        'stages': [(20000, 0, 30)],
+        'betas': (0.9, 0.999),
+        'rate': (0.05, 0.05),
+        'warmup': 0,
+        'schedule': 'constant',
+        'clip': False,
+        'flip': True,
+        'feature': 0.01,
+        'first': 1,
+        'tv': 1e-4,
+        'l2': 0,
+        'norm': 'image',
+        'competition': 0.2,
+    },
     'cifar10_paper': {
-        'stages': [(2000, 0, 2)], 'betas': (0.9, 0.999), 'rate': (0.05, 0.05), 'warmup': 0,
-        'schedule': 'constant', 'clip': False, 'flip': False, 'feature': 10, 'first': 1, 'tv': 2.5e-5, 'l2': 3e-8,
-        'norm': 'batch', 'competition': 10},
+        'stages': [(2000, 0, 2)],
+        'betas': (0.9, 0.999),
+        'rate': (0.05, 0.05),
+        'warmup': 0,
+        'schedule': 'constant',
+        'clip': False,
+        'flip': False,
+        'feature': 10,
+        'first': 1,
+        'tv': 2.5e-5,
+        'l2': 3e-8,
+        'norm': 'batch',
+        'competition': 10,
+    },
     'cifar10_better': {
-        'stages': [(2000, 0, 2)], 'betas': (0.9, 0.999), 'rate': (0.1, 0.1), 'warmup': 0,
-        'schedule': 'constant', 'clip': False, 'flip': False, 'feature': 10, 'first': 1, 'tv': 1e-3, 'l2': 0,
-        'norm': 'batch', 'competition': 0},
+        'stages': [(2000, 0, 2)],
+        'betas': (0.9, 0.999),
+        'rate': (0.1, 0.1),
+        'warmup': 0,
+        'schedule': 'constant',
+        'clip': False,
+        'flip': False,
+        'feature': 10,
+        'first': 1,
+        'tv': 1e-3,
+        'l2': 0,
+        'norm': 'batch',
+        'competition': 0,
+    },
 }
 
 
@@ -333,11 +411,18 @@ def test_presets_are_the_published_settings(name):
         assert (stage.beta1, stage.beta2) == row['betas']
         assert row['rate'][0] <= stage.learning_rate <= row['rate'][1]
         assert (stage.warmup, stage.schedule, stage.clip, stage.flip) == tuple(
-            row[field] for field in ('warmup', 'schedule', 'clip', 'flip'))
+            row[field] for field in ('warmup', 'schedule', 'clip', 'flip')
+        )
         assert stage.augmentation == 'roll'
     weights = preset.weights
-    assert (weights.main, weights.feature, weights.first_bn_multiplier, weights.total_variation, weights.l2,
-            weights.competition) == (1, *(row[field] for field in ('feature', 'first', 'tv', 'l2', 'competition')))
+    assert (
+        weights.main,
+        weights.feature,
+        weights.first_bn_multiplier,
+        weights.total_variation,
+        weights.l2,
+        weights.competition,
+    ) == (1, *(row[field] for field in ('feature', 'first', 'tv', 'l2', 'competition')))
     assert (preset.total_variation, preset.l2, preset.prior_on) == ('l2', row['norm'], 'view')
 
 

@@ -14,10 +14,13 @@ def launch(tmp_path: Path, statuses: list[int], *arguments: str) -> tuple[int, l
     for number, status in enumerate(statuses, 1):
         (tmp_path / f'status-{number}').write_text(str(status))
     python = tmp_path / 'python'
-    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nexit $(cat {tmp_path}/status-$(wc -l < {tmp_path}/calls))\n')
+    python.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nexit $(cat {tmp_path}/status-$(wc -l < {tmp_path}/calls))\n'
+    )
     python.chmod(0o755)
-    run = subprocess.run(['bash', SCRIPT, *arguments], env={**os.environ, 'PYTHON': str(python), 'DELAY': '0'},
-                         capture_output=True, text=True)
+    run = subprocess.run(
+        ['bash', SCRIPT, *arguments], env={**os.environ, 'PYTHON': str(python), 'DELAY': '0'}, capture_output=True, text=True
+    )
     calls = tmp_path / 'calls'
     return run.returncode, calls.read_text().splitlines() if calls.exists() else []
 

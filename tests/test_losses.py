@@ -39,8 +39,12 @@ def _shifts(x):
     """The four pairs of neighbours, pixel by pixel."""
     _, height, width, _ = x.shape
     for down, right in ((0, 1), (1, 0), (1, 1), (1, -1)):
-        pairs = [(x[:, i + down, j + right], x[:, i, j]) for i in range(height) for j in range(width)
-                 if i + down < height and 0 <= j + right < width]
+        pairs = [
+            (x[:, i + down, j + right], x[:, i, j])
+            for i in range(height)
+            for j in range(width)
+            if i + down < height and 0 <= j + right < width
+        ]
         yield np.stack([a - b for a, b in pairs])
 
 
@@ -85,7 +89,9 @@ def test_the_feature_term_sums_unsquared_norms_over_layers_without_dividing(feat
     moments, statistics = features
     terms = losses.feature_terms(moments, statistics)
     for layer, (mean, variance) in moments.items():
-        expected = np.sqrt(((mean - statistics[layer][0])**2).sum()) + np.sqrt(((variance - statistics[layer][1])**2).sum())
+        expected = np.sqrt(((mean - statistics[layer][0]) ** 2).sum()) + np.sqrt(
+            ((variance - statistics[layer][1]) ** 2).sum()
+        )
         np.testing.assert_allclose(terms[layer], expected, rtol=1e-6)
     np.testing.assert_allclose(losses.feature_loss(terms), float(terms['a']) + float(terms['b']), rtol=1e-6)
 
@@ -121,13 +127,15 @@ def test_total_variation_l1_is_four_means(images):
 
 
 def test_l2_of_images_and_of_the_batch(images):
-    squares = (images.astype(np.float64)**2).sum((1, 2, 3))
+    squares = (images.astype(np.float64) ** 2).sum((1, 2, 3))
     np.testing.assert_allclose(losses.l2_per_image(images), np.sqrt(squares).mean(), rtol=1e-6)
     np.testing.assert_allclose(losses.l2_per_batch(images), np.sqrt(squares.sum()), rtol=1e-6)
 
 
-@pytest.mark.parametrize(('loss', 'growth'), [
-    (losses.total_variation_l2, 2), (losses.l2_per_batch, 2), (losses.total_variation_l1, 1), (losses.l2_per_image, 1)])
+@pytest.mark.parametrize(
+    ('loss', 'growth'),
+    [(losses.total_variation_l2, 2), (losses.l2_per_batch, 2), (losses.total_variation_l1, 1), (losses.l2_per_image, 1)],
+)
 def test_growth_with_four_times_the_batch(images, loss, growth):
     np.testing.assert_allclose(loss(np.tile(images, (4, 1, 1, 1))), growth * loss(images), rtol=1e-6)
 
@@ -168,8 +176,10 @@ def test_confident_disagreement_costs_least_and_still_has_a_gradient():
 def test_logits_in_bfloat16_are_weighed_in_float32():
     p, q, labels = _logits(8).astype(jnp.bfloat16), _logits(9).astype(jnp.bfloat16), np.array([0, 1, 2, 3])
     p32, q32 = p.astype(np.float32), q.astype(np.float32)
-    for value, exact in ((losses.cross_entropy(p, labels), losses.cross_entropy(p32, labels)),
-                         (losses.competition(p, q), losses.competition(p32, q32))):
+    for value, exact in (
+        (losses.cross_entropy(p, labels), losses.cross_entropy(p32, labels)),
+        (losses.competition(p, q), losses.competition(p32, q32)),
+    ):
         assert value.dtype == jnp.float32
         np.testing.assert_allclose(value, exact, rtol=1e-6)
 

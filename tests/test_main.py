@@ -23,10 +23,29 @@ from dvinv.runtime.workdir import Workdir
 # The names that DESIGN.md fixes.
 NAMES = {
     'teacher': {'test_accuracy', 'test_images', 'parameters', 'flops', 'wall_seconds', 'seed'},
-    'synthesis': {'images', 'iterations', 'teacher_accuracy', 'verifier_accuracy', 'verifier_top5_accuracy',
-                  'feature_loss_first', 'feature_loss_last', 'feature_loss_real', 'wall_seconds', 'seed'},
-    'distillation': {'test_accuracy', 'noise_test_accuracy', 'prior_only_test_accuracy', 'real_test_accuracy', 'parameters',
-                     'images', 'updates', 'wall_seconds', 'seed'},
+    'synthesis': {
+        'images',
+        'iterations',
+        'teacher_accuracy',
+        'verifier_accuracy',
+        'verifier_top5_accuracy',
+        'feature_loss_first',
+        'feature_loss_last',
+        'feature_loss_real',
+        'wall_seconds',
+        'seed',
+    },
+    'distillation': {
+        'test_accuracy',
+        'noise_test_accuracy',
+        'prior_only_test_accuracy',
+        'real_test_accuracy',
+        'parameters',
+        'images',
+        'updates',
+        'wall_seconds',
+        'seed',
+    },
 }
 STUDENTS = {'student', 'noise', 'prior_only', 'real'}
 TEACHER_ALONE = {'tasks': ('teacher',)}
@@ -80,11 +99,16 @@ def test_metrics_tell_every_training_and_every_batch(finished):
     for line in lines:
         steps.setdefault((line['task'], line['series'], line.get('batch')), []).append(line['step'])
     training = [('teacher', name, None) for name in ('teacher', 'verifier')] + [('distillation', n, None) for n in STUDENTS]
-    batches = [('synthesis', 'deepinversion', 0), ('synthesis', 'deepinversion', 1),
-               ('distillation', 'prior_only_images', 0), ('distillation', 'prior_only_images', 1)]
+    batches = [
+        ('synthesis', 'deepinversion', 0),
+        ('synthesis', 'deepinversion', 1),
+        ('distillation', 'prior_only_images', 0),
+        ('distillation', 'prior_only_images', 1),
+    ]
     assert steps == {**{key: [5, 10, 15, 20] for key in training}, **{key: [0, 2, 4] for key in batches}}
     assert {'loss', 'cross_entropy', 'feature', 'total_variation', 'l2'} <= set(
-        next(line for line in lines if line['task'] == 'synthesis'))
+        next(line for line in lines if line['task'] == 'synthesis')
+    )
 
 
 def test_the_pool_is_read_by_numpy(finished):
@@ -206,8 +230,12 @@ def test_a_finished_pool_serves_another_run(finished, tmp_path):
     figures = pipeline.run(config, tmp_path / 'run')
     assert not (tmp_path / 'run' / 'pool').exists()
     expected = results(finished)
-    for task, name in (('teacher', 'test_accuracy'), ('synthesis', 'teacher_accuracy'), ('synthesis', 'feature_loss_last'),
-                       ('distillation', 'test_accuracy')):
+    for task, name in (
+        ('teacher', 'test_accuracy'),
+        ('synthesis', 'teacher_accuracy'),
+        ('synthesis', 'feature_loss_last'),
+        ('distillation', 'test_accuracy'),
+    ):
         assert figures[task][name] == expected[task][name]
     assert figures['distillation']['real_test_accuracy'] is None
 
@@ -220,8 +248,9 @@ def test_a_pool_of_another_teacher_is_refused(finished, tmp_path):
 
 
 def test_a_users_own_network_runs_through_the_whole_chain(tmp_path):
-    figures = pipeline.run(smoke_config(teacher__factory='factories:own', verifier__network='', distillation__controls=()),
-                           tmp_path / 'run')
+    figures = pipeline.run(
+        smoke_config(teacher__factory='factories:own', verifier__network='', distillation__controls=()), tmp_path / 'run'
+    )
     assert figures['teacher']['parameters'] == factories.own().parameters
     assert figures['teacher']['verifier_test_accuracy'] is figures['synthesis']['verifier_accuracy'] is None
     assert NAMES['distillation'] <= set(figures['distillation'])

@@ -16,8 +16,14 @@ from dvinv.evaluation import accuracy, flops, logits_of, top_accuracy
 from dvinv.networks import NETWORKS, Classifier, create, load_classifier, load_network, save_network
 
 SMALL = ('small_convnet', 'small_resnet')
-ABOUT = {'network': 'small_resnet', 'width': 0.125, 'num_classes': 3, 'image_shape': IMAGE_SHAPE, 'mean': (0.4, 0.6),
-         'std': (0.2, 0.3)}
+ABOUT = {
+    'network': 'small_resnet',
+    'width': 0.125,
+    'num_classes': 3,
+    'image_shape': IMAGE_SHAPE,
+    'mean': (0.4, 0.6),
+    'std': (0.2, 0.3),
+}
 
 
 @pytest.fixture
@@ -34,8 +40,14 @@ def path(tmp_path, variables):
 
 def classifier(module, image_shape=IMAGE_SHAPE):
     channels = image_shape[-1]
-    return Classifier(lambda v, x: module.apply(v, x), trained_variables(module, image_shape), image_shape, 3,
-                      (0.5,) * channels, (0.5,) * channels)
+    return Classifier(
+        lambda v, x: module.apply(v, x),
+        trained_variables(module, image_shape),
+        image_shape,
+        3,
+        (0.5,) * channels,
+        (0.5,) * channels,
+    )
 
 
 # By name
@@ -103,6 +115,7 @@ def test_a_loaded_classifier_is_the_network(path, variables):
 
 def test_safetensors_alone_reads_the_file(path, variables):
     from safetensors.numpy import load_file
+
     np.testing.assert_array_equal(load_file(path)['params/Dense_1/bias'], variables['params']['Dense_1']['bias'])
 
 
@@ -128,6 +141,7 @@ def test_a_truncated_file_is_refused(path, length):
 
 def test_a_file_of_others_is_refused(path):
     from safetensors.numpy import save_file
+
     save_file({'a': np.zeros(3, np.float32)}, path)
     with pytest.raises(DvinvError, match=f'{path} is a safetensors file, but dvinv did not write it'):
         load_network(path)
@@ -222,7 +236,8 @@ class Scanned(nn.Module):
             return nn.relu(layer(x)), None
 
         x, _ = nn.scan(body, variable_axes={'params': 0}, split_rngs={'params': True}, length=5)(
-            nn.Dense(4), x.reshape(x.shape[0], -1), None)
+            nn.Dense(4), x.reshape(x.shape[0], -1), None
+        )
         return x
 
 

@@ -16,8 +16,11 @@ NOTES = {'batch': 0, 'feature_loss_last': 0.25}
 
 def batch(number=0):
     rng = np.random.default_rng(number)
-    return (rng.integers(0, 256, (6, 4, 5, 3), dtype=np.uint8), np.arange(6, dtype=np.int32) % 3,
-            rng.normal(size=(6, 3)).astype(np.float32))
+    return (
+        rng.integers(0, 256, (6, 4, 5, 3), dtype=np.uint8),
+        np.arange(6, dtype=np.int32) % 3,
+        rng.normal(size=(6, 3)).astype(np.float32),
+    )
 
 
 @pytest.fixture

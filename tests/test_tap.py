@@ -106,30 +106,35 @@ def _tap(teacher, module):
 
 def _definition(inputs, axis, stacked):
     """(mean, biased variance) of each channel in float64; the mean over calls where there are several."""
+
     def one(x):
         x = np.asarray(x, np.float64)
         x = np.moveaxis(x, axis, -1).reshape(*x.shape[:stacked], -1, x.shape[axis])
-        return x.mean(-2), ((x - x.mean(-2, keepdims=True))**2).mean(-2)
+        return x.mean(-2), ((x - x.mean(-2, keepdims=True)) ** 2).mean(-2)
 
     return [np.mean(values, 0) for values in zip(*map(one, inputs), strict=True)]
 
 
-@pytest.mark.parametrize(('arrangement', 'block'), [
-    ('plain', {}),
-    ('plain', {'norm': ForeignNorm}),
-    ('plain', {'norm': Doubled}),
-    ('plain', {'keyword': True}),
-    ('plain', {'axis': 1}),
-    ('plain', {'dense': True}),
-    ('plain', {'calls': 2}),
-    ('plain', {'norm': Doubled, 'calls': 2}),
-    ('plain', {'dtype': jnp.bfloat16}),
-    ('remat', {}),
-    ('jit', {}),
-    ('scan', {}),
-    ('scan', {'calls': 2}),
-    ('vmap', {}),
-], ids=str)
+@pytest.mark.parametrize(
+    ('arrangement', 'block'),
+    [
+        ('plain', {}),
+        ('plain', {'norm': ForeignNorm}),
+        ('plain', {'norm': Doubled}),
+        ('plain', {'keyword': True}),
+        ('plain', {'axis': 1}),
+        ('plain', {'dense': True}),
+        ('plain', {'calls': 2}),
+        ('plain', {'norm': Doubled, 'calls': 2}),
+        ('plain', {'dtype': jnp.bfloat16}),
+        ('remat', {}),
+        ('jit', {}),
+        ('scan', {}),
+        ('scan', {'calls': 2}),
+        ('vmap', {}),
+    ],
+    ids=str,
+)
 def test_moments_are_those_of_the_input(arrangement, block):
     module = Net(arrangement, block)
     moments, seen = _tap(_teacher(module), module)
@@ -137,8 +142,11 @@ def test_moments_are_those_of_the_input(arrangement, block):
     tolerance = 2e-3 if 'dtype' in block else 1e-5  # XLA may leave out a rounding to bfloat16 (2^-9) before the moments
     for layer, (mean, variance) in moments.items():
         name = layer.split('/')[0]
-        exact = _definition(seen[name], block.get('axis', -1) if name == 'blocks' else -1,
-                            name == 'blocks' and arrangement in ('scan', 'vmap'))
+        exact = _definition(
+            seen[name],
+            block.get('axis', -1) if name == 'blocks' else -1,
+            name == 'blocks' and arrangement in ('scan', 'vmap'),
+        )
         assert mean.dtype == variance.dtype == np.float32
         np.testing.assert_allclose(mean, exact[0], rtol=1e-4, atol=tolerance)
         np.testing.assert_allclose(variance, exact[1], rtol=1e-4, atol=tolerance)
@@ -171,10 +179,12 @@ def test_variance_is_exact_where_the_mean_is_large():
             return nn.BatchNorm(use_running_average=True)(x).mean((1, 2))
 
     x = 1000 + 0.01 * _images(64)
-    variables = {'params': {'BatchNorm_0': {'scale': np.ones(2, np.float32), 'bias': np.zeros(2, np.float32)}},
-                 'batch_stats': {'BatchNorm_0': {'mean': np.full(2, 1000.1, np.float32), 'var': np.ones(2, np.float32)}}}
+    variables = {
+        'params': {'BatchNorm_0': {'scale': np.ones(2, np.float32), 'bias': np.zeros(2, np.float32)}},
+        'batch_stats': {'BatchNorm_0': {'mean': np.full(2, 1000.1, np.float32), 'var': np.ones(2, np.float32)}},
+    }
     teacher = from_linen(Norm(), variables, image_shape=IMAGE_SHAPE, mean=MEAN, std=STD)
-    (mean, variance), = teacher.tap(variables, x)[1].values()
+    ((mean, variance),) = teacher.tap(variables, x)[1].values()
     exact = x.astype(np.float64)
     np.testing.assert_allclose(mean, exact.mean((0, 1, 2)), rtol=1e-7)
     np.testing.assert_allclose(variance, exact.var((0, 1, 2)), rtol=1e-3)
@@ -192,7 +202,7 @@ def test_moments_have_a_gradient_with_respect_to_the_pixels():
 
     @jax.grad
     def gradient(x):
-        (mean, variance), = teacher.tap(teacher.variables, x)[1].values()
+        ((mean, variance),) = teacher.tap(teacher.variables, x)[1].values()
         return mean.sum() + variance.sum()
 
     n = x[..., 0].size
@@ -229,7 +239,8 @@ class ByMethod(nn.Module):
     @nn.compact
     def normalise(self, x):
         return (x - self.variable('batch_stats', 'mean', jnp.zeros, x.shape[-1:]).value) / jnp.sqrt(
-            self.variable('batch_stats', 'var', jnp.ones, x.shape[-1:]).value)
+            self.variable('batch_stats', 'var', jnp.ones, x.shape[-1:]).value
+        )
 
 
 class SharedByAll(nn.Module):
@@ -247,17 +258,24 @@ class NoNorm(nn.Module):
         return nn.Dense(3)(x).mean((1, 2))
 
 
-@pytest.mark.parametrize(('module', 'options', 'sentence'), [
-    (NoNorm(), {}, 'NoNorm has no running statistics .* needs a network with BatchNorm'),
-    (Hidden(), {}, 'Hidden keeps running statistics that the tap cannot reach: secret\\.'),
-    (SharedByAll(), {}, 'SharedByAll keeps running statistics that the tap cannot reach: .*ScanBlock_0/BatchNorm_0'),
-    (Moody(), {'call_kwargs': {}}, 'Moody wants to update its running statistics, .* call_kwargs, .* \\(now {}\\)'),
-    (Moody(0.5), {'call_kwargs': {}}, 'Moody asks for random numbers \\(dropout\\?\\), .* \\(now {}\\)'),
-    (TinyNet(), {'call_kwargs': {'tarin': 1}}, 'TinyNet cannot be applied to images of shape 8x8x2 with .*tarin.*TypeError'),
-    (Block(), {}, 'Block must return logits \\[B, K\\]; for images of shape 8x8x2 it returns'),
-    (TinyNet(), {'mean': (0.5,)}, 'image_shape is \\(8, 8, 2\\) with 1 means'),
-    (TinyNet(), {'std': (0.5, 0.0)}, 'std is \\(0.5, 0.0\\)'),
-])
+@pytest.mark.parametrize(
+    ('module', 'options', 'sentence'),
+    [
+        (NoNorm(), {}, 'NoNorm has no running statistics .* needs a network with BatchNorm'),
+        (Hidden(), {}, 'Hidden keeps running statistics that the tap cannot reach: secret\\.'),
+        (SharedByAll(), {}, 'SharedByAll keeps running statistics that the tap cannot reach: .*ScanBlock_0/BatchNorm_0'),
+        (Moody(), {'call_kwargs': {}}, 'Moody wants to update its running statistics, .* call_kwargs, .* \\(now {}\\)'),
+        (Moody(0.5), {'call_kwargs': {}}, 'Moody asks for random numbers \\(dropout\\?\\), .* \\(now {}\\)'),
+        (
+            TinyNet(),
+            {'call_kwargs': {'tarin': 1}},
+            'TinyNet cannot be applied to images of shape 8x8x2 with .*tarin.*TypeError',
+        ),
+        (Block(), {}, 'Block must return logits \\[B, K\\]; for images of shape 8x8x2 it returns'),
+        (TinyNet(), {'mean': (0.5,)}, 'image_shape is \\(8, 8, 2\\) with 1 means'),
+        (TinyNet(), {'std': (0.5, 0.0)}, 'std is \\(0.5, 0.0\\)'),
+    ],
+)
 def test_what_cannot_be_inverted_is_refused_in_a_sentence(module, options, sentence):
     with pytest.raises(DvinvError, match=sentence):
         _teacher(module, **options)

@@ -15,7 +15,7 @@ from dvinv import DvinvError
 from dvinv.networks import Classifier
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.workdir import Workdir
-from dvinv.training import Recipe, chosen_images, fit
+from dvinv.training import Lesson, Recipe, chosen_images, fit
 
 CLASSIFIER = Classifier(None, None, IMAGE_SHAPE, 3, MEAN, STD)
 LOGGING = types.SimpleNamespace(every=2, checkpoint_every=4)
@@ -34,8 +34,8 @@ def _data(count=20):
 def _fit(folder, recipe=RECIPE, devices=1, loss=_loss, seed=3):
     workdir = Workdir(folder, ml_collections.ConfigDict())
     try:
-        variables = fit(TinyNet(), recipe, loss, CLASSIFIER, *_data(), seed, make_mesh(devices), workdir, 'teacher',
-                        'teacher', LOGGING)
+        lesson, mesh = Lesson(recipe, loss, *_data()), make_mesh(devices)
+        variables = fit(TinyNet(), lesson, CLASSIFIER, seed, mesh, workdir, 'teacher', 'teacher', LOGGING)
     finally:
         workdir.close()
     return variables, workdir.metrics.read()
@@ -93,7 +93,7 @@ def test_every_image_is_shown_once_an_epoch(batch_size, count):
     updates = 3 * count
     shown = np.concatenate([chosen_images(5, update, batch_size, count) for update in range(updates)])
     assert shown.shape == (updates * batch_size,)
-    epochs = shown[:updates * batch_size // count * count].reshape(-1, count)
+    epochs = shown[: updates * batch_size // count * count].reshape(-1, count)
     np.testing.assert_array_equal(np.sort(epochs, 1), np.broadcast_to(np.arange(count), epochs.shape))
     assert count < 20 or len({epoch.tobytes() for epoch in epochs}) == len(epochs)
 
@@ -140,12 +140,15 @@ def test_weight_decay_shrinks_weights_that_have_no_gradient(optimiser):
     assert float(step) < 0
 
 
-@pytest.mark.parametrize(('fields', 'sentence'), [
-    ({'updates': 0}, 'student.updates is 0; it must be at least 1'),
-    ({'batch_size': 0}, 'student.batch_size is 0; it must be at least 1'),
-    ({'optimiser': 'lion'}, "student.optimiser is 'lion'; choose one of adam, sgd"),
-    ({'schedule': 'linear'}, "student.schedule is 'linear'; choose one of cosine, step"),
-])
+@pytest.mark.parametrize(
+    ('fields', 'sentence'),
+    [
+        ({'updates': 0}, 'student.updates is 0; it must be at least 1'),
+        ({'batch_size': 0}, 'student.batch_size is 0; it must be at least 1'),
+        ({'optimiser': 'lion'}, "student.optimiser is 'lion'; choose one of adam, sgd"),
+        ({'schedule': 'linear'}, "student.schedule is 'linear'; choose one of cosine, step"),
+    ],
+)
 def test_recipes_that_cannot_be_followed_are_refused(fields, sentence):
     with pytest.raises(DvinvError, match=sentence):
         dataclasses.replace(RECIPE, **fields).check('student')

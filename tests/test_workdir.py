@@ -14,9 +14,17 @@ from dvinv.runtime.workdir import Workdir
 
 
 def config(**changes):
-    return ml_collections.ConfigDict({
-        'seed': 0, 'tasks': ('teacher',), 'devices': 1, 'logging': {'every': 5}, 'teacher': {'width': 1.0, 'mean': (0.5,)},
-        'stages': (ml_collections.ConfigDict({'iterations': 5}),), **changes})
+    return ml_collections.ConfigDict(
+        {
+            'seed': 0,
+            'tasks': ('teacher',),
+            'devices': 1,
+            'logging': {'every': 5},
+            'teacher': {'width': 1.0, 'mean': (0.5,)},
+            'stages': (ml_collections.ConfigDict({'iterations': 5}),),
+            **changes,
+        }
+    )
 
 
 def refusal(path, config):
@@ -100,8 +108,11 @@ def test_results_of_earlier_tasks_are_kept(tmp_path):
     workdir = Workdir(tmp_path, config())
     workdir.add_results('synthesis', {'images': 3})
     workdir.close()
-    assert json.loads((tmp_path / 'results.json').read_text()) == workdir.results == {
-        'teacher': {'test_accuracy': 0.5}, 'synthesis': {'images': 3}}
+    assert (
+        json.loads((tmp_path / 'results.json').read_text())
+        == workdir.results
+        == {'teacher': {'test_accuracy': 0.5}, 'synthesis': {'images': 3}}
+    )
 
 
 def test_time_spent_before_a_kill_counts(tmp_path, monkeypatch):
@@ -138,7 +149,12 @@ def test_a_line_tells_task_series_step_and_values(metrics):
 def test_a_series_is_cut_and_the_others_are_not(metrics):
     metrics.cut('teacher', 'teacher', 10)
     assert [(line['series'], line['step']) for line in metrics.read()] == [
-        ('teacher', 5), ('teacher', 10), ('verifier', 5), ('verifier', 10), ('verifier', 15)]
+        ('teacher', 5),
+        ('teacher', 10),
+        ('verifier', 5),
+        ('verifier', 10),
+        ('verifier', 15),
+    ]
 
 
 def test_a_cut_of_nothing_leaves_the_bytes(metrics, tmp_path):

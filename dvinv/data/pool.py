@@ -31,8 +31,9 @@ class ImagePool:
           DvinvError: the disk is full.
         """
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, images=images.astype(np.uint8), labels=labels.astype(np.int32),
-                            logits=logits.astype(np.float32))
+        np.savez_compressed(
+            buffer, images=images.astype(np.uint8), labels=labels.astype(np.int32), logits=logits.astype(np.float32)
+        )
         path = self._shard(number)
         write_atomic(path, buffer.getvalue())
         sidecar = {'sha256': sha256_of(path), 'teacher': self._digest, 'images': len(labels), **notes}
@@ -57,11 +58,14 @@ class ImagePool:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DvinvError(f'The sidecar {path} is damaged; {self._way_out(number)}.') from error
         if not whole:
-            raise DvinvError(f'The sidecar {path} is damaged (its notes_sha256 is not the one written); '
-                             f'{self._way_out(number)}.')
+            raise DvinvError(
+                f'The sidecar {path} is damaged (its notes_sha256 is not the one written); {self._way_out(number)}.'
+            )
         if notes['teacher'] != self._digest:
-            raise DvinvError(f'The pool {self.folder} was made from another teacher (digest {notes["teacher"][:12]}, not '
-                             f'{self._digest[:12]}); use the teacher that made it, or another pool.')
+            raise DvinvError(
+                f'The pool {self.folder} was made from another teacher (digest {notes["teacher"][:12]}, not '
+                f'{self._digest[:12]}); use the teacher that made it, or another pool.'
+            )
         return notes
 
     def read(self, number: int) -> dict[str, np.ndarray]:
@@ -74,8 +78,10 @@ class ImagePool:
         if not path.exists():
             raise DvinvError(f'The shard {path} is missing, though its sidecar is there; {self._way_out(number)}.')
         if sha256_of(path) != notes['sha256']:
-            raise DvinvError(f'The shard {path} is damaged (truncated, or a byte changed: its sha256 is not the one '
-                             f'written); {self._way_out(number)}.')
+            raise DvinvError(
+                f'The shard {path} is damaged (truncated, or a byte changed: its sha256 is not the one '
+                f'written); {self._way_out(number)}.'
+            )
         with np.load(path, allow_pickle=False) as arrays:
             return dict(arrays)
 

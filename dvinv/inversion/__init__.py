@@ -16,5 +16,17 @@ from dvinv.inversion.presets import PRESETS
 from dvinv.inversion.settings import InversionConfig, Stage, Weights
 from dvinv.inversion.teacher import Teacher, from_linen
 
-__all__ = ['PRESETS', 'Inversion', 'InversionConfig', 'Stage', 'Teacher', 'Weights', 'balanced_labels', 'check_labels',
-           'from_linen', 'invert', 'make_feature_loss', 'make_inverter']
+__all__ = [
+    'PRESETS',
+    'Inversion',
+    'InversionConfig',
+    'Stage',
+    'Teacher',
+    'Weights',
+    'balanced_labels',
+    'check_labels',
+    'from_linen',
+    'invert',
+    'make_feature_loss',
+    'make_inverter',
+]

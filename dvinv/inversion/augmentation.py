@@ -82,8 +82,11 @@ class Augmentation:
         """The view x' of images x [B, H, W, C] normalised for `network`; `key` is the same on every device of `axis`."""
         shift_key, flip_key, noise_key = jax.random.split(key, 3)
         if self.shift:
-            x = (roll(shift_key, x, self.shift) if self.kind == 'roll'
-                 else crop_each(shift_key, x, self.shift, jnp.asarray(network.valid_range[0]), axis))
+            x = (
+                roll(shift_key, x, self.shift)
+                if self.kind == 'roll'
+                else crop_each(shift_key, x, self.shift, jnp.asarray(network.valid_range[0]), axis)
+            )
         if self.flip:
             x = flip(flip_key, x) if self.kind == 'roll' else flip_each(flip_key, x, axis)
         if self.noise:

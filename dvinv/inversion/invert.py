@@ -84,8 +84,10 @@ def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student
         check_labels(labels.ravel(), teacher.num_classes)
         batches, batch_size = labels.shape
         if split and batch_size % mesh.size:
-            raise DvinvError(f"A batch of {batch_size} images cannot be split evenly over {mesh.size} devices "
-                             f"(bn_stats='global'); choose a batch_size that {mesh.size} divides, or other devices.")
+            raise DvinvError(
+                f'A batch of {batch_size} images cannot be split evenly over {mesh.size} devices '
+                f"(bn_stats='global'); choose a batch_size that {mesh.size} divides, or other devices."
+            )
         expected = 1 if split else mesh.size
         if batches != expected:
             raise ValueError(f'this inverter takes {expected} batches at a time, not {batches}')
@@ -110,8 +112,9 @@ def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student
         _collect(pending, history, on_chunk)
         images = np.asarray(images)
         if not np.isfinite(images).all():  # by the very last update, which no loss has seen
-            raise DvinvError(f'The images are not finite after the last of {config.iterations} iterations: lower the '
-                             'learning rate.')
+            raise DvinvError(
+                f'The images are not finite after the last of {config.iterations} iterations: lower the learning rate.'
+            )
         stacked = {term: np.concatenate([part[term] for part in history], -1) for term in history[0]}
         if split:
             return Inversion(images[None], {term: values[None] for term, values in stacked.items()})
@@ -120,8 +123,16 @@ def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student
     return run
 
 
-def invert(teacher: Teacher, labels, config: InversionConfig, key: jax.Array, *, student_fn: Callable | None = None,
-           student_variables=None, mesh: Mesh | None = None) -> Inversion:
+def invert(
+    teacher: Teacher,
+    labels,
+    config: InversionConfig,
+    key: jax.Array,
+    *,
+    student_fn: Callable | None = None,
+    student_variables=None,
+    mesh: Mesh | None = None,
+) -> Inversion:
     """Synthesize one batch: images that `teacher` takes for `labels` and whose BatchNorm moments match its training set's.
 
     Args:
@@ -167,17 +178,24 @@ def _collect(pending: list, history: list, on_chunk) -> None:
     """Fetch the metrics of finished chunks, stop at the first value that is not a number, and report."""
     for metrics in jax.device_get(pending):
         done = sum(part['loss'].shape[-1] for part in history)
-        bad = {term: int(np.argmin(np.isfinite(np.atleast_2d(values)).all(0))) for term, values in metrics.items()
-               if not np.isfinite(values).all()}
+        bad = {
+            term: int(np.argmin(np.isfinite(np.atleast_2d(values)).all(0)))
+            for term, values in metrics.items()
+            if not np.isfinite(values).all()
+        }
         if bad:
             # The loss is a sum of the terms: blame a term where one is to blame.
             term = min(bad, key=lambda name: (bad[name], name == 'loss'))
-            raise DvinvError(f'The term {term} is not a finite number at iteration {done + bad[term]} of the inversion: '
-                             "lower the learning rate or its weight, or look for NaNs in the teacher's weights.")
+            raise DvinvError(
+                f'The term {term} is not a finite number at iteration {done + bad[term]} of the inversion: '
+                "lower the learning rate or its weight, or look for NaNs in the teacher's weights."
+            )
         history.append(metrics)
     if on_chunk is not None:
-        on_chunk(sum(part['loss'].shape[-1] for part in history),
-                 {term: float(values[..., -1].mean()) for term, values in history[-1].items()})
+        on_chunk(
+            sum(part['loss'].shape[-1] for part in history),
+            {term: float(values[..., -1].mean()) for term, values in history[-1].items()},
+        )
 
 
 def _over_batches(mesh: Mesh):
@@ -185,8 +203,8 @@ def _over_batches(mesh: Mesh):
 
     def wrap(program, weights: int = 0, donate: bool = False):
         def local(*args):
-            mine = jax.tree.map(lambda a: a[0], args[:len(args) - weights])
-            return jax.tree.map(lambda a: a[None], program(*mine, *args[len(args) - weights:]))
+            mine = jax.tree.map(lambda a: a[0], args[: len(args) - weights])
+            return jax.tree.map(lambda a: a[None], program(*mine, *args[len(args) - weights :]))
 
         def mapped(*args):
             specs = (P(AXIS),) * (len(args) - weights) + (P(),) * weights
@@ -206,8 +224,9 @@ def _over_one_batch(mesh: Mesh):
     def wrap(program, weights: int = 0, donate: bool = False):
         def mapped(*args):
             if not weights:  # the programs that make images and optimiser states have nothing to communicate
-                return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, NamedSharding(mesh, spec(a))),
-                                    program(*args))
+                return jax.tree.map(
+                    lambda a: jax.lax.with_sharding_constraint(a, NamedSharding(mesh, spec(a))), program(*args)
+                )
             state, _, *frozen = args
             specs = (jax.tree.map(spec, state), P(AXIS), *(P() for _ in frozen))
             return jax.shard_map(program, mesh=mesh, in_specs=specs, out_specs=(specs[0], P()))(*args)

@@ -104,8 +104,9 @@ def jensen_shannon(p_logits: jax.Array, q_logits: jax.Array, temperature: float)
     return 0.5 * (kl_pm + kl_qm)
 
 
-def competition(teacher_logits: jax.Array, student_logits: jax.Array, axis: str | None = None,
-                temperature: float = 3.0) -> jax.Array:
+def competition(
+    teacher_logits: jax.Array, student_logits: jax.Array, axis: str | None = None, temperature: float = 3.0
+) -> jax.Array:
     """R_compete of Adaptive DeepInversion (eq. 5): 1 - JS(p_teacher, p_student), the mean over images.
 
     The paper's true Jensen-Shannon divergence: at most ln 2, so nothing is clipped and the gradient is alive where

@@ -21,8 +21,18 @@ def view(teacher: Teacher, stage: Stage, images: jax.Array, key: jax.Array, axis
     return pooled, stage.look(key, pooled, teacher, axis)
 
 
-def objective(teacher: Teacher, config: InversionConfig, stage: Stage, student_fn, images, labels, variables,
-              student_variables, key, axis: str | None = None):
+def objective(
+    teacher: Teacher,
+    config: InversionConfig,
+    stage: Stage,
+    student_fn,
+    images,
+    labels,
+    variables,
+    student_variables,
+    key,
+    axis: str | None = None,
+):
     """Loss and its terms for one batch.
 
     Args:
@@ -40,8 +50,10 @@ def objective(teacher: Teacher, config: InversionConfig, stage: Stage, student_f
     weights = config.weights
     terms = {
         'cross_entropy': (weights.main, cross_entropy(logits, labels, axis)),
-        'feature': (weights.feature, feature_loss(feature_terms(moments, teacher.statistics(variables)),
-                                                  weights.first_bn_multiplier)),
+        'feature': (
+            weights.feature,
+            feature_loss(feature_terms(moments, teacher.statistics(variables)), weights.first_bn_multiplier),
+        ),
         'total_variation': (weights.total_variation, TOTAL_VARIATION[config.total_variation](smooth, axis)),
         'l2': (weights.l2, L2[config.l2](smooth, axis)),
     }

@@ -11,28 +11,34 @@ PRESETS = {
     'digits': InversionConfig(
         stages=(Stage(iterations=100, learning_rate=0.4, beta1=0.5, beta2=0.9, augmentation='crop', jitter=1, noise=0.1),),
         weights=Weights(feature=0.3, total_variation=1e-3),
-        prior_on='image'),
+        prior_on='image',
+    ),
     # CIFAR-10 as in the paper; batches of 256.
     'cifar10_paper': InversionConfig(
         stages=(Stage(learning_rate=0.05, **_CIFAR_STAGE),),
         weights=Weights(feature=10.0, total_variation=2.5e-5, l2=3e-8, competition=10.0),
-        l2='batch'),
+        l2='batch',
+    ),
     # The authors' later settings for better-looking CIFAR images.
     'cifar10_better': InversionConfig(
-        stages=(Stage(learning_rate=0.1, **_CIFAR_STAGE),),
-        weights=Weights(feature=10.0, total_variation=1e-3),
-        l2='batch'),
+        stages=(Stage(learning_rate=0.1, **_CIFAR_STAGE),), weights=Weights(feature=10.0, total_variation=1e-3), l2='batch'
+    ),
     # ImageNet, multi-resolution: 2,000 iterations at 112 px, then 1,000 at 224 px; batches of 84.
     'imagenet_multires': InversionConfig(
-        stages=(Stage(iterations=2000, resolution=112, jitter=15, **_IMAGENET_STAGE),
-                Stage(iterations=1000, resolution=224, jitter=30, **_IMAGENET_STAGE)),
-        weights=Weights(first_bn_multiplier=10.0, **_IMAGENET_WEIGHTS)),
+        stages=(
+            Stage(iterations=2000, resolution=112, jitter=15, **_IMAGENET_STAGE),
+            Stage(iterations=1000, resolution=224, jitter=30, **_IMAGENET_STAGE),
+        ),
+        weights=Weights(first_bn_multiplier=10.0, **_IMAGENET_WEIGHTS),
+    ),
     # ImageNet, one stage of 2,000 iterations at 224 px; batches of 84.
     'imagenet_2k': InversionConfig(
         stages=(Stage(iterations=2000, jitter=30, **_IMAGENET_STAGE),),
-        weights=Weights(first_bn_multiplier=10.0, **_IMAGENET_WEIGHTS)),
+        weights=Weights(first_bn_multiplier=10.0, **_IMAGENET_WEIGHTS),
+    ),
     # ImageNet as in the paper: 20,000 iterations; batches of 152 a GPU.
     'imagenet_20k': InversionConfig(
         stages=(Stage(iterations=20000, learning_rate=0.05, schedule='constant', jitter=30, flip=True, clip=False),),
-        weights=Weights(feature=0.01, total_variation=1e-4, l2=0.0, competition=0.2)),
+        weights=Weights(feature=0.01, total_variation=1e-4, l2=0.0, competition=0.2),
+    ),
 }

@@ -97,10 +97,13 @@ class InversionConfig:
             if stage.resolution and (factor < 1 or factor * stage.resolution != height or width % factor):
                 raise DvinvError(
                     f'stages[{i}].resolution is {stage.resolution}, which does not divide the {height}x{width} image; '
-                    f'choose a divisor of {height}, or 0 for the full image.')
+                    f'choose a divisor of {height}, or 0 for the full image.'
+                )
             if stage.warmup >= stage.iterations and stage.schedule == 'cosine':
-                raise DvinvError(f'stages[{i}].warmup is {stage.warmup}, but the stage has only {stage.iterations} '
-                                 'iterations; the cosine needs some after the warm-up.')
+                raise DvinvError(
+                    f'stages[{i}].warmup is {stage.warmup}, but the stage has only {stage.iterations} '
+                    'iterations; the cosine needs some after the warm-up.'
+                )
 
 
 def _one_of(name: str, value: Any, choices) -> None:

@@ -1,5 +1,7 @@
 """One iteration of the inversion: a pure step from state to state, and many of them in one dispatch."""
 
+import functools
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,7 @@ class InversionState:
     key: jax.Array
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def initial_images(key: jax.Array, batch_size: int, image_shape) -> tuple[jax.Array, jax.Array]:
     """(images ~ N(0, 1) [B, H, W, C] in normalised space, the key that the iterations draw from)."""
     image_key, step_key = jax.random.split(key)
@@ -44,8 +47,18 @@ def make_step(teacher: Teacher, config: InversionConfig, stage: Stage, student_f
 
     def step(state: InversionState, labels, variables, student_variables):
         def loss_fn(images):
-            return objective(teacher, config, stage, student_fn, images, labels, variables, student_variables,
-                             jax.random.fold_in(state.key, state.iteration), axis)
+            return objective(
+                teacher,
+                config,
+                stage,
+                student_fn,
+                images,
+                labels,
+                variables,
+                student_variables,
+                jax.random.fold_in(state.key, state.iteration),
+                axis,
+            )
 
         (loss, terms), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.images)
         updates, opt_state = optimiser.update(gradient, state.opt_state)

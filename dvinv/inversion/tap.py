@@ -31,8 +31,11 @@ def running_statistics(variables) -> dict[str, tuple[jax.Array, jax.Array]]:
     """{layer: (running mean, running variance)}, each [..., C]; layers are module paths such as 'stage1/bn0'."""
     flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables).get(STATISTICS, {}))
     owners = dict.fromkeys(path[:-1] for path in flat)
-    return {'/'.join(owner): (flat[(*owner, 'mean')], flat[(*owner, 'var')])
-            for owner in owners if (*owner, 'mean') in flat and (*owner, 'var') in flat}
+    return {
+        '/'.join(owner): (flat[(*owner, 'mean')], flat[(*owner, 'var')])
+        for owner in owners
+        if (*owner, 'mean') in flat and (*owner, 'var') in flat
+    }
 
 
 def _owns_statistics(module: nn.Module) -> bool:
@@ -97,7 +100,8 @@ class LinenTap:
         if not wanted:
             raise DvinvError(
                 f'{type(module).__name__} has no running statistics (nothing under batch_stats has a mean and a '
-                'variance), so there is nothing to match; DeepInversion needs a network with BatchNorm.')
+                'variance), so there is nothing to match; DeepInversion needs a network with BatchNorm.'
+            )
         _check_call(self.apply_fn, variables, example, module, call_kwargs)
         missed, reasons = [], []
         # Lifted transforms (nn.scan, nn.vmap) silently drop collections that they were not told of, but carry batch_stats.
@@ -109,15 +113,15 @@ class LinenTap:
                 reasons.append(f'{type(error).__name__}: {str(error).splitlines()[0]}')
                 missed = list(wanted)
                 continue
-            missed = [layer for layer in wanted
-                      if layer not in moments or moments[layer][0].shape != wanted[layer][0].shape]
+            missed = [layer for layer in wanted if layer not in moments or moments[layer][0].shape != wanted[layer][0].shape]
             if not missed:
                 self.layers = tuple(dict.fromkeys(layer for layer in order if layer in wanted))
                 return
         raise DvinvError(
             f'{type(module).__name__} keeps running statistics that the tap cannot reach: {", ".join(missed)}. Call each '
             'of these layers as module(x) once in the forward pass, and let lifted transforms carry batch_stats on a '
-            f'mapped axis.{" (" + reasons[-1] + ")" if reasons else ""}')
+            f'mapped axis.{" (" + reasons[-1] + ")" if reasons else ""}'
+        )
 
     def apply_fn(self, variables, x):
         """Logits [B, K] of normalised images x [B, H, W, C], in eval mode."""
@@ -153,14 +157,22 @@ def _check_call(apply_fn: Callable, variables, example, module, call_kwargs) -> 
     try:
         logits = jax.eval_shape(apply_fn, variables, example)
     except flax.errors.ModifyScopeVariableError as error:
-        raise DvinvError(f'{name} wants to update its running statistics, so it is not in eval mode: pass call_kwargs, for '
-                         "instance {'train': False} (now " + f'{call_kwargs}).') from error
+        raise DvinvError(
+            f'{name} wants to update its running statistics, so it is not in eval mode: pass call_kwargs, for '
+            "instance {'train': False} (now " + f'{call_kwargs}).'
+        ) from error
     except flax.errors.InvalidRngError as error:
-        raise DvinvError(f'{name} asks for random numbers (dropout?), so it is not in eval mode: pass call_kwargs, for '
-                         "instance {'deterministic': True} (now " + f'{call_kwargs}).') from error
+        raise DvinvError(
+            f'{name} asks for random numbers (dropout?), so it is not in eval mode: pass call_kwargs, for '
+            "instance {'deterministic': True} (now " + f'{call_kwargs}).'
+        ) from error
     except Exception as error:
-        raise DvinvError(f'{name} cannot be applied to images of shape {shape} with {call_kwargs}: '
-                         f'{type(error).__name__}: {str(error).splitlines()[0]}') from error
+        raise DvinvError(
+            f'{name} cannot be applied to images of shape {shape} with {call_kwargs}: '
+            f'{type(error).__name__}: {str(error).splitlines()[0]}'
+        ) from error
     if getattr(logits, 'ndim', None) != 2:
-        raise DvinvError(f'{name} must return logits [B, K]; for images of shape {shape} it returns '
-                         f'{jax.tree.map(lambda a: tuple(a.shape), logits)}.')
+        raise DvinvError(
+            f'{name} must return logits [B, K]; for images of shape {shape} it returns '
+            f'{jax.tree.map(lambda a: tuple(a.shape), logits)}.'
+        )

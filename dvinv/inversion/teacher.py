@@ -13,8 +13,7 @@ from dvinv.inversion.tap import LinenTap, running_statistics
 from dvinv.networks.classifier import Classifier
 
 # Names by which Linen networks say "eval mode", and the value that says so.
-EVAL_MODE = {'train': False, 'training': False, 'is_training': False, 'deterministic': True,
-             'use_running_average': True}
+EVAL_MODE = {'train': False, 'training': False, 'is_training': False, 'deterministic': True, 'use_running_average': True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +40,10 @@ def from_linen(module, variables, *, image_shape, mean, std, call_kwargs: dict |
     image_shape = tuple(int(n) for n in image_shape)
     mean, std = (tuple(float(v) for v in np.ravel(values)) for values in (mean, std))
     if len(image_shape) != 3 or not len(mean) == len(std) == image_shape[-1]:
-        raise DvinvError(f'image_shape is {image_shape} with {len(mean)} means and {len(std)} standard deviations; '
-                         'image_shape must be (height, width, channels), with a mean and a deviation a channel.')
+        raise DvinvError(
+            f'image_shape is {image_shape} with {len(mean)} means and {len(std)} standard deviations; '
+            'image_shape must be (height, width, channels), with a mean and a deviation a channel.'
+        )
     if min(std) <= 0:
         raise DvinvError(f'std is {std}; every standard deviation must be above 0.')
     if call_kwargs is None:

@@ -52,8 +52,9 @@ def initialise(module, key: jax.Array, image_shape) -> dict:
     """Random variables of a Linen module for images [H, W, C]."""
     # Run once, so not worth optimising: XLA spends 8 s on the random numbers of a small network, and 0.7 s like this.
     options = {'xla_backend_optimization_level': 0}
-    return jax.jit(lambda k: module.init(k, np.zeros((1, *image_shape), np.float32), train=False),
-                   compiler_options=options)(key)
+    return jax.jit(lambda k: module.init(k, np.zeros((1, *image_shape), np.float32), train=False), compiler_options=options)(
+        key
+    )
 
 
 def save_network(path: Path, variables, description: dict) -> None:
@@ -84,13 +85,17 @@ def load_network(path: Path) -> tuple[dict, dict]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
         about = header and json.loads(header)
     except (SafetensorError, OSError, ValueError) as error:
-        raise DvinvError(f'The network file {path} is damaged or no safetensors file ({error}); delete it and run the '
-                         'command that made it again.') from error
+        raise DvinvError(
+            f'The network file {path} is damaged or no safetensors file ({error}); delete it and run the '
+            'command that made it again.'
+        ) from error
     if about is None:
         raise DvinvError(f'{path} is a safetensors file, but dvinv did not write it: its header has no description.')
     if about.pop('sha256', None) != _digest(about, tensors):
-        raise DvinvError(f'The network file {path} is damaged (its sha256 is not the one written); delete it and run the '
-                         'command that made it again.')
+        raise DvinvError(
+            f'The network file {path} is damaged (its sha256 is not the one written); delete it and run the '
+            'command that made it again.'
+        )
     return unflatten(tensors), about
 
 
@@ -98,8 +103,14 @@ def load_classifier(path: Path) -> Classifier:
     """A `Classifier` from a network file."""
     variables, about = load_network(path)
     module = create(about['network'], about['num_classes'], about['width'])
-    return Classifier(lambda v, x: module.apply(v, x, train=False), variables, tuple(about['image_shape']),
-                      about['num_classes'], tuple(about['mean']), tuple(about['std']))
+    return Classifier(
+        lambda v, x: module.apply(v, x, train=False),
+        variables,
+        tuple(about['image_shape']),
+        about['num_classes'],
+        tuple(about['mean']),
+        tuple(about['std']),
+    )
 
 
 def _digest(description: dict, tensors: dict[str, np.ndarray]) -> str:

@@ -1,7 +1,7 @@
 """Published weights into Flax variables, strictly: every tensor finds its place, every place its tensor.
 
-A PyTorch state dict comes as `.npz`, `.safetensors`, or `.pth` (where torch is installed, and then with weights_only=True: an
-untrusted file must not run code). dvinv's own files are read by `registry.load_network`.
+A PyTorch state dict comes as `.npz`, `.safetensors`, or `.pth` (where torch is installed, and then with weights_only=True:
+an untrusted file must not run code). dvinv's own files are read by `registry.load_network`.
 """
 
 import re
@@ -53,11 +53,16 @@ def import_state_dict(module, image_shape, state: dict[str, np.ndarray]) -> dict
     name = type(module).__name__
     for problem, keys in (('lack', wanted.keys() - state.keys()), ('have left over', state.keys() - wanted.keys())):
         if keys:
-            raise DvinvError(f'These weights do not fit {name}: they {problem} {_listed(sorted(keys))}. Is it another depth or '
-                             'another network?')
+            raise DvinvError(
+                f'These weights do not fit {name}: they {problem} {_listed(sorted(keys))}. Is it another depth or '
+                'another network?'
+            )
     arrays = {path: _transposed(np.asarray(state[key])) for key, path in wanted.items()}
-    wrong = [f'{torch_key(path)} ({tuple(state[torch_key(path)].shape)})' for path, array in arrays.items()
-             if array.shape != template[path].shape]
+    wrong = [
+        f'{torch_key(path)} ({tuple(state[torch_key(path)].shape)})'
+        for path, array in arrays.items()
+        if array.shape != template[path].shape
+    ]
     if wrong:
         raise DvinvError(f'These weights do not fit {name}: other shapes than expected have {_listed(wrong)}.')
     return unflatten({path: array.astype(np.float32) for path, array in arrays.items()})
@@ -93,7 +98,9 @@ def _read_pth(path: Path) -> dict[str, np.ndarray]:
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
-        raise DvinvError(f'{path} holds more than tensors and could run code, so it is not read; save its state_dict alone, or as '
-                         'safetensors.') from error
+        raise DvinvError(
+            f'{path} holds more than tensors and could run code, so it is not read; save its state_dict alone, or as '
+            'safetensors.'
+        ) from error
     state = state.get('state_dict', state)
     return {key: tensor.numpy() for key, tensor in state.items()}

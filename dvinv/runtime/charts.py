@@ -23,7 +23,7 @@ MAX_TOOLTIPS = 40
 # Beyond this a span of two values may overflow a float; nobody trains there.
 LARGEST = 1e300
 
-_FALLBACK_COLOURS = ("#2f6fde", "#d9772b", "#1f9a70", "#8a5bd0", "#cf4a6c", "#7b8594")
+_FALLBACK_COLOURS = ('#2f6fde', '#d9772b', '#1f9a70', '#8a5bd0', '#cf4a6c', '#7b8594')
 
 
 def line_chart(
@@ -53,8 +53,8 @@ def line_chart(
         hidden = sum(int(np.sum(y <= 0)) for _, y in lines.values())
         lines = {name: (x, np.where(y > 0, y, np.nan)) for name, (x, y) in lines.items()}
     seen = [~np.isnan(y) for _, y in lines.values()]
-    xs = np.concatenate([x[s] for (x, _), s in zip(lines.values(), seen)] or [np.zeros(0)])
-    ys = np.concatenate([y[s] for (_, y), s in zip(lines.values(), seen)] or [np.zeros(0)])
+    xs = np.concatenate([x[s] for (x, _), s in zip(lines.values(), seen, strict=True)] or [np.zeros(0)])
+    ys = np.concatenate([y[s] for (_, y), s in zip(lines.values(), seen, strict=True)] or [np.zeros(0)])
 
     x_low, x_high = _limits(xs, padding=0.0)
     y_low, y_high = _limits(np.log10(ys) if log_y else ys, padding=0.05)
@@ -92,22 +92,22 @@ def line_chart(
         out.append(f'<text x="{x:.1f}" y="{bottom + 19}" text-anchor="middle" {muted}>{label}</text>')
     middle_x, middle_y = (left + WIDTH - RIGHT) / 2, top + PLOT_HEIGHT / 2
     out.append(f'<text x="{middle_x:.1f}" y="{bottom + 40}" text-anchor="middle" {muted}>{escape(x_label)}</text>')
-    scale = ", log scale" if log_y else ""
+    scale = ', log scale' if log_y else ''
     out.append(
         f'<text transform="translate(12 {middle_y:.1f}) rotate(-90)" text-anchor="middle" {muted}>'
-        f"{escape(y_label)}{scale}</text>"
+        f'{escape(y_label)}{scale}</text>'
     )
     if hidden:
         out.append(
             f'<text x="{WIDTH - RIGHT}" y="{bottom + 40}" text-anchor="end" font-size="11" {muted}>'
-            f"{hidden:,} value{'s' if hidden > 1 else ''} ≤ 0 not shown</text>"
+            f'{hidden:,} value{"s" if hidden > 1 else ""} ≤ 0 not shown</text>'
         )
     if not len(ys):
         out.append(f'<text x="{middle_x:.1f}" y="{middle_y:.1f}" text-anchor="middle" {muted}>no data</text>')
     for index, (name, (x, y)) in enumerate(lines.items()):
         out.append(_line(index, name, *_thin(x, y), across, down))
-    out.append("</svg>")
-    return "\n".join(out)
+    out.append('</svg>')
+    return '\n'.join(out)
 
 
 def _clean(name, x, y) -> tuple[np.ndarray, np.ndarray]:
@@ -115,8 +115,8 @@ def _clean(name, x, y) -> tuple[np.ndarray, np.ndarray]:
     x = np.asarray(x, dtype=np.float64).reshape(-1)
     y = np.asarray(y, dtype=np.float64).reshape(-1)
     if len(x) != len(y):
-        raise ValueError(f"Series {name!r} has {len(x)} x values but {len(y)} y values; give one y for each x.")
-    with np.errstate(invalid="ignore"):
+        raise ValueError(f'Series {name!r} has {len(x)} x values but {len(y)} y values; give one y for each x.')
+    with np.errstate(invalid='ignore'):
         drawn = (np.abs(x) < LARGEST) & (np.abs(y) < LARGEST)
     return x, np.where(drawn, y, np.nan)
 
@@ -144,8 +144,8 @@ def _linear_ticks(low: float, high: float, about: int) -> list[tuple[float, str]
     exponent = math.floor(math.log10(step) + 1e-9)
     if largest >= 1e7 or largest < 1e-3:
         digits = max(0, math.floor(math.log10(largest)) - exponent)
-        return [(value, f"{value:.{digits}e}" if value else "0") for value in values]
-    return [(value, f"{value:,.{max(0, -exponent)}f}") for value in values]
+        return [(value, f'{value:.{digits}e}' if value else '0') for value in values]
+    return [(value, f'{value:,.{max(0, -exponent)}f}') for value in values]
 
 
 def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
@@ -162,7 +162,7 @@ def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
 
 
 def _plain(value: float) -> str:
-    return f"{value:,.6g}" if 1e-3 <= value < 1e6 else f"{value:.0e}"
+    return f'{value:,.6g}' if 1e-3 <= value < 1e6 else f'{value:.0e}'
 
 
 def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -182,7 +182,7 @@ def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _colour(index: int) -> str:
     slot = index % len(_FALLBACK_COLOURS)
-    return f"var(--series-{slot + 1},{_FALLBACK_COLOURS[slot]})"
+    return f'var(--series-{slot + 1},{_FALLBACK_COLOURS[slot]})'
 
 
 def _dashed(index: int) -> bool:
@@ -196,9 +196,9 @@ def _legend(names: list[str]) -> list[str]:
     for index, name in enumerate(names):
         width = 36 + 8 * len(name)
         if used + width > WIDTH:
-            rows.append("")
+            rows.append('')
             used = 0
-        mark = "╍╍" if _dashed(index) else "━━"
+        mark = '╍╍' if _dashed(index) else '━━'
         gap = f' dx="{18 if used else 0}"'
         rows[-1] += f'<tspan{gap} style="fill:{_colour(index)}">{mark}</tspan><tspan dx="6">{escape(name)}</tspan>'
         used += width
@@ -209,15 +209,15 @@ def _line(index: int, name: str, x: np.ndarray, y: np.ndarray, across, down) -> 
     """One series: a path, dots where a point has no neighbour or is the last, and hover targets with the values."""
     drawn = np.flatnonzero(~np.isnan(y))
     if not len(drawn):
-        return ""
-    points = {int(i): f"{across(x[i]):.1f} {down(y[i]):.1f}" for i in drawn}
-    path = "".join(("L" if i - 1 in points else "M") + point for i, point in points.items())
+        return ''
+    points = {int(i): f'{across(x[i]):.1f} {down(y[i]):.1f}' for i in drawn}
+    path = ''.join(('L' if i - 1 in points else 'M') + point for i, point in points.items())
     alone = [i for i in points if i - 1 not in points and i + 1 not in points]
-    dash = ' stroke-dasharray="6 4"' if _dashed(index) else ""
+    dash = ' stroke-dasharray="6 4"' if _dashed(index) else ''
     out = [
         f'<g style="stroke:{_colour(index)};fill:{_colour(index)}">',
         f'<path d="{path}" fill="none" style="fill:none" stroke-width="1.8" stroke-linejoin="round"{dash}>',
-        f"<title>{escape(name)}</title></path>",
+        f'<title>{escape(name)}</title></path>',
     ]
     for i in sorted({*alone, int(drawn[-1])}):
         out.append(f'<circle cx="{across(x[i]):.1f}" cy="{down(y[i]):.1f}" r="2.6" stroke="none"/>')
@@ -225,6 +225,6 @@ def _line(index: int, name: str, x: np.ndarray, y: np.ndarray, across, down) -> 
     for i in drawn[shown]:
         out.append(
             f'<circle class="hit" cx="{across(x[i]):.1f}" cy="{down(y[i]):.1f}" r="6" opacity="0">'
-            f"<title>{escape(name)}: {y[i]:.4g} at {x[i]:,.6g}</title></circle>"
+            f'<title>{escape(name)}: {y[i]:.4g} at {x[i]:,.6g}</title></circle>'
         )
-    return "\n".join([*out, "</g>"])
+    return '\n'.join([*out, '</g>'])

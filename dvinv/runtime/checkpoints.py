@@ -69,8 +69,9 @@ class Checkpoints:
             if not (folder / name).exists():
                 raise DvinvError(f'The checkpoint file {folder / name} is missing; {way_out}.')
             if sha256_of(folder / name) != sha256:
-                raise DvinvError(f'The checkpoint file {folder / name} is damaged (its sha256 is not the one written); '
-                                 f'{way_out}.')
+                raise DvinvError(
+                    f'The checkpoint file {folder / name} is damaged (its sha256 is not the one written); {way_out}.'
+                )
         with ocp.StandardCheckpointer() as checkpointer:
             return step, checkpointer.restore(folder, jax.tree.map(ocp.utils.to_shape_dtype_struct, template))
 

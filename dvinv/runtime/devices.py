@@ -32,7 +32,9 @@ def make_mesh(count: int = 0) -> Mesh:
         raise DvinvError(f'devices is {count}; it must be at least 1, or 0 for all there are.')
     devices = jax.devices()
     if count > len(devices):
-        raise DvinvError(f'devices is {count}, but JAX sees only {len(devices)} ({devices[0].platform}); '
-                         'lower it, or 0 for all there are.')
+        raise DvinvError(
+            f'devices is {count}, but JAX sees only {len(devices)} ({devices[0].platform}); '
+            'lower it, or 0 for all there are.'
+        )
     count = count or len(devices)
     return jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices[:count])

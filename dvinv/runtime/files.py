@@ -20,8 +20,10 @@ def disk_full_told(path: Path):
         full = (errno.ENOSPC, errno.EDQUOT)
         if getattr(error, 'errno', None) not in full and not any(os.strerror(code) in str(error) for code in full):
             raise
-        raise DvinvError(f'The disk is full: {path} could not be written. Nothing that was finished is lost; free some '
-                         'space and run the same command again, it goes on from there.') from error
+        raise DvinvError(
+            f'The disk is full: {path} could not be written. Nothing that was finished is lost; free some '
+            'space and run the same command again, it goes on from there.'
+        ) from error
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -47,7 +47,9 @@ class Metrics:
         try:
             return json.loads(line)
         except ValueError as error:
-            raise DvinvError(f'{self._path} holds a line that is not JSON ({line.strip()[:60]!r}); delete that line.') from error
+            raise DvinvError(
+                f'{self._path} holds a line that is not JSON ({line.strip()[:60]!r}); delete that line.'
+            ) from error
 
     def read(self) -> list[dict]:
         """All lines."""

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dvinv.runtime.pictures import png_data_uri
 
-UNKNOWN = "–"
+UNKNOWN = '–'
 
 # Numbers of a column line up through tabular figures; charts take their colours from the same variables.
 STYLESHEET = """
@@ -80,7 +80,7 @@ class Tile:
     """What was measured, in two or three words."""
     value: str
     """As shown; see `percent` and `number`."""
-    note: str = ""
+    note: str = ''
     """On what it was measured."""
     fraction: float | None = None
     """In [0, 1]: draws a bar of that length under the value. None draws no bar."""
@@ -93,7 +93,7 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str | int | float | None]]
     """Each as long as `columns`. Numbers are shown by `number`; None and NaN are an en dash."""
-    caption: str = ""
+    caption: str = ''
     highlight: int | None = None
     """The row that the others are compared with, from 0."""
     text_columns: int = 1
@@ -117,7 +117,7 @@ class Section:
     """One part of the report; what is empty is left out."""
 
     heading: str
-    text: str = ""
+    text: str = ''
     """Paragraphs, with an empty line between them."""
     tables: Sequence[Table] = ()
     charts: Sequence[str] = ()
@@ -127,7 +127,7 @@ class Section:
 
 def percent(value: float | None, digits: int = 1) -> str:
     """A fraction in [0, 1] as per cent; None and NaN as an en dash."""
-    return UNKNOWN if value is None or math.isnan(value) else f"{100 * value:.{digits}f}%"
+    return UNKNOWN if value is None or math.isnan(value) else f'{100 * value:.{digits}f}%'
 
 
 def number(value: float | None) -> str:
@@ -135,11 +135,11 @@ def number(value: float | None) -> str:
     if value is None or math.isnan(value):
         return UNKNOWN
     if isinstance(value, int):
-        return f"{value:,}"
+        return f'{value:,}'
     if 1e-4 <= abs(value) < 1e6:
-        shown = f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
-        return shown.rstrip("0").rstrip(".") if "." in shown else shown
-    return f"{value:.3g}"
+        shown = f'{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}'
+        return shown.rstrip('0').rstrip('.') if '.' in shown else shown
+    return f'{value:.3g}'
 
 
 def render(
@@ -147,9 +147,9 @@ def render(
     summary: str,
     tiles: Sequence[Tile] = (),
     sections: Sequence[Section] = (),
-    configuration: str = "",
-    eyebrow: str = "dvinv",
-    footer: str = "",
+    configuration: str = '',
+    eyebrow: str = 'dvinv',
+    footer: str = '',
 ) -> str:
     """The page.
 
@@ -162,22 +162,22 @@ def render(
       eyebrow: the line above the headline.
       footer: one line at the end, such as versions and hardware.
     """
-    links = "".join(f'<a href="#s{i}">{escape(part.heading)}</a>' for i, part in enumerate(sections))
+    links = ''.join(f'<a href="#s{i}">{escape(part.heading)}</a>' for i, part in enumerate(sections))
     body = [
-        "<header>",
+        '<header>',
         f'<p class="eyebrow">{escape(eyebrow)}</p>',
-        f"<h1>{escape(title)}</h1>",
+        f'<h1>{escape(title)}</h1>',
         f'<div class="summary">{_paragraphs(summary)}</div>',
-        f'<nav aria-label="Sections">{links}</nav>' if len(sections) > 1 else "",
-        "</header>",
-        f'<dl class="tiles">{"".join(_tile(tile) for tile in tiles)}</dl>' if tiles else "",
+        f'<nav aria-label="Sections">{links}</nav>' if len(sections) > 1 else '',
+        '</header>',
+        f'<dl class="tiles">{"".join(_tile(tile) for tile in tiles)}</dl>' if tiles else '',
         *(_section(i, part) for i, part in enumerate(sections)),
-        "<footer>",
-        _configuration(configuration) if configuration else "",
-        f"<p>{escape(footer)}</p>" if footer else "",
-        "</footer>",
+        '<footer>',
+        _configuration(configuration) if configuration else '',
+        f'<p>{escape(footer)}</p>' if footer else '',
+        '</footer>',
     ]
-    content = "\n".join(part for part in body if part)
+    content = '\n'.join(part for part in body if part)
     # The policy makes the promise of the first line hold even if a caller's chart breaks it.
     return f"""<!doctype html>
 <html lang="en">
@@ -200,60 +200,60 @@ def render(
 
 
 def _configuration(text: str) -> str:
-    return f"<details><summary>Configuration</summary><pre>{escape(text)}</pre></details>"
+    return f'<details><summary>Configuration</summary><pre>{escape(text)}</pre></details>'
 
 
 def _paragraphs(text: str) -> str:
-    return "".join(f"<p>{escape(part.strip())}</p>" for part in text.split("\n\n") if part.strip())
+    return ''.join(f'<p>{escape(part.strip())}</p>' for part in text.split('\n\n') if part.strip())
 
 
 def _tile(tile: Tile) -> str:
-    bar = ""
+    bar = ''
     if tile.fraction is not None and math.isfinite(tile.fraction):
         filled = 100 * min(1.0, max(0.0, tile.fraction))
         bar = f'<span class="bar"><span style="width:{filled:.1f}%"></span></span>'
-    note = f'<span class="note">{escape(tile.note)}</span>' if tile.note else ""
-    return f"<div><dt>{escape(tile.label)}</dt><dd><strong>{escape(tile.value)}</strong>{bar}{note}</dd></div>"
+    note = f'<span class="note">{escape(tile.note)}</span>' if tile.note else ''
+    return f'<div><dt>{escape(tile.label)}</dt><dd><strong>{escape(tile.value)}</strong>{bar}{note}</dd></div>'
 
 
 def _section(index: int, section: Section) -> str:
-    charts = "".join(f'<figure class="plot">{chart}</figure>' for chart in section.charts)
-    wide = "".join(_picture(picture) for picture in section.pictures if picture.wide)
-    narrow = "".join(_picture(picture) for picture in section.pictures if not picture.wide)
+    charts = ''.join(f'<figure class="plot">{chart}</figure>' for chart in section.charts)
+    wide = ''.join(_picture(picture) for picture in section.pictures if picture.wide)
+    narrow = ''.join(_picture(picture) for picture in section.pictures if not picture.wide)
     parts = [
         f'<section id="s{index}">',
-        f"<h2>{escape(section.heading)}</h2>",
-        f'<div class="text">{_paragraphs(section.text)}</div>' if section.text else "",
+        f'<h2>{escape(section.heading)}</h2>',
+        f'<div class="text">{_paragraphs(section.text)}</div>' if section.text else '',
         *(_table(table) for table in section.tables),
         wide,
-        f'<div class="columns">{charts}</div>' if charts else "",
-        f'<div class="columns">{narrow}</div>' if narrow else "",
-        "</section>",
+        f'<div class="columns">{charts}</div>' if charts else '',
+        f'<div class="columns">{narrow}</div>' if narrow else '',
+        '</section>',
     ]
-    return "\n".join(part for part in parts if part)
+    return '\n'.join(part for part in parts if part)
 
 
 def _table(table: Table) -> str:
     def cells(tag, values):
         shown = [escape(value if isinstance(value, str) else number(value)) for value in values]
-        kinds = [' class="words"' if column < table.text_columns else "" for column in range(len(shown))]
-        return "".join(f"<{tag}{kind}>{text}</{tag}>" for kind, text in zip(kinds, shown))
+        kinds = [' class="words"' if column < table.text_columns else '' for column in range(len(shown))]
+        return ''.join(f'<{tag}{kind}>{text}</{tag}>' for kind, text in zip(kinds, shown, strict=True))
 
     rows = []
     for index, row in enumerate(table.rows):
         if len(row) != len(table.columns):
-            raise ValueError(f"Row {index} of a table has {len(row)} cells for {len(table.columns)} columns: {row!r}.")
-        mark = ' class="main"' if index == table.highlight else ""
-        rows.append(f"<tr{mark}>{cells('td', row)}</tr>")
-    caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
-    head = f"<thead><tr>{cells('th', table.columns)}</tr></thead>"
+            raise ValueError(f'Row {index} of a table has {len(row)} cells for {len(table.columns)} columns: {row!r}.')
+        mark = ' class="main"' if index == table.highlight else ''
+        rows.append(f'<tr{mark}>{cells("td", row)}</tr>')
+    caption = f'<caption>{escape(table.caption)}</caption>' if table.caption else ''
+    head = f'<thead><tr>{cells("th", table.columns)}</tr></thead>'
     return f'<div class="table"><table>{caption}{head}<tbody>{"".join(rows)}</tbody></table></div>'
 
 
 def _picture(picture: Picture) -> str:
     image, caption = picture.image, escape(picture.caption)
-    labels = "".join(f"<span>{escape(str(label))}</span>" for label in picture.row_labels)
-    rows = f'<div class="rows" aria-hidden="true">{labels}</div>' if labels else ""
+    labels = ''.join(f'<span>{escape(str(label))}</span>' for label in picture.row_labels)
+    rows = f'<div class="rows" aria-hidden="true">{labels}</div>' if labels else ''
     size = f'width="{image.width}" height="{image.height}"'
     return (
         f'<figure class="{"picture wide" if picture.wide else "picture"}"><div class="grid">{rows}'

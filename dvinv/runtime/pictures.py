@@ -19,7 +19,7 @@ def shown_classes(labels: np.ndarray, max_classes: int = 20) -> list[int]:
         classes of a large data set tend to be alike (the first twenty of ImageNet are fish and birds).
     """
     if max_classes < 1:
-        raise ValueError(f"max_classes is {max_classes}; a grid needs at least one row.")
+        raise ValueError(f'max_classes is {max_classes}; a grid needs at least one row.')
     present = np.unique(np.asarray(labels))
     if len(present) > max_classes:
         present = present[np.linspace(0, len(present) - 1, max_classes).round().astype(int)]
@@ -52,11 +52,11 @@ def class_grid(
     """
     images, labels = np.asarray(images), np.asarray(labels)
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or images.dtype != np.uint8:
-        raise ValueError(f"Images are {images.dtype} {images.shape}; a grid needs uint8 [N, H, W, C] with C of 1 or 3.")
+        raise ValueError(f'Images are {images.dtype} {images.shape}; a grid needs uint8 [N, H, W, C] with C of 1 or 3.')
     if labels.shape != images.shape[:1]:
-        raise ValueError(f"Labels have shape {labels.shape} for {len(images)} images; give one label for each image.")
+        raise ValueError(f'Labels have shape {labels.shape} for {len(images)} images; give one label for each image.')
     if not len(images) or per_class < 1:
-        raise ValueError(f"A grid of {len(images)} images with {per_class} columns is empty; give one or more.")
+        raise ValueError(f'A grid of {len(images)} images with {per_class} columns is empty; give one or more.')
 
     classes = shown_classes(labels, max_classes)
     room = (width - gap * (per_class - 1)) / per_class
@@ -64,12 +64,12 @@ def class_grid(
     shrink = max(1, math.ceil(images.shape[2] / max(1.0, room)))
     height_in, width_in = images.shape[1:3]
     cell_height, cell_width = math.ceil(height_in / shrink) * grow, math.ceil(width_in / shrink) * grow
-    mode = "LA" if images.shape[-1] == 1 else "RGBA"
+    mode = 'LA' if images.shape[-1] == 1 else 'RGBA'
     size = (per_class * (cell_width + gap) - gap, len(classes) * (cell_height + gap) - gap)
     grid = Image.new(mode, size)
     for row, label in enumerate(classes):
         for column, index in enumerate(np.flatnonzero(labels == label)[:per_class]):
-            cell = Image.fromarray(images[index, :, :, 0] if mode == "LA" else images[index]).reduce(shrink)
+            cell = Image.fromarray(images[index, :, :, 0] if mode == 'LA' else images[index]).reduce(shrink)
             cell = cell.resize((cell_width, cell_height), Image.Resampling.NEAREST).convert(mode)
             grid.paste(cell, (column * (cell_width + gap), row * (cell_height + gap)))
     return grid
@@ -78,5 +78,5 @@ def class_grid(
 def png_data_uri(image: Image.Image) -> str:
     """The picture as `data:image/png;base64,...`, lossless and the same for the same pixels."""
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    image.save(buffer, format='PNG', optimize=True)
+    return 'data:image/png;base64,' + base64.b64encode(buffer.getvalue()).decode('ascii')

@@ -13,14 +13,24 @@ class Progress:
     On a terminal a bar that is drawn over; elsewhere (a log file, a pod) a line at most every `every` seconds.
     """
 
-    def __init__(self, title: str, total: int, done: int = 0, every: float = 10.0, stream=None,
-                 clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        title: str,
+        total: int,
+        done: int = 0,
+        every: float = 10.0,
+        stream=None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self._title, self._total, self._first, self._done = title, total, done, done
         self._every, self._stream, self._clock = every, stream or sys.stderr, clock
         self._start = self._last = clock()
         terminal = getattr(self._stream, 'isatty', lambda: False)()
-        self._bar = tqdm(total=total, initial=done, desc=title, file=self._stream, dynamic_ncols=True,
-                         leave=False) if terminal else None
+        self._bar = (
+            tqdm(total=total, initial=done, desc=title, file=self._stream, dynamic_ncols=True, leave=False)
+            if terminal
+            else None
+        )
 
     def update(self, done: int, **values: float) -> None:
         """Now `done` of the total; `values` are shown beside it."""

@@ -79,23 +79,31 @@ class Workdir:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise DvinvError(f'Another process is running in {self.path}; wait for it, or choose another --workdir.') from error
+            raise DvinvError(
+                f'Another process is running in {self.path}; wait for it, or choose another --workdir.'
+            ) from error
 
     def _refuse_other(self, config: dict) -> None:
         old = self.read_json('config.json', None)
         if old is None:
             if (self.path / 'results.json').exists():
-                raise DvinvError(f'{self.path} holds the runs of several seeds; repeat --seeds to resume them, or choose '
-                                 'another --workdir.')
+                raise DvinvError(
+                    f'{self.path} holds the runs of several seeds; repeat --seeds to resume them, or choose '
+                    'another --workdir.'
+                )
             return
         mine, theirs = ({k: v for k, v in _flat(c).items() if k.split('.')[0] not in EXEMPT} for c in (config, old))
         absent = object()
         differing = sorted(k for k in {*mine, *theirs} if mine.get(k, absent) != theirs.get(k, absent))
         if differing:
-            shown = ', '.join(f'{k} ({theirs.get(k, "absent")!r} there, {mine.get(k, "absent")!r} here)' for k in differing[:8])
+            shown = ', '.join(
+                f'{k} ({theirs.get(k, "absent")!r} there, {mine.get(k, "absent")!r} here)' for k in differing[:8]
+            )
             more = f' and {len(differing) - 8} more' if len(differing) > 8 else ''
-            raise DvinvError(f'{self.path} holds a run with another config: {shown}{more}. Choose another --workdir, or repeat '
-                             'the settings of that run to resume it.')
+            raise DvinvError(
+                f'{self.path} holds a run with another config: {shown}{more}. Choose another --workdir, or repeat '
+                'the settings of that run to resume it.'
+            )
 
     def read_json(self, name: str, default):
         """The parsed file, or `default` where there is none."""
