@@ -4,7 +4,6 @@ import contextlib
 import errno
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 
 from dvinv.errors import DvinvError
@@ -35,16 +34,16 @@ def write_atomic(path: Path, data: bytes) -> None:
     path = Path(path)
     with disk_full_told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+        temporary = path.with_name(f'.{path.name}.tmp')  # always the same, so that kills leave no heap of them
         try:
-            with os.fdopen(descriptor, 'wb') as file:
+            with open(temporary, 'wb') as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
-                os.unlink(temporary)
+                temporary.unlink()
             raise
 
 
