@@ -26,6 +26,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     config.student.width = 0.5
     config.synthesis.update(images=1024, batch_size=512)
     config.distillation.update(updates=400, learning_rate=3e-2, warmup=40, **optimiser, **augmentation)
+    config.logging.checkpoint_every = 200
     if arg == 'smoke':
         shrink(config)
     elif arg:

@@ -23,7 +23,7 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
 
     config.data = ml_collections.ConfigDict(
         {
-            'name': 'digits',
+            'name': 'digits',  # '': no real data; figures that need them are null
             'path': '',
             'validation': False,  # score on a held-out fifth of the training split instead of the test split
         }
@@ -131,6 +131,16 @@ def check(config) -> None:
     for name, least in (('images', 1), ('batch_size', 2)):
         if config.synthesis[name] < least:
             raise DvinvError(f'synthesis.{name} is {config.synthesis[name]}; it must be at least {least}.')
+    if not 0 <= config.seed < 2**27:  # seeds of trainings are 16 times as large, and 32 bits wide
+        raise DvinvError(f'seed is {config.seed}; it must be between 0 and {2**27 - 1}.')
+    if config.data.path:
+        raise DvinvError(f'data.path is {config.data.path!r}, but the data set {config.data.name!r} has no path.')
+    for name in ('teacher', 'verifier'):
+        smoothing = config[name].training.label_smoothing
+        if not 0 <= smoothing < 1:
+            raise DvinvError(f'{name}.training.label_smoothing is {smoothing}; it must be at least 0 and below 1.')
+    if not config.data.name and 'real' in config.distillation.controls:
+        raise DvinvError("distillation.controls names real, but data.name is ''; name a data set, or leave it out.")
     for control in config.distillation.controls:
         if control not in ('noise', 'prior_only', 'real'):
             raise DvinvError(f'distillation.controls names {control!r}; choose among noise, prior_only, real.')

@@ -7,12 +7,12 @@ import numpy as np
 from dvinv.configuration import recipe_of
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
-from dvinv.evaluation import accuracy, flops
+from dvinv.evaluation import flops
 from dvinv.inversion import Teacher
 from dvinv.networks import Classifier
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.synthesis import fill_pool, open_pool
-from dvinv.teacher import check_fits, load
+from dvinv.teacher import load, test_accuracy
 from dvinv.training import Lesson, learn
 
 ROLE = 3
@@ -34,10 +34,9 @@ def run(config, workdir) -> dict:
             students[control] = distil(config, workdir, teacher, images['images'], images['labels'], control)
 
     data = load_real(config.data.name, config.data.validation)
-    check_fits(teacher, data)
     if 'real' in config.distillation.controls:
         students['real'] = distil(config, workdir, teacher, data.train.images, data.train.labels, 'real')
-    scores = {name: accuracy(student, data.test.images, data.test.labels) for name, student in students.items()}
+    scores = {name: test_accuracy(student, data) for name, student in students.items()}
     student = students['student']
     return {
         'test_accuracy': scores['student'],
@@ -63,7 +62,7 @@ def distil(config, workdir: Workdir, teacher: Teacher, images: np.ndarray, label
 
 
 def control_pool(config, workdir: Workdir, teacher: Teacher, method: str) -> ImagePool:
-    """As many images as the pool has, from the same noise with the same budget, by a lesser method."""
+    """Images by a lesser method, from the same noise and with the same budget as the pool's."""
     pool = ImagePool(workdir.path / 'controls' / method, teacher.digest())
     fill_pool(config, workdir, teacher, pool, method, 'distillation', f'{method}_images')
     return pool

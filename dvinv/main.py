@@ -22,7 +22,8 @@ def main(_) -> None:
 
     logging.set_verbosity(logging.FATAL)  # Orbax tells much of every checkpoint, and of a full disk with a traceback
     set_cpu_devices(config.devices)
-    jax.config.update('jax_compilation_cache_dir', _compilation_cache())
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update('jax_compilation_cache_dir', _compilation_cache())
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
     if _SEEDS.value:
         print(seeds.table(seeds.run(config, _WORKDIR.value, _SEEDS.value)))

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from dvinv import configuration, distillation, report, synthesis, teacher
 from dvinv.configuration import TASKS
-from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
 from dvinv.runtime.devices import make_mesh, training_mesh
 from dvinv.runtime.workdir import Workdir, open_workdir
@@ -38,8 +37,7 @@ def check(config) -> None:
         recipe = configuration.recipe_of(group)
         recipe.check(name)
         recipe.check_devices(name, training_mesh(make_mesh(config.devices)).size)
-    teacher.check(config)
-    configuration.inversion_config(config).check(load_real(config.data.name).image_shape)
+    configuration.inversion_config(config).check(teacher.check(config).image_shape)
 
 
 def run(config, workdir) -> dict:

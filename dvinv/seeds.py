@@ -19,11 +19,16 @@ def run(config, workdir, count: int) -> dict:
       `workdir`/results.json. The deviation is the sample's (n - 1); None for one seed.
 
     Raises:
-      DvinvError: `workdir` holds a single run, or as for `pipeline.run`.
+      DvinvError: `workdir` holds a single run or other seeds, or as for `pipeline.run`.
     """
     if (Path(workdir) / 'config.json').exists():
         raise DvinvError(f'{workdir} holds a single run; choose another --workdir for several seeds.')
     seeds, runs = [config.seed + i for i in range(count)], []
+    others = {folder.name for folder in Path(workdir).glob('seed-*')} - {f'seed-{seed}' for seed in seeds}
+    if others:
+        raise DvinvError(
+            f'{workdir} holds {", ".join(sorted(others))}, which these --seeds do not ask for; choose another --workdir.'
+        )
     for seed in seeds:
         one = ml_collections.ConfigDict(config)
         one.seed = seed

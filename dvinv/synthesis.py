@@ -1,5 +1,6 @@
 """The task `synthesis`: numbered batches of images from the teacher alone, into the pool."""
 
+import dataclasses
 import functools
 import io
 
@@ -11,7 +12,7 @@ from dvinv.configuration import inversion_config
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
 from dvinv.evaluation import logits_of, top_accuracy
-from dvinv.inversion import Inversion, Stage, Teacher, balanced_labels, make_feature_loss, make_inverter
+from dvinv.inversion import Inversion, Teacher, balanced_labels, make_feature_loss, make_inverter
 from dvinv.inversion.step import initial_images
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.files import write_atomic
@@ -40,7 +41,7 @@ def run(config, workdir) -> dict:
         'verifier_top5_accuracy': top_accuracy(verdict, images['labels'], 5) if verifier else None,
         'feature_loss_first': float(np.mean([note['feature_loss_first'] for note in notes])),
         'feature_loss_last': float(np.mean([note['feature_loss_last'] for note in notes])),
-        'feature_loss_real': _real_feature_loss(config, teacher, len(notes)),
+        'feature_loss_real': _real_feature_loss(config, teacher, notes),
     }
 
 
@@ -86,6 +87,7 @@ def fill_pool(config, workdir: Workdir, teacher: Teacher, pool: ImagePool, metho
     measure = make_feature_loss(teacher, settings.stages[-1])
     seed_key = jax.random.key(config.seed)
     iterations = 0 if method == 'noise' else settings.iterations
+    weights = dataclasses.asdict(settings.weights)
 
     with Progress(f'{task}: {method}', len(missing) * max(1, iterations)) as progress:
         for start in range(0, len(missing), at_once):
@@ -94,7 +96,7 @@ def fill_pool(config, workdir: Workdir, teacher: Teacher, pool: ImagePool, metho
             keys = jax.vmap(lambda i: jax.random.fold_in(seed_key, i))(np.asarray(padded))
             labels = np.stack([balanced_labels(i, group.batch_size, teacher.num_classes) for i in padded])
             inversion = invert_batches(
-                keys, labels, on_chunk=functools.partial(_report, progress, start * iterations, len(numbers))
+                keys, labels, on_chunk=functools.partial(_report, workdir, task, progress, start * iterations, len(numbers))
             )
             for row, number in enumerate(numbers):
                 images = teacher.to_uint8(inversion.images[row])
@@ -110,16 +112,23 @@ def fill_pool(config, workdir: Workdir, teacher: Teacher, pool: ImagePool, metho
                         'iterations': iterations,
                         'feature_loss_first': float(measure(teacher.variables, initial, view_key)),
                         'feature_loss_last': float(measure(teacher.variables, teacher.normalise(images), view_key)),
-                        'config': {'seed': config.seed, 'bn_stats': config.bn_stats, 'method': method, **plain(group)},
+                        'config': {
+                            **plain(group),
+                            'seed': config.seed,
+                            'bn_stats': config.bn_stats,
+                            'method': method,
+                            'weights': weights,
+                        },
                         'version': dvinv.__version__,
                     },
                 )
             progress.update((start + len(numbers)) * max(1, iterations))
 
 
-def _report(progress: Progress, before: int, abreast: int, done: int, terms: dict) -> None:
+def _report(workdir: Workdir, task: str, progress: Progress, before: int, abreast: int, done: int, terms: dict) -> None:
     """Progress in iterations of batches: `done` of each of the `abreast`, after `before` of earlier ones."""
     progress.update(before + abreast * done, **terms)
+    workdir.tick(task)
 
 
 def _make_noise(teacher: Teacher):
@@ -144,22 +153,26 @@ def _lines(number: int, row: int, metrics: dict, every: int) -> list[dict]:
     ]
 
 
-def _real_feature_loss(config, teacher: Teacher, batches: int) -> float:
+def _real_feature_loss(config, teacher: Teacher, notes: list[dict]) -> float | None:
     """R_feature of real training batches of the pool's batch size, under the teacher's own augmentation where known.
+
+    None without real data.
 
     For reference only, computed when the pool is finished: nothing that makes images sees it.
     """
     data = load_real(config.data.name, config.data.validation)
+    if data is None:
+        return None
     check_fits(teacher, data)
-    stage: Stage = inversion_config(config).stages[-1]
+    stage = inversion_config(config).stages[-1]
     if not (config.teacher.factory or config.teacher.weights):
         recipe = config.teacher.training
-        stage = Stage(1, 0.0, augmentation='crop', jitter=recipe.shift, flip=recipe.flip, noise=recipe.noise)
+        stage = dataclasses.replace(stage, augmentation='crop', jitter=recipe.shift, flip=recipe.flip, noise=recipe.noise)
     measure = make_feature_loss(teacher, stage)
-    size = min(config.synthesis.batch_size, len(data.train.labels))
+    size = min(notes[0]['images'], len(data.train.labels))
     order = np.random.default_rng(config.seed).permutation(len(data.train.labels))
     losses = []
-    for i in range(max(1, min(batches, len(order) // size))):
+    for i in range(min(len(notes), len(order) // size)):
         images = data.train.images[order[i * size : (i + 1) * size]]
         losses.append(float(measure(teacher.variables, teacher.normalise(images), jax.random.key(i))))
     return float(np.mean(losses))

@@ -30,11 +30,10 @@ def run(config, workdir) -> dict:
             lesson = Lesson(recipe_of(group.training), loss, data.train.images, data.train.labels)
             learn(config, workdir, 'teacher', name, group, lesson, _blank(config, data), ROLES[name])
     teacher, verifier = load(config, workdir), load_verifier(config, workdir)
-    check_fits(teacher, data)
     return {
-        'test_accuracy': accuracy(teacher, data.test.images, data.test.labels),
-        'verifier_test_accuracy': accuracy(verifier, data.test.images, data.test.labels) if verifier else None,
-        'test_images': len(data.test.labels),
+        'test_accuracy': test_accuracy(teacher, data),
+        'verifier_test_accuracy': test_accuracy(verifier, data) if verifier else None,
+        'test_images': len(data.test.labels) if data else None,
         'parameters': teacher.parameters,
         'flops': flops(teacher),
     }
@@ -66,6 +65,14 @@ def load_verifier(config, workdir: Workdir | None) -> Classifier | None:
     return load_classifier(_file(config, workdir, 'verifier')) if config.verifier.network else None
 
 
+def test_accuracy(network: Classifier, data: RealData | None) -> float | None:
+    """The share of the real test images that `network` puts into their class; None without real data."""
+    if data is None:
+        return None
+    check_fits(network, data)
+    return accuracy(network, data.test.images, data.test.labels)
+
+
 def check_fits(teacher: Classifier, data: RealData, name: str = 'teacher') -> None:
     """Refuse a data set whose pictures or classes the teacher (or what `name` says) cannot take."""
     if tuple(teacher.image_shape) != tuple(data.image_shape):
@@ -79,18 +86,35 @@ def check_fits(teacher: Classifier, data: RealData, name: str = 'teacher') -> No
         )
 
 
-def check(config) -> None:
-    """Refuse, before anything is written, a teacher that could not be inverted or does not fit the data."""
+def check(config) -> Teacher:
+    """Refuse, before anything is written, a teacher that could not be inverted or does not fit the data.
+
+    Returns:
+      The teacher, with shapes for weights where it is yet to be trained.
+    """
     data = load_real(config.data.name, config.data.validation)
+    if not (config.teacher.factory or config.teacher.network):
+        raise DvinvError("teacher.network is empty; name a network, or a function by teacher.factory='module:function'.")
+    for name in ROLES:
+        if data is None and _is_trained_here(name, config):
+            raise DvinvError(
+                f"The {name} is to be trained, but data.name is ''; name a data set, or give {name}.weights"
+                + (", or '' for verifier.network to do without." if name == 'verifier' else '.')
+            )
     if _is_trained_here('teacher', config):
-        from_linen(*_abstract(config, data), image_shape=data.image_shape, mean=config.teacher.mean, std=config.teacher.std)
+        teacher = from_linen(
+            *_abstract(config, data), image_shape=data.image_shape, mean=config.teacher.mean, std=config.teacher.std
+        )
     else:
-        check_fits(load(config, None), data)
+        teacher = load(config, None)
+    if data is not None:
+        check_fits(teacher, data)
     if _is_trained_here('verifier', config):
-        create(config.verifier.network, data.num_classes, config.verifier.width)
-    elif config.verifier.network:
+        create(config.verifier.network, teacher.num_classes, config.verifier.width)
+    elif config.verifier.network and data is not None:
         check_fits(load_verifier(config, None), data, 'verifier')
-    create(config.student.network, data.num_classes, config.student.width)
+    create(config.student.network, teacher.num_classes, config.student.width)
+    return teacher
 
 
 def supervised(label_smoothing: float):

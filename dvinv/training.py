@@ -66,6 +66,17 @@ class Recipe:
         for field in ('updates', 'batch_size'):
             if getattr(self, field) < 1:
                 raise DvinvError(f'{name}.{field} is {getattr(self, field)}; it must be at least 1.')
+        for field in ('warmup', 'weight_decay', 'shift', 'noise', 'reestimate'):
+            if getattr(self, field) < 0:
+                raise DvinvError(f'{name}.{field} is {getattr(self, field)}; it must be at least 0.')
+        if self.learning_rate <= 0:
+            raise DvinvError(f'{name}.learning_rate is {self.learning_rate}; it must be above 0.')
+        if self.warmup >= self.updates:
+            raise DvinvError(f'{name}.warmup is {self.warmup}, but there are only {self.updates} updates.')
+        if not all(isinstance(share, int | float) and 0 < share < 1 for share in self.milestones):
+            raise DvinvError(
+                f'{name}.milestones is {self.milestones}; they must be shares of the updates, above 0 and below 1.'
+            )
         for field, choices in (('optimiser', ('adam', 'sgd')), ('schedule', ('cosine', 'step'))):
             if getattr(self, field) not in choices:
                 raise DvinvError(f'{name}.{field} is {getattr(self, field)!r}; choose one of {", ".join(choices)}.')

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Run a config on all devices of this machine, again and again until it ends: after a crash or a kill the same command
-# resumes. A mistake in the command (exit status 1) is told once and not repeated.
+# Run a config on all devices of this machine, again and again until it ends: after a kill or a
+# crash of the process the same command resumes. What Python itself reports (exit status 1) is not repeated.
 #
 #   launch/local.sh CONFIG WORKDIR [--config.field=value ...]
 set -uo pipefail

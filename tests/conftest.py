@@ -1,4 +1,4 @@
-"""Several CPU devices, strict promotion, and where the real data are."""
+"""Several CPU devices, where the real data are, and runs of the smoke config."""
 
 import os
 import subprocess

@@ -31,8 +31,8 @@ class RealData:
         return self.train.images.shape[1:]
 
 
-def load_real(name: str, validation: bool = False) -> RealData:
-    """The data set `name`, split.
+def load_real(name: str, validation: bool = False) -> RealData | None:
+    """The data set `name`, split; None for the name '': a run without any real data.
 
     Args:
       validation: hold a fifth of the training split out and score on that instead of the test split: for choosing
@@ -41,6 +41,8 @@ def load_real(name: str, validation: bool = False) -> RealData:
     Raises:
       DvinvError: no data set has this name.
     """
+    if not name:
+        return None
     if name not in DATA_SETS:
         raise DvinvError(f'There is no data set {name!r}; choose one of {", ".join(sorted(DATA_SETS))}.')
     data = DATA_SETS[name]()

@@ -93,6 +93,8 @@ class InversionConfig:
             _one_of(f'stages[{i}].augmentation', stage.augmentation, ('roll', 'crop'))
             _one_of(f'stages[{i}].schedule', stage.schedule, ('cosine', 'constant'))
             _at_least(f'stages[{i}].iterations', stage.iterations, 1)
+            for field in ('resolution', 'warmup', 'jitter', 'noise', 'learning_rate'):
+                _at_least(f'stages[{i}].{field}', getattr(stage, field), 0)
             factor = stage.pool_factor(height)
             if stage.resolution and (factor < 1 or factor * stage.resolution != height or width % factor):
                 raise DvinvError(
@@ -111,6 +113,6 @@ def _one_of(name: str, value: Any, choices) -> None:
         raise DvinvError(f'{name} is {value!r}; choose one of {", ".join(map(repr, choices))}.')
 
 
-def _at_least(name: str, value: int, least: int) -> None:
+def _at_least(name: str, value: float, least: int) -> None:
     if value < least:
         raise DvinvError(f'{name} is {value}; it must be at least {least}.')

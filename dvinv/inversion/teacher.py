@@ -38,7 +38,10 @@ def from_linen(module, variables, *, image_shape, mean, std, call_kwargs: dict |
       DvinvError: the network has no BatchNorm, or one out of reach of the tap, or does not take such images.
     """
     image_shape = tuple(int(n) for n in image_shape)
-    mean, std = (tuple(float(v) for v in np.ravel(values)) for values in (mean, std))
+    try:
+        mean, std = (tuple(float(v) for v in np.ravel(values)) for values in (mean, std))
+    except (TypeError, ValueError) as error:
+        raise DvinvError(f'mean is {mean} and std is {std}; each must be one number a channel.') from error
     if len(image_shape) != 3 or not len(mean) == len(std) == image_shape[-1]:
         raise DvinvError(
             f'image_shape is {image_shape} with {len(mean)} means and {len(std)} standard deviations; '

@@ -86,7 +86,7 @@ def load_network(path: Path) -> tuple[dict, dict]:
         about = header and json.loads(header)
     except (SafetensorError, OSError, ValueError) as error:
         raise DvinvError(
-            f'The network file {path} is damaged or no safetensors file ({error}); delete it and run the '
+            f'The network file {path} is damaged, or no safetensors file ({error}); if dvinv made it, delete it and run the '
             'command that made it again.'
         ) from error
     if about is None:

@@ -33,7 +33,7 @@ class Metrics:
         """Of a series, keep the lines that are `wanted`; drop a last line that a kill cut short."""
         if not self._path.exists():
             return
-        text = self._path.read_text()
+        text = self._path.read_text(errors='replace')
         kept = []
         for line in text.splitlines(keepends=True):
             if line.endswith('\n'):
@@ -45,14 +45,20 @@ class Metrics:
 
     def _parse(self, line: str) -> dict:
         try:
-            return json.loads(line)
-        except ValueError as error:
+            entry = json.loads(line)
+            entry['task'], entry['series'], entry['step']
+        except (ValueError, KeyError, TypeError) as error:
             raise DvinvError(
-                f'{self._path} holds a line that is not JSON ({line.strip()[:60]!r}); delete that line.'
+                f'{self._path} holds a line that is damaged ({line.strip()[:60]!r}); delete that line.'
             ) from error
+        return entry
 
     def read(self) -> list[dict]:
         """All lines."""
         if not self._path.exists():
             return []
-        return [self._parse(line) for line in self._path.read_text().splitlines(keepends=True) if line.endswith('\n')]
+        return [
+            self._parse(line)
+            for line in self._path.read_text(errors='replace').splitlines(keepends=True)
+            if line.endswith('\n')
+        ]

@@ -1,6 +1,7 @@
 """The work directory of a run: its config, results, lock and clock.
 
-    config.json  results.json  metrics.jsonl  report.html  checkpoints/  networks/  pool/  samples/
+    config.json  results.json  metrics.jsonl  times.json  report.html
+    checkpoints/  networks/  pool/  controls/  samples/
 
 The same command resumes; another config is refused.
 """
@@ -67,7 +68,7 @@ class Workdir:
             raise DvinvError(f'--workdir {self.path} cannot be written to ({error.strerror}); name another.') from error
         try:
             self._claim()
-            self.metrics = Metrics(self.path / 'metrics.jsonl', on_append=self._tick)
+            self.metrics = Metrics(self.path / 'metrics.jsonl', on_append=self.tick)
             self._times = self.read_json('times.json', {})
             self._started, self._written = {}, 0.0
             write_atomic(self.path / 'config.json', _dumps(config))
@@ -86,7 +87,7 @@ class Workdir:
     def _refuse_other(self, config: dict) -> None:
         old = self.read_json('config.json', None)
         if old is None:
-            if (self.path / 'results.json').exists():
+            if any(self.path.glob('seed-*/config.json')):
                 raise DvinvError(
                     f'{self.path} holds the runs of several seeds; repeat --seeds to resume them, or choose '
                     'another --workdir.'
@@ -138,8 +139,8 @@ class Workdir:
         write_atomic(self.path / 'times.json', _dumps(self._times))
         return self._times[task]
 
-    def _tick(self, task: str) -> None:
-        """Called with every measurement, so that a kill loses little of the time spent."""
+    def tick(self, task: str) -> None:
+        """Called with every measurement and now and then in long work, so that a kill loses little of the time spent."""
         if task in self._started and time.monotonic() - self._written > 2:
             self.wall_seconds(task)
 
