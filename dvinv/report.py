@@ -34,7 +34,11 @@ def run(config, workdir) -> None:
         sections.append(_networks(results))
     text = json.dumps(plain(config), indent=1, sort_keys=True)
     page = render(
-        f'{config.data.name}: images from a network alone', _summary(results), _tiles(results), sections, configuration=text
+        f'{config.data.name or config.teacher.factory}: images from a network alone',
+        _summary(results),
+        _tiles(results),
+        sections,
+        configuration=text,
     )
     write_atomic(workdir.path / 'report.html', page.encode())
 
@@ -47,7 +51,7 @@ def _summary(results: dict) -> str:
         f'{made["images"]} images were synthesized from a trained network, without any data: pixels were optimised until '
         'the network was sure of them and found the statistics of its BatchNorm inputs familiar.'
     )
-    if taught is None:
+    if taught is None or taught['test_accuracy'] is None:
         return text
     return (
         f'{text}\n\nA student that never saw a real image learned from them, and reads '
@@ -156,7 +160,7 @@ def _networks(results: dict) -> Section:
             Table(
                 ('Network', 'parameters', 'FLOPs an image', 'real test accuracy'),
                 rows,
-                caption=f'{teacher["test_images"]} real test images; two FLOPs a multiply-add.',
+                caption=f'{number(teacher["test_images"])} real test images; two FLOPs a multiply-add.',
             ),
             times,
         ],

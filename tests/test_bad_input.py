@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -138,6 +139,20 @@ def test_an_unknown_key_ends_the_process_with_one_line(command, tmp_path):
         ({'distillation__updates': 0}, ['distillation.updates is 0', 'at least 1']),
         ({'distillation__temperature': 0.0}, ['distillation.temperature is 0.0', 'above 0']),
         ({'distillation__controls': ('gauss',)}, ["distillation.controls names 'gauss'", 'noise, prior_only, real']),
+        ({'seed': -1}, ['seed is -1', 'between 0 and']),
+        ({'data__path': 'x'}, ["data.path is 'x'", 'has no path']),
+        ({'data__name': ''}, ["controls names real, but data.name is ''"]),
+        (
+            {'data__name': '', 'distillation__controls': ()},
+            ["teacher is to be trained, but data.name is ''", 'teacher.weights'],
+        ),
+        ({'teacher__network': ''}, ['teacher.network is empty', 'teacher.factory']),
+        ({'teacher__mean': ('a',)}, ["mean is ('a',)", 'one number a channel']),
+        ({'teacher__training__label_smoothing': 3.0}, ['label_smoothing is 3.0', 'below 1']),
+        ({'distillation__milestones': ('x',)}, ["milestones is ('x',)", 'shares']),
+        ({'distillation__shift': -1}, ['distillation.shift is -1', 'at least 0']),
+        ({'distillation__learning_rate': 0.0}, ['distillation.learning_rate is 0.0', 'above 0']),
+        ({'distillation__warmup': 20}, ['distillation.warmup is 20', 'only 20 updates']),
         ({'logging__every': 0}, ['logging.every is 0', 'at least 1']),
         ({'logging__iterations': 0}, ['logging.iterations is 0', 'at least 1']),
         ({'logging__checkpoint_every': 0}, ['logging.checkpoint_every is 0', 'at least 1']),
@@ -156,10 +171,18 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path, chan
     assert all(word in message for word in words), message
 
 
-def test_a_bad_stage_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ('field', 'value', 'words'),
+    [
+        ('resolution', 3, 'resolution is 3, which does not divide the 8x8 image'),
+        ('jitter', -1, 'jitter is -1; it must be at least 0'),
+        ('learning_rate', -0.1, 'learning_rate is -0.1; it must be at least 0'),
+    ],
+)
+def test_a_bad_stage_is_refused(tmp_path, field, value, words):
     config = smoke_config()
-    config.synthesis.stages[0].resolution = 3
-    with pytest.raises(DvinvError, match=r'stages\[0\]\.resolution is 3, which does not divide the 8x8 image'):
+    config.synthesis.stages[0][field] = value
+    with pytest.raises(DvinvError, match=re.escape(f'stages[0].{words}')):
         pipeline.run(config, tmp_path / 'run')
     assert not (tmp_path / 'run').exists()
 

@@ -122,6 +122,15 @@ def test_the_pool_is_read_by_numpy(finished):
     assert np.bincount(labels).tolist() == [4] * 10
 
 
+def test_sidecars_tell_how_the_images_were_made(finished):
+    told = {
+        folder: json.loads((finished / folder / 'shard-000000.json').read_text())['config']
+        for folder in ('pool', 'controls/prior_only', 'controls/noise')
+    }
+    assert [config['method'] for config in told.values()] == ['deepinversion', 'prior_only', 'noise']
+    assert told['pool']['weights']['feature'] > told['controls/prior_only']['weights']['feature'] == 0
+
+
 def test_logits_in_the_pool_are_those_of_the_stored_pixels(finished):
     network = load_classifier(finished / 'networks' / 'teacher.safetensors')
     images = ImagePool(finished / 'pool', network.digest()).read_all()
@@ -257,6 +266,21 @@ def test_a_users_own_network_runs_through_the_whole_chain(tmp_path):
     assert (tmp_path / 'run' / 'report.html').exists()
 
 
+def test_a_run_without_any_real_data_leaves_scores_open(tmp_path):
+    changes = {'data__name': '', 'verifier__network': '', 'distillation__controls': ('noise',)}
+    figures = pipeline.run(smoke_config(teacher__factory='factories:colour', **changes), tmp_path / 'run')
+    assert figures['synthesis']['teacher_accuracy'] is not None
+    scores = [
+        figures['teacher']['test_accuracy'],
+        figures['synthesis']['feature_loss_real'],
+        figures['distillation']['test_accuracy'],
+        figures['distillation']['noise_test_accuracy'],
+    ]
+    assert scores == [None] * 4
+    page = (tmp_path / 'run' / 'report.html').read_text()
+    assert 'None' not in page.split('<details')[0]
+
+
 # Seeds
 
 
@@ -280,6 +304,12 @@ def test_the_flag_seeds_prints_the_table(finished, command, tmp_path):
     assert (status, err) == (0, '')
     assert re.search(r'^teacher +test_accuracy +0\.\d+$', out, re.M)
     assert results(tmp_path / 'runs')['std']['teacher']['test_accuracy'] is None
+
+
+def test_seeds_that_were_not_asked_for_are_refused(tmp_path):
+    (tmp_path / 'seed-7').mkdir()
+    with pytest.raises(DvinvError, match='holds seed-7, which these --seeds do not ask for'):
+        seeds.run(smoke_config(), tmp_path, 2)
 
 
 def test_a_single_run_and_several_seeds_do_not_share_a_folder(run, tmp_path):
