@@ -2,6 +2,7 @@
 
 import json
 
+from dvinv.configuration import TASKS
 from dvinv.data.pool import ImagePool
 from dvinv.runtime.charts import line_chart
 from dvinv.runtime.files import write_atomic
@@ -151,7 +152,7 @@ def _networks(results: dict) -> Section:
         rows.insert(1, ['Student', student['parameters'], student['flops'], percent(student['test_accuracy'])])
     times = Table(
         ('Task', 'seconds'),
-        [[task, figures['wall_seconds']] for task, figures in results.items()],
+        [[task, results[task]['wall_seconds']] for task in TASKS if task in results],
         caption='Wall time, compilation included.',
     )
     return Section(

@@ -83,9 +83,10 @@ def test_a_file_is_no_work_directory(tmp_path, name):
 
 
 def test_the_folder_of_several_seeds_is_no_work_directory(tmp_path):
-    (tmp_path / 'results.json').write_text('{"runs": []}')
+    (tmp_path / 'seed-0').mkdir()
+    (tmp_path / 'seed-0' / 'config.json').write_text('{}')
     assert 'holds the runs of several seeds' in refusal(tmp_path, config())
-    assert [path.name for path in tmp_path.iterdir()] == ['results.json']
+    assert [path.name for path in tmp_path.iterdir()] == ['seed-0']
 
 
 # Lock
@@ -177,7 +178,7 @@ def test_a_line_that_is_no_measurement_is_shown(metrics, tmp_path):
     with open(tmp_path / 'metrics.jsonl', 'a') as file:
         file.write('rubbish\n')
     for look in (metrics.read, lambda: metrics.cut('teacher', 'teacher', 0)):
-        with pytest.raises(DvinvError, match=r"metrics\.jsonl holds a line that is not JSON \('rubbish'\); delete"):
+        with pytest.raises(DvinvError, match=r"metrics\.jsonl holds a line that is damaged \('rubbish'\); delete"):
             look()
 
 
