@@ -135,7 +135,7 @@ def test_any_flipped_byte_is_found(path, variables):
 @pytest.mark.parametrize('length', [0, 5, 100, -1])
 def test_a_truncated_file_is_refused(path, length):
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(DvinvError, match='is damaged, or no safetensors file.*if dvinv made it, delete it'):
+    with pytest.raises(DvinvError, match=r'is damaged, or no safetensors file.*if dvinv made it, delete it'):
         load_network(path)
 
 
