@@ -66,6 +66,8 @@ def add_noise(key: jax.Array, x: jax.Array, most: jax.Array, axis: str | None = 
     deviation_key, noise_key = jax.random.split(key)
     deviations = per_image(lambda n: jax.random.uniform(deviation_key, (n, 1, 1, 1)), x.shape[0], axis)
     noise = per_image(lambda n: jax.random.normal(noise_key, (n, *x.shape[1:])), x.shape[0], axis)
+    # XLA folds `most` into the constants of the draw, or not, depending on the number of devices: the bits must not.
+    deviations, noise = jax.lax.optimization_barrier((deviations, noise))
     return x + most * deviations * noise
 
 
