@@ -15,7 +15,7 @@ DRIVERS = {'teacher': teacher, 'synthesis': synthesis, 'distillation': distillat
 def check(config) -> None:
     """Refuse what cannot be run, in a sentence, before a work directory is made or touched."""
     configuration.check(config)
-    devices = make_mesh(config.devices).size
+    mesh = make_mesh(config.devices)
     if config.pool and not Path(config.pool).is_dir():
         raise DvinvError(f'pool is {config.pool!r}, but there is no such folder.')
     images, batch_size = config.synthesis.images, config.synthesis.batch_size
@@ -24,9 +24,9 @@ def check(config) -> None:
             f'synthesis.images is {images}, which batches of {batch_size} do not fill; choose a multiple, for '
             f'instance {max(1, images // batch_size) * batch_size}.'
         )
-    if config.bn_stats == 'global' and batch_size % devices:
+    if config.bn_stats == 'global' and batch_size % mesh.size:
         raise DvinvError(
-            f"synthesis.batch_size is {batch_size}, which {devices} devices do not divide; with bn_stats='global' "
+            f"synthesis.batch_size is {batch_size}, which {mesh.size} devices do not divide; with bn_stats='global' "
             'one batch is split over all devices: choose a multiple of their number.'
         )
     for name, group in (
@@ -36,7 +36,7 @@ def check(config) -> None:
     ):
         recipe = configuration.recipe_of(group)
         recipe.check(name)
-        recipe.check_devices(name, training_mesh(make_mesh(config.devices)).size)
+        recipe.check_devices(name, training_mesh(mesh).size)
     configuration.inversion_config(config).check(teacher.check(config).image_shape)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from tiny import tiny_teacher
 
 jax.config.update('jax_num_cpu_devices', 8)
 
@@ -18,6 +19,18 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f'no real data at {folder}; set DVINV_DATA')
     return folder
+
+
+@pytest.fixture(scope='module')
+def teacher():
+    """A tiny Teacher."""
+    return tiny_teacher()
+
+
+@pytest.fixture(scope='module')
+def student():
+    """Another tiny network for the same images."""
+    return tiny_teacher(seed=1, channels=(3,))
 
 
 @pytest.fixture(scope='session')

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import IMAGE_SHAPE, tiny_teacher
+from tiny import IMAGE_SHAPE
 
 from dvinv import DvinvError, balanced_labels, invert
 from dvinv.inversion import InversionConfig, Stage, Weights, make_inverter
@@ -18,16 +18,6 @@ BATCH, BATCHES = 8, 8
 STAGE = Stage(3, 0.1, beta1=0.5, beta2=0.9, augmentation='crop', jitter=2, flip=True, noise=0.1)
 WEIGHTS = Weights(feature=0.3, first_bn_multiplier=2.0, total_variation=1e-2, l2=1e-2, competition=0.5)
 COLLECTIVE = 'all-reduce|all-gather|all-to-all|reduce-scatter|collective'
-
-
-@pytest.fixture(scope='module')
-def teacher():
-    return tiny_teacher()
-
-
-@pytest.fixture(scope='module')
-def student():
-    return tiny_teacher(seed=1, channels=(3,))
 
 
 def _keys(numbers):

@@ -12,7 +12,7 @@ from tiny import IMAGE_SHAPE, tiny_teacher
 
 from dvinv import DvinvError, balanced_labels, invert
 from dvinv.configuration import base_config, inversion_config
-from dvinv.inversion import PRESETS, InversionConfig, Stage, Weights, losses, make_feature_loss, make_inverter
+from dvinv.inversion import InversionConfig, Stage, Weights, losses, make_feature_loss, make_inverter
 from dvinv.inversion.objective import objective
 from dvinv.inversion.step import InversionState, initial_images, make_step
 from dvinv.runtime.devices import make_mesh
@@ -20,16 +20,6 @@ from dvinv.runtime.devices import make_mesh
 GOLDEN = Path(__file__).parent / 'golden' / 'inversion.npz'
 KEY, LABELS = jax.random.key(7), np.array([0, 1, 2, 0, 1, 2], np.int32)
 EVERY_TERM = Weights(feature=0.3, first_bn_multiplier=2.0, total_variation=1e-2, l2=1e-2, competition=0.5)
-
-
-@pytest.fixture(scope='module')
-def teacher():
-    return tiny_teacher()
-
-
-@pytest.fixture(scope='module')
-def student():
-    return tiny_teacher(seed=1, channels=(3,))
 
 
 def _config(*stages, **fields):
@@ -320,110 +310,6 @@ def test_labels_are_balanced_in_each_batch_and_over_batches(batch_size, classes)
 
 def test_labels_of_far_batches_do_not_overflow():
     assert balanced_labels(10**9, 152, 1000)[0] == 152 * 10**9 % 1000
-
-
-# The published settings: (iterations, resolution, jitter) a stage, then betas, bounds of the learning rate, and so on.
-TABLE = {
-    'imagenet_multires': {
-        'stages': [(2000, 112, 15), (1000, 224, 30)],
-        'betas': (0.5, 0.9),
-        'rate': (0.2, 0.25),
-        'warmup': 100,
-        'schedule': 'cosine',
-        'clip': True,
-        'flip': True,
-        'feature': 0.01,
-        'first': 10,
-        'tv': 1e-4,
-        'l2': 1e-5,
-        'norm': 'image',
-        'competition': 0.2,
-    },
-    'imagenet_2k': {
-        'stages': [(2000, 0, 30)],
-        'betas': (0.5, 0.9),
-        'rate': (0.2, 0.25),
-        'warmup': 100,
-        'schedule': 'cosine',
-        'clip': True,
-        'flip': True,
-        'feature': 0.01,
-        'first': 10,
-        'tv': 1e-4,
-        'l2': 1e-5,
-        'norm': 'image',
-        'competition': 0.2,
-    },
-    'imagenet_20k': {
-        'stages': [(20000, 0, 30)],
-        'betas': (0.9, 0.999),
-        'rate': (0.05, 0.05),
-        'warmup': 0,
-        'schedule': 'constant',
-        'clip': False,
-        'flip': True,
-        'feature': 0.01,
-        'first': 1,
-        'tv': 1e-4,
-        'l2': 0,
-        'norm': 'image',
-        'competition': 0.2,
-    },
-    'cifar10_paper': {
-        'stages': [(2000, 0, 2)],
-        'betas': (0.9, 0.999),
-        'rate': (0.05, 0.05),
-        'warmup': 0,
-        'schedule': 'constant',
-        'clip': False,
-        'flip': False,
-        'feature': 10,
-        'first': 1,
-        'tv': 2.5e-5,
-        'l2': 3e-8,
-        'norm': 'batch',
-        'competition': 10,
-    },
-    'cifar10_better': {
-        'stages': [(2000, 0, 2)],
-        'betas': (0.9, 0.999),
-        'rate': (0.1, 0.1),
-        'warmup': 0,
-        'schedule': 'constant',
-        'clip': False,
-        'flip': False,
-        'feature': 10,
-        'first': 1,
-        'tv': 1e-3,
-        'l2': 0,
-        'norm': 'batch',
-        'competition': 0,
-    },
-}
-
-
-@pytest.mark.parametrize('name', TABLE)
-def test_presets_are_the_published_settings(name):
-    preset, row = PRESETS[name], TABLE[name]
-    preset.check((224, 224, 3) if name.startswith('imagenet') else (32, 32, 3))
-    assert [(stage.iterations, stage.resolution, stage.jitter) for stage in preset.stages] == row['stages']
-    for stage in preset.stages:
-        assert (stage.beta1, stage.beta2) == row['betas']
-        assert row['rate'][0] <= stage.learning_rate <= row['rate'][1]
-        assert (stage.warmup, stage.schedule, stage.clip, stage.flip) == tuple(
-            row[field] for field in ('warmup', 'schedule', 'clip', 'flip')
-        )
-        assert stage.augmentation == 'roll'
-    weights = preset.weights
-    assert (
-        weights.main,
-        weights.feature,
-        weights.first_bn_multiplier,
-        weights.total_variation,
-        weights.l2,
-        weights.competition,
-    ) == (1, *(row[field] for field in ('feature', 'first', 'tv', 'l2', 'competition')))
-    assert (preset.total_variation, preset.l2, preset.prior_on) == ('l2', row['norm'], 'view')
 
 
 if __name__ == '__main__':  # writes the golden values anew

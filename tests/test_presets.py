@@ -1,0 +1,94 @@
+"""The presets carry the published settings."""
+
+import pytest
+
+from dvinv import PRESETS
+
+# The published settings: (iterations, resolution, jitter) a stage, then betas, bounds of the learning rate, and so on.
+IMAGENET = {
+    'betas': (0.5, 0.9),
+    'rate': (0.2, 0.25),
+    'warmup': 100,
+    'schedule': 'cosine',
+    'clip': True,
+    'flip': True,
+    'feature': 0.01,
+    'first': 10,
+    'tv': 1e-4,
+    'l2': 1e-5,
+    'norm': 'image',
+    'competition': 0.2,
+}
+TABLE = {
+    'imagenet_multires': {**IMAGENET, 'stages': [(2000, 112, 15), (1000, 224, 30)]},
+    'imagenet_2k': {**IMAGENET, 'stages': [(2000, 0, 30)]},
+    'imagenet_20k': {
+        'stages': [(20000, 0, 30)],
+        'betas': (0.9, 0.999),
+        'rate': (0.05, 0.05),
+        'warmup': 0,
+        'schedule': 'constant',
+        'clip': False,
+        'flip': True,
+        'feature': 0.01,
+        'first': 1,
+        'tv': 1e-4,
+        'l2': 0,
+        'norm': 'image',
+        'competition': 0.2,
+    },
+    'cifar10_paper': {
+        'stages': [(2000, 0, 2)],
+        'betas': (0.9, 0.999),
+        'rate': (0.05, 0.05),
+        'warmup': 0,
+        'schedule': 'constant',
+        'clip': False,
+        'flip': False,
+        'feature': 10,
+        'first': 1,
+        'tv': 2.5e-5,
+        'l2': 3e-8,
+        'norm': 'batch',
+        'competition': 10,
+    },
+    'cifar10_better': {
+        'stages': [(2000, 0, 2)],
+        'betas': (0.9, 0.999),
+        'rate': (0.1, 0.1),
+        'warmup': 0,
+        'schedule': 'constant',
+        'clip': False,
+        'flip': False,
+        'feature': 10,
+        'first': 1,
+        'tv': 1e-3,
+        'l2': 0,
+        'norm': 'batch',
+        'competition': 0,
+    },
+}
+
+
+@pytest.mark.parametrize('name', TABLE)
+def test_presets_are_the_published_settings(name):
+    preset, row = PRESETS[name], TABLE[name]
+    preset.check((224, 224, 3) if name.startswith('imagenet') else (32, 32, 3))
+    assert [(stage.iterations, stage.resolution, stage.jitter) for stage in preset.stages] == row['stages']
+    for stage in preset.stages:
+        assert (stage.beta1, stage.beta2) == row['betas']
+        assert row['rate'][0] <= stage.learning_rate <= row['rate'][1]
+        assert (stage.warmup, stage.schedule, stage.clip, stage.flip) == tuple(
+            row[field] for field in ('warmup', 'schedule', 'clip', 'flip')
+        )
+        assert stage.augmentation == 'roll'
+    weights = preset.weights
+    assert (
+        weights.main,
+        weights.feature,
+        weights.first_bn_multiplier,
+        weights.total_variation,
+        weights.l2,
+        weights.competition,
+    ) == (1, *(row[field] for field in ('feature', 'first', 'tv', 'l2', 'competition')))
+    assert (preset.total_variation, preset.l2, preset.prior_on) == ('l2', row['norm'], 'view')
