@@ -10,7 +10,7 @@ a student with a quarter of its parameters learns from them, and everything is s
 
 import ml_collections
 
-from dvinv.configuration import base_config
+from dvinv.configuration import base_config, shrink
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
@@ -30,15 +30,5 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     if arg == 'smoke':
         shrink(config)
     elif arg:
-        raise ValueError(f'configs/digits.py knows the argument smoke, not {arg!r}')
+        raise ValueError(f'This config knows the argument smoke, not {arg!r}')
     return config
-
-
-def shrink(config) -> None:
-    """Seconds instead of minutes: every part runs, no figure means anything."""
-    for group in (config.teacher.training, config.verifier.training, config.distillation):
-        group.update(updates=20, batch_size=32, warmup=2)
-    config.teacher.width, config.student.width, config.verifier.width = 0.25, 0.125, 0.25
-    config.synthesis.update(images=40, batch_size=20)
-    config.synthesis.stages[0].iterations = 5
-    config.logging.update(every=5, checkpoint_every=10, iterations=2)

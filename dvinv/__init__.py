@@ -11,6 +11,7 @@ _EXPORTS = {
     'Weights': 'dvinv.inversion',
     'balanced_labels': 'dvinv.inversion',
     'from_linen': 'dvinv.inversion',
+    'from_nnx': 'dvinv.inversion',
     'invert': 'dvinv.inversion',
     'load': 'dvinv.loading',
 }

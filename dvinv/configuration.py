@@ -6,10 +6,11 @@ import ml_collections
 
 from dvinv.errors import DvinvError
 from dvinv.inversion import PRESETS, InversionConfig, Stage, Weights
-from dvinv.training import Recipe
+from dvinv.recipe import Recipe
+from dvinv.rounds import Rounds
 
 TASKS = ('teacher', 'synthesis', 'distillation', 'report')
-METHODS = ('deepinversion', 'prior_only', 'noise')
+METHODS = ('deepinversion', 'adaptive', 'prior_only', 'noise')
 
 
 def base_config(preset: str) -> ml_collections.ConfigDict:
@@ -24,7 +25,9 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
     config.data = ml_collections.ConfigDict(
         {
             'name': 'digits',  # '': no real data; figures that need them are null
-            'path': '',
+            'path': '',  # of the test images (npz, folders), or of prepared data sets (cifar10, cifar100)
+            'train_path': '',  # of the training images (npz, folders); '': none, then nothing may be trained on real ones
+            'image_size': 0,  # pixels that images (not TFDS ones) are scaled and cut to; 0: they have one size
             'validation': False,  # score on a held-out fifth of the training split instead of the test split
         }
     )
@@ -47,7 +50,8 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
             'factory': '',  # 'module:function' that returns a dvinv.Teacher; or network and weights:
             'network': 'small_resnet',
             'width': 1.0,
-            'weights': '',  # path of a network file; trained when empty
+            'weights': '',  # path of a network file, or of weights that others published; trained when empty
+            'image_shape': (),  # height, width, channels, where the weights come from others; (): the network's usual ones
             'mean': (0.5,),
             'std': (0.5,),
             'training': {**recipe, 'label_smoothing': 0.0},
@@ -67,6 +71,7 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
             'method': 'deepinversion',
             'images': 1024,
             'batch_size': 256,
+            'batches_per_round': 0,  # so many join the pool every distillation.updates_per_round; 0: all before the first
             **_fields(PRESETS[preset]),
         }
     )
@@ -74,6 +79,8 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
         {
             **recipe,
             'temperature': 3.0,
+            'updates_per_round': 0,  # between two rounds of new images; what is left follows the last round
+            'counts': (),  # students of the first so many images beside it: the curve of accuracy against image count
             'controls': ('noise', 'prior_only', 'real'),  # students with the same budget, from other images
         }
     )
@@ -85,6 +92,27 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
         }
     )
     return config
+
+
+def shrink(config, width: float = 0.25) -> None:
+    """What the argument `smoke` of every config does: seconds instead of minutes, no download, no figure means anything.
+
+    Every part runs, with the same networks `width` times as wide; digits, enlarged, stand in for pictures that are not here.
+    """
+    if config.data.name != 'digits':
+        config.data.update(name='digits', image_size=32)
+        config.teacher.mean, config.teacher.std = (0.3053,), (0.3761,)
+    config.teacher.width, config.student.width, config.verifier.width = width, width / 2, width
+    for group in (config.teacher.training, config.verifier.training, config.distillation):
+        group.update(updates=20, batch_size=32, warmup=2)
+    config.synthesis.update(images=40, batch_size=20)
+    for stage in config.synthesis.stages:
+        stage.update(iterations=5, warmup=0)
+    if config.synthesis.batches_per_round:
+        config.synthesis.batches_per_round, config.distillation.updates_per_round = 1, 10
+    if config.distillation.counts:
+        config.distillation.counts = (20, 40)
+    config.logging.update(every=5, checkpoint_every=10, iterations=2)
 
 
 def _fields(preset: InversionConfig) -> dict:
@@ -112,6 +140,14 @@ def inversion_config(config, method: str = '') -> InversionConfig:
     )
 
 
+def rounds_of(config) -> Rounds:
+    """When the images of the run's pool come to the student."""
+    group = config.synthesis
+    batches = group.images // group.batch_size
+    per_round = group.batches_per_round or batches
+    return Rounds(per_round * group.batch_size, batches // per_round, max(1, config.distillation.updates_per_round))
+
+
 def recipe_of(group) -> Recipe:
     """The `Recipe` among the fields of a config group."""
     return Recipe(**{field.name: group[field.name] for field in dataclasses.fields(Recipe)})
@@ -133,14 +169,11 @@ def check(config) -> None:
             raise DvinvError(f'synthesis.{name} is {config.synthesis[name]}; it must be at least {least}.')
     if not 0 <= config.seed < 2**27:  # seeds of trainings are 16 times as large, and 32 bits wide
         raise DvinvError(f'seed is {config.seed}; it must be between 0 and {2**27 - 1}.')
-    if config.data.path:
-        raise DvinvError(f'data.path is {config.data.path!r}, but the data set {config.data.name!r} has no path.')
+    _check_rounds(config)
     for name in ('teacher', 'verifier'):
         smoothing = config[name].training.label_smoothing
         if not 0 <= smoothing < 1:
             raise DvinvError(f'{name}.training.label_smoothing is {smoothing}; it must be at least 0 and below 1.')
-    if not config.data.name and 'real' in config.distillation.controls:
-        raise DvinvError("distillation.controls names real, but data.name is ''; name a data set, or leave it out.")
     for control in config.distillation.controls:
         if control not in ('noise', 'prior_only', 'real'):
             raise DvinvError(f'distillation.controls names {control!r}; choose among noise, prior_only, real.')
@@ -154,3 +187,36 @@ def check(config) -> None:
             f'logging.every is {config.logging.every} and logging.checkpoint_every '
             f'{config.logging.checkpoint_every}; the second must be a multiple of the first.'
         )
+
+
+def _check_rounds(config) -> None:
+    """Refuse rounds that do not divide the batches or outlast the student's updates."""
+    group, updates = config.synthesis, config.distillation.updates
+    batches, per_round, every = (
+        group.images // group.batch_size,
+        group.batches_per_round,
+        config.distillation.updates_per_round,
+    )
+    if group.method == 'adaptive' and not per_round:
+        raise DvinvError(
+            "synthesis.method is 'adaptive', but synthesis.batches_per_round is 0: say how many batches are made against "
+            'the student of the moment, and by distillation.updates_per_round how long it learns from them.'
+        )
+    if group.method == 'adaptive' and not group.weights.competition:
+        raise DvinvError("synthesis.method is 'adaptive', but synthesis.weights.competition is 0; give it a weight.")
+    if per_round < 0 or (per_round and batches % per_round):
+        raise DvinvError(
+            f'synthesis.batches_per_round is {per_round}, which does not divide the {batches} batches; choose a divisor.'
+        )
+    if per_round and every < 1:
+        raise DvinvError(
+            f'distillation.updates_per_round is {every}; with synthesis.batches_per_round it must be at least 1.'
+        )
+    if per_round and (batches // per_round - 1) * every >= updates:
+        raise DvinvError(
+            f'{batches // per_round} rounds of {every} updates begin after the {updates} updates of distillation; raise '
+            'distillation.updates, or lower distillation.updates_per_round.'
+        )
+    for count in config.distillation.counts:
+        if not 1 <= count <= group.images:
+            raise DvinvError(f'distillation.counts names {count}; it must be between 1 and the {group.images} images.')

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dvinv import configuration, distillation, report, synthesis, teacher
 from dvinv.configuration import TASKS
+from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
 from dvinv.runtime.devices import make_mesh, training_mesh
 from dvinv.runtime.workdir import Workdir, open_workdir
@@ -37,6 +38,12 @@ def check(config) -> None:
         recipe = configuration.recipe_of(group)
         recipe.check(name)
         recipe.check_devices(name, training_mesh(mesh).size)
+    data = load_real(config.data)
+    if 'real' in config.distillation.controls and not (data and data.train):
+        raise DvinvError(
+            'distillation.controls names real, but there are no real training images; leave it out, or name some by '
+            'data.name and data.train_path.'
+        )
     configuration.inversion_config(config).check(teacher.check(config).image_shape)
 
 

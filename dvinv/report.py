@@ -9,7 +9,7 @@ from dvinv.runtime.files import write_atomic
 from dvinv.runtime.page import Picture, Section, Table, Tile, number, percent, render
 from dvinv.runtime.pictures import class_grid, shown_classes
 from dvinv.runtime.workdir import Workdir, open_workdir, plain
-from dvinv.synthesis import open_pool
+from dvinv.synthesizer import open_pool
 from dvinv.teacher import load
 
 PER_CLASS = 16  # images in a row of the grid

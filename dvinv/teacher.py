@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import optax
 
 from dvinv.configuration import recipe_of
-from dvinv.data.real import RealData, load_real
+from dvinv.data.dataset import RealData
+from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
 from dvinv.evaluation import accuracy, flops
 from dvinv.inversion.teacher import Teacher, from_linen
-from dvinv.networks import Classifier, create, load_classifier, load_network
+from dvinv.networks import Classifier, classifier_of, create, read_classifier
+from dvinv.rounds import Rounds
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.training import Lesson, learn
 
@@ -23,12 +25,24 @@ ROLES = {'teacher': 1, 'verifier': 2}
 def run(config, workdir) -> dict:
     """Train what is not given, score teacher and verifier on the real test images; returns the figures."""
     workdir = open_workdir(workdir, config)
-    data = load_real(config.data.name, config.data.validation)
+    data = load_real(config.data)
     for name, group in (('teacher', config.teacher), ('verifier', config.verifier)):
         if _is_trained_here(name, config):
             loss = supervised(group.training.label_smoothing)
-            lesson = Lesson(recipe_of(group.training), loss, data.train.images, data.train.labels)
-            learn(config, workdir, 'teacher', name, group, lesson, _blank(config, data), ROLES[name])
+            train = data.train
+            lesson = Lesson(recipe_of(group.training), loss, Rounds(len(train.labels)))
+            learn(
+                config,
+                workdir,
+                'teacher',
+                name,
+                group,
+                lesson,
+                _blank(config, data),
+                ROLES[name],
+                train.images,
+                train.labels,
+            )
     teacher, verifier = load(config, workdir), load_verifier(config, workdir)
     return {
         'test_accuracy': test_accuracy(teacher, data),
@@ -53,16 +67,13 @@ def load(config, workdir: Workdir | None) -> Teacher:
     group = config.teacher
     if group.factory:
         return _from_factory(group.factory)
-    variables, about = load_network(_file(config, workdir, 'teacher'))
-    if about['network'] != group.network:
-        raise DvinvError(f'{group.weights} holds a {about["network"]}, but teacher.network is {group.network}.')
-    module = create(about['network'], about['num_classes'], about['width'])
+    module, variables, about = _read(config, workdir, 'teacher')
     return from_linen(module, variables, image_shape=about['image_shape'], mean=about['mean'], std=about['std'])
 
 
 def load_verifier(config, workdir: Workdir | None) -> Classifier | None:
     """The network that judges the images, independent of the teacher; None where the config names none."""
-    return load_classifier(_file(config, workdir, 'verifier')) if config.verifier.network else None
+    return classifier_of(*_read(config, workdir, 'verifier')) if config.verifier.network else None
 
 
 def test_accuracy(network: Classifier, data: RealData | None) -> float | None:
@@ -78,12 +89,23 @@ def check_fits(teacher: Classifier, data: RealData, name: str = 'teacher') -> No
     if tuple(teacher.image_shape) != tuple(data.image_shape):
         theirs, ours = ('x'.join(map(str, shape)) for shape in (teacher.image_shape, data.image_shape))
         raise DvinvError(f'The {name} takes images of {theirs} (height x width x channels), but the data set has {ours}.')
-    highest = int(max(data.train.labels.max(), data.test.labels.max()))
+    highest = max(int(split.labels.max()) for split in (data.train, data.test) if split)
     if highest >= teacher.num_classes:
         raise DvinvError(
             f'The data set has the label {highest}, but the {name} knows {teacher.num_classes} classes, 0 to '
             f'{teacher.num_classes - 1}.'
         )
+
+
+def _check_alike(teacher: Teacher, verifier: Classifier) -> None:
+    """Refuse a verifier for other pictures or classes than the teacher's."""
+    for field, what in (('image_shape', 'images of'), ('num_classes', 'classes:')):
+        theirs, ours = getattr(verifier, field), getattr(teacher, field)
+        if theirs != ours:
+            raise DvinvError(
+                f'The verifier takes {what} {theirs}, but the teacher {ours}; give verifier.weights of a network like the '
+                "teacher, or '' for verifier.network to do without."
+            )
 
 
 def check(config) -> Teacher:
@@ -92,13 +114,14 @@ def check(config) -> Teacher:
     Returns:
       The teacher, with shapes for weights where it is yet to be trained.
     """
-    data = load_real(config.data.name, config.data.validation)
+    data = load_real(config.data)
     if not (config.teacher.factory or config.teacher.network):
         raise DvinvError("teacher.network is empty; name a network, or a function by teacher.factory='module:function'.")
     for name in ROLES:
-        if data is None and _is_trained_here(name, config):
+        if _is_trained_here(name, config) and (data is None or data.train is None):
+            lacking = 'data.name' if data is None else 'data.train_path'
             raise DvinvError(
-                f"The {name} is to be trained, but data.name is ''; name a data set, or give {name}.weights"
+                f"The {name} is to be trained, but {lacking} is ''; name a data set, or give {name}.weights"
                 + (", or '' for verifier.network to do without." if name == 'verifier' else '.')
             )
     if _is_trained_here('teacher', config):
@@ -111,8 +134,8 @@ def check(config) -> Teacher:
         check_fits(teacher, data)
     if _is_trained_here('verifier', config):
         create(config.verifier.network, teacher.num_classes, config.verifier.width)
-    elif config.verifier.network and data is not None:
-        check_fits(load_verifier(config, None), data, 'verifier')
+    elif config.verifier.network:
+        _check_alike(teacher, load_verifier(config, None))
     create(config.student.network, teacher.num_classes, config.student.width)
     return teacher
 
@@ -132,12 +155,21 @@ def _is_trained_here(name: str, config) -> bool:
     return bool(group.network) and not group.weights and not group.get('factory', '')
 
 
-def _file(config, workdir: Workdir | None, name: str) -> Path:
-    """Where the weights of teacher or verifier are; `workdir` matters where the config names no file."""
-    path = Path(config[name].weights or workdir.network(name))
-    if not path.exists() and not config[name].weights:
+def _read(config, workdir: Workdir | None, name: str):
+    """What `networks.read_classifier` gives of teacher or verifier; `workdir` matters where the config names no file."""
+    group, like = config[name], config.teacher
+    path = Path(group.weights or workdir.network(name))
+    if not path.exists() and not group.weights:
         raise DvinvError(f'There is no {name} in {workdir.path} yet; run the task teacher first, or set {name}.weights.')
-    return path
+    return read_classifier(
+        path,
+        group.network,
+        width=group.width,
+        image_shape=like.image_shape,
+        mean=like.mean,
+        std=like.std,
+        field=f'{name}.network',
+    )
 
 
 @functools.cache

@@ -15,8 +15,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dvinv.errors import DvinvError
-from dvinv.inversion.augmentation import Augmentation
 from dvinv.networks import Classifier, create, initialise, load_classifier, save_network
+from dvinv.recipe import Recipe
+from dvinv.rounds import Rounds, chosen_images
 from dvinv.runtime.checkpoints import Checkpoints
 from dvinv.runtime.devices import AXIS, make_mesh, training_mesh
 from dvinv.runtime.progress import Progress
@@ -45,85 +46,19 @@ class TrainState:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How a network is trained; a group of the config, field for field."""
-
-    updates: int
-    batch_size: int
-    learning_rate: float
-    optimiser: str = 'adam'  # 'adam' (with decoupled weight decay) or 'sgd' (Nesterov momentum .9)
-    schedule: str = 'cosine'  # 'cosine' (to 0) or 'step' (times .1 after each of `milestones`)
-    milestones: tuple[float, ...] = (0.4, 0.8)  # shares of `updates`
-    warmup: int = 0  # updates of linear warm-up
-    weight_decay: float = 0.0
-    shift: int = 0  # pixels; random crops of a picture padded with black
-    flip: bool = False  # a coin an image
-    noise: float = 0.0  # deviation, up to, of Gaussian noise an image, for pixels in [0, 1]
-    reestimate: int = 0  # batches on which BatchNorm statistics are estimated again at the end, weights frozen
-
-    def check(self, name: str) -> None:
-        """Refuse a recipe that cannot be followed; `name` is that of its config group."""
-        for field in ('updates', 'batch_size'):
-            if getattr(self, field) < 1:
-                raise DvinvError(f'{name}.{field} is {getattr(self, field)}; it must be at least 1.')
-        for field in ('warmup', 'weight_decay', 'shift', 'noise', 'reestimate'):
-            if getattr(self, field) < 0:
-                raise DvinvError(f'{name}.{field} is {getattr(self, field)}; it must be at least 0.')
-        if self.learning_rate <= 0:
-            raise DvinvError(f'{name}.learning_rate is {self.learning_rate}; it must be above 0.')
-        if self.warmup >= self.updates:
-            raise DvinvError(f'{name}.warmup is {self.warmup}, but there are only {self.updates} updates.')
-        if not all(isinstance(share, int | float) and 0 < share < 1 for share in self.milestones):
-            raise DvinvError(
-                f'{name}.milestones is {self.milestones}; they must be shares of the updates, above 0 and below 1.'
-            )
-        for field, choices in (('optimiser', ('adam', 'sgd')), ('schedule', ('cosine', 'step'))):
-            if getattr(self, field) not in choices:
-                raise DvinvError(f'{name}.{field} is {getattr(self, field)!r}; choose one of {", ".join(choices)}.')
-
-    def check_devices(self, name: str, devices: int) -> None:
-        """Refuse a batch that cannot be split evenly over so many devices; `name` is that of the config group."""
-        if self.batch_size % devices:
-            raise DvinvError(
-                f'A batch of {self.batch_size} images cannot be split evenly over {devices} devices; choose a '
-                f'{name}.batch_size that {devices} divides, or another number of devices.'
-            )
-
-    @property
-    def look(self) -> Augmentation:
-        """How the network is shown its training images."""
-        return Augmentation('crop', self.shift, self.flip, self.noise)
-
-    def optimizer(self) -> optax.GradientTransformation:
-        """The Optax optimiser with its schedule."""
-        if self.schedule == 'cosine':
-            rate = optax.cosine_decay_schedule(self.learning_rate, max(1, self.updates - self.warmup))
-        else:
-            rate = optax.piecewise_constant_schedule(
-                self.learning_rate, {round(share * self.updates) - self.warmup: 0.1 for share in self.milestones}
-            )
-        if self.warmup:
-            rate = optax.join_schedules([optax.linear_schedule(0.0, self.learning_rate, self.warmup), rate], [self.warmup])
-        if self.optimiser == 'adam':
-            return optax.adamw(rate, weight_decay=self.weight_decay)
-        return optax.chain(optax.add_decayed_weights(self.weight_decay), optax.sgd(rate, 0.9, nesterov=True))
-
-
-@dataclasses.dataclass(frozen=True)
 class Lesson:
     """What a network is taught, and how.
 
     Attributes:
       recipe: how.
       loss_fn: (logits, x, labels, frozen) -> scalar; x is the augmented, normalised batch [B, H, W, C].
-      images: uint8 [N, H, W, C]; `labels`: int [N].
+      rounds: when its images come.
       frozen: variables that `loss_fn` needs beside, those of a teacher for instance.
     """
 
     recipe: Recipe
     loss_fn: Callable
-    images: np.ndarray
-    labels: np.ndarray
+    rounds: Rounds
     frozen: dict | None = None
 
 
@@ -177,88 +112,137 @@ def make_reestimate(module, recipe: Recipe, classifier: Classifier):
     return reestimate
 
 
-def chosen_images(seed: int, update: int, batch_size: int, count: int) -> np.ndarray:
-    """Which of `count` images make up the batch of an update, int32 [B]: shuffled epochs, one after the other."""
-    first = update * batch_size
-    epochs = range(first // count, (first + batch_size - 1) // count + 1)
-    order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(count) for epoch in epochs])
-    return order[first - epochs[0] * count :][:batch_size].astype(np.int32)
+class Training:
+    """A network that learns, in one go or in stretches; a context manager, for its progress.
+
+    A training that was killed goes on from its last checkpoint when it is made again.
+
+    Attributes:
+      step: updates done.
+    """
+
+    def __init__(
+        self,
+        module,
+        lesson: Lesson,
+        like: Classifier,
+        seed: int,
+        mesh: Mesh,
+        workdir: Workdir,
+        task: str,
+        series: str,
+        logging,
+    ):
+        """From random weights, or from the last checkpoint.
+
+        Args:
+          module: the Linen module; takes x and `train`.
+          like: image shape, mean and std of the network to be; its variables are not used.
+          mesh: batches are split over it; BatchNorm sees the whole batch.
+          task, series: what its metrics and checkpoints go by in `workdir`.
+          logging: `every` so many updates a line of metrics, `checkpoint_every` so many a checkpoint.
+
+        Raises:
+          DvinvError: a batch that the devices do not divide, or a damaged checkpoint.
+        """
+        recipe = lesson.recipe
+        recipe.check_devices(series, mesh.size)
+        self._lesson, self._seed, self._logging = lesson, seed, logging
+        self._workdir, self._task, self._series = workdir, task, series
+        everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
+        self._update = jax.jit(
+            make_update(module, recipe, lesson.loss_fn, like),
+            donate_argnums=0,
+            in_shardings=(everywhere, split, split, everywhere, everywhere),
+        )
+        self._reestimate = jax.jit(make_reestimate(module, recipe, like), in_shardings=(everywhere, split, everywhere))
+        self._checkpoints = Checkpoints(workdir.path / 'checkpoints' / series)
+        key = jax.random.key(seed)
+        state = initial_state(module, recipe, jax.random.fold_in(key, 0), like.image_shape)
+        self.step, state = self._checkpoints.restore(state) or (0, state)
+        workdir.metrics.cut(task, series, self.step)
+        self._state, self._frozen, self._key = jax.device_put((state, lesson.frozen, jax.random.fold_in(key, 1)), everywhere)
+        self._progress = Progress(f'{task}: {series}', recipe.updates, self.step)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        return self._progress.__exit__(*exception)
+
+    @property
+    def variables(self) -> dict:
+        """The network's variables after `step` updates, numpy arrays."""
+        return jax.device_get(self._state.variables)
+
+    def advance(self, images: np.ndarray, labels: np.ndarray, until: int) -> None:
+        """Learn up to update `until`, and keep a checkpoint of it where it is not the last.
+
+        Args:
+          images: uint8 [N, H, W, C], all that have come until then, in order; `labels`: int [N].
+
+        Raises:
+          DvinvError: a loss that is not a number (names the update), or a full disk.
+        """
+        recipe, losses = self._lesson.recipe, []
+        while self.step < until:
+            rows = chosen_images(self._seed, self.step, recipe.batch_size, self._lesson.rounds)
+            self._state, loss = self._update(self._state, images[rows], labels[rows], self._frozen, self._key)
+            losses.append(loss)
+            self.step += 1
+            if self.step % self._logging.every == 0 or self.step == until:
+                mean = _checked_mean(losses, self.step, self._series)
+                losses = []
+                self._workdir.metrics.append(self._task, self._series, [{'step': self.step, 'loss': mean}])
+                self._progress.update(self.step, loss=mean)
+                pause = self.step % self._logging.checkpoint_every == 0 or self.step == until
+                if pause and self.step < recipe.updates:
+                    self._checkpoints.save(self.step, jax.device_get(self._state))
+
+    def finish(self, images: np.ndarray, labels: np.ndarray) -> dict:
+        """Learn to the end and, where the recipe says so, estimate BatchNorm statistics again; returns the variables.
+
+        Raises:
+          DvinvError: as `advance`, or weights that are not finite.
+        """
+        recipe = self._lesson.recipe
+        self.advance(images, labels, recipe.updates)
+        for step in range(recipe.updates, recipe.updates + recipe.reestimate):
+            rows = chosen_images(self._seed, step, recipe.batch_size, self._lesson.rounds)
+            self._state = self._reestimate(self._state, images[rows], self._key)
+        variables = self.variables
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables)):  # by the last update, which no loss saw
+            raise DvinvError(
+                f'The weights of the {self._series} are not finite after the last update: lower its learning_rate.'
+            )
+        return variables
 
 
-def learn(
-    config, workdir: Workdir, task: str, name: str, network, lesson: Lesson, like: Classifier, role: int
-) -> Classifier:
-    """The trained network `name`: from its file where it is finished, else trained (or trained on) and written.
+def training_of(config, workdir: Workdir, task: str, name: str, network, lesson: Lesson, like: Classifier, role: int):
+    """The `Training` of the network `name` of a run.
 
     Args:
       network: a config group with the fields `network` and `width`.
       like: a classifier of the same image shape, classes, mean and std.
       role: makes a seed of its own of the run's; students that are compared share it, and so their start and shuffles.
     """
+    module = create(network.network, like.num_classes, network.width)
+    mesh = training_mesh(make_mesh(config.devices))
+    return Training(module, lesson, like, 16 * config.seed + role, mesh, workdir, task, name, config.logging)
+
+
+def learn(config, workdir, task, name, network, lesson, like, role, images: np.ndarray, labels: np.ndarray) -> Classifier:
+    """The trained network `name`: from its file where it is finished, else trained (or trained on) and written.
+
+    Arguments are those of `training_of`, and the images uint8 [N, H, W, C] and labels int [N] to learn from.
+    """
     path = workdir.network(name)
     if not path.exists():
-        module = create(network.network, like.num_classes, network.width)
-        mesh = training_mesh(make_mesh(config.devices))
-        variables = fit(module, lesson, like, 16 * config.seed + role, mesh, workdir, task, name, config.logging)
+        with training_of(config, workdir, task, name, network, lesson, like, role) as training:
+            variables = training.finish(images, labels)
         about = {field: getattr(like, field) for field in ('num_classes', 'image_shape', 'mean', 'std')}
         save_network(path, variables, {'network': network.network, 'width': network.width, **about})
     return load_classifier(path)
-
-
-def fit(
-    module, lesson: Lesson, like: Classifier, seed: int, mesh: Mesh, workdir: Workdir, task: str, series: str, logging
-) -> dict:
-    """Train `module` from scratch, or from its last checkpoint; returns its variables as numpy arrays.
-
-    Args:
-      like: image shape, mean and std of the network to be; its variables are not used.
-      mesh: batches are split over it; BatchNorm sees the whole batch.
-      task, series: what its metrics and checkpoints go by in `workdir`.
-      logging: `every` so many updates a line of metrics, `checkpoint_every` so many a checkpoint.
-
-    Raises:
-      DvinvError: a batch that the devices do not divide, a loss that is not a number, a damaged checkpoint.
-    """
-    recipe = lesson.recipe
-    recipe.check_devices(series, mesh.size)
-    everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
-    update = jax.jit(
-        make_update(module, recipe, lesson.loss_fn, like),
-        donate_argnums=0,
-        in_shardings=(everywhere, split, split, everywhere, everywhere),
-    )
-    reestimate = jax.jit(make_reestimate(module, recipe, like), in_shardings=(everywhere, split, everywhere))
-    key = jax.random.key(seed)
-    checkpoints = Checkpoints(workdir.path / 'checkpoints' / series)
-    state = initial_state(module, recipe, jax.random.fold_in(key, 0), like.image_shape)
-    step, state = checkpoints.restore(state) or (0, state)
-    workdir.metrics.cut(task, series, step)
-    state, frozen, batch_key = jax.device_put((state, lesson.frozen, jax.random.fold_in(key, 1)), everywhere)
-
-    def chosen(step):
-        return chosen_images(seed, step, recipe.batch_size, len(lesson.images))
-
-    losses = []
-    with Progress(f'{task}: {series}', recipe.updates, step) as progress:
-        while step < recipe.updates:
-            rows = chosen(step)
-            state, loss = update(state, lesson.images[rows], lesson.labels[rows], frozen, batch_key)
-            losses.append(loss)
-            step += 1
-            last = step == recipe.updates
-            if step % logging.every == 0 or last:
-                mean = _checked_mean(losses, step, series)
-                losses = []
-                workdir.metrics.append(task, series, [{'step': step, 'loss': mean}])
-                progress.update(step, loss=mean)
-                if step % logging.checkpoint_every == 0 and not last:
-                    checkpoints.save(step, jax.device_get(state))
-    for step in range(recipe.updates, recipe.updates + recipe.reestimate):
-        state = reestimate(state, lesson.images[chosen(step)], batch_key)
-    variables = jax.device_get(state.variables)
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables)):  # by the last update, which no loss saw
-        raise DvinvError(f'The weights of the {series} are not finite after the last update: lower its learning_rate.')
-    return variables
 
 
 def _checked_mean(losses: list, step: int, series: str) -> float:

@@ -107,6 +107,13 @@ def test_an_unknown_key_ends_the_process_with_one_line(command, tmp_path):
 
 # Settings that cannot be run
 
+ADAPTIVE = {
+    'synthesis__method': 'adaptive',
+    'synthesis__batches_per_round': 1,
+    'synthesis__weights__competition': 1.0,
+    'distillation__updates_per_round': 5,
+}
+
 
 @pytest.mark.parametrize(
     ('changes', 'words'),
@@ -140,8 +147,14 @@ def test_an_unknown_key_ends_the_process_with_one_line(command, tmp_path):
         ({'distillation__temperature': 0.0}, ['distillation.temperature is 0.0', 'above 0']),
         ({'distillation__controls': ('gauss',)}, ["distillation.controls names 'gauss'", 'noise, prior_only, real']),
         ({'seed': -1}, ['seed is -1', 'between 0 and']),
-        ({'data__path': 'x'}, ["data.path is 'x'", 'has no path']),
-        ({'data__name': ''}, ["controls names real, but data.name is ''"]),
+        ({'data__path': 'x'}, ["data.path is 'x'", 'leave it out']),
+        ({'data__name': ''}, ['controls names real, but there are no real training images']),
+        ({'synthesis__method': 'adaptive'}, ["method is 'adaptive'", 'batches_per_round is 0']),
+        ({**ADAPTIVE, 'synthesis__weights__competition': 0.0}, ["method is 'adaptive'", 'competition is 0']),
+        ({**ADAPTIVE, 'synthesis__batches_per_round': 3}, ['batches_per_round is 3', 'does not divide the 2 batches']),
+        ({**ADAPTIVE, 'distillation__updates_per_round': 0}, ['updates_per_round is 0', 'at least 1']),
+        ({**ADAPTIVE, 'distillation__updates_per_round': 20}, ['2 rounds of 20 updates', 'the 20 updates']),
+        ({'distillation__counts': (20, 60)}, ['counts names 60', 'the 40 images']),
         (
             {'data__name': '', 'distillation__controls': ()},
             ["teacher is to be trained, but data.name is ''", 'teacher.weights'],

@@ -9,7 +9,7 @@ from dvinv import from_linen
 from dvinv.errors import DvinvError
 from dvinv.evaluation import logits_of, top_accuracy
 from dvinv.networks.cifar_resnet import CifarResNet
-from dvinv.networks.weights import import_state_dict, read_state_dict
+from dvinv.networks.weights import import_weights, read_state_dict
 
 SHAPE = (32, 32, 3)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -28,7 +28,7 @@ def state(golden) -> dict:
 
 
 def teacher_of(module, state):
-    return from_linen(module, import_state_dict(module, SHAPE, state), image_shape=SHAPE, mean=MEAN, std=STD)
+    return from_linen(module, import_weights(module, SHAPE, state), image_shape=SHAPE, mean=MEAN, std=STD)
 
 
 def assert_close(logits: np.ndarray, expected: np.ndarray) -> None:
@@ -52,24 +52,24 @@ def test_published_weights_give_the_logits_of_pytorch(golden, real_data, depth, 
 
 def test_weights_of_another_depth_are_refused(state):
     with pytest.raises(DvinvError, match=r'lack layer1\.1\.bn1\.bias'):
-        import_state_dict(CifarResNet(10, 2, (4, 8, 16)), SHAPE, state)
+        import_weights(CifarResNet(10, 2, (4, 8, 16)), SHAPE, state)
 
 
 def test_a_missing_an_extra_and_a_misshapen_tensor_are_named(state):
     module = CifarResNet(10, 1, (4, 8, 16))
     without = {key: value for key, value in state.items() if key != 'linear.bias'}
     with pytest.raises(DvinvError, match=r'lack linear\.bias'):
-        import_state_dict(module, SHAPE, without)
+        import_weights(module, SHAPE, without)
     with pytest.raises(DvinvError, match=r'left over spare\.weight'):
-        import_state_dict(module, SHAPE, {**state, 'spare.weight': np.zeros(1)})
-    with pytest.raises(DvinvError, match=r'shapes.*bn1\.bias \(\(3,\)\)'):
-        import_state_dict(module, SHAPE, {**state, 'bn1.bias': np.zeros(3)})
+        import_weights(module, SHAPE, {**state, 'spare.weight': np.zeros(1)})
+    with pytest.raises(DvinvError, match=r'shapes.*bn1\.bias \(3,\)\.'):
+        import_weights(module, SHAPE, {**state, 'bn1.bias': np.zeros(3)})
 
 
 def test_prefixes_and_counters_of_pytorch_are_understood(state):
     module = CifarResNet(10, 1, (4, 8, 16))
     wrapped = {f'module.{key}': value for key, value in state.items()}
-    import_state_dict(module, SHAPE, wrapped | {'module.bn1.num_batches_tracked': np.zeros((), np.int64)})
+    import_weights(module, SHAPE, wrapped | {'module.bn1.num_batches_tracked': np.zeros((), np.int64)})
 
 
 def test_files_that_are_missing_unknown_or_could_run_code_are_refused(tmp_path, state):

@@ -1,10 +1,14 @@
-"""Real data: the digits' splits are those that the figures of the README are told of."""
+"""Real data by name: the digits' splits are those that the figures of the README are told of, and what is refused."""
 
+import ml_collections
 import numpy as np
 import pytest
 
+from dvinv.data.dataset import Source, Split
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
+
+DIGITS, VALIDATION = Source('digits'), Source('digits', validation=True)
 
 
 def keys(split):
@@ -12,9 +16,9 @@ def keys(split):
     return [image.tobytes() + bytes([label]) for image, label in zip(split.images, split.labels, strict=True)]
 
 
-@pytest.mark.parametrize(('validation', 'sizes'), [(False, (1437, 360)), (True, (1149, 288))])
-def test_sizes_shapes_and_types(validation, sizes):
-    data = load_real('digits', validation)
+@pytest.mark.parametrize(('source', 'sizes'), [(DIGITS, (1437, 360)), (VALIDATION, (1149, 288))])
+def test_sizes_shapes_and_types(source, sizes):
+    data = load_real(source)
     assert (len(data.train.labels), len(data.test.labels)) == sizes
     assert data.image_shape == (8, 8, 1)
     assert data.num_classes == 10
@@ -25,21 +29,24 @@ def test_sizes_shapes_and_types(validation, sizes):
 
 
 def test_pixels_fill_the_whole_range_in_17_levels():
-    levels = np.unique(load_real('digits').train.images)
+    levels = np.unique(load_real(DIGITS).train.images)
     assert len(levels) == 17
     assert (levels[0], levels[-1]) == (0, 255)
 
 
-@pytest.mark.parametrize('validation', [False, True])
-def test_every_class_has_its_share_of_both_parts(validation):
-    data = load_real('digits', validation)
+@pytest.mark.parametrize('source', [DIGITS, VALIDATION])
+def test_every_class_has_its_share_of_both_parts(source):
+    data = load_real(source)
     shares = [np.bincount(split.labels, minlength=10) / len(split.labels) for split in (data.train, data.test)]
     np.testing.assert_allclose(*shares, atol=0.004)
 
 
 def test_the_split_is_always_the_same():
+    first = load_real(DIGITS)
+    load_real(VALIDATION)  # takes the place in the cache
     np.random.seed(3)
-    first, second = load_real('digits'), load_real('digits')
+    second = load_real(DIGITS)
+    assert second is not first
     assert keys(first.test) == keys(second.test)
     assert keys(first.train) == keys(second.train)
     assert first.test.labels[:12].tolist() == [7, 6, 3, 7, 7, 3, 2, 8, 9, 3, 2, 6]
@@ -48,7 +55,7 @@ def test_the_split_is_always_the_same():
 def test_train_and_test_are_all_digits_once():
     from sklearn.datasets import load_digits
 
-    data = load_real('digits')
+    data = load_real(DIGITS)
     assert sorted(keys(data.train) + keys(data.test)) == sorted(
         np.rint(image * (255 / 16)).astype(np.uint8).tobytes() + bytes([label])
         for image, label in zip(*load_digits(return_X_y=True), strict=True)
@@ -56,11 +63,41 @@ def test_train_and_test_are_all_digits_once():
 
 
 def test_validation_is_a_part_of_the_training_split():
-    whole, data = load_real('digits'), load_real('digits', validation=True)
+    whole, data = load_real(DIGITS), load_real(VALIDATION)
     assert sorted(keys(data.train) + keys(data.test)) == sorted(keys(whole.train))
     assert not set(keys(data.test)) & set(keys(whole.test))
 
 
-def test_an_unknown_name_shows_the_choices():
-    with pytest.raises(DvinvError, match=r"There is no data set 'mnist'; choose one of .*digits"):
-        load_real('mnist')
+def test_the_group_of_a_config_names_a_data_set_and_is_read_once():
+    fields = {'name': 'digits', 'path': '', 'train_path': '', 'image_size': 0, 'validation': False}
+    data = load_real(ml_collections.ConfigDict(fields))
+    assert load_real(ml_collections.ConfigDict(fields)) is data
+    assert load_real(ml_collections.ConfigDict({**fields, 'validation': True})) is not data
+
+
+def test_no_name_is_no_data():
+    assert load_real(Source('', path='somewhere', validation=True)) is None
+
+
+@pytest.mark.parametrize(
+    ('source', 'sentence'),
+    [
+        (Source('mnist'), "There is no data set 'mnist'; choose one of cifar10, cifar100, digits, folders, npz"),
+        (Source('digits', path='a'), "data.path is 'a', but the data set 'digits' takes none"),
+        (Source('digits', train_path='b'), "data.train_path is 'b', but the data set 'digits' takes none"),
+        (Source('cifar10', train_path='b'), "data.train_path is 'b', but the data set 'cifar10' takes none"),
+        (Source('cifar100', image_size=16), "data.image_size is 16, but the data set 'cifar100' takes none"),
+        (Source('npz'), "data.path is ''; name what the data set 'npz' scores on"),
+        (Source('folders', train_path='b'), "data.path is ''; name what the data set 'folders' scores on"),
+        (Source('npz', path='a', image_size=-3), 'data.image_size is -3; it must be 0 '),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(source, sentence):
+    with pytest.raises(DvinvError) as caught:
+        load_real(source)
+    assert sentence in str(caught.value)
+
+
+def test_a_fifth_of_too_few_images_is_refused():
+    with pytest.raises(DvinvError, match='4 training images of 3 classes are too few to hold out'):
+        Split(np.zeros((4, 2, 2, 1), np.uint8), np.array([0, 1, 1, 2])).divided(0.2)

@@ -12,7 +12,8 @@ import pytest
 from smoke import flip, lasting, smoke_config
 
 import dvinv
-from dvinv import distillation, pipeline, seeds, synthesis, teacher
+from dvinv import distillation, pipeline, seeds, synthesis, synthesizer, teacher
+from dvinv.configuration import rounds_of
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
@@ -150,7 +151,7 @@ def test_the_report_is_one_page_that_needs_no_other_file(finished):
 def test_a_loaded_student_scores_what_the_results_say(finished):
     apply_fn, variables = dvinv.load(finished, 'distillation')
     student = load_classifier(finished / 'networks' / 'student.safetensors')
-    test = load_real('digits').test
+    test = load_real(smoke_config().data).test
     x = student.normalise(test.images)
     logits = np.asarray(apply_fn(variables, x))
     np.testing.assert_array_equal(logits, student.apply_fn(student.variables, x))
@@ -221,10 +222,10 @@ def test_no_real_image_is_read_while_images_are_made_and_a_student_learns(taught
         monkeypatch.setattr(module, 'load_real', refuse)
     with contextlib.closing(Workdir(taught, config)) as workdir:
         network = teacher.load(config, workdir)
-        pool = synthesis.open_pool(config, workdir, network)
-        synthesis.fill_pool(config, workdir, network, pool, 'deepinversion', 'synthesis', 'deepinversion')
+        pool = synthesizer.open_pool(config, workdir, network)
+        synthesizer.fill_pool(config, workdir, network, pool, 'deepinversion', 'synthesis', 'deepinversion')
         images = pool.read_all()
-        distillation.distil(config, workdir, network, images['images'], images['labels'], 'student')
+        distillation.distil(config, workdir, network, images['images'], images['labels'], rounds_of(config), 'student')
         with pytest.raises(AssertionError, match='real data were read'):  # not before the controls are finished, too
             distillation.run(config, workdir)
     networks = {path.stem for path in (taught / 'networks').iterdir()}

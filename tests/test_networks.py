@@ -13,7 +13,7 @@ from tiny import IMAGE_SHAPE, tiny_teacher, trained_variables
 
 from dvinv.errors import DvinvError
 from dvinv.evaluation import accuracy, flops, logits_of, top_accuracy
-from dvinv.networks import NETWORKS, Classifier, create, load_classifier, load_network, save_network
+from dvinv.networks import NETWORKS, Classifier, create, image_shape, load_classifier, load_network, save_network
 
 SMALL = ('small_convnet', 'small_resnet')
 ABOUT = {
@@ -79,15 +79,21 @@ def test_no_width_is_too_small_for_a_channel():
     assert min(min(leaf.shape) for leaf in jax.tree.leaves(trained_variables(create('small_resnet', 2, 1e-3)))) == 1
 
 
-@pytest.mark.parametrize('width', [0.0, -1.0])
+@pytest.mark.parametrize('width', [0.0, -1.0, float('nan'), float('inf')])
 def test_no_width_is_refused(width):
     with pytest.raises(DvinvError, match=f'width of small_resnet is {width}; it must be above 0'):
         create('small_resnet', 3, width)
 
 
 def test_an_unknown_name_shows_the_choices():
-    with pytest.raises(DvinvError, match=r"no network 'resnet19'; choose one of .*small_convnet, small_resnet"):
-        create('resnet19', 3)
+    for ask in (lambda: create('resnet19', 3), lambda: image_shape('resnet19')):
+        with pytest.raises(DvinvError, match=r"no network 'resnet19'; choose one of .*small_convnet, small_resnet"):
+            ask()
+
+
+def test_a_network_knows_the_images_that_it_is_made_for():
+    assert image_shape('resnet20') == (32, 32, 3)
+    assert image_shape('small_resnet') == (8, 8, 1)
 
 
 # As files

@@ -13,9 +13,11 @@ from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet
 import dvinv.training
 from dvinv import DvinvError
 from dvinv.networks import Classifier
+from dvinv.recipe import Recipe
+from dvinv.rounds import Rounds, chosen_images
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.workdir import Workdir
-from dvinv.training import Lesson, Recipe, chosen_images, fit
+from dvinv.training import Lesson, Training
 
 CLASSIFIER = Classifier(None, None, IMAGE_SHAPE, 3, MEAN, STD)
 LOGGING = types.SimpleNamespace(every=2, checkpoint_every=4)
@@ -31,11 +33,16 @@ def _data(count=20):
     return rng.integers(0, 256, (count, *IMAGE_SHAPE), dtype=np.uint8), (np.arange(count) % 3).astype(np.int32)
 
 
-def _fit(folder, recipe=RECIPE, devices=1, loss=_loss, seed=3):
-    workdir = Workdir(folder, ml_collections.ConfigDict())
+def _fit(folder, recipe=RECIPE, devices=1, loss=_loss, seed=3, stops=()):
+    """(variables, metrics) of a training that stops and goes on at the updates `stops`."""
+    images, labels = _data()
+    workdir, lesson = Workdir(folder, ml_collections.ConfigDict()), Lesson(recipe, loss, Rounds(len(labels)))
     try:
-        lesson, mesh = Lesson(recipe, loss, *_data()), make_mesh(devices)
-        variables = fit(TinyNet(), lesson, CLASSIFIER, seed, mesh, workdir, 'teacher', 'teacher', LOGGING)
+        mesh = make_mesh(devices)
+        with Training(TinyNet(), lesson, CLASSIFIER, seed, mesh, workdir, 'teacher', 'teacher', LOGGING) as training:
+            for stop in stops:
+                training.advance(images, labels, stop)
+            variables = training.finish(images, labels)
     finally:
         workdir.close()
     return variables, workdir.metrics.read()
@@ -74,6 +81,13 @@ def test_a_killed_training_ends_with_the_bits_of_an_undisturbed_one(undisturbed,
     assert metrics == undisturbed[1]
 
 
+def test_a_training_in_stretches_is_the_same_training_and_each_stop_is_a_checkpoint(undisturbed, tmp_path):
+    variables, metrics = _fit(tmp_path, stops=(3, 6))
+    _same(variables, undisturbed[0])
+    assert [line['step'] for line in metrics] == [2, 3, 4, 6, 8]
+    assert [path.name for path in (tmp_path / 'checkpoints' / 'teacher').glob('*.json')] == ['000000006.json']
+
+
 def test_metrics_tell_the_mean_loss_every_so_many_updates(undisturbed):
     _, metrics = undisturbed
     assert [line['step'] for line in metrics] == [2, 4, 6, 8]
@@ -91,7 +105,7 @@ def test_the_seed_decides(undisturbed, tmp_path):
 @pytest.mark.parametrize(('batch_size', 'count'), [(4, 20), (7, 20), (20, 20), (33, 20), (1, 3)])
 def test_every_image_is_shown_once_an_epoch(batch_size, count):
     updates = 3 * count
-    shown = np.concatenate([chosen_images(5, update, batch_size, count) for update in range(updates)])
+    shown = np.concatenate([chosen_images(5, update, batch_size, Rounds(count)) for update in range(updates)])
     assert shown.shape == (updates * batch_size,)
     epochs = shown[: updates * batch_size // count * count].reshape(-1, count)
     np.testing.assert_array_equal(np.sort(epochs, 1), np.broadcast_to(np.arange(count), epochs.shape))
@@ -99,10 +113,26 @@ def test_every_image_is_shown_once_an_epoch(batch_size, count):
 
 
 def test_the_images_of_an_update_depend_on_seed_and_number_alone():
-    late, again = chosen_images(1, 9, 8, 20), [chosen_images(1, update, 8, 20) for update in (9, 0, 9)]
+    rounds = Rounds(20)
+    late, again = chosen_images(1, 9, 8, rounds), [chosen_images(1, update, 8, rounds) for update in (9, 0, 9)]
     np.testing.assert_array_equal(again[0], late)
     np.testing.assert_array_equal(again[2], late)
-    assert not np.array_equal(chosen_images(2, 9, 8, 20), late)
+    assert not np.array_equal(chosen_images(2, 9, 8, rounds), late)
+
+
+def test_a_round_begins_with_its_new_images_and_goes_on_with_all_that_have_come():
+    rounds = Rounds(images=6, count=3, updates=4)
+    assert [rounds.of(update) for update in (0, 3, 4, 8, 99)] == [0, 0, 1, 2, 2]
+    for number in range(3):
+        first, known = rounds.first_update(number), 6 * (number + 1)
+        shown = np.concatenate([chosen_images(5, update, 3, rounds) for update in range(first, first + 8)])
+        if number < 2:
+            assert rounds.of(first + 4) == number + 1
+            shown = shown[:12]
+        assert sorted(shown[:6]) == [*range(known - 6, known)]  # the new ones, each once, at once
+        assert shown[6:].max() < known
+        assert len({*shown[6:]}) == len(shown[6:])  # no image twice in an epoch
+    assert {*np.concatenate([chosen_images(5, update, 3, rounds) for update in range(10, 16)])} == {*range(18)}
 
 
 # Schedules

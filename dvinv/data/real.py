@@ -1,67 +1,54 @@
 """Real images, by data set name: for training teachers, for controls, and for scoring. Synthesis never comes here."""
 
 import dataclasses
+import functools
 
-import numpy as np
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-
+from dvinv.data import digits, folders, npz, prepared
+from dvinv.data.dataset import RealData, Source
 from dvinv.errors import DvinvError
 
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """Images uint8 [N, H, W, C] and their labels int32 [N]."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class RealData:
-    """A data set: what may be trained on, and what is only scored."""
-
-    train: Split
-    test: Split
-    num_classes: int
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """H, W, C."""
-        return self.train.images.shape[1:]
+# name -> (reader, the fields of the config's group `data` that it takes)
+DATA_SETS = {
+    'digits': (digits.read, ('image_size',)),
+    'cifar10': (prepared.read, ('path',)),
+    'cifar100': (prepared.read, ('path',)),
+    'npz': (npz.read, ('path', 'train_path', 'image_size')),
+    'folders': (folders.read, ('path', 'train_path', 'image_size')),
+}
 
 
-def load_real(name: str, validation: bool = False) -> RealData | None:
-    """The data set `name`, split; None for the name '': a run without any real data.
+def load_real(group) -> RealData | None:
+    """The real data of a run; None for the name '': a run without any.
 
     Args:
-      validation: hold a fifth of the training split out and score on that instead of the test split: for choosing
-        settings without a look at the test images.
+      group: the config's group `data`, or anything with the fields of a `Source`.
 
     Raises:
-      DvinvError: no data set has this name.
+      DvinvError: no data set has this name or takes these fields, or what it names cannot be read.
     """
-    if not name:
-        return None
-    if name not in DATA_SETS:
-        raise DvinvError(f'There is no data set {name!r}; choose one of {", ".join(sorted(DATA_SETS))}.')
-    data = DATA_SETS[name]()
-    if validation:
-        data = RealData(*_split(data.train, 0.2), data.num_classes)
-    return data
+    source = Source(**{field.name: getattr(group, field.name) for field in dataclasses.fields(Source)})
+    return _load(source) if source.name else None
 
 
-def digits() -> RealData:
-    """The 1,797 scanned digits inside scikit-learn, 8x8 grey: 1,437 to train on, 360 for the test, stratified."""
-    bunch = load_digits()
-    pixels = np.rint(bunch.images[..., None] * (255 / 16)).astype(np.uint8)  # 17 grey levels, 0 to 16
-    return RealData(*_split(Split(pixels, bunch.target.astype(np.int32)), 360), num_classes=10)
-
-
-def _split(whole: Split, held_out: int | float) -> tuple[Split, Split]:
-    """Two parts with the same share of every class; seed 0, whatever the run's seed: the test images are always the same."""
-    first, second = train_test_split(np.arange(len(whole.labels)), test_size=held_out, stratify=whole.labels, random_state=0)
-    return Split(whole.images[first], whole.labels[first]), Split(whole.images[second], whole.labels[second])
-
-
-DATA_SETS = {'digits': digits}
+@functools.lru_cache(maxsize=1)  # the tasks of a run ask for the same; two large data sets may not fit into memory
+def _load(source: Source) -> RealData:
+    if source.name not in DATA_SETS:
+        raise DvinvError(f'There is no data set {source.name!r}; choose one of {", ".join(sorted(DATA_SETS))}.')
+    reader, fields = DATA_SETS[source.name]
+    for name in ('path', 'train_path', 'image_size'):
+        value = getattr(source, name)
+        if value and name not in fields:
+            raise DvinvError(f'data.{name} is {value!r}, but the data set {source.name!r} takes none; leave it out.')
+    if 'train_path' in fields and not source.path:
+        raise DvinvError(f"data.path is ''; name what the data set {source.name!r} scores on.")
+    if source.image_size < 0:
+        raise DvinvError(f'data.image_size is {source.image_size}; it must be 0 (as the images are) or above.')
+    data = reader(source)
+    if data.train and data.train.images.shape[1:] != data.image_shape:
+        ours, theirs = ('x'.join(map(str, shape)) for shape in (data.train.images.shape[1:], data.image_shape))
+        raise DvinvError(f'Training images are {ours} (height x width x channels), but the images to score on {theirs}.')
+    if not source.validation:
+        return data
+    if not data.train:
+        raise DvinvError('data.validation holds out a fifth of the training images, but data.train_path names none.')
+    return RealData(*data.train.divided(0.2), data.num_classes)

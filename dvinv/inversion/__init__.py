@@ -1,7 +1,7 @@
 """The heart: pixels are optimised until a frozen teacher is sure of them and finds their statistics familiar.
 
-Pure functions, no files and no flags. Read in the order settings, teacher, tap, augmentation, losses, objective, step,
-invert.
+Pure functions, no files and no flags. Read in the order settings, teacher, tap, nnx_tap, augmentation, losses, objective,
+step, invert.
 """
 
 from dvinv.inversion.invert import (
@@ -14,7 +14,7 @@ from dvinv.inversion.invert import (
 )
 from dvinv.inversion.presets import PRESETS
 from dvinv.inversion.settings import InversionConfig, Stage, Weights
-from dvinv.inversion.teacher import Teacher, from_linen
+from dvinv.inversion.teacher import Teacher, from_linen, from_nnx
 
 __all__ = [
     'PRESETS',
@@ -26,6 +26,7 @@ __all__ = [
     'balanced_labels',
     'check_labels',
     'from_linen',
+    'from_nnx',
     'invert',
     'make_feature_loss',
     'make_inverter',

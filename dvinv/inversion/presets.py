@@ -23,6 +23,14 @@ PRESETS = {
     'cifar10_better': InversionConfig(
         stages=(Stage(learning_rate=0.1, **_CIFAR_STAGE),), weights=Weights(feature=10.0, total_variation=1e-3), l2='batch'
     ),
+    # CIFAR-10, the teacher shown what it was trained on (padded random crops, mirrored, each image its own): fewer, better
+    # iterations than the paper's.
+    'cifar10_crop': InversionConfig(
+        stages=(Stage(iterations=300, learning_rate=0.1, augmentation='crop', jitter=4, flip=True),),
+        weights=Weights(feature=0.3, total_variation=2.5e-5, l2=3e-8, competition=1.0),
+        l2='batch',
+        prior_on='image',
+    ),
     # ImageNet, multi-resolution: 2,000 iterations at 112 px, then 1,000 at 224 px; batches of 84.
     'imagenet_multires': InversionConfig(
         stages=(

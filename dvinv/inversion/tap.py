@@ -1,18 +1,17 @@
-"""The BatchNorm tap: the moments of every BatchNorm input of an unmodified Flax Linen module.
+"""The BatchNorm tap: the moments of every BatchNorm input of an unmodified Flax network.
 
-Any module that owns running statistics (`batch_stats/mean` and `batch_stats/var`) counts as a BatchNorm, whatever its
-class. While the network runs, an interceptor sows the moments of what such a module is called with. They are taken in
-one pass, shifted by the frozen running mean mu,
+Any layer that owns running statistics (`batch_stats/mean` and `batch_stats/var`) counts as a BatchNorm, whatever its
+class. While the network runs, the moments of what such a layer is called with are sown. They are taken in one pass,
+shifted by the frozen running mean mu,
 
     d = E[x - mu],   s = E[(x - mu)^2],   mean = mu + d,   variance = s - d^2   (biased, float32)
 
 which is as exact near the optimum as two passes (E[x^2] - E[x]^2 cancels), and is linear in the images, so that a batch
-split over devices is reduced by one mean of (d, s).
+split over devices is reduced by one mean of (d, s). `LinenTap` is here, `NnxTap` in nnx_tap.py.
 """
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable
 
 import flax
 import flax.linen as nn
@@ -26,6 +25,10 @@ PRIVATE = 'dvinv_tap'  # the collection that moments are sown into
 STATISTICS = 'batch_stats'  # Flax's collection of running statistics; the second choice for sowing
 SOWN = 'dvinv_moments'  # the name of the sown variable
 
+# Symptoms of a network in training mode, and what may put it right.
+LEARNS = 'wants to update its running statistics', {'train': False}
+DRAWS = 'asks for random numbers (dropout?)', {'deterministic': True}
+
 
 def running_statistics(variables) -> dict[str, tuple[jax.Array, jax.Array]]:
     """{layer: (running mean, running variance)}, each [..., C]; layers are module paths such as 'stage1/bn0'."""
@@ -38,107 +41,14 @@ def running_statistics(variables) -> dict[str, tuple[jax.Array, jax.Array]]:
     }
 
 
-def _owns_statistics(module: nn.Module) -> bool:
-    return module.has_variable(STATISTICS, 'mean') and module.has_variable(STATISTICS, 'var')
-
-
-def _shifted_moments(module: nn.Module, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(d, s) of the module docstring, over all axes of x but the module's feature axes."""
-    axes = getattr(module, 'axis', -1)
+def shifted_moments(layer, running_mean: jax.Array, args, kwargs) -> tuple[jax.Array, jax.Array]:
+    """(d, s) of the file's docstring, float32, of what `layer` is called with, over all but its feature axes (`axis`)."""
+    x = args[0] if args else kwargs['x'] if 'x' in kwargs else next(iter(kwargs.values()))
+    axes = getattr(layer, 'axis', -1)
     features = {a % x.ndim for a in (axes if isinstance(axes, tuple | list) else (axes,))}
     reduced = tuple(a for a in range(x.ndim) if a not in features)
-    mu = module.get_variable(STATISTICS, 'mean').astype(jnp.float32)
-    shifted = x.astype(jnp.float32) - jnp.expand_dims(mu, reduced)
+    shifted = x.astype(jnp.float32) - jnp.expand_dims(running_mean.astype(jnp.float32), reduced)
     return shifted.mean(reduced), jnp.square(shifted).mean(reduced)
-
-
-@contextlib.contextmanager
-def _sowing(collection: str, order: list[str]):
-    """While open, every BatchNorm that is called sows its (d, s) into `collection`; `order` collects the layers."""
-    calls = Counter()
-
-    def intercept(call, args, kwargs, context):
-        module = context.module
-        if context.method_name != '__call__' or not _owns_statistics(module):
-            return call(*args, **kwargs)
-        path = '/'.join(module.path)
-        before = calls[path]
-        result = call(*args, **kwargs)
-        # A subclass that calls super().__call__ passes here twice; the innermost call is the normalisation itself.
-        if calls[path] == before:
-            x = args[0] if args else kwargs['x'] if 'x' in kwargs else next(iter(kwargs.values()))
-            module.sow(collection, SOWN, _shifted_moments(module, x))
-            calls[path] += 1
-            order.append(path)
-        return result
-
-    with nn.intercept_methods(intercept):
-        yield
-
-
-class LinenTap:
-    """Runs a Linen module in eval mode and hands out the moments of its BatchNorm inputs.
-
-    Attributes:
-      layers: the tapped layers in forward order.
-      apply_fn: (variables, x [B, H, W, C]) -> logits [B, K].
-    """
-
-    def __init__(self, module: nn.Module, variables, example, call_kwargs: dict):
-        """Finds, without computing anything, the way of tapping that reaches every layer with running statistics.
-
-        Args:
-          module: the network; `call_kwargs` are what it takes beside x in eval mode, for instance {'train': False}.
-          variables: its variables (arrays or shapes), with `batch_stats`.
-          example: the shape and dtype of an input, a `jax.ShapeDtypeStruct`.
-
-        Raises:
-          DvinvError: no running statistics, not in eval mode, wrong input shape, or layers out of reach (named).
-        """
-        self._module, self._kwargs = module, call_kwargs
-        wanted = running_statistics(variables)
-        if not wanted:
-            raise DvinvError(
-                f'{type(module).__name__} has no running statistics (nothing under batch_stats has a mean and a '
-                'variance), so there is nothing to match; DeepInversion needs a network with BatchNorm.'
-            )
-        _check_call(self.apply_fn, variables, example, module, call_kwargs)
-        missed, reasons = [], []
-        # Lifted transforms (nn.scan, nn.vmap) silently drop collections that they were not told of, but carry batch_stats.
-        for self._collection in (PRIVATE, STATISTICS):
-            order = []
-            try:
-                _, moments = jax.eval_shape(lambda v, x: self._run(v, x, order), variables, example)  # noqa: B023
-            except Exception as error:  # Flax and JAX raise many kinds here; the last one is told below
-                reasons.append(f'{type(error).__name__}: {str(error).splitlines()[0]}')
-                missed = list(wanted)
-                continue
-            missed = [layer for layer in wanted if layer not in moments or moments[layer][0].shape != wanted[layer][0].shape]
-            if not missed:
-                self.layers = tuple(dict.fromkeys(layer for layer in order if layer in wanted))
-                return
-        raise DvinvError(
-            f'{type(module).__name__} keeps running statistics that the tap cannot reach: {", ".join(missed)}. Call each '
-            'of these layers as module(x) once in the forward pass, and let lifted transforms carry batch_stats on a '
-            f'mapped axis.{" (" + reasons[-1] + ")" if reasons else ""}'
-        )
-
-    def apply_fn(self, variables, x):
-        """Logits [B, K] of normalised images x [B, H, W, C], in eval mode."""
-        return self._module.apply(variables, x, **self._kwargs)
-
-    def __call__(self, variables, x, axis: str | None = None):
-        """(logits [B, K], {layer: (mean, variance)} in forward order); moments over the mesh axis `axis` too, if named."""
-        logits, moments = self._run(variables, x, [], axis)
-        return logits, {layer: moments[layer] for layer in self.layers}
-
-    def _run(self, variables, x, order: list[str], axis: str | None = None):
-        with _sowing(self._collection, order):
-            logits, sown = self._module.apply(variables, x, mutable=[self._collection], **self._kwargs)
-        flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(sown).get(self._collection, {}))
-        shifted = pmean({'/'.join(path[:-1]): calls for path, calls in flat.items() if path[-1] == SOWN}, axis)
-        statistics = running_statistics(variables)
-        return logits, {layer: _moments(statistics[layer][0], calls) for layer, calls in shifted.items()}
 
 
 def _moments(running_mean, calls):
@@ -151,28 +61,147 @@ def _moments(running_mean, calls):
     return mean, variance
 
 
-def _check_call(apply_fn: Callable, variables, example, module, call_kwargs) -> None:
-    """Trace the network once, in eval mode, and say in a sentence why it cannot be run."""
-    name, shape = type(module).__name__, 'x'.join(map(str, example.shape[1:]))
-    try:
-        logits = jax.eval_shape(apply_fn, variables, example)
-    except flax.errors.ModifyScopeVariableError as error:
+class Tap:
+    """Runs a network in eval mode and hands out the moments of its BatchNorm inputs.
+
+    A subclass knows how to run its kind of network: `apply_fn` and `_listen`.
+
+    Attributes:
+      layers: the tapped layers in forward order.
+    """
+
+    ways = (None,)  # what moments may be sown into, first choice first
+
+    def __init__(self, name: str, variables, example, call_kwargs: dict):
+        """Finds, without computing anything, the way of tapping that reaches every layer with running statistics.
+
+        Args:
+          name: what the sentences call the network.
+          variables: its variables (arrays or shapes), with `batch_stats`.
+          example: the shape and dtype of an input, a `jax.ShapeDtypeStruct`.
+          call_kwargs: what it takes beside x in eval mode, for instance {'train': False}.
+
+        Raises:
+          DvinvError: no running statistics, not in eval mode, wrong input shape, or layers out of reach (named).
+        """
+        self._name, self._kwargs = name, call_kwargs
+        wanted = running_statistics(variables)
+        if not wanted:
+            raise DvinvError(
+                f'{name} has no running statistics (nothing under batch_stats has a mean and a '
+                'variance), so there is nothing to match; DeepInversion needs a network with BatchNorm.'
+            )
+        self._check_call(variables, example)
+        for way in self.ways:
+            self._way, calls, moments, reason = way, Counter(), {}, ''
+            try:
+                _, moments = jax.eval_shape(lambda v, x: self._run(v, x, calls), variables, example)  # noqa: B023
+            except DvinvError:
+                raise
+            except Exception as error:  # Flax and JAX raise many kinds here; the last one is told below
+                reason = f' ({_in_a_line(error)})'
+            missed = [layer for layer in wanted if layer not in moments or moments[layer][0].shape != wanted[layer][0].shape]
+            if not missed:
+                self.layers = tuple(layer for layer in calls if layer in wanted)
+                return
         raise DvinvError(
-            f'{name} wants to update its running statistics, so it is not in eval mode: pass call_kwargs, for '
-            "instance {'train': False} (now " + f'{call_kwargs}).'
-        ) from error
-    except flax.errors.InvalidRngError as error:
-        raise DvinvError(
-            f'{name} asks for random numbers (dropout?), so it is not in eval mode: pass call_kwargs, for '
-            "instance {'deterministic': True} (now " + f'{call_kwargs}).'
-        ) from error
-    except Exception as error:
-        raise DvinvError(
-            f'{name} cannot be applied to images of shape {shape} with {call_kwargs}: '
-            f'{type(error).__name__}: {str(error).splitlines()[0]}'
-        ) from error
-    if getattr(logits, 'ndim', None) != 2:
-        raise DvinvError(
-            f'{name} must return logits [B, K]; for images of shape {shape} it returns '
-            f'{jax.tree.map(lambda a: tuple(a.shape), logits)}.'
+            f'{name} keeps running statistics that the tap cannot reach: {", ".join(missed)}. Call each of these layers '
+            f'as module(x) once in the forward pass, and let lifted transforms carry batch_stats on a mapped axis.{reason}'
         )
+
+    def apply_fn(self, variables, x):
+        """Logits [B, K] of normalised images x [B, H, W, C], in eval mode."""
+        raise NotImplementedError
+
+    def _listen(self, variables, x, calls: Counter):
+        """(logits, {layer: the (d, s) of each of its calls}), sown in `self._way`.
+
+        While JAX traces, `calls` counts the calls of each layer, the first to be called first.
+        """
+        raise NotImplementedError
+
+    def __call__(self, variables, x, axis: str | None = None):
+        """(logits [B, K], {layer: (mean, variance)} in forward order); moments over the mesh axis `axis` too, if named."""
+        logits, moments = self._run(variables, x, Counter(), axis)
+        return logits, {layer: moments[layer] for layer in self.layers}
+
+    def _run(self, variables, x, calls: Counter, axis: str | None = None):
+        logits, sown = self._listen(variables, x, calls)
+        statistics = running_statistics(variables)
+        return logits, {layer: _moments(statistics[layer][0], heard) for layer, heard in pmean(sown, axis).items()}
+
+    def _check_call(self, variables, example) -> None:
+        """Trace the network once, in eval mode, and say in a sentence why it cannot be run."""
+        shape = 'x'.join(map(str, example.shape[1:]))
+        try:
+            logits = jax.eval_shape(self.apply_fn, variables, example)
+        except flax.errors.ModifyScopeVariableError as error:
+            raise self._in_training(*LEARNS) from error
+        except flax.errors.InvalidRngError as error:
+            raise self._in_training(*DRAWS) from error
+        except Exception as error:
+            raise DvinvError(
+                f'{self._name} cannot be applied to images of shape {shape} with {self._kwargs}: {_in_a_line(error)}'
+            ) from error
+        if getattr(logits, 'ndim', None) != 2:
+            raise DvinvError(
+                f'{self._name} must return logits [B, K]; for images of shape {shape} it returns '
+                f'{jax.tree.map(lambda a: tuple(a.shape), logits)}.'
+            )
+
+    def _in_training(self, symptom: str, remedy: dict) -> DvinvError:
+        return DvinvError(
+            f'{self._name} {symptom}, so it is not in eval mode: pass call_kwargs, for instance {remedy} '
+            f'(now {self._kwargs}).'
+        )
+
+
+def _in_a_line(error: Exception) -> str:
+    return f'{type(error).__name__}: {str(error).splitlines()[0]}'
+
+
+class LinenTap(Tap):
+    """The tap of a Linen module: an interceptor sows what every owner of running statistics is called with."""
+
+    # Lifted transforms (nn.scan, nn.vmap) silently drop collections that they were not told of, but carry batch_stats.
+    ways = (PRIVATE, STATISTICS)
+
+    def __init__(self, module: nn.Module, variables, example, call_kwargs: dict):
+        """See `Tap`."""
+        self._module = module
+        super().__init__(type(module).__name__, variables, example, call_kwargs)
+
+    def apply_fn(self, variables, x):
+        """Logits [B, K] of normalised images x [B, H, W, C], in eval mode."""
+        return self._module.apply(variables, x, **self._kwargs)
+
+    def _listen(self, variables, x, calls: Counter):
+        with _sowing(self._way, calls):
+            logits, sown = self._module.apply(variables, x, mutable=[self._way], **self._kwargs)
+        flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(sown).get(self._way, {}))
+        return logits, {'/'.join(path[:-1]): heard for path, heard in flat.items() if path[-1] == SOWN}
+
+
+@contextlib.contextmanager
+def _sowing(collection: str, calls: Counter):
+    """While open, every Linen BatchNorm that is called sows its (d, s) into `collection` and is counted in `calls`."""
+
+    def intercept(call, args, kwargs, context):
+        module = context.module
+        if context.method_name != '__call__' or not _owns_statistics(module):
+            return call(*args, **kwargs)
+        layer = '/'.join(module.path)
+        before = calls[layer]
+        result = call(*args, **kwargs)
+        # A subclass that calls super().__call__ passes here twice; the innermost call is the normalisation itself.
+        if calls[layer] == before:
+            module.sow(collection, SOWN, shifted_moments(module, module.get_variable(STATISTICS, 'mean'), args, kwargs))
+            calls[layer] += 1
+        return result
+
+    with nn.intercept_methods(intercept):
+        yield
+
+
+def _owns_statistics(module: nn.Module) -> bool:
+    return module.has_variable(STATISTICS, 'mean') and module.has_variable(STATISTICS, 'var')

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ from dvinv.errors import DvinvError
 from dvinv.inversion.tap import LinenTap, running_statistics
 from dvinv.networks.classifier import Classifier
 
-# Names by which Linen networks say "eval mode", and the value that says so.
+# Names by which networks say "eval mode", and the value that says so.
 EVAL_MODE = {'train': False, 'training': False, 'is_training': False, 'deterministic': True, 'use_running_average': True}
 
 
@@ -37,6 +38,43 @@ def from_linen(module, variables, *, image_shape, mean, std, call_kwargs: dict |
     Raises:
       DvinvError: the network has no BatchNorm, or one out of reach of the tap, or does not take such images.
     """
+    if not isinstance(module, nn.Module):
+        raise DvinvError(
+            f'from_linen takes a Flax Linen module, and a {type(module).__name__} is none; an NNX model goes to '
+            'dvinv.from_nnx(model, ...).'
+        )
+    return _teacher(LinenTap, module, variables, *_pictures(image_shape, mean, std), call_kwargs)
+
+
+def from_nnx(model, *, image_shape, mean, std, call_kwargs: dict | None = None) -> Teacher:
+    """A Teacher from any Flax NNX model, unmodified: a clone of it is put in eval mode and frozen as it is now.
+
+    Its `variables` are nested dicts as of a Linen module, {'params': ..., 'batch_stats': ...}; what is neither nnx.Param nor
+    nnx.BatchStat nor a random key is in 'others'.
+
+    Args:
+      model: takes x [B, H, W, C] and returns logits [B, K].
+      image_shape, mean, std: see `from_linen`.
+      call_kwargs: what its `__call__` takes beside x in eval mode, over and above `model.eval()`; see `from_linen`.
+
+    Raises:
+      DvinvError: see `from_linen`.
+    """
+    # Here, for it imports NNX, which takes a third of a second that no other run should pay.
+    from dvinv.inversion import nnx_tap
+
+    if not isinstance(model, nnx_tap.nnx.Module):
+        raise DvinvError(
+            f'from_nnx takes a Flax NNX model, and a {type(model).__name__} is none; a Linen module goes to '
+            'dvinv.from_linen(module, variables, ...).'
+        )
+    pictures = _pictures(image_shape, mean, std)
+    model = nnx_tap.in_eval_mode(model)
+    return _teacher(nnx_tap.NnxTap, model, nnx_tap.variables_of(model), *pictures, call_kwargs)
+
+
+def _pictures(image_shape, mean, std):
+    """(image_shape, mean, std) as tuples, if they go together."""
     image_shape = tuple(int(n) for n in image_shape)
     try:
         mean, std = (tuple(float(v) for v in np.ravel(values)) for values in (mean, std))
@@ -49,10 +87,14 @@ def from_linen(module, variables, *, image_shape, mean, std, call_kwargs: dict |
         )
     if min(std) <= 0:
         raise DvinvError(f'std is {std}; every standard deviation must be above 0.')
+    return image_shape, mean, std
+
+
+def _teacher(make_tap, network, variables, image_shape, mean, std, call_kwargs) -> Teacher:
     if call_kwargs is None:
-        parameters = inspect.signature(module.__call__).parameters
+        parameters = inspect.signature(network.__call__).parameters if callable(network) else {}
         call_kwargs = {name: value for name, value in EVAL_MODE.items() if name in parameters}
     example = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
-    tap = LinenTap(module, variables, example, call_kwargs)
+    tap = make_tap(network, variables, example, call_kwargs)
     num_classes = jax.eval_shape(tap.apply_fn, variables, example).shape[-1]
     return Teacher(tap.apply_fn, variables, image_shape, num_classes, mean, std, tap, running_statistics)

@@ -1,6 +1,18 @@
 """Flax networks by name, and their files."""
 
 from dvinv.networks.classifier import Classifier
-from dvinv.networks.registry import NETWORKS, create, initialise, load_classifier, load_network, save_network
+from dvinv.networks.files import classifier_of, load_classifier, load_network, read_classifier, save_network
+from dvinv.networks.registry import NETWORKS, create, image_shape, initialise
 
-__all__ = ['NETWORKS', 'Classifier', 'create', 'initialise', 'load_classifier', 'load_network', 'save_network']
+__all__ = [
+    'NETWORKS',
+    'Classifier',
+    'classifier_of',
+    'create',
+    'image_shape',
+    'initialise',
+    'load_classifier',
+    'load_network',
+    'read_classifier',
+    'save_network',
+]

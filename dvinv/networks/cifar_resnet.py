@@ -1,7 +1,7 @@
 """The CIFAR ResNets of He et al. (arXiv 1512.03385, section 4.2): three stages of basic blocks, parameter-free shortcuts.
 
-Semantics and names are those of the published PyTorch weights: symmetric padding, BatchNorm epsilon 1e-5, and submodules
-whose paths spell the state dict's keys ('layer1_0/conv1' is `layer1.0.conv1`).
+Semantics and names are those of the published PyTorch weights: submodules' paths spell the state dict's keys
+('layer1_0/conv1' is `layer1.0.conv1`).
 """
 
 from collections.abc import Sequence
@@ -10,17 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-EPSILON = 1e-5
-
-
-def conv3x3(channels: int, stride: int, name: str) -> nn.Conv:
-    """3x3 convolution with one pixel of padding on every side (Flax's SAME would pad stride 2 on one side only)."""
-    return nn.Conv(channels, (3, 3), (stride, stride), ((1, 1), (1, 1)), use_bias=False, name=name)
-
-
-def batch_norm(train: bool, name: str) -> nn.BatchNorm:
-    """BatchNorm with PyTorch's epsilon and momentum (its .1 is Flax's .9)."""
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=EPSILON, name=name)
+from dvinv.networks.torch_layers import batch_norm, conv
 
 
 def option_a(x: jax.Array, channels: int, stride: int) -> jax.Array:
@@ -37,8 +27,8 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        y = nn.relu(batch_norm(train, 'bn1')(conv3x3(self.channels, self.stride, 'conv1')(x)))
-        y = batch_norm(train, 'bn2')(conv3x3(self.channels, 1, 'conv2')(y))
+        y = nn.relu(batch_norm(train, 'bn1')(conv(self.channels, 3, self.stride, name='conv1')(x)))
+        y = batch_norm(train, 'bn2')(conv(self.channels, 3, name='conv2')(y))
         return nn.relu(y + option_a(x, self.channels, self.stride))
 
 
@@ -51,7 +41,7 @@ class CifarResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        x = nn.relu(batch_norm(train, 'bn1')(conv3x3(self.channels[0], 1, 'conv1')(x)))
+        x = nn.relu(batch_norm(train, 'bn1')(conv(self.channels[0], 3, name='conv1')(x)))
         for stage, channels in enumerate(self.channels, 1):
             for block in range(self.blocks):
                 stride = 2 if stage > 1 and block == 0 else 1

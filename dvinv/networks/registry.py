@@ -1,51 +1,80 @@
-"""Networks by name, and networks as files."""
+"""Networks by name."""
 
-import functools
-import hashlib
-import json
-from collections.abc import Callable
-from pathlib import Path
+import dataclasses
+import math
 
+import flax.linen as nn
 import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from dvinv.errors import DvinvError
-from dvinv.networks import small
 from dvinv.networks.cifar_resnet import CifarResNet
-from dvinv.networks.classifier import Classifier, flatten, unflatten
-from dvinv.runtime.files import write_atomic
+from dvinv.networks.resnet import ResNet
+from dvinv.networks.small import SmallConvNet, SmallResNet
+from dvinv.networks.vgg import VGG
+from dvinv.networks.wide_resnet import WideResNet
 
 
-def _scaled(channels: tuple[int, ...], hidden: int, width: float) -> tuple[tuple[int, ...], int]:
-    """Channels and hidden units, `width` times as many."""
-    return tuple(max(1, round(c * width)) for c in channels), max(1, round(hidden * width))
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """What a name stands for."""
+
+    family: type[nn.Module]  # __call__(x, train) -> logits
+    image_shape: tuple[int, int, int]  # H, W, C of the images that it is made for
+    widths: dict[str, int | tuple[int, ...]]  # fields of `family` that are counts of channels
+    depths: dict[str, int | tuple[int, ...]] = dataclasses.field(default_factory=dict)  # and of layers
 
 
-def _cifar_resnet(blocks: int, classes: int, width: float):
-    return CifarResNet(classes, blocks, tuple(max(1, round(c * width)) for c in (16, 32, 64)))
+CIFAR, DIGITS = (32, 32, 3), (8, 8, 1)
 
-
-# name -> (num_classes, width) -> Linen module with __call__(x, train)
-NETWORKS: dict[str, Callable] = {
-    **{f'resnet{depth}': functools.partial(_cifar_resnet, (depth - 2) // 6) for depth in (20, 32, 44, 56, 110)},
-    'small_resnet': lambda classes, width: small.SmallResNet(classes, *_scaled((32, 64), 64, width)),
-    'small_convnet': lambda classes, width: small.SmallConvNet(classes, *_scaled((32, 64), 128, width)),
+NETWORKS: dict[str, Network] = {
+    **{
+        f'resnet{6 * n + 2}': Network(CifarResNet, CIFAR, {'channels': (16, 32, 64)}, {'blocks': n})
+        for n in (3, 5, 7, 9, 18)
+    },
+    **{
+        f'cifar_resnet{depth}': Network(ResNet, CIFAR, {'channels': (64, 128, 256, 512)}, {'blocks': blocks})
+        for depth, blocks in ((18, (2, 2, 2, 2)), (34, (3, 4, 6, 3)))
+    },
+    **{
+        f'vgg{depth}_bn': Network(VGG, CIFAR, {'channels': (64, 128, 256, 512, 512)}, {'convolutions': convolutions})
+        for depth, convolutions in ((11, (1, 1, 2, 2, 2)), (16, (2, 2, 3, 3, 3)))
+    },
+    **{
+        f'wrn{6 * n + 4}_{k}': Network(WideResNet, CIFAR, {'channels': (16, 16 * k, 32 * k, 64 * k)}, {'blocks': n})
+        for n, k in ((2, 1), (2, 2), (6, 1), (6, 2))
+    },
+    'small_resnet': Network(SmallResNet, DIGITS, {'channels': (32, 64), 'hidden': 64}),
+    'small_convnet': Network(SmallConvNet, DIGITS, {'channels': (32, 64), 'hidden': 128}),
 }
 
 
-def create(name: str, num_classes: int, width: float = 1.0):
+def create(name: str, num_classes: int, width: float = 1.0) -> nn.Module:
     """The Linen module `name` with channel counts scaled by `width`.
+
+    Raises:
+      DvinvError: no network has this name, or the width is no positive number.
+    """
+    network = _named(name)
+    if not 0 < width < math.inf:
+        raise DvinvError(f'The width of {name} is {width}; it must be above 0 and finite.')
+    widths = jax.tree.map(lambda channels: max(1, round(channels * width)), network.widths)
+    return network.family(num_classes, **widths, **network.depths)
+
+
+def image_shape(name: str) -> tuple[int, int, int]:
+    """[H, W, C] of the images that the network `name` is made for, where nothing else tells.
 
     Raises:
       DvinvError: no network has this name.
     """
+    return _named(name).image_shape
+
+
+def _named(name: str) -> Network:
     if name not in NETWORKS:
         raise DvinvError(f'There is no network {name!r}; choose one of {", ".join(sorted(NETWORKS))}.')
-    if width <= 0:
-        raise DvinvError(f'The width of {name} is {width}; it must be above 0.')
-    return NETWORKS[name](num_classes, width)
+    return NETWORKS[name]
 
 
 def initialise(module, key: jax.Array, image_shape) -> dict:
@@ -55,67 +84,3 @@ def initialise(module, key: jax.Array, image_shape) -> dict:
     return jax.jit(lambda k: module.init(k, np.zeros((1, *image_shape), np.float32), train=False), compiler_options=options)(
         key
     )
-
-
-def save_network(path: Path, variables, description: dict) -> None:
-    """Write a network as one safetensors file.
-
-    Args:
-      variables: nested dicts of arrays; the file's tensor names are paths such as 'params/Conv_0/kernel'.
-      description: what `load_network` needs to build it again: network, width, num_classes, image_shape, mean, std.
-    """
-    tensors = {name: np.ascontiguousarray(leaf) for name, leaf in flatten(variables).items()}
-    # One entry: safetensors writes several in an order that changes from call to call.
-    about = {**description, 'sha256': _digest(description, tensors)}
-    write_atomic(path, save(tensors, {'dvinv': json.dumps(about, sort_keys=True)}))
-
-
-def load_network(path: Path) -> tuple[dict, dict]:
-    """(variables as numpy arrays, description) of a file that `save_network` wrote.
-
-    Raises:
-      DvinvError: the file is missing, damaged, or not one of dvinv's.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise DvinvError(f'The network file {path} is not there.')
-    try:
-        with safe_open(path, 'numpy') as file:
-            header = (file.metadata() or {}).get('dvinv')
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-        about = header and json.loads(header)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DvinvError(
-            f'The network file {path} is damaged, or no safetensors file ({error}); if dvinv made it, delete it and run the '
-            'command that made it again.'
-        ) from error
-    if about is None:
-        raise DvinvError(f'{path} is a safetensors file, but dvinv did not write it: its header has no description.')
-    if about.pop('sha256', None) != _digest(about, tensors):
-        raise DvinvError(
-            f'The network file {path} is damaged (its sha256 is not the one written); delete it and run the '
-            'command that made it again.'
-        )
-    return unflatten(tensors), about
-
-
-def load_classifier(path: Path) -> Classifier:
-    """A `Classifier` from a network file."""
-    variables, about = load_network(path)
-    module = create(about['network'], about['num_classes'], about['width'])
-    return Classifier(
-        lambda v, x: module.apply(v, x, train=False),
-        variables,
-        tuple(about['image_shape']),
-        about['num_classes'],
-        tuple(about['mean']),
-        tuple(about['std']),
-    )
-
-
-def _digest(description: dict, tensors: dict[str, np.ndarray]) -> str:
-    sha = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
-    for name in sorted(tensors):
-        sha.update(f'{name} {tensors[name].dtype} {tensors[name].shape}'.encode())
-        sha.update(tensors[name].tobytes())
-    return sha.hexdigest()

@@ -1,22 +1,20 @@
 """Published weights into Flax variables, strictly: every tensor finds its place, every place its tensor.
 
-A PyTorch state dict comes as `.npz`, `.safetensors`, or `.pth` (where torch is installed, and then with weights_only=True:
-an untrusted file must not run code). dvinv's own files are read by `registry.load_network`.
+A PyTorch state dict comes as `.npz`, `.safetensors`, or `.pth`, `.pt`, `.th` (where torch is installed, and then with
+weights_only=True: an untrusted file must not run code); Keras weights come as `.npz`.
 """
 
-import re
+from collections.abc import Callable
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from dvinv.errors import DvinvError
 from dvinv.networks.classifier import flatten, unflatten
-
-# Flax's names of leaves, and PyTorch's.
-LEAVES = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias', 'mean': 'running_mean', 'var': 'running_var'}
+from dvinv.networks.naming import find_keys, to_flax_layout
 
 
 def read_state_dict(path: Path) -> dict[str, np.ndarray]:
@@ -28,55 +26,70 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     path = Path(path)
     if not path.exists():
         raise DvinvError(f'The weights file {path} is not there.')
-    readers = {'.npz': _read_npz, '.safetensors': load_file, '.pth': _read_pth, '.pt': _read_pth}
-    if path.suffix not in readers:
-        raise DvinvError(f'{path} is no weights file that dvinv reads; it must end in {", ".join(readers)}.')
+    if path.suffix not in READERS:
+        raise DvinvError(f'{path} is no weights file that dvinv reads; it must end in {", ".join(READERS)}.')
     try:
-        return readers[path.suffix](path)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise DvinvError(f'The weights file {path} cannot be read: {str(error).splitlines()[0]}') from error
+        return READERS[path.suffix](path)
+    except DvinvError:
+        raise
+    except Exception as error:  # numpy, zipfile, zlib, safetensors and torch raise many kinds here
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DvinvError(f'The weights file {path} cannot be read ({reason}); get it again.') from error
 
 
-def import_state_dict(module, image_shape, state: dict[str, np.ndarray]) -> dict:
-    """The variables of a Linen `module` for images [H, W, C] from a PyTorch state dict.
+def import_weights(module: nn.Module, image_shape, state: dict[str, np.ndarray]) -> dict:
+    """The variables, float32 numpy arrays, of `module` for images [H, W, C] from PyTorch's or Keras's tensors by name.
 
-    Paths spell keys: 'params/layer1_0/conv1/kernel' is 'layer1.0.conv1.weight', 'batch_stats/bn1/mean' is
-    'bn1.running_mean'. Kernels go from OIHW to HWIO, matrices are transposed.
+    Submodules' paths spell the keys, as `naming` tells; a `module.aliases` has other names of theirs.
 
     Raises:
       DvinvError: keys that are missing or left over, or shapes that differ; lists them.
     """
-    image = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
-    template = flatten(jax.eval_shape(lambda k, x: module.init(k, x, train=False), jax.random.key(0), image))
-    state = {key.removeprefix('module.'): value for key, value in state.items() if not key.endswith('num_batches_tracked')}
-    wanted = {torch_key(path): path for path in template}
-    name = type(module).__name__
-    for problem, keys in (('lack', wanted.keys() - state.keys()), ('have left over', state.keys() - wanted.keys())):
-        if keys:
+    template, state = _shapes(module, image_shape), _without_wrapping(state)
+    keys = _keys(module, template, state)
+    name, wanted = type(module).__name__, set(keys.values())
+    for problem, unmatched in (('lack', wanted - state.keys()), ('have left over', state.keys() - wanted)):
+        if unmatched:
             raise DvinvError(
-                f'These weights do not fit {name}: they {problem} {_listed(sorted(keys))}. Is it another depth or '
+                f'These weights do not fit {name}: they {problem} {_listed(sorted(unmatched))}. Is it another depth or '
                 'another network?'
             )
-    arrays = {path: _transposed(np.asarray(state[key])) for key, path in wanted.items()}
-    wrong = [
-        f'{torch_key(path)} ({tuple(state[torch_key(path)].shape)})'
-        for path, array in arrays.items()
-        if array.shape != template[path].shape
-    ]
+    arrays = {path: to_flax_layout(key, np.asarray(state[key])) for path, key in keys.items()}
+    wrong = [f'{key} {np.shape(state[key])}' for path, key in keys.items() if arrays[path].shape != template[path].shape]
     if wrong:
-        raise DvinvError(f'These weights do not fit {name}: other shapes than expected have {_listed(wrong)}.')
+        raise DvinvError(
+            f'These weights do not fit {name}: other shapes than expected have {_listed(sorted(wrong))}. Is it another '
+            'width?'
+        )
     return unflatten({path: array.astype(np.float32) for path, array in arrays.items()})
 
 
-def torch_key(path: str) -> str:
-    """'params/layer1_0/conv1/kernel' -> 'layer1.0.conv1.weight'."""
-    *modules, leaf = path.split('/')[1:]
-    return '.'.join([*(re.sub(r'_(\d+)', r'.\1', module) for module in modules), LEAVES[leaf]])
+def count_classes(build: Callable[[int], nn.Module], image_shape, state: dict[str, np.ndarray]) -> int:
+    """The number of classes of the network that `state` is of; 1 where it has no such head, and so does not fit.
+
+    The head is what changes its shape with `num_classes` in `build(num_classes)`; its outputs are Flax's last axis.
+    """
+    state = _without_wrapping(state)
+    few, many = (_shapes(build(num_classes), image_shape) for num_classes in (1, 2))
+    for path, key in _keys(build(1), few, state).items():
+        if few[path].shape != many[path].shape and np.ndim(state.get(key)) == few[path].ndim:
+            return to_flax_layout(key, state[key]).shape[-1]
+    return 1
 
 
-def _transposed(tensor: np.ndarray) -> np.ndarray:
-    """PyTorch's layout of a kernel to Flax's: OIHW to HWIO, [out, in] to [in, out]."""
-    return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
+def _shapes(module: nn.Module, image_shape) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the variables of `module` are like, by path."""
+    image = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
+    return flatten(jax.eval_shape(lambda key, x: module.init(key, x, train=False), jax.random.key(0), image))
+
+
+def _keys(module: nn.Module, template, state) -> dict[str, str]:
+    return find_keys(template.keys(), state.keys(), getattr(module, 'aliases', {}))
+
+
+def _without_wrapping(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Without the prefix of PyTorch's DataParallel, and without its BatchNorms' counters."""
+    return {key.removeprefix('module.'): value for key, value in state.items() if not key.endswith('num_batches_tracked')}
 
 
 def _listed(keys: list[str]) -> str:
@@ -84,11 +97,12 @@ def _listed(keys: list[str]) -> str:
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as arrays:
+    with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
         return dict(arrays)
 
 
-def _read_pth(path: Path) -> dict[str, np.ndarray]:
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
+    """A state dict, or a checkpoint that has one as 'state_dict'."""
     try:
         import torch
     except ImportError as error:
@@ -99,8 +113,14 @@ def _read_pth(path: Path) -> dict[str, np.ndarray]:
         state = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         raise DvinvError(
-            f'{path} holds more than tensors and could run code, so it is not read; save its state_dict alone, or as '
-            'safetensors.'
+            f'{path} is damaged, or holds more than tensors and could run code, so it is not read; save its state_dict '
+            'alone, or as safetensors.'
         ) from error
-    state = state.get('state_dict', state)
-    return {key: tensor.numpy() for key, tensor in state.items()}
+    state = state.get('state_dict', state) if isinstance(state, dict) else {'the whole': state}
+    others = [str(key) for key, value in state.items() if not torch.is_tensor(value)]
+    if others:
+        raise DvinvError(f'{path} is no state dict ({_listed(others)}: no tensors); save the state_dict alone.')
+    return {key: tensor.detach().float().numpy() for key, tensor in state.items()}
+
+
+READERS = {'.npz': _read_npz, '.safetensors': load_file, '.pth': _read_torch, '.pt': _read_torch, '.th': _read_torch}

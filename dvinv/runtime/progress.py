@@ -51,7 +51,7 @@ class Progress:
     def __exit__(self, kind, *_):
         if self._bar is not None:
             self._bar.close()
-        if kind is None:
+        if kind is None and self._done >= self._total:
             self._print(f'done, {self._total} in {duration(self._clock() - self._start)}')
 
     def _print(self, text: str) -> None:

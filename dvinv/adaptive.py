@@ -1,0 +1,58 @@
+"""Adaptive DeepInversion (arXiv 1912.08795, section 3.3): images are made against a student that learns from them meanwhile.
+
+Round r begins with the student as it is after `r * distillation.updates_per_round` updates: a checkpoint. Its batches
+compete with that student, and only then does it learn on, from the new images first. What is left of the student's updates
+after the last round is the task `distillation`'s.
+"""
+
+import numpy as np
+
+from dvinv.configuration import rounds_of
+from dvinv.data.pool import ImagePool
+from dvinv.errors import DvinvError
+from dvinv.inversion import Teacher
+from dvinv.networks import create
+from dvinv.runtime.workdir import Workdir
+from dvinv.student import ROLE, lesson_of
+from dvinv.synthesizer import Synthesizer, missing_batches
+from dvinv.training import training_of
+
+
+def fill_pool(config, workdir: Workdir, teacher: Teacher, pool: ImagePool) -> None:
+    """Make the batches that the pool lacks, in rounds, and teach the student in between.
+
+    Raises:
+      DvinvError: a batch is missing from a round that the student has left behind: it cannot be made again alone.
+    """
+    missing, rounds, per_round = missing_batches(config, pool), rounds_of(config), config.synthesis.batches_per_round
+    if not missing:
+        return
+    network = create(config.student.network, teacher.num_classes, config.student.width)
+
+    def competitor(variables, x):
+        return network.apply(variables, x, train=False)
+
+    lesson = lesson_of(config, teacher, rounds)
+    with (
+        training_of(config, workdir, 'distillation', 'student', config.student, lesson, teacher, ROLE) as student,
+        Synthesizer(config, workdir, teacher, pool, 'adaptive', 'synthesis', 'adaptive', competitor) as synthesizer,
+    ):
+        images, labels = [], []
+        for number in range(rounds.count):
+            mine = [*range(number * per_round, (number + 1) * per_round)]
+            lacking = [batch for batch in mine if batch in missing]
+            start = rounds.first_update(number)
+            if lacking and student.step > start:
+                raise DvinvError(
+                    f'Batch {lacking[0]} is missing from {pool.folder}. It was made against the student at update '
+                    f'{start}, which has learned on to update {student.step}; delete {pool.folder}, '
+                    f'{workdir.path / "checkpoints" / "student"} and {workdir.network("student")}, and run the command '
+                    'again to make all of them.'
+                )
+            if student.step < start:
+                student.advance(np.concatenate(images), np.concatenate(labels), start)
+            if lacking:
+                synthesizer.fill(lacking, student.variables, round=number, student_updates=start)
+            shards = [pool.read(batch) for batch in mine]
+            images += [shard['images'] for shard in shards]
+            labels += [shard['labels'] for shard in shards]

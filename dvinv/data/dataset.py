@@ -1,0 +1,59 @@
+"""What a data set is: where it comes from, and images with labels in two parts."""
+
+import dataclasses
+
+import numpy as np
+from sklearn.model_selection import train_test_split
+
+from dvinv.errors import DvinvError
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Which data set, and from where: the config's group `data`."""
+
+    name: str
+    path: str = ''  # the images that are scored
+    train_path: str = ''
+    image_size: int = 0  # 0: as they are
+    validation: bool = False  # score on a held-out fifth of the training split instead
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Images uint8 [N, H, W, C] and their labels int32 [N]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def divided(self, held_out: int | float) -> tuple['Split', 'Split']:
+        """Two parts with the same share of every class; `held_out`: the second's number of images, or its share.
+
+        Seed 0, whatever the run's seed: the test images are always the same.
+
+        Raises:
+          DvinvError: too few images to have every class in both parts.
+        """
+        try:
+            parts = train_test_split(np.arange(len(self.labels)), test_size=held_out, stratify=self.labels, random_state=0)
+        except ValueError as error:
+            raise DvinvError(
+                f'{len(self.labels)} training images of {len(np.unique(self.labels))} classes are too few to hold out '
+                'a fifth with every class in both parts; use more, or set data.validation=False.'
+            ) from error
+        first, second = (Split(self.images[part], self.labels[part]) for part in parts)
+        return first, second
+
+
+@dataclasses.dataclass(frozen=True)
+class RealData:
+    """A data set: what may be trained on (None: nothing), and what is only scored."""
+
+    train: Split | None
+    test: Split
+    num_classes: int
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """H, W, C."""
+        return self.test.images.shape[1:]

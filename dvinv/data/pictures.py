@@ -1,0 +1,84 @@
+"""Image files into arrays: decoded, made square on request, stacked."""
+
+import contextlib
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dvinv.errors import DvinvError
+
+FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP')
+
+
+def decode(files: dict[str, bytes | Path], image_size: int = 0, mode: str = '') -> np.ndarray:
+    """Image files as uint8 [N, H, W, C].
+
+    Args:
+      files: at least one; the names are for sentences.
+      image_size: as in `square`; 0: as they are, and all of one size.
+      mode: 'RGB' or 'L'; '': L (C = 1) where every picture is grey, else RGB.
+
+    Raises:
+      DvinvError: a file is damaged, of another format or deeper than 8 bits, or the sizes differ.
+    """
+    mode = mode or ('L' if all(_mode(*item) == 'L' for item in files.items()) else 'RGB')
+    images, first = None, next(iter(files))
+    for i, (name, file) in enumerate(files.items()):
+        picture = _decode(name, file, mode)
+        pixels = np.asarray(square(picture, image_size) if image_size else picture)
+        if images is None:
+            images = np.empty((len(files), *pixels.shape), np.uint8)
+        if pixels.shape != images.shape[1:]:
+            ours, theirs = ('x'.join(map(str, shape[:2])) for shape in (pixels.shape, images.shape[1:]))
+            raise DvinvError(
+                f'All images must have one size, but {first} has {theirs} pixels (height x width) and {name} has {ours}; '
+                'set data.image_size to resize them.'
+            )
+        images[i] = pixels
+    return images.reshape(*images.shape[:3], -1)
+
+
+def resize(images: np.ndarray, image_size: int) -> np.ndarray:
+    """uint8 [N, H, W, C] made square as in `square`; as they are for 0."""
+    if not image_size or images.shape[1:3] == (image_size, image_size):
+        return images
+    resized = np.empty((len(images), image_size, image_size, images.shape[3]), np.uint8)
+    for i, image in enumerate(images):
+        for channel in range(images.shape[3]):  # one by one: Pillow knows few numbers of channels
+            resized[i, ..., channel] = square(Image.fromarray(image[..., channel]), image_size)
+    return resized
+
+
+def square(picture: Image.Image, size: int) -> Image.Image:
+    """The centre square of a picture whose shorter side is resized to `size`, antialiased."""
+    width, height = (round(side * size / min(picture.size)) for side in picture.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    return picture.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+
+
+def _mode(name: str, file: bytes | Path) -> str:
+    with _opened(name, file) as picture:
+        return picture.mode
+
+
+def _decode(name: str, file: bytes | Path, mode: str) -> Image.Image:
+    with _opened(name, file) as picture:
+        if picture.mode[0] in 'IF':  # Pillow would clip these, not scale them
+            raise DvinvError(f'{name} has more than 8 bits a channel; convert it to 8 bits.')
+        return picture.convert(mode)
+
+
+@contextlib.contextmanager
+def _opened(name: str, file: bytes | Path):
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as picture:
+            yield picture
+    except DvinvError:
+        raise
+    except Exception as error:  # a damaged file makes Pillow raise anything
+        raise DvinvError(
+            f'{name} cannot be decoded ({type(error).__name__}): it is damaged, or no {", ".join(FORMATS)} file; replace or '
+            'remove it.'
+        ) from error

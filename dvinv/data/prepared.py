@@ -1,0 +1,44 @@
+"""CIFAR-10 and CIFAR-100 as tensorflow-datasets prepared them; reading takes no TensorFlow, only preparing does."""
+
+import textwrap
+
+import numpy as np
+
+from dvinv.data.dataset import RealData, Source, Split
+from dvinv.data.pictures import decode
+from dvinv.errors import DvinvError
+
+
+def read(source: Source) -> RealData:
+    """The data set `source.name` below `source.path`, TFDS's `data_dir` ('': its default), in array_record files.
+
+    Raises:
+      DvinvError: it is not there, in another format or damaged, or the package array-record is missing.
+    """
+    import tensorflow_datasets as tfds  # takes a second, and only these two data sets need it
+
+    folder = tfds.core.Path(source.path or tfds.core.constants.DATA_DIR) / source.name
+    place = f', data_dir={source.path!r}' if source.path else ''
+    command = (
+        f'python -c "import tensorflow_datasets as tfds; tfds.builder({source.name!r}{place}, '
+        f"file_format='array_record').download_and_prepare()\""
+    )
+    way_out = f'prepare it once, in any environment that has TensorFlow: {command}'
+    if not folder.exists():
+        raise DvinvError(f'The data set {source.name} is not in {folder.parent}; {way_out}')
+    try:
+        builder = tfds.builder(source.name, data_dir=source.path or None, file_format='array_record')
+        parts = builder.as_data_source(['train', 'test'], decoders={'image': tfds.decode.SkipDecoding()})
+        train, test = (list(part) for part in parts)
+    except ImportError as error:
+        raise DvinvError(f'To read {folder}, the package array-record is needed: pip install array-record.') from error
+    except Exception as error:  # TFDS raises anything
+        raise DvinvError(
+            f'{folder} cannot be read ({textwrap.shorten(str(error), 200)}); delete it, and {way_out}'
+        ) from error
+    return RealData(_split(train, folder), _split(test, folder), builder.info.features['label'].num_classes)
+
+
+def _split(examples: list[dict], folder) -> Split:
+    files = {f'image {i} of {folder}': example['image'] for i, example in enumerate(examples)}
+    return Split(decode(files, mode='RGB'), np.array([example['label'] for example in examples], np.int32))

@@ -1,0 +1,138 @@
+"""The tap of Flax NNX models: a clone whose BatchNorms have ears, its weights taken out into plain dicts.
+
+The model is split into a static graph and `variables`, {'params': ..., 'batch_stats': ...} as of a Linen module, which
+stay arguments; NNX's objects live only while JAX traces. Keys and counts of random streams are no weights: they are
+left behind, and a network whose logits depend on them is refused.
+"""
+
+import functools
+import operator
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.traverse_util import unflatten_dict
+
+from dvinv.inversion.tap import DRAWS, LEARNS, SOWN, STATISTICS, Tap, running_statistics, shifted_moments
+
+GROUPS = {'params': nnx.Param, STATISTICS: nnx.BatchStat, 'others': ...}  # what goes where; the first that fits
+
+
+class Heard(nnx.BatchStat):
+    """The type of sown moments: a kind of BatchStat, so that transforms map them as they map running statistics."""
+
+
+def in_eval_mode(model: nnx.Module) -> nnx.Module:
+    """A clone in eval mode, without what sowing may have left in the model."""
+    clone = nnx.clone(model)
+    nnx.pop(clone, nnx.Intermediate)
+    clone.eval()
+    return clone
+
+
+def variables_of(model: nnx.Module) -> dict:
+    """The model's arrays as nested dicts, {'params': ..., 'batch_stats': ...}, and 'others' where there are any."""
+    _, groups, _ = _split(model)
+    return {
+        name: unflatten_dict({tuple(map(str, path)): value for path, value in flat.items()})
+        for name, flat in groups.items()
+        if flat or name != 'others'
+    }
+
+
+def _split(model: nnx.Module):
+    """(static graph, {group: {path: array}}, {path of a random key or count: its shape and dtype})."""
+    graph, noise, *groups = nnx.split(model, nnx.RngState, *GROUPS.values())
+    noise = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in _values(noise).items()}
+    return graph, dict(zip(GROUPS, map(_values, groups), strict=True)), noise
+
+
+def _values(state) -> dict:
+    """{path: value} of an NNX state."""
+    return {path: leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for path, leaf in nnx.to_flat_state(state)}
+
+
+class NnxTap(Tap):
+    """The tap of an NNX model: the layers that own running statistics become subclasses of themselves that sow."""
+
+    def __init__(self, model: nnx.Module, variables, example, call_kwargs: dict):
+        """See `Tap`. `model` is in eval mode, `variables` are its; it is taken over, so it must be a clone."""
+        name, layers = type(model).__name__, running_statistics(variables)
+        self._graph, groups, self._noise = _split(model)
+        self._paths = [(group, path) for group, flat in groups.items() for path in flat]
+        self._notes = _Notes()
+        for path, module in list(nnx.iter_modules(model)):
+            layer = '/'.join(map(str, path))
+            if layer in layers:
+                module.__class__ = _listening(type(module))
+                module.dvinv_notes = (layer, self._notes)
+        self._listening_graph = nnx.graphdef(model)
+        super().__init__(name, variables, example, call_kwargs)
+        self._check_silence(variables, example)
+
+    def apply_fn(self, variables, x):
+        """Logits [B, K] of normalised images x [B, H, W, C], in eval mode."""
+        return self._logits(variables, x)
+
+    def _logits(self, variables, x, noise=None):
+        # What the network itself may sow goes nowhere: it is captured, and not kept.
+        return nnx.capture(self._model(self._graph, variables, noise))(x, **self._kwargs)
+
+    def _listen(self, variables, x, calls: Counter):
+        self._notes.calls = calls
+        logits, sown = nnx.capture(self._model(self._listening_graph, variables), Heard)(x, **self._kwargs)
+        if self._notes.learning:
+            raise self._in_training(*LEARNS)
+        return logits, {'/'.join(map(str, path[:-1])): heard for path, heard in _values(sown).items()}
+
+    def _model(self, graph, variables, noise=None) -> nnx.Module:
+        """The network with these weights, and with any random keys: its logits do not depend on them."""
+        noise = noise or [jnp.zeros(leaf.shape, leaf.dtype) for leaf in self._noise.values()]
+        weights = {path: functools.reduce(operator.getitem, map(str, path), variables[group]) for group, path in self._paths}
+        return nnx.merge(graph, nnx.from_flat_state(weights | dict(zip(self._noise, noise, strict=True))))
+
+    def _check_silence(self, variables, example) -> None:
+        """Refuse a network whose logits depend on random keys: mapped over keys alone, logits must not be mapped."""
+        noise = [jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype) for leaf in self._noise.values()]
+        if not noise:
+            return
+        try:
+            jax.eval_shape(jax.vmap(self._logits, in_axes=(None, None, 0), out_axes=None), variables, example, noise)
+        except ValueError as error:
+            if 'out_axes' in str(error):
+                raise self._in_training(*DRAWS) from error
+
+
+class _Notes:
+    """What the ears of a tap note down while JAX traces. A static part of the graph, equal to itself alone."""
+
+    def __init__(self):
+        self.calls = Counter()  # of each layer
+        self.learning = set()  # the layers that updated their statistics
+
+
+@functools.cache
+def _listening(layer: type) -> type:
+    """A subclass of the class `layer` with an ear before each `__call__` that it has or inherits."""
+    inherited = [base for c in layer.__mro__[1:] for base in ((_ear(), c) if '__call__' in vars(c) else (c,))]
+    return _ear(layer, *inherited)
+
+
+def _ear(*bases: type) -> type:
+    """A class whose `__call__` sows the moments of the input, unless one further in the line of inheritance did."""
+
+    class Ear(*bases):
+        def __call__(self, *args, **kwargs):
+            layer, notes = self.dvinv_notes
+            before, mean = notes.calls[layer], self.mean.get_raw_value()
+            result = super().__call__(*args, **kwargs)
+            if self.mean.get_raw_value() is not mean:
+                notes.learning.add(layer)
+            # A subclass that calls super().__call__ passes two ears; the innermost call is the normalisation itself.
+            if notes.calls[layer] == before:
+                self.sow(Heard, SOWN, shifted_moments(self, self.mean.get_value(), args, kwargs))
+                notes.calls[layer] += 1
+            return result
+
+    return Ear

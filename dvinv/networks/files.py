@@ -1,0 +1,139 @@
+"""Networks as files: dvinv's own, which describe themselves, and weights that others published."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from dvinv.errors import DvinvError
+from dvinv.networks import registry
+from dvinv.networks.classifier import Classifier, flatten, unflatten
+from dvinv.networks.weights import count_classes, import_weights, read_state_dict
+from dvinv.runtime.files import write_atomic
+
+
+def save_network(path: Path, variables, description: dict) -> None:
+    """Write a network as one safetensors file.
+
+    Args:
+      variables: nested dicts of arrays; the file's tensor names are paths such as 'params/Conv_0/kernel'.
+      description: what `load_network` needs to build it again: network, width, num_classes, image_shape, mean, std.
+    """
+    tensors = {name: np.ascontiguousarray(leaf) for name, leaf in flatten(variables).items()}
+    # One entry: safetensors writes several in an order that changes from call to call.
+    about = {**description, 'sha256': _digest(description, tensors)}
+    write_atomic(path, save(tensors, {'dvinv': json.dumps(about, sort_keys=True)}))
+
+
+def load_network(path: Path) -> tuple[dict, dict]:
+    """(variables as numpy arrays, description) of a file that `save_network` wrote.
+
+    Raises:
+      DvinvError: the file is missing, damaged, or not one of dvinv's.
+    """
+    with _opened(path) as file:
+        header = (file.metadata() or {}).get('dvinv')
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        about = header and json.loads(header)
+    if about is None:
+        raise DvinvError(f'{path} is a safetensors file, but dvinv did not write it: its header has no description.')
+    if about.pop('sha256', None) != _digest(about, tensors):
+        raise DvinvError(
+            f'The network file {path} is damaged (its sha256 is not the one written); delete it and run the '
+            'command that made it again.'
+        )
+    return unflatten(tensors), about
+
+
+def load_classifier(path: Path) -> Classifier:
+    """A `Classifier` from a network file."""
+    variables, about = load_network(path)
+    return classifier_of(registry.create(about['network'], about['num_classes'], about['width']), variables, about)
+
+
+def classifier_of(module, variables, about: dict) -> Classifier:
+    """The `Classifier` of a Linen module with its variables and the description of `save_network`."""
+    return Classifier(
+        lambda v, x: module.apply(v, x, train=False),
+        variables,
+        tuple(about['image_shape']),
+        about['num_classes'],
+        tuple(about['mean']),
+        tuple(about['std']),
+    )
+
+
+def read_classifier(path: Path, network: str, *, mean, std, width: float = 1.0, image_shape=None, field: str = 'network'):
+    """(module, variables, description) of `network` from a weights file: dvinv's own, or one that others published.
+
+    Args:
+      path: what `save_network` wrote, whose own description then rules; or a file of `weights.read_state_dict`.
+      mean, std: one number a channel, for pixels in [0, 1].
+      width: as in `registry.create`. The number of classes is read off the weights.
+      image_shape: H, W, C; what `network` is made for when None.
+      field: what a refusal calls `network`, for instance 'teacher.network'.
+
+    Returns:
+      The Linen module, its variables (nested dicts of numpy arrays, float32 where they are foreign) and a description as
+      in `save_network`.
+
+    Raises:
+      DvinvError: the file is missing, damaged, or holds another network; lists the tensors that do not fit.
+    """
+    path = Path(path)
+    if path.suffix == '.safetensors' and _is_ours(path):
+        variables, about = load_network(path)
+        if about['network'] != network:
+            raise DvinvError(f'{path} holds a {about["network"]}, but {field} is {network}.')
+        return registry.create(network, about['num_classes'], about['width']), variables, about
+    image_shape = tuple(image_shape or registry.image_shape(network))
+    state = read_state_dict(path)
+    num_classes = count_classes(lambda classes: registry.create(network, classes, width), image_shape, state)
+    module = registry.create(network, num_classes, width)
+    about = {
+        'network': network,
+        'width': width,
+        'num_classes': num_classes,
+        'image_shape': image_shape,
+        'mean': tuple(mean),
+        'std': tuple(std),
+    }
+    return module, import_weights(module, image_shape, state), about
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether `save_network` wrote this safetensors file.
+
+    Raises:
+      DvinvError: the file is missing or damaged.
+    """
+    with _opened(path) as file:
+        return 'dvinv' in (file.metadata() or {})
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator:
+    """A safetensors file, open; what goes wrong inside is told in a sentence."""
+    if not Path(path).exists():
+        raise DvinvError(f'The network file {path} is not there.')
+    try:
+        with safe_open(path, 'numpy') as file:
+            yield file
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DvinvError(
+            f'The network file {path} is damaged, or no safetensors file ({error}); if dvinv made it, delete it and run the '
+            'command that made it again.'
+        ) from error
+
+
+def _digest(description: dict, tensors: dict[str, np.ndarray]) -> str:
+    sha = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    for name in sorted(tensors):
+        sha.update(f'{name} {tensors[name].dtype} {tensors[name].shape}'.encode())
+        sha.update(tensors[name].tobytes())
+    return sha.hexdigest()

@@ -1,0 +1,73 @@
+"""How a network is trained: a group of the config, field for field, and the Optax optimiser that follows from it."""
+
+import dataclasses
+
+import optax
+
+from dvinv.errors import DvinvError
+from dvinv.inversion.augmentation import Augmentation
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a network is trained; a group of the config, field for field."""
+
+    updates: int
+    batch_size: int
+    learning_rate: float
+    optimiser: str = 'adam'  # 'adam' (with decoupled weight decay) or 'sgd' (Nesterov momentum .9)
+    schedule: str = 'cosine'  # 'cosine' (to 0) or 'step' (times .1 after each of `milestones`)
+    milestones: tuple[float, ...] = (0.4, 0.8)  # shares of `updates`
+    warmup: int = 0  # updates of linear warm-up
+    weight_decay: float = 0.0
+    shift: int = 0  # pixels; random crops of a picture padded with black
+    flip: bool = False  # a coin an image
+    noise: float = 0.0  # deviation, up to, of Gaussian noise an image, for pixels in [0, 1]
+    reestimate: int = 0  # batches on which BatchNorm statistics are estimated again at the end, weights frozen
+
+    def check(self, name: str) -> None:
+        """Refuse a recipe that cannot be followed; `name` is that of its config group."""
+        for field in ('updates', 'batch_size'):
+            if getattr(self, field) < 1:
+                raise DvinvError(f'{name}.{field} is {getattr(self, field)}; it must be at least 1.')
+        for field in ('warmup', 'weight_decay', 'shift', 'noise', 'reestimate'):
+            if getattr(self, field) < 0:
+                raise DvinvError(f'{name}.{field} is {getattr(self, field)}; it must be at least 0.')
+        if self.learning_rate <= 0:
+            raise DvinvError(f'{name}.learning_rate is {self.learning_rate}; it must be above 0.')
+        if self.warmup >= self.updates:
+            raise DvinvError(f'{name}.warmup is {self.warmup}, but there are only {self.updates} updates.')
+        if not all(isinstance(share, int | float) and 0 < share < 1 for share in self.milestones):
+            raise DvinvError(
+                f'{name}.milestones is {self.milestones}; they must be shares of the updates, above 0 and below 1.'
+            )
+        for field, choices in (('optimiser', ('adam', 'sgd')), ('schedule', ('cosine', 'step'))):
+            if getattr(self, field) not in choices:
+                raise DvinvError(f'{name}.{field} is {getattr(self, field)!r}; choose one of {", ".join(choices)}.')
+
+    def check_devices(self, name: str, devices: int) -> None:
+        """Refuse a batch that cannot be split evenly over so many devices; `name` is that of the config group."""
+        if self.batch_size % devices:
+            raise DvinvError(
+                f'A batch of {self.batch_size} images cannot be split evenly over {devices} devices; choose a '
+                f'{name}.batch_size that {devices} divides, or another number of devices.'
+            )
+
+    @property
+    def look(self) -> Augmentation:
+        """How the network is shown its training images."""
+        return Augmentation('crop', self.shift, self.flip, self.noise)
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """The Optax optimiser with its schedule."""
+        if self.schedule == 'cosine':
+            rate = optax.cosine_decay_schedule(self.learning_rate, max(1, self.updates - self.warmup))
+        else:
+            rate = optax.piecewise_constant_schedule(
+                self.learning_rate, {round(share * self.updates) - self.warmup: 0.1 for share in self.milestones}
+            )
+        if self.warmup:
+            rate = optax.join_schedules([optax.linear_schedule(0.0, self.learning_rate, self.warmup), rate], [self.warmup])
+        if self.optimiser == 'adam':
+            return optax.adamw(rate, weight_decay=self.weight_decay)
+        return optax.chain(optax.add_decayed_weights(self.weight_decay), optax.sgd(rate, 0.9, nesterov=True))

@@ -1,0 +1,162 @@
+"""Numbered batches of images from a teacher, by one of the methods, into a pool."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+import dvinv
+from dvinv.configuration import inversion_config
+from dvinv.data.pool import ImagePool
+from dvinv.evaluation import logits_of
+from dvinv.inversion import Inversion, Teacher, balanced_labels, make_feature_loss, make_inverter
+from dvinv.inversion.step import initial_images
+from dvinv.runtime.devices import make_mesh
+from dvinv.runtime.progress import Progress
+from dvinv.runtime.workdir import Workdir, plain
+
+
+def open_pool(config, workdir: Workdir, teacher: Teacher) -> ImagePool:
+    """The pool of this run: an existing one where the config names it."""
+    return ImagePool(config.pool or workdir.path / 'pool', teacher.digest())
+
+
+def missing_batches(config, pool: ImagePool) -> list[int]:
+    """Numbers of the batches that the pool lacks."""
+    return sorted({*range(config.synthesis.images // config.synthesis.batch_size)} - {*pool.numbers()})
+
+
+class Synthesizer:
+    """Fills a pool; a context manager, for its progress.
+
+    Batch i depends on the teacher, the config, fold_in(key(seed), i) and, where one competes, the student alone: not on
+    devices, nor on kills. No real image is read here.
+    """
+
+    def __init__(
+        self,
+        config,
+        workdir: Workdir,
+        teacher: Teacher,
+        pool: ImagePool,
+        method: str,
+        task: str,
+        series: str,
+        student_fn=None,
+    ):
+        """Compiles nothing yet.
+
+        Args:
+          method: 'deepinversion', 'adaptive', 'prior_only' (no feature term) or 'noise' (the initial images themselves).
+          task, series: what its metrics go by.
+          student_fn: (variables, x) -> logits in eval mode, the competitor of 'adaptive'.
+
+        Raises:
+          DvinvError: settings that do not fit the teacher, or a pool of another teacher.
+        """
+        group = config.synthesis
+        settings = inversion_config(config, method)
+        mesh = make_mesh(config.devices)
+        self._config, self._workdir, self._teacher, self._pool, self._method = config, workdir, teacher, pool, method
+        self._task, self._series = task, series
+        abreast = 1 if settings.bn_stats == 'global' else min(mesh.size, group.batches_per_round or group.images)
+        self._abreast = min(abreast, group.images // group.batch_size)
+        finished, missing = pool.numbers(), missing_batches(config, pool)
+        for number in finished:
+            pool.notes(number)  # refuses another teacher's pool
+        if missing:
+            workdir.metrics.keep(task, series, lambda line: line['batch'] in finished)
+        if method == 'noise':
+            self._invert = _make_noise(teacher)
+        else:
+            mesh = mesh if settings.bn_stats == 'global' else make_mesh(self._abreast)
+            self._invert = make_inverter(teacher, settings, mesh, student_fn)
+        self._measure = make_feature_loss(teacher, settings.stages[-1])
+        self._iterations = 0 if method == 'noise' else settings.iterations
+        self._weights = dataclasses.asdict(settings.weights)
+        self._seed_key = jax.random.key(config.seed)
+        self._progress = Progress(f'{task}: {series}', len(missing) * max(1, self._iterations))
+        self._made = 0  # batches, since the start of this process
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        return self._progress.__exit__(*exception)
+
+    def fill(self, numbers: list[int], student_variables=None, **notes) -> None:
+        """Synthesize the batches of these numbers; `notes` go into their sidecars.
+
+        Raises:
+          DvinvError: a loss that is not a number, or a full disk. Batches that were finished stay.
+        """
+        group = self._config.synthesis
+        for start in range(0, len(numbers), self._abreast):
+            mine = numbers[start : start + self._abreast]
+            padded = mine + mine[-1:] * (self._abreast - len(mine))  # every device has work; repeats are dropped
+            keys = jax.vmap(lambda i: jax.random.fold_in(self._seed_key, i))(np.asarray(padded))
+            labels = np.stack([balanced_labels(i, group.batch_size, self._teacher.num_classes) for i in padded])
+
+            report = functools.partial(self._report, len(mine))
+            inversion = self._invert(keys, labels, student_variables, report)
+            for row, number in enumerate(mine):
+                lines = _lines(number, row, inversion.metrics, self._config.logging.iterations)
+                self._workdir.metrics.append(self._task, self._series, lines)
+                self._write(number, keys[row], labels[row], inversion.images[row], notes)
+            self._made += len(mine)
+            self._progress.update(self._made * max(1, self._iterations))
+
+    def _report(self, abreast: int, done: int, terms: dict) -> None:
+        """Progress: `done` iterations of each of the `abreast` batches, after those of earlier ones."""
+        self._progress.update(self._made * self._iterations + abreast * done, **terms)
+        self._workdir.tick(self._task)
+
+    def _write(self, number: int, key: jax.Array, labels: np.ndarray, x: np.ndarray, notes: dict) -> None:
+        teacher, images = self._teacher, self._teacher.to_uint8(x)
+        initial, view_key = initial_images(key, len(labels), teacher.image_shape)
+        about = {
+            'batch': number,
+            'iterations': self._iterations,
+            'feature_loss_first': float(self._measure(teacher.variables, initial, view_key)),
+            'feature_loss_last': float(self._measure(teacher.variables, teacher.normalise(images), view_key)),
+            'config': {
+                **plain(self._config.synthesis),
+                'seed': self._config.seed,
+                'bn_stats': self._config.bn_stats,
+                'method': self._method,
+                'weights': self._weights,
+            },
+            'version': dvinv.__version__,
+            **notes,
+        }
+        self._pool.write(number, images, labels, logits_of(teacher, images), about)
+
+
+def fill_pool(config, workdir: Workdir, teacher: Teacher, pool: ImagePool, method: str, task: str, series: str) -> None:
+    """Make the batches that the pool lacks, by a method without a competitor; see `Synthesizer` for the arguments."""
+    if missing := missing_batches(config, pool):
+        with Synthesizer(config, workdir, teacher, pool, method, task, series) as synthesizer:
+            synthesizer.fill(missing)
+
+
+def _make_noise(teacher: Teacher):
+    """What `make_inverter` returns, for the control that ends where every inversion starts."""
+
+    def run(keys, labels, student_variables=None, on_chunk=None) -> Inversion:
+        batch_size = np.shape(labels)[1]
+        return Inversion(np.stack([initial_images(key, batch_size, teacher.image_shape)[0] for key in keys]), {})
+
+    return run
+
+
+def _lines(number: int, row: int, metrics: dict, every: int) -> list[dict]:
+    """metrics.jsonl lines of one batch: every so many iterations, and the last."""
+    if not metrics:
+        return []
+    last = len(metrics['loss'][row]) - 1
+    return [
+        {'step': i, 'batch': number, **{term: float(values[row][i]) for term, values in metrics.items()}}
+        for i in range(last + 1)
+        if i % every == 0 or i == last
+    ]

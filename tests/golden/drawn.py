@@ -1,0 +1,22 @@
+"""Weights and pixels that need not be stored: drawn from a seed, alike by the makers of golden files and by the tests."""
+
+import numpy as np
+
+
+def draw_state(shapes: dict[str, list[int]], seed: int) -> dict[str, np.ndarray]:
+    """A PyTorch state dict, float32: He-scaled kernels, and BatchNorm such as training leaves it."""
+    rng = np.random.default_rng(seed)
+
+    def draw(key: str, shape: list[int]) -> np.ndarray:
+        if len(shape) > 1:
+            return rng.normal(size=shape) * np.sqrt(2 / np.prod(shape[1:]))
+        if key.endswith(('running_var', 'weight')):
+            return rng.uniform(0.5, 1.5, shape)
+        return 0.3 * rng.normal(size=shape)
+
+    return {key: draw(key, shapes[key]).astype(np.float32) for key in sorted(shapes)}
+
+
+def draw_images(seed: int) -> np.ndarray:
+    """Normalised pictures [2, 32, 32, 3], float32."""
+    return np.random.default_rng(seed).normal(size=(2, 32, 32, 3)).astype(np.float32)
