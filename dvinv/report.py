@@ -1,9 +1,11 @@
 """The task `report`: the whole run on one self-contained page, from what the other tasks left in the work directory."""
 
 import json
+from statistics import fmean
 
 from dvinv.configuration import TASKS
 from dvinv.data.pool import ImagePool
+from dvinv.inversion import Teacher
 from dvinv.runtime.charts import line_chart
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.page import Picture, Section, Table, Tile, number, percent, render
@@ -13,7 +15,24 @@ from dvinv.synthesizer import open_pool
 from dvinv.teacher import load
 
 PER_CLASS = 16  # images in a row of the grid
-TERMS = {'cross_entropy': 'cross-entropy', 'feature': 'feature loss', 'total_variation': 'total variation'}
+TERMS = {
+    'cross_entropy': 'cross-entropy',
+    'feature': 'feature loss',
+    'total_variation': 'total variation',
+    'competition': 'competition',
+}
+SURE = 'pixels were optimised until a trained network was sure of them'
+METHODS = {  # name, and what it does
+    'deepinversion': ('DeepInversion', f'{SURE} and found the statistics of its BatchNorm inputs familiar'),
+    'adaptive': (
+        'Adaptive DeepInversion',
+        f'{SURE}, found the statistics of its BatchNorm inputs familiar, and disagreed with the student that learns from '
+        'them meanwhile',
+    ),
+    'prior_only': ('DeepInversion without its feature term', f'{SURE}, whatever the statistics of its BatchNorm inputs'),
+    'noise': ('drawing noise', 'every inversion starts from it, and nothing was optimised'),
+}
+CONTROLS = {'prior_only': 'Made without the feature term.', 'noise': 'Noise: where every image starts.'}
 STUDENTS = {
     'student': 'Synthesized images',
     'real': 'Real training images (upper control)',
@@ -26,17 +45,22 @@ def run(config, workdir) -> None:
     """Write report.html; tasks that have not run are left out of it."""
     workdir = open_workdir(workdir, config)
     results, lines = workdir.results, workdir.metrics.read()
-    sections = []
+    summary, sections = 'No images have been synthesized yet.', []
     if 'synthesis' in results:
-        sections.append(_synthesis(config, workdir, results['synthesis'], lines))
+        teacher = load(config, workdir)
+        pool = open_pool(config, workdir, teacher)
+        images = pool.read_all()
+        method = pool.notes(pool.numbers()[0])['config']['method']  # an existing pool's need not be the config's
+        summary = _summary(results, *METHODS[method])
+        sections.append(_synthesis(workdir, teacher, images, method, results['synthesis'], lines))
     if 'distillation' in results:
-        sections.append(_distillation(config, workdir, results, lines))
+        sections.append(_distillation(config, results, lines))
     if 'teacher' in results:
         sections.append(_networks(results))
     text = json.dumps(plain(config), indent=1, sort_keys=True)
     page = render(
         f'{config.data.name or config.teacher.factory}: images from a network alone',
-        _summary(results),
+        summary,
         _tiles(results),
         sections,
         configuration=text,
@@ -44,14 +68,9 @@ def run(config, workdir) -> None:
     write_atomic(workdir.path / 'report.html', page.encode())
 
 
-def _summary(results: dict) -> str:
-    made, taught = results.get('synthesis'), results.get('distillation')
-    if made is None:
-        return 'No images have been synthesized yet.'
-    text = (
-        f'{made["images"]} images were synthesized from a trained network, without any data: pixels were optimised until '
-        'the network was sure of them and found the statistics of its BatchNorm inputs familiar.'
-    )
+def _summary(results: dict, name: str, how: str) -> str:
+    made, taught = results['synthesis'], results.get('distillation')
+    text = f'{made["images"]:,} images were synthesized by {name}, without any data: {how}.'
     if taught is None or taught['test_accuracy'] is None:
         return text
     return (
@@ -85,9 +104,7 @@ def _tiles(results: dict) -> list[Tile]:
     return tiles
 
 
-def _synthesis(config, workdir: Workdir, made: dict, lines: list[dict]) -> Section:
-    teacher = load(config, workdir)
-    pool = open_pool(config, workdir, teacher)
+def _synthesis(workdir: Workdir, teacher: Teacher, images: dict, method: str, made: dict, lines: list[dict]) -> Section:
     table = Table(
         ('', 'value'),
         [
@@ -97,30 +114,41 @@ def _synthesis(config, workdir: Workdir, made: dict, lines: list[dict]) -> Secti
             ['Feature loss of the initial noise', number(made['feature_loss_first'])],
             ['Feature loss of the finished images', number(made['feature_loss_last'])],
             ['Feature loss of real batches', number(made['feature_loss_real'])],
+            ['Batches', made['batches']],
+            ['Rounds in which they came to the student', made['rounds']],
             ['Iterations a batch', made['iterations']],
         ],
-        caption=f'{made["images"]} synthesized images.',
+        caption=f'{made["images"]:,} images, synthesized by {METHODS[method][0]}.',
     )
-    pictures = [_grid(pool, 'The first synthesized images of each class; rows are classes.', wide=True)]
-    for method, caption in (('prior_only', 'Made without the feature term.'), ('noise', 'Noise: where every image starts.')):
-        control = ImagePool(workdir.path / 'controls' / method, teacher.digest())
-        if control.numbers():
-            pictures.append(_grid(control, caption))
-    chart = line_chart(
-        {name: _mean_over_batches(lines, config.synthesis.method, term) for term, name in TERMS.items()},
-        'Loss terms, mean over batches, before weighting',
-        'iteration',
-        'value',
-        log_y=True,
-    )
-    return Section('Synthesis', tables=[table], charts=[chart], pictures=pictures)
+    pictures = [_grid(images, 'The first images of each class; rows are classes.', wide=True)]
+    for control, caption in CONTROLS.items():
+        lesser = ImagePool(workdir.path / 'controls' / control, teacher.digest())
+        if lesser.numbers():
+            pictures.append(_grid(lesser.read_all(), caption))
+    charts = _inversions(method, made['rounds'], _series(lines, 'synthesis', method))
+    return Section('Synthesis', tables=[table], charts=charts, pictures=pictures)
 
 
-def _distillation(config, workdir: Workdir, results: dict, lines: list[dict]) -> Section:
+def _inversions(method: str, rounds: int, lines: list[dict]) -> list[str]:
+    """Charts of what the inversions of this run told: nothing where the pool was there already, or is noise."""
+    if not lines:
+        return []
+    curves = {name: _curve(lines, term) for term, name in TERMS.items()}
+    charts = [_losses(curves, 'Loss terms, mean over batches, before weighting', 'iteration', 'value')]
+    if method == 'adaptive' and rounds > 1:
+        last = max(line['step'] for line in lines)
+        ends = [line for line in lines if line['step'] == last]
+        curves = {TERMS[term]: _curve(ends, term, 'batch') for term in ('feature', 'competition')}
+        charts.append(_losses(curves, 'Loss terms at the end of each batch, before weighting', 'batch', 'value'))
+    return charts
+
+
+def _distillation(config, results: dict, lines: list[dict]) -> Section:
     taught = results['distillation']
+    students = {name: STUDENTS[name] for name in STUDENTS if name == 'student' or name in config.distillation.controls}
     rows = [
         [label, percent(taught['test_accuracy' if name == 'student' else f'{name}_test_accuracy'])]
-        for name, label in STUDENTS.items()
+        for name, label in students.items()
     ]
     if 'teacher' in results:
         rows.append(['The teacher itself', percent(results['teacher']['test_accuracy'])])
@@ -131,15 +159,25 @@ def _distillation(config, workdir: Workdir, results: dict, lines: list[dict]) ->
         caption=f'The same student ({taught["parameters"]:,} parameters, {taught["parameters_ratio"]:.2f} of the '
         f"teacher's), {taught['updates']} updates each; last update, never the best.",
     )
-    curves = {label: _series(lines, 'distillation', name, 'loss') for name, label in STUDENTS.items()}
-    chart = line_chart(
-        {label: curve for label, curve in curves.items() if curve[0]},
-        'Distillation loss, T² KL to the teacher on its own images',
-        'update',
-        'loss',
-        log_y=True,
+    curves = {label: _curve(_series(lines, 'distillation', name), 'loss') for name, label in students.items()}
+    chart = _losses(curves, 'Distillation loss, T² KL to the teacher on its own images', 'update', 'loss')
+    tables, charts = _by_image_count(config.distillation.counts, taught)
+    return Section('Distillation', tables=[table, *tables], charts=[chart, *charts])
+
+
+def _by_image_count(counts: tuple[int, ...], taught: dict) -> tuple[list[Table], list[str]]:
+    """The curve of accuracy against image count, as far as it was measured."""
+    scores = {count: taught.get(f'test_accuracy_of_{count}_images') for count in sorted(counts)}
+    points = {count: score for count, score in scores.items() if score is not None}
+    if not points:
+        return [], []
+    table = Table(
+        ('Images', 'real test accuracy'),
+        [[number(count), percent(score)] for count, score in points.items()],
+        caption='Students of the first so many images alone, all there from the start; as many updates each.',
     )
-    return Section('Distillation', tables=[table], charts=[chart])
+    curve = {'Student': (list(points), list(points.values()))}
+    return [table], [line_chart(curve, 'Student accuracy against image count', 'images', 'real test accuracy', log_x=True)]
 
 
 def _networks(results: dict) -> Section:
@@ -168,19 +206,23 @@ def _networks(results: dict) -> Section:
     )
 
 
-def _grid(pool: ImagePool, caption: str, wide: bool = False) -> Picture:
-    images = pool.read_all()
+def _grid(images: dict, caption: str, wide: bool = False) -> Picture:
     return Picture(class_grid(images['images'], images['labels'], PER_CLASS), caption, shown_classes(images['labels']), wide)
 
 
-def _series(lines: list[dict], task: str, series: str, value: str) -> tuple[list, list]:
-    chosen = [line for line in lines if line['task'] == task and line['series'] == series and value in line]
-    return [line['step'] for line in chosen], [line[value] for line in chosen]
+def _series(lines: list[dict], task: str, series: str) -> list[dict]:
+    return [line for line in lines if (line['task'], line['series']) == (task, series)]
 
 
-def _mean_over_batches(lines: list[dict], method: str, term: str) -> tuple[list, list]:
-    steps, values = _series(lines, 'synthesis', method, term)
-    by_step = {}
-    for step, value in zip(steps, values, strict=True):
-        by_step.setdefault(step, []).append(value)
-    return list(by_step), [sum(values) / len(values) for values in by_step.values()]
+def _curve(lines: list[dict], value: str, x: str = 'step') -> tuple[list, list]:
+    """(x, the mean of `value` there) over the lines that tell it, ascending in x."""
+    found = {}
+    for line in lines:
+        if value in line:
+            found.setdefault(line[x], []).append(line[value])
+    return sorted(found), [fmean(found[position]) for position in sorted(found)]
+
+
+def _losses(curves: dict[str, tuple[list, list]], *words: str) -> str:
+    """A chart of the curves that have points; title and labels of the axes by `words`."""
+    return line_chart({name: curve for name, curve in curves.items() if curve[0]}, *words, log_y=True)

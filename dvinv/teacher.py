@@ -84,28 +84,17 @@ def test_accuracy(network: Classifier, data: RealData | None) -> float | None:
     return accuracy(network, data.test.images, data.test.labels)
 
 
-def check_fits(teacher: Classifier, data: RealData, name: str = 'teacher') -> None:
-    """Refuse a data set whose pictures or classes the teacher (or what `name` says) cannot take."""
+def check_fits(teacher: Classifier, data: RealData) -> None:
+    """Refuse a data set whose pictures or classes the teacher cannot take."""
     if tuple(teacher.image_shape) != tuple(data.image_shape):
         theirs, ours = ('x'.join(map(str, shape)) for shape in (teacher.image_shape, data.image_shape))
-        raise DvinvError(f'The {name} takes images of {theirs} (height x width x channels), but the data set has {ours}.')
+        raise DvinvError(f'The teacher takes images of {theirs} (height x width x channels), but the data set has {ours}.')
     highest = max(int(split.labels.max()) for split in (data.train, data.test) if split)
     if highest >= teacher.num_classes:
         raise DvinvError(
-            f'The data set has the label {highest}, but the {name} knows {teacher.num_classes} classes, 0 to '
+            f'The data set has the label {highest}, but the teacher knows {teacher.num_classes} classes, 0 to '
             f'{teacher.num_classes - 1}.'
         )
-
-
-def _check_alike(teacher: Teacher, verifier: Classifier) -> None:
-    """Refuse a verifier for other pictures or classes than the teacher's."""
-    for field, what in (('image_shape', 'images of'), ('num_classes', 'classes:')):
-        theirs, ours = getattr(verifier, field), getattr(teacher, field)
-        if theirs != ours:
-            raise DvinvError(
-                f'The verifier takes {what} {theirs}, but the teacher {ours}; give verifier.weights of a network like the '
-                "teacher, or '' for verifier.network to do without."
-            )
 
 
 def check(config) -> Teacher:
@@ -140,8 +129,19 @@ def check(config) -> Teacher:
     return teacher
 
 
+def _check_alike(teacher: Teacher, verifier: Classifier) -> None:
+    """Refuse a verifier for other pictures or classes than the teacher's."""
+    for field, says in (('image_shape', 'takes images of {}'), ('num_classes', 'knows {} classes')):
+        theirs, ours = getattr(verifier, field), getattr(teacher, field)
+        if theirs != ours:
+            raise DvinvError(
+                f'The verifier {says.format(theirs)}, but the teacher {says.format(ours)}; give verifier.weights of '
+                "a network like the teacher, or '' for verifier.network to do without."
+            )
+
+
 def supervised(label_smoothing: float):
-    """Cross-entropy to the labels, as a loss for `training.fit`."""
+    """Cross-entropy to the labels, as the loss of a `Lesson`."""
 
     def loss(logits, x, labels, frozen):
         targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
@@ -187,7 +187,7 @@ def _from_factory(name: str) -> Teacher:
     if not isinstance(teacher, Teacher):
         raise DvinvError(
             f'teacher.factory {name!r} returned a {type(teacher).__name__}; it must return a dvinv.Teacher, as '
-            'dvinv.from_linen makes.'
+            'dvinv.from_linen and dvinv.from_nnx make.'
         )
     return teacher
 

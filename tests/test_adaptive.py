@@ -73,7 +73,9 @@ def test_each_batch_competes_with_the_student_of_its_round(adaptive, finished, m
 
 def test_the_methods_differ_by_one_field(adaptive, finished, tmp_path):
     """Plain DeepInversion with the same rounds: the images differ, the student's start and schedule do not."""
-    figures = pipeline.run(adaptive_config(finished, synthesis__method='deepinversion'), tmp_path / 'run')
+    figures = pipeline.run(
+        adaptive_config(finished, synthesis__method='deepinversion', tasks=('teacher', 'synthesis')), tmp_path / 'run'
+    )
     assert figures['synthesis']['rounds'] == ROUNDS
     with (
         np.load(tmp_path / 'run' / 'pool' / 'shard-000001.npz') as plain,
@@ -83,36 +85,40 @@ def test_the_methods_differ_by_one_field(adaptive, finished, tmp_path):
         assert (plain['images'] != competing['images']).mean() > 0.01
 
 
-@pytest.mark.parametrize('moment', ['in a round', 'while the student learns', 'after the last round'])
-def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(adaptive, finished, tmp_path, monkeypatch, moment):
-    undisturbed, _ = adaptive
+def test_a_run_killed_three_times_ends_with_the_bits_of_an_undisturbed_one(adaptive, finished, tmp_path, monkeypatch):
     config, run = adaptive_config(finished), tmp_path / 'run'
     fill, advance = Synthesizer.fill, Training.advance
 
-    def dying_fill(self, numbers, *args, **notes):
+    def killed_in_a_round(self, numbers, *args, **notes):
         fill(self, numbers, *args, **notes)
-        if notes['round'] == 1 and moment == 'in a round':
+        if notes['round'] == 1:
             (run / 'pool' / 'shard-000001.json').unlink()  # killed before the batch was there
             raise KeyboardInterrupt
 
-    def dying_advance(self, images, labels, until):
-        if until == 20 and moment == 'after the last round':
-            advance(self, images, labels, 15)  # beyond the checkpoint of update 12
-            raise KeyboardInterrupt
+    def killed_between_rounds(self, images, labels, until):
         advance(self, images, labels, until)
-        if until == 8 and moment == 'while the student learns':
+        if until == 2 * EVERY:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Synthesizer, 'fill', dying_fill)
-    monkeypatch.setattr(Training, 'advance', dying_advance)
-    with pytest.raises(KeyboardInterrupt):
-        pipeline.run(config, run)
-    monkeypatch.undo()
+    def killed_after_the_last_round(self, images, labels, until):
+        if until == 20:
+            advance(self, images, labels, 15)  # beyond the last round's start
+            raise KeyboardInterrupt
+        advance(self, images, labels, until)
+
+    for owner, name, killed in (
+        (Synthesizer, 'fill', killed_in_a_round),
+        (Training, 'advance', killed_between_rounds),
+        (Training, 'advance', killed_after_the_last_round),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, killed)
+            with pytest.raises(KeyboardInterrupt):
+                pipeline.run(config, run)
     pipeline.run(config, run)
-    expected, resumed = lasting(undisturbed), lasting(run)
-    # A stop beyond the last round leaves a line of metrics more; nothing else may differ.
-    differing = {name for name in {*expected, *resumed} if expected.get(name) != resumed.get(name)}
-    assert differing <= ({'metrics.jsonl'} if moment == 'after the last round' else set())
+    undisturbed, resumed = lasting(adaptive[0]), lasting(run)
+    # The third kill stopped the student at update 15, which left a line of metrics there.
+    assert {name for name in {*undisturbed, *resumed} if undisturbed.get(name) != resumed.get(name)} <= {'metrics.jsonl'}
 
 
 def test_a_lost_batch_of_an_earlier_round_is_told(adaptive, finished, tmp_path):

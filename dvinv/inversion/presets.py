@@ -26,9 +26,10 @@ PRESETS = {
     # CIFAR-10, the teacher shown what it was trained on (padded random crops, mirrored, each image its own): fewer, better
     # iterations than the paper's.
     'cifar10_crop': InversionConfig(
-        stages=(Stage(iterations=300, learning_rate=0.1, augmentation='crop', jitter=4, flip=True),),
-        weights=Weights(feature=0.3, total_variation=2.5e-5, l2=3e-8, competition=1.0),
-        l2='batch',
+        stages=(
+            Stage(iterations=500, learning_rate=0.3, beta1=0.5, beta2=0.9, augmentation='crop', jitter=4, flip=True),
+        ),
+        weights=Weights(feature=0.3, total_variation=2e-3, competition=1.0),
         prior_on='image',
     ),
     # ImageNet, multi-resolution: 2,000 iterations at 112 px, then 1,000 at 224 px; batches of 84.

@@ -20,6 +20,8 @@ RIGHT = 16
 MAX_BUCKETS = 240
 # Hover targets per series: enough to read values off, few enough to keep the page small.
 MAX_TOOLTIPS = 40
+# Up to so many points, each gets a dot: they were measured one by one, and the line between them was not.
+MAX_DOTS = 12
 # Beyond this a span of two values may overflow a float; nobody trains there.
 LARGEST = 1e300
 
@@ -32,33 +34,36 @@ def line_chart(
     x_label: str,
     y_label: str,
     log_y: bool = False,
+    log_x: bool = False,
 ) -> str:
-    """Draws each series as one line.
+    """Draws each series as one line, and the points of a short one as dots.
 
     Args:
       series: name -> (x values, y values), two sequences of one length. None, NaN and infinite values are gaps.
       title: stands above the chart; about 60 characters fit.
       x_label: name and unit of the x axis.
       y_label: name and unit of the y axis.
-      log_y: logarithmic y axis. Values of zero or less have no place on it: they become gaps and a note counts them.
+      log_y, log_x: logarithmic axis. Points of zero or less have no place on it: they become gaps and a note counts them.
         Where no value is positive the axis is linear after all.
 
     Returns:
       One `<svg>` element.
     """
     lines = {name: _clean(name, *xy) for name, xy in series.items()}
-    log_y = log_y and any(np.any(y > 0) for _, y in lines.values())
+    log_y = log_y and any(np.any(y >= 1 / LARGEST) for _, y in lines.values())
+    log_x = log_x and any(np.any(x >= 1 / LARGEST) for x, _ in lines.values())
     hidden = 0
-    if log_y:
-        hidden = sum(int(np.sum(y <= 0)) for _, y in lines.values())
-        lines = {name: (x, np.where(y > 0, y, np.nan)) for name, (x, y) in lines.items()}
+    for name, (x, y) in lines.items():
+        homeless = ~np.isnan(y) & ((log_y & (y < 1 / LARGEST)) | (log_x & (x < 1 / LARGEST)))
+        hidden += int(np.sum(homeless))
+        lines[name] = x, np.where(homeless, np.nan, y)
     seen = [~np.isnan(y) for _, y in lines.values()]
     xs = np.concatenate([x[s] for (x, _), s in zip(lines.values(), seen, strict=True)] or [np.zeros(0)])
     ys = np.concatenate([y[s] for (_, y), s in zip(lines.values(), seen, strict=True)] or [np.zeros(0)])
 
-    x_low, x_high = _limits(xs, padding=0.0)
+    x_low, x_high = _limits(np.log10(xs) if log_x else xs, padding=0.0)
     y_low, y_high = _limits(np.log10(ys) if log_y else ys, padding=0.05)
-    x_ticks = _linear_ticks(x_low, x_high, 6)
+    x_ticks = _log_ticks(x_low, x_high) if log_x else _linear_ticks(x_low, x_high, 6)
     y_ticks = _log_ticks(y_low, y_high) if log_y else _linear_ticks(y_low, y_high, 5)
     if not len(ys):  # Figures on an axis without a line would look like data.
         x_ticks, y_ticks = [], []
@@ -69,7 +74,7 @@ def line_chart(
     left = 38 + 7.5 * max((len(label) for _, label in y_ticks), default=0)
 
     def across(x):
-        return left + (x - x_low) / (x_high - x_low) * (WIDTH - RIGHT - left)
+        return left + ((np.log10(x) if log_x else x) - x_low) / (x_high - x_low) * (WIDTH - RIGHT - left)
 
     def down(y):
         return bottom - ((np.log10(y) if log_y else y) - y_low) / (y_high - y_low) * PLOT_HEIGHT
@@ -91,12 +96,11 @@ def line_chart(
         out.append(f'<path d="M{x:.1f} {bottom}v4" style="stroke:var(--muted,#6b7280)"/>')
         out.append(f'<text x="{x:.1f}" y="{bottom + 19}" text-anchor="middle" {muted}>{label}</text>')
     middle_x, middle_y = (left + WIDTH - RIGHT) / 2, top + PLOT_HEIGHT / 2
-    out.append(f'<text x="{middle_x:.1f}" y="{bottom + 40}" text-anchor="middle" {muted}>{escape(x_label)}</text>')
-    scale = ', log scale' if log_y else ''
-    out.append(
-        f'<text transform="translate(12 {middle_y:.1f}) rotate(-90)" text-anchor="middle" {muted}>'
-        f'{escape(y_label)}{scale}</text>'
+    x_label, y_label = (
+        escape(label) + (', log scale' if log else '') for label, log in ((x_label, log_x), (y_label, log_y))
     )
+    out.append(f'<text x="{middle_x:.1f}" y="{bottom + 40}" text-anchor="middle" {muted}>{x_label}</text>')
+    out.append(f'<text transform="translate(12 {middle_y:.1f}) rotate(-90)" text-anchor="middle" {muted}>{y_label}</text>')
     if hidden:
         out.append(
             f'<text x="{WIDTH - RIGHT}" y="{bottom + 40}" text-anchor="end" font-size="11" {muted}>'
@@ -150,6 +154,7 @@ def _linear_ticks(low: float, high: float, about: int) -> list[tuple[float, str]
 
 def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
     """Ticks for an axis over the exponents [low, high] of ten: decades, or 1-2-5, or round values, as room allows."""
+    low, high = max(low, -307.0), min(high, 307.0)  # what a float can tell, with room for 5 times as much
     stride = max(1, math.ceil((high - low) / 6))
     decades = range(math.ceil(low), math.floor(high) + 1)
     if len(decades) >= 3:
@@ -206,20 +211,21 @@ def _legend(names: list[str]) -> list[str]:
 
 
 def _line(index: int, name: str, x: np.ndarray, y: np.ndarray, across, down) -> str:
-    """One series: a path, dots where a point has no neighbour or is the last, and hover targets with the values."""
+    """One series: a path, dots where points are few, lone or the last, and hover targets with the values."""
     drawn = np.flatnonzero(~np.isnan(y))
     if not len(drawn):
         return ''
     points = {int(i): f'{across(x[i]):.1f} {down(y[i]):.1f}' for i in drawn}
     path = ''.join(('L' if i - 1 in points else 'M') + point for i, point in points.items())
-    alone = [i for i in points if i - 1 not in points and i + 1 not in points]
+    few = len(points) <= MAX_DOTS
+    dots = [i for i in points if few or i == drawn[-1] or (i - 1 not in points and i + 1 not in points)]
     dash = ' stroke-dasharray="6 4"' if _dashed(index) else ''
     out = [
         f'<g style="stroke:{_colour(index)};fill:{_colour(index)}">',
         f'<path d="{path}" fill="none" style="fill:none" stroke-width="1.8" stroke-linejoin="round"{dash}>',
         f'<title>{escape(name)}</title></path>',
     ]
-    for i in sorted({*alone, int(drawn[-1])}):
+    for i in dots:
         out.append(f'<circle cx="{across(x[i]):.1f}" cy="{down(y[i]):.1f}" r="2.6" stroke="none"/>')
     shown = np.unique(np.linspace(0, len(drawn) - 1, min(len(drawn), MAX_TOOLTIPS)).round().astype(int))
     for i in drawn[shown]:
