@@ -6,6 +6,34 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 lasting = runpy.run_path(str(ROOT / 'benchmarks' / 'kill_test.py'))['lasting']
 
+# The names of figures that users may rely on.
+NAMES = {
+    'teacher': {'test_accuracy', 'test_images', 'parameters', 'flops', 'wall_seconds', 'seed'},
+    'synthesis': {
+        'images',
+        'iterations',
+        'teacher_accuracy',
+        'verifier_accuracy',
+        'verifier_top5_accuracy',
+        'feature_loss_first',
+        'feature_loss_last',
+        'feature_loss_real',
+        'wall_seconds',
+        'seed',
+    },
+    'distillation': {
+        'test_accuracy',
+        'noise_test_accuracy',
+        'prior_only_test_accuracy',
+        'real_test_accuracy',
+        'parameters',
+        'images',
+        'updates',
+        'wall_seconds',
+        'seed',
+    },
+}
+
 
 def smoke_config(**changes):
     """configs/digits.py:smoke; `changes` are dotted names with '__' for the dot."""

@@ -5,8 +5,7 @@ import json
 import runpy
 
 import pytest
-from smoke import ROOT
-from test_main import NAMES
+from smoke import NAMES, ROOT
 
 from dvinv import configuration, pipeline
 from dvinv.configuration import recipe_of

@@ -9,7 +9,7 @@ import factories
 import jax
 import numpy as np
 import pytest
-from smoke import flip, lasting, smoke_config
+from smoke import NAMES, flip, lasting, smoke_config
 
 import dvinv
 from dvinv import distillation, pipeline, seeds, synthesis, synthesizer, teacher
@@ -21,33 +21,6 @@ from dvinv.evaluation import top_accuracy
 from dvinv.networks import load_classifier
 from dvinv.runtime.workdir import Workdir
 
-# The names that DESIGN.md fixes.
-NAMES = {
-    'teacher': {'test_accuracy', 'test_images', 'parameters', 'flops', 'wall_seconds', 'seed'},
-    'synthesis': {
-        'images',
-        'iterations',
-        'teacher_accuracy',
-        'verifier_accuracy',
-        'verifier_top5_accuracy',
-        'feature_loss_first',
-        'feature_loss_last',
-        'feature_loss_real',
-        'wall_seconds',
-        'seed',
-    },
-    'distillation': {
-        'test_accuracy',
-        'noise_test_accuracy',
-        'prior_only_test_accuracy',
-        'real_test_accuracy',
-        'parameters',
-        'images',
-        'updates',
-        'wall_seconds',
-        'seed',
-    },
-}
 STUDENTS = {'student', 'noise', 'prior_only', 'real'}
 TEACHER_ALONE = {'tasks': ('teacher',)}
 MODIFIED = ('pool', 'networks', 'controls', 'results.json', 'metrics.jsonl')
