@@ -133,6 +133,7 @@ def inversion_config(config, method: str = '') -> InversionConfig:
         tuple(Stage(**stage) for stage in group.stages),
         weights,
         group.total_variation,
+        group.initial,
         group.l2,
         group.prior_on,
         config.bn_stats,

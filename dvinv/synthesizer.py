@@ -11,7 +11,7 @@ from dvinv.configuration import inversion_config
 from dvinv.data.pool import ImagePool
 from dvinv.evaluation import logits_of
 from dvinv.inversion import Inversion, Teacher, balanced_labels, make_feature_loss, make_inverter
-from dvinv.inversion.step import initial_images
+from dvinv.inversion.initial import initial_images
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.progress import Progress
 from dvinv.runtime.workdir import Workdir, plain
@@ -68,7 +68,7 @@ class Synthesizer:
         if missing:
             workdir.metrics.keep(task, series, lambda line: line['batch'] in finished)
         if method == 'noise':
-            self._invert = _make_noise(teacher)
+            self._invert = _make_noise(teacher, settings.initial)
         else:
             mesh = mesh if settings.bn_stats == 'global' else make_mesh(self._abreast)
             self._invert = make_inverter(teacher, settings, mesh, student_fn)
@@ -114,7 +114,7 @@ class Synthesizer:
 
     def _write(self, number: int, key: jax.Array, labels: np.ndarray, x: np.ndarray, notes: dict) -> None:
         teacher, images = self._teacher, self._teacher.to_uint8(x)
-        initial, view_key = initial_images(key, len(labels), teacher.image_shape)
+        initial, view_key = initial_images(key, len(labels), teacher.image_shape, self._config.synthesis.initial)
         about = {
             'batch': number,
             'iterations': self._iterations,
@@ -140,12 +140,12 @@ def fill_pool(config, workdir: Workdir, teacher: Teacher, pool: ImagePool, metho
             synthesizer.fill(missing)
 
 
-def _make_noise(teacher: Teacher):
+def _make_noise(teacher: Teacher, kind: str):
     """What `make_inverter` returns, for the control that ends where every inversion starts."""
 
     def run(keys, labels, student_variables=None, on_chunk=None) -> Inversion:
         batch_size = np.shape(labels)[1]
-        return Inversion(np.stack([initial_images(key, batch_size, teacher.image_shape)[0] for key in keys]), {})
+        return Inversion(np.stack([initial_images(key, batch_size, teacher.image_shape, kind)[0] for key in keys]), {})
 
     return run
 

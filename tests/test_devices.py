@@ -10,8 +10,9 @@ from tiny import IMAGE_SHAPE
 
 from dvinv import DvinvError, balanced_labels, invert
 from dvinv.inversion import InversionConfig, Stage, Weights, make_inverter
+from dvinv.inversion.initial import initial_images
 from dvinv.inversion.invert import _over_batches, _over_one_batch
-from dvinv.inversion.step import InversionState, initial_images, make_step
+from dvinv.inversion.step import InversionState, make_step
 from dvinv.runtime.devices import AXIS, make_mesh, training_mesh
 
 BATCH, BATCHES = 8, 8

@@ -13,8 +13,9 @@ from tiny import IMAGE_SHAPE, tiny_teacher
 from dvinv import DvinvError, balanced_labels, invert
 from dvinv.configuration import base_config, inversion_config
 from dvinv.inversion import InversionConfig, Stage, Weights, losses, make_feature_loss, make_inverter
+from dvinv.inversion.initial import initial_images
 from dvinv.inversion.objective import objective
-from dvinv.inversion.step import InversionState, initial_images, make_step
+from dvinv.inversion.step import InversionState, make_step
 from dvinv.runtime.devices import make_mesh
 
 GOLDEN = Path(__file__).parent / 'golden' / 'inversion.npz'

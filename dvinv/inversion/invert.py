@@ -14,10 +14,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dvinv.errors import DvinvError
+from dvinv.inversion.initial import initial_images
 from dvinv.inversion.losses import feature_loss, feature_terms
 from dvinv.inversion.objective import view
 from dvinv.inversion.settings import InversionConfig, Stage
-from dvinv.inversion.step import InversionState, initial_images, make_chunk, make_step
+from dvinv.inversion.step import InversionState, make_chunk, make_step
 from dvinv.inversion.teacher import Teacher
 from dvinv.runtime.devices import AXIS, make_mesh
 
@@ -68,7 +69,7 @@ def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student
 
     @functools.cache
     def begin(batch_size: int):
-        return mapped(lambda key: initial_images(key, batch_size, teacher.image_shape))
+        return mapped(lambda key: initial_images(key, batch_size, teacher.image_shape, config.initial))
 
     @functools.cache
     def restart(stage: Stage):

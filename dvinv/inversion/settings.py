@@ -65,6 +65,7 @@ class InversionConfig:
     stages: tuple[Stage, ...]
     weights: Weights = Weights()
     total_variation: str = 'l2'  # the form: 'l2' (paper) or 'l1'
+    initial: str = 'white'  # the noise that inversions start from: 'white' (paper) or 'natural', see initial.py
     l2: str = 'image'  # the norm of each image ('image': ImageNet) or of the whole batch ('batch': CIFAR)
     prior_on: str = 'view'  # total variation and L2 of what the teacher sees ('view': paper) or of the 'image' itself
     bn_stats: str = 'device'  # each device inverts batches of its own ('device') or a share of one ('global')
@@ -82,6 +83,7 @@ class InversionConfig:
           DvinvError: a sentence that names the field, its value and the choices.
         """
         _one_of('total_variation', self.total_variation, TOTAL_VARIATION)
+        _one_of('initial', self.initial, ('white', 'natural'))
         _one_of('l2', self.l2, L2)
         _one_of('prior_on', self.prior_on, ('view', 'image'))
         _one_of('bn_stats', self.bn_stats, ('device', 'global'))

@@ -1,7 +1,5 @@
 """One iteration of the inversion: a pure step from state to state, and many of them in one dispatch."""
 
-import functools
-
 import flax
 import jax
 import jax.numpy as jnp
@@ -27,13 +25,6 @@ class InversionState:
     opt_state: optax.OptState
     iteration: jax.Array
     key: jax.Array
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def initial_images(key: jax.Array, batch_size: int, image_shape) -> tuple[jax.Array, jax.Array]:
-    """(images ~ N(0, 1) [B, H, W, C] in normalised space, the key that the iterations draw from)."""
-    image_key, step_key = jax.random.split(key)
-    return jax.random.normal(image_key, (batch_size, *image_shape)), step_key
 
 
 def make_step(teacher: Teacher, config: InversionConfig, stage: Stage, student_fn=None, axis: str | None = None):
