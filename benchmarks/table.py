@@ -5,7 +5,7 @@
 
 A cell is one config, method and seed: a run of `dvinv.main` in WORKDIR/CONFIG/METHOD/seed-S, with the flags after `--`. A
 config's teacher and verifier, where no file gives them, are trained once, in WORKDIR/CONFIG/teacher, with seed 0. `real` is
-the upper control, a student of the real training images; where `noise` is asked for too, its run makes both.
+the upper control, a student of the real training images, beside one of noise: its run makes both.
 
 The same command skips what is finished and resumes what was ended. Writes WORKDIR/table.md and table.json after every cell.
 Exit status: 0, all is finished; 1, all was tried and some failed; 3, the `--minutes` are over, run it again.

@@ -7,8 +7,8 @@ The weights are those of https://github.com/akamaster/pytorch_resnet_cifar10 (fo
 `.npz` and `.safetensors` do not). Scores on CIFAR-10's test images (prepared once, see the README; or
 `--config.data.name=npz --config.data.path=TEST.npz` with arrays of your own).
 
-5 batches of 256 images and 800 updates: about 12 minutes. So few images make a fine grid, not yet a good student (a fifth of
-real images right, see benchmarks/RESULTS.md): accuracy grows with `synthesis.images` and `distillation.updates`. `:smoke`
+5 batches of 256 images and 800 updates: about 12 minutes. So few images make a fine grid, not yet a good student (see
+benchmarks/RESULTS.md): accuracy grows with `synthesis.images` and `distillation.updates`. `:smoke`
 shrinks the run to seconds.
 """
 

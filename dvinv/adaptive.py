@@ -22,7 +22,7 @@ def fill_pool(config, workdir: Workdir, teacher: Teacher, pool: ImagePool) -> No
     """Make the batches that the pool lacks, in rounds, and teach the student in between.
 
     Raises:
-      DvinvError: a batch is missing from a round that the student has left behind: it cannot be made again alone.
+      DvinvError: a batch is missing from a round that the student has left behind.
     """
     missing, rounds, per_round = missing_batches(config, pool), rounds_of(config), config.synthesis.batches_per_round
     if not missing:
@@ -45,9 +45,9 @@ def fill_pool(config, workdir: Workdir, teacher: Teacher, pool: ImagePool) -> No
             if lacking and student.step > start:
                 raise DvinvError(
                     f'Batch {lacking[0]} is missing from {pool.folder}. It was made against the student at update '
-                    f'{start}, which has learned on to update {student.step}; delete {pool.folder}, '
+                    f'{start}, which has learned on to update {student.step}; delete '
                     f'{workdir.path / "checkpoints" / "student"} and {workdir.network("student")}, and run the command '
-                    'again to make all of them.'
+                    'again: the student learns again up to there, and the batch is made anew.'
                 )
             if student.step < start:
                 student.advance(np.concatenate(images), np.concatenate(labels), start)

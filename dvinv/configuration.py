@@ -62,6 +62,8 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
             'network': 'small_convnet',  # '': no verifier
             'width': 1.0,
             'weights': '',
+            'mean': (),  # where the weights come from others; (): the teacher's
+            'std': (),
             'training': {**recipe, 'label_smoothing': 0.0},
         }
     )
@@ -171,6 +173,9 @@ def check(config) -> None:
     if not 0 <= config.seed < 2**27:  # seeds of trainings are 16 times as large, and 32 bits wide
         raise DvinvError(f'seed is {config.seed}; it must be between 0 and {2**27 - 1}.')
     _check_rounds(config)
+    shape = config.teacher.image_shape
+    if shape and not (len(shape) == 3 and all(type(length) is int and length > 0 for length in shape)):
+        raise DvinvError(f'teacher.image_shape is {shape}; it must be (height, width, channels), or () for the usual.')
     for name in ('teacher', 'verifier'):
         smoothing = config[name].training.label_smoothing
         if not 0 <= smoothing < 1:
@@ -219,5 +224,5 @@ def _check_rounds(config) -> None:
             'distillation.updates, or lower distillation.updates_per_round.'
         )
     for count in config.distillation.counts:
-        if not 1 <= count <= group.images:
-            raise DvinvError(f'distillation.counts names {count}; it must be between 1 and the {group.images} images.')
+        if type(count) is not int or not 1 <= count <= (count if config.pool else group.images):
+            raise DvinvError(f'distillation.counts names {count!r}; give whole numbers from 1 to the {group.images} images.')

@@ -5,13 +5,14 @@ import numpy as np
 from dvinv.configuration import rounds_of
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
+from dvinv.errors import DvinvError
 from dvinv.evaluation import flops
 from dvinv.inversion import Teacher
 from dvinv.networks import Classifier
 from dvinv.rounds import Rounds
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.student import ROLE, lesson_of
-from dvinv.synthesizer import fill_pool, open_pool
+from dvinv.synthesizer import fill_pool, missing_batches, open_pool
 from dvinv.teacher import load, test_accuracy
 from dvinv.training import learn
 
@@ -21,21 +22,29 @@ DATA_FREE_CONTROLS = ('noise', 'prior_only')
 def run(config, workdir) -> dict:
     """Distil the student and its controls, then score them on the real test images; returns the figures.
 
-    Real data are read only when every data-free student is finished: first for the upper control, then for the scores.
+    Real data come in when every data-free student is finished: first for the upper control, then for the scores.
     """
     workdir = open_workdir(workdir, config)
     teacher, rounds = load(config, workdir), rounds_of(config)
-    pool = open_pool(config, workdir, teacher).read_all()
-    images, labels = pool['images'], pool['labels']
-    come = Rounds(len(labels)) if config.pool else rounds  # an existing pool is there from the start
-    students = {'student': distil(config, workdir, teacher, images, labels, come, 'student')}
+    pool = open_pool(config, workdir, teacher)
+    if not config.pool and (missing := missing_batches(config, pool)):
+        raise DvinvError(f'Batch {missing[0]} is missing from {pool.folder}; run the task synthesis first: it makes it.')
+    shards = pool.read_all()
+    images, labels = shards['images'], shards['labels']
+    if config.pool:
+        rounds = Rounds(len(labels))  # it is there from the start
+    for count in config.distillation.counts:
+        if count > len(labels):
+            raise DvinvError(f'distillation.counts names {count}, but the pool has {len(labels)} images.')
+    students = {'student': distil(config, workdir, teacher, images, labels, rounds, 'student')}
     for count in config.distillation.counts:
         name = f'student_of_{count}'
         students[name] = distil(config, workdir, teacher, images[:count], labels[:count], Rounds(count), name)
     for control in DATA_FREE_CONTROLS:
         if control in config.distillation.controls:
             lesser = control_pool(config, workdir, teacher, control).read_all()
-            students[control] = distil(config, workdir, teacher, lesser['images'], lesser['labels'], rounds, control)
+            come = Rounds(len(lesser['labels'])) if config.pool else rounds
+            students[control] = distil(config, workdir, teacher, lesser['images'], lesser['labels'], come, control)
 
     data = load_real(config.data)
     if 'real' in config.distillation.controls:
@@ -69,7 +78,7 @@ def distil(
 
 
 def control_pool(config, workdir: Workdir, teacher: Teacher, method: str) -> ImagePool:
-    """Images by a lesser method, from the same noise and with the same budget as the pool's."""
+    """Images by a lesser method, from the same noise and with the budget of `config.synthesis`."""
     pool = ImagePool(workdir.path / 'controls' / method, teacher.digest())
     fill_pool(config, workdir, teacher, pool, method, 'distillation', f'{method}_images')
     return pool

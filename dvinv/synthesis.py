@@ -22,7 +22,8 @@ from dvinv.teacher import check_fits, load, load_verifier
 def run(config, workdir) -> dict:
     """Fill the pool (or check the one that the config names) and judge it; returns the figures."""
     workdir = open_workdir(workdir, config)
-    teacher, verifier = load(config, workdir), load_verifier(config, workdir)
+    teacher = load(config, workdir)
+    verifier = load_verifier(config, workdir, teacher)
     pool = open_pool(config, workdir, teacher)
     method = config.synthesis.method
     if config.pool:

@@ -31,7 +31,8 @@ class Synthesizer:
     """Fills a pool; a context manager, for its progress.
 
     Batch i depends on the teacher, the config, fold_in(key(seed), i) and, where one competes, the student alone: not on
-    devices, nor on kills. No real image is read here.
+    devices, nor on kills. (A student that learned on several GPUs or TPUs differs by rounding from one that learned on one.)
+    No real image is read here.
     """
 
     def __init__(
@@ -60,8 +61,9 @@ class Synthesizer:
         mesh = make_mesh(config.devices)
         self._config, self._workdir, self._teacher, self._pool, self._method = config, workdir, teacher, pool, method
         self._task, self._series = task, series
-        abreast = 1 if settings.bn_stats == 'global' else min(mesh.size, group.batches_per_round or group.images)
-        self._abreast = min(abreast, group.images // group.batch_size)
+        # A competitor waits for its round: no more batches than that can be made at a time.
+        most = group.batches_per_round if method == 'adaptive' else group.images // group.batch_size
+        self._abreast = 1 if settings.bn_stats == 'global' else min(mesh.size, most)
         finished, missing = pool.numbers(), missing_batches(config, pool)
         for number in finished:
             pool.notes(number)  # refuses another teacher's pool

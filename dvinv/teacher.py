@@ -26,24 +26,12 @@ def run(config, workdir) -> dict:
     """Train what is not given, score teacher and verifier on the real test images; returns the figures."""
     workdir = open_workdir(workdir, config)
     data = load_real(config.data)
-    for name, group in (('teacher', config.teacher), ('verifier', config.verifier)):
-        if _is_trained_here(name, config):
-            loss = supervised(group.training.label_smoothing)
-            train = data.train
-            lesson = Lesson(recipe_of(group.training), loss, Rounds(len(train.labels)))
-            learn(
-                config,
-                workdir,
-                'teacher',
-                name,
-                group,
-                lesson,
-                _blank(config, data),
-                ROLES[name],
-                train.images,
-                train.labels,
-            )
-    teacher, verifier = load(config, workdir), load_verifier(config, workdir)
+    if _is_trained_here('teacher', config):
+        _train('teacher', config, workdir, data, _blank(config, data))
+    teacher = load(config, workdir)
+    if _is_trained_here('verifier', config):
+        _train('verifier', config, workdir, data, teacher)
+    verifier = load_verifier(config, workdir, teacher)
     return {
         'test_accuracy': test_accuracy(teacher, data),
         'verifier_test_accuracy': test_accuracy(verifier, data) if verifier else None,
@@ -67,13 +55,23 @@ def load(config, workdir: Workdir | None) -> Teacher:
     group = config.teacher
     if group.factory:
         return _from_factory(group.factory)
-    module, variables, about = _read(config, workdir, 'teacher')
+    module, variables, about = _read(config, workdir, 'teacher', group.image_shape, group.mean, group.std)
     return from_linen(module, variables, image_shape=about['image_shape'], mean=about['mean'], std=about['std'])
 
 
-def load_verifier(config, workdir: Workdir | None) -> Classifier | None:
-    """The network that judges the images, independent of the teacher; None where the config names none."""
-    return classifier_of(*_read(config, workdir, 'verifier')) if config.verifier.network else None
+def load_verifier(config, workdir: Workdir | None, teacher: Teacher) -> Classifier | None:
+    """The network that judges the images, independent of the teacher; None where the config names none.
+
+    Raises:
+      DvinvError: it is not there, or takes other pictures or classes than the teacher.
+    """
+    group = config.verifier
+    if not group.network:
+        return None
+    pictures = teacher.image_shape, group.mean or teacher.mean, group.std or teacher.std
+    verifier = classifier_of(*_read(config, workdir, 'verifier', *pictures))
+    _check_alike(teacher, verifier)
+    return verifier
 
 
 def test_accuracy(network: Classifier, data: RealData | None) -> float | None:
@@ -114,23 +112,29 @@ def check(config) -> Teacher:
                 + (", or '' for verifier.network to do without." if name == 'verifier' else '.')
             )
     if _is_trained_here('teacher', config):
-        teacher = from_linen(
-            *_abstract(config, data), image_shape=data.image_shape, mean=config.teacher.mean, std=config.teacher.std
-        )
+        group, shape = config.teacher, data.image_shape
+        module = create(group.network, data.num_classes, group.width)
+        teacher = from_linen(module, _shapes_of(module, shape), image_shape=shape, mean=group.mean, std=group.std)
     else:
         teacher = load(config, None)
     if data is not None:
         check_fits(teacher, data)
     if _is_trained_here('verifier', config):
-        create(config.verifier.network, teacher.num_classes, config.verifier.width)
-    elif config.verifier.network:
-        _check_alike(teacher, load_verifier(config, None))
-    create(config.student.network, teacher.num_classes, config.student.width)
+        _check_takes('verifier', config.verifier, teacher)
+    else:
+        load_verifier(config, None, teacher)
+    _check_takes('student', config.student, teacher)
     return teacher
 
 
 def _check_alike(teacher: Teacher, verifier: Classifier) -> None:
     """Refuse a verifier for other pictures or classes than the teacher's."""
+    channels = teacher.image_shape[-1]
+    if not len(verifier.mean) == len(verifier.std) == channels:
+        raise DvinvError(
+            f'verifier.mean is {verifier.mean} and verifier.std {verifier.std}; each must be {channels} numbers, one a '
+            "channel, or () for the teacher's."
+        )
     for field, says in (('image_shape', 'takes images of {}'), ('num_classes', 'knows {} classes')):
         theirs, ours = getattr(verifier, field), getattr(teacher, field)
         if theirs != ours:
@@ -138,6 +142,16 @@ def _check_alike(teacher: Teacher, verifier: Classifier) -> None:
                 f'The verifier {says.format(theirs)}, but the teacher {says.format(ours)}; give verifier.weights of '
                 "a network like the teacher, or '' for verifier.network to do without."
             )
+
+
+def _check_takes(name: str, group, teacher: Teacher) -> None:
+    """Refuse, by shapes alone, a network to be trained that cannot take the teacher's images."""
+    module = create(group.network, teacher.num_classes, group.width)
+    try:
+        _shapes_of(module, teacher.image_shape)
+    except Exception as error:  # Flax and JAX raise many kinds here
+        shape, reason = 'x'.join(map(str, teacher.image_shape)), str(error).splitlines()[0]
+        raise DvinvError(f'{name}.network is {group.network}, which cannot take images of {shape}: {reason}') from error
 
 
 def supervised(label_smoothing: float):
@@ -155,21 +169,21 @@ def _is_trained_here(name: str, config) -> bool:
     return bool(group.network) and not group.weights and not group.get('factory', '')
 
 
-def _read(config, workdir: Workdir | None, name: str):
+def _train(name: str, config, workdir: Workdir, data: RealData, like: Classifier) -> None:
+    """Teach teacher or verifier the labels of the real training images."""
+    group, train = config[name], data.train
+    lesson = Lesson(recipe_of(group.training), supervised(group.training.label_smoothing), Rounds(len(train.labels)))
+    learn(config, workdir, 'teacher', name, group, lesson, like, ROLES[name], train.images, train.labels)
+
+
+def _read(config, workdir: Workdir | None, name: str, image_shape, mean, std):
     """What `networks.read_classifier` gives of teacher or verifier; `workdir` matters where the config names no file."""
-    group, like = config[name], config.teacher
+    group = config[name]
     path = Path(group.weights or workdir.network(name))
     if not path.exists() and not group.weights:
         raise DvinvError(f'There is no {name} in {workdir.path} yet; run the task teacher first, or set {name}.weights.')
-    return read_classifier(
-        path,
-        group.network,
-        width=group.width,
-        image_shape=like.image_shape,
-        mean=like.mean,
-        std=like.std,
-        field=f'{name}.network',
-    )
+    pictures = {'image_shape': image_shape, 'mean': mean, 'std': std}
+    return read_classifier(path, group.network, width=group.width, **pictures, field=f'{name}.network')
 
 
 @functools.cache
@@ -197,8 +211,7 @@ def _blank(config, data: RealData) -> Classifier:
     return Classifier(None, None, data.image_shape, data.num_classes, tuple(config.teacher.mean), tuple(config.teacher.std))
 
 
-def _abstract(config, data: RealData):
-    """(module, shapes of its variables) of the teacher to be."""
-    module = create(config.teacher.network, data.num_classes, config.teacher.width)
-    image = jax.ShapeDtypeStruct((1, *data.image_shape), jnp.float32)
-    return module, jax.eval_shape(functools.partial(module.init, train=False), jax.random.key(0), image)
+def _shapes_of(module, image_shape) -> dict:
+    """Shapes of the variables of a Linen module for images [H, W, C]."""
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return jax.eval_shape(functools.partial(module.init, train=False), jax.random.key(0), image)

@@ -183,10 +183,14 @@ class Training:
 
         Raises:
           DvinvError: a loss that is not a number (names the update), or a full disk.
+          ValueError: images that should have come by then are not there.
         """
-        recipe, losses = self._lesson.recipe, []
+        recipe, rounds, losses = self._lesson.recipe, self._lesson.rounds, []
+        expected = (rounds.of(max(until - 1, 0)) + 1) * rounds.images
+        if len(images) < expected:
+            raise ValueError(f'by update {until} there should be {expected} images, not {len(images)}')
         while self.step < until:
-            rows = chosen_images(self._seed, self.step, recipe.batch_size, self._lesson.rounds)
+            rows = chosen_images(self._seed, self.step, recipe.batch_size, rounds)
             self._state, loss = self._update(self._state, images[rows], labels[rows], self._frozen, self._key)
             losses.append(loss)
             self.step += 1

@@ -156,6 +156,12 @@ ADAPTIVE = {
         ({**ADAPTIVE, 'distillation__updates_per_round': 0}, ['updates_per_round is 0', 'at least 1']),
         ({**ADAPTIVE, 'distillation__updates_per_round': 20}, ['2 rounds of 20 updates', 'the 20 updates']),
         ({'distillation__counts': (20, 60)}, ['counts names 60', 'the 40 images']),
+        ({'distillation__counts': (20.5,)}, ['counts names 20.5', 'whole numbers']),
+        ({'teacher__image_shape': (32, 32)}, ['image_shape is (32, 32)', '(height, width, channels)']),
+        (
+            {'student__network': 'vgg11_bn'},
+            ['student.network is vgg11_bn', 'cannot take images of 8x8x1', '32x32 or larger'],
+        ),
         (
             {'data__name': '', 'distillation__controls': ()},
             ["teacher is to be trained, but data.name is ''", 'teacher.weights'],

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from smoke import smoke_config
 
-from dvinv import pipeline
+from dvinv import pipeline, teacher
 from dvinv.errors import DvinvError
 from dvinv.networks import create
 from dvinv.networks.classifier import flatten
@@ -83,6 +83,15 @@ def test_labels_beyond_the_teachers_classes_are_refused(fields, tmp_path):
 def test_a_verifier_of_other_classes_is_refused(fields, tmp_path):
     fields['verifier__weights'] = save_weights(tmp_path / 'hundred.npz', 'resnet32', 100)
     assert 'The verifier knows 100 classes, but the teacher knows 10 classes' in refusal(tmp_path / 'run', **fields)
+
+
+def test_a_verifier_may_be_normalised_in_its_own_way(fields, tmp_path):
+    own = {'verifier__mean': (0.5, 0.4, 0.3), 'verifier__std': (0.1, 0.2, 0.3)}
+    for changes, mean, std in (({}, MEAN, STD), (own, *own.values())):
+        config = smoke_config(**fields, **changes)
+        verifier = teacher.load_verifier(config, None, teacher.load(config, None))
+        assert (verifier.mean, verifier.std) == (mean, std)
+    assert 'verifier.mean is (0.5,)' in refusal(tmp_path / 'run', **fields, verifier__mean=(0.5,))
 
 
 def test_weights_of_another_depth_are_refused(fields, tmp_path):

@@ -1,4 +1,4 @@
-"""Real images, by data set name: for training teachers, for controls, and for scoring. Synthesis never comes here."""
+"""Real images, by data set name: for training teachers, for controls, for scoring. No synthesized pixel depends on them."""
 
 import dataclasses
 import functools
