@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from dvinv.configuration import inversion_config
 from dvinv.data.pool import ImagePool
 from dvinv.evaluation import logits_of
 from dvinv.inversion import Inversion, Teacher, balanced_labels, make_feature_loss, make_inverter
-from dvinv.inversion.initial import initial_images
+from dvinv.inversion.canvas import blank_canvas, make_paint
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.progress import Progress
 from dvinv.runtime.workdir import Workdir, plain
@@ -69,8 +70,9 @@ class Synthesizer:
             pool.notes(number)  # refuses another teacher's pool
         if missing:
             workdir.metrics.keep(task, series, lambda line: line['batch'] in finished)
+        self._paint = make_paint(settings.canvas, settings.contrast, teacher.image_shape, teacher.normalise)
         if method == 'noise':
-            self._invert = _make_noise(teacher, settings.initial)
+            self._invert = _make_noise(teacher, self._paint)
         else:
             mesh = mesh if settings.bn_stats == 'global' else make_mesh(self._abreast)
             self._invert = make_inverter(teacher, settings, mesh, student_fn)
@@ -116,11 +118,11 @@ class Synthesizer:
 
     def _write(self, number: int, key: jax.Array, labels: np.ndarray, x: np.ndarray, notes: dict) -> None:
         teacher, images = self._teacher, self._teacher.to_uint8(x)
-        initial, view_key = initial_images(key, len(labels), teacher.image_shape, self._config.synthesis.initial)
+        canvas, view_key = blank_canvas(key, len(labels), teacher.image_shape)
         about = {
             'batch': number,
             'iterations': self._iterations,
-            'feature_loss_first': float(self._measure(teacher.variables, initial, view_key)),
+            'feature_loss_first': float(self._measure(teacher.variables, self._paint(canvas), view_key)),
             'feature_loss_last': float(self._measure(teacher.variables, teacher.normalise(images), view_key)),
             'config': {
                 **plain(self._config.synthesis),
@@ -142,12 +144,12 @@ def fill_pool(config, workdir: Workdir, teacher: Teacher, pool: ImagePool, metho
             synthesizer.fill(missing)
 
 
-def _make_noise(teacher: Teacher, kind: str):
+def _make_noise(teacher: Teacher, paint: Callable):
     """What `make_inverter` returns, for the control that ends where every inversion starts."""
 
     def run(keys, labels, student_variables=None, on_chunk=None) -> Inversion:
         batch_size = np.shape(labels)[1]
-        return Inversion(np.stack([initial_images(key, batch_size, teacher.image_shape, kind)[0] for key in keys]), {})
+        return Inversion(np.stack([paint(blank_canvas(key, batch_size, teacher.image_shape)[0]) for key in keys]), {})
 
     return run
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dvinv.errors import DvinvError
-from dvinv.inversion.initial import initial_images
+from dvinv.inversion.canvas import blank_canvas, make_paint
 from dvinv.inversion.losses import feature_loss, feature_terms
 from dvinv.inversion.objective import view
 from dvinv.inversion.settings import InversionConfig, Stage
@@ -69,7 +69,9 @@ def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student
 
     @functools.cache
     def begin(batch_size: int):
-        return mapped(lambda key: initial_images(key, batch_size, teacher.image_shape, config.initial))
+        return mapped(lambda key: blank_canvas(key, batch_size, teacher.image_shape))
+
+    finish = mapped(make_paint(config.canvas, config.contrast, teacher.image_shape, teacher.normalise))
 
     @functools.cache
     def restart(stage: Stage):
@@ -98,10 +100,10 @@ def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student
         iteration = jax.device_put(np.zeros((), np.int32) if split else np.zeros(batches, np.int32), batchwise)
         labels = jax.device_put(labels[0] if split else labels, NamedSharding(mesh, P(AXIS)))
         student_variables = jax.device_put(student_variables, NamedSharding(mesh, P()))
-        images, step_keys = begin(batch_size)(keys)
+        canvas, step_keys = begin(batch_size)(keys)
         history, pending = [], []
         for stage in config.stages:
-            state = InversionState(images, restart(stage)(images), iteration, step_keys)
+            state = InversionState(canvas, restart(stage)(canvas), iteration, step_keys)
             for length in _chunks(stage.iterations, dispatch):
                 state, metrics = advance(stage, length)(state, labels, variables, student_variables)
                 # Older metrics are looked at while this chunk runs: the devices never wait for the host.
@@ -109,9 +111,9 @@ def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student
                     _collect(pending, history, on_chunk)
                     pending = []
                 pending.append(metrics)
-            images, iteration, step_keys = state.images, state.iteration, state.key  # the old ones were donated
+            canvas, iteration, step_keys = state.canvas, state.iteration, state.key  # the old ones were donated
         _collect(pending, history, on_chunk)
-        images = np.asarray(images)
+        images = np.asarray(finish(canvas))
         if not np.isfinite(images).all():  # by the very last update, which no loss has seen
             raise DvinvError(
                 f'The images are not finite after the last of {config.iterations} iterations: lower the learning rate.'

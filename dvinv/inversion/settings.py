@@ -7,6 +7,7 @@ import optax
 
 from dvinv.errors import DvinvError
 from dvinv.inversion.augmentation import Augmentation
+from dvinv.inversion.canvas import KINDS as CANVASES
 from dvinv.inversion.losses import L2, TOTAL_VARIATION
 
 
@@ -25,7 +26,7 @@ class Stage:
     jitter: int = 0  # pixels, at this stage's resolution
     flip: bool = False
     noise: float = 0.0  # deviation, up to, of Gaussian noise an image, for pixels in [0, 1]
-    clip: bool = True  # keep pixels in the valid range [0, 1] (before normalisation) after each iteration
+    clip: bool = True  # keep pixels in the valid range [0, 1] (before normalisation); a spectrum keeps them there anyway
 
     def pool_factor(self, height: int) -> int:
         """How many pixels of an image of this `height` are averaged into one that the teacher sees."""
@@ -65,7 +66,8 @@ class InversionConfig:
     stages: tuple[Stage, ...]
     weights: Weights = Weights()
     total_variation: str = 'l2'  # the form: 'l2' (paper) or 'l1'
-    initial: str = 'white'  # the noise that inversions start from: 'white' (paper) or 'natural', see initial.py
+    canvas: str = 'pixels'  # what Adam moves: 'pixels' (paper) or their 'spectrum', see canvas.py
+    contrast: float = 0.6  # of the first images, for 'spectrum': the deviation of what the sigmoid takes
     l2: str = 'image'  # the norm of each image ('image': ImageNet) or of the whole batch ('batch': CIFAR)
     prior_on: str = 'view'  # total variation and L2 of what the teacher sees ('view': paper) or of the 'image' itself
     bn_stats: str = 'device'  # each device inverts batches of its own ('device') or a share of one ('global')
@@ -83,7 +85,8 @@ class InversionConfig:
           DvinvError: a sentence that names the field, its value and the choices.
         """
         _one_of('total_variation', self.total_variation, TOTAL_VARIATION)
-        _one_of('initial', self.initial, ('white', 'natural'))
+        _one_of('canvas', self.canvas, CANVASES)
+        _at_least('contrast', self.contrast, 0)
         _one_of('l2', self.l2, L2)
         _one_of('prior_on', self.prior_on, ('view', 'image'))
         _one_of('bn_stats', self.bn_stats, ('device', 'global'))

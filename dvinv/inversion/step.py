@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dvinv.inversion.canvas import make_paint
 from dvinv.inversion.objective import objective
 from dvinv.inversion.settings import InversionConfig, Stage
 from dvinv.inversion.teacher import Teacher
@@ -15,13 +16,13 @@ class InversionState:
     """What changes while one batch is inverted.
 
     Attributes:
-      images: [B, H, W, C] float32, normalised pixels, always at full resolution.
+      canvas: [B, H, W, C] float32, what stands for the images, always at full resolution: see canvas.py.
       opt_state: Adam's, of the present stage.
       iteration: int32 scalar, counted over all stages of the batch.
       key: the batch's PRNG key; iteration t draws from fold_in(key, t).
     """
 
-    images: jax.Array
+    canvas: jax.Array
     opt_state: optax.OptState
     iteration: jax.Array
     key: jax.Array
@@ -30,20 +31,21 @@ class InversionState:
 def make_step(teacher: Teacher, config: InversionConfig, stage: Stage, student_fn=None, axis: str | None = None):
     """The pure step `(state, labels, variables, student_variables) -> (state, metrics)`.
 
-    The gradient is taken with respect to the pixels only. The metrics are the loss and its unweighted terms at the images
+    The gradient is taken with respect to the canvas only. The metrics are the loss and its unweighted terms at the images
     *before* the update.
     """
     optimiser = stage.optimiser()
     low, high = teacher.valid_range
+    paint = make_paint(config.canvas, config.contrast, teacher.image_shape, teacher.normalise)
 
     def step(state: InversionState, labels, variables, student_variables):
-        def loss_fn(images):
+        def loss_fn(canvas):
             return objective(
                 teacher,
                 config,
                 stage,
                 student_fn,
-                images,
+                paint(canvas),
                 labels,
                 variables,
                 student_variables,
@@ -51,12 +53,12 @@ def make_step(teacher: Teacher, config: InversionConfig, stage: Stage, student_f
                 axis,
             )
 
-        (loss, terms), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.images)
+        (loss, terms), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.canvas)
         updates, opt_state = optimiser.update(gradient, state.opt_state)
-        images = optax.apply_updates(state.images, updates)
-        if stage.clip:
-            images = jnp.clip(images, low, high)
-        state = state.replace(images=images, opt_state=opt_state, iteration=state.iteration + 1)
+        canvas = optax.apply_updates(state.canvas, updates)
+        if stage.clip and config.canvas == 'pixels':
+            canvas = jnp.clip(canvas, low, high)
+        state = state.replace(canvas=canvas, opt_state=opt_state, iteration=state.iteration + 1)
         return state, {'loss': loss, **terms}
 
     return step
