@@ -3,11 +3,11 @@
 'pixels' (paper): the canvas is the image, in normalised space, white noise at first.
 
 'spectrum': the canvas is white noise too, but it is painted: every frequency gets the amplitude that it has in natural
-pictures, 1/frequency (Field, 1987), the colours are mixed as they are there, and a sigmoid keeps the pixels between black and
-white. Adam moves every value of a canvas by steps of about one size: on pixels that is a step of one size for every
-frequency, which ends in fine patterns that only the teacher understands; through the spectrum coarse shapes move far and fine
-ones little, and brightness and colour vary from image to image as in real ones. No data is needed for that. (Preconditioning
-by frequency is known from feature visualization: Olah, Mordvintsev and Schubert, 2017.)
+pictures, 1/frequency (Field, 1987), the colours are mixed as they are there, and a sigmoid keeps the pixels between black
+and white. Adam moves every value of a canvas by steps of about one size: on pixels that is a step of one size for every
+frequency, which ends in fine patterns that only the teacher understands; through the spectrum coarse shapes move far and
+fine ones little, and brightness and colour vary from image to image as in real ones. No data is needed for that.
+(Preconditioning by frequency is known from feature visualization: Olah, Mordvintsev and Schubert, 2017.)
 """
 
 import functools
