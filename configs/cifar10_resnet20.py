@@ -7,9 +7,15 @@ The weights are those of https://github.com/akamaster/pytorch_resnet_cifar10 (fo
 `.npz` and `.safetensors` do not). Scores on CIFAR-10's test images (prepared once, see the README; or
 `--config.data.name=npz --config.data.path=TEST.npz` with arrays of your own).
 
-5 batches of 256 images and 800 updates: about 12 minutes. So few images make a fine grid, not yet a good student (see
-benchmarks/RESULTS.md): accuracy grows with `synthesis.images` and `distillation.updates`. `:smoke`
-shrinks the run to seconds.
+10 batches of 256 images, 20 iterations each, and 3,000 updates of 16: about 8 minutes. The class term is nearly off, because
+a student learns little about real pictures from images that exaggerate their class (see benchmarks/RESULTS.md). For pictures
+to look at, one batch in 3 to 5 minutes:
+
+    --config.tasks="('teacher','synthesis')" --config.synthesis.images=256 --config.synthesis.weights.main=1 \
+      --config.synthesis.stages[0].iterations=300 --config.synthesis.stages[0].learning_rate=0.2
+
+Accuracy grows with `synthesis.images` and `distillation.updates`; this budget is for a first look. `:smoke` shrinks the run to
+seconds.
 """
 
 import ml_collections
@@ -27,10 +33,12 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     for group in (config.teacher.training, config.verifier.training):  # where no weights are given: 200 epochs
         group.update(updates=78_000, warmup=1000, **sgd)
     config.student.network = 'resnet20'
-    config.synthesis.update(images=5 * 256, batches_per_round=1)
-    config.synthesis.stages[0].iterations = 80
-    config.distillation.update(updates=800, updates_per_round=100, batch_size=64, warmup=40, controls=(), **sgd)
-    config.logging.update(every=50, checkpoint_every=100)
+    config.synthesis.update(images=10 * 256, batches_per_round=1)
+    config.synthesis.stages[0].update(iterations=20, learning_rate=0.3)
+    config.synthesis.weights.main = 0.02
+    config.distillation.update(updates=3000, updates_per_round=150, batch_size=16, warmup=40, controls=(), **sgd)
+    config.distillation.learning_rate = 0.005
+    config.logging.update(every=100, checkpoint_every=500)
     if arg == 'smoke':
         shrink(config)
     elif arg:

@@ -11,7 +11,6 @@ from dvinv.configuration import rounds_of
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
 from dvinv.inversion import Teacher
-from dvinv.networks import create
 from dvinv.runtime.workdir import Workdir
 from dvinv.student import ROLE, lesson_of
 from dvinv.synthesizer import Synthesizer, missing_batches
@@ -27,15 +26,10 @@ def fill_pool(config, workdir: Workdir, teacher: Teacher, pool: ImagePool) -> No
     missing, rounds, per_round = missing_batches(config, pool), rounds_of(config), config.synthesis.batches_per_round
     if not missing:
         return
-    network = create(config.student.network, teacher.num_classes, config.student.width)
-
-    def competitor(variables, x):
-        return network.apply(variables, x, train=False)
-
     lesson = lesson_of(config, teacher, rounds)
     with (
         training_of(config, workdir, 'distillation', 'student', config.student, lesson, teacher, ROLE) as student,
-        Synthesizer(config, workdir, teacher, pool, 'adaptive', 'synthesis', 'adaptive', competitor) as synthesizer,
+        Synthesizer(config, workdir, teacher, pool, 'adaptive', 'synthesis', 'adaptive', student.predict) as synthesizer,
     ):
         images, labels = [], []
         for number in range(rounds.count):

@@ -147,7 +147,7 @@ class Training:
         """
         recipe = lesson.recipe
         recipe.check_devices(series, mesh.size)
-        self._lesson, self._seed, self._logging = lesson, seed, logging
+        self._module, self._lesson, self._seed, self._logging = module, lesson, seed, logging
         self._workdir, self._task, self._series = workdir, task, series
         everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
         self._update = jax.jit(
@@ -174,6 +174,10 @@ class Training:
     def variables(self) -> dict:
         """The network's variables after `step` updates, numpy arrays."""
         return jax.device_get(self._state.variables)
+
+    def predict(self, variables: dict, x: jax.Array) -> jax.Array:
+        """Logits float32 [B, K] of x, normalised [B, H, W, C], in eval mode."""
+        return self._module.apply(variables, x, train=False)
 
     def advance(self, images: np.ndarray, labels: np.ndarray, until: int) -> None:
         """Learn up to update `until`, and keep a checkpoint of it where it is not the last.
