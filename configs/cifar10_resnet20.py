@@ -14,8 +14,8 @@ to look at, one batch in 3 to 5 minutes:
     --config.tasks="('teacher','synthesis')" --config.synthesis.images=256 --config.synthesis.weights.main=1 \
       --config.synthesis.stages[0].iterations=300 --config.synthesis.stages[0].learning_rate=0.2
 
-Accuracy grows with `synthesis.images` and `distillation.updates`; this budget is for a first look. `:smoke` shrinks the run to
-seconds.
+Accuracy grows with `synthesis.images` and `distillation.updates`; this budget is for a first look. `:smoke`
+shrinks the run to seconds.
 """
 
 import ml_collections
