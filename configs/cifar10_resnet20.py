@@ -1,4 +1,4 @@
-"""A published CIFAR-10 ResNet-20 teaches a ResNet-20 from scratch, without data. For a laptop: minutes on 2 CPU cores.
+"""A published CIFAR-10 ResNet-20 teaches a ResNet-20 from scratch, without data. For a laptop: CPU is enough.
 
     python -m dvinv.main --config configs/cifar10_resnet20.py --workdir runs/cifar10_resnet20 \\
       --config.teacher.weights=resnet20.th --config.verifier.weights=resnet32.th
@@ -7,11 +7,11 @@ The weights are those of https://github.com/akamaster/pytorch_resnet_cifar10 (fo
 `.npz` and `.safetensors` do not). Scores on CIFAR-10's test images (prepared once, see the README; or
 `--config.data.name=npz --config.data.path=TEST.npz` with arrays of your own).
 
-10 batches of 256 images, 20 iterations each, and 3,000 updates of 16: about 8 minutes. The class term is nearly off, because
+10 batches of 256 images, 20 iterations each, and 3,000 updates of 16. The class term is nearly off, because
 a student learns little about real pictures from images that exaggerate their class (see benchmarks/RESULTS.md). For pictures
-to look at, one batch in 3 to 5 minutes:
+to look at, one batch in 5 minutes on 2 cores:
 
-    --config.tasks="('teacher','synthesis')" --config.synthesis.images=256 --config.synthesis.weights.main=1 \
+    --config.tasks="('teacher','synthesis')" --config.synthesis.images=256 --config.synthesis.weights.main=1 \\
       --config.synthesis.stages[0].iterations=300 --config.synthesis.stages[0].learning_rate=0.2
 
 Accuracy grows with `synthesis.images` and `distillation.updates`; this budget is for a first look. `:smoke`

@@ -125,7 +125,7 @@ ADAPTIVE = {
         ({'synthesis__batch_size': 1}, ['synthesis.batch_size is 1', 'at least 2']),
         ({'synthesis__total_variation': 'l3'}, ["total_variation is 'l3'", "'l1'"]),
         ({'synthesis__canvas': 'clay'}, ["canvas is 'clay'", "'pixels', 'spectrum'"]),
-        ({'synthesis__contrast': -1.0}, ['contrast is -1', 'at least 0']),
+        ({'synthesis__contrast': 0.0}, ['contrast is 0', 'above 0']),
         ({'synthesis__iterations_per_dispatch': -1}, ['iterations_per_dispatch is -1', 'at least 0']),
         ({'bn_stats': 'world'}, ["bn_stats is 'world'", "'device', 'global'"]),
         (

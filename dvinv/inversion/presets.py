@@ -24,7 +24,7 @@ PRESETS = {
         stages=(Stage(learning_rate=0.1, **_CIFAR_STAGE),), weights=Weights(feature=10.0, total_variation=1e-3), l2='batch'
     ),
     # CIFAR-10, the teacher shown what it was trained on (padded random crops, mirrored, each image its own), Adam moving the
-    # spectrum of the pictures: a tenth of the paper's iterations, and images that another network, and an eye, recognises.
+    # spectrum of the pictures: few iterations, and images that another network, and an eye, recognises.
     'cifar10_crop': InversionConfig(
         stages=(Stage(iterations=300, learning_rate=0.2, beta1=0.5, beta2=0.9, augmentation='crop', jitter=4, flip=True),),
         weights=Weights(feature=0.3, total_variation=2e-3, competition=1.0),

@@ -86,7 +86,8 @@ class InversionConfig:
         """
         _one_of('total_variation', self.total_variation, TOTAL_VARIATION)
         _one_of('canvas', self.canvas, CANVASES)
-        _at_least('contrast', self.contrast, 0)
+        if self.contrast <= 0:
+            raise DvinvError(f'contrast is {self.contrast}; it must be above 0, or no step would change a picture.')
         _one_of('l2', self.l2, L2)
         _one_of('prior_on', self.prior_on, ('view', 'image'))
         _one_of('bn_stats', self.bn_stats, ('device', 'global'))
