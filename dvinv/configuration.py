@@ -1,6 +1,7 @@
 """The base config, whose fields every config file shares, and what is checked before anything is written."""
 
 import dataclasses
+import math
 
 import ml_collections
 
@@ -81,6 +82,7 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
         {
             **recipe,
             'temperature': 3.0,
+            'hint': 0.0,  # weight of the BatchNorm inputs that student and teacher share; 0: the paper, answers alone
             'updates_per_round': 0,  # between two rounds of new images; what is left follows the last round
             'counts': (),  # students of the first so many images beside it: the curve of accuracy against image count
             'controls': ('noise', 'prior_only', 'real'),  # students with the same budget, from other images
@@ -104,7 +106,8 @@ def shrink(config, width: float = 0.25) -> None:
     if config.data.name != 'digits':
         config.data.update(name='digits', image_size=32)
         config.teacher.mean, config.teacher.std = (0.3053,), (0.3761,)
-    config.teacher.width, config.student.width, config.verifier.width = width, width / 2, width
+    config.teacher.width, config.verifier.width = width, width
+    config.student.width = width if config.distillation.hint else width / 2  # hints need layers of one shape
     for group in (config.teacher.training, config.verifier.training, config.distillation):
         group.update(updates=20, batch_size=32, warmup=2)
     config.synthesis.update(images=40, batch_size=20)
@@ -186,6 +189,8 @@ def check(config) -> None:
             raise DvinvError(f'distillation.controls names {control!r}; choose among noise, prior_only, real.')
     if config.distillation.temperature <= 0:
         raise DvinvError(f'distillation.temperature is {config.distillation.temperature}; it must be above 0.')
+    if not 0 <= config.distillation.hint < math.inf:
+        raise DvinvError(f'distillation.hint is {config.distillation.hint}; it must be at least 0.')
     for name in ('every', 'checkpoint_every', 'iterations'):
         if config.logging[name] < 1:
             raise DvinvError(f'logging.{name} is {config.logging[name]}; it must be at least 1.')

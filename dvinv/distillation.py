@@ -11,7 +11,7 @@ from dvinv.inversion import Teacher
 from dvinv.networks import Classifier
 from dvinv.rounds import Rounds
 from dvinv.runtime.workdir import Workdir, open_workdir
-from dvinv.student import ROLE, lesson_of
+from dvinv.student import ROLE, hinted_layers, lesson_of
 from dvinv.synthesizer import fill_pool, missing_batches, open_pool
 from dvinv.teacher import load, test_accuracy
 from dvinv.training import learn
@@ -61,6 +61,7 @@ def run(config, workdir) -> dict:
         'flops': flops(student),
         'images': len(labels),
         'updates': config.distillation.updates,
+        'hinted_layers': len(hinted_layers(config, teacher)),
     }
 
 

@@ -9,6 +9,7 @@ from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
 from dvinv.runtime.devices import make_mesh, training_mesh
 from dvinv.runtime.workdir import Workdir, open_workdir
+from dvinv.student import hinted_layers
 
 DRIVERS = {'teacher': teacher, 'synthesis': synthesis, 'distillation': distillation, 'report': report}
 
@@ -44,7 +45,9 @@ def check(config) -> None:
             'distillation.controls names real, but there are no real training images; leave it out, or name some by '
             'data.name and data.train_path.'
         )
-    configuration.inversion_config(config).check(teacher.check(config).image_shape)
+    to_invert = teacher.check(config)
+    configuration.inversion_config(config).check(to_invert.image_shape)
+    hinted_layers(config, to_invert)
 
 
 def run(config, workdir) -> dict:

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from dvinv.configuration import recipe_of
+from dvinv.hints import hint_loss, shared_layers
 from dvinv.inversion import Teacher
+from dvinv.networks import create
 from dvinv.rounds import Rounds
 from dvinv.training import Lesson
 
@@ -13,20 +15,40 @@ ROLE = 3  # see `training.training_of`
 
 def lesson_of(config, teacher: Teacher, rounds: Rounds) -> Lesson:
     """What a student of `teacher` is taught, on images that come in `rounds`."""
-    loss = distillation_loss(teacher, config.distillation.temperature)
-    return Lesson(recipe_of(config.distillation), loss, rounds, teacher.variables)
+    group = config.distillation
+    loss = distillation_loss(teacher, group.temperature, group.hint, hinted_layers(config, teacher))
+    return Lesson(recipe_of(group), loss, rounds, teacher.variables)
 
 
-def distillation_loss(teacher: Teacher, temperature: float):
-    """T^2 KL(teacher || student) at temperature T, both on the augmented view, as the loss of a `Lesson`.
+def hinted_layers(config, teacher: Teacher) -> tuple[str, ...]:
+    """The layers that hints are about; none where `distillation.hint` is 0.
 
-    T^2 keeps the gradient's size independent of the temperature (Hinton et al., arXiv 1503.02531, section 2).
+    Raises:
+      DvinvError: there should be some, but student and teacher have no layer in common.
+    """
+    if not config.distillation.hint:
+        return ()
+    return shared_layers(create(config.student.network, teacher.num_classes, config.student.width), teacher)
+
+
+def distillation_loss(teacher: Teacher, temperature: float, hint: float = 0.0, layers: tuple[str, ...] = ()):
+    """T^2 KL(teacher || student) at temperature T, plus `hint` times `hint_loss` of `layers`; the loss of a `Lesson`.
+
+    Both networks see the same augmented view. T^2 keeps the gradient's size independent of the temperature (Hinton et al.,
+    arXiv 1503.02531, section 2).
     """
 
-    def loss(logits, x, labels, teacher_variables):
-        teacher_logits = teacher.apply_fn(teacher_variables, x)
+    def loss(logits, features, x, labels, teacher_variables):
+        if layers:
+            teacher_logits, teacher_features = teacher.features(teacher_variables, x)
+        else:
+            teacher_logits = teacher.apply_fn(teacher_variables, x)
         targets, answers = (jax.nn.log_softmax(z.astype(jnp.float32) / temperature) for z in (teacher_logits, logits))
         divergence = jnp.sum(jnp.exp(targets) * (targets - answers), -1)
-        return temperature**2 * divergence.mean()
+        total = temperature**2 * divergence.mean()
+        if layers:
+            hints = {layer: teacher_features[layer] for layer in layers}
+            total += hint * hint_loss(features, hints)
+        return total
 
     return loss

@@ -70,7 +70,7 @@ class Synthesizer:
             pool.notes(number)  # refuses another teacher's pool
         if missing:
             workdir.metrics.keep(task, series, lambda line: line['batch'] in finished)
-        self._paint = make_paint(settings.canvas, settings.contrast, teacher.image_shape, teacher.normalise)
+        self._paint = make_paint(settings.canvas, settings.contrast, teacher)
         if method == 'noise':
             self._invert = _make_noise(teacher, self._paint)
         else:

@@ -5,7 +5,6 @@ import importlib
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from dvinv.configuration import recipe_of
@@ -14,7 +13,7 @@ from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
 from dvinv.evaluation import accuracy, flops
 from dvinv.inversion.teacher import Teacher, from_linen
-from dvinv.networks import Classifier, classifier_of, create, read_classifier
+from dvinv.networks import Classifier, classifier_of, create, read_classifier, shapes_of
 from dvinv.rounds import Rounds
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.training import Lesson, learn
@@ -114,7 +113,7 @@ def check(config) -> Teacher:
     if _is_trained_here('teacher', config):
         group, shape = config.teacher, data.image_shape
         module = create(group.network, data.num_classes, group.width)
-        teacher = from_linen(module, _shapes_of(module, shape), image_shape=shape, mean=group.mean, std=group.std)
+        teacher = from_linen(module, shapes_of(module, shape), image_shape=shape, mean=group.mean, std=group.std)
     else:
         teacher = load(config, None)
     if data is not None:
@@ -148,7 +147,7 @@ def _check_takes(name: str, group, teacher: Teacher) -> None:
     """Refuse, by shapes alone, a network to be trained that cannot take the teacher's images."""
     module = create(group.network, teacher.num_classes, group.width)
     try:
-        _shapes_of(module, teacher.image_shape)
+        shapes_of(module, teacher.image_shape)
     except Exception as error:  # Flax and JAX raise many kinds here
         shape, reason = 'x'.join(map(str, teacher.image_shape)), str(error).splitlines()[0]
         raise DvinvError(f'{name}.network is {group.network}, which cannot take images of {shape}: {reason}') from error
@@ -157,7 +156,7 @@ def _check_takes(name: str, group, teacher: Teacher) -> None:
 def supervised(label_smoothing: float):
     """Cross-entropy to the labels, as the loss of a `Lesson`."""
 
-    def loss(logits, x, labels, frozen):
+    def loss(logits, features, x, labels, frozen):
         targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
         return optax.softmax_cross_entropy(logits, targets).mean()
 
@@ -209,9 +208,3 @@ def _from_factory(name: str) -> Teacher:
 def _blank(config, data: RealData) -> Classifier:
     """What a network trained here will be, without weights."""
     return Classifier(None, None, data.image_shape, data.num_classes, tuple(config.teacher.mean), tuple(config.teacher.std))
-
-
-def _shapes_of(module, image_shape) -> dict:
-    """Shapes of the variables of a Linen module for images [H, W, C]."""
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    return jax.eval_shape(functools.partial(module.init, train=False), jax.random.key(0), image)

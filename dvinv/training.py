@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dvinv.errors import DvinvError
+from dvinv.inversion.tap import features_in_training
 from dvinv.networks import Classifier, create, initialise, load_classifier, save_network
 from dvinv.recipe import Recipe
 from dvinv.rounds import Rounds, chosen_images
@@ -51,7 +52,8 @@ class Lesson:
 
     Attributes:
       recipe: how.
-      loss_fn: (logits, x, labels, frozen) -> scalar; x is the augmented, normalised batch [B, H, W, C].
+      loss_fn: (logits, features, x, labels, frozen) -> scalar; x is the augmented, normalised batch [B, H, W, C], features
+        are the network's BatchNorm inputs (see `inversion.tap.features_in_training`).
       rounds: when its images come.
       frozen: variables that `loss_fn` needs beside, those of a teacher for instance.
     """
@@ -83,14 +85,9 @@ def make_update(module, recipe: Recipe, loss_fn: Callable, classifier: Classifie
         x = recipe.look(look_key, classifier.normalise(images), classifier)
 
         def loss_of(params):
-            logits, changed = module.apply(
-                {'params': params, 'batch_stats': state.batch_stats},
-                x,
-                train=True,
-                mutable=['batch_stats'],
-                rngs={'dropout': dropout_key},
-            )
-            return loss_fn(logits, x, labels, frozen), changed.get('batch_stats', {})
+            variables = {'params': params, 'batch_stats': state.batch_stats}
+            logits, features, batch_stats = features_in_training(module, variables, x, {'dropout': dropout_key})
+            return loss_fn(logits, features, x, labels, frozen), batch_stats
 
         (loss, batch_stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -106,8 +103,8 @@ def make_reestimate(module, recipe: Recipe, classifier: Classifier):
     def reestimate(state: TrainState, images, key):
         look_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
         x = recipe.look(look_key, classifier.normalise(images), classifier)
-        _, changed = module.apply(state.variables, x, train=True, mutable=['batch_stats'], rngs={'dropout': dropout_key})
-        return state.replace(batch_stats=changed.get('batch_stats', {}), step=state.step + 1)
+        _, _, batch_stats = features_in_training(module, state.variables, x, {'dropout': dropout_key})
+        return state.replace(batch_stats=batch_stats, step=state.step + 1)
 
     return reestimate
 

@@ -9,17 +9,19 @@ import pytest
 
 from dvinv.inversion import PRESETS, InversionConfig, Stage, Weights, invert
 from dvinv.inversion.canvas import blank_canvas, make_paint
+from dvinv.networks import Classifier
 
 SHAPE = (32, 24, 3)
 
 
-def pixels(x):
-    return x  # as `normalise` of mean 0 and deviation 1
+def pixels(shape):
+    """A classifier that takes pixels as they are."""
+    return Classifier(None, None, shape, 10, (0.0,) * shape[-1], (1.0,) * shape[-1])
 
 
 def drawn(kind, contrast=0.6, batch_size=512, shape=SHAPE):
     canvas, _ = blank_canvas(jax.random.key(0), batch_size, shape)
-    images = make_paint(kind, contrast, shape, pixels)(canvas)
+    images = make_paint(kind, contrast, pixels(shape))(canvas)
     assert images.dtype == np.float32
     assert images.shape == (batch_size, *shape)
     return np.asarray(images)
@@ -68,12 +70,12 @@ def test_any_shape_and_any_number_of_channels(shape):
 
 def test_one_image_does_not_depend_on_the_others_of_its_batch():
     canvas, _ = blank_canvas(jax.random.key(0), 4, SHAPE)
-    paint = make_paint('spectrum', 0.6, SHAPE, pixels)
+    paint = make_paint('spectrum', 0.6, pixels(SHAPE))
     np.testing.assert_allclose(paint(canvas)[1:2], paint(canvas[1:2]), atol=1e-6)
 
 
 def test_a_step_on_the_canvas_moves_coarse_shapes_further_than_fine_ones():
-    paint = make_paint('spectrum', 0.6, (32, 32, 1), pixels)
+    paint = make_paint('spectrum', 0.6, pixels((32, 32, 1)))
     column = jnp.arange(32)
 
     def moved(frequency):

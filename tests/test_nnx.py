@@ -40,7 +40,7 @@ class ForeignNorm(nnx.Module):
 
 
 class ChannelsFirst(nnx.BatchNorm):
-    """A subclass that hands something else on to BatchNorm's own call."""
+    """A subclass that hands something else on to BatchNorm's own call, where the tap hears it."""
 
     def __call__(self, x):
         return jnp.moveaxis(super().__call__(jnp.moveaxis(x, 1, -1)), -1, 1)
@@ -135,7 +135,7 @@ def _definition(inputs, axis, stacked):
     ],
     ids=str,
 )
-def test_moments_are_those_of_the_input(arrangement, block):
+def test_moments_are_those_of_the_input_and_features_the_input_itself(arrangement, block):
     model = _model(Net, arrangement=arrangement, **block)
     teacher = _teacher(model)
     model.eval()
@@ -143,23 +143,30 @@ def test_moments_are_those_of_the_input(arrangement, block):
 
     @jax.jit
     def run(variables, state, x):
-        return teacher.tap(variables, x), nnx.capture(nnx.merge(graph, state), nnx.Intermediate)(x)
+        plain = nnx.capture(nnx.merge(graph, state), nnx.Intermediate)(x)
+        return teacher.tap(variables, x), teacher.features(variables, x), plain
 
-    (logits, moments), (plain_logits, kept) = run(teacher.variables, state, _images())
+    (logits, moments), (same_logits, features), (plain_logits, kept) = run(teacher.variables, state, _images())
     np.testing.assert_allclose(logits, plain_logits, rtol=1e-5)
+    np.testing.assert_allclose(same_logits, plain_logits, rtol=1e-5)
     assert teacher.tap.layers == ('first/norm', 'blocks/norm')
     tolerance = 2e-3 if 'dtype' in block else 1e-5  # XLA may leave out a rounding to bfloat16 (2^-9) before the moments
     for name in ('first', 'blocks'):
         mean, variance = moments[f'{name}/norm']
         inner = name == 'blocks'
+        seen = nnx.to_pure_dict(kept)[name]['seen']
         exact = _definition(
-            nnx.to_pure_dict(kept)[name]['seen'],
+            seen,
             block.get('axis', -1) if inner else -1,
             inner and arrangement in ('scan', 'vmap'),
         )
         assert mean.dtype == variance.dtype == np.float32
         np.testing.assert_allclose(mean, exact[0], rtol=1e-4, atol=tolerance)
         np.testing.assert_allclose(variance, exact[1], rtol=1e-4, atol=tolerance)
+        for heard, given in zip(features[f'{name}/norm'], seen, strict=True):
+            if block.get('norm') is ChannelsFirst and inner:
+                given = jnp.moveaxis(given, 1, -1)
+            np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (heard, given)), rtol=1e-2, atol=tolerance)
 
 
 def test_the_first_layer_is_the_first_that_runs():

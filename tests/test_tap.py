@@ -89,19 +89,21 @@ def _images(batch=4, image_shape=IMAGE_SHAPE):
 
 
 def _tap(teacher, module):
-    """(moments, {block: the inputs that its normalisation saw}), from one program."""
+    """(moments, features, {block: the inputs that its normalisation saw}), from one program."""
     order = []
 
     @jax.jit
     def run(variables, x):
         tapped = teacher.tap(variables, x)
         order.extend(tapped[1])  # jit sorts the keys of what it returns
-        return tapped, module.apply(variables, x, mutable=['intermediates'])
+        return tapped, teacher.features(variables, x), module.apply(variables, x, mutable=['intermediates'])
 
-    (logits, moments), (plain_logits, kept) = run(teacher.variables, _images())
+    (logits, moments), (same_logits, features), (plain_logits, kept) = run(teacher.variables, _images())
     np.testing.assert_allclose(logits, plain_logits, rtol=1e-5)
+    np.testing.assert_allclose(same_logits, plain_logits, rtol=1e-5)
     seen = flax.traverse_util.flatten_dict(kept['intermediates'], sep='/')
-    return {layer: moments[layer] for layer in order}, {name.removesuffix('/seen'): values for name, values in seen.items()}
+    seen = {name.removesuffix('/seen'): values for name, values in seen.items()}
+    return {layer: moments[layer] for layer in order}, features, seen
 
 
 def _definition(inputs, axis, stacked):
@@ -135,9 +137,9 @@ def _definition(inputs, axis, stacked):
     ],
     ids=str,
 )
-def test_moments_are_those_of_the_input(arrangement, block):
+def test_moments_are_those_of_the_input_and_features_the_input_itself(arrangement, block):
     module = Net(arrangement, block)
-    moments, seen = _tap(_teacher(module), module)
+    moments, features, seen = _tap(_teacher(module), module)
     assert [layer.split('/')[0] for layer in moments] == ['first', 'blocks']
     tolerance = 2e-3 if 'dtype' in block else 1e-5  # XLA may leave out a rounding to bfloat16 (2^-9) before the moments
     for layer, (mean, variance) in moments.items():
@@ -150,6 +152,8 @@ def test_moments_are_those_of_the_input(arrangement, block):
         assert mean.dtype == variance.dtype == np.float32
         np.testing.assert_allclose(mean, exact[0], rtol=1e-4, atol=tolerance)
         np.testing.assert_allclose(variance, exact[1], rtol=1e-4, atol=tolerance)
+        for heard, given in zip(features[layer], seen[name], strict=True):
+            np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (heard, given)), rtol=1e-2, atol=tolerance)
 
 
 def test_the_first_layer_is_the_first_that_runs():

@@ -24,7 +24,7 @@ LOGGING = types.SimpleNamespace(every=2, checkpoint_every=4)
 RECIPE = Recipe(updates=8, batch_size=8, learning_rate=0.05, warmup=2, weight_decay=1e-3, shift=1, flip=True, noise=0.1)
 
 
-def _loss(logits, x, labels, frozen):
+def _loss(logits, features, x, labels, frozen):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dvinv.networks.classifier import Classifier
+
 KINDS = ('pixels', 'spectrum')
 SHARED = 0.85  # the part of the variance that the channels have in common
 
@@ -28,18 +30,17 @@ def blank_canvas(key: jax.Array, batch_size: int, image_shape) -> tuple[jax.Arra
     return jax.random.normal(canvas_key, (batch_size, *image_shape)), step_key
 
 
-def make_paint(kind: str, contrast: float, image_shape, normalise: Callable) -> Callable:
+def make_paint(kind: str, contrast: float, classifier: Classifier) -> Callable:
     """`canvas -> images`, both [B, H, W, C] float32, the images normalised.
 
     Args:
       kind: one of `KINDS`.
       contrast: of the first images of 'spectrum': the deviation of what the sigmoid takes.
-      image_shape: (H, W, C).
-      normalise: from pixels in [0, 1] to what the network takes.
+      classifier: tells the images' shape, and how pixels in [0, 1] are normalised.
     """
     if kind == 'pixels':
         return lambda canvas: canvas
-    height, width, channels = image_shape
+    height, width, channels = classifier.image_shape
     # One constant array: XLA folds products of constants differently for one and for several devices.
     amplitudes = np.float32(contrast) * _amplitudes(height, width)[..., None]
     colours = np.linalg.cholesky(SHARED * np.ones((channels, channels)) + (1 - SHARED) * np.eye(channels)).astype(np.float32)
@@ -47,7 +48,7 @@ def make_paint(kind: str, contrast: float, image_shape, normalise: Callable) -> 
     def paint(canvas):
         spectrum = jnp.fft.rfft2(canvas, axes=(1, 2)) * amplitudes
         picture = jnp.fft.irfft2(spectrum, s=(height, width), axes=(1, 2))
-        return normalise(jax.nn.sigmoid(jnp.einsum('bhwc,dc->bhwd', picture, colours, precision='highest')))
+        return classifier.normalise(jax.nn.sigmoid(jnp.einsum('bhwc,dc->bhwd', picture, colours, precision='highest')))
 
     return paint
 

@@ -71,7 +71,7 @@ def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student
     def begin(batch_size: int):
         return mapped(lambda key: blank_canvas(key, batch_size, teacher.image_shape))
 
-    finish = mapped(make_paint(config.canvas, config.contrast, teacher.image_shape, teacher.normalise))
+    finish = mapped(make_paint(config.canvas, config.contrast, teacher))
 
     @functools.cache
     def restart(stage: Stage):

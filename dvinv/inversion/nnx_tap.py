@@ -8,19 +8,30 @@ left behind, and a network whose logits depend on them is refused.
 import functools
 import operator
 from collections import Counter
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
-from dvinv.inversion.tap import DRAWS, LEARNS, SOWN, STATISTICS, Tap, running_statistics, shifted_moments
+from dvinv.inversion.tap import (
+    DRAWS,
+    LEARNS,
+    SOWN,
+    STATISTICS,
+    Tap,
+    input_of,
+    running_statistics,
+    shifted_moments,
+    whole_input,
+)
 
 GROUPS = {'params': nnx.Param, STATISTICS: nnx.BatchStat, 'others': ...}  # what goes where; the first that fits
 
 
 class Heard(nnx.BatchStat):
-    """The type of sown moments: a kind of BatchStat, so that transforms map them as they map running statistics."""
+    """The type of what is sown: a kind of BatchStat, so that transforms map them as they map running statistics."""
 
 
 def in_eval_mode(model: nnx.Module) -> nnx.Module:
@@ -61,13 +72,16 @@ class NnxTap(Tap):
         name, layers = type(model).__name__, running_statistics(variables)
         self._graph, groups, self._noise = _split(model)
         self._paths = [(group, path) for group, flat in groups.items() for path in flat]
-        self._notes = _Notes()
-        for path, module in list(nnx.iter_modules(model)):
-            layer = '/'.join(map(str, path))
-            if layer in layers:
-                module.__class__ = _listening(type(module))
-                module.dvinv_notes = (layer, self._notes)
-        self._listening_graph = nnx.graphdef(model)
+        owners = {'/'.join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+        owners = {layer: module for layer, module in owners.items() if layer in layers}
+        for module in owners.values():
+            module.__class__ = _listening(type(module))
+        self._listening = {}  # {hear: (graph, notes)}: a graph each, for what is traced inside may be cached by its graph
+        for hear in (shifted_moments, whole_input):
+            notes = _Notes(hear)
+            for layer, module in owners.items():
+                module.dvinv_notes = (layer, notes)
+            self._listening[hear] = nnx.graphdef(model), notes
         super().__init__(name, variables, example, call_kwargs)
         self._check_silence(variables, example)
 
@@ -79,10 +93,11 @@ class NnxTap(Tap):
         # What the network itself may sow goes nowhere: it is captured, and not kept.
         return nnx.capture(self._model(self._graph, variables, noise))(x, **self._kwargs)
 
-    def _listen(self, variables, x, calls: Counter):
-        self._notes.calls = calls
-        logits, sown = nnx.capture(self._model(self._listening_graph, variables), Heard)(x, **self._kwargs)
-        if self._notes.learning:
+    def _listen(self, variables, x, calls: Counter, hear: Callable):
+        graph, notes = self._listening[hear]
+        notes.calls = calls
+        logits, sown = nnx.capture(self._model(graph, variables), Heard)(x, **self._kwargs)
+        if notes.learning:
             raise self._in_training(*LEARNS)
         return logits, {'/'.join(map(str, path[:-1])): heard for path, heard in _values(sown).items()}
 
@@ -105,9 +120,10 @@ class NnxTap(Tap):
 
 
 class _Notes:
-    """What the ears of a tap note down while JAX traces. A static part of the graph, equal to itself alone."""
+    """What ears listen for, and note down while JAX traces. A static part of the graph, equal to itself alone."""
 
-    def __init__(self):
+    def __init__(self, hear: Callable):
+        self.hear = hear
         self.calls = Counter()  # of each layer
         self.learning = set()  # the layers that updated their statistics
 
@@ -120,7 +136,7 @@ def _listening(layer: type) -> type:
 
 
 def _ear(*bases: type) -> type:
-    """A class whose `__call__` sows the moments of the input, unless one further in the line of inheritance did."""
+    """A class whose `__call__` sows what is heard of the input, unless one further in the line of inheritance did."""
 
     class Ear(*bases):
         def __call__(self, *args, **kwargs):
@@ -131,7 +147,7 @@ def _ear(*bases: type) -> type:
                 notes.learning.add(layer)
             # A subclass that calls super().__call__ passes two ears; the innermost call is the normalisation itself.
             if notes.calls[layer] == before:
-                self.sow(Heard, SOWN, shifted_moments(self, self.mean.get_value(), args, kwargs))
+                self.sow(Heard, SOWN, notes.hear(self, self.mean.get_value(), input_of(args, kwargs)))
                 notes.calls[layer] += 1
             return result
 

@@ -36,7 +36,7 @@ def make_step(teacher: Teacher, config: InversionConfig, stage: Stage, student_f
     """
     optimiser = stage.optimiser()
     low, high = teacher.valid_range
-    paint = make_paint(config.canvas, config.contrast, teacher.image_shape, teacher.normalise)
+    paint = make_paint(config.canvas, config.contrast, teacher)
 
     def step(state: InversionState, labels, variables, student_variables):
         def loss_fn(canvas):

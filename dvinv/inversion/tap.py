@@ -7,11 +7,13 @@ shifted by the frozen running mean mu,
     d = E[x - mu],   s = E[(x - mu)^2],   mean = mu + d,   variance = s - d^2   (biased, float32)
 
 which is as exact near the optimum as two passes (E[x^2] - E[x]^2 cancels), and is linear in the images, so that a batch
-split over devices is reduced by one mean of (d, s). `LinenTap` is here, `NnxTap` in nnx_tap.py.
+split over devices is reduced by one mean of (d, s). The same ears can hand out the inputs themselves, the network's
+features. `LinenTap` is here, `NnxTap` in nnx_tap.py.
 """
 
 import contextlib
 from collections import Counter
+from collections.abc import Callable
 
 import flax
 import flax.linen as nn
@@ -21,9 +23,9 @@ import jax.numpy as jnp
 from dvinv.errors import DvinvError
 from dvinv.inversion.losses import pmean
 
-PRIVATE = 'dvinv_tap'  # the collection that moments are sown into
+PRIVATE = 'dvinv_tap'  # the collection that is sown into
 STATISTICS = 'batch_stats'  # Flax's collection of running statistics; the second choice for sowing
-SOWN = 'dvinv_moments'  # the name of the sown variable
+SOWN = 'dvinv_heard'  # the name of the sown variable
 
 # Symptoms of a network in training mode, and what may put it right.
 LEARNS = 'wants to update its running statistics', {'train': False}
@@ -41,9 +43,18 @@ def running_statistics(variables) -> dict[str, tuple[jax.Array, jax.Array]]:
     }
 
 
-def shifted_moments(layer, running_mean: jax.Array, args, kwargs) -> tuple[jax.Array, jax.Array]:
-    """(d, s) of the file's docstring, float32, of what `layer` is called with, over all but its feature axes (`axis`)."""
-    x = args[0] if args else kwargs['x'] if 'x' in kwargs else next(iter(kwargs.values()))
+def input_of(args, kwargs) -> jax.Array:
+    """What a layer that was called with these arguments normalises."""
+    return args[0] if args else kwargs['x'] if 'x' in kwargs else next(iter(kwargs.values()))
+
+
+def whole_input(layer, running_mean: jax.Array, x: jax.Array) -> jax.Array:
+    """To hear the input x itself."""
+    return x
+
+
+def shifted_moments(layer, running_mean: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """To hear (d, s) of the file's docstring, float32, of the input x of `layer`, over all but its feature axes (`axis`)."""
     axes = getattr(layer, 'axis', -1)
     features = {a % x.ndim for a in (axes if isinstance(axes, tuple | list) else (axes,))}
     reduced = tuple(a for a in range(x.ndim) if a not in features)
@@ -70,7 +81,7 @@ class Tap:
       layers: the tapped layers in forward order.
     """
 
-    ways = (None,)  # what moments may be sown into, first choice first
+    ways = (None,)  # what may be sown into, first choice first
 
     def __init__(self, name: str, variables, example, call_kwargs: dict):
         """Finds, without computing anything, the way of tapping that reaches every layer with running statistics.
@@ -113,10 +124,11 @@ class Tap:
         """Logits [B, K] of normalised images x [B, H, W, C], in eval mode."""
         raise NotImplementedError
 
-    def _listen(self, variables, x, calls: Counter):
-        """(logits, {layer: the (d, s) of each of its calls}), sown in `self._way`.
+    def _listen(self, variables, x, calls: Counter, hear: Callable):
+        """(logits, {layer: what is heard of each of its calls}), sown in `self._way`.
 
-        While JAX traces, `calls` counts the calls of each layer, the first to be called first.
+        `hear` is `shifted_moments` or `whole_input`. While JAX traces, `calls` counts the calls of each layer, the first to
+        be called first.
         """
         raise NotImplementedError
 
@@ -125,8 +137,13 @@ class Tap:
         logits, moments = self._run(variables, x, Counter(), axis)
         return logits, {layer: moments[layer] for layer in self.layers}
 
+    def features(self, variables, x):
+        """(logits [B, K], {layer: its BatchNorm input at each of its calls, a tuple of [B, ...]} in forward order)."""
+        logits, heard = self._listen(variables, x, Counter(), whole_input)
+        return logits, {layer: heard[layer] for layer in self.layers}
+
     def _run(self, variables, x, calls: Counter, axis: str | None = None):
-        logits, sown = self._listen(variables, x, calls)
+        logits, sown = self._listen(variables, x, calls, shifted_moments)
         statistics = running_statistics(variables)
         return logits, {layer: _moments(statistics[layer][0], heard) for layer, heard in pmean(sown, axis).items()}
 
@@ -175,16 +192,33 @@ class LinenTap(Tap):
         """Logits [B, K] of normalised images x [B, H, W, C], in eval mode."""
         return self._module.apply(variables, x, **self._kwargs)
 
-    def _listen(self, variables, x, calls: Counter):
-        with _sowing(self._way, calls):
+    def _listen(self, variables, x, calls: Counter, hear: Callable):
+        with _sowing(self._way, calls, hear):
             logits, sown = self._module.apply(variables, x, mutable=[self._way], **self._kwargs)
-        flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(sown).get(self._way, {}))
-        return logits, {'/'.join(path[:-1]): heard for path, heard in flat.items() if path[-1] == SOWN}
+        return logits, _heard(sown, self._way)
+
+
+def features_in_training(module: nn.Module, variables, x, rngs: dict):
+    """A forward pass in train mode: (logits [B, K], features as of `Tap.features`, the new running statistics).
+
+    Args:
+      module: takes x and `train`.
+      rngs: {'dropout': key}.
+    """
+    with _sowing(PRIVATE, Counter(), whole_input):
+        logits, changed = module.apply(variables, x, train=True, mutable=[STATISTICS, PRIVATE], rngs=rngs)
+    return logits, _heard(changed, PRIVATE), changed.get(STATISTICS, {})
+
+
+def _heard(sown, collection: str) -> dict:
+    """{layer: what was heard of each of its calls} in what a Linen module has sown."""
+    flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(sown).get(collection, {}))
+    return {'/'.join(path[:-1]): heard for path, heard in flat.items() if path[-1] == SOWN}
 
 
 @contextlib.contextmanager
-def _sowing(collection: str, calls: Counter):
-    """While open, every Linen BatchNorm that is called sows its (d, s) into `collection` and is counted in `calls`."""
+def _sowing(collection: str, calls: Counter, hear: Callable):
+    """While open, every Linen BatchNorm that is called sows what is heard into `collection` and is counted in `calls`."""
 
     def intercept(call, args, kwargs, context):
         module = context.module
@@ -195,7 +229,8 @@ def _sowing(collection: str, calls: Counter):
         result = call(*args, **kwargs)
         # A subclass that calls super().__call__ passes here twice; the innermost call is the normalisation itself.
         if calls[layer] == before:
-            module.sow(collection, SOWN, shifted_moments(module, module.get_variable(STATISTICS, 'mean'), args, kwargs))
+            running_mean = module.get_variable(STATISTICS, 'mean')
+            module.sow(collection, SOWN, hear(module, running_mean, input_of(args, kwargs)))
             calls[layer] += 1
         return result
 

@@ -22,6 +22,7 @@ class Teacher(Classifier):
     """A trained, frozen classifier whose BatchNorm inputs can be listened to."""
 
     tap: Callable  # (variables, x, axis=None) -> (logits, {layer: (input mean, input variance)}), layers in forward order
+    features: Callable  # (variables, x) -> (logits, {layer: its BatchNorm inputs, one a call}), layers in forward order
     statistics: Callable  # (variables) -> {layer: (running mean, running variance)}
 
 
@@ -97,4 +98,4 @@ def _teacher(make_tap, network, variables, image_shape, mean, std, call_kwargs) 
     example = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
     tap = make_tap(network, variables, example, call_kwargs)
     num_classes = jax.eval_shape(tap.apply_fn, variables, example).shape[-1]
-    return Teacher(tap.apply_fn, variables, image_shape, num_classes, mean, std, tap, running_statistics)
+    return Teacher(tap.apply_fn, variables, image_shape, num_classes, mean, std, tap, tap.features, running_statistics)

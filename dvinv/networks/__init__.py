@@ -2,7 +2,7 @@
 
 from dvinv.networks.classifier import Classifier
 from dvinv.networks.files import classifier_of, load_classifier, load_network, read_classifier, save_network
-from dvinv.networks.registry import NETWORKS, create, image_shape, initialise
+from dvinv.networks.registry import NETWORKS, create, image_shape, initialise, shapes_of
 
 __all__ = [
     'NETWORKS',
@@ -15,4 +15,5 @@ __all__ = [
     'load_network',
     'read_classifier',
     'save_network',
+    'shapes_of',
 ]

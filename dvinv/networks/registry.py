@@ -1,6 +1,7 @@
 """Networks by name."""
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -75,6 +76,12 @@ def _named(name: str) -> Network:
     if name not in NETWORKS:
         raise DvinvError(f'There is no network {name!r}; choose one of {", ".join(sorted(NETWORKS))}.')
     return NETWORKS[name]
+
+
+def shapes_of(module, image_shape) -> dict:
+    """Shapes of the variables of a Linen module for images [H, W, C]."""
+    image = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
+    return jax.eval_shape(functools.partial(module.init, train=False), jax.random.key(0), image)
 
 
 def initialise(module, key: jax.Array, image_shape) -> dict:
