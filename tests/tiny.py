@@ -1,4 +1,4 @@
-"""The smallest networks that have all that the tests look at."""
+"""The smallest networks, and images, that have all that the tests look at."""
 
 import flax.linen as nn
 import jax
@@ -51,3 +51,9 @@ def tiny_teacher(seed: int = 0, **fields):
     """A Teacher of 3 classes that takes pictures of `IMAGE_SHAPE`."""
     module = TinyNet(**fields)
     return from_linen(module, trained_variables(module, seed=seed), image_shape=IMAGE_SHAPE, mean=MEAN, std=STD)
+
+
+def numbered(labels, channels=1, size=4):
+    """(images uint8 [N, size, size, channels] whose every pixel is the index of the image plus one, labels)."""
+    index = np.arange(1, len(labels) + 1, dtype=np.uint8).reshape(-1, 1, 1, 1)
+    return np.broadcast_to(index, (len(labels), size, size, channels)).copy(), np.array(labels)

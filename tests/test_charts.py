@@ -1,0 +1,143 @@
+"""Line charts: well-formed for any values, lines where the values say, text escaped."""
+
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from dvinv.runtime.charts import LARGEST, MAX_BUCKETS, MAX_DOTS, line_chart
+
+HOSTILE = '<script src="x">&\'</script>'
+
+
+def _points(svg):
+    """The coordinates [N, 2] of each series path, its gaps ignored."""
+    paths = re.findall(r'<path d="([^"]*)" fill="none"', svg)
+    return [np.array(re.findall(r'[ML]([-\d.]+) ([-\d.]+)', path), dtype=float) for path in paths]
+
+
+def _ticks(svg):
+    """What stands below the x axis."""
+    return re.findall(r'text-anchor="middle" style="[^"]*">([\d,.]+)</text>', svg)
+
+
+@pytest.mark.parametrize(('log_y', 'log_x'), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    'y',
+    [
+        [],
+        [3.0],
+        [0.0],
+        [2.0] * 5,
+        [0.0] * 5,
+        [-1.0, -2.0],
+        [float('nan')] * 4,
+        [1.0, None, 2.0],
+        [1.0, float('inf'), 2.0, -float('inf')],
+        [1e-12, 1e12],
+        [1e308, -1e308, 5.0],
+        [5e-324, 1e-310],
+        [1e-299],
+        [1e299],
+        [1e-299, 1e299],
+        [1e6, 1e6 + 1e-3],
+        [0.0, 1e-9, 4.0],
+    ],
+)
+def test_any_values_make_a_well_formed_chart_of_finite_coordinates(y, log_y, log_x):
+    svg = line_chart({'loss': (list(range(len(y))), y)}, 't', 'x', 'y', log_y, log_x)
+    ElementTree.fromstring(svg)
+    assert not re.search(r'\b(nan|inf)\b', svg)
+    for points in _points(svg):
+        assert np.all((points >= 0) & (points <= 520))
+
+
+def test_no_series_says_so():
+    svg = line_chart({}, 't', 'x', 'y', log_y=True)
+    ElementTree.fromstring(svg)
+    assert 'no data' in svg
+
+
+def test_a_gap_breaks_the_line_and_leaves_a_lone_point_visible():
+    many = [1.0] * MAX_DOTS
+    svg = line_chart({'a': (range(MAX_DOTS + 4), [*many, None, 3, float('nan'), 5])}, 't', 'x', 'y')
+    (path,) = re.findall(r'<path d="([^"]*)" fill="none"', svg)
+    assert re.sub(r'[-\d. ]', '', path) == f'M{"L" * (MAX_DOTS - 1)}MM'
+    assert svg.count('r="2.6"') == 2  # the lone point, and the last one
+
+
+def test_few_points_are_dots():
+    few, many = range(MAX_DOTS), range(MAX_DOTS + 1)
+    assert line_chart({'a': (few, few)}, 't', 'x', 'y').count('r="2.6"') == MAX_DOTS
+    assert line_chart({'a': (many, many)}, 't', 'x', 'y').count('r="2.6"') == 1
+
+
+def test_lines_lie_where_their_values_say():
+    ((first, second, third),) = _points(line_chart({'a': ([0, 10, 20], [0.0, 5.0, 10.0])}, 't', 'x', 'y'))
+    np.testing.assert_allclose(second, (first + third) / 2, atol=0.1)
+    assert first[0] < third[0]
+    assert first[1] > third[1]
+    ((first, second, third),) = _points(line_chart({'a': ([0, 1, 2], [0.1, 1, 10])}, 't', 'x', 'y', log_y=True))
+    np.testing.assert_allclose(second, (first + third) / 2, atol=0.1)
+    ((first, second, third),) = _points(line_chart({'a': ([16, 64, 256], [1, 2, 3])}, 't', 'x', 'y', log_x=True))
+    np.testing.assert_allclose(second, (first + third) / 2, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ('counts', 'ticks'),
+    [
+        ((256, 1024, 4096), ['500', '1,000', '2,000']),
+        ((64, 256_000), ['100', '1,000', '10,000', '100,000']),
+        ((256, 512), ['300', '400', '500']),
+        ((1024,), ['1,000', '1,500', '2,000']),
+    ],
+)
+def test_a_log_axis_of_counts_has_plain_numbers(counts, ticks):
+    svg = line_chart({'a': (counts, counts)}, 't', 'images', 'y', log_x=True)
+    assert _ticks(svg) == ticks
+    assert '>images, log scale<' in svg
+    assert f'<title>a: {counts[-1]:.4g} at {counts[-1]:,}</title>' in svg
+
+
+def test_a_log_axis_counts_what_it_cannot_show():
+    svg = line_chart({'a': (range(4), [0, 0, 1, 10])}, 't', 'x', 'y', log_y=True)
+    assert '2 values ≤ 0 not shown' in svg
+    assert len(_points(svg)[0]) == 2
+    assert 'log scale' not in line_chart({'a': ([0, 1], [0, 0])}, 't', 'x', 'y', log_y=True)
+    svg = line_chart({'a': ([0, -1, 1, 10], [0, 1, 2, 3])}, 't', 'x', 'y', log_x=True)
+    assert '2 values ≤ 0 not shown' in svg
+    assert len(_points(svg)[0]) == 2
+    assert 'log scale' not in line_chart({'a': ([-1, 0], [1, 2])}, 't', 'x', 'y', log_x=True)
+
+
+def test_a_long_series_is_thinned_but_keeps_its_spike_ends_and_gap():
+    x, y = np.arange(100_000), np.ones(100_000)
+    y[54_321] = 7.0
+    y[70_000:80_000] = np.nan
+    svg = line_chart({'a': (x, y)}, 't', 'x', 'y')
+    (points,) = _points(svg)
+    assert len(points) <= 2 * MAX_BUCKETS + 2
+    assert len(svg) < 30_000
+    assert points[:, 1].min() < points[0, 1] - 100
+    np.testing.assert_array_equal(points[-1, 0], 520 - 16)
+    (path,) = re.findall(r'<path d="([^"]*)" fill="none"', svg)
+    assert path.count('M') == 2
+
+
+def test_tooltips_tell_the_values():
+    svg = line_chart({'student': ([10, 20], [0.5, 0.25])}, 't', 'x', 'y')
+    assert '<title>student: 0.5 at 10</title>' in svg
+    assert '<title>student: 0.25 at 20</title>' in svg
+
+
+def test_series_of_unequal_length_are_refused():
+    with pytest.raises(ValueError, match="'a' has 2 x values but 3 y values"):
+        line_chart({'a': ([1, 2], [1, 2, 3])}, 't', 'x', 'y')
+
+
+def test_chart_text_is_escaped():
+    svg = line_chart({HOSTILE: ([1, 2], [1, LARGEST])}, HOSTILE, HOSTILE, HOSTILE)
+    ElementTree.fromstring(svg)
+    assert '<script' not in svg
+    assert svg.count('&lt;script') >= 5

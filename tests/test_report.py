@@ -1,0 +1,132 @@
+"""The task `report`: what it puts on the page, checked on what a reader would see."""
+
+import contextlib
+import re
+
+import factories
+import numpy as np
+import pytest
+from smoke import smoke_config
+from tiny import numbered
+
+from dvinv import report
+from dvinv.data.pool import ImagePool
+from dvinv.errors import DvinvError
+from dvinv.runtime.workdir import Workdir
+
+TEACHER = {'test_accuracy': 0.9, 'verifier_test_accuracy': None, 'test_images': 360, 'parameters': 9, 'flops': 9}
+MADE = {
+    'images': 40,
+    'batches': 2,
+    'iterations': 5,
+    'teacher_accuracy': 1.0,
+    'verifier_accuracy': None,
+    'verifier_top5_accuracy': None,
+    'feature_loss_first': 9.0,
+    'feature_loss_last': 1.0,
+    'feature_loss_real': 2.0,
+}
+TAUGHT = {'test_accuracy': 0.8, 'parameters': 5, 'parameters_ratio': 0.5, 'flops': 5, 'updates': 20}
+TERMS = ('cross-entropy', 'feature loss', 'total variation')
+
+
+@pytest.fixture
+def report_of(tmp_path):
+    """`report_of(method, rounds=1, pool='', figures={}, **changes)`: the page of a run whose results are made up.
+
+    A pool of one batch from the teacher factories:own; a line of metrics at the start and at the end of two batches.
+    """
+
+    def report_of(method, rounds=1, pool='', figures=(), **changes):
+        config = smoke_config(teacher__factory='factories:own', distillation__controls=(), pool=pool, **changes)
+        config.synthesis.method = 'deepinversion' if pool else method
+        images, labels = numbered([0, 1], size=8)
+        made = ImagePool(pool or tmp_path / 'run' / 'pool', factories.own().digest())
+        made.write(0, images, labels, np.zeros((2, 10)), {'config': {'method': method}})
+        terms = {'loss': 3.0, 'cross_entropy': 1.0, 'feature': 2.0, 'total_variation': 3.0, 'l2': 4.0}
+        if method == 'adaptive':
+            terms['competition'] = 0.5
+        with contextlib.closing(Workdir(tmp_path / 'run', config)) as workdir:
+            if method != 'noise' and not pool:
+                for batch in (1, 0):  # one that was lost stands last
+                    lines = [
+                        {'step': step, 'batch': batch, **{term: value / (step + batch + 1) for term, value in terms.items()}}
+                        for step in (0, 4)
+                    ]
+                    workdir.metrics.append('synthesis', method, lines)
+            workdir.metrics.append('distillation', 'student', [{'step': 20, 'loss': 1.0}])
+            seconds = {'wall_seconds': 1.0}
+            workdir.add_results('teacher', TEACHER | seconds)
+            workdir.add_results('synthesis', MADE | seconds | {'rounds': rounds})
+            workdir.add_results('distillation', TAUGHT | seconds | dict(figures))
+            report.run(config, workdir)
+        return (tmp_path / 'run' / 'report.html').read_text().split('<details')[0]
+
+    return report_of
+
+
+def _charts(page):
+    """{title: names of its series} of the charts of a page."""
+    return {
+        re.search(r'chart-title"[^>]*>([^<]*)<', svg)[1]: re.findall(r'<tspan dx="6">([^<]*)<', svg)
+        for svg in re.findall(r'<svg.*?</svg>', page, re.S)
+    }
+
+
+@pytest.mark.parametrize(
+    ('method', 'words', 'terms'),
+    [
+        ('deepinversion', 'by DeepInversion, without any data: pixels were', [*TERMS]),
+        ('adaptive', 'by Adaptive DeepInversion, without any data: pixels were', [*TERMS, 'competition']),
+        ('prior_only', 'by DeepInversion without its feature term, without any data: pixels were', [*TERMS]),
+        ('noise', 'by drawing noise, without any data: every inversion starts from it', None),
+    ],
+)
+def test_the_page_tells_the_method_and_its_terms(report_of, method, words, terms):
+    page = report_of(method)
+    assert f'40 images were synthesized {words}' in page
+    assert f'<caption>40 images, synthesized {words.split(", without any")[0]}.</caption>' in page
+    charts = _charts(page)
+    assert charts.pop('Loss terms, mean over batches, before weighting', None) == terms
+    assert [title.split(',')[0] for title in charts] == ['Distillation loss']
+    assert 'no data' not in page
+    assert '<td class="words">Batches</td><td>2</td>' in page
+
+
+def test_rounds_of_competition_are_drawn_by_batch(report_of):
+    page = report_of('adaptive', rounds=2)
+    assert '<td class="words">Rounds in which they came to the student</td><td>2</td>' in page
+    assert _charts(page)['Loss terms at the end of each batch, before weighting'] == ['feature loss', 'competition']
+    assert re.findall(r'<title>competition: (\S+) at (\d)</title>', page)[-2:] == [('0.1', '0'), ('0.08333', '1')]
+
+
+def test_an_existing_pool_is_told_by_its_own_method(report_of, tmp_path):
+    page = report_of('adaptive', pool=str(tmp_path / 'pool'))
+    assert 'by Adaptive DeepInversion' in page
+    assert [title.split(',')[0] for title in _charts(page)] == ['Distillation loss']
+
+
+def test_an_empty_pool_is_refused(report_of, tmp_path):
+    report_of('deepinversion')
+    (tmp_path / 'run' / 'pool' / 'shard-000000.json').unlink()
+    config = smoke_config(teacher__factory='factories:own', distillation__controls=())
+    with (
+        contextlib.closing(Workdir(tmp_path / 'run', config)) as workdir,
+        pytest.raises(DvinvError, match='There is no image in the pool'),
+    ):
+        report.run(config, workdir)
+
+
+def test_the_curve_by_image_count_shows_what_was_measured(report_of):
+    figures = {f'test_accuracy_of_{count}_images': score for count, score in ((1024, 0.75), (40, None), (256, 0.5))}
+    page = report_of('adaptive', figures=figures.items(), distillation__counts=(1024, 40, 256, 7))
+    assert _charts(page)['Student accuracy against image count'] == ['Student']
+    assert re.findall(r'<title>Student: (\S+) at (\S+)</title>', page) == [('0.5', '256'), ('0.75', '1,024')]
+    assert re.findall(r'<td class="words">([\d,]+)</td><td>([\d.%]+)</td>', page) == [('256', '50.0%'), ('1,024', '75.0%')]
+
+
+@pytest.mark.parametrize('counts', [(), (20, 40)])
+def test_no_curve_without_figures(report_of, counts):
+    page = report_of('adaptive', figures={f'test_accuracy_of_{count}_images': None for count in counts}.items())
+    assert 'image count' not in page
+    assert 'Noise images' not in page  # nor a row of a control that was not asked for
