@@ -22,13 +22,13 @@ def shared_layers(module, teacher: Teacher) -> tuple[str, ...]:
     Raises:
       DvinvError: there is none.
     """
-    image = jax.ShapeDtypeStruct((2, *teacher.image_shape), jnp.float32)
-    _, theirs = jax.eval_shape(teacher.features, teacher.variables, image)
+    images = jax.ShapeDtypeStruct((2, *teacher.image_shape), jnp.float32)
+    _, theirs = jax.eval_shape(teacher.features, teacher.variables, images)
 
     def listen(variables, x):
         return features_in_training(module, variables, x, {'dropout': jax.random.key(0)})
 
-    _, ours, _ = jax.eval_shape(listen, shapes_of(module, teacher.image_shape), image)
+    _, ours, _ = jax.eval_shape(listen, shapes_of(module, teacher.image_shape), images)
     shapes = {layer: [x.shape for x in calls] for layer, calls in ours.items()}
     shared = tuple(layer for layer, calls in theirs.items() if [x.shape for x in calls] == shapes.get(layer))
     if not shared:

@@ -152,15 +152,18 @@ def _distillation(config, results: dict, lines: list[dict]) -> Section:
     ]
     if 'teacher' in results:
         rows.append(['The teacher itself', percent(results['teacher']['test_accuracy'])])
+    hinted = taught.get('hinted_layers')
+    hints = f', with hints from {hinted} BatchNorm layers of the teacher' if hinted else ''
     table = Table(
         ('Student distilled from', 'real test accuracy'),
         rows,
         highlight=0,
         caption=f'The same student ({taught["parameters"]:,} parameters, {taught["parameters_ratio"]:.2f} of the '
-        f"teacher's), {taught['updates']} updates each; last update, never the best.",
+        f"teacher's), {taught['updates']:,} updates each{hints}; last update, never the best.",
     )
     curves = {label: _curve(_series(lines, 'distillation', name), 'loss') for name, label in students.items()}
-    chart = _losses(curves, 'Distillation loss, T² KL to the teacher on its own images', 'update', 'loss')
+    title = f'Distillation loss, T² KL to the teacher{" and hints" if hinted else ""} on its own images'
+    chart = _losses(curves, title, 'update', 'loss')
     tables, charts = _by_image_count(config.distillation.counts, taught)
     return Section('Distillation', tables=[table, *tables], charts=[chart, *charts])
 

@@ -29,6 +29,7 @@ NAMES = {
         'parameters',
         'images',
         'updates',
+        'hinted_layers',
         'wall_seconds',
         'seed',
     },

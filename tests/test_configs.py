@@ -10,6 +10,7 @@ from smoke import NAMES, ROOT
 from dvinv import configuration, pipeline
 from dvinv.configuration import recipe_of
 from dvinv.data.real import DATA_SETS
+from dvinv.inversion import PRESETS
 from dvinv.networks import create
 from dvinv.networks.registry import image_shape
 
@@ -50,8 +51,16 @@ def test_the_smoke_run_needs_nothing_that_is_not_here(path):
 
 @each_config
 def test_an_argument_that_it_does_not_know_is_refused(path):
-    with pytest.raises(ValueError, match=r"knows the argument smoke, not 'smok'"):
+    with pytest.raises(ValueError, match=r"knows the arguments? .*smoke, not 'smok'"):
         read(path, 'smok')
+
+
+@pytest.mark.parametrize(('argument', 'preset'), [('pictures', 'cifar10_crop'), ('paper', 'cifar10_paper')])
+def test_pictures_are_made_with_a_preset_as_it_is(argument, preset):
+    config = read(ROOT / 'configs' / 'cifar10_resnet20.py', argument)
+    configuration.check(config)
+    assert configuration.inversion_config(config) == PRESETS[preset]
+    assert config.synthesis.images == config.synthesis.batch_size == 256
 
 
 @each_config

@@ -130,3 +130,11 @@ def test_no_curve_without_figures(report_of, counts):
     page = report_of('adaptive', figures={f'test_accuracy_of_{count}_images': None for count in counts}.items())
     assert 'image count' not in page
     assert 'Noise images' not in page  # nor a row of a control that was not asked for
+
+
+@pytest.mark.parametrize('hinted', [0, 19])
+def test_hints_are_told_where_there_were_some(report_of, hinted):
+    page = report_of('noise', figures={'hinted_layers': hinted})
+    assert ('with hints from 19 BatchNorm layers of the teacher; last update' in page) == bool(hinted)
+    assert ('T² KL to the teacher and hints on its own images' in page) == bool(hinted)
+    assert ('hints' in page) == bool(hinted)

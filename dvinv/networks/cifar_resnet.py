@@ -10,26 +10,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dvinv.networks.torch_layers import batch_norm, conv
+from dvinv.networks.residual import residual_features
 
 
-def option_a(x: jax.Array, channels: int, stride: int) -> jax.Array:
+def option_a(x: jax.Array, channels: int, stride: int, train: bool) -> jax.Array:
     """The parameter-free shortcut: every `stride`-th pixel, zero channels added on both sides."""
     missing = channels - x.shape[-1]
     return jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2)))
-
-
-class BasicBlock(nn.Module):
-    """conv, BatchNorm, ReLU, conv, BatchNorm; plus the shortcut; ReLU."""
-
-    channels: int
-    stride: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        y = nn.relu(batch_norm(train, 'bn1')(conv(self.channels, 3, self.stride, name='conv1')(x)))
-        y = batch_norm(train, 'bn2')(conv(self.channels, 3, name='conv2')(y))
-        return nn.relu(y + option_a(x, self.channels, self.stride))
 
 
 class CifarResNet(nn.Module):
@@ -41,9 +28,5 @@ class CifarResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        x = nn.relu(batch_norm(train, 'bn1')(conv(self.channels[0], 3, name='conv1')(x)))
-        for stage, channels in enumerate(self.channels, 1):
-            for block in range(self.blocks):
-                stride = 2 if stage > 1 and block == 0 else 1
-                x = BasicBlock(channels, stride, name=f'layer{stage}_{block}')(x, train)
-        return nn.Dense(self.num_classes, name='linear')(x.mean((1, 2)))
+        x = residual_features(x, train, (self.blocks,) * len(self.channels), self.channels, option_a)
+        return nn.Dense(self.num_classes, name='linear')(x)

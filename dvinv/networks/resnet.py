@@ -10,23 +10,15 @@ from typing import ClassVar
 import flax.linen as nn
 import jax
 
+from dvinv.networks.residual import residual_features
 from dvinv.networks.torch_layers import batch_norm, conv
 
 
-class BasicBlock(nn.Module):
-    """conv, BatchNorm, ReLU, conv, BatchNorm; plus x, through a 1x1 convolution and BatchNorm where shapes differ; ReLU."""
-
-    channels: int
-    stride: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        y = nn.relu(batch_norm(train, 'bn1')(conv(self.channels, 3, self.stride, name='conv1')(x)))
-        y = batch_norm(train, 'bn2')(conv(self.channels, 3, name='conv2')(y))
-        if self.stride > 1 or x.shape[-1] != y.shape[-1]:
-            x = conv(self.channels, 1, self.stride, name='downsample_0')(x)
-            x = batch_norm(train, 'downsample_1')(x)
-        return nn.relu(y + x)
+def projection(x: jax.Array, channels: int, stride: int, train: bool) -> jax.Array:
+    """The shortcut where shapes differ: a 1x1 convolution and BatchNorm."""
+    if stride == 1 and x.shape[-1] == channels:
+        return x
+    return batch_norm(train, 'downsample_1')(conv(channels, 1, stride, name='downsample_0')(x))
 
 
 class ResNet(nn.Module):
@@ -41,9 +33,5 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        x = nn.relu(batch_norm(train, 'bn1')(conv(self.channels[0], 3, name='conv1')(x)))
-        for stage, (blocks, channels) in enumerate(zip(self.blocks, self.channels, strict=True), 1):
-            for block in range(blocks):
-                stride = 2 if stage > 1 and block == 0 else 1
-                x = BasicBlock(channels, stride, name=f'layer{stage}_{block}')(x, train)
-        return nn.Dense(self.num_classes, name='fc')(x.mean((1, 2)))
+        x = residual_features(x, train, self.blocks, self.channels, projection)
+        return nn.Dense(self.num_classes, name='fc')(x)
