@@ -129,7 +129,7 @@ def command(workdir: Path, cell: Cell, flags: list[str]) -> list[str]:
         for role in ('teacher', 'verifier'):
             group = read(teacher / 'config.json')[role]
             if group['network'] and not group['weights'] and not group.get('factory'):
-                settings[f'{role}.weights'] = teacher / 'networks' / f'{role}.safetensors'
+                settings[f'{role}.weights'] = (teacher / 'networks' / f'{role}.safetensors').resolve()
     run = [sys.executable, '-m', 'dvinv.main', '--config', cell.config, '--workdir', str(folder_of(workdir, cell))]
     return [*run, *flags, *(f'--config.{key}={value}' for key, value in settings.items())]
 

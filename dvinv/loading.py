@@ -20,5 +20,11 @@ def load(workdir, task: str) -> tuple[Callable, dict]:
     """
     if task not in RESULTS:
         raise DvinvError(f'The task {task!r} makes no network; choose one of {", ".join(RESULTS)}.')
-    network = load_classifier(Path(workdir) / 'networks' / f'{RESULTS[task]}.safetensors')
+    path = Path(workdir) / 'networks' / f'{RESULTS[task]}.safetensors'
+    if task == 'teacher' and not path.exists():
+        raise DvinvError(
+            f'{workdir} has no teacher of its own: either the task teacher has not finished there, or the teacher came from '
+            'elsewhere (teacher.weights, teacher.factory in config.json); dvinv.networks.read_classifier reads weights.'
+        )
+    network = load_classifier(path)
     return network.apply_fn, network.variables

@@ -137,6 +137,8 @@ def test_what_makes_no_network_cannot_be_loaded(finished, tmp_path):
         dvinv.load(finished, 'synthesis')
     with pytest.raises(DvinvError, match='is not there'):
         dvinv.load(tmp_path, 'distillation')
+    with pytest.raises(DvinvError, match=r'has no teacher of its own: .*teacher\.weights'):
+        dvinv.load(tmp_path, 'teacher')
 
 
 # What is finished, and what is lost

@@ -39,7 +39,7 @@ if os.environ.get('HANG', 'none') in str(workdir):
     time.sleep(60)
 results = {'teacher': {'test_accuracy': 0.9, 'test_images': 10, 'wall_seconds': 1}}
 if 'synthesis.method' in flags:
-    assert pathlib.Path(flags['teacher.weights']).parent.parent == workdir.parents[1] / 'teacher'
+    assert pathlib.Path(flags['teacher.weights']).parent.parent == (workdir.parents[1] / 'teacher').resolve()
     results['synthesis'] = {'images': 8, 'rounds': 1, 'wall_seconds': 2}
     results['distillation'] = {'test_accuracy': 0.5, 'real_test_accuracy': 0.8, 'updates': 4, 'wall_seconds': 3}
 (workdir / 'results.json').write_text(json.dumps(results))
