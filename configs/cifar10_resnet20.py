@@ -32,17 +32,17 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     for group in (config.teacher.training, config.verifier.training):  # where no weights are given: 200 epochs
         group.update(updates=78_000, warmup=1000, **sgd)
     config.student.network = 'resnet20'
-    config.distillation.update(updates=1200, batch_size=16, warmup=40, controls=(), **sgd)
-    config.distillation.update(learning_rate=0.01, hint=300.0)
     config.logging.update(every=100, checkpoint_every=500)
     if arg in ('pictures', 'paper'):
         config.update(tasks=('teacher', 'synthesis', 'report'))
         config.synthesis.images = 256
+        config.distillation.controls = ()
         return config
     config.synthesis.update(images=10 * 256, batches_per_round=1)
     config.synthesis.stages[0].update(iterations=20, learning_rate=0.3)
     config.synthesis.weights.main = 0.02
-    config.distillation.updates_per_round = 100
+    config.distillation.update(updates=1200, updates_per_round=100, batch_size=16, warmup=40, controls=(), **sgd)
+    config.distillation.update(learning_rate=0.01, hint=300.0, clip_norm=30.0)
     if arg == 'smoke':
         shrink(config)
     elif arg:

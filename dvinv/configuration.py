@@ -40,6 +40,7 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
         'schedule': 'cosine',
         'milestones': (0.4, 0.8),
         'warmup': 0,
+        'clip_norm': 0.0,
         'weight_decay': 0.0,
         'shift': 0,
         'flip': False,
@@ -190,7 +191,7 @@ def check(config) -> None:
     if config.distillation.temperature <= 0:
         raise DvinvError(f'distillation.temperature is {config.distillation.temperature}; it must be above 0.')
     if not 0 <= config.distillation.hint < math.inf:
-        raise DvinvError(f'distillation.hint is {config.distillation.hint}; it must be at least 0.')
+        raise DvinvError(f'distillation.hint is {config.distillation.hint}; it must be at least 0 and finite.')
     for name in ('every', 'checkpoint_every', 'iterations'):
         if config.logging[name] < 1:
             raise DvinvError(f'logging.{name} is {config.logging[name]}; it must be at least 1.')

@@ -13,11 +13,11 @@ from dvinv.inversion import Teacher
 from dvinv.inversion.tap import features_in_training
 from dvinv.networks import shapes_of
 
-TINY = 1e-12  # for a layer whose input is zero
+NAMED = 3  # so many layers a refusal names
 
 
 def shared_layers(module, teacher: Teacher) -> tuple[str, ...]:
-    """BatchNorm layers that student and teacher have under one path, called alike, with inputs of one shape; forward order.
+    """BatchNorm layers that student and teacher have under one path, called as often, with inputs of one shape.
 
     Raises:
       DvinvError: there is none.
@@ -32,9 +32,11 @@ def shared_layers(module, teacher: Teacher) -> tuple[str, ...]:
     shapes = {layer: [x.shape for x in calls] for layer, calls in ours.items()}
     shared = tuple(layer for layer, calls in theirs.items() if [x.shape for x in calls] == shapes.get(layer))
     if not shared:
+        more = len(theirs) - NAMED
         raise DvinvError(
             'distillation.hint is above 0, but no BatchNorm layer of the student has the path and the input shape of one of '
-            f"the teacher's ({', '.join(theirs)}); name a student of the same family and width, or set distillation.hint=0."
+            f"the teacher's ({', '.join([*theirs][:NAMED])}{f' and {more} more' if more > 0 else ''}); name a student of "
+            'the same family and width, or set distillation.hint=0.'
         )
     return shared
 
@@ -42,7 +44,7 @@ def shared_layers(module, teacher: Teacher) -> tuple[str, ...]:
 def hint_loss(features: dict, teacher_features: dict) -> jax.Array:
     """Mean over layers and calls of the relative squared error E[(x_student - x_teacher)^2] / E[x_teacher^2], float32.
 
-    Relative to what the teacher answers to these very images, so that odd images do not make for long steps.
+    Relative to what the teacher's layer is given for these very images; one that is given zeros counts nothing.
 
     Args:
       features, teacher_features: {layer: BatchNorm inputs, one a call}; those of the student may be of more layers.
@@ -51,5 +53,6 @@ def hint_loss(features: dict, teacher_features: dict) -> jax.Array:
     for layer, calls in teacher_features.items():
         for ours, theirs in zip(features[layer], calls, strict=True):
             ours, theirs = ours.astype(jnp.float32), theirs.astype(jnp.float32)
-            terms.append(jnp.square(ours - theirs).mean() / (jnp.square(theirs).mean() + TINY))
+            power = jnp.square(theirs).mean()
+            terms.append(jnp.square(ours - theirs).mean() / jnp.where(power > 0, power, jnp.inf))
     return jnp.stack(terms).mean()

@@ -19,6 +19,7 @@ class Recipe:
     schedule: str = 'cosine'  # 'cosine' (to 0) or 'step' (times .1 after each of `milestones`)
     milestones: tuple[float, ...] = (0.4, 0.8)  # shares of `updates`
     warmup: int = 0  # updates of linear warm-up
+    clip_norm: float = 0.0  # a gradient of a larger norm is shortened to it; 0: never
     weight_decay: float = 0.0
     shift: int = 0  # pixels; random crops of a picture padded with black
     flip: bool = False  # a coin an image
@@ -30,7 +31,7 @@ class Recipe:
         for field in ('updates', 'batch_size'):
             if getattr(self, field) < 1:
                 raise DvinvError(f'{name}.{field} is {getattr(self, field)}; it must be at least 1.')
-        for field in ('warmup', 'weight_decay', 'shift', 'noise', 'reestimate'):
+        for field in ('warmup', 'clip_norm', 'weight_decay', 'shift', 'noise', 'reestimate'):
             if getattr(self, field) < 0:
                 raise DvinvError(f'{name}.{field} is {getattr(self, field)}; it must be at least 0.')
         if self.learning_rate <= 0:
@@ -69,5 +70,7 @@ class Recipe:
         if self.warmup:
             rate = optax.join_schedules([optax.linear_schedule(0.0, self.learning_rate, self.warmup), rate], [self.warmup])
         if self.optimiser == 'adam':
-            return optax.adamw(rate, weight_decay=self.weight_decay)
-        return optax.chain(optax.add_decayed_weights(self.weight_decay), optax.sgd(rate, 0.9, nesterov=True))
+            optimizer = optax.adamw(rate, weight_decay=self.weight_decay)
+        else:
+            optimizer = optax.chain(optax.add_decayed_weights(self.weight_decay), optax.sgd(rate, 0.9, nesterov=True))
+        return optax.chain(optax.clip_by_global_norm(self.clip_norm), optimizer) if self.clip_norm else optimizer

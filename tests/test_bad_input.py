@@ -173,9 +173,10 @@ ADAPTIVE = {
         ({'distillation__milestones': ('x',)}, ["milestones is ('x',)", 'shares']),
         ({'distillation__hint': -1.0}, ['distillation.hint is -1.0', 'at least 0']),
         (
-            {'distillation__hint': 1.0, 'student__network': 'small_convnet'},
-            ['no BatchNorm layer of the student', 'BatchNorm_0', 'distillation.hint=0'],
+            {'distillation__hint': 1.0, 'teacher__width': 0.25, 'student__width': 0.125},
+            ['no BatchNorm layer of the student', 'BatchNorm_0', 'and 4 more)', 'distillation.hint=0'],
         ),
+        ({'distillation__clip_norm': -1.0}, ['distillation.clip_norm is -1.0', 'at least 0']),
         ({'distillation__shift': -1}, ['distillation.shift is -1', 'at least 0']),
         ({'distillation__learning_rate': 0.0}, ['distillation.learning_rate is 0.0', 'above 0']),
         ({'distillation__warmup': 20}, ['distillation.warmup is 20', 'only 20 updates']),

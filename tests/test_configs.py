@@ -79,3 +79,4 @@ def test_a_smoke_run_of_pictures_ends_with_a_report(command, tmp_path):
     assert set(results) == set(NAMES)
     for task, names in NAMES.items():
         assert names <= set(results[task])
+    assert results['distillation']['hinted_layers'] == 19

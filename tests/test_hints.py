@@ -3,16 +3,27 @@
 import jax
 import numpy as np
 import pytest
-from tiny import IMAGE_SHAPE, TinyNet, trained_variables
+from tiny import IMAGE_SHAPE, TinyNet, trained, trained_variables
 
 from dvinv import DvinvError
+from dvinv.configuration import base_config
 from dvinv.hints import hint_loss, shared_layers
+from dvinv.inversion import from_linen
 from dvinv.inversion.tap import features_in_training
+from dvinv.networks import create
 from dvinv.recipe import Recipe
-from dvinv.student import distillation_loss
+from dvinv.rounds import Rounds
+from dvinv.student import distillation_loss, lesson_of
 from dvinv.training import initial_state, make_update
 
 LAYERS = ('BatchNorm_0', 'BatchNorm_1')
+
+
+def small_teacher():
+    """An untrained `small_resnet` as a Teacher."""
+    module = create('small_resnet', 10)
+    variables = trained_variables(module, (8, 8, 1))
+    return from_linen(module, variables, image_shape=(8, 8, 1), mean=(0.5,), std=(0.5,))
 
 
 def _images(batch=6):
@@ -40,7 +51,10 @@ def test_the_distance_is_relative_to_what_the_teacher_hears():
     np.testing.assert_allclose(value, np.mean([((x - y) ** 2).mean() / (y**2).mean() for x, y in pairs]), rtol=1e-5)
     louder = jax.tree.map(lambda x: 100 * x, (ours, theirs))
     np.testing.assert_allclose(hint_loss(*louder), value, rtol=1e-5)
+    x, y = pairs[-1]
     assert hint_loss(theirs, theirs) == 0
+    silent = {**theirs, 'b': (np.zeros_like(theirs['b'][0]),)}
+    np.testing.assert_allclose(hint_loss(ours, silent), value - (((x - y) ** 2).mean() / (y**2).mean() / 3), rtol=1e-4)
 
 
 def test_features_in_training_are_the_inputs_that_move_the_running_statistics(teacher):
@@ -73,6 +87,20 @@ def test_hints_are_added_to_the_answers_loss_and_reach_the_shared_layers_alone(t
     np.testing.assert_allclose(both - plain, 2 * hint_loss(ours, theirs), rtol=1e-4)
     np.testing.assert_allclose(gradient['Conv_1']['kernel'], without['Conv_1']['kernel'], rtol=1e-4, atol=1e-6)
     assert np.abs(gradient['Conv_0']['kernel'] - without['Conv_0']['kernel']).max() > 1e-3
+
+
+def test_the_configs_hint_is_in_the_lesson_as_every_field_of_it(teacher):
+    config = base_config('digits')
+    config.student.network, teacher = 'small_resnet', small_teacher()
+    x = np.random.default_rng(0).normal(size=(4, *teacher.image_shape)).astype(np.float32)
+    variables = trained(teacher.variables, seed=5)
+    logits, features, _ = features_in_training(create('small_resnet', 10), variables, x, {})
+    _, theirs = teacher.features(teacher.variables, x)
+    losses = {}
+    for hint in (0.0, 7.0):
+        config.distillation.hint = hint
+        losses[hint] = lesson_of(config, teacher, Rounds(4)).loss_fn(logits, features, x, None, teacher.variables)
+    np.testing.assert_allclose(losses[7.0] - losses[0.0], 7 * hint_loss(features, theirs), rtol=1e-4)
 
 
 def test_a_student_learns_the_teachers_layers_from_hints_and_not_from_answers(teacher):

@@ -166,7 +166,9 @@ def test_moments_are_those_of_the_input_and_features_the_input_itself(arrangemen
         for heard, given in zip(features[f'{name}/norm'], seen, strict=True):
             if block.get('norm') is ChannelsFirst and inner:
                 given = jnp.moveaxis(given, 1, -1)
-            np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (heard, given)), rtol=1e-2, atol=tolerance)
+            np.testing.assert_allclose(
+                *(np.asarray(x, np.float32) for x in (heard, given)), rtol=5 * tolerance, atol=tolerance
+            )
 
 
 def test_the_first_layer_is_the_first_that_runs():

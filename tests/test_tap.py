@@ -153,7 +153,9 @@ def test_moments_are_those_of_the_input_and_features_the_input_itself(arrangemen
         np.testing.assert_allclose(mean, exact[0], rtol=1e-4, atol=tolerance)
         np.testing.assert_allclose(variance, exact[1], rtol=1e-4, atol=tolerance)
         for heard, given in zip(features[layer], seen[name], strict=True):
-            np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (heard, given)), rtol=1e-2, atol=tolerance)
+            np.testing.assert_allclose(
+                *(np.asarray(x, np.float32) for x in (heard, given)), rtol=5 * tolerance, atol=tolerance
+            )
 
 
 def test_the_first_layer_is_the_first_that_runs():
@@ -167,6 +169,44 @@ def test_the_first_layer_is_the_first_that_runs():
     teacher = _teacher(Backwards())
     _, moments = teacher.tap(teacher.variables, _images())
     assert list(moments) == ['c', 'a', 'b']
+
+
+@nn.jit
+class Jitted(Block):
+    """A block that nn.jit traces once for all its instances."""
+
+
+class Chain(nn.Module):
+    """Three jitted blocks, one after the other or as the steps of a scan."""
+
+    scanned: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(3)(x)
+        if self.scanned:
+            lift = {'variable_axes': {'params': 0, 'batch_stats': 0}, 'split_rngs': {'params': True}}
+            return nn.scan(Jitted, length=3, **lift)(name='block')(x, None)[0].mean((1, 2))
+        for number in range(3):
+            x, _ = Jitted(name=f'block{number}')(x)
+        return x.mean((1, 2))
+
+
+@pytest.mark.parametrize('scanned', [False, True])
+def test_a_trace_that_was_heard_once_is_neither_lost_nor_mistaken(scanned):
+    """nn.jit keeps what it traced: the tap must hear every layer again, and each thing that it listens for."""
+    module = Chain(scanned)
+    for _ in range(2):
+        teacher = _teacher(module)
+        names = ['block'] if scanned else ['block0', 'block1', 'block2']
+        assert teacher.tap.layers == tuple(f'{name}/BatchNorm_0' for name in names)
+        for _ in range(2):
+            _, features = teacher.features(teacher.variables, _images())
+            _, moments = teacher.tap(teacher.variables, _images())
+            for layer in teacher.tap.layers:
+                (x,), (mean, _) = features[layer], moments[layer]
+                assert x.shape == ((3,) if scanned else ()) + (4, 8, 8, 3)
+                np.testing.assert_allclose(mean, x.mean((-4, -3, -2)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('arrangement', ['plain', 'jit', 'scan'])

@@ -27,6 +27,8 @@ PRIVATE = 'dvinv_tap'  # the collection that is sown into
 STATISTICS = 'batch_stats'  # Flax's collection of running statistics; the second choice for sowing
 SOWN = 'dvinv_heard'  # the name of the sown variable
 
+LISTENING = jax.make_user_context()  # what is heard: nn.jit must not take what it traced for one thing for the other
+
 # Symptoms of a network in training mode, and what may put it right.
 LEARNS = 'wants to update its running statistics', {'train': False}
 DRAWS = 'asks for random numbers (dropout?)', {'deterministic': True}
@@ -106,7 +108,10 @@ class Tap:
         for way in self.ways:
             self._way, calls, moments, reason = way, Counter(), {}, ''
             try:
-                _, moments = jax.eval_shape(lambda v, x: self._run(v, x, calls), variables, example)  # noqa: B023
+                with (
+                    jax.disable_jit()
+                ):  # a part of the network that was traced before would not be traced, nor counted, again
+                    _, moments = jax.eval_shape(lambda v, x: self._run(v, x, calls), variables, example)  # noqa: B023
             except DvinvError:
                 raise
             except Exception as error:  # Flax and JAX raise many kinds here; the last one is told below
@@ -138,7 +143,10 @@ class Tap:
         return logits, {layer: moments[layer] for layer in self.layers}
 
     def features(self, variables, x):
-        """(logits [B, K], {layer: its BatchNorm input at each of its calls, a tuple of [B, ...]} in forward order)."""
+        """(logits [B, K], {layer: its BatchNorm input at each of its calls} in forward order).
+
+        An input is [B, ...]; that of layers stacked by nn.scan or nn.vmap has their axis before it.
+        """
         logits, heard = self._listen(variables, x, Counter(), whole_input)
         return logits, {layer: heard[layer] for layer in self.layers}
 
@@ -193,7 +201,7 @@ class LinenTap(Tap):
         return self._module.apply(variables, x, **self._kwargs)
 
     def _listen(self, variables, x, calls: Counter, hear: Callable):
-        with _sowing(self._way, calls, hear):
+        with LISTENING(hear), _sowing(self._way, calls, hear):
             logits, sown = self._module.apply(variables, x, mutable=[self._way], **self._kwargs)
         return logits, _heard(sown, self._way)
 
@@ -205,7 +213,7 @@ def features_in_training(module: nn.Module, variables, x, rngs: dict):
       module: takes x and `train`.
       rngs: {'dropout': key}.
     """
-    with _sowing(PRIVATE, Counter(), whole_input):
+    with LISTENING(whole_input), _sowing(PRIVATE, Counter(), whole_input):
         logits, changed = module.apply(variables, x, train=True, mutable=[STATISTICS, PRIVATE], rngs=rngs)
     return logits, _heard(changed, PRIVATE), changed.get(STATISTICS, {})
 
