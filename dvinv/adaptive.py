@@ -12,7 +12,7 @@ from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
 from dvinv.inversion import Teacher
 from dvinv.runtime.workdir import Workdir
-from dvinv.student import ROLE, lesson_of
+from dvinv.student import lesson_of, student_of
 from dvinv.synthesizer import Synthesizer, missing_batches
 from dvinv.training import training_of
 
@@ -28,7 +28,7 @@ def fill_pool(config, workdir: Workdir, teacher: Teacher, pool: ImagePool) -> No
         return
     lesson = lesson_of(config, teacher, rounds)
     with (
-        training_of(config, workdir, 'distillation', 'student', config.student, lesson, teacher, ROLE) as student,
+        training_of(config, workdir, student_of(config, teacher), lesson) as student,
         Synthesizer(config, workdir, teacher, pool, 'adaptive', 'synthesis', 'adaptive', student.predict) as synthesizer,
     ):
         images, labels = [], []

@@ -11,7 +11,7 @@ from dvinv.inversion import Teacher
 from dvinv.networks import Classifier
 from dvinv.rounds import Rounds
 from dvinv.runtime.workdir import Workdir, open_workdir
-from dvinv.student import ROLE, hinted_layers, lesson_of
+from dvinv.student import hinted_layers, lesson_of, student_of
 from dvinv.synthesizer import fill_pool, missing_batches, open_pool
 from dvinv.teacher import load, test_accuracy
 from dvinv.training import learn
@@ -74,8 +74,7 @@ def distil(
     config, workdir: Workdir, teacher: Teacher, images: np.ndarray, labels: np.ndarray, rounds: Rounds, name: str
 ) -> Classifier:
     """A student taught by `teacher` on `images` uint8 [N, H, W, C] that come in `rounds`; all compared ones start alike."""
-    lesson = lesson_of(config, teacher, rounds)
-    return learn(config, workdir, 'distillation', name, config.student, lesson, teacher, ROLE, images, labels)
+    return learn(config, workdir, student_of(config, teacher, name), lesson_of(config, teacher, rounds), images, labels)
 
 
 def control_pool(config, workdir: Workdir, teacher: Teacher, method: str) -> ImagePool:

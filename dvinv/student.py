@@ -8,9 +8,14 @@ from dvinv.hints import hint_loss, shared_layers
 from dvinv.inversion import Teacher
 from dvinv.networks import create
 from dvinv.rounds import Rounds
-from dvinv.training import Lesson
+from dvinv.training import Learner, Lesson
 
-ROLE = 3  # see `training.training_of`
+ROLE = 3  # see `training.Learner`; one for all students
+
+
+def student_of(config, teacher: Teacher, name: str = 'student') -> Learner:
+    """The run's student of `teacher`, or one to compare it with that goes by another name."""
+    return Learner('distillation', name, config.student, teacher, ROLE)
 
 
 def lesson_of(config, teacher: Teacher, rounds: Rounds) -> Lesson:

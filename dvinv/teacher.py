@@ -16,7 +16,7 @@ from dvinv.inversion.teacher import Teacher, from_linen
 from dvinv.networks import Classifier, classifier_of, create, read_classifier, shapes_of
 from dvinv.rounds import Rounds
 from dvinv.runtime.workdir import Workdir, open_workdir
-from dvinv.training import Lesson, learn
+from dvinv.training import Learner, Lesson, learn
 
 ROLES = {'teacher': 1, 'verifier': 2}
 
@@ -172,7 +172,8 @@ def _train(name: str, config, workdir: Workdir, data: RealData, like: Classifier
     """Teach teacher or verifier the labels of the real training images."""
     group, train = config[name], data.train
     lesson = Lesson(recipe_of(group.training), supervised(group.training.label_smoothing), Rounds(len(train.labels)))
-    learn(config, workdir, 'teacher', name, group, lesson, like, ROLES[name], train.images, train.labels)
+    learner = Learner('teacher', name, group, like, ROLES[name])
+    learn(config, workdir, learner, lesson, train.images, train.labels)
 
 
 def _read(config, workdir: Workdir | None, name: str, image_shape, mean, std):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import flax
 import jax
+import ml_collections
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
@@ -223,30 +224,44 @@ class Training:
         return variables
 
 
-def training_of(config, workdir: Workdir, task: str, name: str, network, lesson: Lesson, like: Classifier, role: int):
-    """The `Training` of the network `name` of a run.
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """Which network of a run learns.
 
-    Args:
+    Attributes:
+      task: during which.
+      name: what its file, metrics and checkpoints go by.
       network: a config group with the fields `network` and `width`.
       like: a classifier of the same image shape, classes, mean and std.
       role: makes a seed of its own of the run's; students that are compared share it, and so their start and shuffles.
     """
-    module = create(network.network, like.num_classes, network.width)
-    mesh = training_mesh(make_mesh(config.devices))
-    return Training(module, lesson, like, 16 * config.seed + role, mesh, workdir, task, name, config.logging)
+
+    task: str
+    name: str
+    network: ml_collections.ConfigDict
+    like: Classifier
+    role: int
 
 
-def learn(config, workdir, task, name, network, lesson, like, role, images: np.ndarray, labels: np.ndarray) -> Classifier:
-    """The trained network `name`: from its file where it is finished, else trained (or trained on) and written.
+def training_of(config, workdir: Workdir, learner: Learner, lesson: Lesson) -> Training:
+    """The `Training` of a network of a run."""
+    module = create(learner.network.network, learner.like.num_classes, learner.network.width)
+    seed, mesh = 16 * config.seed + learner.role, training_mesh(make_mesh(config.devices))
+    return Training(module, lesson, learner.like, seed, mesh, workdir, learner.task, learner.name, config.logging)
 
-    Arguments are those of `training_of`, and the images uint8 [N, H, W, C] and labels int [N] to learn from.
+
+def learn(config, workdir: Workdir, learner: Learner, lesson: Lesson, images: np.ndarray, labels: np.ndarray) -> Classifier:
+    """The trained network: from its file where it is finished, else trained (or trained on) and written.
+
+    Args:
+      images: uint8 [N, H, W, C] to learn from; `labels`: int [N].
     """
-    path = workdir.network(name)
+    path = workdir.network(learner.name)
     if not path.exists():
-        with training_of(config, workdir, task, name, network, lesson, like, role) as training:
+        with training_of(config, workdir, learner, lesson) as training:
             variables = training.finish(images, labels)
-        about = {field: getattr(like, field) for field in ('num_classes', 'image_shape', 'mean', 'std')}
-        save_network(path, variables, {'network': network.network, 'width': network.width, **about})
+        about = {field: getattr(learner.like, field) for field in ('num_classes', 'image_shape', 'mean', 'std')}
+        save_network(path, variables, {'network': learner.network.network, 'width': learner.network.width, **about})
     return load_classifier(path)
 
 
