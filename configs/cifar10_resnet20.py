@@ -9,7 +9,8 @@ The weights are those of https://github.com/akamaster/pytorch_resnet_cifar10 (fo
 
 10 batches of 256 images, 20 iterations each, and 1,200 updates of 16. The class term is nearly off, because a student
 learns little about real pictures from images that exaggerate their class. Student and teacher being one architecture, the
-student is given hints beside the teacher's answers (`distillation.hint`): they are most of what it learns in so few updates.
+student is given hints beside the teacher's answers (`distillation.hint`): they are most of what it learns in so few updates
+(`clip_norm` keeps it finite on images that are unlike real ones).
 Without, as in the paper: `--config.distillation.hint=0 --config.distillation.learning_rate=0.005`. What each of these
 choices is worth is in benchmarks/RESULTS.md.
 

@@ -108,9 +108,8 @@ class Tap:
         for way in self.ways:
             self._way, calls, moments, reason = way, Counter(), {}, ''
             try:
-                with (
-                    jax.disable_jit()
-                ):  # a part of the network that was traced before would not be traced, nor counted, again
+                # What nn.jit has traced before would not be traced again, nor its layers counted.
+                with jax.disable_jit():
                     _, moments = jax.eval_shape(lambda v, x: self._run(v, x, calls), variables, example)  # noqa: B023
             except DvinvError:
                 raise
