@@ -8,12 +8,10 @@ out takes few images, however odd they look. Only for layers that the two networ
 import jax
 import jax.numpy as jnp
 
-from dvinv.errors import DvinvError
+from dvinv.errors import DvinvError, listed
 from dvinv.inversion import Teacher
 from dvinv.inversion.tap import features_in_training
 from dvinv.networks import shapes_of
-
-NAMED = 3  # so many layers a refusal names
 
 
 def shared_layers(module, teacher: Teacher) -> tuple[str, ...]:
@@ -32,11 +30,10 @@ def shared_layers(module, teacher: Teacher) -> tuple[str, ...]:
     shapes = {layer: [x.shape for x in calls] for layer, calls in ours.items()}
     shared = tuple(layer for layer, calls in theirs.items() if [x.shape for x in calls] == shapes.get(layer))
     if not shared:
-        more = len(theirs) - NAMED
         raise DvinvError(
             'distillation.hint is above 0, but no BatchNorm layer of the student has the path and the input shape of one of '
-            f"the teacher's ({', '.join([*theirs][:NAMED])}{f' and {more} more' if more > 0 else ''}); name a student of "
-            'the same family and width, or set distillation.hint=0.'
+            f"the teacher's ({listed([*theirs], 3)}); name a student of the same family and width, or set "
+            'distillation.hint=0.'
         )
     return shared
 

@@ -11,6 +11,7 @@ split over devices is reduced by one mean of (d, s). The same ears can hand out 
 features. `LinenTap` is here, `NnxTap` in nnx_tap.py.
 """
 
+import abc
 import contextlib
 from collections import Counter
 from collections.abc import Callable
@@ -74,7 +75,7 @@ def _moments(running_mean, calls):
     return mean, variance
 
 
-class Tap:
+class Tap(abc.ABC):
     """Runs a network in eval mode and hands out the moments of its BatchNorm inputs.
 
     A subclass knows how to run its kind of network: `apply_fn` and `_listen`.
@@ -124,17 +125,17 @@ class Tap:
             f'as module(x) once in the forward pass, and let lifted transforms carry batch_stats on a mapped axis.{reason}'
         )
 
+    @abc.abstractmethod
     def apply_fn(self, variables, x):
         """Logits [B, K] of normalised images x [B, H, W, C], in eval mode."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _listen(self, variables, x, calls: Counter, hear: Callable):
         """(logits, {layer: what is heard of each of its calls}), sown in `self._way`.
 
         `hear` is `shifted_moments` or `whole_input`. While JAX traces, `calls` counts the calls of each layer, the first to
         be called first.
         """
-        raise NotImplementedError
 
     def __call__(self, variables, x, axis: str | None = None):
         """(logits [B, K], {layer: (mean, variance)} in forward order); moments over the mesh axis `axis` too, if named."""

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file
 
-from dvinv.errors import DvinvError
+from dvinv.errors import DvinvError, listed
 from dvinv.networks.classifier import flatten, unflatten
 from dvinv.networks.naming import find_keys, to_flax_layout
 
@@ -51,15 +51,14 @@ def import_weights(module: nn.Module, image_shape, state: dict[str, np.ndarray])
     for problem, unmatched in (('lack', wanted - state.keys()), ('have left over', state.keys() - wanted)):
         if unmatched:
             raise DvinvError(
-                f'These weights do not fit {name}: they {problem} {_listed(sorted(unmatched))}. Is it another depth or '
+                f'These weights do not fit {name}: they {problem} {listed(sorted(unmatched))}. Is it another depth or '
                 'another network?'
             )
     arrays = {path: to_flax_layout(key, np.asarray(state[key])) for path, key in keys.items()}
     wrong = [f'{key} {np.shape(state[key])}' for path, key in keys.items() if arrays[path].shape != template[path].shape]
     if wrong:
         raise DvinvError(
-            f'These weights do not fit {name}: other shapes than expected have {_listed(sorted(wrong))}. Is it another '
-            'width?'
+            f'These weights do not fit {name}: other shapes than expected have {listed(sorted(wrong))}. Is it another width?'
         )
     return unflatten({path: array.astype(np.float32) for path, array in arrays.items()})
 
@@ -92,10 +91,6 @@ def _without_wrapping(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {key.removeprefix('module.'): value for key, value in state.items() if not key.endswith('num_batches_tracked')}
 
 
-def _listed(keys: list[str]) -> str:
-    return ', '.join(keys[:12]) + (f' and {len(keys) - 12} more' if len(keys) > 12 else '')
-
-
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
         return dict(arrays)
@@ -119,7 +114,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     state = state.get('state_dict', state) if isinstance(state, dict) else {'the whole': state}
     others = [str(key) for key, value in state.items() if not torch.is_tensor(value)]
     if others:
-        raise DvinvError(f'{path} is no state dict ({_listed(others)}: no tensors); save the state_dict alone.')
+        raise DvinvError(f'{path} is no state dict ({listed(others)}: no tensors); save the state_dict alone.')
     return {key: tensor.detach().float().numpy() for key, tensor in state.items()}
 
 

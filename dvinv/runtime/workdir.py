@@ -13,7 +13,7 @@ from pathlib import Path
 
 import ml_collections
 
-from dvinv.errors import DvinvError
+from dvinv.errors import DvinvError, listed
 from dvinv.runtime.files import disk_full_told, write_atomic
 from dvinv.runtime.metrics import Metrics
 
@@ -97,12 +97,9 @@ class Workdir:
         absent = object()
         differing = sorted(k for k in {*mine, *theirs} if mine.get(k, absent) != theirs.get(k, absent))
         if differing:
-            shown = ', '.join(
-                f'{k} ({theirs.get(k, "absent")!r} there, {mine.get(k, "absent")!r} here)' for k in differing[:8]
-            )
-            more = f' and {len(differing) - 8} more' if len(differing) > 8 else ''
+            shown = [f'{k} ({theirs.get(k, "absent")!r} there, {mine.get(k, "absent")!r} here)' for k in differing]
             raise DvinvError(
-                f'{self.path} holds a run with another config: {shown}{more}. Choose another --workdir, or repeat '
+                f'{self.path} holds a run with another config: {listed(shown, 8)}. Choose another --workdir, or repeat '
                 'the settings of that run to resume it.'
             )
 
