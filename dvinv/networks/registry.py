@@ -10,8 +10,10 @@ import numpy as np
 
 from dvinv.errors import DvinvError
 from dvinv.networks.cifar_resnet import CifarResNet
+from dvinv.networks.mobilenet_v1 import MobileNetV1
 from dvinv.networks.resnet import ResNet
 from dvinv.networks.small import SmallConvNet, SmallResNet
+from dvinv.networks.squeezenet import SqueezeNet
 from dvinv.networks.vgg import VGG
 from dvinv.networks.wide_resnet import WideResNet
 
@@ -26,7 +28,7 @@ class Network:
     depths: dict[str, int | tuple[int, ...]] = dataclasses.field(default_factory=dict)  # and of layers
 
 
-CIFAR, DIGITS = (32, 32, 3), (8, 8, 1)
+CIFAR, DIGITS, IMAGENET = (32, 32, 3), (8, 8, 1), (224, 224, 3)
 
 NETWORKS: dict[str, Network] = {
     **{
@@ -45,6 +47,8 @@ NETWORKS: dict[str, Network] = {
         f'wrn{6 * n + 4}_{k}': Network(WideResNet, CIFAR, {'channels': (16, 16 * k, 32 * k, 64 * k)}, {'blocks': n})
         for n, k in ((2, 1), (2, 2), (6, 1), (6, 2))
     },
+    'mobilenet_v1': Network(MobileNetV1, IMAGENET, {'channels': (32, 64, 128, 128, 256, 256, *[512] * 6, 1024, 1024)}),
+    'squeezenet1_1': Network(SqueezeNet, IMAGENET, {'channels': (64, 16, 16, 32, 32, 48, 48, 64, 64)}),
     'small_resnet': Network(SmallResNet, DIGITS, {'channels': (32, 64), 'hidden': 64}),
     'small_convnet': Network(SmallConvNet, DIGITS, {'channels': (32, 64), 'hidden': 128}),
 }

@@ -1,7 +1,7 @@
 """Published weights into Flax variables, strictly: every tensor finds its place, every place its tensor.
 
 A PyTorch state dict comes as `.npz`, `.safetensors`, or `.pth`, `.pt`, `.th` (where torch is installed, and then with
-weights_only=True: an untrusted file must not run code); Keras weights come as `.npz`.
+weights_only=True: an untrusted file must not run code); Keras and Gluon weights come as `.npz`.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
 
 
 def import_weights(module: nn.Module, image_shape, state: dict[str, np.ndarray]) -> dict:
-    """The variables, float32 numpy arrays, of `module` for images [H, W, C] from PyTorch's or Keras's tensors by name.
+    """The variables, float32 numpy arrays, of `module` for images [H, W, C] from PyTorch's, Keras's or Gluon's tensors.
 
     Submodules' paths spell the keys, as `naming` tells; a `module.aliases` has other names of theirs.
 

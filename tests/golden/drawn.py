@@ -17,6 +17,6 @@ def draw_state(shapes: dict[str, list[int]], seed: int) -> dict[str, np.ndarray]
     return {key: draw(key, shapes[key]).astype(np.float32) for key in sorted(shapes)}
 
 
-def draw_images(seed: int) -> np.ndarray:
-    """Normalised pictures [2, 32, 32, 3], float32."""
-    return np.random.default_rng(seed).normal(size=(2, 32, 32, 3)).astype(np.float32)
+def draw_images(seed: int, size: int = 32) -> np.ndarray:
+    """Normalised pictures [2, size, size, 3], float32."""
+    return np.random.default_rng(seed).normal(size=(2, size, size, 3)).astype(np.float32)
