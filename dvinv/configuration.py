@@ -19,7 +19,7 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.tasks = TASKS  # run in this order; one alone by --config.tasks="('teacher',)"
-    config.devices = 0  # how many; 0: all. On CPU, this many virtual ones (0: one)
+    config.devices = 0  # how many; 0: all. On CPU, this many virtual ones (0: one a core)
     config.bn_stats = 'device'  # 'device': each inverts batches of its own; 'global': one batch is split over all
     config.pool = ''  # path of an existing pool, used instead of synthesizing one
 
@@ -144,6 +144,8 @@ def inversion_config(config, method: str = '') -> InversionConfig:
         group.l2,
         group.prior_on,
         config.bn_stats,
+        group.precision,
+        group.recompute,
         group.iterations_per_dispatch,
     )
 

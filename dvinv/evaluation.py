@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dvinv.networks.classifier import Classifier
+from dvinv.networks.convolutions import suited_to
 
 
 @functools.lru_cache(maxsize=64)
 def _compiled(apply_fn: Callable):
-    return jax.jit(apply_fn)
+    return jax.jit(suited_to(jax.default_backend(), apply_fn))
 
 
 def logits_of(network: Classifier, images: np.ndarray, batch_size: int = 256) -> np.ndarray:

@@ -9,6 +9,7 @@ from dvinv.errors import DvinvError
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'The config file, for instance configs/digits.py.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'The folder for all that the run writes; the same command resumes it.')
+_PLAN = flags.DEFINE_bool('plan', False, 'Tell what synthesis will cost here, from a few timed steps, and write nothing.')
 _SEEDS = flags.DEFINE_integer('seeds', 0, 'Run the config with this many seeds, each in a folder of its own; 0: once.')
 
 
@@ -17,7 +18,7 @@ def main(_) -> None:
     # Imported late, so that a mistyped flag is answered at once.
     import jax
 
-    from dvinv import pipeline, seeds
+    from dvinv import pipeline, plan, seeds
     from dvinv.runtime.devices import set_cpu_devices
 
     logging.set_verbosity(logging.FATAL)  # Orbax tells much of every checkpoint, and of a full disk with a traceback
@@ -25,10 +26,11 @@ def main(_) -> None:
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update('jax_compilation_cache_dir', _compilation_cache())
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
-    if _SEEDS.value:
-        print(seeds.table(seeds.run(config, _WORKDIR.value, _SEEDS.value)))
-    else:
-        print(seeds.table({'runs': [pipeline.run(config, _WORKDIR.value)]}))
+    if _PLAN.value:
+        print(plan.plan(config))
+        return
+    several = seeds.run(config, _WORKDIR.value, _SEEDS.value) if _SEEDS.value else None
+    print(seeds.table(several or {'runs': [pipeline.run(config, _WORKDIR.value)]}))
 
 
 def _compilation_cache() -> str:
@@ -58,7 +60,7 @@ def _parse(argv: list[str]) -> list[str]:
         raise DvinvError(f'{reason} (--helpfull lists all flags.)') from error
     if len(rest) > 1:
         raise DvinvError(f'Nothing is known to be done with the argument {rest[1]!r}; flags start with --.')
-    if not _WORKDIR.value:
+    if not (_WORKDIR.value or _PLAN.value):
         raise DvinvError('--workdir is missing: name the folder for all that the run writes.')
     if _SEEDS.value < 0:
         raise DvinvError(f'--seeds is {_SEEDS.value}; it must be at least 1, or 0 for a single run.')

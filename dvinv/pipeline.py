@@ -7,6 +7,7 @@ from dvinv import configuration, distillation, report, synthesis, teacher
 from dvinv.configuration import TASKS
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
+from dvinv.inversion import Teacher
 from dvinv.runtime.devices import make_mesh, training_mesh
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.student import hinted_layers
@@ -14,8 +15,12 @@ from dvinv.student import hinted_layers
 DRIVERS = {'teacher': teacher, 'synthesis': synthesis, 'distillation': distillation, 'report': report}
 
 
-def check(config) -> None:
-    """Refuse what cannot be run, in a sentence, before a work directory is made or touched."""
+def check(config) -> Teacher:
+    """Refuse what cannot be run, in a sentence, before a work directory is made or touched.
+
+    Returns:
+      The teacher, with shapes for weights where it is yet to be trained.
+    """
     configuration.check(config)
     mesh = make_mesh(config.devices)
     if config.pool and not Path(config.pool).is_dir():
@@ -48,6 +53,7 @@ def check(config) -> None:
     to_invert = teacher.check(config)
     configuration.inversion_config(config).check(to_invert.image_shape)
     hinted_layers(config, to_invert)
+    return to_invert
 
 
 def run(config, workdir) -> dict:

@@ -21,15 +21,15 @@ TERMS = {
     'total_variation': 'total variation',
     'competition': 'competition',
 }
-SURE = 'pixels were optimised until a trained network was sure of them'
-METHODS = {  # name, and what it does
-    'deepinversion': ('DeepInversion', f'{SURE} and found the statistics of its BatchNorm inputs familiar'),
+UNTIL = 'pixels were optimised until a trained network {}'
+METHODS = {  # name, and what it does; the braces take how far the network went along with the labels
+    'deepinversion': ('DeepInversion', f'{UNTIL} and found the statistics of its BatchNorm inputs familiar'),
     'adaptive': (
         'Adaptive DeepInversion',
-        f'{SURE}, found the statistics of its BatchNorm inputs familiar, and disagreed with the student that learns from '
+        f'{UNTIL}, found the statistics of its BatchNorm inputs familiar, and disagreed with the student that learns from '
         'them meanwhile',
     ),
-    'prior_only': ('DeepInversion without its feature term', f'{SURE}, whatever the statistics of its BatchNorm inputs'),
+    'prior_only': ('DeepInversion without its feature term', f'{UNTIL}, whatever the statistics of its BatchNorm inputs'),
     'noise': ('drawing noise', 'every inversion starts from it, and nothing was optimised'),
 }
 CONTROLS = {'prior_only': 'Made without the feature term.', 'noise': 'Noise: where every image starts.'}
@@ -70,7 +70,8 @@ def run(config, workdir) -> None:
 
 def _summary(results: dict, name: str, how: str) -> str:
     made, taught = results['synthesis'], results.get('distillation')
-    text = f'{made["images"]:,} images were synthesized by {name}, without any data: {how}.'
+    verdict = 'was sure of them' if made['teacher_accuracy'] > 0.5 else 'leaned towards their class'
+    text = f'{made["images"]:,} images were synthesized by {name}, without any data: {how.format(verdict)}.'
     if taught is None or taught['test_accuracy'] is None:
         return text
     return (

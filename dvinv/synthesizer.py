@@ -28,6 +28,16 @@ def missing_batches(config, pool: ImagePool) -> list[int]:
     return sorted({*range(config.synthesis.images // config.synthesis.batch_size)} - {*pool.numbers()})
 
 
+def abreast(config, devices: int, method: str = '') -> int:
+    """How many batches are inverted side by side; `method` is the config's when empty."""
+    group = config.synthesis
+    if config.bn_stats == 'global':
+        return 1
+    # A competitor waits for its round: no more batches than that can be made at a time.
+    adaptive = (method or group.method) == 'adaptive'
+    return min(devices, group.batches_per_round if adaptive else group.images // group.batch_size)
+
+
 class Synthesizer:
     """Fills a pool; a context manager, for its progress.
 
@@ -57,14 +67,11 @@ class Synthesizer:
         Raises:
           DvinvError: settings that do not fit the teacher, or a pool of another teacher.
         """
-        group = config.synthesis
         settings = inversion_config(config, method)
         mesh = make_mesh(config.devices)
         self._config, self._workdir, self._teacher, self._pool, self._method = config, workdir, teacher, pool, method
         self._task, self._series = task, series
-        # A competitor waits for its round: no more batches than that can be made at a time.
-        most = group.batches_per_round if method == 'adaptive' else group.images // group.batch_size
-        self._abreast = 1 if settings.bn_stats == 'global' else min(mesh.size, most)
+        self._abreast = abreast(config, mesh.size, method)
         finished, missing = pool.numbers(), missing_batches(config, pool)
         for number in finished:
             pool.notes(number)  # refuses another teacher's pool

@@ -11,7 +11,7 @@ from tiny import IMAGE_SHAPE
 from dvinv import DvinvError, balanced_labels, invert
 from dvinv.inversion import InversionConfig, Stage, Weights, make_inverter
 from dvinv.inversion.canvas import blank_canvas
-from dvinv.inversion.invert import _over_batches, _over_one_batch
+from dvinv.inversion.programs import _over_batches, _over_one_batch
 from dvinv.inversion.step import InversionState, make_step
 from dvinv.runtime.devices import AXIS, make_mesh, training_mesh
 

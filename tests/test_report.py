@@ -32,17 +32,17 @@ TERMS = ('cross-entropy', 'feature loss', 'total variation')
 
 @pytest.fixture
 def report_of(tmp_path):
-    """`report_of(method, rounds=1, pool='', figures={}, **changes)`: the page of a run whose results are made up.
+    """`report_of(method, rounds=1, pool='', figures={}, made={}, **changes)`: the page of a run whose results are made up.
 
     A pool of one batch from the teacher factories:own; a line of metrics at the start and at the end of two batches.
     """
 
-    def report_of(method, rounds=1, pool='', figures=(), **changes):
+    def report_of(method, rounds=1, pool='', figures=(), made=(), **changes):
         config = smoke_config(teacher__factory='factories:own', distillation__controls=(), pool=pool, **changes)
         config.synthesis.method = 'deepinversion' if pool else method
         images, labels = numbered([0, 1], size=8)
-        made = ImagePool(pool or tmp_path / 'run' / 'pool', factories.own().digest())
-        made.write(0, images, labels, np.zeros((2, 10)), {'config': {'method': method}})
+        stored = ImagePool(pool or tmp_path / 'run' / 'pool', factories.own().digest())
+        stored.write(0, images, labels, np.zeros((2, 10)), {'config': {'method': method}})
         terms = {'loss': 3.0, 'cross_entropy': 1.0, 'feature': 2.0, 'total_variation': 3.0, 'l2': 4.0}
         if method == 'adaptive':
             terms['competition'] = 0.5
@@ -57,7 +57,7 @@ def report_of(tmp_path):
             workdir.metrics.append('distillation', 'student', [{'step': 20, 'loss': 1.0}])
             seconds = {'wall_seconds': 1.0}
             workdir.add_results('teacher', TEACHER | seconds)
-            workdir.add_results('synthesis', MADE | seconds | {'rounds': rounds})
+            workdir.add_results('synthesis', MADE | seconds | {'rounds': rounds} | dict(made))
             workdir.add_results('distillation', TAUGHT | seconds | dict(figures))
             report.run(config, workdir)
         return (tmp_path / 'run' / 'report.html').read_text().split('<details')[0]
@@ -91,6 +91,12 @@ def test_the_page_tells_the_method_and_its_terms(report_of, method, words, terms
     assert [title.split(',')[0] for title in charts] == ['Distillation loss']
     assert 'no data' not in page
     assert '<td class="words">Batches</td><td>2</td>' in page
+
+
+@pytest.mark.parametrize(('accuracy', 'verdict'), [(0.98, 'was sure of them'), (0.23, 'leaned towards their class')])
+def test_the_page_claims_no_more_than_the_teacher_says_of_the_images(report_of, accuracy, verdict):
+    page = report_of('deepinversion', made={'teacher_accuracy': accuracy})
+    assert f'pixels were optimised until a trained network {verdict} and found' in page
 
 
 def test_rounds_of_competition_are_drawn_by_batch(report_of):

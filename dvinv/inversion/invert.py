@@ -1,26 +1,20 @@
-"""Whole inversions, mapped over a device mesh: labels in, images out.
-
-`bn_stats = 'device'`: each device inverts whole batches of its own (what `pmap` meant), without any communication.
-`bn_stats = 'global'`: one batch is split over the devices; its losses are those of the whole batch.
-"""
+"""Whole inversions: labels in, images out. The host's loop around the programs of programs.py."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from dvinv.errors import DvinvError
-from dvinv.inversion.canvas import blank_canvas, make_paint
 from dvinv.inversion.losses import feature_loss, feature_terms
 from dvinv.inversion.objective import view
+from dvinv.inversion.programs import Programs
 from dvinv.inversion.settings import InversionConfig, Stage
-from dvinv.inversion.step import InversionState, make_chunk, make_step
 from dvinv.inversion.teacher import Teacher
-from dvinv.runtime.devices import AXIS, make_mesh
+from dvinv.networks.convolutions import suited_to
+from dvinv.runtime.devices import make_mesh
 
 REPORT_EVERY = 20  # iterations between two looks at the metrics, at least
 
@@ -62,25 +56,7 @@ def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student
       is called as chunks finish.
     """
     config.check(teacher.image_shape)
-    split = config.bn_stats == 'global'
-    mapped = _over_one_batch(mesh) if split else _over_batches(mesh)
-    dispatch = config.iterations_per_dispatch or (1 if mesh.devices.flat[0].platform == 'cpu' else 100)
-    variables = jax.device_put(teacher.variables, NamedSharding(mesh, P()))
-
-    @functools.cache
-    def begin(batch_size: int):
-        return mapped(lambda key: blank_canvas(key, batch_size, teacher.image_shape))
-
-    finish = mapped(make_paint(config.canvas, config.contrast, teacher))
-
-    @functools.cache
-    def restart(stage: Stage):
-        return mapped(stage.optimiser().init)
-
-    @functools.cache
-    def advance(stage: Stage, iterations: int):
-        step = make_step(teacher, config, stage, student_fn, AXIS if split else None)
-        return mapped(make_chunk(step, iterations), weights=2, donate=True)
+    programs, split = Programs(teacher, config, mesh, student_fn), config.bn_stats == 'global'
 
     def run(keys, labels, student_variables=None, on_chunk=None) -> Inversion:
         labels = np.asarray(labels)
@@ -94,34 +70,26 @@ def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student
         expected = 1 if split else mesh.size
         if batches != expected:
             raise ValueError(f'this inverter takes {expected} batches at a time, not {batches}')
-        # Everything is put where the programs leave it, or the first call would be compiled for another placement.
-        batchwise = NamedSharding(mesh, P() if split else P(AXIS))
-        keys = jax.device_put(keys[0] if split else keys, batchwise)
-        iteration = jax.device_put(np.zeros((), np.int32) if split else np.zeros(batches, np.int32), batchwise)
-        labels = jax.device_put(labels[0] if split else labels, NamedSharding(mesh, P(AXIS)))
-        student_variables = jax.device_put(student_variables, NamedSharding(mesh, P()))
-        canvas, step_keys = begin(batch_size)(keys)
+        labels, student_variables = programs.labels(labels), programs.everywhere(student_variables)
+        state = programs.begin(keys, batch_size)
         history, pending = [], []
         for stage in config.stages:
-            state = InversionState(canvas, restart(stage)(canvas), iteration, step_keys)
-            for length in _chunks(stage.iterations, dispatch):
-                state, metrics = advance(stage, length)(state, labels, variables, student_variables)
+            state = programs.restart(stage, state)
+            for length in _chunks(stage.iterations, programs.dispatch):
+                state, metrics = programs.advance(stage, length)(state, labels, programs.variables, student_variables)
                 # Older metrics are looked at while this chunk runs: the devices never wait for the host.
-                if len(pending) * dispatch >= REPORT_EVERY:
+                if len(pending) * programs.dispatch >= REPORT_EVERY:
                     _collect(pending, history, on_chunk)
                     pending = []
                 pending.append(metrics)
-            canvas, iteration, step_keys = state.canvas, state.iteration, state.key  # the old ones were donated
         _collect(pending, history, on_chunk)
-        images = np.asarray(finish(canvas))
+        images = programs.finish(state)
         if not np.isfinite(images).all():  # by the very last update, which no loss has seen
             raise DvinvError(
                 f'The images are not finite after the last of {config.iterations} iterations: lower the learning rate.'
             )
-        stacked = {term: np.concatenate([part[term] for part in history], -1) for term in history[0]}
-        if split:
-            return Inversion(images[None], {term: values[None] for term, values in stacked.items()})
-        return Inversion(images, stacked)
+        metrics = {term: np.concatenate([part[term] for part in history], -1) for term in history[0]}
+        return Inversion(images, {term: values[None] for term, values in metrics.items()} if split else metrics)
 
     return run
 
@@ -161,11 +129,12 @@ def invert(
 
 def make_feature_loss(teacher: Teacher, stage: Stage):
     """`(variables, images [B, H, W, C] normalised, key) -> R_feature` with unit layer weights, on the view of `stage`."""
+    tap = suited_to(jax.default_backend(), teacher.tap)
 
     @jax.jit
     def measure(variables, images, key):
         _, shown = view(teacher, stage, images, key)
-        _, moments = teacher.tap(variables, shown)
+        _, moments = tap(variables, shown)
         return feature_loss(feature_terms(moments, teacher.statistics(variables)))
 
     return measure
@@ -199,41 +168,3 @@ def _collect(pending: list, history: list, on_chunk) -> None:
             sum(part['loss'].shape[-1] for part in history),
             {term: float(values[..., -1].mean()) for term, values in history[-1].items()},
         )
-
-
-def _over_batches(mesh: Mesh):
-    """Map a per-batch program over the mesh: every argument but the weights has a leading axis, one batch a device."""
-
-    def wrap(program, weights: int = 0, donate: bool = False):
-        def local(*args):
-            mine = jax.tree.map(lambda a: a[0], args[: len(args) - weights])
-            return jax.tree.map(lambda a: a[None], program(*mine, *args[len(args) - weights :]))
-
-        def mapped(*args):
-            specs = (P(AXIS),) * (len(args) - weights) + (P(),) * weights
-            return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(AXIS))(*args)
-
-        return jax.jit(mapped, donate_argnums=0 if donate else ())
-
-    return wrap
-
-
-def _over_one_batch(mesh: Mesh):
-    """Split the images of one batch over the mesh: what is shaped like images [B, ...] is cut on its first axis."""
-
-    def spec(a):
-        return P(AXIS) if a.ndim == 4 else P()
-
-    def wrap(program, weights: int = 0, donate: bool = False):
-        def mapped(*args):
-            if not weights:  # the programs that make images and optimiser states have nothing to communicate
-                return jax.tree.map(
-                    lambda a: jax.lax.with_sharding_constraint(a, NamedSharding(mesh, spec(a))), program(*args)
-                )
-            state, _, *frozen = args
-            specs = (jax.tree.map(spec, state), P(AXIS), *(P() for _ in frozen))
-            return jax.shard_map(program, mesh=mesh, in_specs=specs, out_specs=(specs[0], P()))(*args)
-
-        return jax.jit(mapped, donate_argnums=0 if donate else ())
-
-    return wrap

@@ -71,6 +71,8 @@ class InversionConfig:
     l2: str = 'image'  # the norm of each image ('image': ImageNet) or of the whole batch ('batch': CIFAR)
     prior_on: str = 'view'  # total variation and L2 of what the teacher sees ('view': paper) or of the 'image' itself
     bn_stats: str = 'device'  # each device inverts batches of its own ('device') or a share of one ('global')
+    precision: str = 'float32'  # of the networks' forward and backward pass; 'bfloat16' for GPU and TPU. Losses: float32
+    recompute: int = 0  # to save memory, the stretches of a network of which only the ends are kept; 0: keep everything
     iterations_per_dispatch: int = 0  # 0: 1 on CPU, where XLA runs convolutions in a loop body 10 times slower; else 100
 
     @property
@@ -91,6 +93,8 @@ class InversionConfig:
         _one_of('l2', self.l2, L2)
         _one_of('prior_on', self.prior_on, ('view', 'image'))
         _one_of('bn_stats', self.bn_stats, ('device', 'global'))
+        _one_of('precision', self.precision, ('float32', 'bfloat16'))
+        _at_least('recompute', self.recompute, 0)
         _at_least('iterations_per_dispatch', self.iterations_per_dispatch, 0)
         if not self.stages:
             raise DvinvError('An inversion needs at least one stage; stages is empty.')

@@ -1,5 +1,7 @@
 """Devices as a 1-D mesh with the axis `data`, over which batches are mapped."""
 
+import os
+
 import jax
 from jax.sharding import AxisType, Mesh
 
@@ -9,9 +11,26 @@ AXIS = 'data'
 
 
 def set_cpu_devices(count: int) -> None:
-    """Let the CPU backend offer `count` virtual devices. Call before anything touches a device."""
-    if count > 1:
-        jax.config.update('jax_num_cpu_devices', count)
+    """Let the CPU backend offer `count` virtual devices (0: one a core). Call before anything touches a device.
+
+    One device leaves half of the cores idle: XLA's convolutions share the work of a small batch badly, whole batches side by
+    side do not share any. Whoever has set JAX_NUM_CPU_DEVICES has decided already, where `count` is 0.
+    """
+    decided = jax.config.jax_num_cpu_devices >= 0 or 'xla_force_host_platform_device_count' in os.environ.get(
+        'XLA_FLAGS', ''
+    )
+    if count or not decided:
+        jax.config.update('jax_num_cpu_devices', max(1, count or cores()))
+
+
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def platform_of(mesh: Mesh) -> str:
+    """'cpu', 'gpu' or 'tpu'."""
+    return mesh.devices.flat[0].platform
 
 
 def training_mesh(mesh: Mesh) -> Mesh:
@@ -19,7 +38,7 @@ def training_mesh(mesh: Mesh) -> Mesh:
 
     They would gain nothing, and a network trained on CPU would come to depend on their number.
     """
-    return make_mesh(1) if mesh.devices.flat[0].platform == 'cpu' else mesh
+    return make_mesh(1) if platform_of(mesh) == 'cpu' else mesh
 
 
 def make_mesh(count: int = 0) -> Mesh:

@@ -1,0 +1,44 @@
+"""How frozen networks are run while images are made: in the backend's favourite form, in bfloat16, in little memory.
+
+None of it changes what is computed, only how: the networks stay as their authors wrote them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from dvinv.inversion.settings import InversionConfig
+from dvinv.inversion.teacher import Teacher
+from dvinv.networks.convolutions import suited_to
+from dvinv.runtime.program import recomputed
+
+
+def executed(teacher: Teacher, student_fn: Callable | None, config: InversionConfig, platform: str):
+    """(teacher, student_fn) whose forward passes are run as `config` asks and `platform` ('cpu', 'gpu', 'tpu') likes."""
+
+    def run(fn: Callable) -> Callable:
+        fn = suited_to(platform, fn)
+        if config.recompute:
+            fn = recomputed(fn, config.recompute)
+        return in_bfloat16(fn) if config.precision == 'bfloat16' else fn
+
+    def tap(variables, x, axis: str | None = None):
+        return run(functools.partial(teacher.tap, axis=axis))(variables, x)
+
+    return dataclasses.replace(teacher, tap=tap), student_fn and run(student_fn)
+
+
+def in_bfloat16(fn: Callable) -> Callable:
+    """`fn(variables, x)` with images and trained weights in bfloat16.
+
+    Running statistics stay float32, and so do the moments that are set against them: the tap takes its sums in float32.
+    """
+
+    def run(variables, x):
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables['params'])
+        return fn({**variables, 'params': params}, x.astype(jnp.bfloat16))
+
+    return run

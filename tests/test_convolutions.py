@@ -1,0 +1,124 @@
+"""Convolutions in the CPU backend's favourite form are the same convolutions, with the same gradients."""
+
+import functools
+import itertools
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from tiny import tiny_teacher
+
+from dvinv.evaluation import logits_of
+from dvinv.networks import convolutions
+from dvinv.networks.convolutions import suited_to
+
+CHANNELS = 4
+
+
+def _convolution(stride, padding, groups):
+    return functools.partial(
+        jax.lax.conv_general_dilated,
+        window_strides=(stride, stride),
+        padding=padding,
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        feature_group_count=groups,
+    )
+
+
+def _arrays(size, groups, height, width=7):
+    rng = np.random.default_rng(0)
+    return [
+        rng.normal(size=shape).astype(np.float32)
+        for shape in ((2, height, width, CHANNELS), (size, size, CHANNELS // groups, CHANNELS))
+    ]
+
+
+def _suited_program(fn, *arrays) -> str:
+    return str(jax.make_jaxpr(suited_to('cpu', fn))(*arrays))
+
+
+@pytest.mark.parametrize('groups', [1, CHANNELS])
+@pytest.mark.parametrize('padding', ['SAME', 'VALID', ((1, 1), (0, 2))])
+@pytest.mark.parametrize(('size', 'stride'), [(1, 1), (1, 2), (2, 2), (3, 1), (3, 2), (3, 3)])
+@pytest.mark.parametrize('height', [6, 7])
+def test_values_and_gradients_are_those_of_xla(size, stride, padding, groups, height):
+    fn, arrays = _convolution(stride, padding, groups), _arrays(size, groups, height)
+    weights = np.random.default_rng(1).normal(size=jax.eval_shape(fn, *arrays).shape)
+
+    def loss(fn, x, kernel):
+        return (fn(x, kernel) * weights).sum()
+
+    ours, theirs = (jax.value_and_grad(functools.partial(loss, f), (0, 1))(*arrays) for f in (suited_to('cpu', fn), fn))
+    for got, wanted in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(('size', 'groups'), [(3, CHANNELS), (1, 1)])
+def test_slow_ones_are_replaced_on_cpu_alone(size, groups):
+    fn, arrays = _convolution(2, 'VALID', groups), _arrays(size, groups, 7)
+    assert 'conv_general_dilated' not in _suited_program(fn, *arrays)
+    assert suited_to('gpu', fn) is fn
+
+
+@pytest.mark.parametrize(
+    'fn',
+    [
+        _convolution(1, 'SAME', 1),  # the fast path already
+        _convolution(1, 'SAME', 2),  # groups, but not one a channel
+        functools.partial(_convolution(1, 'SAME', CHANNELS), rhs_dilation=(2, 2)),
+        functools.partial(_convolution(1, 'VALID', CHANNELS), padding=((1, 1), (1, 1)), lhs_dilation=(2, 2)),
+        functools.partial(_convolution(1, 'SAME', CHANNELS), padding=((-1, 1), (1, 1))),
+    ],
+)
+def test_others_are_left_alone(fn):
+    arrays = _arrays(3, fn.keywords['feature_group_count'], 7)
+    assert _suited_program(fn, *arrays).count('conv_general_dilated') == 1
+
+
+class Separable(nn.Module):
+    """A depthwise and a pointwise convolution, jitted by a user or not."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(CHANNELS, (3, 3), feature_group_count=CHANNELS)(x)
+        return nn.Conv(6, (1, 1))(nn.relu6(x))
+
+
+def _linen(jitted):
+    module = (nn.jit(Separable) if jitted else Separable)()
+    variables = module.init(jax.random.key(0), np.zeros((1, 7, 7, CHANNELS)))
+    return lambda x: module.apply(variables, x)
+
+
+def _nnx():
+    depthwise = nnx.Conv(CHANNELS, CHANNELS, (3, 3), feature_group_count=CHANNELS, rngs=nnx.Rngs(0))
+    return nnx.jit(lambda x: depthwise(x))
+
+
+@pytest.mark.parametrize('make', [lambda: _linen(False), lambda: _linen(True), _nnx], ids=['linen', 'nn.jit', 'nnx'])
+def test_networks_of_users_are_reached_unmodified(make):
+    fn, (x, _) = make(), _arrays(3, 1, 7)
+    assert 'conv_general_dilated' not in _suited_program(fn, x)
+    np.testing.assert_allclose(suited_to('cpu', fn)(x), fn(x), rtol=1e-5, atol=1e-6)
+
+
+def test_scores_are_taken_in_that_form(monkeypatch):
+    seen = []
+    monkeypatch.setattr(convolutions, '_rule', lambda params: seen.append(params['shapes']))
+    network = tiny_teacher()
+    logits_of(network, np.zeros((2, *network.image_shape), np.uint8))
+    assert len(seen) == 2
+
+
+def test_pixels_of_a_stride_are_interleaved_in_order():
+    # A 1x1 depthwise kernel hands each gradient to the very pixel that it came from.
+    x = np.zeros((1, 5, 4, 2), np.float32)
+    kernel = np.ones((1, 1, 1, 2), np.float32)
+    _, pull = jax.vjp(lambda x: convolutions.depthwise(x, kernel, (2, 3), ((0, 0), (0, 0))), x)
+    gradient = np.arange(1, 13, dtype=np.float32).reshape(1, 3, 2, 2)
+    expected = np.zeros_like(x)
+    for i, j in itertools.product(range(3), range(2)):
+        expected[0, 2 * i, 3 * j] = gradient[0, i, j]
+    np.testing.assert_array_equal(pull(gradient)[0], expected)
