@@ -52,10 +52,11 @@ def recomputed(fn: Callable, stretches: int) -> Callable:
         for start in reversed(cuts):
             equations = jaxpr.eqns[start : start + length]
             made = [v for equation in equations for v in equation.outvars if v in asked]
-            inputs = {v for equation in equations for v in _variables(equation.invars)}
-            inputs -= {v for equation in equations for v in equation.outvars}
-            asked |= inputs
-            plan.append((equations, [*inputs], made))
+            own = {v for equation in equations for v in equation.outvars}
+            # In order of use, not of a set: the same program in every process, for the compilation cache.
+            inputs = [*dict.fromkeys(v for equation in equations for v in _variables(equation.invars) if v not in own)]
+            asked |= {*inputs}
+            plan.append((equations, inputs, made))
         for equations, inputs, made in reversed(plan):
             stretch = functools.partial(_stretch, equations, inputs, made)
             values.update(zip(made, jax.checkpoint(stretch)(*(values[v] for v in inputs)), strict=True))
