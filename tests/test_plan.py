@@ -57,5 +57,5 @@ def test_what_cannot_be_planned_is_refused(changes, words):
 def test_the_command_writes_nothing(command, tmp_path):
     status, out, err = command('--plan', '--workdir', tmp_path / 'run')
     assert (status, err) == (0, '')
-    assert out.startswith('40 images in 2 batches, 1 side by side; 1 cpu device\n')
+    assert out.startswith('40 images in 2 batches, 2 side by side; 2 cpu devices\n')
     assert not (tmp_path / 'run').exists()
