@@ -143,6 +143,10 @@ def teacher_of(task: Task):
     from dvinv.networks.weights import count_classes, import_weights, read_state_dict
 
     size, _, channels = image_shape(task.network)
+    if size not in SETTINGS:
+        raise DvinvError(
+            f'{task.network} is made for images of {size} px; choose a network for {" or ".join(map(str, SETTINGS))}.'
+        )
     preset, classes = SETTINGS[size]
     shape = (task.resolution or size, task.resolution or size, channels)
     if task.weights:
@@ -253,10 +257,37 @@ class Dvinv:
         return _peak_memory_mb()
 
 
+class Sizes:
+    """dvinv's step at several sizes, which take turns in one process."""
+
+    def __init__(self, tasks: list[Task]):
+        self._steps = [Dvinv(task) for task in tasks]
+
+    def flops(self) -> list[int]:
+        """Of a step, a size; compiles them all."""
+        for step in self._steps:
+            step.run(1)
+        return [step.about()['flops'] for step in self._steps]
+
+    def run(self, index: int, steps: int) -> float:
+        """Seconds a step of the size at `index`."""
+        return self._steps[index].run(steps)
+
+    def about(self) -> dict:
+        """As of one step."""
+        return self._steps[0].about()
+
+
 def dvinv(task: Task) -> Dvinv:
     """For a process of its own."""
     set_up_jax(task.devices)
     return Dvinv(task)
+
+
+def sizes(tasks: list[Task]) -> Sizes:
+    """For a process of its own."""
+    set_up_jax(tasks[0].devices)
+    return Sizes(tasks)
 
 
 # PyTorch

@@ -95,14 +95,19 @@ class TorchLoop:
         terms = {
             'cross_entropy': cross_entropy(logits, self._labels),
             'feature': weights.first_bn_multiplier * self._features[0] + sum(self._features[1:]),
-            'total_variation': sum(vector_norm(difference) for difference in differences),
-            'l2': vector_norm(shown) if self._settings.l2 == 'batch' else vector_norm(shown.flatten(1), dim=1).mean(),
+            'total_variation': sum(map(norm, differences)),
+            'l2': norm(shown) if self._settings.l2 == 'batch' else norm(shown, (1, 2, 3)).mean(),
         }
         factors = {
             'cross_entropy': weights.main,
             **{name: getattr(weights, name) for name in terms if name != 'cross_entropy'},
         }
         return terms | {'loss': sum(factor * terms[name] for name, factor in factors.items() if factor)}
+
+
+def norm(x: torch.Tensor, dim: tuple[int, ...] | None = None) -> torch.Tensor:
+    """||x||_2, as fast as `vector_norm`, whose sum of ten million squares comes out 3e-4 too small."""
+    return (x * x).sum(dim).sqrt()
 
 
 def rate(stage, iteration: int) -> float:
