@@ -41,7 +41,7 @@ def start(tmp_path_factory):
         **os.environ,
         'XDG_CACHE_HOME': str(cache),
         'JAX_PLATFORMS': 'cpu',
-        'JAX_NUM_CPU_DEVICES': '8',  # as here: sums are split by the size of the pool of threads, which follows
+        'JAX_NUM_CPU_DEVICES': '8',  # as here: on some CPUs sums are split by the number of threads, which follows
         'PYTHONPATH': str(Path(__file__).parent),
     }
     jax.config.update('jax_compilation_cache_dir', str(cache / 'dvinv' / 'jax'))
