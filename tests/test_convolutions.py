@@ -5,6 +5,7 @@ import itertools
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -53,6 +54,16 @@ def test_values_and_gradients_are_those_of_xla(size, stride, padding, groups, he
     ours, theirs = (jax.value_and_grad(functools.partial(loss, f), (0, 1))(*arrays) for f in (suited_to('cpu', fn), fn))
     for got, wanted in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize('dtype', [None, np.float32])
+@pytest.mark.parametrize(('size', 'groups'), [(3, CHANNELS), (1, 1)])
+def test_sums_and_result_are_of_the_asked_dtype(size, groups, dtype):
+    fn = functools.partial(_convolution(1, 'SAME' if size > 1 else 'VALID', groups), preferred_element_type=dtype)
+    arrays = [jnp.asarray(a, jnp.bfloat16) for a in _arrays(size, groups, 6)]
+    ours, theirs = suited_to('cpu', fn)(*arrays), fn(*arrays)
+    assert ours.dtype == theirs.dtype
+    np.testing.assert_allclose(ours.astype(float), theirs.astype(float), atol=1e-5 if dtype else 0.1)
 
 
 @pytest.mark.parametrize(('size', 'groups'), [(3, CHANNELS), (1, 1)])

@@ -31,17 +31,18 @@ def _rule(params: dict) -> Callable | None:
     if (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec) != IMAGES_LAST or dilated or params['batch_group_count'] > 1:
         return None
     groups, strides, padding = params['feature_group_count'], params['window_strides'], tuple(params['padding'])
+    dtype = params['preferred_element_type']  # of sums and result; None: that of images and kernel
     if kernel[:2] == (1, 1) and groups == 1 and not any(itertools.chain(*padding)):
-        return functools.partial(pointwise, strides=strides, precision=params['precision'])
+        return functools.partial(pointwise, strides=strides, precision=params['precision'], dtype=dtype)
     if groups == images[3] == kernel[3] > 1 and min(itertools.chain(*padding)) >= 0:
-        return lambda x, k: depthwise(x, k, strides, padding)
+        return lambda x, k: depthwise(x.astype(dtype or x.dtype), k.astype(dtype or k.dtype), strides, padding)
     return None
 
 
-def pointwise(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], precision=None) -> jax.Array:
-    """A 1x1 convolution, x [B, H, W, I], kernel [1, 1, I, O], as a matrix product."""
+def pointwise(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], precision=None, dtype=None) -> jax.Array:
+    """A 1x1 convolution, x [B, H, W, I], kernel [1, 1, I, O], as a matrix product; sums and result of `dtype`."""
     x = x[:, :: strides[0], :: strides[1]]
-    return jnp.einsum('bhwi,io->bhwo', x, kernel[0, 0], precision=precision)
+    return jnp.einsum('bhwi,io->bhwo', x, kernel[0, 0], precision=precision, preferred_element_type=dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
