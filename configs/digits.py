@@ -3,8 +3,8 @@
     python -m dvinv.main --config configs/digits.py --workdir runs/digits
 
 A residual network of 94 thousand parameters is trained on 1,437 scanned digits; 1,024 images are synthesized from it alone;
-a student with a quarter of its parameters learns from them, and everything is scored on the 360 real test images. About
-90 seconds on a 2-core CPU. Every setting was chosen on a validation part of the training split
+a student with a quarter of its parameters learns from them, and everything is scored on the 360 real test images:
+one to two minutes on a 2-core CPU. Every setting was chosen on a validation part of the training split
 (`--config.data.validation=True`). Expected figures: the README's table. `:smoke` shrinks the run to seconds.
 """
 
