@@ -1,7 +1,7 @@
 """Seconds of one inversion step: dvinv against a loop in plain PyTorch, eager and frozen, in turns.
 
     pip install -e '.[benchmarks]'
-    python benchmarks/step_time.py --network resnet20 --batch 64 [--rounds 9] [--devices 2] [--weights FILE] [--alone]
+    python benchmarks/step_time.py --network resnet20 --batch 64 [--rounds 9] [--devices N] [--weights FILE] [--alone]
     python benchmarks/step_time.py --network resnet20 --sweep
 
 All three have the same network, weights, images, losses and optimiser; loss, terms and pixel gradient of the first step are
@@ -38,6 +38,7 @@ TOLERANCES = {
     'bfloat16': {'loss': 1e-2, 'terms': 1e-2, 'gradient': 0.2, 'gradient_of_median_image': 0.2},
 }
 TURN_SECONDS = 1.0
+DEVICE_PIXELS = 2**15  # 32 images of 32 px: on more, a virtual CPU device did less in a second
 BATCHES, RESOLUTIONS = (16, 32, 64, 128, 256), {32: (32, 40, 48, 56, 64), 224: (96, 128, 160, 192, 224)}  # of a sweep
 tell = functools.partial(print, file=sys.stderr, flush=True)  # stdout is for the result
 
@@ -62,7 +63,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument('--resolution', type=int, default=0, help="0: the network's own")
     parser.add_argument('--width', type=float, default=1.0)
     parser.add_argument('--weights', default='', help='a state dict; drawn when empty')
-    parser.add_argument('--devices', type=int, default=cores(), help='virtual CPU devices that share the batch')
+    parser.add_argument('--devices', type=int, default=0, help='virtual CPU devices that share the batch; 0: what suits it')
     parser.add_argument('--precision', default='float32', choices=('float32', 'bfloat16'))
     parser.add_argument('--rounds', type=int, default=9)
     parser.add_argument('--steps', type=int, default=0, help='a turn; 0: as many as take about a second')
@@ -71,9 +72,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument('--batches', type=int, nargs='+', default=BATCHES, help='of the sweep')
     parser.add_argument('--resolutions', type=int, nargs='+', default=(), help="of the sweep; else the network's usual ones")
     arguments = parser.parse_args(argv)
-    for name, least in (('batch', 2), ('resolution', 0), ('devices', 1), ('rounds', 1), ('steps', 0)):
+    for name, least in (('batch', 2), ('resolution', 0), ('devices', 0), ('rounds', 1), ('steps', 0)):
         if getattr(arguments, name) < least:
             raise DvinvError(f'--{name} is {getattr(arguments, name)}; it must be at least {least}.')
+    arguments.devices = arguments.devices or (cores() if arguments.sweep else suiting_devices(arguments))
     for batch in (arguments.batch, *(arguments.batches if arguments.sweep else ())):
         if batch < 2 or batch % arguments.devices:
             raise DvinvError(f'A batch of {batch} is not divided by {arguments.devices} devices; choose another --devices.')
@@ -83,6 +85,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if not arguments.alone and not arguments.sweep and importlib.util.find_spec('torch') is None:
         raise DvinvError("PyTorch is not installed: pip install -e '.[benchmarks]', or --alone to measure dvinv only.")
     return arguments
+
+
+def suiting_devices(arguments: argparse.Namespace) -> int:
+    """One a core at least, and not many more pixels for each than its caches hold the layers of; they divide the batch."""
+    from dvinv.networks import image_shape
+
+    pixels = arguments.batch * (arguments.resolution or image_shape(arguments.network)[0]) ** 2
+    wanted = max(cores(), pixels // DEVICE_PIXELS)
+    return max(n for n in range(1, arguments.batch + 1) if n <= wanted and arguments.batch % n == 0)
 
 
 def task_of(arguments: argparse.Namespace) -> Task:

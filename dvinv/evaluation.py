@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dvinv.networks.classifier import Classifier
-from dvinv.networks.convolutions import suited_to
+from dvinv.networks.suited import suited_to
 
 
 @functools.lru_cache(maxsize=64)

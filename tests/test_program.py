@@ -62,7 +62,7 @@ def test_a_rule_sees_parameters_and_shapes_and_may_decline():
     seen = []
 
     def rule(params):
-        seen.append((params['dimension_numbers'], params['shapes']))
+        seen.append((params['dimension_numbers'], [aval.shape for aval in params['avals']]))
 
     np.testing.assert_array_equal(rewritten(jnp.dot, {'dot_general': rule})(X, X.T), X @ X.T)
     assert seen == [((((1,), (0,)), ((), ())), [(2, 3), (3, 2)])]

@@ -38,6 +38,15 @@ def test_without_pytorch_it_says_how_to_get_it(monkeypatch):
     assert step_time.parse(['--devices', '1', '--alone']).batch == 64
 
 
+@pytest.mark.parametrize(
+    ('network', 'batch', 'devices'),
+    [('resnet20', 64, 2), ('resnet20', 256, 8), ('resnet20', 7, 1), ('mobilenet_v1', 16, 16)],
+)
+def test_a_device_gets_as_many_pixels_as_suit_it(monkeypatch, network, batch, devices):
+    monkeypatch.setattr(step_time, 'cores', lambda: 2)
+    assert step_time.parse(['--network', network, '--batch', str(batch), '--alone']).devices == devices
+
+
 def first_step(loss: float = 1.0, wrong: int = 0, by: float = 0.0) -> dict:
     """Of 5 images, of which so many have a gradient that is `by` too large, relatively."""
     gradient = np.ones((5, 2, 2, 1))

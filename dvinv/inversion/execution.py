@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from dvinv.inversion.settings import InversionConfig
 from dvinv.inversion.teacher import Teacher
-from dvinv.networks.convolutions import suited_to
+from dvinv.networks.suited import suited_to
 from dvinv.runtime.program import recomputed
 
 

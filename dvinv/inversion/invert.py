@@ -13,7 +13,7 @@ from dvinv.inversion.objective import view
 from dvinv.inversion.programs import Programs
 from dvinv.inversion.settings import InversionConfig, Stage
 from dvinv.inversion.teacher import Teacher
-from dvinv.networks.convolutions import suited_to
+from dvinv.networks.suited import suited_to
 from dvinv.runtime.devices import make_mesh
 
 REPORT_EVERY = 20  # iterations between two looks at the metrics, at least

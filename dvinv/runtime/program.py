@@ -12,7 +12,8 @@ import jax
 from jax.extend.core import ClosedJaxpr, Literal
 from jax.extend.core.primitives import jit_p, remat_p
 
-# (what an operation is called with as keywords) -> what to do in its place with its arrays, or None: leave it
+# (what an operation is called with as keywords, and 'avals', its arrays' shapes and dtypes) -> what to do in its place with
+# them, or None: leave it
 Rule = Callable[[dict], Callable | None]
 
 
@@ -103,7 +104,7 @@ def _follow(equations, values: dict, rules) -> None:
 def _apply(equation, arrays: list, rules) -> list:
     primitive, params = equation.primitive, equation.params
     rule = rules.get(primitive.name)
-    if rule and (replacement := rule(params | {'shapes': [v.aval.shape for v in equation.invars]})):
+    if rule and (replacement := rule(params | {'avals': [v.aval for v in equation.invars]})):
         return [replacement(*arrays)]
     if primitive is jit_p and _holds(params['jaxpr'].jaxpr, rules):
         return _evaluate(params['jaxpr'], arrays, rules)

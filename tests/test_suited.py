@@ -1,4 +1,4 @@
-"""Convolutions in the CPU backend's favourite form are the same convolutions, with the same gradients."""
+"""Networks in the CPU backend's favourite form compute the same, with the same gradients."""
 
 import functools
 import itertools
@@ -12,8 +12,9 @@ from flax import nnx
 from tiny import tiny_teacher
 
 from dvinv.evaluation import logits_of
-from dvinv.networks import convolutions
-from dvinv.networks.convolutions import suited_to
+from dvinv.networks import suited
+from dvinv.networks.convolutions import depthwise
+from dvinv.networks.suited import suited_to
 
 CHANNELS = 4
 
@@ -45,14 +46,60 @@ def _suited_program(fn, *arrays) -> str:
 @pytest.mark.parametrize(('size', 'stride'), [(1, 1), (1, 2), (2, 2), (3, 1), (3, 2), (3, 3)])
 @pytest.mark.parametrize('height', [6, 7])
 def test_values_and_gradients_are_those_of_xla(size, stride, padding, groups, height):
-    fn, arrays = _convolution(stride, padding, groups), _arrays(size, groups, height)
+    _compare(_convolution(stride, padding, groups), *_arrays(size, groups, height))
+
+
+@pytest.mark.parametrize('padding', ['SAME', ((2, 1), (1, 2))])
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize(('height', 'width'), [(1, 1), (2, 2), (7, 1), (2, 7)])
+def test_images_smaller_than_the_kernel(stride, padding, height, width):
+    fn, arrays = _convolution(stride, padding, 1), _arrays(3, 1, height, width)
+    assert 'conv_general_dilated' not in _suited_program(fn, *arrays)
+    _compare(fn, *arrays)
+
+
+@pytest.mark.parametrize('padding', ['SAME', 'VALID', ((1, 1), (1, 1))])
+@pytest.mark.parametrize(('size', 'stride'), [(2, 2), (3, 2), (3, 1)])
+@pytest.mark.parametrize('height', [6, 7])
+def test_max_pooling(size, stride, padding, height):
+    fn = functools.partial(nn.max_pool, window_shape=(size, size), strides=(stride, stride), padding=padding)
+    x, _ = _arrays(1, 1, height)
+    assert 'reduce_window_max' not in _suited_program(fn, x)
+    _compare(fn, x)
+    _compare(fn, np.maximum(np.round(x), 0))  # with equal ones: the gradient is the first's
+    x[1, 2, 2, 1] = np.nan
+    np.testing.assert_array_equal(suited_to('cpu', fn)(x), fn(x))
+
+
+@pytest.mark.parametrize(
+    'fn',
+    [
+        lambda x: nn.max_pool(x.astype(int), (2, 2)),
+        lambda x: nn.max_pool(x, (2, 2, 2)),  # over channels too
+        lambda x: jax.lax.reduce_window_max_p.bind(  # over pixels two apart
+            x,
+            window_dimensions=(1, 2, 2, 1),
+            window_strides=(1, 1, 1, 1),
+            padding=((0, 0),) * 4,
+            base_dilation=(1, 1, 1, 1),
+            window_dilation=(1, 2, 2, 1),
+        ),
+    ],
+)
+def test_other_maxima_are_left_alone(fn):
+    x, _ = _arrays(1, 1, 6)
+    assert 'reduce_window_max' in _suited_program(fn, x)
+
+
+def _compare(fn, *arrays):
+    """Values, and gradients with respect to all the arrays, with and without the rules."""
     weights = np.random.default_rng(1).normal(size=jax.eval_shape(fn, *arrays).shape)
 
-    def loss(fn, x, kernel):
-        return (fn(x, kernel) * weights).sum()
+    def both(fn):
+        loss = jax.value_and_grad(lambda *arrays: (fn(*arrays) * weights).sum(), range(len(arrays)))
+        return jax.tree.leaves((fn(*arrays), loss(*arrays)))
 
-    ours, theirs = (jax.value_and_grad(functools.partial(loss, f), (0, 1))(*arrays) for f in (suited_to('cpu', fn), fn))
-    for got, wanted in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    for got, wanted in zip(both(suited_to('cpu', fn)), both(fn), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=2e-5)
 
 
@@ -117,7 +164,7 @@ def test_networks_of_users_are_reached_unmodified(make):
 
 def test_scores_are_taken_in_that_form(monkeypatch):
     seen = []
-    monkeypatch.setattr(convolutions, '_rule', lambda params: seen.append(params['shapes']))
+    monkeypatch.setattr(suited, '_convolution', lambda params: seen.append(params))
     network = tiny_teacher()
     logits_of(network, np.zeros((2, *network.image_shape), np.uint8))
     assert len(seen) == 2
@@ -127,7 +174,7 @@ def test_pixels_of_a_stride_are_interleaved_in_order():
     # A 1x1 depthwise kernel hands each gradient to the very pixel that it came from.
     x = np.zeros((1, 5, 4, 2), np.float32)
     kernel = np.ones((1, 1, 1, 2), np.float32)
-    _, pull = jax.vjp(lambda x: convolutions.depthwise(x, kernel, (2, 3), ((0, 0), (0, 0))), x)
+    _, pull = jax.vjp(lambda x: depthwise(x, kernel, (2, 3), ((0, 0), (0, 0))), x)
     gradient = np.arange(1, 13, dtype=np.float32).reshape(1, 3, 2, 2)
     expected = np.zeros_like(x)
     for i, j in itertools.product(range(3), range(2)):
