@@ -7,10 +7,10 @@ The weights are those of https://github.com/akamaster/pytorch_resnet_cifar10 (fo
 `.npz` and `.safetensors` do not). Scores on CIFAR-10's test images (prepared once, see the README; or
 `--config.data.name=npz --config.data.path=TEST.npz` with arrays of your own).
 
-10 batches of 256 images, 20 iterations each, and 1,200 updates of 16. The class term is nearly off, because a student
-learns little about real pictures from images that exaggerate their class. Student and teacher being one architecture, the
-student is given hints beside the teacher's answers (`distillation.hint`): they are most of what it learns in so few updates
-(`clip_norm` keeps it finite on images that are unlike real ones).
+10 batches of 256 images, 20 iterations each (the preset `cifar10_fast`), and 1,200 updates of 16. The class term is nearly
+off, because a student learns little about real pictures from images that exaggerate their class. Student and teacher being
+one architecture, the student is given hints beside the teacher's answers (`distillation.hint`): they are most of what it
+learns in so few updates (`clip_norm` keeps it finite on images that are unlike real ones).
 Without, as in the paper: `--config.distillation.hint=0 --config.distillation.learning_rate=0.005`. What each of these
 choices is worth is in benchmarks/RESULTS.md.
 
@@ -25,7 +25,7 @@ from dvinv.configuration import base_config, shrink
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
     """The config; `arg` is '', 'pictures', 'paper' or 'smoke'."""
-    config = base_config('cifar10_paper' if arg == 'paper' else 'cifar10_crop')
+    config = base_config({'pictures': 'cifar10_crop', 'paper': 'cifar10_paper'}.get(arg, 'cifar10_fast'))
     sgd = {'optimiser': 'sgd', 'learning_rate': 0.1, 'weight_decay': 5e-4, 'shift': 4, 'flip': True}
     config.data.name = 'cifar10'
     config.teacher.update(network='resnet20', mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -40,8 +40,6 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
         config.distillation.controls = ()
         return config
     config.synthesis.update(images=10 * 256, batches_per_round=1)
-    config.synthesis.stages[0].update(iterations=20, learning_rate=0.3)
-    config.synthesis.weights.main = 0.02
     config.distillation.update(updates=1200, updates_per_round=100, batch_size=16, warmup=40, controls=(), **sgd)
     config.distillation.update(learning_rate=0.01, hint=300.0, clip_norm=30.0)
     if arg == 'smoke':

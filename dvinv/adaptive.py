@@ -5,8 +5,6 @@ compete with that student, and only then does it learn on, from the new images f
 after the last round is the task `distillation`'s.
 """
 
-import numpy as np
-
 from dvinv.configuration import rounds_of
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
@@ -31,7 +29,6 @@ def fill_pool(config, workdir: Workdir, teacher: Teacher, pool: ImagePool) -> No
         training_of(config, workdir, student_of(config, teacher), lesson) as student,
         Synthesizer(config, workdir, teacher, pool, 'adaptive', 'synthesis', 'adaptive', student.predict) as synthesizer,
     ):
-        images, labels = [], []
         for number in range(rounds.count):
             mine = [*range(number * per_round, (number + 1) * per_round)]
             lacking = [batch for batch in mine if batch in missing]
@@ -44,9 +41,6 @@ def fill_pool(config, workdir: Workdir, teacher: Teacher, pool: ImagePool) -> No
                     'again: the student learns again up to there, and the batch is made anew.'
                 )
             if student.step < start:
-                student.advance(np.concatenate(images), np.concatenate(labels), start)
+                student.advance(pool.rows('images'), pool.rows('labels'), start)
             if lacking:
                 synthesizer.fill(lacking, student.variables, round=number, student_updates=start)
-            shards = [pool.read(batch) for batch in mine]
-            images += [shard['images'] for shard in shards]
-            labels += [shard['labels'] for shard in shards]

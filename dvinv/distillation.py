@@ -1,7 +1,5 @@
 """The task `distillation`: a student learns from the teacher's answers on synthesized images; controls learn beside it."""
 
-import numpy as np
-
 from dvinv.configuration import rounds_of
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
@@ -14,7 +12,7 @@ from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.student import hinted_layers, lesson_of, student_of
 from dvinv.synthesizer import fill_pool, missing_batches, open_pool
 from dvinv.teacher import load, test_accuracy
-from dvinv.training import learn
+from dvinv.training import Array, learn
 
 DATA_FREE_CONTROLS = ('noise', 'prior_only')
 
@@ -29,8 +27,7 @@ def run(config, workdir) -> dict:
     pool = open_pool(config, workdir, teacher)
     if not config.pool and (missing := missing_batches(config, pool)):
         raise DvinvError(f'Batch {missing[0]} is missing from {pool.folder}; run the task synthesis first: it makes it.')
-    shards = pool.read_all()
-    images, labels = shards['images'], shards['labels']
+    images, labels = pool.rows('images'), pool.rows('labels')
     if config.pool:
         rounds = Rounds(len(labels))  # it is there from the start
     for count in config.distillation.counts:
@@ -39,12 +36,13 @@ def run(config, workdir) -> dict:
     students = {'student': distil(config, workdir, teacher, images, labels, rounds, 'student')}
     for count in config.distillation.counts:
         name = f'student_of_{count}'
-        students[name] = distil(config, workdir, teacher, images[:count], labels[:count], Rounds(count), name)
+        students[name] = distil(config, workdir, teacher, images, labels, Rounds(count), name)
     for control in DATA_FREE_CONTROLS:
         if control in config.distillation.controls:
-            lesser = control_pool(config, workdir, teacher, control).read_all()
-            come = Rounds(len(lesser['labels'])) if config.pool else rounds
-            students[control] = distil(config, workdir, teacher, lesser['images'], lesser['labels'], come, control)
+            lesser = control_pool(config, workdir, teacher, control)
+            rows = lesser.rows('images'), lesser.rows('labels')
+            come = Rounds(len(rows[1])) if config.pool else rounds
+            students[control] = distil(config, workdir, teacher, *rows, come, control)
 
     data = load_real(config.data)
     if 'real' in config.distillation.controls:
@@ -71,7 +69,7 @@ def complete(config, workdir: Workdir) -> bool:
 
 
 def distil(
-    config, workdir: Workdir, teacher: Teacher, images: np.ndarray, labels: np.ndarray, rounds: Rounds, name: str
+    config, workdir: Workdir, teacher: Teacher, images: Array, labels: Array, rounds: Rounds, name: str
 ) -> Classifier:
     """A student taught by `teacher` on `images` uint8 [N, H, W, C] that come in `rounds`; all compared ones start alike."""
     return learn(config, workdir, student_of(config, teacher, name), lesson_of(config, teacher, rounds), images, labels)

@@ -27,10 +27,15 @@ def logits_of(network: Classifier, images: np.ndarray, batch_size: int = 256) ->
     return np.concatenate(parts).astype(np.float32)
 
 
+def among_top(logits: np.ndarray, labels: np.ndarray, k: int = 1) -> np.ndarray:
+    """Whether the label of each image is among the `k` highest of its logits [N, K]; bool [N]."""
+    best = np.argsort(-logits, axis=1, kind='stable')[:, :k]
+    return (best == np.asarray(labels)[:, None]).any(1)
+
+
 def top_accuracy(logits: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
     """The share (0 to 1) of images whose label is among the `k` highest of their logits [N, K]."""
-    best = np.argsort(-logits, axis=1, kind='stable')[:, :k]
-    return float((best == np.asarray(labels)[:, None]).any(1).mean())
+    return float(among_top(logits, labels, k).mean())
 
 
 def accuracy(network: Classifier, images: np.ndarray, labels: np.ndarray) -> float:

@@ -49,10 +49,9 @@ def run(config, workdir) -> None:
     if 'synthesis' in results:
         teacher = load(config, workdir)
         pool = open_pool(config, workdir, teacher)
-        images = pool.read_all()
         method = pool.notes(pool.numbers()[0])['config']['method']  # an existing pool's need not be the config's
         summary = _summary(results, *METHODS[method])
-        sections.append(_synthesis(workdir, teacher, images, method, results['synthesis'], lines))
+        sections.append(_synthesis(workdir, teacher, pool, method, results['synthesis'], lines))
     if 'distillation' in results:
         sections.append(_distillation(config, results, lines))
     if 'teacher' in results:
@@ -105,7 +104,7 @@ def _tiles(results: dict) -> list[Tile]:
     return tiles
 
 
-def _synthesis(workdir: Workdir, teacher: Teacher, images: dict, method: str, made: dict, lines: list[dict]) -> Section:
+def _synthesis(workdir: Workdir, teacher: Teacher, pool: ImagePool, method: str, made: dict, lines: list[dict]) -> Section:
     table = Table(
         ('', 'value'),
         [
@@ -121,11 +120,11 @@ def _synthesis(workdir: Workdir, teacher: Teacher, images: dict, method: str, ma
         ],
         caption=f'{made["images"]:,} images, synthesized by {METHODS[method][0]}.',
     )
-    pictures = [_grid(images, 'The first images of each class; rows are classes.', wide=True)]
+    pictures = [_grid(pool, 'The first images of each class; rows are classes.', wide=True)]
     for control, caption in CONTROLS.items():
         lesser = ImagePool(workdir.path / 'controls' / control, teacher.digest())
         if lesser.numbers():
-            pictures.append(_grid(lesser.read_all(), caption))
+            pictures.append(_grid(lesser, caption))
     charts = _inversions(method, made['rounds'], _series(lines, 'synthesis', method))
     return Section('Synthesis', tables=[table], charts=charts, pictures=pictures)
 
@@ -210,8 +209,9 @@ def _networks(results: dict) -> Section:
     )
 
 
-def _grid(images: dict, caption: str, wide: bool = False) -> Picture:
-    return Picture(class_grid(images['images'], images['labels'], PER_CLASS), caption, shown_classes(images['labels']), wide)
+def _grid(pool: ImagePool, caption: str, wide: bool = False) -> Picture:
+    labels = pool.rows('labels')[:]
+    return Picture(class_grid(pool.rows('images'), labels, PER_CLASS), caption, shown_classes(labels), wide)
 
 
 def _series(lines: list[dict], task: str, series: str) -> list[dict]:

@@ -1,6 +1,7 @@
 """When images come to a student, and which of them each of its updates sees."""
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -37,10 +38,15 @@ def chosen_images(seed: int, update: int, batch_size: int, rounds: Rounds) -> np
     def epoch_of(position: int) -> int:
         return max(0, 1 + (position - rounds.images) // all_of_them)
 
-    def shuffled(epoch: int) -> np.ndarray:
-        rng = np.random.default_rng([seed, epoch, now])
-        return rng.permutation(all_of_them) if epoch else old + rng.permutation(rounds.images)
+    chosen = []
+    for epoch in range(epoch_of(first), epoch_of(first + batch_size - 1) + 1):
+        start = rounds.images + (epoch - 1) * all_of_them if epoch else 0  # position of the epoch's first image
+        part = slice(max(0, first - start), first + batch_size - start)
+        count, before = (all_of_them, 0) if epoch else (rounds.images, old)
+        chosen.append(before + _shuffled(count, seed, epoch, now)[part])
+    return np.concatenate(chosen).astype(np.int32)
 
-    epochs = range(epoch_of(first), epoch_of(first + batch_size - 1) + 1)
-    skipped = rounds.images + (epochs[0] - 1) * all_of_them if epochs[0] else 0
-    return np.concatenate([shuffled(epoch) for epoch in epochs])[first - skipped :][:batch_size].astype(np.int32)
+
+@functools.lru_cache(maxsize=2)  # an epoch's end and the next one's start
+def _shuffled(count: int, *seeds: int) -> np.ndarray:
+    return np.random.default_rng(seeds).permutation(count)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from collections import Counter
 
 import jax
 import numpy as np
@@ -10,8 +11,9 @@ from dvinv import adaptive
 from dvinv.configuration import inversion_config, rounds_of
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
-from dvinv.evaluation import logits_of, top_accuracy
+from dvinv.evaluation import among_top, logits_of
 from dvinv.inversion import Teacher, make_feature_loss
+from dvinv.networks import Classifier
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.pictures import class_grid
 from dvinv.runtime.workdir import Workdir, open_workdir
@@ -32,21 +34,35 @@ def run(config, workdir) -> dict:
         adaptive.fill_pool(config, workdir, teacher, pool)
     else:
         fill_pool(config, workdir, teacher, pool, method, 'synthesis', method)
-    images = pool.read_all()
-    _write_samples(workdir, images)
-    notes = [pool.notes(number) for number in pool.numbers()]
-    verdict = logits_of(verifier, images['images']) if verifier else None
+    _write_samples(workdir, pool)
     return {
-        'images': len(images['labels']),
-        'batches': len(notes),
+        **_judge(pool, verifier),
         'rounds': 1 if config.pool else rounds_of(config).count,
-        'iterations': notes[0]['iterations'],
-        'teacher_accuracy': top_accuracy(images['logits'], images['labels']),
-        'verifier_accuracy': top_accuracy(verdict, images['labels']) if verifier else None,
-        'verifier_top5_accuracy': top_accuracy(verdict, images['labels'], 5) if verifier else None,
-        'feature_loss_first': float(np.mean([note['feature_loss_first'] for note in notes])),
-        'feature_loss_last': float(np.mean([note['feature_loss_last'] for note in notes])),
-        'feature_loss_real': _real_feature_loss(config, teacher, notes),
+        'feature_loss_real': _real_feature_loss(config, teacher, pool),
+    }
+
+
+def _judge(pool: ImagePool, verifier: Classifier | None) -> dict:
+    """Figures of the images of a finished pool; one shard at a time is in memory."""
+    numbers, totals = pool.numbers(), Counter()
+    for number in numbers:
+        notes, shard = pool.notes(number), pool.read(number)
+        labels = shard['labels']
+        totals['images'] += len(labels)
+        totals['teacher'] += among_top(shard['logits'], labels).sum()
+        if verifier:
+            logits = logits_of(verifier, shard['images'])
+            totals['verifier'] += among_top(logits, labels).sum()
+            totals['verifier_top5'] += among_top(logits, labels, 5).sum()
+        for end in ('first', 'last'):
+            totals[end] += notes[f'feature_loss_{end}']
+    judges = {'teacher': True, 'verifier': verifier, 'verifier_top5': verifier}
+    return {
+        'images': totals['images'],
+        'batches': len(numbers),
+        'iterations': pool.notes(numbers[0])['iterations'],
+        **{f'{name}_accuracy': float(totals[name] / totals['images']) if there else None for name, there in judges.items()},
+        **{f'feature_loss_{end}': totals[end] / len(numbers) for end in ('first', 'last')},
     }
 
 
@@ -55,7 +71,7 @@ def complete(config, workdir: Workdir) -> bool:
     return bool(config.pool) or not missing_batches(config, ImagePool(workdir.path / 'pool', ''))
 
 
-def _real_feature_loss(config, teacher: Teacher, notes: list[dict]) -> float | None:
+def _real_feature_loss(config, teacher: Teacher, pool: ImagePool) -> float | None:
     """R_feature of real training batches of the pool's batch size, under the teacher's own augmentation.
 
     That is `config.teacher.training`'s, also where the weights come from elsewhere; for a factory's teacher, the last
@@ -71,16 +87,17 @@ def _real_feature_loss(config, teacher: Teacher, notes: list[dict]) -> float | N
         recipe = config.teacher.training
         stage = dataclasses.replace(stage, augmentation='crop', jitter=recipe.shift, flip=recipe.flip, noise=recipe.noise)
     measure = make_feature_loss(teacher, stage)
-    size = min(notes[0]['images'], len(data.train.labels))
+    batches = pool.numbers()
+    size = min(pool.notes(batches[0])['images'], len(data.train.labels))
     order = np.random.default_rng(config.seed).permutation(len(data.train.labels))
     losses = []
-    for i in range(min(len(notes), len(order) // size)):
+    for i in range(min(len(batches), len(order) // size)):
         images = data.train.images[order[i * size : (i + 1) * size]]
         losses.append(float(measure(teacher.variables, teacher.normalise(images), jax.random.key(i))))
     return float(np.mean(losses))
 
 
-def _write_samples(workdir: Workdir, images: dict) -> None:
+def _write_samples(workdir: Workdir, pool: ImagePool) -> None:
     buffer = io.BytesIO()
-    class_grid(images['images'], images['labels'], 16).save(buffer, 'PNG')
+    class_grid(pool.rows('images'), pool.rows('labels')[:], 16).save(buffer, 'PNG')
     write_atomic(workdir.path / 'samples' / 'grid.png', buffer.getvalue())

@@ -15,6 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dvinv.data.rows import Rows
 from dvinv.errors import DvinvError
 from dvinv.inversion.tap import features_in_training
 from dvinv.networks import Classifier, create, initialise, load_classifier, save_network
@@ -24,6 +25,8 @@ from dvinv.runtime.checkpoints import Checkpoints
 from dvinv.runtime.devices import AXIS, make_mesh, training_mesh
 from dvinv.runtime.progress import Progress
 from dvinv.runtime.workdir import Workdir
+
+Array = np.ndarray | Rows  # in memory, or read by rows
 
 
 @flax.struct.dataclass
@@ -177,7 +180,7 @@ class Training:
         """Logits float32 [B, K] of x, normalised [B, H, W, C], in eval mode."""
         return self._module.apply(variables, x, train=False)
 
-    def advance(self, images: np.ndarray, labels: np.ndarray, until: int) -> None:
+    def advance(self, images: Array, labels: Array, until: int) -> None:
         """Learn up to update `until`, and keep a checkpoint of it where it is not the last.
 
         Args:
@@ -205,7 +208,7 @@ class Training:
                 if pause and self.step < recipe.updates:
                     self._checkpoints.save(self.step, jax.device_get(self._state))
 
-    def finish(self, images: np.ndarray, labels: np.ndarray) -> dict:
+    def finish(self, images: Array, labels: Array) -> dict:
         """Learn to the end and, where the recipe says so, estimate BatchNorm statistics again; returns the variables.
 
         Raises:
@@ -250,7 +253,7 @@ def training_of(config, workdir: Workdir, learner: Learner, lesson: Lesson) -> T
     return Training(module, lesson, learner.like, seed, mesh, workdir, learner.task, learner.name, config.logging)
 
 
-def learn(config, workdir: Workdir, learner: Learner, lesson: Lesson, images: np.ndarray, labels: np.ndarray) -> Classifier:
+def learn(config, workdir: Workdir, learner: Learner, lesson: Lesson, images: Array, labels: Array) -> Classifier:
     """The trained network: from its file where it is finished, else trained (or trained on) and written.
 
     Args:

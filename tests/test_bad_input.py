@@ -91,7 +91,7 @@ SMOKE = ('--config', 'configs/digits.py:smoke')
         (('--workdir', 'w', *SMOKE, 'teacher'), ["argument 'teacher'", 'flags start with --']),
         (('--workdir', 'w'), ['--config names no config file']),
         (('--workdir', 'w', '--config', 'configs/nothere.py'), ['No such file', 'configs/nothere.py']),
-        (('--workdir', 'w', '--config', 'configs/digits.py:smok'), ["knows the argument smoke, not 'smok'"]),
+        (('--workdir', 'w', '--config', 'configs/digits.py:smok'), ["knows the arguments fast and smoke, not 'smok'"]),
     ],
 )
 def test_a_mistyped_command_is_told(parse, argv, words):

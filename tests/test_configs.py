@@ -51,7 +51,7 @@ def test_the_smoke_run_needs_nothing_that_is_not_here(path):
 
 @each_config
 def test_an_argument_that_it_does_not_know_is_refused(path):
-    with pytest.raises(ValueError, match=r"knows the (argument|arguments pictures, paper and) smoke, not 'smok'"):
+    with pytest.raises(ValueError, match=r"knows the (argument|arguments (pictures, paper|fast) and) smoke, not 'smok'"):
         read(path, 'smok')
 
 
@@ -61,6 +61,14 @@ def test_pictures_are_made_with_a_preset_as_it_is(argument, preset):
     configuration.check(config)
     assert configuration.inversion_config(config) == PRESETS[preset]
     assert config.synthesis.images == config.synthesis.batch_size == 256
+
+
+@pytest.mark.parametrize(('config', 'preset'), [('digits:fast', 'digits_fast'), ('cifar10_resnet20:', 'cifar10_fast')])
+def test_students_learn_from_the_fast_preset(config, preset):
+    name, argument = config.split(':')
+    fast = read(ROOT / 'configs' / f'{name}.py', argument)
+    configuration.check(fast)
+    assert configuration.inversion_config(fast) == PRESETS[preset]
 
 
 @each_config

@@ -107,10 +107,11 @@ def test_sidecars_tell_how_the_images_were_made(finished):
 
 def test_logits_in_the_pool_are_those_of_the_stored_pixels(finished):
     network = load_classifier(finished / 'networks' / 'teacher.safetensors')
-    images = ImagePool(finished / 'pool', network.digest()).read_all()
-    again = network.apply_fn(network.variables, network.normalise(images['images']))
-    np.testing.assert_allclose(images['logits'], again, rtol=1e-4, atol=1e-4)
-    assert results(finished)['synthesis']['teacher_accuracy'] == top_accuracy(images['logits'], images['labels'])
+    pool = ImagePool(finished / 'pool', network.digest())
+    images, labels, logits = (pool.rows(name)[:] for name in ('images', 'labels', 'logits'))
+    again = network.apply_fn(network.variables, network.normalise(images))
+    np.testing.assert_allclose(logits, again, rtol=1e-4, atol=1e-4)
+    assert results(finished)['synthesis']['teacher_accuracy'] == top_accuracy(logits, labels)
 
 
 def test_the_report_is_one_page_that_needs_no_other_file(finished):
@@ -199,8 +200,8 @@ def test_no_real_image_is_read_while_images_are_made_and_a_student_learns(taught
         network = teacher.load(config, workdir)
         pool = synthesizer.open_pool(config, workdir, network)
         synthesizer.fill_pool(config, workdir, network, pool, 'deepinversion', 'synthesis', 'deepinversion')
-        images = pool.read_all()
-        distillation.distil(config, workdir, network, images['images'], images['labels'], rounds_of(config), 'student')
+        images, labels = pool.rows('images'), pool.rows('labels')
+        distillation.distil(config, workdir, network, images, labels, rounds_of(config), 'student')
         with pytest.raises(AssertionError, match='real data were read'):  # not before the controls are finished, too
             distillation.run(config, workdir)
     networks = {path.stem for path in (taught / 'networks').iterdir()}

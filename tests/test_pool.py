@@ -9,6 +9,7 @@ import pytest
 from smoke import flip
 
 from dvinv.data.pool import ImagePool
+from dvinv.data.rows import Rows
 from dvinv.errors import DvinvError
 
 NOTES = {'batch': 0, 'feature_loss_last': 0.25}
@@ -33,16 +34,53 @@ def pool(tmp_path):
 
 def refusal(pool):
     with pytest.raises(DvinvError) as caught:
-        pool.read_all()
+        pool.rows('images')
     return str(caught.value)
 
 
 def test_what_is_written_is_read_in_order(pool):
     assert pool.numbers() == [0, 1]
-    for name, values in pool.read_all().items():
-        position = ('images', 'labels', 'logits').index(name)
-        np.testing.assert_array_equal(values, np.concatenate([batch(0)[position], batch(1)[position]]))
-        assert values.dtype == (np.uint8, np.int32, np.float32)[position]
+    for position, name in enumerate(('images', 'labels', 'logits')):
+        rows, expected = pool.rows(name), np.concatenate([batch(0)[position], batch(1)[position]])
+        np.testing.assert_array_equal(rows[:], expected)
+        assert rows.dtype == (np.uint8, np.int32, np.float32)[position]
+        assert (rows.shape, rows.ndim, len(rows)) == (expected.shape, expected.ndim, 12)
+        np.testing.assert_array_equal(pool.read(1)[name], batch(1)[position])
+
+
+@pytest.mark.parametrize('compressed', [False, True])
+@pytest.mark.parametrize(
+    'index',
+    [
+        [5, 6],  # of two shards
+        [11, 0, 3, 3, 7],
+        [[1, 2], [10, 9]],
+        [],
+        7,
+        -1,
+        slice(2, None, 3),
+        np.arange(12) % 2 == 0,
+    ],
+)
+def test_rows_are_those_of_the_joined_array(pool, index, compressed):
+    """Also where somebody has compressed a shard, as dvinv once did itself."""
+    joined = np.concatenate([batch(0)[0], batch(1)[0]])
+    files = [pool.folder / f'shard-00000{number}.npz' for number in range(2)]
+    if compressed:
+        np.savez_compressed(files[1], images=batch(1)[0])
+    index = np.array(index, int) if isinstance(index, list) else index
+    np.testing.assert_array_equal(Rows(files, 'images')[index], joined[index])
+
+
+def test_rows_that_are_not_there_are_refused(pool):
+    with pytest.raises(IndexError, match='out of bounds'):
+        pool.rows('images')[np.array([12])]
+
+
+def test_a_pool_is_read_while_it_grows(pool):
+    assert len(pool.rows('labels')) == 12
+    pool.write(2, *batch(2), NOTES)
+    assert len(pool.rows('labels')) == 18
 
 
 def test_numpy_alone_reads_a_shard(pool):
@@ -91,7 +129,7 @@ def test_a_shard_without_its_sidecar_does_not_count(pool, monkeypatch):
     with pytest.raises(DvinvError, match='disk is full'):
         pool.write(2, *batch(2), NOTES)
     assert pool.numbers() == [0, 1]
-    assert len(pool.read_all()['labels']) == 12
+    assert len(pool.rows('labels')) == 12
     monkeypatch.undo()
     pool.write(2, *batch(2), NOTES)
     assert pool.numbers() == [0, 1, 2]

@@ -3,7 +3,8 @@
     shard-000003.npz   images uint8 [B, H, W, C], labels int32 [B], logits float32 [B, K] of the stored pixels
     shard-000003.json  sha256 of the npz, the teacher's digest, what the synthesizer noted, and a sha256 of all that
 
-The sidecar is written last: a shard without one does not exist. Readable with nothing but numpy.
+The sidecar is written last: a shard without one does not exist. Readable with nothing but numpy, also while it grows.
+Shards are not compressed (noise hardly can be), so that single images can be read from a pool of any size.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dvinv.data.rows import Rows
 from dvinv.errors import DvinvError
 from dvinv.runtime.files import sha256_of, write_atomic
 
@@ -23,6 +25,7 @@ class ImagePool:
     def __init__(self, folder: Path, teacher_digest: str):
         self.folder = Path(folder)
         self._digest = teacher_digest
+        self._checked = set()  # numbers of shards
 
     def write(self, number: int, images: np.ndarray, labels: np.ndarray, logits: np.ndarray, notes: dict) -> None:
         """Add batch `number`, whole or not at all.
@@ -31,9 +34,7 @@ class ImagePool:
           DvinvError: the disk is full.
         """
         buffer = io.BytesIO()
-        np.savez_compressed(
-            buffer, images=images.astype(np.uint8), labels=labels.astype(np.int32), logits=logits.astype(np.float32)
-        )
+        np.savez(buffer, images=images.astype(np.uint8), labels=labels.astype(np.int32), logits=logits.astype(np.float32))
         path = self._shard(number)
         write_atomic(path, buffer.getvalue())
         sidecar = {'sha256': sha256_of(path), 'teacher': self._digest, 'images': len(labels), **notes}
@@ -74,6 +75,27 @@ class ImagePool:
         Raises:
           DvinvError: the shard is missing, truncated or changed.
         """
+        self._check(number)
+        with np.load(self._shard(number), allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    def rows(self, name: str) -> Rows:
+        """'images', 'labels' or 'logits' of all shards in order, read as they are asked for; each shard is checked once.
+
+        Raises:
+          DvinvError: the pool is empty or a shard is bad.
+        """
+        numbers = self.numbers()
+        if not numbers:
+            raise DvinvError(f'There is no image in the pool {self.folder}; run the task synthesis first, or name a pool.')
+        for number in numbers:
+            if number not in self._checked:
+                self._check(number)
+                self._checked.add(number)
+        return Rows([self._shard(number) for number in numbers], name)
+
+    def _check(self, number: int) -> None:
+        """Refuse a shard that is missing, truncated or changed."""
         path, notes = self._shard(number), self.notes(number)
         if not path.exists():
             raise DvinvError(f'The shard {path} is missing, though its sidecar is there; {self._way_out(number)}.')
@@ -82,20 +104,6 @@ class ImagePool:
                 f'The shard {path} is damaged (truncated, or a byte changed: its sha256 is not the one '
                 f'written); {self._way_out(number)}.'
             )
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
-
-    def read_all(self) -> dict[str, np.ndarray]:
-        """All shards joined in order.
-
-        Raises:
-          DvinvError: the pool is empty or a shard is bad.
-        """
-        numbers = self.numbers()
-        if not numbers:
-            raise DvinvError(f'There is no image in the pool {self.folder}; run the task synthesis first, or name a pool.')
-        shards = [self.read(number) for number in numbers]
-        return {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
 
     def _shard(self, number: int) -> Path:
         return self.folder / f'shard-{number:06d}.npz'

@@ -38,7 +38,7 @@ def class_grid(
     """Lays images out with one row a class (ascending) and the first `per_class` images of the class as columns.
 
     Args:
-      images: uint8 [N, H, W, C], C of 1 or 3.
+      images: uint8 [N, H, W, C], C of 1 or 3; an array, or what is read by rows: only images of the grid are asked for.
       labels: int [N].
       per_class: columns.
       max_classes: rows at most; see `shown_classes`.
@@ -50,7 +50,7 @@ def class_grid(
       A picture of mode LA or RGBA. Gaps, and cells of a class with fewer images, are transparent, so the grid suits
       a light and a dark page.
     """
-    images, labels = np.asarray(images), np.asarray(labels)
+    labels = np.asarray(labels)
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or images.dtype != np.uint8:
         raise ValueError(f'Images are {images.dtype} {images.shape}; a grid needs uint8 [N, H, W, C] with C of 1 or 3.')
     if labels.shape != images.shape[:1]:
@@ -69,7 +69,8 @@ def class_grid(
     grid = Image.new(mode, size)
     for row, label in enumerate(classes):
         for column, index in enumerate(np.flatnonzero(labels == label)[:per_class]):
-            cell = Image.fromarray(images[index, :, :, 0] if mode == 'LA' else images[index]).reduce(shrink)
+            pixels = images[index]
+            cell = Image.fromarray(pixels[:, :, 0] if mode == 'LA' else pixels).reduce(shrink)
             cell = cell.resize((cell_width, cell_height), Image.Resampling.NEAREST).convert(mode)
             grid.paste(cell, (column * (cell_width + gap), row * (cell_height + gap)))
     return grid
