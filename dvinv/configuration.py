@@ -45,6 +45,8 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
         'shift': 0,
         'flip': False,
         'noise': 0.0,
+        'resized_crop': 0.0,
+        'mixup': 0.0,
         'reestimate': 0,
     }
     config.teacher = ml_collections.ConfigDict(
@@ -75,6 +77,7 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
             'method': 'deepinversion',
             'images': 1024,
             'batch_size': 256,
+            'classes': (),  # numbers of the classes that images are made of, in turn; (): all
             'batches_per_round': 0,  # so many join the pool every distillation.updates_per_round; 0: all before the first
             **_fields(PRESETS[preset]),
         }
@@ -111,9 +114,12 @@ def shrink(config, width: float = 0.25) -> None:
     config.student.width = width if config.distillation.hint else width / 2  # hints need layers of one shape
     for group in (config.teacher.training, config.verifier.training, config.distillation):
         group.update(updates=20, batch_size=32, warmup=2)
-    config.synthesis.update(images=40, batch_size=20)
+    config.bn_stats = 'device'  # 20 images are not divided by any number of devices
+    config.synthesis.update(images=40, batch_size=20, classes=(), precision='float32')
+    largest = max(stage.resolution for stage in config.synthesis.stages)
     for stage in config.synthesis.stages:
-        stage.update(iterations=5, warmup=0)
+        resolution = stage.resolution and stage.resolution * config.data.image_size // largest
+        stage.update(iterations=5, warmup=0, resolution=resolution, jitter=min(stage.jitter, 2))
     if config.synthesis.batches_per_round:
         config.synthesis.batches_per_round, config.distillation.updates_per_round = 1, 10
     if config.distillation.counts:
@@ -177,6 +183,9 @@ def check(config) -> None:
     for name, least in (('images', 1), ('batch_size', 2)):
         if config.synthesis[name] < least:
             raise DvinvError(f'synthesis.{name} is {config.synthesis[name]}; it must be at least {least}.')
+    for label in config.synthesis.classes:
+        if type(label) is not int or label < 0:
+            raise DvinvError(f'synthesis.classes names {label!r}; give the numbers of classes, from 0.')
     if not 0 <= config.seed < 2**27:  # seeds of trainings are 16 times as large, and 32 bits wide
         raise DvinvError(f'seed is {config.seed}; it must be between 0 and {2**27 - 1}.')
     _check_rounds(config)
@@ -187,6 +196,10 @@ def check(config) -> None:
         smoothing = config[name].training.label_smoothing
         if not 0 <= smoothing < 1:
             raise DvinvError(f'{name}.training.label_smoothing is {smoothing}; it must be at least 0 and below 1.')
+        if config[name].training.mixup:
+            raise DvinvError(
+                f'{name}.training.mixup is {config[name].training.mixup}, but labels are not mixed; it is for distillation.'
+            )
     for control in config.distillation.controls:
         if control not in ('noise', 'prior_only', 'real'):
             raise DvinvError(f'distillation.controls names {control!r}; choose among noise, prior_only, real.')

@@ -3,11 +3,13 @@
 import contextlib
 from pathlib import Path
 
+import numpy as np
+
 from dvinv import configuration, distillation, report, synthesis, teacher
 from dvinv.configuration import TASKS
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
-from dvinv.inversion import Teacher
+from dvinv.inversion import Teacher, check_labels
 from dvinv.runtime.devices import make_mesh, training_mesh
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.student import hinted_layers
@@ -52,6 +54,7 @@ def check(config) -> Teacher:
         )
     to_invert = teacher.check(config)
     configuration.inversion_config(config).check(to_invert.image_shape)
+    check_labels(np.array(config.synthesis.classes, int), to_invert.num_classes)
     hinted_layers(config, to_invert)
     return to_invert
 

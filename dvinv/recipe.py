@@ -24,6 +24,8 @@ class Recipe:
     shift: int = 0  # pixels; random crops of a picture padded with black
     flip: bool = False  # a coin an image
     noise: float = 0.0  # deviation, up to, of Gaussian noise an image, for pixels in [0, 1]
+    resized_crop: float = 0.0  # least share of a picture in a random window that is scaled to its size (ImageNet: .08)
+    mixup: float = 0.0  # alpha; two pictures are mixed by a share ~ Beta(alpha, alpha). For students, whom a teacher answers
     reestimate: int = 0  # batches on which BatchNorm statistics are estimated again at the end, weights frozen
 
     def check(self, name: str) -> None:
@@ -31,9 +33,11 @@ class Recipe:
         for field in ('updates', 'batch_size'):
             if getattr(self, field) < 1:
                 raise DvinvError(f'{name}.{field} is {getattr(self, field)}; it must be at least 1.')
-        for field in ('warmup', 'clip_norm', 'weight_decay', 'shift', 'noise', 'reestimate'):
+        for field in ('warmup', 'clip_norm', 'weight_decay', 'shift', 'noise', 'mixup', 'reestimate'):
             if getattr(self, field) < 0:
                 raise DvinvError(f'{name}.{field} is {getattr(self, field)}; it must be at least 0.')
+        if not 0 <= self.resized_crop <= 1:
+            raise DvinvError(f'{name}.resized_crop is {self.resized_crop}; it must be a share of a picture, or 0 for none.')
         if self.learning_rate <= 0:
             raise DvinvError(f'{name}.learning_rate is {self.learning_rate}; it must be above 0.')
         if self.warmup >= self.updates:
@@ -57,7 +61,7 @@ class Recipe:
     @property
     def look(self) -> Augmentation:
         """How the network is shown its training images."""
-        return Augmentation('crop', self.shift, self.flip, self.noise)
+        return Augmentation('crop', self.shift, self.flip, self.noise, self.resized_crop, self.mixup)
 
     def optimizer(self) -> optax.GradientTransformation:
         """The Optax optimiser with its schedule."""

@@ -72,6 +72,7 @@ class Synthesizer:
         self._config, self._workdir, self._teacher, self._pool, self._method = config, workdir, teacher, pool, method
         self._task, self._series = task, series
         self._abreast = abreast(config, mesh.size, method)
+        self._classes = np.asarray(config.synthesis.classes or range(teacher.num_classes), np.int32)
         finished, missing = pool.numbers(), missing_batches(config, pool)
         for number in finished:
             pool.notes(number)  # refuses another teacher's pool
@@ -107,7 +108,7 @@ class Synthesizer:
             mine = numbers[start : start + self._abreast]
             padded = mine + mine[-1:] * (self._abreast - len(mine))  # every device has work; repeats are dropped
             keys = jax.vmap(lambda i: jax.random.fold_in(self._seed_key, i))(np.asarray(padded))
-            labels = np.stack([balanced_labels(i, group.batch_size, self._teacher.num_classes) for i in padded])
+            labels = np.stack([self._classes[balanced_labels(i, group.batch_size, len(self._classes))] for i in padded])
 
             report = functools.partial(self._report, len(mine))
             inversion = self._invert(keys, labels, student_variables, report)

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from dvinv.inversion.augmentation import Augmentation, add_noise, average_pool, crop_each, flip, flip_each, roll
+from dvinv.inversion.augmentation import (
+    Augmentation,
+    add_noise,
+    average_pool,
+    crop_each,
+    flip,
+    flip_each,
+    mixup,
+    resized_crop_each,
+    roll,
+)
 from dvinv.runtime.devices import AXIS, make_mesh
 
 MEAN, STD = np.array([0.4, 0.6], np.float32), np.array([0.2, 0.3], np.float32)
@@ -113,3 +123,38 @@ def test_a_split_batch_is_shown_the_same_to_the_bit(kind, devices):
 def test_a_split_batch_gets_the_same_noise(devices):
     # To the last bit but one: XLA rounds Gaussians differently in loops of different length.
     np.testing.assert_allclose(*_whole_and_split(Augmentation(noise=0.1), devices), rtol=1e-6, atol=1e-6)
+
+
+def test_a_resized_crop_is_a_scaled_window_of_each_image():
+    rows, columns = np.meshgrid(np.arange(24.0), np.arange(20.0), indexing='ij')
+    x = np.broadcast_to(np.stack([rows, columns], -1), (64, 24, 20, 2)).astype(np.float32)
+    shown = np.asarray(resized_crop_each(jax.random.key(0), x, 0.25))
+    assert shown.shape == x.shape
+    middle = shown[:, 5:-5, 5:-5]  # away from the edges, where the nearest pixel stands in for those beyond
+    height, width = np.diff(middle[..., 0], axis=1), np.diff(middle[..., 1], axis=2)
+    for slope in (height, width):  # a share of the image's length, the same all over an image
+        np.testing.assert_allclose(slope, np.broadcast_to(slope[:, :1, :1], slope.shape), atol=1e-3)
+    height, width = height[:, 0, 0], width[:, 0, 0]
+    assert 0.25 < (height * width).min() < 0.5 < (height * width).max() <= 1.01
+    assert (height / width).min() > 0.74
+    assert (height / width).max() < 1.35
+    assert (shown[..., 0].min() >= 0, shown[..., 0].max() <= 23) == (True, True)
+    assert len(set(height.round(3))) > len(x) / 2  # a window of its own
+
+
+def test_mixup_mixes_every_image_with_another_by_one_share():
+    x = _images()
+    shares = set()
+    for key in jax.random.split(jax.random.key(0), 20):
+        shown = np.asarray(mixup(key, x, 0.4))
+        share = ((shown - x[::-1]) * (x - x[::-1])).sum() / ((x - x[::-1]) ** 2).sum()
+        np.testing.assert_allclose(shown, share * x + (1 - share) * x[::-1], atol=1e-5)
+        shares.add(round(float(share), 2))
+    assert min(shares) < 0.2 < 0.8 < max(shares)
+
+
+def test_both_are_parts_of_an_augmentation():
+    x, key = _images(), jax.random.key(0)
+    assert not np.allclose(Augmentation(resized_crop=0.3)(key, x, NETWORK), x, atol=0.1)
+    assert not np.allclose(Augmentation(mixup=1.0)(key, x, NETWORK), x, atol=0.1)
+    np.testing.assert_array_equal(Augmentation()(key, x, NETWORK), x)

@@ -170,6 +170,10 @@ ADAPTIVE = {
         ({'teacher__network': ''}, ['teacher.network is empty', 'teacher.factory']),
         ({'teacher__mean': ('a',)}, ["mean is ('a',)", 'one number a channel']),
         ({'teacher__training__label_smoothing': 3.0}, ['label_smoothing is 3.0', 'below 1']),
+        ({'teacher__training__mixup': 0.2}, ['teacher.training.mixup is 0.2', 'for distillation']),
+        ({'distillation__resized_crop': 1.5}, ['distillation.resized_crop is 1.5', 'a share of a picture']),
+        ({'synthesis__classes': (1, 10)}, ['Label 10 is out of range', '0 to 9']),
+        ({'synthesis__classes': (1.5,)}, ['synthesis.classes names 1.5', 'numbers of classes']),
         ({'distillation__milestones': ('x',)}, ["milestones is ('x',)", 'shares']),
         ({'distillation__hint': -1.0}, ['distillation.hint is -1.0', 'at least 0']),
         (

@@ -29,7 +29,7 @@ def test_the_config_can_be_run_where_its_data_are(path):
     assert config == read(path, '')
     configuration.check(config)
     assert config.synthesis.images % config.synthesis.batch_size == 0
-    assert config.data.name in DATA_SETS
+    assert config.data.name in ('', *DATA_SETS)  # '': it needs none
     for network in (config.teacher, config.verifier, config.student):
         create(network.network, 10, network.width)
     for name, group in (('teacher', config.teacher.training), ('verifier', config.verifier.training)):
@@ -51,7 +51,9 @@ def test_the_smoke_run_needs_nothing_that_is_not_here(path):
 
 @each_config
 def test_an_argument_that_it_does_not_know_is_refused(path):
-    with pytest.raises(ValueError, match=r"knows the (argument|arguments (pictures, paper|fast) and) smoke, not 'smok'"):
+    with pytest.raises(
+        ValueError, match=r"knows the (argument|arguments (pictures, paper|fast|short|mixup) and) smoke, not 'smok'"
+    ):
         read(path, 'smok')
 
 

@@ -1,4 +1,4 @@
-"""What a network is shown: images pooled, shifted, mirrored, with noise.
+"""What a network is shown: images pooled, cut, shifted, mirrored, with noise, mixed.
 
 The paper rolls the whole batch by one random offset and flips it by one coin. The alternative, `crop`, pads each image
 with black and cuts a random window of its own: running statistics describe the *augmented* training set, so a
@@ -71,6 +71,30 @@ def add_noise(key: jax.Array, x: jax.Array, most: jax.Array, axis: str | None = 
     return x + most * deviations * noise
 
 
+def resized_crop_each(key: jax.Array, x: jax.Array, least: float, axis: str | None = None) -> jax.Array:
+    """Cut a window of at least the share `least` of its area from each image, and scale it to the image's size.
+
+    Its area is uniform in [`least`, 1] of the image's, its shape log-uniform in [3/4, 4/3] (Szegedy et al., arXiv 1409.4842,
+    section 6), its place uniform; a window that would stick out is narrowed.
+    """
+    draws = per_image(lambda n: jax.random.uniform(key, (n, 4)), x.shape[0], axis)
+    area, shape = least + (1 - least) * draws[:, 0], jnp.exp((2 * draws[:, 1] - 1) * np.log(4 / 3))
+    sizes = jnp.minimum(1.0, jnp.sqrt(area[:, None] * jnp.stack([1 / shape, shape], 1)))  # of the image's height and width
+    scales, pixels = 1 / sizes, jnp.asarray(x.shape[1:3], jnp.float32)
+    offsets = draws[:, 2:] * (1 - sizes) * pixels
+
+    def cut(image, scale, offset):
+        return jax.image.scale_and_translate(image, image.shape, (0, 1), scale, -offset * scale, 'linear')
+
+    return jax.vmap(cut)(x, scales, offsets)
+
+
+def mixup(key: jax.Array, x: jax.Array, alpha: float) -> jax.Array:
+    """Every image and its neighbour in reversed order, mixed by one share ~ Beta(alpha, alpha) (arXiv 1710.09412)."""
+    share = jax.random.beta(key, alpha, alpha)
+    return share * x + (1 - share) * x[::-1]
+
+
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
     """How images are changed before a network sees them."""
@@ -79,10 +103,14 @@ class Augmentation:
     shift: int = 0  # pixels, up to
     flip: bool = False  # mirror left to right, by a coin
     noise: float = 0.0  # deviation of Gaussian noise, up to, for pixels in [0, 1]
+    resized_crop: float = 0.0  # least share of the image in a random window that is scaled up; 0: no such window
+    mixup: float = 0.0  # alpha of the share of another image that is mixed in; 0: none. Of whole batches, not split ones
 
     def __call__(self, key: jax.Array, x: jax.Array, network: Classifier, axis: str | None = None) -> jax.Array:
         """The view x' of images x [B, H, W, C] normalised for `network`; `key` is the same on every device of `axis`."""
         shift_key, flip_key, noise_key = jax.random.split(key, 3)
+        if self.resized_crop:
+            x = resized_crop_each(jax.random.fold_in(key, 3), x, self.resized_crop, axis)
         if self.shift:
             x = (
                 roll(shift_key, x, self.shift)
@@ -94,4 +122,4 @@ class Augmentation:
         if self.noise:
             # Divided here, not in the program: XLA folds that quotient differently on one device and on several.
             x = add_noise(noise_key, x, (self.noise / np.asarray(network.std)).astype(np.float32), axis)
-        return x
+        return mixup(jax.random.fold_in(key, 4), x, self.mixup) if self.mixup else x
