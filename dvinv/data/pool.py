@@ -22,7 +22,8 @@ from dvinv.runtime.files import sha256_of, write_atomic
 class ImagePool:
     """A pool in a folder. Bytes depend on the images alone, so equal runs make equal pools."""
 
-    def __init__(self, folder: Path, teacher_digest: str):
+    def __init__(self, folder: Path, teacher_digest: str = ''):
+        """`teacher_digest`: of the teacher that must have made the images; '': any."""
         self.folder = Path(folder)
         self._digest = teacher_digest
         self._checked = set()  # numbers of shards
@@ -62,7 +63,7 @@ class ImagePool:
             raise DvinvError(
                 f'The sidecar {path} is damaged (its notes_sha256 is not the one written); {self._way_out(number)}.'
             )
-        if notes['teacher'] != self._digest:
+        if self._digest and notes['teacher'] != self._digest:
             raise DvinvError(
                 f'The pool {self.folder} was made from another teacher (digest {notes["teacher"][:12]}, not '
                 f'{self._digest[:12]}); use the teacher that made it, or another pool.'
@@ -93,6 +94,11 @@ class ImagePool:
                 self._check(number)
                 self._checked.add(number)
         return Rows([self._shard(number) for number in numbers], name)
+
+    @property
+    def num_classes(self) -> int:
+        """Of the teacher."""
+        return self.rows('logits').shape[1]
 
     def _check(self, number: int) -> None:
         """Refuse a shard that is missing, truncated or changed."""

@@ -1,0 +1,34 @@
+"""python -m dvinv.export --pool runs/digits/pool --to folders --out DIR"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from dvinv.data.export import to_folders, to_tfds
+from dvinv.data.pool import ImagePool
+from dvinv.errors import DvinvError
+
+FORMATS = {'folders': to_folders, 'tfds': to_tfds}
+
+
+def main(argv: list[str]) -> None:
+    """Export the pool.
+
+    Raises:
+      DvinvError: there is no pool, or one that is damaged.
+    """
+    parser = argparse.ArgumentParser(prog='python -m dvinv.export', description='Write a pool in a form that others read.')
+    parser.add_argument('--pool', type=Path, required=True, help='the folder with shard-000000.npz and so on')
+    parser.add_argument('--to', choices=FORMATS, required=True, help='PNG pictures in class folders, or TensorFlow Datasets')
+    parser.add_argument(
+        '--out', type=Path, required=True, help='the folder to write to; the same command goes on after a kill'
+    )
+    arguments = parser.parse_args(argv)
+    FORMATS[arguments.to](ImagePool(arguments.pool), arguments.out)
+
+
+if __name__ == '__main__':
+    try:
+        main(sys.argv[1:])
+    except DvinvError as error:
+        sys.exit(f'dvinv: {error}')
