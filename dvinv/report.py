@@ -5,14 +5,16 @@ from statistics import fmean
 
 from dvinv.configuration import TASKS
 from dvinv.data.pool import ImagePool
+from dvinv.data.real import load_real
 from dvinv.inversion import Teacher
+from dvinv.quality import figures_of_sets, quality_table
 from dvinv.runtime.charts import line_chart
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.page import Picture, Section, Table, Tile, number, percent, render
 from dvinv.runtime.pictures import class_grid, shown_classes
 from dvinv.runtime.workdir import Workdir, open_workdir, plain
 from dvinv.synthesizer import open_pool
-from dvinv.teacher import load
+from dvinv.teacher import load, load_verifier
 
 PER_CLASS = 16  # images in a row of the grid
 TERMS = {
@@ -49,9 +51,10 @@ def run(config, workdir) -> None:
     if 'synthesis' in results:
         teacher = load(config, workdir)
         pool = open_pool(config, workdir, teacher)
-        method = pool.notes(pool.numbers()[0])['config']['method']  # an existing pool's need not be the config's
+        method = pool.notes(pool.finished()[0])['config']['method']  # an existing pool's need not be the config's
         summary = _summary(results, *METHODS[method])
         sections.append(_synthesis(workdir, teacher, pool, method, results['synthesis'], lines))
+        sections.append(_quality(config, workdir, teacher, pool))
     if 'distillation' in results:
         sections.append(_distillation(config, results, lines))
     if 'teacher' in results:
@@ -122,11 +125,26 @@ def _synthesis(workdir: Workdir, teacher: Teacher, pool: ImagePool, method: str,
     )
     pictures = [_grid(pool, 'The first images of each class; rows are classes.', wide=True)]
     for control, caption in CONTROLS.items():
-        lesser = ImagePool(workdir.path / 'controls' / control, teacher.digest())
+        lesser = _control(workdir, teacher, control)
         if lesser.numbers():
             pictures.append(_grid(lesser, caption))
     charts = _inversions(method, made['rounds'], _series(lines, 'synthesis', method))
     return Section('Synthesis', tables=[table], charts=charts, pictures=pictures)
+
+
+def _quality(config, workdir: Workdir, teacher: Teacher, pool: ImagePool) -> Section:
+    """All sets of images that there are, and real ones, side by side; the figures go into quality.json too."""
+    verifier = load_verifier(config, workdir, teacher)
+    if verifier is None:
+        return Section('Quality')
+    sets = {'synthesized': pool, **{name: _control(workdir, teacher, name) for name in CONTROLS}}
+    found = figures_of_sets(verifier, {name: one for name, one in sets.items() if one.numbers()}, load_real(config.data))
+    write_atomic(workdir.path / 'quality.json', (json.dumps(found, indent=1) + '\n').encode())
+    return Section('Quality', tables=[quality_table(found)])
+
+
+def _control(workdir: Workdir, teacher: Teacher, name: str) -> ImagePool:
+    return ImagePool(workdir.path / 'controls' / name, teacher.digest())
 
 
 def _inversions(method: str, rounds: int, lines: list[dict]) -> list[str]:

@@ -44,7 +44,7 @@ def run(config, workdir) -> dict:
 
 def _judge(pool: ImagePool, verifier: Classifier | None) -> dict:
     """Figures of the images of a finished pool; one shard at a time is in memory."""
-    numbers, totals = pool.numbers(), Counter()
+    numbers, totals = pool.finished(), Counter()
     for number in numbers:
         notes, shard = pool.notes(number), pool.read(number)
         labels = shard['labels']

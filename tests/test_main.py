@@ -119,6 +119,11 @@ def test_the_report_is_one_page_that_needs_no_other_file(finished):
     assert not re.search(r'https?://|url\(|@import|<script|<link', page)
     assert all(source.startswith(('data:image/png;base64,', '#')) for source in re.findall(r'(?:src|href)="([^"]*)"', page))
     assert page.count('<img') == 3
+    quality = json.loads((finished / 'quality.json').read_text())
+    assert list(quality) == ['synthesized', 'prior_only', 'noise', 'real']
+    assert quality['real']['frechet_distance'] == pytest.approx(0, abs=1e-3)
+    assert quality['noise']['frechet_distance'] > 0
+    assert 'Fréchet distance' in page
     assert f'{100 * results(finished)["distillation"]["test_accuracy"]:.1f}%' in page
 
 

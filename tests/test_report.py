@@ -38,7 +38,8 @@ def report_of(tmp_path):
     """
 
     def report_of(method, rounds=1, pool='', figures=(), made=(), **changes):
-        config = smoke_config(teacher__factory='factories:own', distillation__controls=(), pool=pool, **changes)
+        none = {'verifier__network': '', 'distillation__controls': ()}
+        config = smoke_config(teacher__factory='factories:own', pool=pool, **none, **changes)
         config.synthesis.method = 'deepinversion' if pool else method
         images, labels = numbered([0, 1], size=8)
         stored = ImagePool(pool or tmp_path / 'run' / 'pool', factories.own().digest())
@@ -115,7 +116,7 @@ def test_an_existing_pool_is_told_by_its_own_method(report_of, tmp_path):
 def test_an_empty_pool_is_refused(report_of, tmp_path):
     report_of('deepinversion')
     (tmp_path / 'run' / 'pool' / 'shard-000000.json').unlink()
-    config = smoke_config(teacher__factory='factories:own', distillation__controls=())
+    config = smoke_config(teacher__factory='factories:own', verifier__network='', distillation__controls=())
     with (
         contextlib.closing(Workdir(tmp_path / 'run', config)) as workdir,
         pytest.raises(DvinvError, match='There is no image in the pool'),

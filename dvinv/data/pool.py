@@ -47,6 +47,16 @@ class ImagePool:
         numbers = (path.stem.removeprefix('shard-') for path in self.folder.glob('shard-*.json'))
         return sorted(int(number) for number in numbers if number.isdecimal())
 
+    def finished(self) -> list[int]:
+        """The same, at least one.
+
+        Raises:
+          DvinvError: the pool is empty.
+        """
+        if not (numbers := self.numbers()):
+            raise DvinvError(f'There is no image in the pool {self.folder}; run the task synthesis first, or name a pool.')
+        return numbers
+
     def notes(self, number: int) -> dict:
         """The sidecar of a shard.
 
@@ -86,9 +96,7 @@ class ImagePool:
         Raises:
           DvinvError: the pool is empty or a shard is bad.
         """
-        numbers = self.numbers()
-        if not numbers:
-            raise DvinvError(f'There is no image in the pool {self.folder}; run the task synthesis first, or name a pool.')
+        numbers = self.finished()
         for number in numbers:
             if number not in self._checked:
                 self._check(number)

@@ -1,0 +1,175 @@
+"""How good images are, in figures: by the answers and features of a network that had no part in making them.
+
+With p(y|x) its answers and f(x) [D] what its last layer is fed with:
+
+- inception score: exp E KL(p(y|x) || p(y)) (Salimans et al., arXiv 1606.03498), from 1 to the number of classes;
+- Frechet distance of Gaussians with the features' moments to real ones (Heusel et al., arXiv 1706.08500); biased upwards
+  where images are not many times more than D;
+- kernel distance: MMD^2 of f with the kernel (f f' / D + 1)^3, unbiased for any number of images, so it may be below 0
+  (Binkowski et al., arXiv 1801.01401);
+- spread: the mean squared distance of features to their class's mean, over that to the mean of all: 0 where a class is one
+  picture again and again, about 1 where classes cannot be told apart;
+- nearest: the mean cosine between an image's features and the nearest other image's.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from dvinv.data.dataset import RealData
+from dvinv.data.pool import ImagePool
+from dvinv.errors import DvinvError
+from dvinv.evaluation import among_top
+from dvinv.networks import Classifier
+from dvinv.networks.features import with_features
+from dvinv.runtime.page import Table, percent
+
+MOST = 5_000  # images, evenly spaced over a pool
+KERNEL_MOST = 2_000
+
+SETS = {
+    'synthesized': 'Synthesized images',
+    'prior_only': 'Without the feature term',
+    'noise': 'Noise',
+    'real': 'Real images',
+}
+COLUMNS = {
+    'recognised': 'recognised',
+    'recognised_top5': 'in the first five',
+    'inception_score': 'inception score',
+    'frechet_distance': 'Fréchet distance',
+    'kernel_distance': 'kernel distance',
+    'spread': 'spread',
+    'nearest': 'nearest',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What a network says of a set of images: logits float32 [N, K], features float32 [N, D], and labels int [N]."""
+
+    logits: np.ndarray
+    features: np.ndarray
+    labels: np.ndarray
+
+
+def judge(network: Classifier, images, labels, batch_size: int = 128) -> Judgement:
+    """`network`'s answers on pixels uint8 [N, H, W, C] (an array or rows of a pool), at most `MOST`, evenly spaced."""
+    run = with_features(network.apply_fn)
+    chosen = np.linspace(0, len(images) - 1, min(len(images), MOST)).round().astype(int)
+    logits, features = [], []
+    for start in range(0, len(chosen), batch_size):
+        part = images[chosen[start : start + batch_size]]
+        padded = np.concatenate([part, np.zeros((batch_size - len(part), *part.shape[1:]), part.dtype)])
+        answers = run(network.variables, network.normalise(jnp.asarray(padded)))
+        for parts, answer in zip((logits, features), answers, strict=True):
+            parts.append(np.asarray(answer, np.float32)[: len(part)])
+    return Judgement(np.concatenate(logits), np.concatenate(features), np.asarray(labels[chosen]))
+
+
+def figures(images: Judgement, real: Judgement | None = None) -> dict:
+    """The figures of a set of images, those that need real ones None without them; see above.
+
+    Raises:
+      DvinvError: fewer than two images, or real ones judged by another network.
+    """
+    if len(images.labels) < 2 or (real and len(real.labels) < 2):
+        raise DvinvError('The quality of images is measured on two or more; there are too few.')
+    if real and real.features.shape[1] != images.features.shape[1]:
+        raise DvinvError('Synthesized and real images were judged by different networks; judge both by one.')
+    return {
+        'recognised': float(among_top(images.logits, images.labels).mean()),
+        'recognised_top5': float(among_top(images.logits, images.labels, 5).mean()),
+        'inception_score': inception_score(images.logits),
+        'frechet_distance': frechet_distance(images.features, real.features) if real else None,
+        'kernel_distance': kernel_distance(images.features, real.features) if real else None,
+        'spread': spread(images.features, images.labels),
+        'nearest': nearest(images.features),
+    }
+
+
+def figures_of_sets(network: Classifier, pools: dict[str, ImagePool], real: RealData | None) -> dict[str, dict]:
+    """{name: figures} of pools, and of 'real' images (training ones where there are any), to which all are compared."""
+    judged = {name: judge(network, pool.rows('images'), pool.rows('labels')) for name, pool in pools.items()}
+    if real:
+        split = real.train or real.test
+        judged['real'] = judge(network, split.images, split.labels)
+    return {name: figures(judgement, judged.get('real')) for name, judgement in judged.items()}
+
+
+def quality_table(found: dict[str, dict]) -> Table:
+    """A row a set, for the report."""
+    rows = [
+        [SETS[name], *(percent(of[key]) if key.startswith('recognised') else of[key] for key in COLUMNS)]
+        for name, of in found.items()
+    ]
+    caption = (
+        f'Judged by the verifier, on at most {MOST:,} images each. Inception score: the higher the better. Distances to '
+        'real images: the lower the better, 0 for the same. Spread within classes: 0 where all images of a class are '
+        'alike. Nearest: the cosine to the most similar other image, 1 for copies.'
+    )
+    return Table(('Images', *COLUMNS.values()), rows, caption=caption)
+
+
+def inception_score(logits: np.ndarray) -> float:
+    """exp E KL(p(y|x) || p(y)) of logits [N, K]."""
+    logits = logits.astype(np.float64)
+    log_p = logits - logits.max(1, keepdims=True)
+    log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
+    p = np.exp(log_p)
+    return float(np.exp((p * (log_p - np.log(p.mean(0) + 1e-300))).sum(1).mean()))
+
+
+def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
+    """|m_x - m_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^(1/2)) of features [N, D] and [M, D]."""
+    (mean_x, cov_x), (mean_y, cov_y) = ((z.mean(0), np.cov(z, rowvar=False)) for z in (np.float64(x), np.float64(y)))
+    # The eigenvalues of S_x S_y are those of the symmetric S_x^(1/2) S_y S_x^(1/2): real and not negative.
+    values, vectors = np.linalg.eigh(np.atleast_2d(cov_x))
+    root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
+    shared = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ np.atleast_2d(cov_y) @ root), 0)).sum()
+    return float(
+        ((mean_x - mean_y) ** 2).sum() + np.trace(np.atleast_2d(cov_x)) + np.trace(np.atleast_2d(cov_y)) - 2 * shared
+    )
+
+
+def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
+    """Unbiased MMD^2 of features [N, D] and [M, D], at most `KERNEL_MOST` of each, evenly spaced."""
+    x, y = (np.float64(z[np.linspace(0, len(z) - 1, min(len(z), KERNEL_MOST)).round().astype(int)]) for z in (x, y))
+
+    def kernel(a, b):
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def within(a):
+        k = kernel(a, a)
+        return (k.sum() - np.trace(k)) / (len(a) * (len(a) - 1))
+
+    return float(within(x) + within(y) - 2 * kernel(x, y).mean())
+
+
+def spread(features: np.ndarray, labels: np.ndarray) -> float | None:
+    """Squared distances to the mean of the class over those to the mean of all; None where no class has two images."""
+    classes, counts = np.unique(labels, return_counts=True)
+    several = np.isin(labels, classes[counts > 1])
+    if not several.any():
+        return None
+    features, labels = np.float64(features[several]), labels[several]
+    within = sum(
+        ((features[labels == label] - features[labels == label].mean(0)) ** 2).sum() * (count / (count - 1))
+        for label, count in zip(classes, counts, strict=True)
+        if count > 1
+    )
+    total = ((features - features.mean(0)) ** 2).sum() * (len(labels) / (len(labels) - 1))
+    return float(within / total) if total else 0.0
+
+
+def nearest(features: np.ndarray) -> float:
+    """The mean over images of the largest cosine of its features [N, D] with another's."""
+    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    best = []
+    for start in range(0, len(unit), 1024):
+        cosines = unit[start : start + 1024] @ unit.T
+        rows = np.arange(len(cosines))
+        cosines[rows, start + rows] = -np.inf
+        best.append(cosines.max(1))
+    return float(np.concatenate(best).mean())
