@@ -9,7 +9,7 @@ from dvinv import configuration, distillation, report, synthesis, teacher
 from dvinv.configuration import TASKS
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
-from dvinv.inversion import Teacher, check_labels
+from dvinv.inversion import Teacher, check_labels, check_resolutions
 from dvinv.runtime.devices import make_mesh, training_mesh
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.student import hinted_layers
@@ -53,7 +53,9 @@ def check(config) -> Teacher:
             'data.name and data.train_path.'
         )
     to_invert = teacher.check(config)
-    configuration.inversion_config(config).check(to_invert.image_shape)
+    settings = configuration.inversion_config(config)
+    settings.check(to_invert.image_shape)
+    check_resolutions(to_invert, settings)
     check_labels(np.array(config.synthesis.classes, int), to_invert.num_classes)
     hinted_layers(config, to_invert)
     return to_invert

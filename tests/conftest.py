@@ -1,5 +1,6 @@
 """Several CPU devices, where the real data are, and runs of the smoke config."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -34,9 +35,16 @@ def student():
 
 
 @pytest.fixture(scope='session')
-def start(tmp_path_factory):
+def shared(tmp_path_factory) -> Path:
+    """A folder that the processes of pytest have in common."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base
+
+
+@pytest.fixture(scope='session')
+def start(shared):
     """`start(*flags)`: the process of a run of the smoke config, with the compilation cache of all tests."""
-    cache = tmp_path_factory.mktemp('cache')
+    cache = shared / 'cache'
     environment = {
         **os.environ,
         'XDG_CACHE_HOME': str(cache),
@@ -73,9 +81,12 @@ def command(start):
 
 
 @pytest.fixture(scope='session')
-def finished(command, tmp_path_factory) -> Path:
+def finished(command, shared) -> Path:
     """The work directory of a finished run of the smoke config. Tests that change it copy it."""
-    workdir = tmp_path_factory.mktemp('finished') / 'run'
-    status, _, err = command('--workdir', workdir)
-    assert status == 0, err
+    workdir = shared / 'finished' / 'run'
+    with open(shared / 'finished.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the process that comes first makes it, for all
+        if not (workdir / 'report.html').exists():
+            status, _, err = command('--workdir', workdir)
+            assert status == 0, err
     return workdir

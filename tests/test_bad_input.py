@@ -206,6 +206,7 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path, chan
     ('field', 'value', 'words'),
     [
         ('resolution', 3, 'resolution is 3, which does not divide the 8x8 image'),
+        ('resolution', 4, 'resolution is 4, but the network cannot take images of that size: For parameter "kernel"'),
         ('jitter', -1, 'jitter is -1; it must be at least 0'),
         ('learning_rate', -0.1, 'learning_rate is -0.1; it must be at least 0'),
     ],

@@ -19,6 +19,28 @@ from dvinv.runtime.devices import make_mesh
 REPORT_EVERY = 20  # iterations between two looks at the metrics, at least
 
 
+def check_resolutions(teacher: Teacher, config: InversionConfig) -> None:
+    """Refuse, by shapes alone, a stage at a resolution that the network cannot take.
+
+    Raises:
+      DvinvError: names the stage and what the network said.
+    """
+    height, width, channels = teacher.image_shape
+    for i, stage in enumerate(config.stages):
+        factor = stage.pool_factor(height)
+        if factor == 1:
+            continue
+        x = jax.ShapeDtypeStruct((1, height // factor, width // factor, channels), np.float32)
+        try:
+            jax.eval_shape(teacher.apply_fn, teacher.variables, x)
+        except Exception as error:  # Flax and JAX raise many kinds here
+            reason = str(error).splitlines()[0]
+            raise DvinvError(
+                f'stages[{i}].resolution is {stage.resolution}, but the network cannot take images of that size: {reason} '
+                'Choose 0, for the full image.'
+            ) from error
+
+
 @dataclasses.dataclass(frozen=True)
 class Inversion:
     """Finished batches.
@@ -56,6 +78,7 @@ def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student
       is called as chunks finish.
     """
     config.check(teacher.image_shape)
+    check_resolutions(teacher, config)
     programs, split = Programs(teacher, config, mesh, student_fn), config.bn_stats == 'global'
 
     def run(keys, labels, student_variables=None, on_chunk=None) -> Inversion:
