@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import max_pool2d, pad, relu, relu6
+from torch.nn.functional import adaptive_avg_pool2d, max_pool2d, pad, relu, relu6
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
@@ -17,14 +17,14 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1, bias: bool = False) -> n
 class BasicBlock(nn.Module):
     """With `projected`, torchvision's; else the one with He et al.'s option A."""
 
+    expansion = 1
+
     def __init__(self, inputs: int, outputs: int, stride: int, projected: bool):
         super().__init__()
         self.conv1, self.bn1 = conv3x3(inputs, outputs, stride), nn.BatchNorm2d(outputs)
         self.conv2, self.bn2 = conv3x3(outputs, outputs), nn.BatchNorm2d(outputs)
         self.stride, self.missing = stride, outputs - inputs
-        self.downsample = None
-        if projected and (stride != 1 or inputs != outputs):
-            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.downsample = projection(inputs, outputs, stride) if projected else None
 
     def forward(self, x):
         y = self.bn2(self.conv2(relu(self.bn1(self.conv1(x)))))
@@ -36,45 +36,99 @@ class BasicBlock(nn.Module):
         return relu(y + x)
 
 
-class ResNet(nn.Module):
-    """With `projected`, torchvision's with CIFAR's stem and a head 'fc'; else CIFAR's of He et al. with a head 'linear'."""
+class Bottleneck(nn.Module):
+    """torchvision's: the 3x3 convolution has the stride."""
 
-    def __init__(self, classes: int, channels: Sequence[int], blocks: Sequence[int], projected: bool):
+    expansion = 4
+
+    def __init__(self, inputs: int, outputs: int, stride: int, projected: bool):
         super().__init__()
-        self.conv1, self.bn1 = conv3x3(3, channels[0]), nn.BatchNorm2d(channels[0])
+        inner = outputs // self.expansion
+        self.conv1, self.bn1 = nn.Conv2d(inputs, inner, 1, bias=False), nn.BatchNorm2d(inner)
+        self.conv2, self.bn2 = conv3x3(inner, inner, stride), nn.BatchNorm2d(inner)
+        self.conv3, self.bn3 = nn.Conv2d(inner, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.downsample = projection(inputs, outputs, stride)
+
+    def forward(self, x):
+        y = relu(self.bn2(self.conv2(relu(self.bn1(self.conv1(x))))))
+        y = self.bn3(self.conv3(y))
+        return relu(y + (self.downsample(x) if self.downsample else x))
+
+
+def projection(inputs: int, outputs: int, stride: int) -> nn.Module | None:
+    """torchvision's shortcut; None where shapes are alike."""
+    if stride == 1 and inputs == outputs:
+        return None
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+
+class ResNet(nn.Module):
+    """With `projected`, torchvision's with a head 'fc'; else CIFAR's of He et al. with a head 'linear'.
+
+    The stem is CIFAR's, or with `pooled` ImageNet's.
+    """
+
+    def __init__(
+        self, classes: int, channels: Sequence[int], blocks: Sequence[int], projected: bool, block=BasicBlock, pooled=False
+    ):
+        super().__init__()
+        before, self.pooled, self.head = channels[0], pooled, 'fc' if projected else 'linear'
+        self.conv1 = nn.Conv2d(3, before, 7, 2, 3, bias=False) if pooled else conv3x3(3, before)
+        self.bn1 = nn.BatchNorm2d(before)
         self.stages = [f'layer{stage}' for stage in range(1, len(channels) + 1)]
-        before, self.head = channels[0], 'fc' if projected else 'linear'
-        for stage, count, outputs in zip(self.stages, blocks, channels, strict=True):
-            strides = [1 if stage == 'layer1' else 2, *[1] * (count - 1)]
+        for stage, count, width in zip(self.stages, blocks, channels, strict=True):
+            strides, outputs = [1 if stage == 'layer1' else 2, *[1] * (count - 1)], block.expansion * width
             layers = []
             for stride in strides:
-                layers.append(BasicBlock(before, outputs, stride, projected))
+                layers.append(block(before, outputs, stride, projected))
                 before = outputs
             self.add_module(stage, nn.Sequential(*layers))
         self.add_module(self.head, nn.Linear(before, classes))
 
     def forward(self, x):
         x = relu(self.bn1(self.conv1(x)))
+        if self.pooled:
+            x = max_pool2d(x, 3, 2, 1)
         for stage in self.stages:
             x = getattr(self, stage)(x)
         return getattr(self, self.head)(x.mean((2, 3)))
 
 
-class VGG(nn.Module):
+def vgg_features(channels: Sequence[int], convolutions: Sequence[int]) -> nn.Sequential:
     """So many convolutions a stage, each stage ends in a max-pooling."""
+    layers, before = [], 3
+    for outputs, count in zip(channels, convolutions, strict=True):
+        for _ in range(count):
+            layers += [conv3x3(before, outputs, bias=True), nn.BatchNorm2d(outputs), nn.ReLU()]
+            before = outputs
+        layers.append(nn.MaxPool2d(2, 2))
+    return nn.Sequential(*layers)
+
+
+class VGG(nn.Module):
+    """CIFAR's: one dense layer."""
 
     def __init__(self, classes: int, channels: Sequence[int], convolutions: Sequence[int]):
         super().__init__()
-        layers, before = [], 3
-        for outputs, count in zip(channels, convolutions, strict=True):
-            for _ in range(count):
-                layers += [conv3x3(before, outputs, bias=True), nn.BatchNorm2d(outputs), nn.ReLU()]
-                before = outputs
-            layers.append(nn.MaxPool2d(2, 2))
-        self.features, self.classifier = nn.Sequential(*layers), nn.Linear(before, classes)
+        self.features, self.classifier = vgg_features(channels, convolutions), nn.Linear(channels[-1], classes)
 
     def forward(self, x):
         return self.classifier(self.features(x).mean((2, 3)))
+
+
+class ImageNetVGG(nn.Module):
+    """torchvision's: three dense layers. The last of `channels` is that of the hidden ones."""
+
+    def __init__(self, classes: int, channels: Sequence[int], convolutions: Sequence[int]):
+        super().__init__()
+        *channels, hidden = channels
+        self.features = vgg_features(channels, convolutions)
+        first = [nn.Linear(7 * 7 * channels[-1], hidden), nn.ReLU(), nn.Dropout()]
+        second = [nn.Linear(hidden, hidden), nn.ReLU(), nn.Dropout()]
+        self.classifier = nn.Sequential(*first, *second, nn.Linear(hidden, classes))
+
+    def forward(self, x):
+        return self.classifier(adaptive_avg_pool2d(self.features(x), 7).flatten(1))
 
 
 class WideBlock(nn.Module):
@@ -148,6 +202,42 @@ class MobileNetV1(nn.Module):
         return self.conv_preds(x.mean((2, 3), keepdim=True)).flatten(1)
 
 
+def normalised(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    """A convolution, BatchNorm, ReLU6."""
+    conv = nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU6())
+
+
+class InvertedResidual(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int):
+        super().__init__()
+        inner, self.added = expansion * inputs, stride == 1 and inputs == outputs
+        layers = [normalised(inputs, inner, 1)] if expansion > 1 else []
+        layers += [normalised(inner, inner, 3, stride, inner), nn.Conv2d(inner, outputs, 1, bias=False)]
+        self.conv = nn.Sequential(*layers, nn.BatchNorm2d(outputs))
+
+    def forward(self, x):
+        return x + self.conv(x) if self.added else self.conv(x)
+
+
+class MobileNetV2(nn.Module):
+    """torchvision's; the last of `channels` is that before the head."""
+
+    def __init__(self, classes: int, channels: Sequence[int]):
+        super().__init__()
+        before, *stages, last = channels
+        layers = [normalised(3, before, 3, 2)]
+        for outputs, count, stride in zip(stages, (1, 2, 3, 4, 3, 3, 1), (1, 2, 2, 2, 1, 2, 1), strict=True):
+            for block in range(count):
+                layers.append(InvertedResidual(before, outputs, 1 if block else stride, 6 if len(layers) > 1 else 1))
+                before = outputs
+        self.features = nn.Sequential(*layers, normalised(before, last, 1))
+        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(last, classes))
+
+    def forward(self, x):
+        return self.classifier(self.features(x).mean((2, 3)))
+
+
 class SqueezeNet(nn.Module):
     def __init__(self, classes: int, channels: Sequence[int]):
         super().__init__()
@@ -170,15 +260,21 @@ class SqueezeNet(nn.Module):
         return relu(self.conv25(x)).mean((2, 3))
 
 
+RESNET, VGG_CHANNELS = (64, 128, 256, 512), (64, 128, 256, 512, 512)
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 16: (2, 2, 3, 3, 3)}
+
 # name -> (what builds it of classes, channels and the rest, its channels at full width, the rest)
 NETWORKS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...], tuple]] = {
     **{f'resnet{6 * n + 2}': (ResNet, (16, 32, 64), ((n, n, n), False)) for n in (3, 5, 7, 9, 18)},
-    'cifar_resnet18': (ResNet, (64, 128, 256, 512), ((2, 2, 2, 2), True)),
-    'cifar_resnet34': (ResNet, (64, 128, 256, 512), ((3, 4, 6, 3), True)),
-    'vgg11_bn': (VGG, (64, 128, 256, 512, 512), ((1, 1, 2, 2, 2),)),
-    'vgg16_bn': (VGG, (64, 128, 256, 512, 512), ((2, 2, 3, 3, 3),)),
+    **{f'cifar_resnet{depth}': (ResNet, RESNET, (BLOCKS[depth], True)) for depth in (18, 34)},
+    **{f'resnet{depth}': (ResNet, RESNET, (BLOCKS[depth], True, BasicBlock, True)) for depth in (18, 34)},
+    **{f'resnet{depth}': (ResNet, RESNET, (BLOCKS[depth], True, Bottleneck, True)) for depth in (50, 101)},
+    **{f'vgg{depth}_bn': (VGG, VGG_CHANNELS, (convolutions,)) for depth, convolutions in CONVOLUTIONS.items()},
+    'imagenet_vgg16_bn': (ImageNetVGG, (*VGG_CHANNELS, 4096), (CONVOLUTIONS[16],)),
     **{f'wrn{6 * n + 4}_{k}': (WideResNet, (16, 16 * k, 32 * k, 64 * k), (n,)) for n, k in ((2, 1), (2, 2), (6, 1), (6, 2))},
     'mobilenet_v1': (MobileNetV1, (32, 64, 128, 128, 256, 256, *[512] * 6, 1024, 1024), ()),
+    'mobilenet_v2': (MobileNetV2, (32, 16, 24, 32, 64, 96, 160, 320, 1280), ()),
     'squeezenet1_1': (SqueezeNet, (64, 16, 16, 32, 32, 48, 48, 64, 64), ()),
 }
 
@@ -186,7 +282,18 @@ NETWORKS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...], tuple]] = {
 def create(name: str, classes: int = 10, width: float = 1.0) -> nn.Module:
     """The module `name`, randomly initialised, in train mode, with channel counts scaled by `width`."""
     build, channels, rest = NETWORKS[name]
-    return build(classes, [max(1, round(width * count)) for count in channels], *rest)
+    if build is MobileNetV2:
+        *channels, last = channels
+        widths = [*(in_eighths(width * count) for count in channels), in_eighths(max(width, 1) * last)]
+    else:
+        widths = [max(1, round(width * count)) for count in channels]
+    return build(classes, widths, *rest)
+
+
+def in_eighths(channels: float) -> int:
+    """The nearest multiple of 8, at least 8, and at least 90% of `channels`."""
+    nearest = max(8, 8 * int((channels + 4) // 8))
+    return nearest + 8 if nearest < 0.9 * channels else nearest
 
 
 def load(network: nn.Module, variables: Mapping[str, np.ndarray]) -> None:

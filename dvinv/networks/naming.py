@@ -23,40 +23,46 @@ GLUON_KEY = re.compile(r'([a-z]+\d+_)\w+_(weight|bias|gamma|beta|running_mean|ru
 
 
 def find_keys(paths: Collection[str], keys: Collection[str], aliases: Mapping[str, str]) -> dict[str, str]:
-    """{path: the key that it goes by}; a key that is not among `keys` is the usual one.
+    """{path: the key that it goes by}; one that is not among `keys` is spelled as most of the others are.
 
     Args:
       paths: of a network's variables in Flax.
       keys: those of a file; Keras's have slashes, PyTorch's have dots, Gluon's have neither and one prefix.
-      aliases: {name of a submodule: what other PyTorch repositories call it}.
+      aliases: {name of a submodule, or its whole path with dots: what other PyTorch repositories call it}.
     """
     keras, prefix = any('/' in key for key in keys), _gluon_prefix(keys)
-    found = {}
-    for path in paths:
-        if keras:
-            spellings = _layer_keys(path, paths, '/', KERAS, KERAS_BATCH_NORM)
-        elif prefix:
-            spellings = [prefix + key for key in _layer_keys(path, paths, '_', GLUON, GLUON_BATCH_NORM)]
-        else:
-            spellings = _torch_keys(path, aliases)
-        found[path] = next((key for key in spellings if key in keys), spellings[0])
-    return found
+    if keras:
+        spellings = {path: _layer_keys(path, paths, '/', KERAS, KERAS_BATCH_NORM) for path in paths}
+    elif prefix:
+        names = {path: _layer_keys(path, paths, '_', GLUON, GLUON_BATCH_NORM) for path in paths}
+        spellings = {path: [prefix + key for key in mine] for path, mine in names.items()}
+    else:
+        spellings = {path: _torch_keys(path, aliases) for path in paths}
+        if sum(other in keys for _, other in spellings.values()) > sum(usual in keys for usual, _ in spellings.values()):
+            spellings = {path: mine[::-1] for path, mine in spellings.items()}
+    return {path: next((key for key in mine if key in keys), mine[0]) for path, mine in spellings.items()}
 
 
-def to_flax_layout(key: str, tensor: np.ndarray) -> np.ndarray:
-    """OIHW to HWIO and [out, in] to [in, out]; Keras's depthwise [H, W, C, M], for C groups, to [H, W, 1, C * M]."""
+def to_flax_layout(key: str, tensor: np.ndarray, ndim: int) -> np.ndarray:
+    """OIHW to HWIO and [out, in] to [in, out]; Keras's depthwise [H, W, C, M], for C groups, to [H, W, 1, C * M].
+
+    Where Flax has a dense layer, `ndim` 2, and PyTorch a convolution of the whole picture, OIHW to [I * H * W, O].
+    """
     if key.endswith('/depthwise_kernel'):
         return tensor.reshape(*tensor.shape[:2], 1, -1)
     if '/' in key:
         return tensor
+    if (tensor.ndim, ndim) == (4, 2):
+        tensor = tensor.reshape(len(tensor), -1)
     return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
 
 
 def _torch_keys(path: str, aliases: Mapping[str, str]) -> list[str]:
     """'params/layer2_0/downsample_1/scale' -> ['layer2.0.downsample.1.weight', 'layer2.0.shortcut.1.weight']."""
     *modules, leaf = path.split('/')[1:]
-    names = [*re.sub(r'_(\d+)', r'.\1', '.'.join(modules)).split('.'), PYTORCH[leaf]]
-    return ['.'.join(names), '.'.join(aliases.get(name, name) for name in names)]
+    usual = re.sub(r'_(\d+)', r'.\1', '.'.join(modules))
+    other = aliases.get(usual) or '.'.join(aliases.get(name, name) for name in usual.split('.'))
+    return [f'{module}.{PYTORCH[leaf]}' for module in (usual, other)]
 
 
 def _layer_keys(path: str, paths: Collection[str], separator: str, leaves: dict, batch_norm: dict) -> list[str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -11,11 +12,18 @@ import numpy as np
 from dvinv.errors import DvinvError
 from dvinv.networks.cifar_resnet import CifarResNet
 from dvinv.networks.mobilenet_v1 import MobileNetV1
+from dvinv.networks.mobilenet_v2 import LAST, MobileNetV2, in_eighths
+from dvinv.networks.residual import BasicBlock, Bottleneck, imagenet_stem
 from dvinv.networks.resnet import ResNet
 from dvinv.networks.small import SmallConvNet, SmallResNet
 from dvinv.networks.squeezenet import SqueezeNet
-from dvinv.networks.vgg import VGG
+from dvinv.networks.vgg import VGG, ImageNetVGG
 from dvinv.networks.wide_resnet import WideResNet
+
+
+def rounded(channels: float) -> int:
+    """The nearest whole number, at least 1."""
+    return max(1, round(channels))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +34,14 @@ class Network:
     image_shape: tuple[int, int, int]  # H, W, C of the images that it is made for
     widths: dict[str, int | tuple[int, ...]]  # fields of `family` that are counts of channels
     depths: dict[str, int | tuple[int, ...]] = dataclasses.field(default_factory=dict)  # and of layers
+    parts: dict[str, Callable] = dataclasses.field(default_factory=dict)  # and what else it is made of
+    rounding: Callable[[float], int] = rounded  # of counts of channels, once scaled
 
 
 CIFAR, DIGITS, IMAGENET = (32, 32, 3), (8, 8, 1), (224, 224, 3)
+RESNET, VGG_CHANNELS = (64, 128, 256, 512), (64, 128, 256, 512, 512)
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # a stage, of a ResNet of this depth
+CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 16: (2, 2, 3, 3, 3)}  # the same of a VGG
 
 NETWORKS: dict[str, Network] = {
     **{
@@ -36,17 +49,32 @@ NETWORKS: dict[str, Network] = {
         for n in (3, 5, 7, 9, 18)
     },
     **{
-        f'cifar_resnet{depth}': Network(ResNet, CIFAR, {'channels': (64, 128, 256, 512)}, {'blocks': blocks})
-        for depth, blocks in ((18, (2, 2, 2, 2)), (34, (3, 4, 6, 3)))
+        f'cifar_resnet{depth}': Network(ResNet, CIFAR, {'channels': RESNET}, {'blocks': BLOCKS[depth]}) for depth in (18, 34)
     },
     **{
-        f'vgg{depth}_bn': Network(VGG, CIFAR, {'channels': (64, 128, 256, 512, 512)}, {'convolutions': convolutions})
-        for depth, convolutions in ((11, (1, 1, 2, 2, 2)), (16, (2, 2, 3, 3, 3)))
+        f'vgg{depth}_bn': Network(VGG, CIFAR, {'channels': VGG_CHANNELS}, {'convolutions': convolutions})
+        for depth, convolutions in CONVOLUTIONS.items()
     },
     **{
         f'wrn{6 * n + 4}_{k}': Network(WideResNet, CIFAR, {'channels': (16, 16 * k, 32 * k, 64 * k)}, {'blocks': n})
         for n, k in ((2, 1), (2, 2), (6, 1), (6, 2))
     },
+    **{
+        f'resnet{depth}': Network(
+            ResNet,
+            IMAGENET,
+            {'channels': RESNET},
+            {'blocks': blocks},
+            {'block': BasicBlock if depth < 50 else Bottleneck, 'stem': imagenet_stem},
+        )
+        for depth, blocks in BLOCKS.items()
+    },
+    'imagenet_vgg16_bn': Network(
+        ImageNetVGG, IMAGENET, {'channels': VGG_CHANNELS, 'hidden': 4096}, {'convolutions': CONVOLUTIONS[16]}
+    ),
+    'mobilenet_v2': Network(
+        MobileNetV2, IMAGENET, {'channels': (32, 16, 24, 32, 64, 96, 160, 320), 'last': LAST}, rounding=in_eighths
+    ),
     'mobilenet_v1': Network(MobileNetV1, IMAGENET, {'channels': (32, 64, 128, 128, 256, 256, *[512] * 6, 1024, 1024)}),
     'squeezenet1_1': Network(SqueezeNet, IMAGENET, {'channels': (64, 16, 16, 32, 32, 48, 48, 64, 64)}),
     'small_resnet': Network(SmallResNet, DIGITS, {'channels': (32, 64), 'hidden': 64}),
@@ -63,8 +91,8 @@ def create(name: str, num_classes: int, width: float = 1.0) -> nn.Module:
     network = _named(name)
     if not 0 < width < math.inf:
         raise DvinvError(f'The width of {name} is {width}; it must be above 0 and finite.')
-    widths = jax.tree.map(lambda channels: max(1, round(channels * width)), network.widths)
-    return network.family(num_classes, **widths, **network.depths)
+    widths = jax.tree.map(lambda channels: network.rounding(channels * width), network.widths)
+    return network.family(num_classes, **widths, **network.depths, **network.parts)
 
 
 def image_shape(name: str) -> tuple[int, int, int]:

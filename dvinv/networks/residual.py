@@ -1,4 +1,4 @@
-"""What the residual families share: a convolution, stages of basic blocks (arXiv 1512.03385, figure 5), the mean."""
+"""What the residual families share: stems, blocks (arXiv 1512.03385, figure 5), stages of them, the mean."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,8 +8,19 @@ import jax
 from dvinv.networks.torch_layers import batch_norm, conv
 
 
+def small_stem(x: jax.Array, channels: int, train: bool) -> jax.Array:
+    """CIFAR's: one 3x3 convolution; x [B, H, W, C] -> [B, H, W, channels]."""
+    return nn.relu(batch_norm(train, 'bn1')(conv(channels, 3, name='conv1')(x)))
+
+
+def imagenet_stem(x: jax.Array, channels: int, train: bool) -> jax.Array:
+    """ImageNet's: a 7x7 convolution and a max-pooling, which halve the picture each; to [B, ~H / 4, ~W / 4, channels]."""
+    x = nn.relu(batch_norm(train, 'bn1')(conv(channels, 7, 2, name='conv1')(x)))
+    return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+
+
 class BasicBlock(nn.Module):
-    """conv, BatchNorm, ReLU, conv, BatchNorm; plus the shortcut; ReLU."""
+    """conv, BatchNorm, ReLU, conv, BatchNorm; plus the shortcut; ReLU. Returns `channels`."""
 
     channels: int
     stride: int
@@ -22,16 +33,41 @@ class BasicBlock(nn.Module):
         return nn.relu(y + self.shortcut(x, self.channels, self.stride, train))
 
 
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions, each with BatchNorm; plus the shortcut; ReLU. Returns 4 times `channels`.
+
+    The 3x3 convolution has the stride, as in torchvision ("v1.5"); the paper gives it to the first 1x1.
+    """
+
+    channels: int
+    stride: int
+    shortcut: Callable  # (x, channels, stride, train) -> x, of the block's output shape
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        outputs = 4 * self.channels
+        y = nn.relu(batch_norm(train, 'bn1')(conv(self.channels, 1, name='conv1')(x)))
+        y = nn.relu(batch_norm(train, 'bn2')(conv(self.channels, 3, self.stride, name='conv2')(y)))
+        y = batch_norm(train, 'bn3')(conv(outputs, 1, name='conv3')(y))
+        return nn.relu(y + self.shortcut(x, outputs, self.stride, train))
+
+
 def residual_features(
-    x: jax.Array, train: bool, blocks: Sequence[int], channels: Sequence[int], shortcut: Callable
+    x: jax.Array,
+    train: bool,
+    blocks: Sequence[int],
+    channels: Sequence[int],
+    shortcut: Callable,
+    block: type[nn.Module] = BasicBlock,
+    stem: Callable = small_stem,
 ) -> jax.Array:
-    """[B, channels[-1]] of x [B, H, W, C]: a convolution, so many blocks a stage, each but the first halving the size.
+    """[B, F] of x [B, H, W, C]: the stem, then so many blocks a stage, each stage but the first halving the size; the mean.
 
     To be called in a module's compact method: submodules 'conv1', 'bn1', 'layer1_0', ... become its own.
     """
-    x = nn.relu(batch_norm(train, 'bn1')(conv(channels[0], 3, name='conv1')(x)))
+    x = stem(x, channels[0], train)
     for stage, (count, width) in enumerate(zip(blocks, channels, strict=True), 1):
-        for block in range(count):
-            stride = 2 if stage > 1 and block == 0 else 1
-            x = BasicBlock(width, stride, shortcut, name=f'layer{stage}_{block}')(x, train)
+        for index in range(count):
+            stride = 2 if stage > 1 and index == 0 else 1
+            x = block(width, stride, shortcut, name=f'layer{stage}_{index}')(x, train)
     return x.mean((1, 2))

@@ -1,14 +1,37 @@
 """Layers with PyTorch's semantics, for the networks whose published weights come from there."""
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 
-def conv(channels: int, size: int, stride: int = 1, *, bias: bool = False, name: str) -> nn.Conv:
+def conv(channels: int, size: int, stride: int = 1, *, groups: int = 1, bias: bool = False, name: str) -> nn.Conv:
     """A square convolution, padded alike on every side (Flax's SAME would pad stride 2 on one side only)."""
     margin = (size // 2, size // 2)
-    return nn.Conv(channels, (size, size), (stride, stride), (margin, margin), use_bias=bias, name=name)
+    return nn.Conv(
+        channels, (size, size), (stride, stride), (margin, margin), feature_group_count=groups, use_bias=bias, name=name
+    )
 
 
 def batch_norm(train: bool, name: str) -> nn.BatchNorm:
     """BatchNorm with PyTorch's epsilon and momentum (its .1 is Flax's .9)."""
     return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name=name)
+
+
+def adaptive_mean(x: jax.Array, size: int) -> jax.Array:
+    """x [B, H, W, C] averaged to [B, size, size, C], as PyTorch's AdaptiveAvgPool2d does, whatever H and W are.
+
+    Output i is the mean of the inputs from floor(i n / size) up to, not including, ceil((i + 1) n / size), of n.
+    """
+    if x.shape[1:3] == (size, size):
+        return x
+    rows, columns = (jnp.asarray(_windows(length, size), x.dtype) for length in x.shape[1:3])
+    return jnp.einsum('ih,jw,bhwc->bijc', rows, columns, x)
+
+
+def _windows(length: int, size: int) -> np.ndarray:
+    """The matrix [size, length] that takes these means."""
+    inputs, outputs = np.arange(length), np.arange(size)[:, None]
+    inside = (inputs >= outputs * length // size) & (inputs < -(-(outputs + 1) * length // size))
+    return inside / inside.sum(1, keepdims=True)

@@ -54,7 +54,7 @@ def import_weights(module: nn.Module, image_shape, state: dict[str, np.ndarray])
                 f'These weights do not fit {name}: they {problem} {listed(sorted(unmatched))}. Is it another depth or '
                 'another network?'
             )
-    arrays = {path: to_flax_layout(key, np.asarray(state[key])) for path, key in keys.items()}
+    arrays = {path: to_flax_layout(key, np.asarray(state[key]), template[path].ndim) for path, key in keys.items()}
     wrong = [f'{key} {np.shape(state[key])}' for path, key in keys.items() if arrays[path].shape != template[path].shape]
     if wrong:
         raise DvinvError(
@@ -72,7 +72,7 @@ def count_classes(build: Callable[[int], nn.Module], image_shape, state: dict[st
     few, many = (_shapes(build(num_classes), image_shape) for num_classes in (1, 2))
     for path, key in _keys(build(1), few, state).items():
         if few[path].shape != many[path].shape and np.ndim(state.get(key)) == few[path].ndim:
-            return to_flax_layout(key, state[key]).shape[-1]
+            return to_flax_layout(key, state[key], few[path].ndim).shape[-1]
     return 1
 
 

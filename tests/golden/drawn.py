@@ -3,13 +3,13 @@
 import numpy as np
 
 
-def draw_state(shapes: dict[str, list[int]], seed: int) -> dict[str, np.ndarray]:
-    """A PyTorch state dict, float32: He-scaled kernels, and BatchNorm such as training leaves it."""
+def draw_state(shapes: dict[str, list[int]], seed: int, gain: float = 2.0) -> dict[str, np.ndarray]:
+    """A PyTorch state dict, float32: kernels of variance `gain` / inputs (2: He's), BatchNorm such as training leaves it."""
     rng = np.random.default_rng(seed)
 
     def draw(key: str, shape: list[int]) -> np.ndarray:
         if len(shape) > 1:
-            return rng.normal(size=shape) * np.sqrt(2 / np.prod(shape[1:]))
+            return rng.normal(size=shape) * np.sqrt(gain / np.prod(shape[1:]))
         if key.endswith(('running_var', 'weight')):
             return rng.uniform(0.5, 1.5, shape)
         return 0.3 * rng.normal(size=shape)

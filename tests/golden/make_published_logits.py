@@ -35,8 +35,8 @@ def shapes_of(network: nn.Module) -> dict[str, list[int]]:
     return {key: list(tensor.shape) for key, tensor in state if not key.endswith('num_batches_tracked')}
 
 
-def logits_of(network: nn.Module, seed: int, size: int = 32) -> np.ndarray:
-    state = draw_state(shapes_of(network), seed)
+def logits_of(network: nn.Module, seed: int, size: int = 32, gain: float = 2.0) -> np.ndarray:
+    state = draw_state(shapes_of(network), seed, gain)
     network.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()}, strict=False)
     with torch.no_grad():
         return network.eval()(torch.from_numpy(draw_images(seed, size).transpose(0, 3, 1, 2))).numpy()
