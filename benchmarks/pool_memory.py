@@ -3,7 +3,7 @@
     python benchmarks/pool_memory.py --images 1000 50000 -- --config configs/digits.py --config.synthesis.batch_size=500 \\
       "--config.synthesis.stages[0].iterations=2" --config.distillation.controls="()"
 
-Resident memory of the process when its pool holds so many images, and the most it ever held. Linux only.
+Resident memory of the process while its pool holds so many images, and the most once it is whole. Linux only.
 """
 
 import argparse
@@ -34,18 +34,14 @@ def main() -> None:
                 time.sleep(0.2)
     if process.returncode:
         sys.exit(f'pool_memory: the run ended with status {process.returncode}')
-    at_small = [mb for images, mb in seen if small <= images < 2 * small]
-    growing = [mb for images, mb in seen if small <= images < large]
-    print(
-        json.dumps(
-            {
-                f'mb_at_{small}': round(sum(at_small) / len(at_small)),
-                f'mb_before_{large}': round(sum(growing[-10:]) / len(growing[-10:])),
-                'most_while_it_grows': round(max(growing)),
-                'most_ever': round(max(mb for _, mb in seen)),  # with distillation and report
-            }
-        )
-    )
+    at = {}
+    for images, mb in seen:
+        at.setdefault(images, []).append(mb)
+    points = [small + (large - small) * i // 5 for i in range(5)]
+    nearest = {point: min(at, key=lambda images: abs(images - point)) for point in points}
+    curve = {images: round(sum(at[images]) / len(at[images])) for images in nearest.values()}
+    most = round(max(mb for images, mb in seen if images == large))  # with the last batch, distillation and report
+    print(json.dumps({'mb_while_the_pool_has': curve, 'most_mb_with_the_whole': most}))
 
 
 def images_in(pool: Path) -> int:
