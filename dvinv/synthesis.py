@@ -15,7 +15,8 @@ from dvinv.inversion import Teacher, make_feature_loss
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.pictures import class_grid
 from dvinv.runtime.workdir import Workdir, open_workdir
-from dvinv.synthesizer import fill_pool, missing_batches, open_pool
+from dvinv.sharing import await_batches, drop_measurements
+from dvinv.synthesizer import all_batches, fill_pool, missing_batches, open_pool
 from dvinv.teacher import check_fits, load, load_verifier
 
 
@@ -31,7 +32,9 @@ def run(config, workdir) -> dict:
     elif method == 'adaptive':
         adaptive.fill_pool(config, workdir, teacher, pool)
     else:
-        fill_pool(config, workdir, teacher, pool, method, 'synthesis', method)
+        fill_pool(config, workdir, teacher, pool, method, 'synthesis', method, workdir.processes)
+        await_batches(workdir, pool, all_batches(config), method)
+    drop_measurements(workdir)
     images = pool.read_all()
     _write_samples(workdir, images)
     notes = [pool.notes(number) for number in pool.numbers()]
