@@ -1,16 +1,23 @@
 """Are runs that were killed the same, bit for bit, as one that was not?
 
     python benchmarks/kill_test.py --config configs/digits.py:smoke --kills 10
+    python benchmarks/kill_test.py --processes 2 --kills 20 --terms 5 --config.synthesis.images=320
 
-Runs the config once, undisturbed. Then, for each kill, starts it in a fresh work directory, ends it with SIGKILL at a random
-moment, runs the same command again to its end, and compares everything that lasts: pool, controls, networks, samples,
-metrics.jsonl, and results.json without its times.
+Runs the config once, undisturbed, in one process. Then, for each kill, starts it in a fresh work directory, ends it with
+SIGKILL (or SIGTERM, for --terms) at a random moment, runs the same command again to its end, and compares everything that
+lasts: pool, controls, networks, samples, metrics.jsonl, and results.json without its times.
+
+With several processes a run goes on while one of them, drawn by lot, is ended and started again, and so forth until the run
+ends; further runs follow until all kills are spent. Beside the end, every shard is watched: none may go, and none may be
+written again. Other flags are the run's.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,53 +25,131 @@ import time
 from pathlib import Path
 
 FOLDERS = ('pool', 'controls', 'networks', 'samples')
+NAMES = {signal.SIGKILL: 'killed', signal.SIGTERM: 'terminated'}
 
 
 def main() -> None:
     """Print a line a kill; exit with status 1 where a run differs."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument('--config', default='configs/digits.py:smoke')
     parser.add_argument('--kills', type=int, default=10)
+    parser.add_argument('--terms', type=int, default=0, help='SIGTERM instead of SIGKILL, so often')
+    parser.add_argument('--processes', type=int, default=1)
     parser.add_argument('--seed', type=int, default=0, help='of the moments')
-    arguments = parser.parse_args()
-    moments, identical = random.Random(arguments.seed), 0
+    arguments, flags = parser.parse_known_args()
+    moments = random.Random(arguments.seed)
+    signals = [signal.SIGKILL] * arguments.kills + [signal.SIGTERM] * arguments.terms
+    if arguments.terms:
+        moments.shuffle(signals)
     with tempfile.TemporaryDirectory(prefix='dvinv-kills-') as folder:
-        folder = Path(folder)
-        run(arguments.config, folder, 'warm')  # fills the compilation cache: all others then take equally long
+        runs = Runs(['--config', arguments.config, *flags], Path(folder))
+        runs.whole('warm')  # fills the compilation cache: all others then take equally long
         begin = time.monotonic()
-        run(arguments.config, folder, 'whole')
-        duration, expected = time.monotonic() - begin, lasting(folder / 'whole')
-        print(f'undisturbed: {duration:.0f} s', flush=True)
-        if differing := differences(expected, lasting(folder / 'warm')):
+        runs.whole('whole')
+        duration, expected = time.monotonic() - begin, lasting(runs.folder / 'whole')
+        print(f'undisturbed, one process: {duration:.0f} s', flush=True)
+        if differing := differences(expected, lasting(runs.folder / 'warm')):
             sys.exit(f'Two undisturbed runs differ already: {", ".join(differing)}')
-        for kill in range(1, arguments.kills + 1):
-            moment = moments.uniform(0, duration)
-            was_killed = not run(arguments.config, folder, str(kill), moment)
-            state = done(folder / str(kill))
-            run(arguments.config, folder, str(kill))
-            differing = differences(expected, lasting(folder / str(kill)))
-            identical += not differing
-            verdict = f'differs: {", ".join(differing)}' if differing else 'identical'
-            print(f'{kill:3} {"killed" if was_killed else "had ended"} at {moment:5.1f} s, {state}: {verdict}', flush=True)
-    print(f'{identical} of {arguments.kills} identical')
-    sys.exit(identical < arguments.kills)
+        test = one_by_one if arguments.processes == 1 else together
+        sys.exit(not test(runs, signals, moments, duration, expected, arguments.processes))
 
 
-def run(config: str, folder: Path, name: str, kill_after: float | None = None) -> bool:
-    """One run in `folder`/`name`; True where it came to its end, False where it was killed."""
-    command = [sys.executable, '-m', 'dvinv.main', '--config', config, '--workdir', str(folder / name)]
-    environment = {**os.environ, 'XDG_CACHE_HOME': str(folder / 'cache')}
-    with open(folder / f'{name}.log', 'ab') as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-    try:
-        status = process.wait(kill_after)
-    except subprocess.TimeoutExpired:
-        process.kill()
+def one_by_one(runs: 'Runs', signals: list, moments: random.Random, duration: float, expected: dict, _: int) -> bool:
+    """Each signal in a run of its own; whether all were identical to `expected`."""
+    identical = 0
+    for kill, number in enumerate(signals, 1):
+        moment, name = moments.uniform(0, duration), str(kill)
+        process = runs.start(name)
+        try:
+            process.wait(moment)
+        except subprocess.TimeoutExpired:
+            ended = runs.end(process, number)
+        else:
+            ended = 'had ended'
+        state = done(runs.folder / name)
+        runs.whole(name)
+        differing = differences(expected, lasting(runs.folder / name))
+        identical += not differing
+        verdict = f'differs: {", ".join(differing)}' if differing else 'identical'
+        print(f'{kill:3} {ended} at {moment:5.1f} s, {state}: {verdict}', flush=True)
+    print(f'{identical} of {len(signals)} identical')
+    return identical == len(signals)
+
+
+def together(runs: 'Runs', signals: list, moments: random.Random, duration: float, expected: dict, count: int) -> bool:
+    """All signals over as few runs of several processes as it takes; whether all were identical to `expected`."""
+    left, run, identical, faults = [*enumerate(signals, 1)], 0, 0, 0
+    while left:
+        run += 1
+        name, seen = f'run-{run}', {}
+        processes = {index: runs.start(name, index, count) for index in range(count)}
+        due = time.monotonic() + moments.uniform(0, duration / 2)
+        while processes:
+            time.sleep(0.05)
+            faults += watch(runs.folder / name / 'pool', seen)
+            for index, process in [*processes.items()]:
+                if process.poll() is not None:
+                    runs.check(process, name)
+                    del processes[index]
+            if left and processes and time.monotonic() >= due:
+                (kill, number), victim = left.pop(0), moments.choice(sorted(processes))
+                ended = runs.end(processes[victim], number)
+                print(f'{kill:3} process {victim} {ended}, {done(runs.folder / name)}', flush=True)
+                processes[victim] = runs.start(name, victim, count)
+                due = time.monotonic() + moments.uniform(0, duration / 2)
+        differing = differences(expected, lasting(runs.folder / name))
+        identical += not differing
+        print(f'{name}: {f"differs: {differing}" if differing else "identical"}, {len(seen)} shards', flush=True)
+    print(f'{identical} of {run} runs identical after {len(signals)} signals; {faults} shards lost or written twice')
+    return identical == run and not faults
+
+
+def watch(pool: Path, seen: dict) -> int:
+    """How many finished shards are not as they were; `seen` remembers {name: when it was written}."""
+    now = {}
+    for path in pool.glob('shard-*.json'):
+        with contextlib.suppress(FileNotFoundError):
+            now[path.name] = path.stat().st_mtime_ns, path.with_suffix('.npz').stat().st_mtime_ns
+    faults = sum(now.get(name) != written for name, written in seen.items())
+    seen.update(now)
+    return faults
+
+
+class Runs:
+    """Runs with the same flags, in folders of one folder."""
+
+    def __init__(self, flags: list[str], folder: Path):
+        self._flags, self.folder = flags, folder
+
+    def start(self, name: str, index: int = 0, count: int = 1) -> subprocess.Popen:
+        """A process of the run in `folder`/`name`."""
+        command = [sys.executable, '-m', 'dvinv.main', *self._flags, '--workdir', str(self.folder / name)]
+        environment = {**os.environ, 'XDG_CACHE_HOME': str(self.folder / 'cache')}
+        if count > 1:
+            environment |= {'DVINV_PROCESS': str(index), 'DVINV_PROCESSES': str(count)}
+        with open(self.folder / f'{name}.log', 'ab') as log:
+            return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+    def whole(self, name: str) -> None:
+        """Run to the end."""
+        process = self.start(name)
         process.wait()
-        return False
-    if status:
-        sys.exit(f'The run {name} failed:\n{(folder / f"{name}.log").read_text()}')
-    return True
+        self.check(process, name)
+
+    def check(self, process: subprocess.Popen, name: str) -> None:
+        """Stop everything where a process has failed."""
+        if process.returncode:
+            sys.exit(f'The run {name} failed:\n{(self.folder / f"{name}.log").read_text()}')
+
+    def end(self, process: subprocess.Popen, number: signal.Signals) -> str:
+        """Send the signal, and tell what came of it."""
+        begin = time.monotonic()
+        process.send_signal(number)
+        status = process.wait()
+        if number == signal.SIGTERM and status not in (0, 143, -number):  # -15: it had not come to main yet
+            sys.exit(f'After SIGTERM a process ended with status {status}.')
+        took = f' (status {status} after {time.monotonic() - begin:.1f} s)' if number == signal.SIGTERM else ''
+        return f'{NAMES[number]}{took}' if status else 'had ended'
 
 
 def done(workdir: Path) -> str:

@@ -2,17 +2,25 @@
 
 Round r begins with the student as it is after `r * distillation.updates_per_round` updates: a checkpoint. Its batches
 compete with that student, and only then does it learn on, from the new images first. What is left of the student's updates
-after the last round is the task `distillation`'s.
+after the last round is the task `distillation`'s. Of several processes the leader teaches; for the others it leaves the
+student of the round in the work directory.
 """
+
+from pathlib import Path
 
 from dvinv.configuration import rounds_of
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
 from dvinv.inversion import Teacher
+from dvinv.networks import create, load_network, save_network
+from dvinv.runtime.waiting import wait_for
 from dvinv.runtime.workdir import Workdir
+from dvinv.sharing import await_batches
 from dvinv.student import lesson_of, student_of
-from dvinv.synthesizer import Synthesizer, missing_batches
+from dvinv.synthesizer import Synthesizer, all_batches, missing_batches
 from dvinv.training import training_of
+
+SERIES = 'synthesis', 'adaptive'
 
 
 def fill_pool(config, workdir: Workdir, teacher: Teacher, pool: ImagePool) -> None:
@@ -22,12 +30,16 @@ def fill_pool(config, workdir: Workdir, teacher: Teacher, pool: ImagePool) -> No
       DvinvError: a batch is missing from a round that the student has left behind.
     """
     missing, rounds, per_round = missing_batches(config, pool), rounds_of(config), config.synthesis.batches_per_round
+    processes = workdir.processes
     if not missing:
+        await_batches(workdir, pool, all_batches(config), SERIES[1])  # killed before their measurements were gathered
         return
     lesson = lesson_of(config, teacher, rounds)
     with (
         training_of(config, workdir, student_of(config, teacher), lesson) as student,
-        Synthesizer(config, workdir, teacher, pool, 'adaptive', 'synthesis', 'adaptive', student.predict) as synthesizer,
+        Synthesizer(
+            config, workdir, teacher, pool, 'adaptive', *SERIES, student_fn=student.predict, processes=processes
+        ) as synthesizer,
     ):
         for number in range(rounds.count):
             mine = [*range(number * per_round, (number + 1) * per_round)]
@@ -43,4 +55,37 @@ def fill_pool(config, workdir: Workdir, teacher: Teacher, pool: ImagePool) -> No
             if student.step < start:
                 student.advance(pool.rows('images'), pool.rows('labels'), start)
             if lacking:
-                synthesizer.fill(lacking, student.variables, round=number, student_updates=start)
+                if processes.count > 1:
+                    save_network(_snapshot(workdir, number), student.variables, {})
+                synthesizer.fill(processes.share(lacking), student.variables, round=number, student_updates=start)
+            await_batches(workdir, pool, mine, SERIES[1])
+            _snapshot(workdir, number).unlink(missing_ok=True)
+
+
+def fill_share(config, workdir: Workdir, teacher: Teacher, pool: ImagePool) -> None:
+    """For all but the leader: make this process's batches of each round, against the student that the leader has left."""
+    rounds, per_round, processes = rounds_of(config), config.synthesis.batches_per_round, workdir.processes
+    missing = processes.share(missing_batches(config, pool))
+    if not missing:
+        return
+    module = create(config.student.network, teacher.num_classes, config.student.width)
+
+    def predict(variables, x):
+        return module.apply(variables, x, train=False)
+
+    with Synthesizer(
+        config, workdir, teacher, pool, 'adaptive', *SERIES, student_fn=predict, processes=processes
+    ) as synthesizer:
+        for number in sorted({batch // per_round for batch in missing}):
+            snapshot = _snapshot(workdir, number)
+            wait_for(
+                workdir, snapshot.exists, lambda number=number: f'the student of round {number}, which process 0 teaches'
+            )
+            lacking = [batch for batch in missing if batch // per_round == number]
+            variables, _ = load_network(snapshot)
+            synthesizer.fill(lacking, variables, round=number, student_updates=rounds.first_update(number))
+
+
+def _snapshot(workdir: Workdir, number: int) -> Path:
+    """The file of a round's student, while the round lasts."""
+    return workdir.path / 'checkpoints' / 'rounds' / f'student-{number:06d}.safetensors'

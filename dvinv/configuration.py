@@ -96,6 +96,7 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
         {
             'every': 50,  # updates of a training a line in metrics.jsonl
             'checkpoint_every': 500,  # updates
+            'checkpoint_minutes': 10.0,  # between two saves of batches that are under way; 0: only on SIGTERM
             'iterations': 10,  # of a synthesis a line
         }
     )
@@ -210,6 +211,8 @@ def check(config) -> None:
     for name in ('every', 'checkpoint_every', 'iterations'):
         if config.logging[name] < 1:
             raise DvinvError(f'logging.{name} is {config.logging[name]}; it must be at least 1.')
+    if not 0 <= config.logging.checkpoint_minutes < math.inf:
+        raise DvinvError(f'logging.checkpoint_minutes is {config.logging.checkpoint_minutes}; it must be at least 0.')
     if config.logging.checkpoint_every % config.logging.every:
         raise DvinvError(
             f'logging.every is {config.logging.every} and logging.checkpoint_every '

@@ -9,6 +9,7 @@ import numpy as np
 
 from dvinv.networks.classifier import Classifier
 from dvinv.networks.suited import suited_to
+from dvinv.runtime import preemption
 
 
 @functools.lru_cache(maxsize=64)
@@ -21,6 +22,7 @@ def logits_of(network: Classifier, images: np.ndarray, batch_size: int = 256) ->
     apply_fn, parts = _compiled(network.apply_fn), []
     batch_size = min(batch_size, len(images))
     for start in range(0, len(images), batch_size):
+        preemption.leave_if_asked()
         part = images[start : start + batch_size]
         padded = np.concatenate([part, np.zeros((batch_size - len(part), *part.shape[1:]), part.dtype)])
         parts.append(np.asarray(apply_fn(network.variables, network.normalise(jnp.asarray(padded))))[: len(part)])

@@ -6,39 +6,39 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from dvinv.errors import DvinvError
+from dvinv.runtime import preemption
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'The config file, for instance configs/digits.py.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'The folder for all that the run writes; the same command resumes it.')
 _PLAN = flags.DEFINE_bool('plan', False, 'Tell what synthesis will cost here, from a few timed steps, and write nothing.')
 _SEEDS = flags.DEFINE_integer('seeds', 0, 'Run the config with this many seeds, each in a folder of its own; 0: once.')
+_DISTRIBUTED = flags.DEFINE_bool(
+    'distributed', None, 'Share the batches with other processes; default: where there are some.'
+)
 
 
 def main(_) -> None:
     config = _CONFIG.value
+    preemption.install()
     # Imported late, so that a mistyped flag is answered at once.
-    import jax
-
     from dvinv import pipeline, plan, seeds
+    from dvinv.runtime.compilation import keep_compiled
     from dvinv.runtime.devices import set_cpu_devices
+    from dvinv.runtime.processes import processes
 
     logging.set_verbosity(logging.FATAL)  # Orbax tells much of every checkpoint, and of a full disk with a traceback
     set_cpu_devices(config.devices)
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update('jax_compilation_cache_dir', _compilation_cache())
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+    keep_compiled()
     if _PLAN.value:
         print(plan.plan(config))
         return
-    several = seeds.run(config, _WORKDIR.value, _SEEDS.value) if _SEEDS.value else None
-    print(seeds.table(several or {'runs': [pipeline.run(config, _WORKDIR.value)]}))
-
-
-def _compilation_cache() -> str:
-    """Where compiled programs are kept between runs: XDG_CACHE_HOME or ~/.cache."""
-    import os
-    from pathlib import Path
-
-    return str(Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'dvinv' / 'jax')
+    mine = processes(_DISTRIBUTED.value)
+    if _SEEDS.value:
+        figures = seeds.run(config, _WORKDIR.value, _SEEDS.value, mine)
+    else:
+        figures = {'runs': [pipeline.run(config, _WORKDIR.value, mine)]}
+    if mine.leader:
+        print(seeds.table(figures))
 
 
 def _parse(argv: list[str]) -> list[str]:

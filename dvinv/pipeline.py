@@ -5,19 +5,21 @@ from pathlib import Path
 
 import numpy as np
 
-from dvinv import configuration, distillation, report, synthesis, teacher
+from dvinv import configuration, distillation, report, synthesis, teacher, worker
 from dvinv.configuration import TASKS
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
 from dvinv.inversion import Teacher, check_labels, check_resolutions
+from dvinv.runtime import preemption
 from dvinv.runtime.devices import make_mesh, training_mesh
+from dvinv.runtime.processes import ALONE, Processes
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.student import hinted_layers
 
 DRIVERS = {'teacher': teacher, 'synthesis': synthesis, 'distillation': distillation, 'report': report}
 
 
-def check(config) -> Teacher:
+def check(config, processes: Processes = ALONE) -> Teacher:
     """Refuse what cannot be run, in a sentence, before a work directory is made or touched.
 
     Returns:
@@ -25,6 +27,11 @@ def check(config) -> Teacher:
     """
     configuration.check(config)
     mesh = make_mesh(config.devices)
+    if config.bn_stats == 'global' and processes.count > 1:
+        raise DvinvError(
+            f"bn_stats is 'global', which splits one batch over the devices of one process, but there are {processes.count} "
+            "processes; choose bn_stats='device', where each process makes batches of its own, or --nodistributed."
+        )
     if config.pool and not Path(config.pool).is_dir():
         raise DvinvError(f'pool is {config.pool!r}, but there is no such folder.')
     images, batch_size = config.synthesis.images, config.synthesis.batch_size
@@ -61,18 +68,29 @@ def check(config) -> Teacher:
     return to_invert
 
 
-def run(config, workdir) -> dict:
+def run(config, workdir, processes: Processes = ALONE) -> dict:
     """Run the config's tasks that `workdir` has no results of yet, or lost files of; returns all results, by task.
+
+    Args:
+      processes: that share the work directory. All but the leader only help with the batches, and return nothing.
 
     Raises:
       DvinvError: a user's mistake or a full disk, in a sentence. What was finished stays.
+      SystemExit: SIGTERM came (where `preemption.install` was called). What was under way is saved.
     """
-    check(config)
-    with contextlib.closing(open_workdir(workdir, config)) as workdir:
-        for task in TASKS:
-            if task in config.tasks and not _finished(task, config, workdir):
-                run_task(task, config, workdir)
-        return workdir.results
+    check(config, processes)
+    with contextlib.closing(open_workdir(workdir, config, processes)) as workdir:
+        try:
+            if not processes.leader:
+                return worker.run(config, workdir)
+            for task in TASKS:
+                preemption.leave_if_asked()
+                if task in config.tasks and not _finished(task, config, workdir):
+                    run_task(task, config, workdir)
+            return workdir.results
+        except DvinvError as error:
+            workdir.fail(str(error))
+            raise
 
 
 def _finished(task: str, config, workdir: Workdir) -> bool:

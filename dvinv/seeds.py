@@ -9,14 +9,15 @@ import ml_collections
 from dvinv import pipeline
 from dvinv.errors import DvinvError
 from dvinv.runtime.files import write_atomic
+from dvinv.runtime.processes import ALONE, Processes
 
 
-def run(config, workdir, count: int) -> dict:
+def run(config, workdir, count: int, processes: Processes = ALONE) -> dict:
     """Run `config` with the seeds config.seed, config.seed + 1, ...; each in `workdir`/seed-S, resumable.
 
     Returns:
       {'seeds': [...], 'runs': [results of each], 'mean': {task: {figure: float}}, 'std': the same}, also written to
-      `workdir`/results.json. The deviation is the sample's (n - 1); None for one seed.
+      `workdir`/results.json by the leader. The deviation is the sample's (n - 1); None for one seed.
 
     Raises:
       DvinvError: `workdir` holds a single run or other seeds, or as for `pipeline.run`.
@@ -32,14 +33,15 @@ def run(config, workdir, count: int) -> dict:
     for seed in seeds:
         one = ml_collections.ConfigDict(config)
         one.seed = seed
-        runs.append(pipeline.run(one, Path(workdir) / f'seed-{seed}'))
+        runs.append(pipeline.run(one, Path(workdir) / f'seed-{seed}', processes))
     summary = {
         'seeds': seeds,
         'runs': runs,
         'mean': _over(runs, statistics.fmean),
         'std': _over(runs, lambda values: statistics.stdev(values) if len(values) > 1 else None),
     }
-    write_atomic(Path(workdir) / 'results.json', (json.dumps(summary, indent=2, sort_keys=True) + '\n').encode())
+    if processes.leader:
+        write_atomic(Path(workdir) / 'results.json', (json.dumps(summary, indent=2, sort_keys=True) + '\n').encode())
     return summary
 
 

@@ -17,7 +17,8 @@ from dvinv.networks import Classifier
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.pictures import class_grid
 from dvinv.runtime.workdir import Workdir, open_workdir
-from dvinv.synthesizer import fill_pool, missing_batches, open_pool
+from dvinv.sharing import await_batches, drop_measurements
+from dvinv.synthesizer import all_batches, fill_pool, missing_batches, open_pool
 from dvinv.teacher import check_fits, load, load_verifier
 
 
@@ -33,7 +34,9 @@ def run(config, workdir) -> dict:
     elif method == 'adaptive':
         adaptive.fill_pool(config, workdir, teacher, pool)
     else:
-        fill_pool(config, workdir, teacher, pool, method, 'synthesis', method)
+        fill_pool(config, workdir, teacher, pool, method, 'synthesis', method, workdir.processes)
+        await_batches(workdir, pool, all_batches(config), method)
+    drop_measurements(workdir)
     _write_samples(workdir, pool)
     return {
         **_judge(pool, verifier),

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+import time
 from collections.abc import Callable
 
 import jax
@@ -13,9 +15,13 @@ from dvinv.data.pool import ImagePool
 from dvinv.evaluation import logits_of
 from dvinv.inversion import Inversion, Teacher, balanced_labels, make_feature_loss, make_inverter
 from dvinv.inversion.canvas import blank_canvas, make_paint
+from dvinv.inversion.invert import Unfinished
+from dvinv.runtime import preemption
 from dvinv.runtime.devices import make_mesh
+from dvinv.runtime.processes import ALONE, Processes
 from dvinv.runtime.progress import Progress
 from dvinv.runtime.workdir import Workdir, plain
+from dvinv.unfinished import UnfinishedBatches
 
 
 def open_pool(config, workdir: Workdir, teacher: Teacher) -> ImagePool:
@@ -23,19 +29,25 @@ def open_pool(config, workdir: Workdir, teacher: Teacher) -> ImagePool:
     return ImagePool(config.pool or workdir.path / 'pool', teacher.digest())
 
 
+def all_batches(config) -> list[int]:
+    """Numbers of the batches that make up the pool."""
+    return [*range(config.synthesis.images // config.synthesis.batch_size)]
+
+
 def missing_batches(config, pool: ImagePool) -> list[int]:
     """Numbers of the batches that the pool lacks."""
-    return sorted({*range(config.synthesis.images // config.synthesis.batch_size)} - {*pool.numbers()})
+    return sorted({*all_batches(config)} - {*pool.numbers()})
 
 
-def abreast(config, devices: int, method: str = '') -> int:
-    """How many batches are inverted side by side; `method` is the config's when empty."""
+def abreast(config, devices: int, method: str = '', processes: Processes = ALONE) -> int:
+    """How many batches a process inverts side by side; `method` is the config's when empty."""
     group = config.synthesis
     if config.bn_stats == 'global':
         return 1
     # A competitor waits for its round: no more batches than that can be made at a time.
     adaptive = (method or group.method) == 'adaptive'
-    return min(devices, group.batches_per_round if adaptive else group.images // group.batch_size)
+    at_a_time = group.batches_per_round if adaptive else group.images // group.batch_size
+    return min(devices, processes.most(at_a_time))
 
 
 class Synthesizer:
@@ -56,6 +68,7 @@ class Synthesizer:
         task: str,
         series: str,
         student_fn=None,
+        processes: Processes = ALONE,
     ):
         """Compiles nothing yet.
 
@@ -63,6 +76,7 @@ class Synthesizer:
           method: 'deepinversion', 'adaptive', 'prior_only' (no feature term) or 'noise' (the initial images themselves).
           task, series: what its metrics go by.
           student_fn: (variables, x) -> logits in eval mode, the competitor of 'adaptive'.
+          processes: that share the batches; `fill` is then called for this one's alone.
 
         Raises:
           DvinvError: settings that do not fit the teacher, or a pool of another teacher.
@@ -71,11 +85,14 @@ class Synthesizer:
         mesh = make_mesh(config.devices)
         self._config, self._workdir, self._teacher, self._pool, self._method = config, workdir, teacher, pool, method
         self._task, self._series = task, series
-        self._abreast = abreast(config, mesh.size, method)
+        self._abreast = abreast(config, mesh.size, method, processes)
         self._classes = np.asarray(config.synthesis.classes or range(teacher.num_classes), np.int32)
-        finished, missing = pool.numbers(), missing_batches(config, pool)
+        finished, missing = pool.numbers(), processes.share(missing_batches(config, pool))
+        self._unfinished = UnfinishedBatches(workdir.path / 'checkpoints' / f'{task}-{series}', teacher.digest())
         for number in finished:
             pool.notes(number)  # refuses another teacher's pool
+        for number in processes.share({*finished} & {*self._unfinished.numbers()}):
+            self._unfinished.drop(number)  # killed between the two
         if missing:
             workdir.metrics.keep(task, series, lambda line: line['batch'] in finished)
         self._paint = make_paint(settings.canvas, settings.contrast, teacher)
@@ -90,6 +107,7 @@ class Synthesizer:
         self._seed_key = jax.random.key(config.seed)
         self._progress = Progress(f'{task}: {series}', len(missing) * max(1, self._iterations))
         self._made = 0  # batches, since the start of this process
+        self._saved = time.monotonic()  # batches under way
 
     def __enter__(self):
         return self
@@ -102,22 +120,56 @@ class Synthesizer:
 
         Raises:
           DvinvError: a loss that is not a number, or a full disk. Batches that were finished stay.
+          SystemExit: SIGTERM came. Batches that were under way are saved.
         """
         group = self._config.synthesis
-        for start in range(0, len(numbers), self._abreast):
-            mine = numbers[start : start + self._abreast]
-            padded = mine + mine[-1:] * (self._abreast - len(mine))  # every device has work; repeats are dropped
+        for begun in self._groups(numbers, student_variables):
+            preemption.leave_if_asked()
+            mine = [number for number, _ in begun]
+            begun += begun[-1:] * (self._abreast - len(mine))  # every device has work; repeats are dropped
+            padded, states = zip(*begun, strict=True)
             keys = jax.vmap(lambda i: jax.random.fold_in(self._seed_key, i))(np.asarray(padded))
             labels = np.stack([self._classes[balanced_labels(i, group.batch_size, len(self._classes))] for i in padded])
 
-            report = functools.partial(self._report, len(mine))
-            inversion = self._invert(keys, labels, student_variables, report)
+            self._saved = time.monotonic()
+            inversion = self._invert(
+                keys,
+                labels,
+                student_variables,
+                functools.partial(self._report, len(mine)),
+                begun=states if all(states) else None,
+                pause=functools.partial(self._pause, mine, student_variables),
+            )
             for row, number in enumerate(mine):
                 lines = _lines(number, row, inversion.metrics, self._config.logging.iterations)
                 self._workdir.metrics.append(self._task, self._series, lines)
                 self._write(number, keys[row], labels[row], inversion.images[row], notes)
+                self._unfinished.drop(number)
             self._made += len(mine)
             self._progress.update(self._made * max(1, self._iterations))
+
+    def _groups(self, numbers: list[int], student_variables) -> list[list[tuple[int, Unfinished | None]]]:
+        """Batches to invert side by side, with their states where they were saved: all after equally many iterations."""
+        begun = [(number, self._unfinished.load(number, student_variables)) for number in numbers]
+
+        def iterations(entry):
+            return entry[1].iterations if entry[1] else 0
+
+        groups = []
+        for _, alike in itertools.groupby(sorted(begun, key=iterations, reverse=True), iterations):
+            alike = [*alike]
+            groups += [alike[start : start + self._abreast] for start in range(0, len(alike), self._abreast)]
+        return groups
+
+    def _pause(self, numbers: list[int], student_variables, take: Callable) -> None:
+        """Between two dispatches: save what is under way, now and then, and before leaving."""
+        minutes = self._config.logging.checkpoint_minutes
+        due = minutes and time.monotonic() - self._saved >= 60 * minutes
+        if due or preemption.asked():
+            for number, batch in zip(numbers, take(), strict=False):  # repeats are dropped
+                self._unfinished.save(number, batch, student_variables)
+            self._saved = time.monotonic()
+            preemption.leave_if_asked()
 
     def _report(self, abreast: int, done: int, terms: dict) -> None:
         """Progress: `done` iterations of each of the `abreast` batches, after those of earlier ones."""
@@ -145,17 +197,26 @@ class Synthesizer:
         self._pool.write(number, images, labels, logits_of(teacher, images), about)
 
 
-def fill_pool(config, workdir: Workdir, teacher: Teacher, pool: ImagePool, method: str, task: str, series: str) -> None:
-    """Make the batches that the pool lacks, by a method without a competitor; see `Synthesizer` for the arguments."""
-    if missing := missing_batches(config, pool):
-        with Synthesizer(config, workdir, teacher, pool, method, task, series) as synthesizer:
+def fill_pool(
+    config,
+    workdir: Workdir,
+    teacher: Teacher,
+    pool: ImagePool,
+    method: str,
+    task: str,
+    series: str,
+    processes: Processes = ALONE,
+) -> None:
+    """Make what the pool lacks of this process's batches, by a method without a competitor; for the arguments see there."""
+    if missing := processes.share(missing_batches(config, pool)):
+        with Synthesizer(config, workdir, teacher, pool, method, task, series, processes=processes) as synthesizer:
             synthesizer.fill(missing)
 
 
 def _make_noise(teacher: Teacher, paint: Callable):
     """What `make_inverter` returns, for the control that ends where every inversion starts."""
 
-    def run(keys, labels, student_variables=None, on_chunk=None) -> Inversion:
+    def run(keys, labels, *_, **__) -> Inversion:
         batch_size = np.shape(labels)[1]
         return Inversion(np.stack([paint(blank_canvas(key, batch_size, teacher.image_shape)[0]) for key in keys]), {})
 

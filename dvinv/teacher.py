@@ -45,6 +45,11 @@ def complete(config, workdir: Workdir) -> bool:
     return all(workdir.network(name).exists() for name in ROLES if _is_trained_here(name, config))
 
 
+def is_there(config, workdir: Workdir) -> bool:
+    """Whether `load` finds the teacher: it is given, or trained already."""
+    return not _is_trained_here('teacher', config) or workdir.network('teacher').exists()
+
+
 def load(config, workdir: Workdir | None) -> Teacher:
     """The teacher of a run: from the user's factory, from a weights file, or as the task `teacher` trained it.
 

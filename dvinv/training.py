@@ -21,6 +21,7 @@ from dvinv.inversion.tap import features_in_training
 from dvinv.networks import Classifier, create, initialise, load_classifier, save_network
 from dvinv.recipe import Recipe
 from dvinv.rounds import Rounds, chosen_images
+from dvinv.runtime import preemption
 from dvinv.runtime.checkpoints import Checkpoints
 from dvinv.runtime.devices import AXIS, make_mesh, training_mesh
 from dvinv.runtime.progress import Progress
@@ -161,6 +162,7 @@ class Training:
         key = jax.random.key(seed)
         state = initial_state(module, recipe, jax.random.fold_in(key, 0), like.image_shape)
         self.step, state = self._checkpoints.restore(state) or (0, state)
+        self._losses = self._checkpoints.notes().get('losses', [])  # since the last line of metrics
         workdir.metrics.cut(task, series, self.step)
         self._state, self._frozen, self._key = jax.device_put((state, lesson.frozen, jax.random.fold_in(key, 1)), everywhere)
         self._progress = Progress(f'{task}: {series}', recipe.updates, self.step)
@@ -189,12 +191,20 @@ class Training:
         Raises:
           DvinvError: a loss that is not a number (names the update), or a full disk.
           ValueError: images that should have come by then are not there.
+          SystemExit: SIGTERM came; a checkpoint was kept.
         """
-        recipe, rounds, losses = self._lesson.recipe, self._lesson.rounds, []
+        recipe, rounds = self._lesson.recipe, self._lesson.rounds
+        losses, self._losses = self._losses, []
+        saved = self.step
         expected = (rounds.of(max(until - 1, 0)) + 1) * rounds.images
         if len(images) < expected:
             raise ValueError(f'by update {until} there should be {expected} images, not {len(images)}')
         while self.step < until:
+            if preemption.asked():
+                if self.step > saved:
+                    notes = {'losses': [float(loss) for loss in jax.device_get(losses)]}
+                    self._checkpoints.save(self.step, jax.device_get(self._state), notes)
+                preemption.leave_if_asked()
             rows = chosen_images(self._seed, self.step, recipe.batch_size, rounds)
             self._state, loss = self._update(self._state, images[rows], labels[rows], self._frozen, self._key)
             losses.append(loss)
@@ -207,6 +217,7 @@ class Training:
                 pause = self.step % self._logging.checkpoint_every == 0 or self.step == until
                 if pause and self.step < recipe.updates:
                     self._checkpoints.save(self.step, jax.device_get(self._state))
+                    saved = self.step
 
     def finish(self, images: Array, labels: Array) -> dict:
         """Learn to the end and, where the recipe says so, estimate BatchNorm statistics again; returns the variables.
@@ -217,6 +228,7 @@ class Training:
         recipe = self._lesson.recipe
         self.advance(images, labels, recipe.updates)
         for step in range(recipe.updates, recipe.updates + recipe.reestimate):
+            preemption.leave_if_asked()
             rows = chosen_images(self._seed, step, recipe.batch_size, self._lesson.rounds)
             self._state = self._reestimate(self._state, images[rows], self._key)
         variables = self.variables

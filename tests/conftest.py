@@ -43,7 +43,10 @@ def shared(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='session')
 def start(shared):
-    """`start(*flags)`: the process of a run of the smoke config, with the compilation cache of all tests."""
+    """`start(*flags)`: the process of a run of the smoke config, with the compilation cache of all tests.
+
+    `more`: environment variables.
+    """
     cache = shared / 'cache'
     environment = {
         **os.environ,
@@ -54,12 +57,12 @@ def start(shared):
     }
     jax.config.update('jax_compilation_cache_dir', str(cache / 'dvinv' / 'jax'))
 
-    def start(*flags, config='configs/digits.py:smoke') -> subprocess.Popen:
+    def start(*flags, config='configs/digits.py:smoke', more=None) -> subprocess.Popen:
         command = [sys.executable, '-m', 'dvinv.main', *(['--config', config] if config else []), *map(str, flags)]
         return subprocess.Popen(
             command,
             cwd=Path(__file__).parents[1],
-            env=environment,
+            env={**environment, **(more or {})},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -15,6 +15,7 @@ from dvinv import DvinvError
 from dvinv.networks import Classifier
 from dvinv.recipe import Recipe
 from dvinv.rounds import Rounds, chosen_images
+from dvinv.runtime import preemption
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.workdir import Workdir
 from dvinv.training import Lesson, Training
@@ -77,6 +78,26 @@ def test_a_killed_training_ends_with_the_bits_of_an_undisturbed_one(undisturbed,
     calls = killed_at(None)
     variables, metrics = _fit(tmp_path)
     assert calls == [4, 5, 6, 7]
+    _same(variables, undisturbed[0])
+    assert metrics == undisturbed[1]
+
+
+def test_sigterm_keeps_a_checkpoint_of_any_update(undisturbed, tmp_path, monkeypatch):
+    """Also between two lines of metrics, whose mean is that of an undisturbed training."""
+    for update in (3, 7):
+        with monkeypatch.context() as patch:
+
+            def chosen(seed, number, *args, patch=patch, update=update):
+                if number == update - 1:
+                    patch.setattr(preemption, '_asked', True)
+                return chosen_images(seed, number, *args)
+
+            patch.setattr(dvinv.training, 'chosen_images', chosen)
+            with pytest.raises(SystemExit) as ended:
+                _fit(tmp_path)
+        assert ended.value.code == 143
+        assert (tmp_path / 'checkpoints' / 'teacher' / f'{update:09d}.json').exists()
+    variables, metrics = _fit(tmp_path)
     _same(variables, undisturbed[0])
     assert metrics == undisturbed[1]
 

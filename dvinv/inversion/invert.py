@@ -54,6 +54,21 @@ class Inversion:
     metrics: dict[str, np.ndarray]
 
 
+@dataclasses.dataclass(frozen=True)
+class Unfinished:
+    """One batch in the middle of its inversion, on the host: with its key, labels and config it goes on to the bit.
+
+    Attributes:
+      iterations: done; at least 1.
+      state: what `Programs.take` gives of it.
+      metrics: {term: [iterations] float32}.
+    """
+
+    iterations: int
+    state: list[np.ndarray]
+    metrics: dict[str, np.ndarray]
+
+
 def balanced_labels(number: int, batch_size: int, num_classes: int) -> np.ndarray:
     """Labels of batch `number`, int32 [B]: classes in turn, on from where the batch before it stopped."""
     return ((np.arange(batch_size, dtype=np.int64) + number * batch_size) % num_classes).astype(np.int32)
@@ -73,15 +88,17 @@ def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student
     """Compile-once inversion of many batches on one mesh.
 
     Returns:
-      `run(keys, labels, student_variables=None, on_chunk=None) -> Inversion` for n batches at a time: keys [n] and labels
-      int [n, B], with n the mesh's size in `device` mode and 1 in `global` mode. `on_chunk(iterations done, {term: mean})`
-      is called as chunks finish.
+      `run(keys, labels, student_variables=None, on_chunk=None, begun=None, pause=None) -> Inversion` for n batches at a
+      time: keys [n] and labels int [n, B], with n the mesh's size in `device` mode and 1 in `global` mode.
+      `on_chunk(iterations done, {term: mean})` is called as chunks finish. Between two dispatches `pause(take)` may do as it
+      likes: `take()` gives the n batches as they are, `Unfinished`. Such a list, all after equally many iterations, is
+      what `begun` goes on from.
     """
     config.check(teacher.image_shape)
     check_resolutions(teacher, config)
     programs, split = Programs(teacher, config, mesh, student_fn), config.bn_stats == 'global'
 
-    def run(keys, labels, student_variables=None, on_chunk=None) -> Inversion:
+    def run(keys, labels, student_variables=None, on_chunk=None, begun=None, pause=None) -> Inversion:
         labels = np.asarray(labels)
         check_labels(labels.ravel(), teacher.num_classes)
         batches, batch_size = labels.shape
@@ -94,24 +111,37 @@ def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student
         if batches != expected:
             raise ValueError(f'this inverter takes {expected} batches at a time, not {batches}')
         labels, student_variables = programs.labels(labels), programs.everywhere(student_variables)
-        state = programs.begin(keys, batch_size)
-        history, pending = [], []
+        log = _Log(on_chunk, most=-(-REPORT_EVERY // programs.dispatch))
+        state, done = programs.begin(keys, batch_size), 0
+        if begun:
+            done = begun[0].iterations
+            state = programs.put(_stage_of(config, done - 1), state, [batch.state for batch in begun])
+            log.history.append(_joined([batch.metrics for batch in begun], split))
+
+        def take() -> list[Unfinished]:
+            log.collect()
+            metrics = _parted(log.terms(), batches, split)
+            return [Unfinished(done, *parts) for parts in zip(programs.take(state), metrics, strict=True)]
+
+        first, start = 0, done
         for stage in config.stages:
-            state = programs.restart(stage, state)
-            for length in _chunks(stage.iterations, programs.dispatch):
+            left = max(0, first + stage.iterations - max(done, first))
+            if left == stage.iterations:
+                state = programs.restart(stage, state)
+            for length in _chunks(left, programs.dispatch):
+                if pause is not None and done > start:
+                    pause(take)
                 state, metrics = programs.advance(stage, length)(state, labels, programs.variables, student_variables)
-                # Older metrics are looked at while this chunk runs: the devices never wait for the host.
-                if len(pending) * programs.dispatch >= REPORT_EVERY:
-                    _collect(pending, history, on_chunk)
-                    pending = []
-                pending.append(metrics)
-        _collect(pending, history, on_chunk)
+                done += length
+                log.add(metrics)
+            first += stage.iterations
+        log.collect()
         images = programs.finish(state)
         if not np.isfinite(images).all():  # by the very last update, which no loss has seen
             raise DvinvError(
                 f'The images are not finite after the last of {config.iterations} iterations: lower the learning rate.'
             )
-        metrics = {term: np.concatenate([part[term] for part in history], -1) for term in history[0]}
+        metrics = log.terms()
         return Inversion(images, {term: values[None] for term, values in metrics.items()} if split else metrics)
 
     return run
@@ -163,16 +193,51 @@ def make_feature_loss(teacher: Teacher, stage: Stage):
     return measure
 
 
+def _stage_of(config: InversionConfig, iteration: int) -> Stage:
+    """The stage that an iteration of a batch belongs to."""
+    ends = np.cumsum([stage.iterations for stage in config.stages])
+    return config.stages[int(np.searchsorted(ends, iteration, side='right'))]
+
+
 def _chunks(iterations: int, most: int) -> list[int]:
     """Lengths of the dispatches of a stage: equal ones, then the rest."""
     full, rest = divmod(iterations, most)
     return [most] * full + [rest] * bool(rest)
 
 
-def _collect(pending: list, history: list, on_chunk) -> None:
-    """Fetch the metrics of finished chunks, stop at the first value that is not a number, and report."""
-    for metrics in jax.device_get(pending):
-        done = sum(part['loss'].shape[-1] for part in history)
+class _Log:
+    """The metrics of finished chunks, fetched some chunks late: the devices never wait for the host.
+
+    Attributes:
+      history: {term: [..., iterations]} of each chunk, in order.
+    """
+
+    def __init__(self, on_chunk: Callable | None, most: int):
+        self._on_chunk, self._most, self._pending, self.history = on_chunk, most, [], []
+
+    def add(self, metrics: dict) -> None:
+        """Those of a chunk that is under way; older ones are looked at while it runs."""
+        if len(self._pending) >= self._most:
+            self.collect()
+        self._pending.append(metrics)
+
+    def terms(self) -> dict[str, np.ndarray]:
+        """{term: [..., iterations]} so far."""
+        return {term: np.concatenate([part[term] for part in self.history], -1) for term in self.history[0]}
+
+    def collect(self) -> None:
+        """Fetch the metrics of all chunks so far, stop at the first value that is not a number, and report."""
+        pending, self._pending = self._pending, []
+        for metrics in jax.device_get(pending):
+            self._check(metrics, sum(part['loss'].shape[-1] for part in self.history))
+            self.history.append(metrics)
+        if pending and self._on_chunk is not None:
+            self._on_chunk(
+                sum(part['loss'].shape[-1] for part in self.history),
+                {term: float(values[..., -1].mean()) for term, values in self.history[-1].items()},
+            )
+
+    def _check(self, metrics: dict, done: int) -> None:
         bad = {
             term: int(np.argmin(np.isfinite(np.atleast_2d(values)).all(0)))
             for term, values in metrics.items()
@@ -185,9 +250,13 @@ def _collect(pending: list, history: list, on_chunk) -> None:
                 f'The term {term} is not a finite number at iteration {done + bad[term]} of the inversion: '
                 "lower the learning rate or its weight, or look for NaNs in the teacher's weights."
             )
-        history.append(metrics)
-    if on_chunk is not None:
-        on_chunk(
-            sum(part['loss'].shape[-1] for part in history),
-            {term: float(values[..., -1].mean()) for term, values in history[-1].items()},
-        )
+
+
+def _parted(terms: dict, batches: int, split: bool) -> list[dict]:
+    """Metrics of each batch, {term: [iterations]}, of those of all."""
+    return [terms] if split else [{term: values[row] for term, values in terms.items()} for row in range(batches)]
+
+
+def _joined(parts: list[dict], split: bool) -> dict:
+    """The inverse of `_parted`."""
+    return parts[0] if split else {term: np.stack([part[term] for part in parts]) for term in parts[0]}

@@ -63,6 +63,23 @@ class Programs:
         """Adam anew, for the first iteration of `stage`."""
         return state.replace(opt_state=self._restart(stage)(state.canvas))
 
+    def take(self, state: InversionState) -> list[list[np.ndarray]]:
+        """What a state consists of, on the host: of each batch the leaves of canvas, optimiser state and iteration."""
+        leaves = jax.device_get(jax.tree.leaves((state.canvas, state.opt_state, state.iteration)))
+        if self._split:
+            leaves = [leaf[None] for leaf in leaves]
+        # Copies: on CPU a fetched array is the buffer itself, which the next dispatch is given to overwrite.
+        return [[np.array(leaf[row]) for leaf in leaves] for row in range(len(leaves[0]))]
+
+    def put(self, stage: Stage, state: InversionState, taken: list[list[np.ndarray]]) -> InversionState:
+        """The state in the middle of `stage` that was `taken`, of the batches that `state` is the beginning of."""
+        state = self.restart(stage, state)  # tells where everything lies
+        there, tree = jax.tree.flatten((state.canvas, state.opt_state, state.iteration))
+        leaves = taken[0] if self._split else [np.stack(rows) for rows in zip(*taken, strict=True)]
+        placed = [jax.device_put(leaf, old.sharding) for leaf, old in zip(leaves, there, strict=True)]
+        canvas, opt_state, iteration = jax.tree.unflatten(tree, placed)
+        return state.replace(canvas=canvas, opt_state=opt_state, iteration=iteration)
+
     def _advance(self, stage: Stage, iterations: int) -> Callable:
         step = make_step(self._teacher, self._config, stage, self._student_fn, AXIS if self._split else None)
         return self._mapped(make_chunk(step, iterations), weights=2, donate=True)

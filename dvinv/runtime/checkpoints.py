@@ -26,8 +26,8 @@ class Checkpoints:
     def __init__(self, folder: Path):
         self._folder = Path(folder).absolute()
 
-    def save(self, step: int, state) -> None:
-        """Write `state` (a pytree of arrays) as that of `step`, then drop older ones.
+    def save(self, step: int, state, notes: dict | None = None) -> None:
+        """Write `state` (a pytree of arrays) as that of `step`, with `notes` for JSON; then drop older ones.
 
         Raises:
           DvinvError: the disk is full. The older checkpoint stands.
@@ -40,7 +40,9 @@ class Checkpoints:
                 with ocp.StandardCheckpointer() as checkpointer:
                     checkpointer.save(target, state)
             files = {str(p.relative_to(target)): sha256_of(p) for p in sorted(target.rglob('*')) if p.is_file()}
-            write_atomic(self._manifest(step), json.dumps({'step': step, 'sha256': files}, indent=1).encode())
+            write_atomic(
+                self._manifest(step), json.dumps({'step': step, 'sha256': files, 'notes': notes or {}}, indent=1).encode()
+            )
             for older in self._steps():
                 if older != step:
                     self._manifest(older).unlink()
@@ -74,6 +76,11 @@ class Checkpoints:
                 )
         with ocp.StandardCheckpointer() as checkpointer:
             return step, checkpointer.restore(folder, jax.tree.map(ocp.utils.to_shape_dtype_struct, template))
+
+    def notes(self) -> dict:
+        """What was noted with the newest checkpoint."""
+        steps = self._steps()
+        return json.loads(self._manifest(steps[-1]).read_text()).get('notes', {}) if steps else {}
 
     def _check_room(self, state) -> None:
         """Raise on a full disk before Orbax starts, whose threads would answer with tracebacks of their own."""

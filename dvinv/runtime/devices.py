@@ -49,7 +49,7 @@ def make_mesh(count: int = 0) -> Mesh:
     """
     if count < 0:
         raise DvinvError(f'devices is {count}; it must be at least 1, or 0 for all there are.')
-    devices = jax.devices()
+    devices = jax.local_devices()  # other processes of a run have theirs
     if count > len(devices):
         raise DvinvError(
             f'devices is {count}, but JAX sees only {len(devices)} ({devices[0].platform}); '

@@ -3,10 +3,11 @@
     config.json  results.json  metrics.jsonl  times.json  report.html
     checkpoints/  networks/  pool/  controls/  samples/
 
-The same command resumes; another config is refused.
+The same command resumes; another config is refused. Several processes share it: number 0, the leader, keeps all of it; the
+others add batches to the pool, and their measurements to files of their own that the leader gathers.
 """
 
-import fcntl
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -14,8 +15,10 @@ from pathlib import Path
 import ml_collections
 
 from dvinv.errors import DvinvError, listed
+from dvinv.runtime.claims import claim
 from dvinv.runtime.files import disk_full_told, write_atomic
 from dvinv.runtime.metrics import Metrics
+from dvinv.runtime.processes import ALONE, Processes
 
 # Keys that a resumed run may change, since no result depends on them.
 EXEMPT = ('tasks', 'devices', 'logging')
@@ -43,48 +46,54 @@ def _flat(tree, prefix='') -> dict:
     return {prefix: tree}
 
 
-def open_workdir(workdir, config) -> 'Workdir':
+def open_workdir(workdir, config, processes: Processes = ALONE) -> 'Workdir':
     """`workdir` itself where it is open already; else the folder of this path, opened."""
-    return workdir if isinstance(workdir, Workdir) else Workdir(workdir, config)
+    return workdir if isinstance(workdir, Workdir) else Workdir(workdir, config, processes)
 
 
 class Workdir:
-    """An open work directory; one process at a time.
+    """An open work directory; one process at a time, or several that share the work.
+
+    Attributes:
+      path: the folder.
+      processes: which of them this one is.
+      metrics: this process's measurements.
 
     Raises:
       DvinvError: it holds a run with another config (names the keys), another process runs in it, or its config.json is
         damaged.
     """
 
-    def __init__(self, path, config):
-        self.path = Path(path)
-        config = plain(config)
+    def __init__(self, path, config, processes: Processes = ALONE):
+        self.path, self.processes = Path(path), processes
+        self._claims = []
         try:
-            self._refuse_other(config)
+            self.refuse_other(config)
             with disk_full_told(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
-                self._lock = open(self.path / '.lock', 'w')  # noqa: SIM115  held, and so locked, for the life of the process
+                self._claims = claim(self.path, processes)
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
             raise DvinvError(f'--workdir {self.path} cannot be written to ({error.strerror}); name another.') from error
         try:
-            self._claim()
-            self.metrics = Metrics(self.path / 'metrics.jsonl', on_append=self.tick)
+            name = 'metrics.jsonl' if processes.leader else f'metrics-{processes.index}.jsonl'
+            self.metrics = Metrics(self.path / name, on_append=self.tick)
             self._times = self.read_json('times.json', {})
             self._started, self._written = {}, 0.0
-            write_atomic(self.path / 'config.json', _dumps(config))
+            self._failure(processes.index).unlink(missing_ok=True)
+            self._old_failures = self._failures()
+            if processes.leader:
+                write_atomic(self.path / 'config.json', _dumps(plain(config)))
         except BaseException:
             self.close()
             raise
 
-    def _claim(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DvinvError(
-                f'Another process is running in {self.path}; wait for it, or choose another --workdir.'
-            ) from error
+    def refuse_other(self, config) -> None:
+        """Refuse a config that is not the one of the run in here, if there is one.
 
-    def _refuse_other(self, config: dict) -> None:
+        Raises:
+          DvinvError: names the keys that differ.
+        """
+        config = plain(config)
         old = self.read_json('config.json', None)
         if old is None:
             if any(self.path.glob('seed-*/config.json')):
@@ -141,9 +150,32 @@ class Workdir:
         if task in self._started and time.monotonic() - self._written > 2:
             self.wall_seconds(task)
 
+    def fail(self, sentence: str) -> None:
+        """Let the other processes know that this one has ended with a mistake, and will not come back by itself."""
+        if self.processes.count > 1:
+            with contextlib.suppress(DvinvError):  # of a full disk they hear by themselves
+                write_atomic(self._failure(self.processes.index), sentence.encode())
+
+    def failures(self) -> dict[int, str]:
+        """{process: sentence} of those that have ended with a mistake since this work directory was opened."""
+        new = {index: time for index, time in self._failures().items() if self._old_failures.get(index) != time}
+        return {index: self._failure(index).read_text() for index in new}
+
+    def _failures(self) -> dict[int, int]:
+        """{process: when, as the file system tells} of all that are noted here."""
+        found = {}
+        for index in range(self.processes.count):
+            with contextlib.suppress(FileNotFoundError):
+                found[index] = self._failure(index).stat().st_mtime_ns
+        return found
+
+    def _failure(self, index: int) -> Path:
+        return self.path / f'.failed-{index}'
+
     def close(self) -> None:
         """Let other processes in."""
-        self._lock.close()
+        for file in self._claims:
+            file.close()
 
 
 def _dumps(tree) -> bytes:

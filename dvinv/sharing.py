@@ -1,0 +1,60 @@
+"""A pool that several processes fill: what each waits for, and what the leader gathers."""
+
+import contextlib
+
+from dvinv import teacher
+from dvinv.data.pool import ImagePool
+from dvinv.errors import listed
+from dvinv.inversion import Teacher
+from dvinv.runtime.metrics import Metrics
+from dvinv.runtime.waiting import wait_for
+from dvinv.runtime.workdir import Workdir
+
+TASK = 'synthesis'
+
+
+def await_run(config, workdir: Workdir) -> None:
+    """For all but the leader: wait until the leader has begun.
+
+    Raises:
+      DvinvError: its config is another.
+    """
+    wait_for(workdir, (workdir.path / 'config.json').exists, lambda: 'process 0 to begin')
+    workdir.refuse_other(config)
+
+
+def await_teacher(config, workdir: Workdir) -> Teacher:
+    """For all but the leader: the teacher, as soon as it is trained.
+
+    Raises:
+      DvinvError: it is not there, and the run's tasks do not include to train it.
+    """
+    if 'teacher' in config.tasks:
+        wait_for(workdir, lambda: teacher.is_there(config, workdir), lambda: 'the teacher, which process 0 trains')
+    return teacher.load(config, workdir)
+
+
+def await_batches(workdir: Workdir, pool: ImagePool, numbers: list[int], series: str) -> None:
+    """For the leader: wait until these batches are in the pool, then take over what the others have measured of them."""
+
+    def lacking() -> list[int]:
+        return sorted({*numbers} - {*pool.numbers()})
+
+    def told() -> str:
+        batches = lacking()
+        owners = sorted({number % workdir.processes.count for number in batches})
+        return (
+            f'batches {listed([*map(str, batches)])} of processes {listed([*map(str, owners)])}; start those that died again'
+        )
+
+    wait_for(workdir, lambda: not lacking(), told, TASK)
+    others = [Metrics(path) for path in sorted(workdir.path.glob('metrics-*.jsonl'))]
+    if others:
+        workdir.metrics.gather(others, TASK, series, numbers)
+
+
+def drop_measurements(workdir: Workdir) -> None:
+    """For the leader, when the pool is whole and all is gathered: nobody writes there any more."""
+    for path in workdir.path.glob('metrics-*.jsonl'):
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# A config on a Cloud TPU slice of any number of hosts: one process a host, on the TPU chips of that host.
+#
+#   NAME=dvinv ZONE=us-central2-b TYPE=v4-32 launch/tpu_pod.sh create
+#   NAME=dvinv ZONE=us-central2-b launch/tpu_pod.sh setup
+#   NAME=dvinv ZONE=us-central2-b launch/tpu_pod.sh run CONFIG WORKDIR [--config.field=value ...]
+#   NAME=dvinv ZONE=us-central2-b launch/tpu_pod.sh delete
+#
+# WORKDIR must be a folder that all hosts see under one path: a Filestore (NFS) share, mounted by `setup` where NFS names
+# it (NFS=10.0.0.2:/share, at /mnt/dvinv). A bucket will not do: it has no locks.
+# VERSION is the TPU software (default tpu-ubuntu2204-base), CREATE further flags of gcloud, such as --spot.
+# CHIPS is how the chips of a host are laid out (2,2,1 for v2 to v5p with four; 2,4,1 for eight).
+set -euo pipefail
+: "${NAME:?set NAME, the name of the TPU}" "${ZONE:?set ZONE, for instance us-central2-b}"
+SOURCE=$(cd "$(dirname "$0")/.." && pwd)
+tpu=(gcloud compute tpus tpu-vm)
+there=("$NAME" "--zone=$ZONE")
+
+usage() {
+  echo "usage: NAME=... ZONE=... $0 create|setup|run CONFIG WORKDIR [--config.field=value ...]|delete" >&2
+  exit 2
+}
+
+# A command on every host.
+everywhere() {
+  "${tpu[@]}" ssh "${there[@]}" --worker=all --command="$1"
+}
+
+case "${1:-}" in
+  create)
+    : "${TYPE:?set TYPE, for instance v4-32}"
+    # shellcheck disable=SC2086  # CREATE is a list of flags
+    "${tpu[@]}" create "${there[@]}" "--accelerator-type=$TYPE" "--version=${VERSION:-tpu-ubuntu2204-base}" ${CREATE:-}
+    ;;
+  setup)
+    everywhere 'mkdir -p dvinv'
+    "${tpu[@]}" scp --recurse --worker=all "--zone=$ZONE" \
+      "$SOURCE"/{dvinv,configs,launch,setup.py,pyproject.toml,README.md,LICENSE} "$NAME:dvinv/"
+    if [ -n "${NFS:-}" ]; then
+      everywhere "sudo apt-get install -qy nfs-common && sudo mkdir -p /mnt/dvinv && \
+{ mountpoint -q /mnt/dvinv || sudo mount $(printf %q "$NFS") /mnt/dvinv; } && sudo chmod a+rwx /mnt/dvinv"
+    fi
+    # The machines' own Python may be older than dvinv takes.
+    # shellcheck disable=SC2016  # expanded there
+    everywhere 'python3 -m pip install -q --user uv &&
+{ [ -x "$HOME/dvinv-env/bin/python" ] || "$HOME/.local/bin/uv" venv -q --seed --python 3.12 "$HOME/dvinv-env"; } &&
+"$HOME/dvinv-env/bin/pip" install -q "$HOME/dvinv[tpu]"'
+    ;;
+  run)
+    [ "$#" -ge 3 ] || usage
+    shift
+    # Each host is told by the metadata which one it is. The bounds make a slice of its own of each host: without them
+    # the TPU runtime would wait for all hosts, and one could not die and come back without the others.
+    # shellcheck disable=SC2016  # expanded there
+    remote='metadata() { curl -sf -H Metadata-Flavor:Google "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"; }
+hosts=$(metadata worker-network-endpoints) && DVINV_PROCESS=$(metadata agent-worker-number) || exit 1
+export DVINV_PROCESS DVINV_PROCESSES=$(echo "$hosts" | tr , "\n" | grep -c .)
+export TPU_PROCESS_BOUNDS=1,1,1 TPU_CHIPS_PER_PROCESS_BOUNDS='"${CHIPS:-2,2,1}"' CLOUD_TPU_TASK_ID=0 PYTHON=$HOME/dvinv-env/bin/python
+cd "$HOME/dvinv" && bash launch/local.sh'
+    everywhere "$remote$(printf ' %q' "$@")"
+    ;;
+  delete)
+    "${tpu[@]}" delete "${there[@]}" --quiet
+    ;;
+  *) usage ;;
+esac

@@ -1,0 +1,145 @@
+"""Several processes, one pool: the bytes are those of one process, whoever dies meanwhile."""
+
+import concurrent.futures
+import contextlib
+import signal
+import time
+
+import pytest
+from smoke import lasting, smoke_config
+
+from dvinv import pipeline, seeds
+from dvinv.errors import DvinvError
+from dvinv.runtime import waiting
+from dvinv.runtime.processes import Processes
+
+COUNT = 2
+# XLA splits some sums by the number of its threads, which are as many as there are devices or cores, or NPROC.
+THREADS = {'NPROC': '8'}
+FLAGS = (
+    '--config.verifier.network=',
+    '--config.synthesis.images=160',
+    '--config.teacher.network=small_convnet',
+    '--config.teacher.training.updates=60',
+    "--config.tasks=('teacher','synthesis')",
+)
+
+
+@pytest.fixture
+def begin(start, tmp_path):
+    """`begin(index)`: a process of two, with four devices, on tmp_path/'run'. None outlives the test."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(index):
+            more = {**THREADS, 'JAX_NUM_CPU_DEVICES': '4', 'DVINV_PROCESS': str(index), 'DVINV_PROCESSES': str(COUNT)}
+            process = stack.enter_context(start('--workdir', tmp_path / 'run', *FLAGS, more=more))
+            stack.callback(process.kill)
+            return process
+
+        yield begin
+
+
+def _until(there, process):
+    while not there():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.002)
+
+
+def test_two_processes_that_die_and_come_back_make_the_pool_of_one(start, begin, tmp_path):
+    run = tmp_path / 'run'
+    helper, leader = begin(1), begin(0)
+    _until((run / 'checkpoints' / 'teacher' / '000000010.json').exists, leader)
+    leader.send_signal(signal.SIGTERM)
+    assert leader.wait() == 143
+    assert 'SIGTERM: all is saved' in leader.stderr.read()
+    assert helper.poll() is None  # it waits for the teacher
+    leader = begin(0)
+    _until((run / 'networks' / 'teacher.safetensors').exists, leader)
+    helper.kill()
+    helper.wait()
+    helper = begin(1)
+    (_, told), (_, err) = helper.communicate(), leader.communicate()
+    assert (helper.returncode, leader.returncode) == (0, 0), told + err
+    assert 'process 1: its share is done (4 batches now)' in told
+
+    one = tmp_path / 'one'
+    with start('--workdir', one, *FLAGS, more=THREADS) as process:  # eight devices
+        _, err = process.communicate()
+    assert process.returncode == 0, err
+    expected, found = lasting(one), lasting(run)
+    assert sum(name.startswith('pool') for name in expected) == 16
+    assert [name for name in {*expected, *found} if expected.get(name) != found.get(name)] == []
+    assert not [*run.glob('metrics-*')]
+
+
+# In one process of the system, one thread each
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """`threads(config, workdir, count) -> results of the leader`."""
+    monkeypatch.setattr(waiting, 'POLL', 0.02)
+
+    def threads(config, workdir, count=COUNT):
+        with concurrent.futures.ThreadPoolExecutor(count) as pool:
+            running = [
+                pool.submit(pipeline.run, config, workdir, Processes(index, count)) for index in reversed(range(count))
+            ]
+            return [future.result() for future in running][-1]
+
+    return threads
+
+
+def _config(**changes):
+    fields = {
+        'teacher__factory': 'factories:own',
+        'verifier__network': '',
+        'distillation__controls': (),
+        'synthesis__images': 80,
+        'tasks': ('synthesis',),
+        'devices': 1,
+    }
+    return smoke_config(**{**fields, **changes})
+
+
+def test_an_adaptive_pool_is_that_of_one_process(threads, tmp_path):
+    config = _config(
+        synthesis__method='adaptive',
+        synthesis__batches_per_round=2,
+        synthesis__weights__competition=10.0,
+        distillation__updates_per_round=4,
+        student__network='small_convnet',
+        student__width=0.1,
+    )
+    alone = pipeline.run(config, tmp_path / 'alone')
+    together = threads(config, tmp_path / 'together')
+    assert together['synthesis']['rounds'] == alone['synthesis']['rounds'] == 2
+    assert lasting(tmp_path / 'together') == lasting(tmp_path / 'alone')
+    assert not [*(tmp_path / 'together' / 'checkpoints' / 'rounds').iterdir()]
+
+
+def test_a_mistake_in_one_process_ends_the_others(threads, tmp_path):
+    config = _config(teacher__factory='factories:broken')
+    with pytest.raises(DvinvError, match=r'not a finite number|Process . has ended with a mistake'):
+        threads(config, tmp_path)
+
+
+def test_more_processes_than_batches_and_a_pool_that_is_there(threads, tmp_path):
+    assert threads(_config(synthesis__images=40), tmp_path / 'run', 3)['synthesis']['batches'] == 2
+    assert pipeline.run(_config(pool=str(tmp_path / 'run' / 'pool')), tmp_path / 'other', Processes(1, 2)) == {}
+
+
+def test_one_batch_is_not_split_over_processes(tmp_path):
+    with pytest.raises(DvinvError, match=r"bn_stats is 'global', which splits one batch .* but there are 2 processes"):
+        pipeline.run(_config(bn_stats='global'), tmp_path, Processes(0, 2))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_of_several_seeds_the_leader_writes_the_summary(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(pipeline, 'run', lambda config, workdir, mine: asked.append((workdir.name, mine)) or {})
+    for index in (1, 0):
+        assert not (tmp_path / 'results.json').exists()
+        seeds.run(smoke_config(), tmp_path, 2, Processes(index, 2))
+    assert (tmp_path / 'results.json').exists()
+    assert asked == [(f'seed-{seed}', Processes(index, 2)) for index in (1, 0) for seed in (0, 1)]

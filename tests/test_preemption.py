@@ -1,0 +1,151 @@
+"""SIGTERM in the middle of batches: what is under way is saved, and goes on to the bit."""
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from smoke import flip, smoke_config
+
+from dvinv import balanced_labels, pipeline
+from dvinv.errors import DvinvError
+from dvinv.inversion import InversionConfig, Stage, make_inverter
+from dvinv.inversion.invert import Unfinished
+from dvinv.runtime import preemption
+from dvinv.runtime.devices import make_mesh
+from dvinv.synthesizer import Synthesizer
+from dvinv.unfinished import UnfinishedBatches
+
+BATCH = 8
+STAGES = Stage(4, 0.1, jitter=2, flip=True, warmup=2, schedule='cosine'), Stage(3, 0.05, noise=0.1)
+
+
+@pytest.mark.parametrize(('bn_stats', 'dispatch'), [('device', 1), ('device', 3), ('global', 1)])
+def test_a_batch_goes_on_from_any_dispatch(teacher, bn_stats, dispatch):
+    batches = 2 if bn_stats == 'device' else 1
+    config = InversionConfig(STAGES, bn_stats=bn_stats, iterations_per_dispatch=dispatch)
+    run = make_inverter(teacher, config, make_mesh(2))
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(np.arange(batches))
+    labels, taken = np.stack([balanced_labels(i, BATCH, 3) for i in range(batches)]), []
+    whole = run(keys, labels, pause=lambda take: taken.append(take()))
+    assert [states[0].iterations for states in taken] == ([1, 2, 3, 4, 5, 6] if dispatch == 1 else [3, 4])
+    assert {len(states) for states in taken} == {batches}
+    for begun in taken:
+        told = []
+        result = run(keys, labels, on_chunk=lambda done, _, told=told: told.append(done), begun=begun)
+        assert result.images.tobytes() == whole.images.tobytes()
+        assert {term: values.tolist() for term, values in result.metrics.items()} == {
+            term: values.tolist() for term, values in whole.metrics.items()
+        }
+        assert told[-1] == 7
+
+
+# A run
+
+
+def run_config(**changes):
+    """Four batches of a tiny teacher's, in nine iterations."""
+    fields = {
+        'teacher__factory': 'factories:own',
+        'verifier__network': '',
+        'distillation__controls': (),
+        'synthesis__images': 80,
+        'tasks': ('synthesis',),
+        'devices': 4,
+        'logging__iterations': 1,
+    }
+    config = smoke_config(**{**fields, **changes})
+    config.synthesis.stages = (ml_collections.ConfigDict({**config.synthesis.stages[0], 'iterations': 9}),)
+    return config
+
+
+def content(workdir):
+    return {path.name: path.read_bytes() for path in [*(workdir / 'pool').iterdir(), workdir / 'metrics.jsonl']}
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('undisturbed') / 'run'
+    pipeline.run(run_config(), workdir)
+    return workdir
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """Lists the batches of each pause; `pauses.before(n, what)`: what happens at pause number n, counted from now."""
+
+    class Pauses(list):
+        at, what = 0, None
+
+        def before(self, number, what):
+            self.clear()
+            self.at, self.what = number, what
+
+    pauses, original = Pauses(), Synthesizer._pause
+
+    def pause(self, numbers, *args):
+        pauses.append(numbers)
+        if len(pauses) == pauses.at:
+            pauses.what()
+        original(self, numbers, *args)
+
+    monkeypatch.setattr(Synthesizer, '_pause', pause)
+    return pauses
+
+
+def test_what_is_under_way_is_saved_and_goes_on(undisturbed, tmp_path, monkeypatch, pauses):
+    """Saved by the clock, then killed; saved at SIGTERM; gone on with other devices, but for a state that is damaged."""
+    run, saved = tmp_path / 'run', tmp_path / 'run' / 'checkpoints' / 'synthesis-deepinversion'
+    batches = UnfinishedBatches(saved, pipeline.check(run_config()).digest())
+
+    def kill():
+        raise KeyboardInterrupt
+
+    pauses.before(4, kill)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(run_config(logging__checkpoint_minutes=1e-9), run)
+    assert [batches.load(number).iterations for number in range(4)] == [3] * 4
+
+    with monkeypatch.context() as patch:
+        pauses.before(3, lambda: patch.setattr(preemption, '_asked', True))
+        with pytest.raises(SystemExit) as ended:
+            pipeline.run(run_config(), run)
+    assert ended.value.code == 143
+    assert [batches.load(number).iterations for number in range(4)] == [6] * 4
+
+    flip(saved / 'batch-000003.state')
+    pauses.before(0, None)
+    pipeline.run(run_config(devices=2), run)
+    assert pauses == [[0, 1]] * 2 + [[2]] * 2 + [[3]] * 8
+    assert content(run) == content(undisturbed)
+    assert not [*saved.iterdir()]
+
+
+def test_a_damaged_state_and_one_of_another_teacher_are_passed_over(tmp_path):
+    batches, other = UnfinishedBatches(tmp_path, 'teacher'), UnfinishedBatches(tmp_path, 'another')
+    state, student = [np.arange(6.0).reshape(2, 3), np.int32(7)], {'params': {'kernel': np.ones(3)}}
+    batches.save(3, Unfinished(2, state, {'loss': np.ones(2), 'feature': np.zeros(2)}), student)
+    found = batches.load(3, student)
+    assert (found.iterations, batches.numbers()) == (2, [3])
+    assert [leaf.tolist() for leaf in found.state] == [leaf.tolist() for leaf in state]
+    assert set(found.metrics) == {'loss', 'feature'}
+    assert batches.load(3) is batches.load(4, student) is other.load(3, student) is None
+    path = tmp_path / 'batch-000003.state'
+    for position in range(0, path.stat().st_size, 7):
+        flip(path, position)
+        assert batches.load(3, student) is None
+        flip(path, position)
+    path.write_bytes(path.read_bytes()[:-50])
+    assert batches.load(3, student) is None
+
+
+def test_a_task_does_not_begin_after_sigterm(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(preemption, '_asked', True)
+    with pytest.raises(SystemExit) as ended:
+        pipeline.run(run_config(), tmp_path)
+    assert ended.value.code == 143
+    assert 'the same command goes on from here' in capsys.readouterr().err
+
+
+def test_minutes_below_zero_are_refused(tmp_path):
+    with pytest.raises(DvinvError, match=r'logging\.checkpoint_minutes is -1'):
+        pipeline.run(run_config(logging__checkpoint_minutes=-1.0), tmp_path)
