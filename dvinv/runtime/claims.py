@@ -35,20 +35,23 @@ def _own(folder: Path, processes: Processes):
 
 def _count(folder: Path, processes: Processes):
     """Each number belongs to one process only while all agree how many there are: whoever comes first writes it down."""
-    file = open(folder / '.processes', 'a+')  # noqa: SIM115  held
-    if _locked(file, fcntl.LOCK_EX):
-        file.truncate(0)
-        file.write(str(processes.count))
-        file.flush()
-    fcntl.flock(file, fcntl.LOCK_SH)
-    file.seek(0)
-    theirs = file.read()
-    if theirs != str(processes.count):
+    file = open(folder / '.processes', 'ab+', buffering=0)  # noqa: SIM115  held
+    mine = str(processes.count).encode()
+    try:
+        if _locked(file, fcntl.LOCK_EX):
+            file.truncate(0)
+            file.write(mine)
+        fcntl.flock(file, fcntl.LOCK_SH)
+        file.seek(0)
+        theirs = file.read()
+        if theirs != mine:
+            raise DvinvError(
+                f'A run of {theirs.decode()} processes is under way in {folder}, and this one is of {processes.count}; stop '
+                'the others first.'
+            )
+    except BaseException:
         file.close()
-        raise DvinvError(
-            f'A run of {theirs} processes is under way in {folder}, and this one is of {processes.count}; stop the others '
-            'first.'
-        )
+        raise
     return file
 
 
