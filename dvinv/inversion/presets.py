@@ -62,6 +62,6 @@ def _fast(preset: str, main: float, **stage) -> InversionConfig:
     return dataclasses.replace(whole, stages=(dataclasses.replace(only, **stage),), weights=weights)
 
 
-# For students, not for the eye: as good to learn from, in a quarter of the iterations and a hundredth of the paper's.
+# For students, not for the eye, in a quarter of the iterations, and in a hundredth of the paper's.
 PRESETS['digits_fast'] = _fast('digits', main=1.0, iterations=25)
 PRESETS['cifar10_fast'] = _fast('cifar10_crop', main=0.02, iterations=20, learning_rate=0.3)
