@@ -8,25 +8,37 @@ import jax.numpy as jnp
 import numpy as np
 
 from dvinv.networks.classifier import Classifier
+from dvinv.networks.features import with_features
 from dvinv.networks.suited import suited_to
 from dvinv.runtime import preemption
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(apply_fn: Callable):
-    return jax.jit(suited_to(jax.default_backend(), apply_fn))
+def _compiled(apply_fn: Callable, features: bool):
+    return jax.jit(suited_to(jax.default_backend(), with_features(apply_fn) if features else apply_fn))
 
 
 def logits_of(network: Classifier, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
     """Logits float32 [N, K] of pixels uint8 [N, H, W, C], in eval mode; the last batch is padded, so one program serves."""
-    apply_fn, parts = _compiled(network.apply_fn), []
-    batch_size = min(batch_size, len(images))
-    for start in range(0, len(images), batch_size):
+    return _in_batches(network, images, np.arange(len(images)), batch_size, features=False)
+
+
+def logits_and_features_of(network: Classifier, images, rows: np.ndarray, batch_size: int = 128) -> tuple:
+    """(logits, features float32 [n, D]) of the images (an array, or rows of a pool) of these numbers [n]."""
+    return _in_batches(network, images, rows, batch_size, features=True)
+
+
+def _in_batches(network: Classifier, images, rows: np.ndarray, batch_size: int, features: bool):
+    apply_fn, parts = _compiled(network.apply_fn, features), []
+    batch_size = min(batch_size, len(rows))
+    for start in range(0, len(rows), batch_size):
         preemption.leave_if_asked()
-        part = images[start : start + batch_size]
+        part = images[rows[start : start + batch_size]]
         padded = np.concatenate([part, np.zeros((batch_size - len(part), *part.shape[1:]), part.dtype)])
-        parts.append(np.asarray(apply_fn(network.variables, network.normalise(jnp.asarray(padded))))[: len(part)])
-    return np.concatenate(parts).astype(np.float32)
+        answers = apply_fn(network.variables, network.normalise(jnp.asarray(padded)))
+        parts.append([np.asarray(answer, np.float32)[: len(part)] for answer in jax.tree.leaves(answers)])
+    joined = tuple(np.concatenate(same) for same in zip(*parts, strict=True))
+    return joined if features else joined[0]
 
 
 def among_top(logits: np.ndarray, labels: np.ndarray, k: int = 1) -> np.ndarray:

@@ -54,7 +54,7 @@ class Plan:
     side_by_side: int  # batches
     stages: tuple[StagePlan, ...]
     compile_seconds: float
-    pool_bytes: int  # of pixels and logits, before compression
+    pool_bytes: int  # of pixels and logits
 
     @property
     def seconds_per_batch(self) -> float:

@@ -14,15 +14,13 @@ With p(y|x) its answers and f(x) [D] what its last layer is fed with:
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 
 from dvinv.data.dataset import RealData
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
-from dvinv.evaluation import among_top
+from dvinv.evaluation import among_top, logits_and_features_of
 from dvinv.networks import Classifier
-from dvinv.networks.features import with_features
 from dvinv.runtime.page import Table, percent
 
 MOST = 5_000  # images, evenly spaced over a pool
@@ -56,16 +54,13 @@ class Judgement:
 
 def judge(network: Classifier, images, labels, batch_size: int = 128) -> Judgement:
     """`network`'s answers on pixels uint8 [N, H, W, C] (an array or rows of a pool), at most `MOST`, evenly spaced."""
-    run = with_features(network.apply_fn)
-    chosen = np.linspace(0, len(images) - 1, min(len(images), MOST)).round().astype(int)
-    logits, features = [], []
-    for start in range(0, len(chosen), batch_size):
-        part = images[chosen[start : start + batch_size]]
-        padded = np.concatenate([part, np.zeros((batch_size - len(part), *part.shape[1:]), part.dtype)])
-        answers = run(network.variables, network.normalise(jnp.asarray(padded)))
-        for parts, answer in zip((logits, features), answers, strict=True):
-            parts.append(np.asarray(answer, np.float32)[: len(part)])
-    return Judgement(np.concatenate(logits), np.concatenate(features), np.asarray(labels[chosen]))
+    chosen = _evenly(len(images), MOST)
+    return Judgement(*logits_and_features_of(network, images, chosen, batch_size), np.asarray(labels[chosen]))
+
+
+def _evenly(count: int, most: int) -> np.ndarray:
+    """At most so many of the numbers below `count`, evenly spaced."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int)
 
 
 def figures(images: Judgement, real: Judgement | None = None) -> dict:
@@ -135,7 +130,7 @@ def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
 
 def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
     """Unbiased MMD^2 of features [N, D] and [M, D], at most `KERNEL_MOST` of each, evenly spaced."""
-    x, y = (np.float64(z[np.linspace(0, len(z) - 1, min(len(z), KERNEL_MOST)).round().astype(int)]) for z in (x, y))
+    x, y = (np.float64(z[_evenly(len(z), KERNEL_MOST)]) for z in (x, y))
 
     def kernel(a, b):
         return (a @ b.T / a.shape[1] + 1) ** 3

@@ -53,8 +53,9 @@ def run(config, workdir) -> None:
         pool = open_pool(config, workdir, teacher)
         method = pool.notes(pool.finished()[0])['config']['method']  # an existing pool's need not be the config's
         summary = _summary(results, *METHODS[method])
-        sections.append(_synthesis(workdir, teacher, pool, method, results['synthesis'], lines))
-        sections.append(_quality(config, workdir, teacher, pool))
+        pools = {'synthesized': pool, **_controls(workdir, teacher)}
+        sections.append(_synthesis(pools, method, results['synthesis'], lines))
+        sections.append(_quality(config, workdir, teacher, pools))
     if 'distillation' in results:
         sections.append(_distillation(config, results, lines))
     if 'teacher' in results:
@@ -107,7 +108,7 @@ def _tiles(results: dict) -> list[Tile]:
     return tiles
 
 
-def _synthesis(workdir: Workdir, teacher: Teacher, pool: ImagePool, method: str, made: dict, lines: list[dict]) -> Section:
+def _synthesis(pools: dict[str, ImagePool], method: str, made: dict, lines: list[dict]) -> Section:
     table = Table(
         ('', 'value'),
         [
@@ -123,28 +124,26 @@ def _synthesis(workdir: Workdir, teacher: Teacher, pool: ImagePool, method: str,
         ],
         caption=f'{made["images"]:,} images, synthesized by {METHODS[method][0]}.',
     )
-    pictures = [_grid(pool, 'The first images of each class; rows are classes.', wide=True)]
-    for control, caption in CONTROLS.items():
-        lesser = _control(workdir, teacher, control)
-        if lesser.numbers():
-            pictures.append(_grid(lesser, caption))
+    pictures = [_grid(pools['synthesized'], 'The first images of each class; rows are classes.', wide=True)]
+    pictures += [_grid(pools[control], caption) for control, caption in CONTROLS.items() if control in pools]
     charts = _inversions(method, made['rounds'], _series(lines, 'synthesis', method))
     return Section('Synthesis', tables=[table], charts=charts, pictures=pictures)
 
 
-def _quality(config, workdir: Workdir, teacher: Teacher, pool: ImagePool) -> Section:
+def _quality(config, workdir: Workdir, teacher: Teacher, pools: dict[str, ImagePool]) -> Section:
     """All sets of images that there are, and real ones, side by side; the figures go into quality.json too."""
     verifier = load_verifier(config, workdir, teacher)
     if verifier is None:
         return Section('Quality')
-    sets = {'synthesized': pool, **{name: _control(workdir, teacher, name) for name in CONTROLS}}
-    found = figures_of_sets(verifier, {name: one for name, one in sets.items() if one.numbers()}, load_real(config.data))
+    found = figures_of_sets(verifier, pools, load_real(config.data))
     write_atomic(workdir.path / 'quality.json', (json.dumps(found, indent=1) + '\n').encode())
     return Section('Quality', tables=[quality_table(found)])
 
 
-def _control(workdir: Workdir, teacher: Teacher, name: str) -> ImagePool:
-    return ImagePool(workdir.path / 'controls' / name, teacher.digest())
+def _controls(workdir: Workdir, teacher: Teacher) -> dict[str, ImagePool]:
+    """Those of the lesser methods' pools that there are."""
+    pools = {name: ImagePool(workdir.path / 'controls' / name, teacher.digest()) for name in CONTROLS}
+    return {name: pool for name, pool in pools.items() if pool.numbers()}
 
 
 def _inversions(method: str, rounds: int, lines: list[dict]) -> list[str]:

@@ -43,6 +43,12 @@ def smoke_config(**changes):
     return config
 
 
+def synthesis_config(**changes):
+    """The same for four batches of a tiny network alone: nothing is trained."""
+    tiny = {'teacher__factory': 'factories:own', 'verifier__network': '', 'distillation__controls': ()}
+    return smoke_config(**{**tiny, 'synthesis__images': 80, 'tasks': ('synthesis',), **changes})
+
+
 def flip(path: Path, position: int = -1) -> None:
     """Change one bit of a file (by default of the byte in its middle)."""
     data = bytearray(path.read_bytes())

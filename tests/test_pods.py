@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from smoke import lasting, smoke_config
+from smoke import lasting, smoke_config, synthesis_config
 
 from dvinv import pipeline, seeds
 from dvinv.errors import DvinvError
@@ -91,15 +91,7 @@ def threads(monkeypatch):
 
 
 def _config(**changes):
-    fields = {
-        'teacher__factory': 'factories:own',
-        'verifier__network': '',
-        'distillation__controls': (),
-        'synthesis__images': 80,
-        'tasks': ('synthesis',),
-        'devices': 1,
-    }
-    return smoke_config(**{**fields, **changes})
+    return synthesis_config(**{'devices': 1, **changes})
 
 
 def test_an_adaptive_pool_is_that_of_one_process(threads, tmp_path):

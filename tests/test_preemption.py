@@ -4,7 +4,7 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
-from smoke import flip, smoke_config
+from smoke import flip, synthesis_config
 
 from dvinv import balanced_labels, pipeline
 from dvinv.errors import DvinvError
@@ -44,16 +44,7 @@ def test_a_batch_goes_on_from_any_dispatch(teacher, bn_stats, dispatch):
 
 def run_config(**changes):
     """Four batches of a tiny teacher's, in nine iterations."""
-    fields = {
-        'teacher__factory': 'factories:own',
-        'verifier__network': '',
-        'distillation__controls': (),
-        'synthesis__images': 80,
-        'tasks': ('synthesis',),
-        'devices': 4,
-        'logging__iterations': 1,
-    }
-    config = smoke_config(**{**fields, **changes})
+    config = synthesis_config(**{'devices': 4, 'logging__iterations': 1, **changes})
     config.synthesis.stages = (ml_collections.ConfigDict({**config.synthesis.stages[0], 'iterations': 9}),)
     return config
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jax.extend.core.primitives import conv_general_dilated_p, dot_general_p
 
@@ -36,4 +35,4 @@ def with_features(apply_fn: Callable) -> Callable:
         features = features.reshape(len(features), -1, features.shape[-1]).mean(1)
         return logits, features.astype(jnp.float32)
 
-    return jax.jit(run)
+    return run

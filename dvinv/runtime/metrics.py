@@ -46,6 +46,8 @@ class Metrics:
     def gather(self, others: list['Metrics'], task: str, series: str, batches: list[int]) -> None:
         """Take over what other processes have measured of these batches; the series then goes on in order of batches."""
 
+        batches = {*batches}
+
         def among(line):
             return (line['task'], line['series']) == (task, series) and line['batch'] in batches
 
