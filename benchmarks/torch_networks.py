@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d, max_pool2d, pad, relu, relu6
+from torch_inception import InceptionV3
 
 
 def conv3x3(inputs: int, outputs: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
@@ -275,6 +276,7 @@ NETWORKS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...], tuple]] = {
     **{f'wrn{6 * n + 4}_{k}': (WideResNet, (16, 16 * k, 32 * k, 64 * k), (n,)) for n, k in ((2, 1), (2, 2), (6, 1), (6, 2))},
     'mobilenet_v1': (MobileNetV1, (32, 64, 128, 128, 256, 256, *[512] * 6, 1024, 1024), ()),
     'mobilenet_v2': (MobileNetV2, (32, 16, 24, 32, 64, 96, 160, 320, 1280), ()),
+    'inception_v3': (InceptionV3, (16,), ()),
     'squeezenet1_1': (SqueezeNet, (64, 16, 16, 32, 32, 48, 48, 64, 64), ()),
 }
 

@@ -22,13 +22,16 @@ GLUON_BATCH_NORM = {'scale': ('gamma',), 'bias': ('beta',), 'mean': ('running_me
 GLUON_KEY = re.compile(r'([a-z]+\d+_)\w+_(weight|bias|gamma|beta|running_mean|running_var)')
 
 
-def find_keys(paths: Collection[str], keys: Collection[str], aliases: Mapping[str, str]) -> dict[str, str]:
+def find_keys(
+    paths: Collection[str], keys: Collection[str], aliases: Mapping[str, str], counted: bool = True
+) -> dict[str, str]:
     """{path: the key that it goes by}; one that is not among `keys` is spelled as most of the others are.
 
     Args:
       paths: of a network's variables in Flax.
       keys: those of a file; Keras's have slashes, PyTorch's have dots, Gluon's have neither and one prefix.
       aliases: {name of a submodule, or its whole path with dots: what other PyTorch repositories call it}.
+      counted: '_1' in the name of a submodule is the place in a list, which PyTorch spells '.1'.
     """
     keras, prefix = any('/' in key for key in keys), _gluon_prefix(keys)
     if keras:
@@ -37,7 +40,7 @@ def find_keys(paths: Collection[str], keys: Collection[str], aliases: Mapping[st
         names = {path: _layer_keys(path, paths, '_', GLUON, GLUON_BATCH_NORM) for path in paths}
         spellings = {path: [prefix + key for key in mine] for path, mine in names.items()}
     else:
-        spellings = {path: _torch_keys(path, aliases) for path in paths}
+        spellings = {path: _torch_keys(path, aliases, counted) for path in paths}
         if sum(other in keys for _, other in spellings.values()) > sum(usual in keys for usual, _ in spellings.values()):
             spellings = {path: mine[::-1] for path, mine in spellings.items()}
     return {path: next((key for key in mine if key in keys), mine[0]) for path, mine in spellings.items()}
@@ -57,10 +60,10 @@ def to_flax_layout(key: str, tensor: np.ndarray, ndim: int) -> np.ndarray:
     return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
 
 
-def _torch_keys(path: str, aliases: Mapping[str, str]) -> list[str]:
+def _torch_keys(path: str, aliases: Mapping[str, str], counted: bool) -> list[str]:
     """'params/layer2_0/downsample_1/scale' -> ['layer2.0.downsample.1.weight', 'layer2.0.shortcut.1.weight']."""
     *modules, leaf = path.split('/')[1:]
-    usual = re.sub(r'_(\d+)', r'.\1', '.'.join(modules))
+    usual = re.sub(r'_(\d+)', r'.\1', '.'.join(modules)) if counted else '.'.join(modules)
     other = aliases.get(usual) or '.'.join(aliases.get(name, name) for name in usual.split('.'))
     return [f'{module}.{PYTORCH[leaf]}' for module in (usual, other)]
 

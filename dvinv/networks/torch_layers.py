@@ -14,9 +14,9 @@ def conv(channels: int, size: int, stride: int = 1, *, groups: int = 1, bias: bo
     )
 
 
-def batch_norm(train: bool, name: str) -> nn.BatchNorm:
+def batch_norm(train: bool, name: str, epsilon: float = 1e-5) -> nn.BatchNorm:
     """BatchNorm with PyTorch's epsilon and momentum (its .1 is Flax's .9)."""
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name=name)
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=epsilon, name=name)
 
 
 def adaptive_mean(x: jax.Array, size: int) -> jax.Array:

@@ -40,12 +40,14 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
 def import_weights(module: nn.Module, image_shape, state: dict[str, np.ndarray]) -> dict:
     """The variables, float32 numpy arrays, of `module` for images [H, W, C] from PyTorch's, Keras's or Gluon's tensors.
 
-    Submodules' paths spell the keys, as `naming` tells; a `module.aliases` has other names of theirs.
+    Submodules' paths spell the keys, as `naming` tells; a `module.aliases` has other names of theirs, and a `module.unused`
+    what keys begin with that are left aside.
 
     Raises:
       DvinvError: keys that are missing or left over, or shapes that differ; lists them.
     """
-    template, state = _shapes(module, image_shape), _without_wrapping(state)
+    template, state, unused = _shapes(module, image_shape), _without_wrapping(state), getattr(module, 'unused', ())
+    state = {key: tensor for key, tensor in state.items() if not key.startswith(unused)}
     keys = _keys(module, template, state)
     name, wanted = type(module).__name__, set(keys.values())
     for problem, unmatched in (('lack', wanted - state.keys()), ('have left over', state.keys() - wanted)):
@@ -83,7 +85,7 @@ def _shapes(module: nn.Module, image_shape) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _keys(module: nn.Module, template, state) -> dict[str, str]:
-    return find_keys(template.keys(), state.keys(), getattr(module, 'aliases', {}))
+    return find_keys(template.keys(), state.keys(), getattr(module, 'aliases', {}), getattr(module, 'counted', True))
 
 
 def _without_wrapping(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
