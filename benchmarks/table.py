@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 METHODS = ('adaptive', 'deepinversion', 'prior_only', 'noise', 'real')
 OWN = ('seed', 'tasks', 'synthesis.method', 'distillation.controls')  # the settings in which cells differ
-HARMLESS = ('devices', 'logging', 'teacher.weights', 'verifier.weights')  # those in which they may
+HARMLESS = ('devices', 'logging', 'verifiers', 'teacher.weights', 'verifier.weights')  # those in which they may
 COUNTS = ('images', 'updates', 'rounds', 'test_images')
 tell = functools.partial(print, file=sys.stderr, flush=True)  # stdout is for the table alone
 
@@ -139,7 +139,7 @@ def unlike(workdir: Path, cells: list[Cell]) -> list[Cell]:
     settings = {cell: found for cell in cells if (found := read(folder_of(workdir, cell) / 'config.json'))}
     for config, key in itertools.product(settings.values(), (*OWN, *HARMLESS)):
         group, _, name = key.rpartition('.')
-        (config[group] if group else config).pop(name)
+        (config[group] if group else config).pop(name, None)
     first = {cell.config: config for cell, config in reversed(settings.items())}
     return [cell for cell, config in settings.items() if config != first[cell.config]]
 

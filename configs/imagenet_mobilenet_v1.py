@@ -6,7 +6,8 @@
 Weights: Keras's MobileNet (`--config.teacher.width=0.75` for alpha 0.75; pixels are scaled to [-1, 1]), and as a verifier,
 which never saw the teacher, a SqueezeNet 1.1 of Gluon's or torchvision's. No data is needed; to score both networks on real
 pictures, add `--config.data.name=folders --config.data.path=VAL --config.data.image_size=224` (a folder a class, in the
-order of ImageNet's).
+order of ImageNet's). A second opinion, of torchvision's or timm's Inception-v3, whose pixels are scaled as the teacher's:
+`--config.verifiers="({'network': 'inception_v3', 'weights': 'inception_v3.pth'},)"`.
 
 One batch of 64 classes drawn once (`synthesis.classes`), split over all devices; 2,000 iterations at 112 px, then 1,000 at
 224. On a CPU 4 images a device are quickest: `--config.devices=16`. `:short` is the same with 600 and 200 iterations, 20

@@ -33,8 +33,6 @@ SETS = {
     'real': 'Real images',
 }
 COLUMNS = {
-    'recognised': 'recognised',
-    'recognised_top5': 'in the first five',
     'inception_score': 'inception score',
     'frechet_distance': 'Fréchet distance',
     'kernel_distance': 'kernel distance',
@@ -74,8 +72,7 @@ def figures(images: Judgement, real: Judgement | None = None) -> dict:
     if real and real.features.shape[1] != images.features.shape[1]:
         raise DvinvError('Synthesized and real images were judged by different networks; judge both by one.')
     return {
-        'recognised': float(among_top(images.logits, images.labels).mean()),
-        'recognised_top5': float(among_top(images.logits, images.labels, 5).mean()),
+        **recognised(images),
         'inception_score': inception_score(images.logits),
         'frechet_distance': frechet_distance(images.features, real.features) if real else None,
         'kernel_distance': kernel_distance(images.features, real.features) if real else None,
@@ -84,27 +81,55 @@ def figures(images: Judgement, real: Judgement | None = None) -> dict:
     }
 
 
-def figures_of_sets(network: Classifier, pools: dict[str, ImagePool], real: RealData | None) -> dict[str, dict]:
-    """{name: figures} of pools, and of 'real' images (training ones where there are any), to which all are compared."""
-    judged = {name: judge(network, pool.rows('images'), pool.rows('labels')) for name, pool in pools.items()}
+def recognised(images: Judgement) -> dict:
+    """The shares whose class is the network's answer, and among its first five: None where it knows no more classes."""
+    several = images.logits.shape[1] > 5
+    return {
+        'recognised': float(among_top(images.logits, images.labels).mean()),
+        'recognised_top5': float(among_top(images.logits, images.labels, 5).mean()) if several else None,
+    }
+
+
+def figures_of_sets(
+    verifier: Classifier, others: dict[str, Classifier], pools: dict[str, ImagePool], real: RealData | None
+) -> dict[str, dict]:
+    """{name: figures} of pools, and of 'real' images (training ones where there are any), to which all are compared.
+
+    The figures are those of `verifier`; 'verifiers' among them is {network: `recognised`} of the `others`.
+    """
+    sets = {name: (pool.rows('images'), pool.rows('labels')) for name, pool in pools.items()}
     if real:
         split = real.train or real.test
-        judged['real'] = judge(network, split.images, split.labels)
-    return {name: figures(judgement, judged.get('real')) for name, judgement in judged.items()}
+        sets['real'] = split.images, split.labels
+    judged = {name: judge(verifier, *images) for name, images in sets.items()}
+    return {
+        name: {
+            **figures(judged[name], judged.get('real')),
+            'verifiers': {network: recognised(judge(other, *images)) for network, other in others.items()},
+        }
+        for name, images in sets.items()
+    }
 
 
-def quality_table(found: dict[str, dict]) -> Table:
-    """A row a set, for the report."""
-    rows = [
-        [SETS[name], *(percent(of[key]) if key.startswith('recognised') else of[key] for key in COLUMNS)]
-        for name, of in found.items()
-    ]
+def quality_table(found: dict[str, dict], verifier: str) -> Table:
+    """A row a set, for the report. `verifier`: the name of the network that `found` has the figures of."""
+    shares = {name: _shares(of, verifier) for name, of in found.items()}
+    rows = [[SETS[name], *map(percent, shares[name].values()), *(of[key] for key in COLUMNS)] for name, of in found.items()]
     caption = (
-        f'Judged by the verifier, on at most {MOST:,} images each. Inception score: the higher the better. Distances to '
-        'real images: the lower the better, 0 for the same. Spread within classes: 0 where all images of a class are '
-        'alike. Nearest: the cosine to the most similar other image, 1 for copies.'
+        f'On at most {MOST:,} images each. Under the name of a network: the share that it puts into their class; top 5: the '
+        f'class is among its first five answers. What follows is judged by {verifier}. Inception score: the higher the '
+        'better. Distances to real images: the lower the better, 0 for the same. Spread within classes: 0 where all images '
+        'of a class are alike. Nearest: the cosine to the most similar other image, 1 for copies.'
     )
-    return Table(('Images', *COLUMNS.values()), rows, caption=caption)
+    return Table(('Images', *shares['synthesized'], *COLUMNS.values()), rows, caption=caption)
+
+
+def _shares(of: dict, verifier: str) -> dict[str, float]:
+    """{heading of a column: the share of a set of images}, by every verifier."""
+    shares = {}
+    for network, told in {verifier: of, **of['verifiers']}.items():
+        shares |= {network: told['recognised'], f'{network}, top 5': told['recognised_top5']}
+    return {heading: share for heading, share in shares.items() if share is not None}
 
 
 def inception_score(logits: np.ndarray) -> float:

@@ -15,6 +15,7 @@ from dvinv.runtime.pictures import class_grid, shown_classes
 from dvinv.runtime.workdir import Workdir, open_workdir, plain
 from dvinv.synthesizer import open_pool
 from dvinv.teacher import load, load_verifier
+from dvinv.verifiers import load_others
 
 PER_CLASS = 16  # images in a row of the grid
 TERMS = {
@@ -135,9 +136,9 @@ def _quality(config, workdir: Workdir, teacher: Teacher, pools: dict[str, ImageP
     verifier = load_verifier(config, workdir, teacher)
     if verifier is None:
         return Section('Quality')
-    found = figures_of_sets(verifier, pools, load_real(config.data))
+    found = figures_of_sets(verifier, load_others(config, teacher), pools, load_real(config.data))
     write_atomic(workdir.path / 'quality.json', (json.dumps(found, indent=1) + '\n').encode())
-    return Section('Quality', tables=[quality_table(found)])
+    return Section('Quality', tables=[quality_table(found, config.verifier.network)])
 
 
 def _controls(workdir: Workdir, teacher: Teacher) -> dict[str, ImagePool]:

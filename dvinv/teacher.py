@@ -17,6 +17,7 @@ from dvinv.networks import Classifier, classifier_of, create, read_classifier, s
 from dvinv.rounds import Rounds
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.training import Learner, Lesson, learn
+from dvinv.verifiers import check_alike, load_others
 
 ROLES = {'teacher': 1, 'verifier': 2}
 
@@ -74,7 +75,7 @@ def load_verifier(config, workdir: Workdir | None, teacher: Teacher) -> Classifi
         return None
     pictures = teacher.image_shape, group.mean or teacher.mean, group.std or teacher.std
     verifier = classifier_of(*_read(config, workdir, 'verifier', *pictures))
-    _check_alike(teacher, verifier)
+    check_alike(teacher, verifier, 'verifier', 'verifier', "'' for verifier.network to do without")
     return verifier
 
 
@@ -127,25 +128,9 @@ def check(config) -> Teacher:
         _check_takes('verifier', config.verifier, teacher)
     else:
         load_verifier(config, None, teacher)
+    load_others(config, teacher)
     _check_takes('student', config.student, teacher)
     return teacher
-
-
-def _check_alike(teacher: Teacher, verifier: Classifier) -> None:
-    """Refuse a verifier for other pictures or classes than the teacher's."""
-    channels = teacher.image_shape[-1]
-    if not len(verifier.mean) == len(verifier.std) == channels:
-        raise DvinvError(
-            f'verifier.mean is {verifier.mean} and verifier.std {verifier.std}; each must be {channels} numbers, one a '
-            "channel, or () for the teacher's."
-        )
-    for field, says in (('image_shape', 'takes images of {}'), ('num_classes', 'knows {} classes')):
-        theirs, ours = getattr(verifier, field), getattr(teacher, field)
-        if theirs != ours:
-            raise DvinvError(
-                f'The verifier {says.format(theirs)}, but the teacher {says.format(ours)}; give verifier.weights of '
-                "a network like the teacher, or '' for verifier.network to do without."
-            )
 
 
 def _check_takes(name: str, group, teacher: Teacher) -> None:

@@ -142,6 +142,8 @@ ADAPTIVE = {
         ({'student__width': 0.0}, ['width of small_resnet is 0.0', 'above 0']),
         ({'teacher__weights': '/no/such.safetensors'}, ['/no/such.safetensors is not there']),
         ({'verifier__weights': '/no/such.safetensors'}, ['/no/such.safetensors is not there']),
+        ({'verifiers': ({'network': 'resnet20', 'weights': '/no/such.npz'},)}, ['/no/such.npz is not there']),
+        ({'verifiers': ('resnet20=w.npz',)}, ["verifiers[0] is 'resnet20=w.npz'", 'must be a dict']),
         ({'teacher__mean': (0.3, 0.3)}, ['2 means', 'a mean and a deviation a channel']),
         ({'teacher__std': (0.0,)}, ['std is (0.0,)', 'above 0']),
         ({'teacher__training__optimiser': 'lion'}, ["teacher.training.optimiser is 'lion'", 'adam, sgd']),

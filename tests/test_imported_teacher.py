@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from smoke import smoke_config
 
-from dvinv import pipeline, teacher
+from dvinv import pipeline, teacher, verifiers
 from dvinv.errors import DvinvError
 from dvinv.networks import create
 from dvinv.networks.classifier import flatten
@@ -92,6 +92,22 @@ def test_a_verifier_may_be_normalised_in_its_own_way(fields, tmp_path):
         verifier = teacher.load_verifier(config, None, teacher.load(config, None))
         assert (verifier.mean, verifier.std) == (mean, std)
     assert 'verifier.mean is (0.5,)' in refusal(tmp_path / 'run', **fields, verifier__mean=(0.5,))
+
+
+def test_other_verifiers_may_be_normalised_in_their_own_ways(fields, tmp_path):
+    pixels = {'mean': (0.5, 0.4, 0.3), 'std': [0.1, 0.2, 0.3]}
+    others = [
+        {'network': name, 'weights': save_weights(tmp_path / f'{name}.npz', name), 'width': WIDTH, **own}
+        for name, own in (('vgg11_bn', {}), ('wrn16_1', pixels))
+    ]
+    config = smoke_config(**fields, verifiers=tuple(others))
+    found = verifiers.load_others(config, teacher.load(config, None))
+    assert {name: (one.mean, one.std) for name, one in found.items()} == {
+        'vgg11_bn': (MEAN, STD),
+        'wrn16_1': (pixels['mean'], tuple(pixels['std'])),
+    }
+    others[1]['mean'] = (0.5,)
+    assert 'verifiers[1].mean is (0.5,)' in refusal(tmp_path / 'run', **fields, verifiers=tuple(others))
 
 
 def test_weights_of_another_depth_are_refused(fields, tmp_path):

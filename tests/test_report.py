@@ -1,13 +1,14 @@
 """The task `report`: what it puts on the page, checked on what a reader would see."""
 
 import contextlib
+import json
 import re
 
 import factories
 import numpy as np
 import pytest
 from smoke import smoke_config
-from tiny import numbered
+from tiny import numbered, saved
 
 from dvinv import report
 from dvinv.data.pool import ImagePool
@@ -39,7 +40,7 @@ def report_of(tmp_path):
 
     def report_of(method, rounds=1, pool='', figures=(), made=(), **changes):
         none = {'verifier__network': '', 'distillation__controls': ()}
-        config = smoke_config(teacher__factory='factories:own', pool=pool, **none, **changes)
+        config = smoke_config(teacher__factory='factories:own', pool=pool, **{**none, **changes})
         config.synthesis.method = 'deepinversion' if pool else method
         images, labels = numbered([0, 1], size=8)
         stored = ImagePool(pool or tmp_path / 'run' / 'pool', factories.own().digest())
@@ -145,3 +146,19 @@ def test_hints_are_told_where_there_were_some(report_of, hinted):
     assert ('with hints from 19 BatchNorm layers of the teacher; last update' in page) == bool(hinted)
     assert ('T² KL to the teacher and hints on its own images' in page) == bool(hinted)
     assert ('hints' in page) == bool(hinted)
+
+
+def test_the_page_and_quality_json_tell_all_verifiers(report_of, tmp_path):
+    networks = [
+        {'network': name, 'weights': saved(tmp_path / f'{name}.safetensors', name, 10, (8, 8, 1))}
+        for name in ('small_convnet', 'small_resnet')
+    ]
+    first = {f'verifier__{field}': value for field, value in networks[0].items()}
+    page = report_of('noise', **first, verifiers=(networks[1],))
+    heads = re.findall(r'<th[^>]*>([^<]*)</th>', page[page.index('<h2>Quality') :])
+    assert heads[1:6] == ['small_convnet', 'small_convnet, top 5', 'small_resnet', 'small_resnet, top 5', 'inception score']
+    told = json.loads((tmp_path / 'run' / 'quality.json').read_text())
+    assert [(name, *of['verifiers']) for name, of in told.items()] == [
+        ('synthesized', 'small_resnet'),
+        ('real', 'small_resnet'),
+    ]

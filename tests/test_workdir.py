@@ -61,9 +61,10 @@ def test_many_differing_keys_are_counted(tmp_path):
     assert 'and 4 more' in refusal(tmp_path, config(**{f'k{i}': 1 for i in range(12)}))
 
 
-def test_tasks_devices_and_logging_may_change(tmp_path):
+def test_tasks_devices_logging_and_verifiers_may_change(tmp_path):
     Workdir(tmp_path, config()).close()
-    Workdir(tmp_path, config(tasks=('synthesis', 'report'), devices=8, logging={'every': 7})).close()
+    verifiers = ({'network': 'resnet32', 'weights': 'w.npz'},)
+    Workdir(tmp_path, config(tasks=('synthesis', 'report'), devices=8, logging={'every': 7}, verifiers=verifiers)).close()
     assert json.loads((tmp_path / 'config.json').read_text())['tasks'] == ['synthesis', 'report']
 
 

@@ -5,6 +5,7 @@ import jax
 import numpy as np
 
 from dvinv.inversion import from_linen
+from dvinv.networks import create, save_network
 
 IMAGE_SHAPE = (8, 8, 2)
 MEAN, STD = (0.4, 0.6), (0.2, 0.3)
@@ -51,6 +52,21 @@ def tiny_teacher(seed: int = 0, **fields):
     """A Teacher of 3 classes that takes pictures of `IMAGE_SHAPE`."""
     module = TinyNet(**fields)
     return from_linen(module, trained_variables(module, seed=seed), image_shape=IMAGE_SHAPE, mean=MEAN, std=STD)
+
+
+def saved(path, network: str = 'small_convnet', num_classes: int = 3, image_shape=IMAGE_SHAPE) -> str:
+    """The path, now of the file of a narrow network for such pictures."""
+    half = (0.5,) * image_shape[-1]
+    about = {
+        'network': network,
+        'width': 0.125,
+        'num_classes': num_classes,
+        'image_shape': image_shape,
+        'mean': half,
+        'std': half,
+    }
+    save_network(path, trained_variables(create(network, num_classes, 0.125), image_shape), about)
+    return str(path)
 
 
 def numbered(labels, channels=1, size=4):

@@ -20,8 +20,8 @@ from dvinv.runtime.files import disk_full_told, write_atomic
 from dvinv.runtime.metrics import Metrics
 from dvinv.runtime.processes import ALONE, Processes
 
-# Keys that a resumed run may change, since no result depends on them.
-EXEMPT = ('tasks', 'devices', 'logging')
+# Keys that a resumed run may change, since no result depends on them (on verifiers the report alone, made anew each time).
+EXEMPT = ('tasks', 'devices', 'logging', 'verifiers')
 
 
 def plain(config) -> dict:
@@ -102,7 +102,7 @@ class Workdir:
                     'another --workdir.'
                 )
             return
-        mine, theirs = ({k: v for k, v in _flat(c).items() if k.split('.')[0] not in EXEMPT} for c in (config, old))
+        mine, theirs = (_flat({k: v for k, v in c.items() if k not in EXEMPT}) for c in (config, old))
         absent = object()
         differing = sorted(k for k in {*mine, *theirs} if mine.get(k, absent) != theirs.get(k, absent))
         if differing:

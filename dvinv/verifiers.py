@@ -1,0 +1,110 @@
+"""What images are judged by beside the config's `verifier`: networks from weights files, a dict each in `verifiers`."""
+
+import dataclasses
+
+import ml_collections
+
+from dvinv.errors import DvinvError
+from dvinv.inversion.teacher import Teacher
+from dvinv.networks import Classifier, classifier_of, read_classifier
+
+
+@dataclasses.dataclass(frozen=True)
+class Verifier:
+    """One of `config.verifiers`."""
+
+    network: str  # its name in dvinv.networks, and that of its figures
+    weights: str  # path of a network file, or of weights that others published
+    width: float = 1.0
+    mean: tuple[float, ...] = ()  # a channel, for pixels in [0, 1]; (): the teacher's
+    std: tuple[float, ...] = ()
+
+
+def load_others(config, teacher: Teacher) -> dict[str, Classifier]:
+    """{network: what it is} of `config.verifiers`, in their order.
+
+    Raises:
+      DvinvError: one is not told right, is not there, or takes other pictures or classes than the teacher.
+    """
+    found = {}
+    for index, verifier in enumerate(_told(config)):
+        field = f'verifiers[{index}]'
+        read = read_classifier(
+            verifier.weights,
+            verifier.network,
+            mean=verifier.mean or teacher.mean,
+            std=verifier.std or teacher.std,
+            width=verifier.width,
+            image_shape=teacher.image_shape,
+            field=f'{field}.network',
+        )
+        found[verifier.network] = classifier_of(*read)
+        check_alike(teacher, found[verifier.network], f'verifier {verifier.network}', field, 'leave it out')
+    return found
+
+
+def check_alike(teacher: Teacher, verifier: Classifier, name: str, field: str, without: str) -> None:
+    """Refuse a verifier for other pictures or classes than the teacher's.
+
+    Args:
+      name: what a refusal calls it.
+      field: of the config, that tells its weights, mean and std.
+      without: how to do without it.
+    """
+    channels = teacher.image_shape[-1]
+    if not len(verifier.mean) == len(verifier.std) == channels:
+        raise DvinvError(
+            f'{field}.mean is {verifier.mean} and {field}.std {verifier.std}; each must be {channels} numbers, one a '
+            "channel, or () for the teacher's."
+        )
+    for attribute, says in (('image_shape', 'takes images of {}'), ('num_classes', 'knows {} classes')):
+        theirs, ours = getattr(verifier, attribute), getattr(teacher, attribute)
+        if theirs != ours:
+            raise DvinvError(
+                f'The {name} {says.format(theirs)}, but the teacher {says.format(ours)}; give {field}.weights of a network '
+                f'like the teacher, or {without}.'
+            )
+
+
+def _told(config) -> list[Verifier]:
+    """`config.verifiers`, of the right types, with names that differ."""
+    verifiers, names = [], [config.verifier.network]
+    if config.verifiers and not config.verifier.network:
+        raise DvinvError("verifiers names some, but verifier.network is ''; let that be the first of them.")
+    for index, entry in enumerate(config.verifiers):
+        verifier = _verifier(f'verifiers[{index}]', entry)
+        if verifier.network in names:
+            raise DvinvError(
+                f'verifiers[{index}].network is {verifier.network}, and so is that of another verifier; figures go by the '
+                "network's name, so leave one out."
+            )
+        names.append(verifier.network)
+        verifiers.append(verifier)
+    return verifiers
+
+
+def _verifier(field: str, entry) -> Verifier:
+    """The `Verifier` that an item of `config.verifiers`, called `field`, tells of."""
+    if not isinstance(entry, dict | ml_collections.ConfigDict):
+        raise DvinvError(
+            f"{field} is {entry!r}; it must be a dict, as in verifiers=({{'network': NAME, 'weights': PATH}},)."
+        )
+    entry, known = dict(entry), [known.name for known in dataclasses.fields(Verifier)]
+    if unknown := sorted(map(str, entry.keys() - known)):
+        raise DvinvError(f'{field} has the key {unknown[0]!r}; choose among {", ".join(known)}.')
+    for name in ('network', 'weights'):
+        if not (isinstance(entry.get(name), str) and entry[name]):
+            raise DvinvError(
+                f'{field}.{name} is {entry.get(name, "")!r}; name a network and the file of its weights, for only the '
+                'first verifier is trained here.'
+            )
+    if not isinstance(entry.get('width', 1.0), int | float):
+        raise DvinvError(f'{field}.width is {entry["width"]!r}; it must be a number.')
+    for name in ('mean', 'std'):
+        values = entry.get(name, ())
+        if not isinstance(values, tuple | list) or not all(isinstance(value, int | float) for value in values):
+            raise DvinvError(f"{field}.{name} is {values!r}; it must be one number a channel, or () for the teacher's.")
+        entry[name] = tuple(values)
+    if min(entry['std'], default=1) <= 0:
+        raise DvinvError(f'{field}.std is {entry["std"]}; every standard deviation must be above 0.')
+    return Verifier(**entry)

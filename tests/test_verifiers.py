@@ -1,0 +1,107 @@
+"""Several verifiers: what each recognises, in figures; what is told of them wrongly is refused."""
+
+import dataclasses
+
+import ml_collections
+import numpy as np
+import pytest
+from smoke import smoke_config
+from tiny import IMAGE_SHAPE, saved, tiny_teacher
+
+from dvinv import quality
+from dvinv.errors import DvinvError
+from dvinv.evaluation import accuracy, logits_of
+from dvinv.networks import load_classifier
+from dvinv.verifiers import load_others
+
+
+@pytest.fixture
+def told(tmp_path) -> dict:
+    """An item of `config.verifiers` that fits the tiny teacher; the config's own is a small_resnet."""
+    return {'network': 'small_convnet', 'weights': saved(tmp_path / 'small_convnet.safetensors')}
+
+
+def config_of(*verifiers):
+    return smoke_config(verifier__network='small_resnet', verifiers=verifiers)
+
+
+@pytest.mark.parametrize('kind', [dict, ml_collections.ConfigDict])
+def test_verifiers_go_by_the_name_of_their_network(told, kind):
+    others = load_others(config_of(kind(told)), tiny_teacher())
+    assert list(others) == ['small_convnet']
+    images = np.random.default_rng(0).integers(0, 256, (9, *IMAGE_SHAPE), dtype=np.uint8)
+    networks = others['small_convnet'], load_classifier(told['weights'])
+    np.testing.assert_array_equal(*(network.apply_fn(network.variables, network.normalise(images)) for network in networks))
+
+
+@pytest.mark.parametrize(
+    ('change', 'words'),
+    [
+        ({'weigths': 'x'}, r"verifiers\[0\] has the key 'weigths'; choose among network, weights, width, mean, std\."),
+        ({'weights': ''}, r"verifiers\[0\]\.weights is ''; name a network and the file of its weights"),
+        ({'weights': 5}, r'verifiers\[0\]\.weights is 5; name a network'),
+        ({'network': ''}, r"verifiers\[0\]\.network is ''; name a network"),
+        ({'network': 'judge', 'weights': 'x.npz'}, r'The weights file x\.npz is not there'),
+        ({'network': 'vgg11_bn'}, r'holds a small_convnet, but verifiers\[0\]\.network is vgg11_bn\.'),
+        ({'network': 'small_resnet'}, r'verifiers\[0\]\.network is small_resnet, and so is that of another verifier'),
+        ({'weights': 'none.safetensors'}, r'none\.safetensors is not there'),
+        ({'width': 'wide'}, r"verifiers\[0\]\.width is 'wide'; it must be a number"),
+        ({'mean': 0.5}, r'verifiers\[0\]\.mean is 0\.5; it must be one number a channel'),
+        ({'std': ('a', 'b')}, r"verifiers\[0\]\.std is \('a', 'b'\); it must be one number a channel"),
+        ({'std': (0.5, 0.0)}, r'verifiers\[0\]\.std is \(0\.5, 0\.0\); every standard deviation must be above 0'),
+    ],
+)
+def test_a_verifier_that_is_told_wrongly_is_refused(told, change, words):
+    with pytest.raises(DvinvError, match=words):
+        load_others(config_of(told | change), tiny_teacher())
+
+
+@pytest.mark.parametrize(
+    ('other', 'words'),
+    [
+        ({'num_classes': 5}, r'The verifier small_convnet knows 5 classes, but the teacher knows 3 classes; give verifiers'),
+        ({'image_shape': (8, 8, 1)}, r'verifiers\[0\]\.mean is \(0\.5,\) .*; each must be 2 numbers'),
+        ({'image_shape': (9, 8, 2)}, r'The verifier small_convnet takes images of \(9, 8, 2\), but the teacher'),
+    ],
+)
+def test_a_verifier_unlike_the_teacher_is_refused(told, tmp_path, other, words):
+    with pytest.raises(DvinvError, match=words):
+        load_others(config_of(told | {'weights': saved(tmp_path / 'other.safetensors', **other)}), tiny_teacher())
+
+
+def test_two_of_one_name_are_refused(told):
+    with pytest.raises(DvinvError, match=r'verifiers\[1\]\.network is small_convnet, and so is that of another'):
+        load_others(config_of(told, told), tiny_teacher())
+
+
+def test_others_without_a_first_are_refused(told):
+    with pytest.raises(DvinvError, match=r"verifiers names some, but verifier\.network is ''"):
+        load_others(smoke_config(verifier__network='', verifiers=(told,)), tiny_teacher())
+
+
+def test_a_verifier_is_a_dict():
+    with pytest.raises(DvinvError, match=r"verifiers\[0\] is 'resnet20=w\.npz'; it must be a dict"):
+        load_others(config_of('resnet20=w.npz'), tiny_teacher())
+
+
+@pytest.mark.parametrize('classes', [3, 10])
+def test_each_verifier_tells_the_share_that_it_recognises(classes):
+    first = tiny_teacher(num_classes=classes)
+    other = dataclasses.replace(first, apply_fn=lambda v, x: -first.apply_fn(v, x))  # what the first holds unlikeliest
+    images = np.random.default_rng(0).integers(0, 256, (30, *IMAGE_SHAPE), dtype=np.uint8)
+    labels = (logits_of(first, images).argmax(1) + (np.arange(30) >= 20)) % classes  # the first knows two thirds
+
+    class Pool:
+        def rows(self, name):
+            return {'images': images, 'labels': labels}[name]
+
+    of = quality.figures_of_sets(first, {'other': other}, {'synthesized': Pool()}, None)['synthesized']
+    shares = pytest.approx(2 / 3), accuracy(other, images, labels)
+    assert shares[0] != shares[1]
+    assert (of['recognised'], of['verifiers']['other']['recognised']) == shares
+    assert (of['recognised_top5'] is None) == (of['verifiers']['other']['recognised_top5'] is None) == (classes == 3)
+    table = quality.quality_table({'synthesized': of}, 'first')
+    columns = ('first', 'other') if classes == 3 else ('first', 'first, top 5', 'other', 'other, top 5')
+    assert table.columns[1 : len(columns) + 1] == columns
+    shown = dict(zip(table.columns, table.rows[0], strict=True))
+    assert [shown['first'], shown['other']] == ['66.7%', f'{100 * shares[1]:.1f}%']
