@@ -8,9 +8,10 @@ import ml_collections
 from dvinv.errors import DvinvError
 from dvinv.inversion import PRESETS, InversionConfig, Stage, Weights
 from dvinv.recipe import Recipe
+from dvinv.removal import Removal
 from dvinv.rounds import Rounds
 
-TASKS = ('teacher', 'synthesis', 'distillation', 'report')
+TASKS = ('teacher', 'synthesis', 'distillation', 'pruning', 'report')
 METHODS = ('deepinversion', 'adaptive', 'prior_only', 'noise')
 
 
@@ -18,7 +19,8 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
     """All fields with their defaults; synthesis as in the preset of this name (see `dvinv.inversion.presets`)."""
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.tasks = TASKS  # run in this order; one alone by --config.tasks="('teacher',)"
+    # Run in the order of TASKS; one alone by --config.tasks="('teacher',)".
+    config.tasks = ('teacher', 'synthesis', 'distillation', 'report')
     config.devices = 0  # how many; 0: all. On CPU, this many virtual ones (0: one a core)
     config.bn_stats = 'device'  # 'device': each inverts batches of its own; 'global': one batch is split over all
     config.pool = ''  # path of an existing pool, used instead of synthesizing one
@@ -95,6 +97,17 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
             'controls': ('noise', 'prior_only', 'real'),  # students with the same budget, from other images
         }
     )
+    config.pruning = ml_collections.ConfigDict(
+        {
+            **recipe,  # of the fine-tuning after the last step
+            'updates_per_step': 100,  # of that after every step
+            'temperature': 3.0,
+            'hint': 0.0,  # weight of the BatchNorm inputs of channels that are left
+            **dataclasses.asdict(Removal()),
+            'latency_batch': 128,  # images at a time of which the latency is told
+            'controls': ('untuned', 'random', 'real'),  # beside it: see dvinv.pruning.CONTROLS
+        }
+    )
     config.logging = ml_collections.ConfigDict(
         {
             'every': 50,  # updates of a training a line in metrics.jsonl
@@ -117,8 +130,9 @@ def shrink(config, width: float = 0.25) -> None:
     config.teacher.width, config.verifier.width = width, width
     config.verifiers = ()
     config.student.width = width if config.distillation.hint else width / 2  # hints need layers of one shape
-    for group in (config.teacher.training, config.verifier.training, config.distillation):
+    for group in (config.teacher.training, config.verifier.training, config.distillation, config.pruning):
         group.update(updates=20, batch_size=32, warmup=2)
+    config.pruning.update(steps=2, updates_per_step=10, importance_batches=2, latency_batch=2)
     config.bn_stats = 'device'  # 20 images are not divided by any number of devices
     config.synthesis.update(images=40, batch_size=20, classes=(), precision='float32')
     largest = max(stage.resolution for stage in config.synthesis.stages)

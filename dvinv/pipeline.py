@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dvinv import configuration, distillation, report, synthesis, teacher, worker
+from dvinv import configuration, distillation, pruning, report, synthesis, teacher, worker
 from dvinv.configuration import TASKS
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
@@ -16,7 +16,13 @@ from dvinv.runtime.processes import ALONE, Processes
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.student import hinted_layers
 
-DRIVERS = {'teacher': teacher, 'synthesis': synthesis, 'distillation': distillation, 'report': report}
+DRIVERS = {
+    'teacher': teacher,
+    'synthesis': synthesis,
+    'distillation': distillation,
+    'pruning': pruning,
+    'report': report,
+}
 
 
 def check(config, processes: Processes = ALONE) -> Teacher:
@@ -49,22 +55,26 @@ def check(config, processes: Processes = ALONE) -> Teacher:
         ('teacher.training', config.teacher.training),
         ('verifier.training', config.verifier.training),
         ('distillation', config.distillation),
+        ('pruning', config.pruning),
     ):
         recipe = configuration.recipe_of(group)
         recipe.check(name)
         recipe.check_devices(name, training_mesh(mesh).size)
     data = load_real(config.data)
-    if 'real' in config.distillation.controls and not (data and data.train):
-        raise DvinvError(
-            'distillation.controls names real, but there are no real training images; leave it out, or name some by '
-            'data.name and data.train_path.'
-        )
+    for task in ('distillation', 'pruning'):
+        if task in config.tasks and 'real' in config[task].controls and not (data and data.train):
+            raise DvinvError(
+                f'{task}.controls names real, but there are no real training images; leave it out, or name some by '
+                'data.name and data.train_path.'
+            )
     to_invert = teacher.check(config)
     settings = configuration.inversion_config(config)
     settings.check(to_invert.image_shape)
     check_resolutions(to_invert, settings)
     check_labels(np.array(config.synthesis.classes, int), to_invert.num_classes)
     hinted_layers(config, to_invert)
+    if 'pruning' in config.tasks:
+        pruning.check(config, to_invert)
     return to_invert
 
 

@@ -7,6 +7,7 @@ from dvinv.configuration import TASKS
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
 from dvinv.inversion import Teacher
+from dvinv.pruning_report import pruning_section, pruning_tile
 from dvinv.quality import figures_of_sets, quality_table
 from dvinv.runtime.charts import line_chart
 from dvinv.runtime.files import write_atomic
@@ -59,6 +60,8 @@ def run(config, workdir) -> None:
         sections.append(_quality(config, workdir, teacher, pools))
     if 'distillation' in results:
         sections.append(_distillation(config, results, lines))
+    if 'pruning' in results:
+        sections.append(pruning_section(workdir, results['pruning']))
     if 'teacher' in results:
         sections.append(_networks(results))
     text = json.dumps(plain(config), indent=1, sort_keys=True)
@@ -85,7 +88,7 @@ def _summary(results: dict, name: str, how: str) -> str:
 
 
 def _tiles(results: dict) -> list[Tile]:
-    tiles = []
+    tiles = [pruning_tile(results['pruning'])] if 'pruning' in results else []
     if taught := results.get('distillation'):
         tiles.append(Tile('Student', percent(taught['test_accuracy']), 'real test accuracy', taught['test_accuracy']))
     if teacher := results.get('teacher'):

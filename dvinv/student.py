@@ -1,5 +1,8 @@
 """The student: what it is taught by the teacher, and when its images come. One lesson for all students that are compared."""
 
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
 import jax
 import jax.numpy as jnp
 
@@ -10,6 +13,7 @@ from dvinv.networks import create
 from dvinv.rounds import Rounds
 from dvinv.training import Learner, Lesson
 
+NONE = MappingProxyType({})
 ROLE = 3  # see `training.Learner`; one for all students
 
 
@@ -36,8 +40,12 @@ def hinted_layers(config, teacher: Teacher) -> tuple[str, ...]:
     return shared_layers(create(config.student.network, teacher.num_classes, config.student.width), teacher)
 
 
-def distillation_loss(teacher: Teacher, temperature: float, hint: float = 0.0, layers: tuple[str, ...] = ()):
+def distillation_loss(
+    teacher: Teacher, temperature: float, hint: float = 0.0, layers: Iterable[str] = (), left: Mapping = NONE
+):
     """T^2 KL(teacher || student) at temperature T, plus `hint` times `hint_loss` of `layers`; the loss of a `Lesson`.
+
+    Where the student has lost channels, `left` tells for a layer, int [c], which of the teacher's its own are.
 
     Both networks see the same augmented view. T^2 keeps the gradient's size independent of the temperature (Hinton et al.,
     arXiv 1503.02531, section 2).
@@ -53,6 +61,7 @@ def distillation_loss(teacher: Teacher, temperature: float, hint: float = 0.0, l
         total = temperature**2 * divergence.mean()
         if layers:
             hints = {layer: teacher_features[layer] for layer in layers}
+            hints |= {layer: [jnp.take(x, left[layer], -1) for x in hints[layer]] for layer in layers if layer in left}
             total += hint * hint_loss(features, hints)
         return total
 

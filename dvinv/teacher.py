@@ -60,8 +60,31 @@ def load(config, workdir: Workdir | None) -> Teacher:
     group = config.teacher
     if group.factory:
         return _from_factory(group.factory)
-    module, variables, about = _read(config, workdir, 'teacher', group.image_shape, group.mean, group.std)
+    module, variables, about = read(config, workdir)
     return from_linen(module, variables, image_shape=about['image_shape'], mean=about['mean'], std=about['std'])
+
+
+def module_of_teacher(config, data: RealData | None):
+    """The Linen module of the run's teacher, whether it is trained already or not.
+
+    Raises:
+      DvinvError: it comes from a factory, whose module is not known.
+    """
+    group = config.teacher
+    if group.factory:
+        raise DvinvError(
+            f'teacher.factory is {group.factory!r}, and of what a factory returns the module is not known, which this task '
+            'changes; name a network of dvinv.networks by teacher.network and its weights by teacher.weights.'
+        )
+    if _is_trained_here('teacher', config):
+        return create(group.network, data.num_classes, group.width)
+    return read(config, None)[0]
+
+
+def read(config, workdir: Workdir | None):
+    """(module, variables, description) of the run's teacher, as `networks.read_classifier` gives them."""
+    group = config.teacher
+    return _read(config, workdir, 'teacher', group.image_shape, group.mean, group.std)
 
 
 def load_verifier(config, workdir: Workdir | None, teacher: Teacher) -> Classifier | None:

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from dvinv.data.rows import Rows
 from dvinv.errors import DvinvError
 from dvinv.inversion.tap import features_in_training
-from dvinv.networks import Classifier, create, initialise, load_classifier, save_network
+from dvinv.networks import Classifier, initialise, load_classifier, module_of, save_network
 from dvinv.recipe import Recipe
 from dvinv.rounds import Rounds, chosen_images
 from dvinv.runtime import preemption
@@ -69,9 +69,8 @@ class Lesson:
     frozen: dict | None = None
 
 
-def initial_state(module, recipe: Recipe, key: jax.Array, image_shape) -> TrainState:
-    """Random weights for images [H, W, C], and the optimiser's state for them."""
-    variables = initialise(module, key, image_shape)
+def initial_state(recipe: Recipe, variables: dict) -> TrainState:
+    """The state before the first update of a network with these variables."""
     optimiser_state = recipe.optimizer().init(variables['params'])
     return TrainState(variables['params'], variables.get('batch_stats', {}), optimiser_state, np.zeros((), np.int32))
 
@@ -134,8 +133,9 @@ class Training:
         task: str,
         series: str,
         logging,
+        start: dict | None = None,
     ):
-        """From random weights, or from the last checkpoint.
+        """From the last checkpoint, or from the beginning.
 
         Args:
           module: the Linen module; takes x and `train`.
@@ -143,6 +143,7 @@ class Training:
           mesh: batches are split over it; BatchNorm sees the whole batch.
           task, series: what its metrics and checkpoints go by in `workdir`.
           logging: `every` so many updates a line of metrics, `checkpoint_every` so many a checkpoint.
+          start: the variables that it begins with; random ones when None.
 
         Raises:
           DvinvError: a batch that the devices do not divide, or a damaged checkpoint.
@@ -160,7 +161,9 @@ class Training:
         self._reestimate = jax.jit(make_reestimate(module, recipe, like), in_shardings=(everywhere, split, everywhere))
         self._checkpoints = Checkpoints(workdir.path / 'checkpoints' / series)
         key = jax.random.key(seed)
-        state = initial_state(module, recipe, jax.random.fold_in(key, 0), like.image_shape)
+        if start is None:
+            start = initialise(module, jax.random.fold_in(key, 0), like.image_shape)
+        state = initial_state(recipe, start)
         self.step, state = self._checkpoints.restore(state) or (0, state)
         self._losses = self._checkpoints.notes().get('losses', [])  # since the last line of metrics
         workdir.metrics.cut(task, series, self.step)
@@ -249,6 +252,9 @@ class Learner:
       network: a config group with the fields `network` and `width`.
       like: a classifier of the same image shape, classes, mean and std.
       role: makes a seed of its own of the run's; students that are compared share it, and so their start and shuffles.
+      part: of a network that learns in several trainings, which one this is; each shuffles anew.
+      start: the variables that it begins with; random ones when None.
+      kept: the channels that are left of a pruned network (see `networks.channels.Narrow`).
     """
 
     task: str
@@ -256,13 +262,25 @@ class Learner:
     network: ml_collections.ConfigDict
     like: Classifier
     role: int
+    part: int = 0
+    start: dict | None = None
+    kept: dict[str, tuple[int, ...]] | None = None
+
+    @property
+    def about(self) -> dict:
+        """Its description, as `networks.save_network` takes it."""
+        about = {field: getattr(self.like, field) for field in ('num_classes', 'image_shape', 'mean', 'std')}
+        pruned = {'kept': self.kept} if self.kept else {}
+        return {'network': self.network.network, 'width': self.network.width, **about, **pruned}
 
 
 def training_of(config, workdir: Workdir, learner: Learner, lesson: Lesson) -> Training:
     """The `Training` of a network of a run."""
-    module = create(learner.network.network, learner.like.num_classes, learner.network.width)
     seed, mesh = 16 * config.seed + learner.role, training_mesh(make_mesh(config.devices))
-    return Training(module, lesson, learner.like, seed, mesh, workdir, learner.task, learner.name, config.logging)
+    if learner.part:
+        seed = int(np.random.SeedSequence([seed, learner.part]).generate_state(1)[0])
+    where = workdir, learner.task, learner.name, config.logging
+    return Training(module_of(learner.about), lesson, learner.like, seed, mesh, *where, learner.start)
 
 
 def learn(config, workdir: Workdir, learner: Learner, lesson: Lesson, images: Array, labels: Array) -> Classifier:
@@ -275,8 +293,7 @@ def learn(config, workdir: Workdir, learner: Learner, lesson: Lesson, images: Ar
     if not path.exists():
         with training_of(config, workdir, learner, lesson) as training:
             variables = training.finish(images, labels)
-        about = {field: getattr(learner.like, field) for field in ('num_classes', 'image_shape', 'mean', 'std')}
-        save_network(path, variables, {'network': learner.network.network, 'width': learner.network.width, **about})
+        save_network(path, variables, learner.about)
     return load_classifier(path)
 
 

@@ -10,7 +10,7 @@ from dvinv.configuration import base_config
 from dvinv.hints import hint_loss, shared_layers
 from dvinv.inversion import from_linen
 from dvinv.inversion.tap import features_in_training
-from dvinv.networks import create
+from dvinv.networks import create, initialise
 from dvinv.recipe import Recipe
 from dvinv.rounds import Rounds
 from dvinv.student import distillation_loss, lesson_of
@@ -115,7 +115,7 @@ def test_a_student_learns_the_teachers_layers_from_hints_and_not_from_answers(te
     def distance(hint):
         loss = distillation_loss(teacher, 3.0, hint, LAYERS if hint else ())
         update = jax.jit(make_update(TinyNet(), recipe, loss, teacher))
-        state = initial_state(TinyNet(), recipe, jax.random.key(0), IMAGE_SHAPE)
+        state = initial_state(recipe, initialise(TinyNet(), jax.random.key(0), IMAGE_SHAPE))
         for _ in range(recipe.updates):
             state, _ = update(state, images, np.zeros(64, np.int32), teacher.variables, jax.random.key(1))
         kernel = teacher.variables['params']['Conv_0']['kernel']

@@ -1,7 +1,7 @@
 """Flax networks by name, and their files."""
 
 from dvinv.networks.classifier import Classifier
-from dvinv.networks.files import classifier_of, load_classifier, load_network, read_classifier, save_network
+from dvinv.networks.files import classifier_of, load_classifier, load_network, module_of, read_classifier, save_network
 from dvinv.networks.registry import NETWORKS, create, image_shape, initialise, shapes_of
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     'initialise',
     'load_classifier',
     'load_network',
+    'module_of',
     'read_classifier',
     'save_network',
     'shapes_of',

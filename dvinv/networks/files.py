@@ -6,12 +6,14 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import flax.linen as nn
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from dvinv.errors import DvinvError
 from dvinv.networks import registry
+from dvinv.networks.channels.module import Narrow
 from dvinv.networks.classifier import Classifier, flatten, unflatten
 from dvinv.networks.weights import count_classes, import_weights, read_state_dict
 from dvinv.runtime.files import write_atomic
@@ -22,7 +24,8 @@ def save_network(path: Path, variables, description: dict) -> None:
 
     Args:
       variables: nested dicts of arrays; the file's tensor names are paths such as 'params/Conv_0/kernel'.
-      description: what `load_network` needs to build it again: network, width, num_classes, image_shape, mean, std.
+      description: what `module_of` needs to build it again: network, width, num_classes, and kept where it was pruned;
+        and image_shape, mean, std.
     """
     tensors = {name: np.ascontiguousarray(leaf) for name, leaf in flatten(variables).items()}
     # One entry: safetensors writes several in an order that changes from call to call.
@@ -53,7 +56,17 @@ def load_network(path: Path) -> tuple[dict, dict]:
 def load_classifier(path: Path) -> Classifier:
     """A `Classifier` from a network file."""
     variables, about = load_network(path)
-    return classifier_of(registry.create(about['network'], about['num_classes'], about['width']), variables, about)
+    return classifier_of(module_of(about), variables, about)
+
+
+def module_of(about: dict) -> nn.Module:
+    """The Linen module of a network with the description of `save_network`.
+
+    Raises:
+      DvinvError: no network has this name.
+    """
+    module = registry.create(about['network'], about['num_classes'], about['width'])
+    return Narrow(module, {layer: tuple(left) for layer, left in about['kept'].items()}) if about.get('kept') else module
 
 
 def classifier_of(module, variables, about: dict) -> Classifier:
@@ -90,7 +103,7 @@ def read_classifier(path: Path, network: str, *, mean, std, width: float = 1.0, 
         variables, about = load_network(path)
         if about['network'] != network:
             raise DvinvError(f'{path} holds a {about["network"]}, but {field} is {network}.')
-        return registry.create(network, about['num_classes'], about['width']), variables, about
+        return module_of(about), variables, about
     image_shape = tuple(image_shape or registry.image_shape(network))
     state = read_state_dict(path)
     num_classes = count_classes(lambda classes: registry.create(network, classes, width), image_shape, state)

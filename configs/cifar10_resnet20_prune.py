@@ -1,0 +1,38 @@
+"""A published CIFAR-10 ResNet-20 loses 37% of its operations (the paper's first point), without data. For a laptop.
+
+    python -m dvinv.main --config configs/cifar10_resnet20_prune.py --workdir runs/cifar10_resnet20_prune \\
+      --config.teacher.weights=resnet20.th --config.verifier.weights=resnet32.th
+
+Weights, test images and the pool are those of configs/cifar10_resnet20.py (`--config.pool=DIR` takes one that is there).
+`:71` takes 71%, the paper's second point. The network is drawn to the whole one's answers and, by hints, to the BatchNorm
+inputs of the channels that are left.
+
+`:smoke` shrinks the run to seconds.
+"""
+
+import runpy
+from pathlib import Path
+
+import ml_collections
+
+from dvinv.configuration import shrink
+
+resnet20 = runpy.run_path(str(Path(__file__).with_name('cifar10_resnet20.py')))['get_config']
+
+
+def get_config(arg: str = '') -> ml_collections.ConfigDict:
+    """The config; `arg` is '', '71' or 'smoke'."""
+    config = resnet20()
+    config.tasks = ('teacher', 'synthesis', 'pruning', 'report')
+    taught = {
+        field: config.distillation[field] for field in ('optimiser', 'weight_decay', 'shift', 'flip', 'clip_norm', 'hint')
+    }
+    config.pruning.update(left=0.63, steps=4, controls=('untuned',), **taught)
+    config.pruning.update(updates=1000, updates_per_step=150, batch_size=16, learning_rate=0.01, warmup=20)
+    if arg == '71':
+        config.pruning.update(left=0.29, steps=8)
+    elif arg == 'smoke':
+        shrink(config)
+    elif arg:
+        raise ValueError(f'This config knows the arguments 71 and smoke, not {arg!r}')
+    return config

@@ -1,0 +1,114 @@
+"""How long a network takes on the device at hand: measured whole, and predicted from a table of its layers at other widths.
+
+The table has, for every convolution and matrix product of the network, the time at a grid of widths; between them it is
+interpolated. Each is timed together with the pass over its result that follows in a network (scale, shift, ReLU), and
+without what a call costs however little it computes, which the whole network pays once.
+"""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.interpolate import RegularGridInterpolator
+
+from dvinv.networks import Classifier
+from dvinv.networks.channels.cost import Cost, Term
+from dvinv.networks.channels.rules import Product, is_depthwise
+from dvinv.networks.channels.units import Channels
+from dvinv.networks.suited import suited_to
+
+SHARES = (0.25, 0.5, 1.0)  # of the channels along an axis: the grid
+
+
+def latency(network: Classifier, batch_size: int, repetitions: int = 15) -> float:
+    """Median seconds of a forward pass of `batch_size` images."""
+    run = jax.jit(suited_to(jax.default_backend(), network.apply_fn))
+    x = jnp.zeros((batch_size, *network.image_shape), jnp.float32)
+    return _median_seconds(run, (jax.device_put(network.variables), x), repetitions)
+
+
+def measure_table(channels: Channels, batch_size: int, progress: Callable[[int, int], None] = lambda done, of: None) -> dict:
+    """Seconds of every layer of a network at the widths of the grid, and of an empty call; plain numbers, fit for JSON."""
+    seen, layers = {}, []
+    for index, product in enumerate(channels.products):
+        widths = [_widths(len(axis)) for axis in product.axes]
+        key = str((product.operation.name, product.operation.params, product.operation.shapes, product.operands))
+        if key not in seen:
+            seen[key] = [_seconds(product, counts, batch_size) for counts in itertools.product(*widths)]
+        layers.append({'layer': product.layer, 'widths': widths, 'seconds': seen[key]})
+        progress(index + 1, len(channels.products))
+    return {
+        'batch_size': batch_size,
+        'call': _median_seconds(jax.jit(lambda x: x + 1), (jnp.zeros(1),), 50),
+        'layers': layers,
+    }
+
+
+def predicted(channels: Channels, table: dict) -> Cost:
+    """Seconds of a forward pass by a table of `measure_table`, as a cost of the units that are left."""
+    terms = [Term((), lambda: table['call'])]
+    for product, row in zip(channels.products, table['layers'], strict=True):
+        terms.append(Term(product.axes, _interpolated(row['widths'], row['seconds'], table['call'])))
+    return Cost(channels.count, tuple(terms))
+
+
+def _widths(count: int) -> list[int]:
+    return sorted({max(1, round(count * share)) for share in SHARES})
+
+
+def _interpolated(widths: list[list[int]], seconds: list[float], call: float) -> Callable[..., np.ndarray]:
+    """(numbers of channels along each axis) -> seconds beyond an empty call; linear between the widths of the grid."""
+    values = np.maximum(np.reshape(seconds, [len(axis) for axis in widths]) - call, 0.0)
+    if not widths:
+        return lambda: float(values)
+    # An axis of one width has no slope.
+    long = [index for index, axis in enumerate(widths) if len(axis) > 1]
+    values = values.reshape([len(widths[index]) for index in long])
+    if not long:
+        return lambda *left: float(values)
+    grid = RegularGridInterpolator([widths[index] for index in long], values, bounds_error=False, fill_value=None)
+
+    def price(*left):
+        points = np.stack(np.broadcast_arrays(*(np.asarray(left[index], float) for index in long)), -1)
+        return np.maximum(grid(points).reshape(points.shape[:-1]), 0.0)
+
+    return price
+
+
+def _seconds(product: Product, counts: tuple[int, ...], batch_size: int) -> float:
+    """Seconds of one layer with so many channels along each of its axes."""
+    operation = product.operation
+    shapes = [
+        [length if axis is None else counts[axis] for length, axis in zip(shape, axes, strict=True)]
+        for shape, axes in zip(operation.shapes, product.operands, strict=True)
+    ]
+    params = dict(operation.params)
+    if operation.name == 'conv_general_dilated':
+        numbers = params['dimension_numbers']
+        shapes[0][numbers.lhs_spec[0]] = batch_size
+        if is_depthwise(operation):
+            params['feature_group_count'] = shapes[0][numbers.lhs_spec[1]]
+    else:
+        shapes[0][0] = batch_size
+
+    def layer(x, kernel, scale):
+        (made,) = operation.call(params, [x, kernel])
+        return jax.nn.relu(made * scale + scale)
+
+    arrays = [jnp.ones(shape, jnp.float32) for shape in shapes]
+    run = jax.jit(suited_to(jax.default_backend(), layer))
+    return _median_seconds(run, (*arrays, jnp.float32(0.5)), 9)
+
+
+def _median_seconds(run: Callable, args: tuple, repetitions: int) -> float:
+    jax.block_until_ready(run(*args))  # compiles
+    times = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        jax.block_until_ready(run(*args))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)

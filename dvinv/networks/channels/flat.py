@@ -1,0 +1,122 @@
+"""A function's program (its jaxpr) as one flat list of operations, with what functions call one another by taken apart."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.extend.core import Literal
+from jax.extend.core.primitives import jit_p, remat_p
+
+# Activations whose derivative at their kinks is a choice of theirs, which taking them apart would lose.
+ACTIVATIONS = {'relu': jax.nn.relu, 'relu6': jax.nn.relu6}
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One operation on arrays.
+
+    Attributes:
+      name: of the primitive, or of an activation.
+      params: what the primitive is called with as keywords.
+      inputs: numbers of the values that it takes; literals as they are.
+      outputs: numbers of those that it makes.
+      shapes, results: of inputs and outputs.
+      where: the modules that it is called in, such as 'CifarResNet/layer1_0/conv1'.
+      call: (params, arrays) -> the list of what it makes.
+    """
+
+    name: str
+    params: dict
+    inputs: tuple
+    outputs: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    results: tuple[tuple[int, ...], ...]
+    where: str
+    call: Callable[[dict, list], list]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Operations in order; `inputs` and `outputs` are numbers of values (an output may be a literal, too).
+
+    `constants` are values that the program brings along.
+    """
+
+    operations: tuple[Operation, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple
+    constants: dict[int, Any]
+
+
+def flat_program(closed) -> Program:
+    """The `Program` of a closed jaxpr. Scans, branches and custom derivatives stay whole."""
+    count = iter(range(10**9))
+    numbers = {v: next(count) for v in [*closed.jaxpr.constvars, *closed.jaxpr.invars]}
+    constants = {numbers[v]: value for v, value in zip(closed.jaxpr.constvars, closed.consts, strict=True)}
+    inputs = tuple(numbers[v] for v in closed.jaxpr.invars)
+    operations = tuple(_operations(closed.jaxpr, numbers, constants, count, ''))
+    return Program(operations, inputs, tuple(_read(v, numbers) for v in closed.jaxpr.outvars), constants)
+
+
+def _operations(jaxpr, numbers: dict, constants: dict, count: Iterator[int], outer: str) -> Iterator[Operation]:
+    for equation in jaxpr.eqns:
+        where = '/'.join(filter(None, (outer, str(equation.source_info.name_stack))))
+        inner = _inner(equation)
+        if inner is None:
+            yield _operation(equation, numbers, count, where)
+            continue
+        body, consts = inner
+        mine = dict(zip(body.invars, (_read(v, numbers) for v in equation.invars), strict=True))
+        for variable, value in zip(body.constvars, consts, strict=True):
+            mine[variable] = next(count)
+            constants[mine[variable]] = value
+        yield from _operations(body, mine, constants, count, where)
+        numbers.update(zip(equation.outvars, (_read(v, mine) for v in body.outvars), strict=True))
+
+
+def _inner(equation):
+    """(jaxpr, its constants) of what an equation merely calls; None where it does something of its own."""
+    primitive, params = equation.primitive, equation.params
+    if primitive is jit_p:
+        return params['jaxpr'].jaxpr, params['jaxpr'].consts
+    if primitive is remat_p:
+        return params['jaxpr'], ()
+    if primitive.name == 'custom_jvp_call' and not _activation(equation):
+        return params['call_jaxpr'].jaxpr, params['call_jaxpr'].consts
+    return None
+
+
+def _activation(equation) -> str | None:
+    """The name of the activation that an equation is, if it is one of JAX's own."""
+    if equation.primitive.name != 'custom_jvp_call':
+        return None
+    about = equation.params['call_jaxpr'].jaxpr.debug_info
+    return about.func_name if about.func_name in ACTIVATIONS and 'jax/_src/nn' in str(about.func_src_info) else None
+
+
+def _operation(equation, numbers: dict, count: Iterator[int], where: str) -> Operation:
+    primitive = equation.primitive
+    inputs = tuple(_read(v, numbers) for v in equation.invars)
+    outputs = tuple(next(count) for _ in equation.outvars)
+    numbers.update(zip(equation.outvars, outputs, strict=True))
+    name = _activation(equation) or primitive.name
+    if name in ACTIVATIONS:
+
+        def call(params: dict, arrays: list) -> list:
+            return [ACTIVATIONS[name](*arrays)]
+
+    else:
+
+        def call(params: dict, arrays: list) -> list:
+            with equation.ctx.manager:
+                made = primitive.bind(*arrays, **primitive.get_bind_params(params))
+            return made if primitive.multiple_results else [made]
+
+    shapes = tuple(tuple(v.aval.shape) for v in equation.invars)
+    results = tuple(tuple(v.aval.shape) for v in equation.outvars)
+    return Operation(name, dict(equation.params), inputs, outputs, shapes, results, where, call)
+
+
+def _read(variable, numbers: dict):
+    return variable if isinstance(variable, Literal) else numbers[variable]

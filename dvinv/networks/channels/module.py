@@ -1,0 +1,49 @@
+"""A pruned network as an ordinary Linen module."""
+
+from collections.abc import Mapping
+
+import flax
+import flax.linen as nn
+import jax
+
+from dvinv.networks.channels.narrow import narrowed
+from dvinv.networks.channels.units import find_channels
+
+
+class Narrow(nn.Module):
+    """`network` with fewer channels: same layers and names of variables, smaller arrays. x [B, H, W, C] -> logits [B, K].
+
+    It can be initialised, applied, trained, saved and listened to (its BatchNorms by `inversion.tap`) as the network itself.
+
+    Raises, when called:
+      DvinvError: `kept` names no layers or channels of this network, or some that can only go together with others.
+    """
+
+    network: nn.Module  # takes x and `train`
+    kept: Mapping[str, tuple[int, ...]]  # {a layer that has lost channels: which of those that it makes are left}
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        network = self.network.clone(parent=None, _deep_clone=True)  # no part of this module, which has its own variables
+        channels = find_channels(network, x.shape[1:])
+        alive = channels.alive(self.kept)
+        if self.is_initializing():
+            whole = network.init(self.make_rng('params'), x, train=train)
+            self._put(channels.sliced(alive, whole))
+            return network.apply(whole, x, train=False)
+        rngs = {name: self.make_rng(name) for name in ('dropout',) if self.has_rng(name)}
+
+        def whole(variables, x, rngs):
+            return network.apply(variables, x, train=train, rngs=rngs, mutable=self.scope.mutable or [])
+
+        variables = flax.core.unfreeze(self.variables)
+        # Shapes of the whole network's, dtypes of ours (a half-precision copy, say).
+        example = jax.tree.map(lambda whole, leaf: jax.ShapeDtypeStruct(whole.shape, leaf.dtype), channels.shapes, variables)
+        logits, changed = narrowed(whole, (example, x, rngs), channels.places(alive))(variables, x, rngs)
+        self._put(changed)
+        return logits
+
+    def _put(self, variables) -> None:
+        for collection, tree in flax.core.unfreeze(variables).items():
+            for name, value in tree.items():
+                self.put_variable(collection, name, value)

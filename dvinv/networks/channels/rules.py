@@ -1,0 +1,314 @@
+"""How channels pass through the operations of a network.
+
+An axis of a value has a label: the atoms (see ties.py) of its places, int [n], or None where it is no axis of channels,
+such as that of the images of a batch or of pixels. A rule takes the labels of an operation's inputs, ties what must go
+together, and gives the labels of its outputs.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from dvinv.networks.channels.flat import Operation, Program
+from dvinv.networks.channels.ties import Pin, Ties
+
+Labels = tuple[np.ndarray | None, ...]  # one an axis
+
+# What computes each place of its result from the same place of its inputs.
+ELEMENTWISE = {
+    *('abs', 'add', 'add_any', 'atan2', 'cbrt', 'ceil', 'clamp', 'cos', 'div', 'erf', 'erf_inv', 'erfc', 'exp', 'exp2'),
+    *('expm1', 'floor', 'integer_pow', 'log', 'log1p', 'logistic', 'max', 'min', 'mul', 'neg', 'nextafter', 'pow', 'relu'),
+    *('relu6', 'rem', 'round', 'rsqrt', 'sign', 'sin', 'sqrt', 'square', 'sub', 'tan', 'tanh'),
+    *('and', 'eq', 'ge', 'gt', 'is_finite', 'le', 'lt', 'ne', 'not', 'or', 'select_n', 'xor'),
+    *('convert_element_type', 'copy', 'reduce_precision', 'stop_gradient'),
+}
+REDUCTIONS = {*('argmax', 'argmin', 'reduce_and', 'reduce_max', 'reduce_min', 'reduce_or', 'reduce_prod', 'reduce_sum')}
+WINDOWS = {*('reduce_window', 'reduce_window_max', 'reduce_window_min', 'reduce_window_sum')}
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A convolution or matrix product, for its cost.
+
+    Attributes:
+      layer: where it is called, without the network's own name.
+      operation: what it does.
+      fixed: the product of the lengths, of all that its multiply-adds run over, that are no channels.
+      axes: the atoms of those that are; for one image there are fixed * len(axes[0]) * ... multiply-adds.
+      operands: of each operand's axes, which of `axes` it is, or None.
+    """
+
+    layer: str
+    operation: Operation
+    fixed: int
+    axes: tuple[np.ndarray, ...]
+    operands: tuple[tuple[int | None, ...], ...]
+
+
+def follow(program: Program, inputs: dict[int, Labels], ties: Ties) -> tuple[dict[int, Labels], list[Product]]:
+    """The labels of all values of a program, by their numbers, from those of its inputs; and its products."""
+    labels, products = dict(inputs), []
+    for operation in program.operations:
+        given = [_labels(value, shape, labels) for value, shape in zip(operation.inputs, operation.shapes, strict=True)]
+        rule = _rule(operation.name)
+        made = rule(operation, given, ties) if any(axis is not None for one in given for axis in one) else None
+        if made is None:
+            made = [(None,) * len(shape) for shape in operation.results]
+        labels.update(zip(operation.outputs, made, strict=True))
+        if operation.name in ('conv_general_dilated', 'dot_general'):
+            products.append(_product(operation, given))
+    return labels, products
+
+
+def _labels(value, shape, labels: dict[int, Labels]) -> Labels:
+    known = labels.get(value) if isinstance(value, int) else None
+    return known or (None,) * len(shape)
+
+
+def _rule(name: str) -> Callable:
+    if name in ELEMENTWISE:
+        return _elementwise
+    if name in REDUCTIONS:
+        return _reduction
+    if name in WINDOWS:
+        return _window
+    return RULES.get(name, _unknown)
+
+
+def _pin(operation: Operation, ties: Ties, *axes) -> None:
+    for atoms in axes:
+        if atoms is not None:
+            ties.pin(atoms, Pin(operation.name, operation.where))
+
+
+def _together(operation: Operation, ties: Ties, first, second) -> None:
+    """Tie two axes that are summed over together; one that meets an axis of no channels must stay as it is."""
+    if first is None or second is None:
+        _pin(operation, ties, first, second)
+    else:
+        ties.tie(first, second)
+
+
+def _unknown(operation: Operation, given: list[Labels], ties: Ties) -> None:
+    for one in given:
+        _pin(operation, ties, *one)
+
+
+def _elementwise(operation: Operation, given: list[Labels], ties: Ties) -> list[Labels]:
+    made = []
+    for axis, length in enumerate(operation.results[0]):
+        # A scalar, or an axis of length 1, meets every place alike.
+        met = [one[axis] for one, shape in zip(given, operation.shapes, strict=True) if shape and shape[axis] == length]
+        met = [atoms for atoms in met if atoms is not None]
+        for other in met[1:]:
+            ties.tie(met[0], other)
+        made.append(met[0] if met else None)
+    return [tuple(made)] * len(operation.results)
+
+
+def _convolution(operation: Operation, given: list[Labels], ties: Ties) -> list[Labels]:
+    (images, kernel), params = given, operation.params
+    numbers, groups = params['dimension_numbers'], params['feature_group_count']
+    batch, channels, *pixels = (images[axis] for axis in numbers.lhs_spec)
+    outputs, inputs, *taps = (kernel[axis] for axis in numbers.rhs_spec)
+    if params['batch_group_count'] > 1:
+        return _unknown(operation, given, ties)
+    _pin(operation, ties, *pixels, *taps)
+    if groups == 1:
+        _together(operation, ties, channels, inputs)
+    else:
+        _grouped(operation, ties, groups, channels, inputs, outputs)
+    made = dict(zip(numbers.out_spec, (batch, outputs, *(None for _ in pixels)), strict=True))
+    return [tuple(made[axis] for axis in range(len(made)))]
+
+
+def is_depthwise(operation: Operation) -> bool:
+    """Whether each group of a convolution is one channel."""
+    kernel = operation.shapes[1]
+    return operation.params['feature_group_count'] > 1 and kernel[operation.params['dimension_numbers'].rhs_spec[1]] == 1
+
+
+def _grouped(operation: Operation, ties: Ties, groups: int, channels, inputs, outputs) -> None:
+    """Depthwise, a channel goes with its group; of larger groups, all lose the same of their channels."""
+    if channels is None or outputs is None:
+        return _pin(operation, ties, channels, inputs, outputs)
+    made = outputs.reshape(groups, -1)
+    if is_depthwise(operation):
+        _pin(operation, ties, inputs)
+        ties.tie(np.repeat(channels, made.shape[1]), outputs)
+        return None
+    taken = channels.reshape(groups, -1)
+    for one in (taken, made):
+        ties.tie(np.tile(one[0], groups - 1), one[1:].ravel())
+    return _together(operation, ties, taken[0], inputs)
+
+
+def _dot(operation: Operation, given: list[Labels], ties: Ties) -> list[Labels]:
+    (contracted, batched), (first, second) = operation.params['dimension_numbers'], given
+    for a, b in zip(*contracted, strict=True):
+        _together(operation, ties, first[a], second[b])
+    for a, b in zip(*batched, strict=True):
+        if first[a] is not None and second[b] is not None:
+            ties.tie(first[a], second[b])
+        else:
+            _pin(operation, ties, first[a], second[b])
+    made = [first[a] for a in batched[0]]
+    for one, taken in ((first, {*contracted[0], *batched[0]}), (second, {*contracted[1], *batched[1]})):
+        made += [atoms for axis, atoms in enumerate(one) if axis not in taken]
+    return [tuple(made)]
+
+
+def _product(operation: Operation, given: list[Labels]) -> Product:
+    """Its multiply-adds run over the places of its result and, for each, over what is summed."""
+    (shape, other), (result,) = operation.shapes, operation.results
+    if operation.name == 'dot_general':
+        contracted, batched = operation.params['dimension_numbers']
+        pairs = {b: a for a, b in (*zip(*contracted, strict=True), *zip(*batched, strict=True))}
+        # (the axis of the first operand or None, that of the second or None, its length)
+        runs = [(None, axis, length) for axis, length in enumerate(other) if axis not in pairs]
+        back = {a: b for b, a in pairs.items()}
+        runs += [(axis, back.get(axis), length) for axis, length in enumerate(shape)]
+    else:
+        numbers = operation.params['dimension_numbers']
+        outputs, inputs, *taps = numbers.rhs_spec
+        channels = numbers.lhs_spec[1]
+        meets = {outputs: channels} if is_depthwise(operation) else {inputs: channels}
+        runs = [(meets.get(axis), axis, other[axis]) for axis in (inputs, outputs, *taps)]
+        runs += [(None, None, result[axis]) for axis in (numbers.out_spec[0], *numbers.out_spec[2:])]
+    fixed, axes, operands = 1, [], [[None] * len(shape), [None] * len(other)]
+    for first, second, length in runs:
+        atoms = given[1][second] if second is not None else given[0][first] if first is not None else None
+        if atoms is None:
+            fixed *= length
+            continue
+        for operand, axis in ((0, first), (1, second)):
+            if axis is not None:
+                operands[operand][axis] = len(axes)
+        axes.append(atoms)
+    layer = operation.where.partition('/')[2] or operation.where
+    return Product(layer, operation, fixed, tuple(axes), tuple(map(tuple, operands)))
+
+
+def _broadcast(operation: Operation, given: list[Labels], ties: Ties) -> list[Labels]:
+    made = [None] * len(operation.results[0])
+    for axis, to in enumerate(operation.params['broadcast_dimensions']):
+        if operation.shapes[0][axis] == operation.results[0][to]:
+            made[to] = given[0][axis]
+    return [tuple(made)]
+
+
+def _reshape(operation: Operation, given: list[Labels], ties: Ties) -> list[Labels]:
+    """Axes that are merged go on together, with one of channels among them; one that is split must stay."""
+    (shape, *_), (result,) = operation.shapes, operation.results
+    made: list = [None] * len(result)
+    for ours, theirs in _blocks(shape, result):
+        labelled = [axis for axis in ours if given[0][axis] is not None]
+        long = [axis for axis in theirs if result[axis] > 1]
+        if len(labelled) == 1 and len(long) == 1:
+            # Every place of the merged axis belongs to the channel that it came from.
+            whole = np.expand_dims(given[0][labelled[0]], [i for i, axis in enumerate(ours) if axis != labelled[0]])
+            made[long[0]] = np.broadcast_to(whole, [shape[axis] for axis in ours]).ravel()
+        else:
+            _pin(operation, ties, *(given[0][axis] for axis in labelled))
+    return [tuple(made)]
+
+
+def _blocks(shape, result):
+    """Pairs of stretches of axes, of as many places each, that one reshaping turns into one another."""
+    ours, theirs, i, j = [], [], 0, 0
+    while i < len(shape) or j < len(result):
+        sizes = math.prod(shape[axis] for axis in ours), math.prod(result[axis] for axis in theirs)
+        if (sizes[0] <= sizes[1] and i < len(shape)) or j == len(result):
+            ours.append(i)
+            i += 1
+        else:
+            theirs.append(j)
+            j += 1
+        sizes = math.prod(shape[axis] for axis in ours), math.prod(result[axis] for axis in theirs)
+        if sizes[0] == sizes[1] and ours and theirs:
+            yield ours, theirs
+            ours, theirs = [], []
+    if ours or theirs:
+        yield ours, theirs
+
+
+def _transpose(operation: Operation, given: list[Labels], ties: Ties) -> list[Labels]:
+    return [tuple(given[0][axis] for axis in operation.params['permutation'])]
+
+
+def _squeeze(operation: Operation, given: list[Labels], ties: Ties) -> list[Labels]:
+    gone = operation.params['dimensions']
+    _pin(operation, ties, *(given[0][axis] for axis in gone))
+    return [tuple(atoms for axis, atoms in enumerate(given[0]) if axis not in gone)]
+
+
+def _reduction(operation: Operation, given: list[Labels], ties: Ties) -> list[Labels]:
+    gone = operation.params['axes']
+    _pin(operation, ties, *(given[0][axis] for axis in gone))  # a mean over channels, say
+    return [tuple(atoms for axis, atoms in enumerate(given[0]) if axis not in gone)] * len(operation.results)
+
+
+def _window(operation: Operation, given: list[Labels], ties: Ties) -> list[Labels]:
+    params, made = operation.params, []
+    for axis, atoms in enumerate(given[0]):
+        alone = params['window_dimensions'][axis] == params['window_strides'][axis] == 1 and not any(params['padding'][axis])
+        if not alone:
+            _pin(operation, ties, atoms)
+        made.append(atoms if alone else None)
+    return [tuple(made)] * len(operation.results)
+
+
+def _concatenate(operation: Operation, given: list[Labels], ties: Ties) -> list[Labels]:
+    along = operation.params['dimension']
+    alike = _elementwise(
+        dataclasses.replace(operation, results=(operation.shapes[0],)),
+        [tuple(None if axis == along else atoms for axis, atoms in enumerate(one)) for one in given],
+        ties,
+    )[0]
+    joined = None
+    if any(one[along] is not None for one in given):
+        parts = [
+            ties.fresh(shape[along]) if one[along] is None else one[along]
+            for one, shape in zip(given, operation.shapes, strict=True)
+        ]
+        joined = np.concatenate(parts)
+    return [tuple(joined if axis == along else atoms for axis, atoms in enumerate(alike))]
+
+
+def _padding(operation: Operation, given: list[Labels], ties: Ties) -> list[Labels]:
+    made = []
+    for atoms, (before, after, between) in zip(given[0], operation.params['padding_config'], strict=True):
+        if atoms is None or before == after == between == 0:
+            made.append(atoms)
+        elif between or min(before, after) < 0:
+            _pin(operation, ties, atoms)
+            made.append(None)
+        else:  # a shortcut that brings no channels where others do: those go with the others
+            made.append(np.concatenate([ties.fresh(before), atoms, ties.fresh(after)]))
+    return [tuple(made)]
+
+
+def _slice(operation: Operation, given: list[Labels], ties: Ties) -> list[Labels]:
+    return [tuple(None if atoms is None else atoms[part] for atoms, part in zip(given[0], parts(operation), strict=True))]
+
+
+def parts(operation: Operation) -> tuple[slice, ...]:
+    """What a `slice` operation takes of each axis."""
+    params = operation.params
+    steps = params['strides'] or (1,) * len(params['start_indices'])
+    return tuple(map(slice, params['start_indices'], params['limit_indices'], steps))
+
+
+RULES = {
+    'conv_general_dilated': _convolution,
+    'dot_general': _dot,
+    'broadcast_in_dim': _broadcast,
+    'reshape': _reshape,
+    'transpose': _transpose,
+    'squeeze': _squeeze,
+    'concatenate': _concatenate,
+    'pad': _padding,
+    'slice': _slice,
+}

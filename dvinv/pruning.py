@@ -1,0 +1,243 @@
+"""The task `pruning`: the teacher loses channels, step by step, and learns on synthesized images to do without them.
+
+The channels that can only go together are units (`networks.channels`). A step measures how much the network would miss each
+(`importance`), removes the least missed until it costs what the step may leave (`removal`), slices them out of the arrays
+and fine-tunes what is left by distillation from the whole teacher (arXiv 1912.08795, section 4.3).
+"""
+
+import dataclasses
+import json
+
+import ml_collections
+import numpy as np
+
+from dvinv.configuration import recipe_of
+from dvinv.data.real import load_real
+from dvinv.distillation import DATA_FREE_CONTROLS, control_pool
+from dvinv.errors import DvinvError
+from dvinv.importance import Importance
+from dvinv.inversion import Teacher
+from dvinv.latency import latency, measure_table, predicted
+from dvinv.networks import Classifier, load_classifier, load_network, save_network
+from dvinv.networks.channels import find_channels
+from dvinv.networks.channels.cost import Cost
+from dvinv.removal import EXACT, Removal, refuse_unreachable, without_lowest
+from dvinv.rounds import Rounds
+from dvinv.runtime.files import write_atomic
+from dvinv.runtime.progress import Progress
+from dvinv.runtime.workdir import Workdir, open_workdir
+from dvinv.student import distillation_loss
+from dvinv.synthesizer import missing_batches, open_pool
+from dvinv.teacher import load, module_of_teacher, read, test_accuracy
+from dvinv.training import Array, Learner, Lesson, learn
+
+ROLE = 4  # see `training.Learner`
+CONTROLS = ('untuned', 'magnitude', 'random', *DATA_FREE_CONTROLS, 'real')
+
+
+def run(config, workdir) -> dict:
+    """Prune by synthesized images, and the controls, then score all on the real test images; returns the figures.
+
+    Real data come in when every data-free network is finished: first for the upper control, then for the scores.
+    """
+    workdir = open_workdir(workdir, config)
+    teacher = load(config, workdir)
+    pool = open_pool(config, workdir, teacher)
+    if not config.pool and (missing := missing_batches(config, pool)):
+        raise DvinvError(f'Batch {missing[0]} is missing from {pool.folder}; run the task synthesis first: it makes it.')
+    pruner, controls = Pruner(config, workdir, teacher), config.pruning.controls
+    images, labels = pool.rows('images'), pool.rows('labels')
+    networks = {'pruned': pruner.prune('pruned', images, labels)}
+    for control in ('untuned', 'magnitude', 'random'):
+        if control in controls:
+            networks[control] = pruner.prune(control, images, labels, control)
+    for control in DATA_FREE_CONTROLS:
+        if control in controls:
+            lesser = control_pool(config, workdir, teacher, control)
+            networks[control] = pruner.prune(f'pruned_by_{control}', lesser.rows('images'), lesser.rows('labels'))
+    data = load_real(config.data)
+    if 'real' in controls:
+        networks['real'] = pruner.prune('pruned_by_real', data.train.images, data.train.labels)
+    whole, pruned = test_accuracy(teacher, data), networks['pruned']
+    scores = [test_accuracy(step.network, data) for step in pruned]
+    write_atomic(
+        workdir.path / 'pruning.json', (json.dumps(pruner.story(pruned, [whole, *scores]), indent=1) + '\n').encode()
+    )
+    return {
+        'test_accuracy': scores[-1],
+        'unpruned_test_accuracy': whole,
+        **{
+            f'{control}_test_accuracy': test_accuracy(networks[control][-1].network, data) if control in networks else None
+            for control in CONTROLS
+        },
+        **pruner.ratios(pruned[-1]),
+        'parameters': pruned[-1].network.parameters,
+        'images': len(labels),
+        'updates': pruner.removal.steps * config.pruning.updates_per_step + config.pruning.updates,
+    }
+
+
+def complete(config, workdir: Workdir) -> bool:
+    """Whether the pruned network of the finished task is still there: a damaged network file is deleted by its owner."""
+    return workdir.network('pruned').exists()
+
+
+def check(config, teacher: Teacher) -> None:
+    """Refuse, before anything is written, what cannot be pruned as asked.
+
+    Args:
+      teacher: with shapes for weights where it is yet to be trained.
+
+    Raises:
+      DvinvError: names the field, its value and the choices.
+    """
+    removal, group = removal_of(config), config.pruning
+    removal.check()
+    if group.updates_per_step < 0:
+        raise DvinvError(f'pruning.updates_per_step is {group.updates_per_step}; it must be at least 0.')
+    for control in group.controls:
+        if control not in CONTROLS:
+            raise DvinvError(f'pruning.controls names {control!r}; choose among {", ".join(CONTROLS)}.')
+    channels = find_channels(
+        module_of_teacher(config, load_real(config.data)), teacher.image_shape, tuple(removal.protected)
+    )
+    if removal.measure in EXACT:
+        refuse_unreachable(channels, EXACT[removal.measure](channels), removal)
+
+
+def removal_of(config) -> Removal:
+    """The `Removal` among the fields of the group `pruning`."""
+    return Removal(**{field.name: config.pruning[field.name] for field in dataclasses.fields(Removal)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruned:
+    """The network after a step, and which of the teacher's units are left in it, bool [units]."""
+
+    network: Classifier
+    alive: np.ndarray
+
+
+class Pruner:
+    """Prunes one teacher, by synthesized and other images; all that are compared lose as much in as many steps."""
+
+    def __init__(self, config, workdir: Workdir, teacher: Teacher):
+        """Measures a table of latencies where the config needs one and the work directory has none yet."""
+        self.removal = removal_of(config)
+        self._config, self._workdir, self._teacher = config, workdir, teacher
+        module, self._variables, self._about = read(config, workdir)
+        self._channels = find_channels(module, teacher.image_shape, tuple(self.removal.protected))
+        self._importance = Importance(module, teacher, self._channels)
+        self._table = self._latencies() if self.removal.needs_latency else None
+
+    def prune(self, name: str, images: Array, labels: Array, control: str = '') -> list[Pruned]:
+        """The network after each step; the last one's file is called `name`.
+
+        Args:
+          images: uint8 [N, H, W, C] to measure on and to learn from; `labels`: int [N].
+          control: 'untuned' (never learns), 'magnitude' or 'random' (removed by these), or '' for none.
+        """
+        removal, alive = self.removal, np.ones(self._channels.count, bool)
+        variables, done = self._variables, []
+        for step in range(1, removal.steps + 1):
+            path = self._workdir.network(name if step == removal.steps else f'{name}_{step}')
+            if not path.exists():
+                alive_then = self._next(alive, variables, images, step, control)
+                kept = self._channels.kept(alive_then)
+                whole = self._channels.restored(alive, variables)
+                learner = self._learner(path.stem, step, kept, self._channels.sliced(alive_then, whole))
+                updates = self._config.pruning.updates if step == removal.steps else 0
+                updates += self._config.pruning.updates_per_step
+                if control == 'untuned' or not updates:
+                    save_network(path, learner.start, learner.about)
+                else:
+                    learn(
+                        self._config, self._workdir, learner, self._lesson(alive_then, updates, len(labels)), images, labels
+                    )
+            variables, about = load_network(path)
+            alive = self._channels.alive(about['kept'])
+            done.append(Pruned(load_classifier(path), alive))
+        return done
+
+    def ratios(self, pruned: Pruned) -> dict[str, float | None]:
+        """What `pruned` costs, as shares of what the teacher does; latencies are measured here and now."""
+        size = self._config.pruning.latency_batch
+        measures = (*EXACT, *(('latency',) if self._table else ()))
+        ratios = {f'{measure}_ratio': self._share(measure, pruned.alive) for measure in measures}
+        return {
+            **ratios,
+            'latency_ratio': latency(pruned.network, size) / latency(self._teacher, size),
+            'predicted_latency_ratio': ratios.get('latency_ratio'),
+        }
+
+    def story(self, steps: list[Pruned], accuracies: list[float | None]) -> dict:
+        """For the report: what the teacher and the network after each step cost and score, and how wide its layers are."""
+        alive = [np.ones(self._channels.count, bool), *(step.alive for step in steps)]
+        rows = [{f'{measure}_ratio': self._share(measure, one) for measure in EXACT} for one in alive]
+        return {
+            'steps': [{**row, 'test_accuracy': score} for row, score in zip(rows, accuracies, strict=True)],
+            'widths': {
+                layer: [len(units), int(self._channels.there(units, alive[-1]).sum())]
+                for layer, units in self._channels.layers.items()
+            },
+        }
+
+    def _share(self, measure: str, alive: np.ndarray) -> float:
+        price = self._price(measure)
+        return price.of(alive) / price.of(np.ones_like(alive))
+
+    def _price(self, measure: str) -> Cost:
+        """What the network costs, by its units that are left."""
+        return EXACT[measure](self._channels) if measure in EXACT else predicted(self._channels, self._table)
+
+    def _next(self, alive, variables: dict, images: Array, step: int, control: str) -> np.ndarray:
+        """The units that are left after a step of those, bool [units], before it."""
+        removal = self.removal
+        method = control if control in ('magnitude', 'random') else removal.importance
+        whole = self._channels.restored(alive, variables)
+        seed = 16 * self._config.seed + ROLE
+        if method == 'taylor':
+            rows = np.random.default_rng((seed, step)).permutation(len(images))
+            size = min(self._config.pruning.batch_size, len(rows))
+            starts = range(0, min(len(rows) - size + 1, size * removal.importance_batches), size)
+            batches = (images[np.sort(rows[start : start + size])] for start in starts)
+            importance = self._importance.taylor(whole, batches, equal=bool(alive.all()))
+        else:
+            importance = self._importance.magnitude(whole) if method == 'magnitude' else self._importance.random(seed + step)
+        scores = removal.scores(importance, self._price(removal.cost) if removal.eta else None, alive)
+        price = self._price(removal.measure)
+        most = removal.target(step) * price.of(np.ones_like(alive))
+        left = without_lowest(self._channels, alive, scores, price, most, removal.least)
+        if price.of(left) > most and step == removal.steps:
+            raise DvinvError(
+                f'pruning.left is {removal.left}, but with {removal.least} channels in every layer '
+                f'{price.of(left) / price.of(np.ones_like(alive)):.3f} of the {removal.measure} are left; ask for more, or '
+                'lower pruning.least.'
+            )
+        return left
+
+    def _learner(self, name: str, step: int, kept: dict, start: dict) -> Learner:
+        network = ml_collections.ConfigDict({field: self._about[field] for field in ('network', 'width')})
+        return Learner('pruning', name, network, self._teacher, ROLE, step, start, kept)
+
+    def _lesson(self, alive: np.ndarray, updates: int, count: int) -> Lesson:
+        group = self._config.pruning
+        recipe = dataclasses.replace(recipe_of(group), updates=updates)
+        left = {
+            layer: np.flatnonzero(self._channels.there(units, alive))
+            for layer in self._teacher.tap.layers
+            if (units := self._channels.axes[f'batch_stats/{layer}/mean'][-1]) is not None
+        }
+        layers = self._teacher.tap.layers if group.hint else ()
+        loss = distillation_loss(self._teacher, group.temperature, group.hint, layers, left)
+        return Lesson(recipe, loss, Rounds(count), self._teacher.variables)
+
+    def _latencies(self) -> dict:
+        """The table of the work directory; a resumed run must remove what an undisturbed one would."""
+        batch_size = self._config.pruning.latency_batch
+        table = self._workdir.read_json('latency.json', None)
+        if table is None:
+            with Progress('pruning: latencies', len(self._channels.products), 0) as progress:
+                table = measure_table(self._channels, batch_size, lambda done, of: progress.update(done))
+            write_atomic(self._workdir.path / 'latency.json', (json.dumps(table) + '\n').encode())
+        return table

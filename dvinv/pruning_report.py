@@ -1,0 +1,55 @@
+"""What the report tells of a pruning: scores, accuracy against cost, and how wide each layer was and is."""
+
+from dvinv.runtime.bars import bars_left
+from dvinv.runtime.charts import line_chart
+from dvinv.runtime.page import Section, Table, Tile, number, percent
+from dvinv.runtime.workdir import Workdir
+
+NAMES = {
+    'test_accuracy': 'Synthesized images',
+    'real_test_accuracy': 'Real training images (upper control)',
+    'prior_only_test_accuracy': 'Images without the feature term',
+    'noise_test_accuracy': 'Noise images',
+    'magnitude_test_accuracy': 'Synthesized images, removed by magnitude',
+    'random_test_accuracy': 'Synthesized images, removed by chance',
+    'untuned_test_accuracy': 'No fine-tuning',
+    'unpruned_test_accuracy': 'The whole network',
+}
+RATIOS = {
+    'flops_ratio': 'FLOPs',
+    'parameters_ratio': 'Parameters',
+    'filters_ratio': 'Filters',
+    'latency_ratio': 'Latency, measured',
+    'predicted_latency_ratio': 'Latency, by the table of layers',
+}
+
+
+def pruning_section(workdir: Workdir, found: dict) -> Section:
+    """The section, from the figures of the task and the file pruning.json."""
+    story = workdir.read_json('pruning.json', {'steps': [], 'widths': {}})
+    scores = Table(
+        ('Pruned and fine-tuned on', 'real test accuracy'),
+        [[name, percent(found[key])] for key, name in NAMES.items() if found[key] is not None],
+        highlight=0,
+        caption=f'As many removals and, but for the untuned, {found["updates"]:,} updates each; the last, never the best.',
+    )
+    costs = Table(
+        ('Pruned over whole', 'share'),
+        [[name, number(found[key])] for key, name in RATIOS.items() if found[key] is not None],
+        caption=f'{found["parameters"]:,} parameters are left.',
+    )
+    known = [step for step in story['steps'] if step['test_accuracy'] is not None]
+    shares, accuracies = ([step[key] for step in known] for key in ('flops_ratio', 'test_accuracy'))
+    charts = [
+        line_chart({'Pruned network': (shares, accuracies)}, 'Accuracy after each step', 'FLOPs left', 'real test accuracy'),
+        bars_left(
+            {layer: tuple(widths) for layer, widths in story['widths'].items()}, 'Channels that layers make', 'channels'
+        ),
+    ]
+    return Section('Pruning', tables=[scores, costs], charts=charts)
+
+
+def pruning_tile(found: dict) -> Tile:
+    """The headline's figure."""
+    accuracy, note = found['test_accuracy'], f'real test accuracy with {percent(found["flops_ratio"], 0)} of the FLOPs'
+    return Tile('Pruned', percent(accuracy), note, accuracy)
