@@ -5,12 +5,13 @@ import math
 
 import ml_collections
 
+from dvinv.continual_settings import Continual
 from dvinv.errors import DvinvError
 from dvinv.inversion import PRESETS, InversionConfig, Stage, Weights
 from dvinv.recipe import Recipe
 from dvinv.rounds import Rounds
 
-TASKS = ('teacher', 'synthesis', 'distillation', 'report')
+TASKS = ('teacher', 'synthesis', 'distillation', 'continual', 'report')
 METHODS = ('deepinversion', 'adaptive', 'prior_only', 'noise')
 
 
@@ -18,7 +19,12 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
     """All fields with their defaults; synthesis as in the preset of this name (see `dvinv.inversion.presets`)."""
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.tasks = TASKS  # run in this order; one alone by --config.tasks="('teacher',)"
+    config.tasks = (
+        'teacher',
+        'synthesis',
+        'distillation',
+        'report',
+    )  # run in this order; one alone by --config.tasks="('teacher',)"
     config.devices = 0  # how many; 0: all. On CPU, this many virtual ones (0: one a core)
     config.bn_stats = 'device'  # 'device': each inverts batches of its own; 'global': one batch is split over all
     config.pool = ''  # path of an existing pool, used instead of synthesizing one
@@ -29,6 +35,7 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
             'path': '',  # of the test images (npz, folders), or of prepared data sets (cifar10, cifar100)
             'train_path': '',  # of the training images (npz, folders); '': none, then nothing may be trained on real ones
             'image_size': 0,  # pixels that images (not TFDS ones) are scaled and cut to; 0: they have one size
+            'classes': (),  # numbers of these alone, the others as if they were not there; (): all
             'validation': False,  # score on a held-out fifth of the training split instead of the test split
         }
     )
@@ -95,6 +102,7 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
             'controls': ('noise', 'prior_only', 'real'),  # students with the same budget, from other images
         }
     )
+    config.continual = ml_collections.ConfigDict({**recipe, **dataclasses.asdict(Continual())})
     config.logging = ml_collections.ConfigDict(
         {
             'every': 50,  # updates of a training a line in metrics.jsonl
@@ -117,8 +125,11 @@ def shrink(config, width: float = 0.25) -> None:
     config.teacher.width, config.verifier.width = width, width
     config.verifiers = ()
     config.student.width = width if config.distillation.hint else width / 2  # hints need layers of one shape
-    for group in (config.teacher.training, config.verifier.training, config.distillation):
+    for group in (config.teacher.training, config.verifier.training, config.distillation, config.continual):
         group.update(updates=20, batch_size=32, warmup=2)
+    if config.continual.steps:
+        config.data.classes = (0, 1, 2, 3)
+        config.continual.steps = ({'classes': (4, 5, 6)}, {'classes': (7, 8, 9)})[: len(config.continual.steps)]
     config.bn_stats = 'device'  # 20 images are not divided by any number of devices
     config.synthesis.update(images=40, batch_size=20, classes=(), precision='float32')
     largest = max(stage.resolution for stage in config.synthesis.stages)

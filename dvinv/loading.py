@@ -6,7 +6,11 @@ from pathlib import Path
 from dvinv.errors import DvinvError
 from dvinv.networks import load_classifier
 
-RESULTS = {'teacher': 'teacher', 'distillation': 'student'}  # task -> the network file that it ends with
+RESULTS = {
+    'teacher': 'teacher',
+    'distillation': 'student',
+    'continual': 'continual',
+}  # task -> the network file that it ends with
 
 
 def load(workdir, task: str) -> tuple[Callable, dict]:

@@ -1,0 +1,35 @@
+"""New digits, old ones never seen again: a network that reads 0 to 4 learns 5 to 9 from their images and from its own memory.
+
+python -m dvinv.main --config configs/digits_continual.py --workdir runs/digits_continual
+"""
+
+import ml_collections
+
+from dvinv.configuration import base_config, shrink
+
+
+def get_config(arg: str = '') -> ml_collections.ConfigDict:
+    """The config; `arg` is '', 'twos' or 'smoke'."""
+    config = base_config('digits')
+    config.tasks = ('teacher', 'continual', 'report')
+    config.teacher.mean, config.teacher.std = (0.3053,), (0.3761,)  # of the training pixels of all digits
+    augmentation = {'shift': 1, 'noise': 0.1}
+    optimiser = {'batch_size': 64, 'weight_decay': 5e-4}
+    config.teacher.training.update(updates=300, learning_rate=5e-3, warmup=30, **optimiser, **augmentation)
+    config.verifier.network = ''
+    config.distillation.controls = ()
+    if arg == 'twos':
+        config.data.classes = (0, 1)
+        config.continual.steps = tuple({'classes': (first, first + 1)} for first in (2, 4, 6, 8))
+    else:
+        config.data.classes = (0, 1, 2, 3, 4)
+        config.continual.steps = ({'classes': (5, 6, 7, 8, 9)},)
+    config.synthesis.update(images=512, batch_size=256)
+    config.continual.update(updates=300, learning_rate=2e-3, warmup=30, **{**optimiser, 'batch_size': 128}, **augmentation)
+    config.continual.controls = ('finetune', 'lwf_mc', 'always_be_dreaming', 'replay', 'joint')
+    config.logging.checkpoint_every = 100
+    if arg == 'smoke':
+        shrink(config)
+    elif arg not in ('', 'twos'):
+        raise ValueError(f'This config knows the arguments twos and smoke, not {arg!r}')
+    return config
