@@ -1,6 +1,8 @@
-"""New digits, old ones never seen again: a network that reads 0 to 4 learns 5 to 9 from their images and from its own memory.
+"""New digits, old ones never seen again: a network that reads 0 to 4 learns 5 to 9, and recalls 0 to 4 from itself.
 
-python -m dvinv.main --config configs/digits_continual.py --workdir runs/digits_continual
+    python -m dvinv.main --config configs/digits_continual.py --workdir runs/digits_continual
+
+TODO
 """
 
 import ml_collections

@@ -19,12 +19,8 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
     """All fields with their defaults; synthesis as in the preset of this name (see `dvinv.inversion.presets`)."""
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.tasks = (
-        'teacher',
-        'synthesis',
-        'distillation',
-        'report',
-    )  # run in this order; one alone by --config.tasks="('teacher',)"
+    # Run in the order of TASKS; one alone by --config.tasks="('teacher',)".
+    config.tasks = ('teacher', 'synthesis', 'distillation', 'report')
     config.devices = 0  # how many; 0: all. On CPU, this many virtual ones (0: one a core)
     config.bn_stats = 'device'  # 'device': each inverts batches of its own; 'global': one batch is split over all
     config.pool = ''  # path of an existing pool, used instead of synthesizing one

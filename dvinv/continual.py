@@ -91,7 +91,7 @@ def _union(splits: list[Split]) -> Split:
 
 
 def learn_jointly(config, workdir: Workdir, steps: list[Step], like: Teacher, first: Teacher) -> Teacher:
-    """The control that sees all real images of all tasks at once, for as many updates as the others in all tasks together."""
+    """The control that sees all real images of all tasks at once, with as many updates as others have in all tasks."""
     path = workdir.network('joint')
     if not path.exists():
         recipe = recipe_of(config.continual)

@@ -42,7 +42,7 @@ def check(config, teacher: Teacher, workdir=None) -> None:
     for value, what in (
         (
             group.factory,
-            f'teacher.factory is {group.factory!r}, whose head dvinv cannot grow; give teacher.network and weights.',
+            f'teacher.factory is {group.factory!r}, but a head is grown by teacher.network and weights; give these.',
         ),
         (config.pool, f'pool is {config.pool!r}, but tasks make pools of their own; leave it out.'),
         (config.synthesis.classes, 'synthesis.classes is set, but tasks make images of all classes so far; leave it out.'),
@@ -82,14 +82,14 @@ def _check_network(config, teacher: Teacher, settings) -> None:
     data = load_real(config.data)
     if data is not None and data.num_classes != teacher.num_classes:
         raise DvinvError(
-            f"The teacher's head has {teacher.num_classes} classes, but data has {data.num_classes}; name the teacher's classes "
-            'by data.classes, what is to be learned by continual.steps, or give teacher.weights of another network.'
+            f"The teacher's head has {teacher.num_classes} classes, but data has {data.num_classes}; name the teacher's "
+            'classes by data.classes, what is to be learned by continual.steps, or give teacher.weights of another network.'
         )
     if 'always_be_dreaming' in (settings.loss, *settings.controls):
         head = head_path(config, teacher)
         kernel = flatten(blank.variables['params'])[f'{head}/kernel']
         if kernel.ndim != 2:
             raise DvinvError(
-                f"The head of {config.teacher.network} ({head}) is no dense layer, which the loss 'always_be_dreaming' needs; "
+                f"The head of {config.teacher.network} ({head}) is no dense layer, as the loss 'always_be_dreaming' wants; "
                 "choose 'deepinversion'."
             )

@@ -25,7 +25,7 @@ from dvinv.training import Lesson
 
 def network_of(config, teacher: Teacher, num_classes: int) -> Teacher:
     """The teacher's network with so many classes; with shapes for weights."""
-    module, group = create(config.teacher.network, num_classes, config.teacher.width), config.teacher
+    module = create(config.teacher.network, num_classes, config.teacher.width)
     shapes = shapes_of(module, teacher.image_shape)
     return from_linen(module, shapes, image_shape=teacher.image_shape, mean=teacher.mean, std=teacher.std)
 

@@ -1,8 +1,8 @@
 """What keeps a network from forgetting old classes while it learns new ones, as losses of arrays.
 
-In every batch the first half is real images of the new classes, the second half images of the old ones: synthesized from the
-network as it was, the *old network*, or real ones for the control `replay`. Logits are [B, K] with the old classes first; the
-old network's are [B, O], O < K. Each function gives named terms, float32 scalars; `total` alone weighs them.
+In every batch the first half is real images of the new classes, the second half images of the old ones: synthesized from
+the network as it was, the *old network*, or real ones for the control `replay`. Logits are [B, K] with the old classes
+first; the old network's are [B, O], O < K. Each function gives named terms, float32 scalars; `total` alone weighs them.
 """
 
 import jax
@@ -15,9 +15,9 @@ def deepinversion_terms(logits, old_logits, labels, temperature: float) -> dict[
 
         KL(p_old(x') || p(x')) + CE(y, p(x)) + KL(p_old(x) || p(x | old classes))
 
-    x' are the old classes' images, x, y the new ones. In the first term p_old is 0 for the new classes, so images of old ones
-    are taught not to be of new ones; in the third p is the softmax over the old classes alone. Divergences are taken at
-    `temperature` T, times T^2.
+    x' are the old classes' images, x, y the new ones. In the first term p_old is 0 for the new classes, so images of old
+    ones are taught not to be of new ones; in the third p is the softmax over the old classes alone. Divergences are taken
+    at `temperature` T, times T^2.
     """
     classes, half = old_logits.shape[-1], len(logits) // 2
     new, old = logits[:half], logits[half:]

@@ -6,11 +6,8 @@ from pathlib import Path
 from dvinv.errors import DvinvError
 from dvinv.networks import load_classifier
 
-RESULTS = {
-    'teacher': 'teacher',
-    'distillation': 'student',
-    'continual': 'continual',
-}  # task -> the network file that it ends with
+# task -> the network file that it ends with
+RESULTS = {'teacher': 'teacher', 'distillation': 'student', 'continual': 'continual'}
 
 
 def load(workdir, task: str) -> tuple[Callable, dict]:

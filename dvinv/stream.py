@@ -89,7 +89,7 @@ def training_images(step: Step) -> Split:
     data = load_real(step.source)
     if data is None or data.train is None:
         raise DvinvError(
-            f'{step.field} has no training images, and a task cannot be learned without; name some by its name and train_path.'
+            f'{step.field} has no training images, and a task is not learned without; name some by name and train_path.'
         )
     return _among_all(data.train, step)
 

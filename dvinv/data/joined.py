@@ -4,7 +4,7 @@ import numpy as np
 
 
 class Joined:
-    """Looks like an array [N + M, ...] to whoever asks for rows by their numbers; `first` [N, ...], then `second` [M, ...]."""
+    """Looks like an array [N + M, ...] to whoever asks for rows by number: `first` [N, ...], then `second` [M, ...]."""
 
     def __init__(self, first, second):
         """Arrays, or `Rows`, of one shape but for their lengths."""

@@ -11,7 +11,7 @@ from dvinv.networks.registry import shapes_of
 
 
 def head_of(build: Callable[[int], nn.Module], image_shape) -> str:
-    """The path of the head, 'Dense_1' for instance: the layer that changes its shape with `num_classes` in `build(num_classes)`.
+    """The path of the head, 'Dense_1' for instance: the layer whose shape follows `num_classes` in `build(num_classes)`.
 
     Args:
       image_shape: H, W, C.
@@ -30,10 +30,12 @@ def grown(variables, smaller) -> dict:
       DvinvError: they differ in more than the number of classes. Names what does not fit.
     """
     new, old = flatten(variables), flatten(smaller)
-    wrong = [path for path in {*new, *old} if not _fits(new.get(path), old.get(path))]
-    if wrong:
+    wrong = {path for path in {*new, *old} if not _fits(new.get(path), old.get(path))}
+    growing = {path for path in {*new} - wrong if new[path].shape != old[path].shape}
+    if wrong or len({path.rpartition('/')[0] for path in growing}) > 1:
         raise DvinvError(
-            f'A network cannot go on from one that is built otherwise: {listed(sorted(wrong))} differ. Is it another width?'
+            f'A network cannot go on from one that is built otherwise: {listed(sorted(wrong | growing), 3)} differ. Is it '
+            'another width?'
         )
     return unflatten({path: _beginning(np.array(leaf), np.asarray(old[path])) for path, leaf in new.items()})
 
