@@ -255,6 +255,18 @@ def test_killed_and_without_old_images_it_ends_with_the_same_bits(undisturbed, t
     assert run_for(0)['continual']['tasks'] == 3  # what is finished wants no images
 
 
+def test_the_report_shows_what_each_task_left_of_the_others(undisturbed, data):
+    workdir, results = undisturbed
+    pipeline.run(config_of(data, tasks=('report',)), workdir)
+    page = (workdir / 'report.html').read_text()
+    cells = re.findall(r'<title>(after task \d, task \d): ([\d.]+)%</title>', page)
+    matrix = results['continual']['accuracy_matrix']['continual']
+    expected = [(row, column, share) for row, shares in enumerate(matrix) for column, share in enumerate(shares)]
+    assert cells == [(f'after task {row}, task {column}', f'{100 * share:.1f}') for row, column, share in expected]
+    assert 'In 3 tasks a network learned ever more classes' in page
+    assert page.count('Synthesized before task') == 2 * 2  # a picture a task, and its alternative text
+
+
 # What is refused
 
 
