@@ -32,10 +32,10 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     if arg == 'digits':
         config.teacher.network = 'resnet20'
         config.continual.steps = ({'name': 'digits', 'image_size': 32},)
-        config.synthesis.update(images=2560, batch_size=256)
-        config.continual.update(updates=600, batch_size=64, learning_rate=0.01, warmup=50, clip_norm=10.0, **sgd)
+        config.synthesis.update(images=1024, batch_size=256)
+        config.continual.update(updates=300, batch_size=32, learning_rate=0.005, warmup=30, clip_norm=10.0, **sgd)
         config.continual.update(flip=False, shift=2, controls=('finetune', 'lwf_mc'))
-        config.logging.update(every=50, checkpoint_every=200)
+        config.logging.update(every=20, checkpoint_every=100)
         return config
     config.teacher.network = 'resnet32'
     config.teacher.training.update(updates=40_000, learning_rate=0.1, warmup=1000, **sgd)

@@ -2,10 +2,10 @@
 
     python -m dvinv.main --config configs/digits_continual.py --workdir runs/digits_continual
 
-A residual network is trained on the real images of five digits. Then 512 images of them are synthesized from it alone, and it
-learns the other five from their real images and from these, 150 updates. Beside it: the other loss, fine-tuning and LwF.MC on new
-images alone, replay of real images, joint training. `:twos` begins with 0 and 1 and learns two digits a task, in four more tasks.
-Settings were chosen on a validation part of the training split (`--config.data.validation=True`).
+A residual network is trained on the real images of five digits. Then 512 images of them are synthesized from it alone, and
+it learns the other five from their real images and from these, 150 updates. Beside it: the other loss, fine-tuning and
+LwF.MC on new images alone, replay of real images, joint training. `:twos` begins with 0 and 1 and learns two digits a task,
+in four more tasks. Settings were chosen on a validation part of the training split (`--config.data.validation=True`).
 
 TODO
 """

@@ -55,7 +55,12 @@ def check(config, teacher: Teacher, workdir=None) -> None:
             raise DvinvError(what)
     _check_network(config, teacher, settings)
     steps = steps_of(config, teacher)
-    old_images = {'replay', 'joint'} & {*settings.controls}
+    old_images = sorted({'replay', 'joint'} & {*settings.controls})
+    if old_images and steps[0].source.name and load_real(steps[0].source).train is None:
+        raise DvinvError(
+            f'continual.controls names {old_images[0]}, which wants real images of the old classes, but there are none; '
+            'leave it out, or name some by data.train_path.'
+        )
     for number, step in enumerate(steps):
         test_images(step)
         if workdir and number and all(_is_there(workdir, name) for name in names_of_networks(config, number)):

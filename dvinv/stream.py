@@ -15,7 +15,8 @@ from dvinv.data.real import load_real
 from dvinv.errors import DvinvError, listed
 from dvinv.networks import Classifier
 
-OF_A_DATA_SET = ('name', 'path', 'train_path', 'image_size')
+# The fields of a task, and their types.
+FIELDS = {'name': str, 'path': str, 'train_path': str, 'image_size': int, 'classes': (tuple, list)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +45,11 @@ def sources_of(config) -> dict[str, Source]:
                 f"{field} is {step!r}; it must be a dict of fields of data, {{'classes': (5, 6)}} for instance."
             )
         step = dict(step)
-        if unknown := sorted({*step} - {*OF_A_DATA_SET, 'classes'}):
-            raise DvinvError(f'{field} has the field {unknown[0]!r}; choose among {", ".join((*OF_A_DATA_SET, "classes"))}.')
+        for name, value in step.items():
+            if name not in FIELDS:
+                raise DvinvError(f'{field} has the field {name!r}; choose among {", ".join(FIELDS)}.')
+            if not isinstance(value, FIELDS[name]):
+                raise DvinvError(f'The field {name!r} of {field} is {value!r}; it must be like that of the group data.')
         # Another data set has nothing of the first; the same one has all but its classes.
         other = Source(**step) if 'name' in step else dataclasses.replace(base, **{'classes': (), **step})
         sources[field] = dataclasses.replace(other, classes=tuple(other.classes), validation=base.validation)

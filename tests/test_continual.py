@@ -282,6 +282,7 @@ def test_the_report_shows_what_each_task_left_of_the_others(undisturbed, data):
         ({'continual__steps': ({},)}, ['overlap', 'all classes of one data set']),
         ({'continual__steps': ({'classes': (4, 12)},)}, ['(4, 12)', '0 to 9']),
         ({'continual__steps': ({'class': 4},)}, ["continual.steps[0] has the field 'class'", 'classes']),
+        ({'continual__steps': ({'classes': 4},)}, ["field 'classes' of continual.steps[0] is 4", 'like that']),
         ({'continual__steps': (4,)}, ['continual.steps[0] is 4', 'must be a dict']),
         (
             {'continual__steps': ({'name': 'npz', 'path': '{}/test1.npz'},)},
@@ -298,6 +299,10 @@ def test_the_report_shows_what_each_task_left_of_the_others(undisturbed, data):
         ({'teacher__factory': 'factories:own', 'data__classes': ()}, ["factory is 'factories:own'", 'network and weights']),
         ({'continual__loss': 'ewc'}, ["continual.loss is 'ewc'", 'deepinversion, always_be_dreaming']),
         ({'continual__controls': ('deepinversion',)}, ["controls names 'deepinversion'", 'finetune, lwf_mc']),
+        (
+            {'data__name': 'npz', 'data__path': '{}/four.npz', 'data__classes': ()},
+            ['controls names joint', 'no'],
+        ),
         ({'continual__batch_size': 7}, ['continual.batch_size is 7', 'a multiple of 2']),
         ({'continual__features': -1.0}, ['continual.features is -1.0', 'at least 0']),
         ({'continual__temperature': 0.0}, ['continual.temperature is 0.0', 'above 0']),
@@ -309,11 +314,13 @@ def test_the_report_shows_what_each_task_left_of_the_others(undisturbed, data):
 def test_what_cannot_be_learned_is_refused_before_anything_is_written(tmp_path, changes, words):
     config = runpy.run_path(str(ROOT / 'configs' / 'digits_continual.py'))['get_config']('smoke')
     np.savez(tmp_path / 'gap.npz', x=np.zeros((2, 8, 8, 1), np.uint8), y=[0, 2])
+    np.savez(tmp_path / 'four.npz', x=np.zeros((4, 8, 8, 1), np.uint8), y=range(4))
     np.savez(tmp_path / 'large.npz', x=np.zeros((1, 9, 9, 1), np.uint8), y=[0])
     np.savez(tmp_path / 'test1.npz', x=np.zeros((2, 8, 8, 1), np.uint8), y=[0, 0])
     config.teacher.update(network='small_convnet', width=0.125)
     config.teacher.weights = saved(tmp_path / 'teacher.safetensors', num_classes=4, image_shape=(8, 8, 1))
     config.update_from_flattened_dict({name.replace('__', '.'): value for name, value in changes.items()})
+    config.data.path = config.data.path.format(tmp_path)
     config.continual.steps = tuple(
         {name: value.format(tmp_path) if isinstance(value, str) else value for name, value in step.items()}
         if isinstance(step, dict)
