@@ -24,7 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
-FOLDERS = ('pool', 'controls', 'networks', 'samples')
+FOLDERS = ('pool', 'pools', 'controls', 'networks', 'samples')
 NAMES = {signal.SIGKILL: 'killed', signal.SIGTERM: 'terminated'}
 
 

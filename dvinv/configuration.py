@@ -5,13 +5,14 @@ import math
 
 import ml_collections
 
+from dvinv.continual_settings import Continual
 from dvinv.errors import DvinvError
 from dvinv.inversion import PRESETS, InversionConfig, Stage, Weights
 from dvinv.recipe import Recipe
 from dvinv.removal import Removal
 from dvinv.rounds import Rounds
 
-TASKS = ('teacher', 'synthesis', 'distillation', 'pruning', 'report')
+TASKS = ('teacher', 'synthesis', 'distillation', 'pruning', 'continual', 'report')
 METHODS = ('deepinversion', 'adaptive', 'prior_only', 'noise')
 
 
@@ -31,6 +32,7 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
             'path': '',  # of the test images (npz, folders), or of prepared data sets (cifar10, cifar100)
             'train_path': '',  # of the training images (npz, folders); '': none, then nothing may be trained on real ones
             'image_size': 0,  # pixels that images (not TFDS ones) are scaled and cut to; 0: they have one size
+            'classes': (),  # numbers of these alone, the others as if they were not there; (): all
             'validation': False,  # score on a held-out fifth of the training split instead of the test split
         }
     )
@@ -108,6 +110,7 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
             'controls': ('untuned', 'random', 'real'),  # beside it: see dvinv.pruning.CONTROLS
         }
     )
+    config.continual = ml_collections.ConfigDict({**recipe, **dataclasses.asdict(Continual())})
     config.logging = ml_collections.ConfigDict(
         {
             'every': 50,  # updates of a training a line in metrics.jsonl
@@ -130,9 +133,13 @@ def shrink(config, width: float = 0.25) -> None:
     config.teacher.width, config.verifier.width = width, width
     config.verifiers = ()
     config.student.width = width if config.distillation.hint else width / 2  # hints need layers of one shape
-    for group in (config.teacher.training, config.verifier.training, config.distillation, config.pruning):
+    trainings = (config.teacher.training, config.verifier.training)
+    for group in (*trainings, config.distillation, config.pruning, config.continual):
         group.update(updates=20, batch_size=32, warmup=2)
     config.pruning.update(steps=2, updates_per_step=10, importance_batches=2, latency_batch=2)
+    if config.continual.steps:
+        config.data.classes = (0, 1, 2, 3)
+        config.continual.steps = ({'classes': (4, 5, 6)}, {'classes': (7, 8, 9)})[: len(config.continual.steps)]
     config.bn_stats = 'device'  # 20 images are not divided by any number of devices
     config.synthesis.update(images=40, batch_size=20, classes=(), precision='float32')
     largest = max(stage.resolution for stage in config.synthesis.stages)

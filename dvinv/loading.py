@@ -7,7 +7,7 @@ from dvinv.errors import DvinvError
 from dvinv.networks import load_classifier
 
 # task -> the network file that it ends with
-RESULTS = {'teacher': 'teacher', 'distillation': 'student', 'pruning': 'pruned'}
+RESULTS = {'teacher': 'teacher', 'distillation': 'student', 'pruning': 'pruned', 'continual': 'continual'}
 
 
 def load(workdir, task: str) -> tuple[Callable, dict]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dvinv import configuration, distillation, pruning, report, synthesis, teacher, worker
+from dvinv import configuration, continual, continual_check, distillation, pruning, report, synthesis, teacher, worker
 from dvinv.configuration import TASKS
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
@@ -21,12 +21,16 @@ DRIVERS = {
     'synthesis': synthesis,
     'distillation': distillation,
     'pruning': pruning,
+    'continual': continual,
     'report': report,
 }
 
 
-def check(config, processes: Processes = ALONE) -> Teacher:
+def check(config, processes: Processes = ALONE, workdir=None) -> Teacher:
     """Refuse what cannot be run, in a sentence, before a work directory is made or touched.
+
+    Args:
+      workdir: the path of one where some of it may be done already.
 
     Returns:
       The teacher, with shapes for weights where it is yet to be trained.
@@ -75,6 +79,8 @@ def check(config, processes: Processes = ALONE) -> Teacher:
     hinted_layers(config, to_invert)
     if 'pruning' in config.tasks:
         pruning.check(config, to_invert)
+    if 'continual' in config.tasks:
+        continual_check.check(config, to_invert, workdir)
     return to_invert
 
 
@@ -88,7 +94,7 @@ def run(config, workdir, processes: Processes = ALONE) -> dict:
       DvinvError: a user's mistake or a full disk, in a sentence. What was finished stays.
       SystemExit: SIGTERM came (where `preemption.install` was called). What was under way is saved.
     """
-    check(config, processes)
+    check(config, processes, workdir)
     with contextlib.closing(open_workdir(workdir, config, processes)) as workdir:
         try:
             if not processes.leader:

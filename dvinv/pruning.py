@@ -31,7 +31,7 @@ from dvinv.synthesizer import missing_batches, open_pool
 from dvinv.teacher import load, module_of_teacher, read, test_accuracy
 from dvinv.training import Array, Learner, Lesson, learn
 
-ROLE = 4  # see `training.Learner`
+ROLE = 5  # see `training.Learner`
 CONTROLS = ('untuned', 'magnitude', 'random', *DATA_FREE_CONTROLS, 'real')
 
 

@@ -4,6 +4,7 @@ import json
 from statistics import fmean
 
 from dvinv.configuration import TASKS
+from dvinv.continual_report import continual_section, continual_tiles
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
 from dvinv.inversion import Teacher
@@ -62,6 +63,9 @@ def run(config, workdir) -> None:
         sections.append(_distillation(config, results, lines))
     if 'pruning' in results:
         sections.append(pruning_section(workdir, results['pruning']))
+    if 'continual' in results:
+        sections.append(continual_section(config, workdir, results['continual']))
+        summary = _summary_of_tasks(results['continual'], summary if 'synthesis' in results else '')
     if 'teacher' in results:
         sections.append(_networks(results))
     text = json.dumps(plain(config), indent=1, sort_keys=True)
@@ -87,8 +91,18 @@ def _summary(results: dict, name: str, how: str) -> str:
     )
 
 
+def _summary_of_tasks(found: dict, before: str) -> str:
+    return (
+        f'{before}\n\nIn {found["tasks"]} tasks a network learned ever more classes, and saw no real image of an old one '
+        f'again: what it was to remember it recalled itself. It reads {percent(found["test_accuracy"])} of the real test '
+        f'images of all classes right; after fine-tuning alone it would be {percent(found["finetune_test_accuracy"])}, with '
+        f'real images of the old classes {percent(found["replay_test_accuracy"])}.'
+    )
+
+
 def _tiles(results: dict) -> list[Tile]:
     tiles = [pruning_tile(results['pruning'])] if 'pruning' in results else []
+    tiles += continual_tiles(results['continual']) if 'continual' in results else []
     if taught := results.get('distillation'):
         tiles.append(Tile('Student', percent(taught['test_accuracy']), 'real test accuracy', taught['test_accuracy']))
     if teacher := results.get('teacher'):

@@ -21,6 +21,10 @@ class Rounds:
         """The round that an update belongs to."""
         return min(update // self.updates, self.count - 1)
 
+    def come_by(self, update: int) -> int:
+        """How many images have come when an update is made."""
+        return (self.of(update) + 1) * self.images
+
     def first_update(self, round_number: int) -> int:
         """The update before which the images of a round are made."""
         return round_number * self.updates
@@ -47,6 +51,6 @@ def chosen_images(seed: int, update: int, batch_size: int, rounds: Rounds) -> np
     return np.concatenate(chosen).astype(np.int32)
 
 
-@functools.lru_cache(maxsize=2)  # an epoch's end and the next one's start
+@functools.lru_cache(maxsize=4)  # an epoch's end and the next one's start, of two sets of images
 def _shuffled(count: int, *seeds: int) -> np.ndarray:
     return np.random.default_rng(seeds).permutation(count)

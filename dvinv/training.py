@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 from dvinv.data.rows import Rows
 from dvinv.errors import DvinvError
 from dvinv.inversion.tap import features_in_training
-from dvinv.networks import Classifier, initialise, load_classifier, module_of, save_network
+from dvinv.networks import Classifier, initialise, load_classifier, module_of, save_network, shapes_of
+from dvinv.networks.head import grown
 from dvinv.recipe import Recipe
 from dvinv.rounds import Rounds, chosen_images
 from dvinv.runtime import preemption
@@ -61,12 +62,31 @@ class Lesson:
         are the network's BatchNorm inputs (see `inversion.tap.features_in_training`).
       rounds: when its images come.
       frozen: variables that `loss_fn` needs beside, those of a teacher for instance.
+      beside: when a second set of images comes, which follow the first ones; the second half of every batch is of them.
+      head: path of a layer that is heard too, see `inversion.tap.features_in_training`.
     """
 
     recipe: Recipe
     loss_fn: Callable
     rounds: Rounds
     frozen: dict | None = None
+    beside: Rounds | None = None
+    head: str = ''
+
+    def rows(self, seed: int, update: int) -> np.ndarray:
+        """Which images make up the batch of an update, int32 [B]."""
+        size = self.recipe.batch_size
+        if self.beside is None:
+            return chosen_images(seed, update, size, self.rounds)
+        first = chosen_images(seed, update, size // 2, self.rounds)
+        second = chosen_images(2**32 + seed, update, size // 2, self.beside)  # not in step with the first, if as many
+        return np.concatenate([first, self.rounds.images * self.rounds.count + second])
+
+    def come_by(self, update: int) -> int:
+        """How many images there must be for this update."""
+        if self.beside is None:
+            return self.rounds.come_by(update)
+        return self.rounds.images * self.rounds.count + self.beside.come_by(update)
 
 
 def initial_state(recipe: Recipe, variables: dict) -> TrainState:
@@ -75,11 +95,20 @@ def initial_state(recipe: Recipe, variables: dict) -> TrainState:
     return TrainState(variables['params'], variables.get('batch_stats', {}), optimiser_state, np.zeros((), np.int32))
 
 
-def make_update(module, recipe: Recipe, loss_fn: Callable, classifier: Classifier):
+def _first_variables(module, key: jax.Array, image_shape, start: dict | None) -> dict:
+    """Those of `start` as far as they go, the others at random."""
+    if start is None:
+        return initialise(module, key, image_shape)
+    if jax.tree.map(np.shape, start) == jax.tree.map(np.shape, shapes_of(module, image_shape)):
+        return start
+    return grown(jax.device_get(initialise(module, key, image_shape)), start)
+
+
+def make_update(module, recipe: Recipe, loss_fn: Callable, classifier: Classifier, head: str = ''):
     """The pure update `(state, images, labels, frozen, key) -> (state, loss)`, for images uint8 [B, H, W, C], labels [B].
 
     Args:
-      loss_fn: see `Lesson`; `frozen` is handed to it.
+      loss_fn, head: see `Lesson`; `frozen` is handed to the loss.
       classifier: tells how pixels are normalised.
     """
     optimizer = recipe.optimizer()
@@ -90,7 +119,7 @@ def make_update(module, recipe: Recipe, loss_fn: Callable, classifier: Classifie
 
         def loss_of(params):
             variables = {'params': params, 'batch_stats': state.batch_stats}
-            logits, features, batch_stats = features_in_training(module, variables, x, {'dropout': dropout_key})
+            logits, features, batch_stats = features_in_training(module, variables, x, {'dropout': dropout_key}, head)
             return loss_fn(logits, features, x, labels, frozen), batch_stats
 
         (loss, batch_stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
@@ -135,7 +164,7 @@ class Training:
         logging,
         start: dict | None = None,
     ):
-        """From the last checkpoint, or from the beginning.
+        """From random weights, from given ones, or from the last checkpoint.
 
         Args:
           module: the Linen module; takes x and `train`.
@@ -143,7 +172,7 @@ class Training:
           mesh: batches are split over it; BatchNorm sees the whole batch.
           task, series: what its metrics and checkpoints go by in `workdir`.
           logging: `every` so many updates a line of metrics, `checkpoint_every` so many a checkpoint.
-          start: the variables that it begins with; random ones when None.
+          start: variables to go on from, of a network with as many classes or fewer (see `networks.head.grown`).
 
         Raises:
           DvinvError: a batch that the devices do not divide, or a damaged checkpoint.
@@ -154,16 +183,14 @@ class Training:
         self._workdir, self._task, self._series = workdir, task, series
         everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
         self._update = jax.jit(
-            make_update(module, recipe, lesson.loss_fn, like),
+            make_update(module, recipe, lesson.loss_fn, like, lesson.head),
             donate_argnums=0,
             in_shardings=(everywhere, split, split, everywhere, everywhere),
         )
         self._reestimate = jax.jit(make_reestimate(module, recipe, like), in_shardings=(everywhere, split, everywhere))
         self._checkpoints = Checkpoints(workdir.path / 'checkpoints' / series)
         key = jax.random.key(seed)
-        if start is None:
-            start = initialise(module, jax.random.fold_in(key, 0), like.image_shape)
-        state = initial_state(recipe, start)
+        state = initial_state(recipe, _first_variables(module, jax.random.fold_in(key, 0), like.image_shape, start))
         self.step, state = self._checkpoints.restore(state) or (0, state)
         self._losses = self._checkpoints.notes().get('losses', [])  # since the last line of metrics
         workdir.metrics.cut(task, series, self.step)
@@ -196,10 +223,10 @@ class Training:
           ValueError: images that should have come by then are not there.
           SystemExit: SIGTERM came; a checkpoint was kept.
         """
-        recipe, rounds = self._lesson.recipe, self._lesson.rounds
+        recipe = self._lesson.recipe
         losses, self._losses = self._losses, []
         saved = self.step
-        expected = (rounds.of(max(until - 1, 0)) + 1) * rounds.images
+        expected = self._lesson.come_by(max(until - 1, 0))
         if len(images) < expected:
             raise ValueError(f'by update {until} there should be {expected} images, not {len(images)}')
         while self.step < until:
@@ -208,7 +235,7 @@ class Training:
                     notes = {'losses': [float(loss) for loss in jax.device_get(losses)]}
                     self._checkpoints.save(self.step, jax.device_get(self._state), notes)
                 preemption.leave_if_asked()
-            rows = chosen_images(self._seed, self.step, recipe.batch_size, rounds)
+            rows = self._lesson.rows(self._seed, self.step)
             self._state, loss = self._update(self._state, images[rows], labels[rows], self._frozen, self._key)
             losses.append(loss)
             self.step += 1
@@ -232,7 +259,7 @@ class Training:
         self.advance(images, labels, recipe.updates)
         for step in range(recipe.updates, recipe.updates + recipe.reestimate):
             preemption.leave_if_asked()
-            rows = chosen_images(self._seed, step, recipe.batch_size, self._lesson.rounds)
+            rows = self._lesson.rows(self._seed, step)
             self._state = self._reestimate(self._state, images[rows], self._key)
         variables = self.variables
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables)):  # by the last update, which no loss saw
@@ -253,7 +280,7 @@ class Learner:
       like: a classifier of the same image shape, classes, mean and std.
       role: makes a seed of its own of the run's; students that are compared share it, and so their start and shuffles.
       part: of a network that learns in several trainings, which one this is; each shuffles anew.
-      start: the variables that it begins with; random ones when None.
+      start: variables that it goes on from (see `Training`); None: random ones.
       kept: the channels that are left of a pruned network (see `networks.channels.Narrow`).
     """
 

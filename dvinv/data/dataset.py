@@ -16,6 +16,7 @@ class Source:
     path: str = ''  # the images that are scored
     train_path: str = ''
     image_size: int = 0  # 0: as they are
+    classes: tuple[int, ...] = ()  # these alone, renumbered from 0 in this order; (): all
     validation: bool = False  # score on a held-out fifth of the training split instead
 
 
@@ -25,6 +26,12 @@ class Split:
 
     images: np.ndarray
     labels: np.ndarray
+
+    def of_classes(self, classes: tuple[int, ...]) -> 'Split':
+        """The images of these classes alone, in their old order; labels are positions in `classes`."""
+        chosen = self.labels[:, None] == np.asarray(classes)
+        kept = chosen.any(1)
+        return Split(self.images[kept], chosen[kept].argmax(1).astype(np.int32))
 
     def divided(self, held_out: int | float) -> tuple['Split', 'Split']:
         """Two parts with the same share of every class; `held_out`: the second's number of images, or its share.

@@ -27,11 +27,36 @@ def load_real(group) -> RealData | None:
       DvinvError: no data set has this name or takes these fields, or what it names cannot be read.
     """
     source = Source(**{field.name: getattr(group, field.name) for field in dataclasses.fields(Source)})
-    return _load(source) if source.name else None
+    return _load(dataclasses.replace(source, classes=tuple(source.classes))) if source.name else None
 
 
 @functools.lru_cache(maxsize=1)  # the tasks of a run ask for the same; two large data sets may not fit into memory
 def _load(source: Source) -> RealData:
+    data = _read(dataclasses.replace(source, classes=(), validation=False))
+    if source.classes:
+        data = _of_classes(data, source.classes)
+    if not source.validation:
+        return data
+    if not data.train:
+        raise DvinvError('data.validation holds out a fifth of the training images, but data.train_path names none.')
+    return RealData(*data.train.divided(0.2), data.num_classes)
+
+
+def _of_classes(data: RealData, classes: tuple[int, ...]) -> RealData:
+    known = {*range(data.num_classes)}
+    if len({*classes}) < len(classes) or not {*classes} <= known:
+        raise DvinvError(
+            f'The classes are to be {classes}; name different ones of the {data.num_classes} that the data set has, 0 to '
+            f'{data.num_classes - 1}.'
+        )
+    train, test = (split and split.of_classes(classes) for split in (data.train, data.test))
+    if not len(test.labels):
+        raise DvinvError(f'Of the classes {classes} there is no image to score on; name others.')
+    return RealData(train, test, len(classes))
+
+
+@functools.lru_cache(maxsize=1)  # before classes are chosen: a data set that comes in tasks is read once
+def _read(source: Source) -> RealData:
     if source.name not in DATA_SETS:
         raise DvinvError(f'There is no data set {source.name!r}; choose one of {", ".join(sorted(DATA_SETS))}.')
     reader, fields = DATA_SETS[source.name]
@@ -47,8 +72,4 @@ def _load(source: Source) -> RealData:
     if data.train and data.train.images.shape[1:] != data.image_shape:
         ours, theirs = ('x'.join(map(str, shape)) for shape in (data.train.images.shape[1:], data.image_shape))
         raise DvinvError(f'Training images are {ours} (height x width x channels), but the images to score on {theirs}.')
-    if not source.validation:
-        return data
-    if not data.train:
-        raise DvinvError('data.validation holds out a fifth of the training images, but data.train_path names none.')
-    return RealData(*data.train.divided(0.2), data.num_classes)
+    return data

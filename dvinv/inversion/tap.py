@@ -206,16 +206,35 @@ class LinenTap(Tap):
         return logits, _heard(sown, self._way)
 
 
-def features_in_training(module: nn.Module, variables, x, rngs: dict):
+def features_in_training(module: nn.Module, variables, x, rngs: dict, head: str = ''):
     """A forward pass in train mode: (logits [B, K], features as of `Tap.features`, the new running statistics).
 
     Args:
       module: takes x and `train`.
       rngs: {'dropout': key}.
+      head: path of a layer, 'Dense_1' for instance, that is heard beside the BatchNorm layers: features[head] is one pair,
+        what it is called with, and what it answers to that, detached (gradients reach its weights and nothing before it).
     """
-    with LISTENING(whole_input), _sowing(PRIVATE, Counter(), whole_input):
+    with LISTENING((whole_input, head)), _sowing(PRIVATE, Counter(), whole_input), _hearing_head(head):
         logits, changed = module.apply(variables, x, train=True, mutable=[STATISTICS, PRIVATE], rngs=rngs)
     return logits, _heard(changed, PRIVATE), changed.get(STATISTICS, {})
+
+
+@contextlib.contextmanager
+def _hearing_head(path: str):
+    """While open, the layer at `path` sows (its input, its answer to the detached input)."""
+
+    def intercept(call, args, kwargs, context):
+        module = context.module
+        if context.method_name != '__call__' or '/'.join(module.path) != path:
+            return call(*args, **kwargs)
+        x = input_of(args, kwargs)
+        answers, detached = jnp.split(call(jnp.concatenate([x, jax.lax.stop_gradient(x)])), 2)  # Flax allows one call
+        module.sow(PRIVATE, SOWN, (x, detached))
+        return answers
+
+    with nn.intercept_methods(intercept) if path else contextlib.nullcontext():
+        yield
 
 
 def _heard(sown, collection: str) -> dict:

@@ -1,0 +1,103 @@
+"""The task `continual`: a network learns new classes, task after task, and never sees a real image of an old class again.
+
+Before each task images of all classes so far are synthesized from the network as it is then; with them, and the task's real
+images, it learns on, its head grown by the new classes (arXiv 1912.08795, section 3.4). Controls go through the same tasks
+beside it. Of these `replay` and `joint`, and they alone, are shown real images of old classes.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from dvinv.chains import MAIN, chains_of, name_of, names_of_networks
+from dvinv.configuration import recipe_of
+from dvinv.continual_lesson import lesson_of, loss_of, network_of
+from dvinv.continual_scores import figures
+from dvinv.continual_settings import LOSSES
+from dvinv.data.dataset import Split
+from dvinv.data.pool import ImagePool
+from dvinv.inversion import Teacher
+from dvinv.networks import load_network
+from dvinv.rounds import Rounds
+from dvinv.runtime.workdir import Workdir, open_workdir
+from dvinv.stream import Step, steps_of, training_images
+from dvinv.synthesizer import fill_pool, missing_batches
+from dvinv.teacher import load
+from dvinv.training import Learner, Lesson, learn
+
+ROLE = 4  # see `training.Learner`; one for all networks, that compared ones start alike
+
+
+def run(config, workdir) -> dict:
+    """Learn all tasks, then score every network after every task on the real test images; returns the figures."""
+    workdir = open_workdir(workdir, config)
+    teacher = load(config, workdir)
+    steps = steps_of(config, teacher)
+    alike = [network_of(config, teacher, step.first + step.classes) for step in steps]
+    learned = {chain: [dataclasses.replace(alike[0], variables=teacher.variables)] for chain in chains_of(config)}
+    for number in range(1, len(steps)):
+        learn_task(config, workdir, steps[: number + 1], alike[number], learned)
+    if 'joint' in config.continual.controls:
+        joint = learn_jointly(config, workdir, steps, alike[-1], learned[MAIN][0])
+        learned['joint'] = [None] * (len(steps) - 1) + [joint]
+    return {**figures(steps, learned), 'tasks': len(steps), 'updates': config.continual.updates}
+
+
+def complete(config, workdir: Workdir) -> bool:
+    """Whether the networks of the finished task are still there: a damaged network file is deleted by its owner."""
+    last = len(config.continual.steps)
+    return all(workdir.network(name).exists() for name in names_of_networks(config, last))
+
+
+def learn_task(config, workdir: Workdir, steps: list[Step], like: Teacher, learned: dict[str, list[Teacher]]) -> None:
+    """Every chain of `learned` learns the last of `steps`, and is given one network more.
+
+    All synthesis precedes the first look at the task's images, and what is finished is not begun: a task whose networks are
+    there needs no image any more.
+    """
+    number, chains = len(steps) - 1, chains_of(config)
+    paths = {chain: workdir.network(name_of(config, chain, number)) for chain in chains}
+    lacking = [chain for chain, path in paths.items() if not path.exists()]
+    old = {chain: pool_of(config, workdir, chain, number, learned[chain][-1]) for chain in lacking if _dreams(chain, chains)}
+    if 'replay' in lacking:
+        old['replay'] = _union([training_images(step) for step in steps[:-1]])
+    new = training_images(steps[-1]) if lacking else None
+    for chain in lacking:
+        current = learned[chain][-1]
+        lesson, images, labels = lesson_of(config, chains[chain], current, new, old.get(chain))
+        learner = Learner('continual', paths[chain].stem, config.teacher, like, ROLE, start=current.variables)
+        learn(config, workdir, learner, lesson, images, labels)
+    for chain, path in paths.items():
+        learned[chain].append(dataclasses.replace(like, variables=load_network(path)[0]))
+
+
+def _dreams(chain: str, chains: dict[str, str]) -> bool:
+    """Whether a chain learns from images that it synthesizes."""
+    return chain != 'replay' and chains[chain] in LOSSES
+
+
+def pool_of(config, workdir: Workdir, chain: str, number: int, current: Teacher) -> Split:
+    """The images, synthesized from the `current` network of a chain, that task `number` is learned with."""
+    # The chains begin with one network, whose images are the same for all.
+    name = f'{number}' if chain == MAIN or number == 1 else f'{chain}_{number}'
+    pool = ImagePool(workdir.path / 'pools' / name, current.digest())
+    if missing_batches(config, pool):
+        fill_pool(config, workdir, current, pool, config.synthesis.method, 'continual', f'images_{name}')
+    return Split(pool.rows('images'), pool.rows('labels')[:])
+
+
+def _union(splits: list[Split]) -> Split:
+    return Split(np.concatenate([split.images for split in splits]), np.concatenate([split.labels for split in splits]))
+
+
+def learn_jointly(config, workdir: Workdir, steps: list[Step], like: Teacher, first: Teacher) -> Teacher:
+    """The control that sees all real images of all tasks at once, with as many updates as others have in all tasks."""
+    path = workdir.network('joint')
+    if not path.exists():
+        recipe = recipe_of(config.continual)
+        recipe = dataclasses.replace(recipe, updates=recipe.updates * (len(steps) - 1))
+        images = _union([training_images(step) for step in steps])
+        lesson = Lesson(recipe, loss_of(config, 'joint', first)[0], Rounds(len(images.labels)))
+        learner = Learner('continual', 'joint', config.teacher, like, ROLE, start=first.variables)
+        learn(config, workdir, learner, lesson, images.images, images.labels)
+    return dataclasses.replace(like, variables=load_network(path)[0])

@@ -1,0 +1,75 @@
+"""How a chain of the task `continual` is taught one task: its grown network, its batches, its loss."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from dvinv.configuration import recipe_of
+from dvinv.continual_losses import (
+    always_be_dreaming_terms,
+    cross_entropy,
+    deepinversion_terms,
+    lwf_mc_terms,
+    total,
+)
+from dvinv.continual_settings import settings_of
+from dvinv.data.dataset import Split
+from dvinv.data.joined import Joined
+from dvinv.inversion import Teacher, from_linen
+from dvinv.networks import create, shapes_of
+from dvinv.networks.head import head_of
+from dvinv.rounds import Rounds
+from dvinv.training import Lesson
+
+
+def network_of(config, teacher: Teacher, num_classes: int) -> Teacher:
+    """The teacher's network with so many classes; with shapes for weights."""
+    module = create(config.teacher.network, num_classes, config.teacher.width)
+    shapes = shapes_of(module, teacher.image_shape)
+    return from_linen(module, shapes, image_shape=teacher.image_shape, mean=teacher.mean, std=teacher.std)
+
+
+def lesson_of(config, loss: str, current: Teacher, new: Split, old: Split | None) -> tuple:
+    """(lesson, images, labels) of a task: of new images, and of old ones where there are some.
+
+    New images come as often to all: without old ones a batch is half as large.
+    """
+    recipe = recipe_of(config.continual)
+    loss_fn, head = loss_of(config, loss, current)
+    rounds = Rounds(len(new.labels))
+    if old is None:
+        half = dataclasses.replace(recipe, batch_size=recipe.batch_size // 2)
+        return Lesson(half, loss_fn, rounds, current.variables, head=head), new.images, new.labels
+    lesson = Lesson(recipe, loss_fn, rounds, current.variables, Rounds(len(old.labels)), head)
+    return lesson, Joined(new.images, old.images), np.concatenate([new.labels, old.labels])
+
+
+def loss_of(config, name: str, old: Teacher) -> tuple[Callable, str]:
+    """(the loss of a `Lesson`, the layer that it listens to or ''); `frozen` are the variables of the old network."""
+    settings = settings_of(config)
+    head = head_path(config, old) if name == 'always_be_dreaming' else ''
+
+    def loss(logits, features, x, labels, frozen):
+        if name in ('finetune', 'joint'):
+            return cross_entropy(logits, labels)
+        old_logits = old.apply_fn(frozen, x)
+        if name == 'lwf_mc':
+            return total(lwf_mc_terms(logits, old_logits, labels), {})
+        if name == 'deepinversion':
+            terms = deepinversion_terms(logits, old_logits, labels, settings.temperature)
+        else:
+            ((inputs, head_logits),) = features[head]
+            old_head = frozen['params']
+            for part in head.split('/'):
+                old_head = old_head[part]
+            terms = always_be_dreaming_terms(logits, head_logits, inputs, old_logits, labels, old_head)
+        return total(terms, settings.weights)
+
+    return loss, head
+
+
+def head_path(config, teacher: Teacher) -> str:
+    """The path of the last layer of the teacher's network."""
+    group = config.teacher
+    return head_of(lambda classes: create(group.network, classes, group.width), teacher.image_shape)

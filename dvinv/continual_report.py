@@ -1,0 +1,75 @@
+"""The part of the report that tells of the task `continual`."""
+
+from dvinv.chains import MAIN
+from dvinv.data.pool import ImagePool
+from dvinv.runtime.heat_map import heat_map
+from dvinv.runtime.page import Picture, Section, Table, Tile, percent
+from dvinv.runtime.pictures import class_grid, shown_classes
+from dvinv.runtime.workdir import Workdir
+
+PER_CLASS = 12  # images in a row of a grid
+LOSSES = {
+    'deepinversion': 'Synthesized images, the loss of DeepInversion',
+    'always_be_dreaming': 'Synthesized images, the loss of Always Be Dreaming',
+}
+CONTROLS = {
+    'finetune': 'New images alone (fine-tuning)',
+    'lwf_mc': 'New images alone, LwF.MC',
+    'replay': 'Real images of old classes (oracle)',
+    'joint': 'All real images at once (joint training)',
+    **LOSSES,
+}
+
+
+def continual_tiles(found: dict) -> list[Tile]:
+    """The key figures."""
+    return [
+        Tile(
+            'All classes', percent(found['test_accuracy']), 'real test accuracy, old images unseen', found['test_accuracy']
+        ),
+        Tile(
+            'Old classes',
+            percent(found['old_test_accuracy']),
+            f'before the last task {percent(found["old_test_accuracy_before"])}',
+            found['old_test_accuracy'],
+        ),
+    ]
+
+
+def continual_section(config, workdir: Workdir, found: dict) -> Section:
+    """Table, accuracy matrices, and the first images of each task's pool."""
+    labels = {MAIN: LOSSES[config.continual.loss], **CONTROLS}
+    chains = [MAIN, *(control for control in config.continual.controls)]
+    figures = ('test_accuracy', 'old_test_accuracy', 'new_test_accuracy', 'average_accuracy', 'forgetting')
+    rows = []
+    for chain in chains:
+        prefix = '' if chain == MAIN else f'{chain}_'
+        rows.append([labels[chain], *(percent(found.get(prefix + figure)) for figure in figures)])
+    table = Table(
+        ('Learned from', 'all classes', 'old classes', 'classes of the last task', 'mean over tasks', 'forgetting'),
+        rows,
+        highlight=0,
+        caption=f'Accuracy of the same network on {found["test_images"]:,} real test images after {found["tasks"]} tasks, '
+        f'{found["updates"]:,} updates each but for the first. Forgetting: the best earlier accuracy on a task less the '
+        'last one, mean over tasks.',
+    )
+    names = [f'task {task}' for task in range(found['tasks'])]
+    charts = []
+    for chain in chains:
+        matrix = found['accuracy_matrix'][chain]
+        known = [(f'after task {task}', row) for task, row in enumerate(matrix) if row]
+        charts.append(heat_map([row for _, row in known], labels[chain], [name for name, _ in known], names))
+    return Section(
+        'Continual learning',
+        text='Rows of a matrix: after which task. Columns: on which task, in per cent, among all classes known by then.',
+        tables=[table],
+        charts=charts,
+        pictures=[_grid(workdir, task) for task in range(1, found['tasks'])],
+    )
+
+
+def _grid(workdir: Workdir, task: int) -> Picture:
+    pool = ImagePool(workdir.path / 'pools' / f'{task}')
+    labels = pool.rows('labels')[:]
+    caption = f'Synthesized before task {task}: the old classes as the network recalled them; rows are classes.'
+    return Picture(class_grid(pool.rows('images'), labels, PER_CLASS), caption, shown_classes(labels))

@@ -1,0 +1,52 @@
+"""A matrix of shares as inline SVG text, a cell each, in the colours of `charts`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+CELL, LEFT, TOP = (56, 32), 96, 64  # view-box units, CSS pixels at natural width
+
+
+def heat_map(
+    rows: Sequence[Sequence[float | None]],
+    title: str,
+    row_names: Sequence[str],
+    column_names: Sequence[str],
+) -> str:
+    """Draws each share in [0, 1] as a cell, the darker the higher, with its value in per cent; None is an empty place.
+
+    Args:
+      rows: from the top; those that are shorter than `column_names` end in empty places.
+      title: stands above; about 60 characters fit where there are some columns.
+      row_names, column_names: in short.
+
+    Returns:
+      One `<svg>` element.
+    """
+    width = max(520, LEFT + CELL[0] * len(column_names))
+    height = TOP + CELL[1] * len(rows) + 8
+    muted = 'style="fill:var(--muted,#6b7280)"'
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {width} {height}" role="img"',
+        f'aria-label="{escape(title)}" font-family="inherit" font-size="12" fill="currentColor">',
+        f'<text class="chart-title" x="0" y="16" font-size="14" font-weight="600">{escape(title)}</text>',
+    ]
+    for column, name in enumerate(column_names):
+        x = LEFT + CELL[0] * (column + 0.5)
+        out.append(f'<text x="{x:.1f}" y="{TOP - 8}" text-anchor="middle" {muted}>{escape(name)}</text>')
+    for row, (name, shares) in enumerate(zip(row_names, rows, strict=True)):
+        y = TOP + CELL[1] * row
+        out.append(f'<text x="{LEFT - 10}" y="{y + 20}" text-anchor="end" {muted}>{escape(name)}</text>')
+        for column, share in enumerate(shares):
+            if share is None:
+                continue
+            x = LEFT + CELL[0] * column
+            opacity = 0.06 + 0.64 * min(1.0, max(0.0, share))  # never so dark that the figure on it could not be read
+            told = f'{name}, {column_names[column]}: {100 * share:.1f}%'
+            out.append(
+                f'<rect x="{x + 1}" y="{y + 1}" width="{CELL[0] - 2}" height="{CELL[1] - 2}" rx="4" '
+                f'style="fill:var(--series-1,#2f6fde)" fill-opacity="{opacity:.3f}"><title>{escape(told)}</title></rect>'
+            )
+            out.append(f'<text x="{x + CELL[0] / 2:.1f}" y="{y + 20}" text-anchor="middle">{100 * share:.1f}</text>')
+    return '\n'.join([*out, '</svg>'])

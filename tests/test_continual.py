@@ -1,0 +1,346 @@
+"""The task `continual`: its losses by hand, its tasks and what they refuse, no old image read again, resumed to the bit."""
+
+import re
+import runpy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from smoke import ROOT, lasting
+from tiny import saved, trained_variables
+
+import dvinv
+import dvinv.training
+from dvinv import DvinvError, continual_losses, continual_scores, pipeline
+from dvinv.continual_settings import Continual
+from dvinv.data.dataset import Source, Split
+from dvinv.data.digits import read
+from dvinv.data.joined import Joined
+from dvinv.data.pool import ImagePool
+from dvinv.inversion.tap import features_in_training
+from dvinv.networks import create, load_classifier
+from dvinv.networks.head import grown, head_of
+from dvinv.recipe import Recipe
+from dvinv.rounds import Rounds, chosen_images
+from dvinv.training import Lesson
+
+# Losses
+
+
+def softmax(z):
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+@pytest.fixture
+def answers():
+    """(logits [6, 5], the old network's [6, 3], labels [6]): three new images, then three old ones."""
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(6, 5)), rng.normal(size=(6, 3)), np.array([3, 4, 4, 0, 1, 2])
+
+
+def test_the_papers_loss_is_its_equation(answers):
+    logits, old, labels = answers
+    terms = continual_losses.deepinversion_terms(jnp.asarray(logits), jnp.asarray(old), labels, 2.0)
+    p, q = softmax(old[3:] / 2), softmax(logits[3:] / 2)
+    np.testing.assert_allclose(terms['old_images'], 4 * (p * np.log(p / q[:, :3])).sum(-1).mean(), rtol=1e-5)
+    np.testing.assert_allclose(terms['new_images'], -np.log(softmax(logits)[range(3), labels[:3]]).mean(), rtol=1e-5)
+    p, q = softmax(old[:3] / 2), softmax(logits[:3, :3] / 2)
+    np.testing.assert_allclose(terms['old_answers'], 4 * (p * np.log(p / q)).sum(-1).mean(), rtol=1e-5)
+    assert float(continual_losses.total(terms, {'old_images': 0.0, 'old_answers': 0.0})) == float(terms['new_images'])
+
+
+def test_old_images_that_look_new_are_punished(answers):
+    """p_old is 0 for the new classes: an image of an old class must not become one of a new class."""
+    _, old, labels = answers
+    same = np.concatenate([old, np.full((6, 2), -30.0)], 1)
+    likely = np.concatenate([old, np.full((6, 2), 5.0)], 1)
+    kept, lost = (continual_losses.deepinversion_terms(jnp.asarray(z), old, labels, 1.0) for z in (same, likely))
+    assert abs(float(kept['old_images'])) < 1e-6 < 1 < float(lost['old_images'])
+    assert abs(float(lost['old_answers'])) < 1e-6  # among the old classes nothing has changed
+
+
+def test_always_be_dreaming_is_its_equations(answers):
+    logits, old, labels = answers
+    rng = np.random.default_rng(1)
+    f, kernel, bias = rng.normal(size=(6, 4)), rng.normal(size=(4, 3)), rng.normal(size=3)
+    head = {'kernel': kernel, 'bias': bias}
+    terms = continual_losses.always_be_dreaming_terms(logits, 2 * logits, f, old, labels, head)
+    local = -np.log(softmax(logits[:3, 3:])[range(3), labels[:3] - 3]).mean()
+    np.testing.assert_allclose(terms['new_images'], local, rtol=1e-5)
+    each = -np.log(softmax(2 * logits)[range(6), labels])
+    np.testing.assert_allclose(terms['head'], 2 / 5 * each[:3].mean() + 3 / 5 * each[3:].mean(), rtol=1e-5)
+    np.testing.assert_allclose(terms['features'], np.square(f @ kernel + bias - old).mean(), rtol=1e-4)
+
+
+def test_lwf_mc_is_a_sum_of_binary_cross_entropies(answers):
+    logits, old, labels = answers
+    labels = np.maximum(labels, 3)
+    terms = continual_losses.lwf_mc_terms(logits, old, labels)
+    p = 1 / (1 + np.exp(-logits))
+    targets = np.concatenate([1 / (1 + np.exp(-old)), np.eye(2)[labels - 3]], 1)
+    each = -(targets * np.log(p) + (1 - targets) * np.log(1 - p))
+    np.testing.assert_allclose(terms['old_answers'] + terms['new_images'], each.sum(-1).mean(), rtol=1e-5)
+
+
+# The head
+
+
+def test_a_grown_network_answers_as_before_for_its_old_classes():
+    few, many = (create('resnet20', classes, 0.25) for classes in (3, 5))
+    old, new = (trained_variables(module, (32, 32, 3), seed) for seed, module in enumerate((few, many)))
+    x = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    answers = many.apply(grown(new, old), x)
+    np.testing.assert_allclose(answers[:, :3], few.apply(old, x), rtol=1e-5, atol=1e-6)
+    for leaf, drawn in zip(grown(new, old)['params']['linear'].values(), new['params']['linear'].values(), strict=True):
+        np.testing.assert_array_equal(leaf[..., 3:], drawn[..., 3:])
+
+
+@pytest.mark.parametrize('widths', [(0.125, 0.25), (0.25, 0.125)])
+def test_a_network_of_another_width_is_refused(widths):
+    old, new = (trained_variables(create('small_convnet', 3, width), (8, 8, 1)) for width in widths)
+    with pytest.raises(DvinvError, match=r'batch_stats/BatchNorm_0/mean, .* differ\. Is it another width'):
+        grown(new, old)
+
+
+def test_detached_answers_move_the_head_alone():
+    module = create('small_convnet', 3, 0.125)
+    head = head_of(lambda classes: create('small_convnet', classes, 0.125), (8, 8, 1))
+    variables = trained_variables(module, (8, 8, 1))
+    x = np.random.default_rng(0).normal(size=(4, 8, 8, 1)).astype(np.float32)
+
+    def heard(params):
+        return features_in_training(module, {**variables, 'params': params}, x, {'dropout': jax.random.key(1)}, head)
+
+    logits, features, _ = heard(variables['params'])
+    ((inputs, detached),) = features[head]
+    np.testing.assert_allclose(detached, logits, rtol=1e-5)
+    kernel, bias = (variables['params'][head][name] for name in ('kernel', 'bias'))
+    np.testing.assert_allclose(inputs @ kernel + bias, logits, rtol=1e-4, atol=1e-5)
+    gradient = jax.grad(lambda params: jnp.square(heard(params)[1][head][0][1]).sum())(variables['params'])
+    moved = {layer for layer, leaves in gradient.items() if any(np.any(leaf) for leaf in jax.tree.leaves(leaves))}
+    assert moved == {head}
+
+
+# Batches of two sets
+
+
+def test_half_of_a_batch_is_of_each_set():
+    lesson = Lesson(Recipe(9, 6, 0.1), None, Rounds(5), beside=Rounds(9))
+    shown = np.stack([lesson.rows(3, update) for update in range(15)])
+    assert shown[:, :3].max() < 5 <= shown[:, 3:].min()
+    assert sorted(shown[:5, :3].ravel()) == sorted([*range(5)] * 3)
+    assert sorted(shown[:3, 3:].ravel()) == [*range(5, 14)]
+    assert lesson.come_by(0) == 14
+    first, second = np.arange(5), np.arange(5, 14)
+    np.testing.assert_array_equal(Joined(first, second)[shown[7]], shown[7])
+
+
+# Tasks
+
+
+def config_of(folder, **changes):
+    """A narrow convolutional network that reads 0 and 1 and was trained elsewhere; in two tasks it learns 2, and 3."""
+    config = runpy.run_path(str(ROOT / 'configs' / 'digits_continual.py'))['get_config']('smoke')
+    for number, split in enumerate(parts()):
+        for name, part in zip(('train', 'test'), split, strict=True):
+            path = folder / f'{name}{number}.npz'
+            if not path.exists():
+                np.savez(path, x=part.images, y=part.labels)
+    config.tasks = ('teacher', 'continual')
+    config.data.update(name='npz', path=str(folder / 'test0.npz'), classes=())
+    config.teacher.update(network='small_convnet', width=0.125)
+    config.teacher.weights = saved(folder / 'teacher.safetensors', num_classes=2, image_shape=(8, 8, 1))
+    config.continual.steps = tuple(
+        {'name': 'npz', 'path': str(folder / f'test{number}.npz'), 'train_path': str(folder / f'train{number}.npz')}
+        for number in (1, 2)
+    )
+    config.continual.update(controls=(), updates=6, batch_size=8, warmup=0)
+    config.synthesis.update(method='noise', images=12, batch_size=6)  # spares compiling an inversion a task
+    config.logging.update(every=2, checkpoint_every=4)
+    config.update_from_flattened_dict({name.replace('__', '.'): value for name, value in changes.items()})
+    return config
+
+
+def parts():
+    data = read(Source('digits'))
+    return [
+        [Split(*(array[:60] for array in (split.of_classes(classes).images, split.of_classes(classes).labels)))
+         for split in (data.train, data.test)]
+        for classes in ((0, 1), (2,), (3,))
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return tmp_path_factory.mktemp('data')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def keep_compiled(shared):
+    """Programs of one run serve the next: nearly all of its time goes into compiling."""
+    names = 'jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs'
+    before = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (str(shared / 'cache' / 'dvinv' / 'jax'), 0.0), strict=True):
+        jax.config.update(name, value)
+    yield
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope='module')
+def undisturbed(data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('undisturbed') / 'run'
+    return workdir, pipeline.run(config_of(data), workdir)
+
+
+def test_the_network_knows_all_classes_and_the_figures_are_those_of_its_answers(undisturbed, data):
+    workdir, results = undisturbed
+    found = results['continual']
+    apply_fn, variables = dvinv.load(workdir, 'continual')
+    tests = [np.load(data / f'test{number}.npz') for number in range(3)]
+    images = np.concatenate([test['x'] for test in tests]) / 255
+    labels = np.concatenate([test['y'] + first for test, first in zip(tests, (0, 2, 3), strict=True)])
+    logits = apply_fn(variables, ((images - 0.5) / 0.5).astype(np.float32))
+    assert logits.shape[1] == 4
+    right = np.asarray(logits).argmax(1) == labels
+    assert found['test_accuracy'] == pytest.approx(right.mean())
+    assert found['old_test_accuracy'] == pytest.approx(right[labels < 3].mean())
+    assert found['new_test_accuracy'] == pytest.approx(right[labels == 3].mean())
+    assert found['finetune_test_accuracy'] is found['replay_test_accuracy'] is None
+    assert [len(row) for row in found['accuracy_matrix']['continual']] == [1, 2, 3]
+    notes = ImagePool(workdir / 'pools' / '2').notes(1)
+    assert notes['teacher'] == load_classifier(workdir / 'networks' / 'continual_1.safetensors').digest()
+    shard = np.load(workdir / 'pools' / '2' / 'shard-000001.npz')
+    assert sorted(shard['labels']) == [0, 0, 1, 1, 2, 2]
+    assert shard['logits'].shape == (6, 3)
+
+
+def test_killed_and_without_old_images_it_ends_with_the_same_bits(undisturbed, tmp_path, monkeypatch):
+    """Killed inside tasks and between them. Of the teacher's classes there never was an image to train on; those of a task
+    are gone as soon as a network has learned it."""
+    folder, run, learned, original = tmp_path / 'data', tmp_path / 'run', [], dvinv.training.save_network
+    folder.mkdir()
+    config = config_of(folder)
+    (folder / 'train0.npz').unlink()
+
+    def save(path, *args):
+        original(path, *args)
+        learned.append(path.stem)
+        (folder / f'train{len(learned)}.npz').unlink()
+
+    def run_for(updates):
+        left = iter(range(2 * updates))  # two sets a batch
+
+        def chosen(*args):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return chosen_images(*args)
+
+        monkeypatch.setattr(dvinv.training, 'chosen_images', chosen)
+        return pipeline.run(config, run)
+
+    monkeypatch.setattr(dvinv.training, 'save_network', save)
+    for updates, networks in ((5, []), (2, ['continual_1']), (5, ['continual_1'])):  # a checkpoint after 4, a task has 6
+        with pytest.raises(KeyboardInterrupt):
+            run_for(updates)
+        assert learned == networks
+    assert run_for(99)['continual']['tasks'] == 3
+    assert learned == ['continual_1', 'continual']
+    assert not [*folder.glob('train*')]
+    expected, resumed = lasting(undisturbed[0]), lasting(run)
+    assert {*resumed} == {*expected}
+    assert [name for name in expected if resumed[name] != expected[name]] == []
+    assert run_for(0)['continual']['tasks'] == 3  # what is finished wants no images
+
+
+def test_the_report_shows_what_each_task_left_of_the_others(undisturbed, data):
+    workdir, results = undisturbed
+    pipeline.run(config_of(data, tasks=('report',)), workdir)
+    page = (workdir / 'report.html').read_text()
+    cells = re.findall(r'<title>(after task \d, task \d): ([\d.]+)%</title>', page)
+    matrix = results['continual']['accuracy_matrix']['continual']
+    expected = [(row, column, share) for row, shares in enumerate(matrix) for column, share in enumerate(shares)]
+    assert cells == [(f'after task {row}, task {column}', f'{100 * share:.1f}') for row, column, share in expected]
+    assert 'In 3 tasks a network learned ever more classes' in page
+    assert page.count('Synthesized before task') == 2 * 2  # a picture a task, and its alternative text
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'continual__steps': ()}, ['continual.steps is empty']),
+        ({'continual__steps': ({'classes': (1, 2)},)}, ['data and continual.steps[0] overlap', 'the classes 1, 2;']),
+        (
+            {'continual__steps': ({'classes': (4, 5)}, {'classes': (6, 5)})},
+            ['continual.steps[0] and continual.steps[1] overlap', 'the classes 5;'],
+        ),
+        ({'continual__steps': ({},)}, ['overlap', 'all classes of one data set']),
+        ({'continual__steps': ({'classes': (4, 12)},)}, ['(4, 12)', '0 to 9']),
+        ({'continual__steps': ({'class': 4},)}, ["continual.steps[0] has the field 'class'", 'classes']),
+        ({'continual__steps': ({'classes': 4},)}, ["field 'classes' of continual.steps[0] is 4", 'like that']),
+        ({'continual__steps': (4,)}, ['continual.steps[0] is 4', 'must be a dict']),
+        (
+            {'continual__steps': ({'name': 'npz', 'path': '{}/test1.npz'},)},
+            ['steps[0] has no training images', 'train_path'],
+        ),
+        (
+            {'continual__steps': ({'name': 'npz', 'path': '{}/test1.npz', 'train_path': '{}/gap.npz'},)},
+            ['steps[0] has the label 2', 'of 1 classes'],
+        ),
+        ({'continual__steps': ({'name': 'npz', 'path': '{}/gap.npz'},)}, ['steps[0] has no image of class 1', 'leave']),
+        ({'continual__steps': ({'name': 'npz', 'path': '{}/large.npz'},)}, ['steps[0] has images of 9x9x1', 'takes 8x8x1']),
+        ({'data__classes': (0, 1, 2)}, ["teacher's head has 4 classes, but data has 3", 'data.classes']),
+        ({'teacher__width': 0.5}, ['not the small_convnet of width 0.5', 'cannot grow a head']),
+        ({'teacher__factory': 'factories:own', 'data__classes': ()}, ["factory is 'factories:own'", 'network and weights']),
+        ({'continual__loss': 'ewc'}, ["continual.loss is 'ewc'", 'deepinversion, always_be_dreaming']),
+        ({'continual__controls': ('deepinversion',)}, ["controls names 'deepinversion'", 'finetune, lwf_mc']),
+        (
+            {'data__name': 'npz', 'data__path': '{}/four.npz', 'data__classes': ()},
+            ['controls names joint', 'no'],
+        ),
+        ({'continual__batch_size': 7}, ['continual.batch_size is 7', 'a multiple of 2']),
+        ({'continual__features': -1.0}, ['continual.features is -1.0', 'at least 0']),
+        ({'continual__temperature': 0.0}, ['continual.temperature is 0.0', 'above 0']),
+        ({'continual__learning_rate': 0.0}, ['continual.learning_rate is 0.0']),
+        ({'continual__mixup': 0.5}, ['continual.mixup is 0.5']),
+        ({'synthesis__classes': (1,)}, ['synthesis.classes is set']),
+    ],
+)
+def test_what_cannot_be_learned_is_refused_before_anything_is_written(tmp_path, changes, words):
+    config = runpy.run_path(str(ROOT / 'configs' / 'digits_continual.py'))['get_config']('smoke')
+    np.savez(tmp_path / 'gap.npz', x=np.zeros((2, 8, 8, 1), np.uint8), y=[0, 2])
+    np.savez(tmp_path / 'four.npz', x=np.zeros((4, 8, 8, 1), np.uint8), y=range(4))
+    np.savez(tmp_path / 'large.npz', x=np.zeros((1, 9, 9, 1), np.uint8), y=[0])
+    np.savez(tmp_path / 'test1.npz', x=np.zeros((2, 8, 8, 1), np.uint8), y=[0, 0])
+    config.teacher.update(network='small_convnet', width=0.125)
+    config.teacher.weights = saved(tmp_path / 'teacher.safetensors', num_classes=4, image_shape=(8, 8, 1))
+    config.update_from_flattened_dict({name.replace('__', '.'): value for name, value in changes.items()})
+    config.data.path = config.data.path.format(tmp_path)
+    config.continual.steps = tuple(
+        {name: value.format(tmp_path) if isinstance(value, str) else value for name, value in step.items()}
+        if isinstance(step, dict)
+        else step
+        for step in config.continual.steps
+    )
+    with pytest.raises(DvinvError) as caught:
+        pipeline.run(config, tmp_path / 'run')
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert re.search(r'[^.]\.$', message)
+    assert '\n' not in message
+    assert not (tmp_path / 'run').exists()
+
+
+# Figures
+
+
+def test_forgetting_is_what_was_best_less_what_is_left():
+    matrix = [[0.9], [0.95, 0.8], [0.5, 0.7, 1.0]]
+    assert continual_scores.forgetting(matrix) == pytest.approx((0.45 + 0.1) / 2)
+    assert continual_scores.forgetting([None, None, [0.5, 0.7, 1.0]]) is None
+    assert Continual().weights.keys() == {'old_images', 'old_answers', 'head', 'features'}
