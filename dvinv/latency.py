@@ -105,10 +105,12 @@ def _seconds(product: Product, counts: tuple[int, ...], batch_size: int) -> floa
 
 
 def _median_seconds(run: Callable, args: tuple, repetitions: int) -> float:
-    jax.block_until_ready(run(*args))  # compiles
-    times = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        jax.block_until_ready(run(*args))
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    timed(run, args)  # compiles
+    return statistics.median(timed(run, args) for _ in range(repetitions))
+
+
+def timed(run: Callable, args: tuple) -> float:
+    """Seconds of one call, to its end."""
+    start = time.perf_counter()
+    jax.block_until_ready(run(*args))
+    return time.perf_counter() - start
