@@ -33,8 +33,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
         config.teacher.network = 'resnet20'
         config.continual.steps = ({'name': 'digits', 'image_size': 32},)
         config.synthesis.update(images=1024, batch_size=256)
-        config.continual.update(updates=300, batch_size=32, learning_rate=0.005, warmup=30, clip_norm=10.0, **sgd)
-        config.continual.update(flip=False, shift=2, controls=('finetune', 'lwf_mc'))
+        config.continual.update(updates=300, batch_size=32, learning_rate=0.01, warmup=30, clip_norm=10.0, **sgd)
+        config.continual.update(old_images=2.0, flip=False, shift=2, controls=('finetune', 'lwf_mc'))
         config.logging.update(every=20, checkpoint_every=100)
         return config
     config.teacher.network = 'resnet32'

@@ -300,8 +300,13 @@ def test_the_report_shows_what_each_task_left_of_the_others(undisturbed, data):
         ({'continual__loss': 'ewc'}, ["continual.loss is 'ewc'", 'deepinversion, always_be_dreaming']),
         ({'continual__controls': ('deepinversion',)}, ["controls names 'deepinversion'", 'finetune, lwf_mc']),
         (
-            {'data__name': 'npz', 'data__path': '{}/four.npz', 'data__classes': ()},
-            ['controls names joint', 'no'],
+            {
+                'data__name': 'npz',
+                'data__path': '{}/four.npz',
+                'data__classes': (),
+                'continual__steps': ({'name': 'digits', 'classes': (4,)},),
+            },
+            ['controls names joint', 'there are none', 'data.train_path'],
         ),
         ({'continual__batch_size': 7}, ['continual.batch_size is 7', 'a multiple of 2']),
         ({'continual__features': -1.0}, ['continual.features is -1.0', 'at least 0']),

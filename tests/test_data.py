@@ -1,5 +1,7 @@
 """Real data by name: the digits' splits are those that the figures of the README are told of, and what is refused."""
 
+import dataclasses
+
 import ml_collections
 import numpy as np
 import pytest
@@ -43,7 +45,7 @@ def test_every_class_has_its_share_of_both_parts(source):
 
 def test_the_split_is_always_the_same():
     first = load_real(DIGITS)
-    load_real(VALIDATION)  # takes the place in the cache
+    load_real(dataclasses.replace(DIGITS, image_size=9))  # takes the place in the cache
     np.random.seed(3)
     second = load_real(DIGITS)
     assert second is not first
@@ -69,7 +71,7 @@ def test_validation_is_a_part_of_the_training_split():
 
 
 def test_the_group_of_a_config_names_a_data_set_and_is_read_once():
-    fields = {'name': 'digits', 'path': '', 'train_path': '', 'image_size': 0, 'validation': False}
+    fields = {'name': 'digits', 'path': '', 'train_path': '', 'image_size': 0, 'classes': (), 'validation': False}
     data = load_real(ml_collections.ConfigDict(fields))
     assert load_real(ml_collections.ConfigDict(fields)) is data
     assert load_real(ml_collections.ConfigDict({**fields, 'validation': True})) is not data
@@ -101,3 +103,18 @@ def test_what_cannot_be_meant_is_refused(source, sentence):
 def test_a_fifth_of_too_few_images_is_refused():
     with pytest.raises(DvinvError, match='4 training images of 3 classes are too few to hold out'):
         Split(np.zeros((4, 2, 2, 1), np.uint8), np.array([0, 1, 1, 2])).divided(0.2)
+
+
+def test_chosen_classes_are_numbered_anew_and_nothing_else_is_there():
+    data, whole = load_real(dataclasses.replace(DIGITS, classes=(7, 3))), load_real(DIGITS)
+    assert data.num_classes == 2
+    for part, all_of_it in ((data.train, whole.train), (data.test, whole.test)):
+        for label, digit in enumerate((7, 3)):
+            np.testing.assert_array_equal(part.images[part.labels == label], all_of_it.images[all_of_it.labels == digit])
+        assert {*part.labels.tolist()} == {0, 1}
+
+
+@pytest.mark.parametrize('classes', [(3, 10), (3, 3), ('a',)])
+def test_classes_that_are_not_there_are_refused(classes):
+    with pytest.raises(DvinvError, match=r'The classes are to be .*, 0 to 9'):
+        load_real(dataclasses.replace(DIGITS, classes=classes))
