@@ -7,10 +7,11 @@ import ml_collections
 
 from dvinv.errors import DvinvError
 from dvinv.inversion import PRESETS, InversionConfig, Stage, Weights
+from dvinv.quantization_settings import QuantizationSettings
 from dvinv.recipe import Recipe
 from dvinv.rounds import Rounds
 
-TASKS = ('teacher', 'synthesis', 'distillation', 'report')
+TASKS = ('teacher', 'synthesis', 'distillation', 'quantization', 'report')
 METHODS = ('deepinversion', 'adaptive', 'prior_only', 'noise')
 
 
@@ -18,7 +19,8 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
     """All fields with their defaults; synthesis as in the preset of this name (see `dvinv.inversion.presets`)."""
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.tasks = TASKS  # run in this order; one alone by --config.tasks="('teacher',)"
+    # Run in the order of TASKS; one alone by --config.tasks="('teacher',)".
+    config.tasks = ('teacher', 'synthesis', 'distillation', 'report')
     config.devices = 0  # how many; 0: all. On CPU, this many virtual ones (0: one a core)
     config.bn_stats = 'device'  # 'device': each inverts batches of its own; 'global': one batch is split over all
     config.pool = ''  # path of an existing pool, used instead of synthesizing one
@@ -95,6 +97,12 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
             'controls': ('noise', 'prior_only', 'real'),  # students with the same budget, from other images
         }
     )
+    config.quantization = ml_collections.ConfigDict(
+        {
+            **dataclasses.asdict(QuantizationSettings()),
+            'training': {**recipe, 'batch_size': 64, 'learning_rate': 1e-3},  # of the settings that are distilled
+        }
+    )
     config.logging = ml_collections.ConfigDict(
         {
             'every': 50,  # updates of a training a line in metrics.jsonl
@@ -117,7 +125,7 @@ def shrink(config, width: float = 0.25) -> None:
     config.teacher.width, config.verifier.width = width, width
     config.verifiers = ()
     config.student.width = width if config.distillation.hint else width / 2  # hints need layers of one shape
-    for group in (config.teacher.training, config.verifier.training, config.distillation):
+    for group in (config.teacher.training, config.verifier.training, config.distillation, config.quantization.training):
         group.update(updates=20, batch_size=32, warmup=2)
     config.bn_stats = 'device'  # 20 images are not divided by any number of devices
     config.synthesis.update(images=40, batch_size=20, classes=(), precision='float32')
@@ -172,6 +180,12 @@ def rounds_of(config) -> Rounds:
 def recipe_of(group) -> Recipe:
     """The `Recipe` among the fields of a config group."""
     return Recipe(**{field.name: group[field.name] for field in dataclasses.fields(Recipe)})
+
+
+def quantization_of(config) -> QuantizationSettings:
+    """The `QuantizationSettings` among the fields of their config group."""
+    fields = dataclasses.fields(QuantizationSettings)
+    return QuantizationSettings(**{field.name: config.quantization[field.name] for field in fields})
 
 
 def check(config) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dvinv import configuration, distillation, report, synthesis, teacher, worker
+from dvinv import configuration, distillation, quantization, report, synthesis, teacher, worker
 from dvinv.configuration import TASKS
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
@@ -16,7 +16,13 @@ from dvinv.runtime.processes import ALONE, Processes
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.student import hinted_layers
 
-DRIVERS = {'teacher': teacher, 'synthesis': synthesis, 'distillation': distillation, 'report': report}
+DRIVERS = {
+    'teacher': teacher,
+    'synthesis': synthesis,
+    'distillation': distillation,
+    'quantization': quantization,
+    'report': report,
+}
 
 
 def check(config, processes: Processes = ALONE) -> Teacher:
@@ -65,6 +71,8 @@ def check(config, processes: Processes = ALONE) -> Teacher:
     check_resolutions(to_invert, settings)
     check_labels(np.array(config.synthesis.classes, int), to_invert.num_classes)
     hinted_layers(config, to_invert)
+    if 'quantization' in config.tasks:
+        quantization.check(config, to_invert)
     return to_invert
 
 

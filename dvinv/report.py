@@ -8,6 +8,7 @@ from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
 from dvinv.inversion import Teacher
 from dvinv.quality import figures_of_sets, quality_table
+from dvinv.quantization_section import quantization_section
 from dvinv.runtime.charts import line_chart
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.page import Picture, Section, Table, Tile, number, percent, render
@@ -59,6 +60,8 @@ def run(config, workdir) -> None:
         sections.append(_quality(config, workdir, teacher, pools))
     if 'distillation' in results:
         sections.append(_distillation(config, results, lines))
+    if 'quantization' in results:
+        sections.append(quantization_section(results['quantization']))
     if 'teacher' in results:
         sections.append(_networks(results))
     text = json.dumps(plain(config), indent=1, sort_keys=True)
