@@ -4,7 +4,7 @@
       --config.teacher.weights=resnet20.th --config.verifier.weights=resnet32.th
 
 Weights, data and images as in `cifar10_resnet20.py` (`--config.pool=POOL` takes images that are there already). 8 and 6 bits
-by ranges from 512 of the images; 4 bits by 600 updates of 64 with the float network's answers besides. First and last layer
+by ranges from 512 of the images; 4 bits by 300 updates of 64 with the float network's answers besides. First and last layer
 have 8 bits throughout. Figures are in benchmarks/RESULTS.md. `:smoke` shrinks the run to seconds.
 """
 
@@ -24,5 +24,5 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     config.tasks = ('teacher', 'synthesis', 'quantization', 'report')
     config.synthesis.batches_per_round = 0  # nobody learns meanwhile
     if arg != 'smoke':
-        config.quantization.training.update(updates=600, warmup=40, shift=4, flip=True)
+        config.quantization.training.update(updates=300, warmup=20, shift=4, flip=True)
     return config

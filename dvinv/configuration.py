@@ -100,7 +100,7 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
     config.quantization = ml_collections.ConfigDict(
         {
             **dataclasses.asdict(QuantizationSettings()),
-            'training': {**recipe, 'batch_size': 64, 'learning_rate': 1e-3},  # of the settings that are distilled
+            'training': {**recipe, 'batch_size': 64, 'learning_rate': 2e-4},  # of the settings that are distilled
         }
     )
     config.logging = ml_collections.ConfigDict(
