@@ -25,6 +25,10 @@ class Ladder:
     network: Folded
     seen: dict[str, list[Observation]]
 
+    def beside(self, source: str, seen: list[Observation]) -> 'Ladder':
+        """The same with one more source."""
+        return Ladder(self.network, {**self.seen, source: seen})
+
     def variables(self, bits: list[Bits], source: str, method: str, correct: bool) -> dict:
         """The quantized variables with ranges from a source that was observed."""
         means = [told.means for told in self.seen['no_images']] if correct else None

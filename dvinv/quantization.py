@@ -54,7 +54,7 @@ def run(config, workdir) -> dict:
     data = load_real(config.data)
     for control in settings.controls:
         images = data.train.images if control == 'real' else _noise(config, workdir, teacher).rows('images')
-        ladder.seen[control] = on_images(network, teacher, _evenly(images, settings.images))
+        ladder = ladder.beside(control, on_images(network, teacher, _evenly(images, settings.images)))
     unequalised = _observed(config, teacher, plain, pool) if settings.equalise else None
     scores, float_bytes = Scores(teacher, data), len(network_bytes(teacher.variables, about))
     figures = {}
@@ -74,7 +74,6 @@ def run(config, workdir) -> dict:
         'float_bytes': float_bytes,
         'layers': len(network.layers),
         'folded_layers': sum(layer.norm is not None for layer in network.layers),
-        'scaled_layers': sum(layer.feeds is not None for layer in network.layers) if settings.equalise else 0,
     }
 
 

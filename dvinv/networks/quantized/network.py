@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend.core import jaxpr_as_fun
 from jax.extend.core.primitives import conv_general_dilated_p, dot_general_p
 
-from dvinv.errors import DvinvError
+from dvinv.errors import DvinvError, listed
 from dvinv.networks import registry
 from dvinv.networks.classifier import Classifier, flatten, unflatten
 from dvinv.networks.files import load_network, save_network
@@ -201,6 +201,10 @@ def load_quantized(path: Path, like: Classifier | None = None) -> Classifier:
     shapes = {place: leaf.shape for place, leaf in flatten(like.variables).items()}
     layers = find_layers(like.apply_fn, like.variables, like.image_shape)
     run, bits, constants = _rounding_inputs(like.apply_fn, layers), about['bits'], about['constants']
+    here = {name.split('/', 1)[1] for name in flatten(stored) if name.startswith(('bits/', 'is/'))} | constants.keys()
+    if here != shapes.keys() or not bits.keys() <= {layer.kernel for layer in layers}:
+        differing = listed(sorted(here ^ shapes.keys()) or sorted(bits))
+        raise DvinvError(f'{path} holds another network than the one it is to be: {differing} differ; give it its own.')
     axes = {layer.kernel: layer.contracted for layer in layers}
 
     def apply(variables, x):
