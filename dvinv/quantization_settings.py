@@ -24,7 +24,7 @@ class QuantizationSettings:
     float_layers: tuple[str, ...] = ()  # patterns (*, ?) of layers that stay in float32
     images: int = 512  # of the pool (and of each control), to take ranges from; 0: none, ranges by BatchNorm's statistics
     ranges: str = 'mse'  # 'minmax', 'percentile' or 'mse' (of least squared error)
-    equalise: bool = True  # channels between two layers are brought to a like range
+    equalise: bool = False  # channels between two layers are brought to a like range; see benchmarks/RESULTS.md
     correct: bool = True  # shifts make up for what rounding does to the means, known from BatchNorm's statistics
     controls: tuple[str, ...] = CONTROLS  # ranges taken from other images
     temperature: float = 3.0  # of the distillation

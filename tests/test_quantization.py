@@ -242,6 +242,7 @@ def given(tmp_path_factory):
         'tasks': ('quantization',),
         'distillation__controls': (),
         'quantization__images': 20,
+        'quantization__equalise': True,
         **{f'quantization__training__{field}': value for field, value in training.items()},
     }
 
