@@ -4,7 +4,7 @@
 
 Teacher and images as in `digits.py:fast`, then the ladder of quantization: ranges by BatchNorm's statistics, ranges from the
 synthesized images, and for 4 bits distillation from the float network; beside it ranges from noise and from real images.
-One to two minutes on a 2-core CPU. `:smoke` shrinks the run to seconds.
+Minutes on a 2-core CPU; not measured at full length yet. `:smoke` shrinks the run to seconds.
 """
 
 import runpy
