@@ -8,11 +8,12 @@ import ml_collections
 from dvinv.continual_settings import Continual
 from dvinv.errors import DvinvError
 from dvinv.inversion import PRESETS, InversionConfig, Stage, Weights
+from dvinv.quantization_settings import QuantizationSettings
 from dvinv.recipe import Recipe
 from dvinv.removal import Removal
 from dvinv.rounds import Rounds
 
-TASKS = ('teacher', 'synthesis', 'distillation', 'pruning', 'continual', 'report')
+TASKS = ('teacher', 'synthesis', 'distillation', 'pruning', 'continual', 'quantization', 'report')
 METHODS = ('deepinversion', 'adaptive', 'prior_only', 'noise')
 
 
@@ -111,6 +112,12 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
         }
     )
     config.continual = ml_collections.ConfigDict({**recipe, **dataclasses.asdict(Continual())})
+    config.quantization = ml_collections.ConfigDict(
+        {
+            **dataclasses.asdict(QuantizationSettings()),
+            'training': {**recipe, 'batch_size': 64, 'learning_rate': 2e-4},  # of the settings that are distilled
+        }
+    )
     config.logging = ml_collections.ConfigDict(
         {
             'every': 50,  # updates of a training a line in metrics.jsonl
@@ -133,7 +140,7 @@ def shrink(config, width: float = 0.25) -> None:
     config.teacher.width, config.verifier.width = width, width
     config.verifiers = ()
     config.student.width = width if config.distillation.hint else width / 2  # hints need layers of one shape
-    trainings = (config.teacher.training, config.verifier.training)
+    trainings = (config.teacher.training, config.verifier.training, config.quantization.training)
     for group in (*trainings, config.distillation, config.pruning, config.continual):
         group.update(updates=20, batch_size=32, warmup=2)
     config.pruning.update(steps=2, updates_per_step=10, importance_batches=2, latency_batch=2)
@@ -193,6 +200,12 @@ def rounds_of(config) -> Rounds:
 def recipe_of(group) -> Recipe:
     """The `Recipe` among the fields of a config group."""
     return Recipe(**{field.name: group[field.name] for field in dataclasses.fields(Recipe)})
+
+
+def quantization_of(config) -> QuantizationSettings:
+    """The `QuantizationSettings` among the fields of their config group."""
+    fields = dataclasses.fields(QuantizationSettings)
+    return QuantizationSettings(**{field.name: config.quantization[field.name] for field in fields})
 
 
 def check(config) -> None:

@@ -5,7 +5,18 @@ from pathlib import Path
 
 import numpy as np
 
-from dvinv import configuration, continual, continual_check, distillation, pruning, report, synthesis, teacher, worker
+from dvinv import (
+    configuration,
+    continual,
+    continual_check,
+    distillation,
+    pruning,
+    quantization,
+    report,
+    synthesis,
+    teacher,
+    worker,
+)
 from dvinv.configuration import TASKS
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
@@ -22,6 +33,7 @@ DRIVERS = {
     'distillation': distillation,
     'pruning': pruning,
     'continual': continual,
+    'quantization': quantization,
     'report': report,
 }
 
@@ -81,6 +93,8 @@ def check(config, processes: Processes = ALONE, workdir=None) -> Teacher:
         pruning.check(config, to_invert)
     if 'continual' in config.tasks:
         continual_check.check(config, to_invert, workdir)
+    if 'quantization' in config.tasks:
+        quantization.check(config, to_invert)
     return to_invert
 
 

@@ -10,6 +10,7 @@ from dvinv.data.real import load_real
 from dvinv.inversion import Teacher
 from dvinv.pruning_report import pruning_section, pruning_tile
 from dvinv.quality import figures_of_sets, quality_table
+from dvinv.quantization_section import quantization_section
 from dvinv.runtime.charts import line_chart
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.page import Picture, Section, Table, Tile, number, percent, render
@@ -66,6 +67,8 @@ def run(config, workdir) -> None:
     if 'continual' in results:
         sections.append(continual_section(config, workdir, results['continual']))
         summary = _summary_of_tasks(results['continual'], summary if 'synthesis' in results else '')
+    if 'quantization' in results:
+        sections.append(quantization_section(results['quantization']))
     if 'teacher' in results:
         sections.append(_networks(results))
     text = json.dumps(plain(config), indent=1, sort_keys=True)

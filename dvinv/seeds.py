@@ -47,6 +47,7 @@ def run(config, workdir, count: int, processes: Processes = ALONE) -> dict:
 
 def _over(runs: list[dict], summarise) -> dict:
     """{task: {figure: summary}} of the figures that are numbers in every run."""
+    runs = [{task: _flat(figures) for task, figures in results.items()} for results in runs]
 
     def known(results, task, figure):
         return isinstance(results.get(task, {}).get(figure), int | float)
@@ -59,6 +60,14 @@ def _over(runs: list[dict], summarise) -> dict:
         }
         for task, figures in runs[0].items()
     }
+
+
+def _flat(figures: dict) -> dict:
+    """The figures of a task, those in an object of their own as 'w4a4.test_accuracy'."""
+    flat = {}
+    for name, value in figures.items():
+        flat |= {f'{name}.{inner}': of for inner, of in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def table(summary: dict) -> str:

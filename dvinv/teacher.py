@@ -87,6 +87,16 @@ def read(config, workdir: Workdir | None):
     return _read(config, workdir, 'teacher', group.image_shape, group.mean, group.std)
 
 
+def description(config, workdir: Workdir) -> dict:
+    """What the teacher's network file would tell of it, see `networks.save_network`; 'network' is '' for a user's own."""
+    group = config.teacher
+    if group.factory:
+        teacher = load(config, workdir)
+        about = {name: getattr(teacher, name) for name in ('num_classes', 'image_shape', 'mean', 'std')}
+        return {'network': '', 'width': 1.0, **about}
+    return read(config, workdir)[2]
+
+
 def load_verifier(config, workdir: Workdir | None, teacher: Teacher) -> Classifier | None:
     """The network that judges the images, independent of the teacher; None where the config names none.
 

@@ -50,6 +50,36 @@ def without_batch_norm():
     return _digits_teacher(Plain())
 
 
+class Scanned(nn.Module):
+    """A network with a loop over its layers."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=True)(x.reshape(x.shape[0], -1))
+        kernels = self.param('kernels', nn.initializers.normal(), (2, 64, 64))
+        x, _ = jax.lax.scan(lambda carry, kernel: (carry @ kernel, None), x, kernels)
+        return nn.Dense(10)(x)
+
+
+def scanned():
+    """What holds its layers where no rule reaches."""
+    return _digits_teacher(Scanned())
+
+
+class Standardised(nn.Module):
+    """A network whose weights are standardised when it runs."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.WeightNorm(nn.Conv(4, (3, 3)))(x)
+        return nn.Dense(10)(nn.BatchNorm(use_running_average=True)(x).mean((1, 2)))
+
+
+def standardised():
+    """What computes its weights."""
+    return _digits_teacher(Standardised())
+
+
 def no_teacher():
     """What is no teacher at all."""
     return TinyNet()

@@ -107,6 +107,7 @@ def test_an_unknown_key_ends_the_process_with_one_line(command, tmp_path):
 
 # Settings that cannot be run
 
+QUANTIZED = {'tasks': ('teacher', 'synthesis', 'quantization')}
 ADAPTIVE = {
     'synthesis__method': 'adaptive',
     'synthesis__batches_per_round': 1,
@@ -151,6 +152,16 @@ ADAPTIVE = {
         ({'distillation__temperature': 0.0}, ['distillation.temperature is 0.0', 'above 0']),
         ({'distillation__controls': ('gauss',)}, ["distillation.controls names 'gauss'", 'noise, prior_only, real']),
         ({'seed': -1}, ['seed is -1', 'between 0 and']),
+        ({**QUANTIZED, 'quantization__settings': ('w9a8',)}, ["settings names 'w9a8'", '2 to 8 bits']),
+        ({**QUANTIZED, 'quantization__settings': ('w8a1', 'int4')}, ["settings names 'w8a1'", 'like w4a8']),
+        ({**QUANTIZED, 'quantization__float_layers': ('Dense*', 'fc?')}, ["names 'fc?', which matches no layer", 'Dense_0']),
+        ({**QUANTIZED, 'quantization__float_layers': ('*',)}, ['all layers', 'leave some out']),
+        ({**QUANTIZED, 'quantization__ranges': 'kl'}, ["ranges is 'kl'", 'minmax, percentile, mse']),
+        ({**QUANTIZED, 'quantization__distilled': ('w2a2',)}, ["distilled names 'w2a2'", 'w8a8, w6a6, w4a4']),
+        ({**QUANTIZED, 'quantization__images': 0}, ['images is 0', 'controls']),
+        ({**QUANTIZED, 'quantization__training__updates': 0}, ['quantization.training.updates is 0', 'at least 1']),
+        ({**QUANTIZED, 'teacher__factory': 'factories:scanned'}, ['the operation scan', 'cannot be quantized']),
+        ({**QUANTIZED, 'teacher__factory': 'factories:standardised'}, ['conv_general_dilated whose weights are computed']),
         ({'data__path': 'x'}, ["data.path is 'x'", 'leave it out']),
         ({'data__name': ''}, ['controls names real, but there are no real training images']),
         ({'synthesis__method': 'adaptive'}, ["method is 'adaptive'", 'batches_per_round is 0']),

@@ -20,7 +20,12 @@ from dvinv.runtime.files import write_atomic
 
 
 def save_network(path: Path, variables, description: dict) -> None:
-    """Write a network as one safetensors file.
+    """Write a network as one safetensors file; see `network_bytes`."""
+    write_atomic(path, network_bytes(variables, description))
+
+
+def network_bytes(variables, description: dict) -> bytes:
+    """A network as the bytes of a safetensors file.
 
     Args:
       variables: nested dicts of arrays; the file's tensor names are paths such as 'params/Conv_0/kernel'.
@@ -30,7 +35,7 @@ def save_network(path: Path, variables, description: dict) -> None:
     tensors = {name: np.ascontiguousarray(leaf) for name, leaf in flatten(variables).items()}
     # One entry: safetensors writes several in an order that changes from call to call.
     about = {**description, 'sha256': _digest(description, tensors)}
-    write_atomic(path, save(tensors, {'dvinv': json.dumps(about, sort_keys=True)}))
+    return save(tensors, {'dvinv': json.dumps(about, sort_keys=True)})
 
 
 def load_network(path: Path) -> tuple[dict, dict]:

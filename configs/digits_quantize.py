@@ -1,0 +1,26 @@
+"""The digits' teacher in 8, 6 and 4 bits, without data.
+
+    python -m dvinv.main --config configs/digits_quantize.py --workdir runs/digits_quantize
+
+Teacher and images as in `digits.py:fast`, then the ladder of quantization: ranges by BatchNorm's statistics, ranges from the
+synthesized images, and for 4 bits distillation from the float network; beside it ranges from noise and from real images.
+Minutes on a 2-core CPU; not measured at full length yet. `:smoke` shrinks the run to seconds.
+"""
+
+import runpy
+from pathlib import Path
+
+import ml_collections
+
+digits = runpy.run_path(str(Path(__file__).with_name('digits.py')))['get_config']
+
+
+def get_config(arg: str = '') -> ml_collections.ConfigDict:
+    """The config; `arg` is '' or 'smoke'."""
+    if arg not in ('', 'smoke'):
+        raise ValueError(f'This config knows the argument smoke, not {arg!r}')
+    config = digits(arg or 'fast')
+    config.tasks = ('teacher', 'synthesis', 'quantization', 'report')
+    if arg != 'smoke':
+        config.quantization.training.update(updates=400, warmup=40, learning_rate=1e-3, shift=1, noise=0.1)
+    return config

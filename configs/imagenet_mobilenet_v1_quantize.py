@@ -1,0 +1,27 @@
+"""A published ImageNet MobileNetV1 in 8 and 6 bits, without data.
+
+    python -m dvinv.main --config configs/imagenet_mobilenet_v1_quantize.py --workdir runs/imagenet_mobilenet_v1_quantize \\
+      --config.teacher.weights=mobilenet_v1.npz --config.verifier.weights=squeezenet1_1.npz
+
+Weights and data as in `imagenet_mobilenet_v1.py`, whose 64 images in their `:short` form (20 minutes on 2 CPU cores; or
+`--config.pool=POOL`) give the ranges; not measured yet. With `--config.quantization.images=0
+--config.quantization.controls="()" --config.tasks="('teacher','quantization')"` no image is needed: ranges follow from
+BatchNorm's statistics (figures in benchmarks/RESULTS.md). `:smoke` shrinks the run to seconds.
+"""
+
+import runpy
+from pathlib import Path
+
+import ml_collections
+
+mobilenet = runpy.run_path(str(Path(__file__).with_name('imagenet_mobilenet_v1.py')))['get_config']
+
+
+def get_config(arg: str = '') -> ml_collections.ConfigDict:
+    """The config; `arg` is '' or 'smoke'."""
+    if arg not in ('', 'smoke'):
+        raise ValueError(f'This config knows the argument smoke, not {arg!r}')
+    config = mobilenet(arg or 'short')
+    config.tasks = ('teacher', 'synthesis', 'quantization', 'report')
+    config.quantization.update(settings=('w8a8', 'w6a6'), distilled=(), controls=('noise',))
+    return config

@@ -1,0 +1,225 @@
+"""A network whose kernels and layer inputs are of few bits: its variables while it is sought, and its file.
+
+In both it is simulated in float32 on whole numbers of steps. An integer convolution would give the same up to the rounding
+of sums, but XLA has no fast one on CPU.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import jaxpr_as_fun
+from jax.extend.core.primitives import conv_general_dilated_p, dot_general_p
+
+from dvinv.errors import DvinvError, listed
+from dvinv.networks import registry
+from dvinv.networks.classifier import Classifier, flatten, unflatten
+from dvinv.networks.files import load_network, save_network
+from dvinv.networks.quantized.folding import Folded, corrected
+from dvinv.networks.quantized.layers import CUT, Layer, find_layers
+from dvinv.networks.quantized.ranges import Observation, grid_of
+from dvinv.networks.quantized.rounding import (
+    largest,
+    packed,
+    round_inputs,
+    round_weights,
+    unpacked,
+    weight_steps,
+    whole_weights,
+)
+from dvinv.runtime.program import rewritten
+
+
+def with_rules(apply_fn: Callable, layers: Sequence[Layer], around: Callable) -> Callable:
+    """`(weights, ceilings, x) -> logits` of `apply_fn`, a layer computed by `around(its index, bind, operands)`.
+
+    `bind(*operands)` is the operation itself; for `ceilings` see `folding.Folded`.
+    """
+    index_of = {layer.number: index for index, layer in enumerate(layers)}
+
+    def run(weights, ceilings, x):
+        operations, cuts = itertools.count(), itertools.count()
+
+        def layer_rule(primitive):
+            def rule(params):
+                index = index_of.get(next(operations))
+                settings = {name: value for name, value in params.items() if name != 'avals'}
+                if index is None:
+                    return None
+                return lambda *operands: around(index, lambda *arrays: primitive.bind(*arrays, **settings), operands)
+
+            return rule
+
+        def ceiling_rule(params):
+            factor = ceilings.get(str(next(cuts)))
+            if factor is None:
+                return None
+            inside = params.get('call_jaxpr')
+
+            def scaled(*operands):
+                operands = [o * factor if np.ndim(o) else o for o in operands]
+                result = jaxpr_as_fun(inside)(*operands)[0] if inside else jnp.minimum(*operands)
+                return result / factor
+
+            return scaled
+
+        rules = {primitive.name: layer_rule(primitive) for primitive in (conv_general_dilated_p, dot_general_p)}
+        return rewritten(apply_fn, {**rules, **dict.fromkeys(CUT, ceiling_rule)})(weights, x)
+
+    return run
+
+
+@functools.lru_cache(maxsize=8)  # one function for one network, so that it is compiled once
+def simulated(apply_fn: Callable, layers: tuple[Layer, ...]) -> Callable:
+    """`(variables, x) -> logits`, differentiable; kernels are rounded on the way.
+
+    Variables: 'weights' (of the network, float32), 'steps' and 'tops' ({path of a kernel: its steps, its top}),
+    'inputs' ('step', 'zero' and 'top', float32 [L], a layer each) and 'ceilings'. A layer without steps stays in float32.
+    """
+    run = _rounding_inputs(apply_fn, layers)
+
+    def apply(variables, x):
+        flat = dict(flatten(variables['weights']))
+        for path, step in variables['steps'].items():
+            flat[path] = round_weights(flat[path], step, variables['tops'][path]) * step
+        return run(unflatten(flat), variables['steps'], variables['inputs'], variables['ceilings'], x)
+
+    return apply
+
+
+def _rounding_inputs(apply_fn: Callable, layers: Sequence[Layer]) -> Callable:
+    def run(weights, steps, inputs, ceilings, x):
+        def around(index, bind, operands):
+            layer = layers[index]
+            if layer.kernel in steps:
+                operands = list(operands)
+                place = 1 - layer.side
+                grid = [inputs[name][index] for name in ('step', 'zero', 'top')]
+                operands[place] = round_inputs(operands[place], *grid)
+            return bind(*operands)
+
+        return with_rules(apply_fn, layers, around)(weights, ceilings, x)
+
+    return run
+
+
+@dataclasses.dataclass(frozen=True)
+class Bits:
+    """Of a layer's weights and inputs; 0: float32."""
+
+    weights: int
+    inputs: int
+
+
+def quantize(
+    network: Folded, bits: Sequence[Bits], seen: Sequence[Observation], method: str, means: list[np.ndarray] | None
+) -> dict:
+    """The variables that `simulated` takes.
+
+    Args:
+      bits, seen: a layer each.
+      method: how ranges are taken from what was `seen`, see `ranges.grid_of`.
+      means: of the layers' input channels, to correct shifts by; None: they stay.
+    """
+    flat = flatten(network.weights)
+    steps, tops, whole = {}, {}, {}
+    for layer, of in zip(network.layers, bits, strict=True):
+        if of.weights and layer.kernel not in steps:
+            kernel = np.asarray(flat[layer.kernel])
+            steps[layer.kernel] = weight_steps(kernel, of.weights, layer.contracted)
+            tops[layer.kernel] = np.float32(largest(of.weights))
+            whole[layer.kernel] = whole_weights(kernel, steps[layer.kernel], of.weights)
+    grids = [grid_of(told, of.inputs, method) if of.inputs else (1.0, 0.0) for told, of in zip(seen, bits, strict=True)]
+    inputs = {
+        'step': np.array([step for step, _ in grids], np.float32),
+        'zero': np.array([zero for _, zero in grids], np.float32),
+        'top': np.array([2.0**of.inputs - 1 for of in bits], np.float32),
+    }
+    rounded = {path: whole[path] * steps[path] for path in whole}
+    weights = network.weights if means is None else corrected(network, rounded, means)
+    return {'weights': weights, 'steps': steps, 'tops': tops, 'inputs': inputs, 'ceilings': network.ceilings}
+
+
+def save_quantized(path: Path, variables: dict, bits: dict[str, int], about: dict) -> None:
+    """Write a quantized network as a file that describes itself.
+
+    A kernel is a dense stream of its bits (two numbers a byte at 4), its steps float32 beside it; of what is left (shifts),
+    arrays whose numbers are all the same are one number in the header.
+
+    Args:
+      variables: as `simulated` takes them.
+      bits: {path of a kernel: of its weights}.
+      about: as for `networks.save_network`; 'network' is '' where the network is no registered one.
+    """
+    tensors, constants = {}, {}
+    for place, leaf in flatten(variables['weights']).items():
+        leaf = np.asarray(leaf, np.float32)
+        if place in bits:
+            step = np.asarray(variables['steps'][place], np.float32)
+            tensors[f'bits/{place}'] = packed(whole_weights(leaf, step, bits[place]), bits[place])
+            tensors[f'step/{place}'] = step.ravel()
+        elif leaf.size and (leaf == leaf.flat[0]).all():
+            constants[place] = float(leaf.flat[0])
+        else:
+            tensors[f'is/{place}'] = leaf
+    tensors['inputs'] = np.stack([np.asarray(variables['inputs'][name], np.float32) for name in ('step', 'zero', 'top')])
+    tensors |= {f'ceilings/{number}': np.asarray(factor) for number, factor in variables['ceilings'].items()}
+    save_network(path, unflatten(tensors), {**about, 'bits': bits, 'constants': constants})
+
+
+def load_quantized(path: Path, like: Classifier | None = None) -> Classifier:
+    """The network of a file that `save_quantized` wrote; its kernels stay packed in memory.
+
+    Args:
+      like: the float network (its shapes and function are used), where the file is not of a registered network.
+
+    Raises:
+      DvinvError: the file is missing, damaged, no quantized network, or needs `like`.
+    """
+    stored, about = load_network(path)
+    if 'bits' not in about:
+        raise DvinvError(f'{path} holds a network in float32; dvinv.networks.load_classifier reads it.')
+    if like is None:
+        if not about['network']:
+            raise DvinvError(
+                f'{path} was made from a network that is not among those of dvinv; load_quantized(path, teacher) reads it, '
+                'with the teacher that it was made from.'
+            )
+        module = registry.create(about['network'], about['num_classes'], about['width'])
+        like = Classifier(
+            lambda variables, x: module.apply(variables, x, train=False),
+            registry.shapes_of(module, tuple(about['image_shape'])),
+            tuple(about['image_shape']),
+            about['num_classes'],
+            tuple(about['mean']),
+            tuple(about['std']),
+        )
+    shapes = {place: leaf.shape for place, leaf in flatten(like.variables).items()}
+    layers = find_layers(like.apply_fn, like.variables, like.image_shape)
+    run, bits, constants = _rounding_inputs(like.apply_fn, layers), about['bits'], about['constants']
+    here = {name.split('/', 1)[1] for name in flatten(stored) if name.startswith(('bits/', 'is/'))} | constants.keys()
+    if here != shapes.keys() or not bits.keys() <= {layer.kernel for layer in layers}:
+        differing = listed(sorted(here ^ shapes.keys()) or sorted(bits))
+        raise DvinvError(f'{path} holds another network than the one it is to be: {differing} differ; give it its own.')
+    axes = {layer.kernel: layer.contracted for layer in layers}
+
+    def apply(variables, x):
+        flat, weights = flatten(variables), {}
+        for place, shape in shapes.items():
+            if place in bits:
+                along = [1 if axis in axes[place] else length for axis, length in enumerate(shape)]
+                step = flat[f'step/{place}'].reshape(along)
+                weights[place] = unpacked(flat[f'bits/{place}'], bits[place], shape) * step
+            elif place in constants:
+                weights[place] = jnp.full(shape, constants[place], jnp.float32)
+            else:
+                weights[place] = flat[f'is/{place}']
+        inputs = dict(zip(('step', 'zero', 'top'), flat['inputs'], strict=True))
+        ceilings = {name.removeprefix('ceilings/'): leaf for name, leaf in flat.items() if name.startswith('ceilings/')}
+        return run(unflatten(weights), bits, inputs, ceilings, x)
+
+    return Classifier(apply, stored, like.image_shape, like.num_classes, like.mean, like.std)

@@ -1,0 +1,145 @@
+"""The task `quantization`: the teacher in few bits, without data: by its BatchNorms, by the pool's ranges, by learning."""
+
+import jax
+import numpy as np
+
+from dvinv.configuration import quantization_of, recipe_of
+from dvinv.data.pool import ImagePool
+from dvinv.data.real import load_real
+from dvinv.errors import DvinvError
+from dvinv.inversion import Teacher
+from dvinv.ladder import Ladder, Scores, rungs
+from dvinv.networks.files import network_bytes
+from dvinv.networks.quantized.folding import Folded, equalise, fold
+from dvinv.networks.quantized.layers import find_layers
+from dvinv.networks.quantized.learning import learned, module_of
+from dvinv.networks.quantized.network import load_quantized, save_quantized, simulated
+from dvinv.networks.quantized.observing import on_images, on_statistics
+from dvinv.rounds import Rounds
+from dvinv.runtime.devices import make_mesh, training_mesh
+from dvinv.runtime.workdir import Workdir, open_workdir
+from dvinv.student import distillation_loss
+from dvinv.synthesizer import fill_pool, missing_batches, open_pool
+from dvinv.teacher import description, load
+from dvinv.training import Lesson, Training
+
+TASK, ROLE = 'quantization', 6  # see `training.Learner`
+
+
+def run(config, workdir) -> dict:
+    """Quantize the teacher to every setting, and score each rung of the ladder on the real test images; returns figures.
+
+    The rungs: ranges and corrections by BatchNorm's statistics alone; ranges from the pool; learning on the pool. Real
+    images come in when every network is finished: for the upper control and the scores.
+    """
+    workdir = open_workdir(workdir, config)
+    settings, teacher = quantization_of(config), load(config, workdir)
+    pool = open_pool(config, workdir, teacher) if settings.images or settings.distilled else None
+    if pool and not config.pool and (missing := missing_batches(config, pool)):
+        raise DvinvError(f'Batch {missing[0]} is missing from {pool.folder}; run the task synthesis first: it makes it.')
+    plain = fold(teacher.apply_fn, teacher.variables, teacher.image_shape)
+    network = equalise(plain) if settings.equalise else plain
+    ladder = _observed(config, teacher, network, pool)
+    about = description(config, workdir)
+    for setting in settings.settings:
+        path = workdir.network(file_name(setting))
+        if not path.exists():
+            bits = settings.bits(setting, network.layers)
+            variables = ladder.variables(bits, *_chosen(settings), settings.correct)
+            if setting in settings.distilled:
+                variables = _distil(config, workdir, teacher, network, variables, pool, setting)
+            kernels = {layer.kernel: of.weights for layer, of in zip(network.layers, bits, strict=True) if of.weights}
+            save_quantized(path, variables, kernels, about)
+
+    data = load_real(config.data)
+    for control in settings.controls:
+        images = data.train.images if control == 'real' else _noise(config, workdir, teacher).rows('images')
+        ladder = ladder.beside(control, on_images(network, teacher, _evenly(images, settings.images)))
+    unequalised = _observed(config, teacher, plain, pool) if settings.equalise else None
+    scores, float_bytes = Scores(teacher, data), len(network_bytes(teacher.variables, about))
+    figures = {}
+    for setting in settings.settings:
+        path = workdir.network(file_name(setting))
+        size = path.stat().st_size
+        figures[setting] = {
+            **scores.figures(load_quantized(path, teacher)),
+            'bytes': size,
+            'bytes_ratio': size / float_bytes,
+            'distilled': setting in settings.distilled,
+            **rungs(settings, scores, ladder, unequalised, setting),
+        }
+    return {
+        **figures,
+        'float_test_accuracy': scores.float_accuracy,
+        'float_bytes': float_bytes,
+        'layers': len(network.layers),
+        'folded_layers': sum(layer.norm is not None for layer in network.layers),
+    }
+
+
+def check(config, teacher: Teacher) -> None:
+    """Refuse, before anything is written, what cannot be quantized as the config says.
+
+    Raises:
+      DvinvError: names the field, its value and the way out, or the operation of the network.
+    """
+    settings, data = quantization_of(config), load_real(config.data)
+    settings.check()
+    recipe = recipe_of(config.quantization.training)
+    recipe.check('quantization.training')
+    recipe.check_devices('quantization.training', training_mesh(make_mesh(config.devices)).size)
+    if 'real' in settings.controls and not (data and data.train):
+        raise DvinvError(
+            'quantization.controls names real, but there are no real training images; leave it out, or name some by '
+            'data.name and data.train_path.'
+        )
+    layers = find_layers(teacher.apply_fn, teacher.variables, teacher.image_shape)
+    for setting in settings.settings:
+        settings.bits(setting, layers)
+
+
+def complete(config, workdir: Workdir) -> bool:
+    """Whether the networks of the finished task are still there: a damaged file is deleted by its owner."""
+    return all(workdir.network(file_name(setting)).exists() for setting in config.quantization.settings)
+
+
+def file_name(setting: str) -> str:
+    """What the file of the network of a setting goes by."""
+    return f'quantized_{setting}'
+
+
+def _chosen(settings) -> tuple[str, str]:
+    """Where ranges come from, and how they are taken from it."""
+    return ('pool' if settings.images else 'no_images'), settings.ranges
+
+
+def _observed(config, teacher: Teacher, network: Folded, pool: ImagePool | None) -> Ladder:
+    """What the layers are fed with, without images and on the pool."""
+    key, count = jax.random.fold_in(jax.random.key(config.seed), ROLE), config.quantization.images
+    seen = {'no_images': on_statistics(network, teacher, key)}
+    if count:
+        seen['pool'] = on_images(network, teacher, _evenly(pool.rows('images'), count))
+    return Ladder(network, seen)
+
+
+def _distil(config, workdir: Workdir, teacher: Teacher, network: Folded, variables: dict, pool: ImagePool, setting: str):
+    """The variables after quantization-aware distillation: the float teacher's answers on the pool's images."""
+    module = module_of(network, simulated(network.apply_fn, network.layers), variables)
+    images, labels = pool.rows('images'), pool.rows('labels')
+    loss = distillation_loss(teacher, config.quantization.temperature)
+    lesson = Lesson(recipe_of(config.quantization.training), loss, Rounds(len(labels)), teacher.variables)
+    seed, mesh = 16 * config.seed + ROLE, training_mesh(make_mesh(config.devices))
+    with Training(module, lesson, teacher, seed, mesh, workdir, TASK, setting, config.logging) as training:
+        return learned(network, variables, training.finish(images, labels)['params'])
+
+
+def _noise(config, workdir: Workdir, teacher: Teacher) -> ImagePool:
+    """Where every inversion starts: as many images as there would be in the pool."""
+    pool = ImagePool(workdir.path / 'controls' / 'noise', teacher.digest())
+    fill_pool(config, workdir, teacher, pool, 'noise', TASK, 'noise_images')
+    return pool
+
+
+def _evenly(images, most: int) -> np.ndarray:
+    """At most so many of the images, evenly spaced."""
+    return images[np.unique(np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(int))]

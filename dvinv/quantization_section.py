@@ -1,0 +1,61 @@
+"""The part of the report about networks of few bits: accuracy against bits and megabytes."""
+
+from dvinv.quantization_settings import SETTING, bits_of
+from dvinv.runtime.charts import line_chart
+from dvinv.runtime.page import Section, Table, percent
+
+RUNGS = {  # figure -> what it is called
+    'no_images_test_accuracy': 'no images',
+    'minmax_test_accuracy': 'pool, all values',
+    'percentile_test_accuracy': 'pool, percentile',
+    'mse_test_accuracy': 'pool, least error',
+    'real_test_accuracy': 'real images',
+    'noise_test_accuracy': 'noise',
+    'uncorrected_test_accuracy': 'uncorrected',
+    'unequalised_test_accuracy': 'not equalised',
+}
+FINAL = 'the network in the file'
+
+
+def quantization_section(figures: dict) -> Section:
+    """Of the figures of the task `quantization` in results.json."""
+    settings = sorted((name for name in figures if SETTING.fullmatch(name)), key=bits_of, reverse=True)
+    megabytes = figures['float_bytes'] / 1e6
+    rows = [
+        [
+            setting + (', distilled' if of['distilled'] else ''),
+            f'{of["bytes"] / 1e6:.3f}',
+            f'{of["bytes_ratio"]:.3f}',
+            percent(of['test_accuracy']),
+            percent(of['test_agreement']),
+            of['test_kl'],
+        ]
+        for setting, of in ((setting, figures[setting]) for setting in settings)
+    ]
+    rows.append(['float32', f'{megabytes:.3f}', '1', percent(figures['float_test_accuracy']), percent(1.0), 0])
+    files = Table(
+        ('Network', 'MB', 'of the float file', 'real test accuracy', 'agrees with float', 'KL to float'),
+        rows,
+        caption='Whole files. Weights (w) and inputs of layers (a) have so many bits; the first and the last layer may have '
+        'more. Agreement: the share of test images that both put into one class.',
+    )
+    shown = {name: label for name, label in RUNGS.items() if any(name in figures[setting] for setting in settings)}
+    ladder = Table(
+        ('Ranges from', *settings),
+        [[label, *(percent(figures[setting].get(name)) for setting in settings)] for name, label in shown.items()],
+        caption='Real test accuracy by calibration alone, before any learning.',
+    )
+    by_bits = {
+        label: ([bits_of(s)[0] for s in settings], [figures[s].get(name) for s in settings])
+        for name, label in {'test_accuracy': FINAL, **shown}.items()
+        if name not in ('minmax_test_accuracy', 'percentile_test_accuracy', 'uncorrected_test_accuracy')
+    }
+    by_size = (
+        [*(figures[s]['bytes'] / 1e6 for s in settings), megabytes],
+        [*(figures[s]['test_accuracy'] for s in settings), figures['float_test_accuracy']],
+    )
+    charts = [
+        line_chart(by_bits, 'Accuracy against bits of a weight', 'bits', 'real test accuracy'),
+        line_chart({FINAL: by_size}, 'Accuracy against the size of the file', 'megabytes', 'real test accuracy'),
+    ]
+    return Section('Quantization', tables=[files, ladder], charts=charts)
