@@ -18,10 +18,10 @@ import numpy as np
 from paired import median_interval
 
 from dvinv.errors import DvinvError
-from dvinv.latency import measure_table, predicted, timed
 from dvinv.networks import classifier_of, initialise, load_network, module_of
 from dvinv.networks.channels import find_channels
 from dvinv.networks.suited import suited_to
+from dvinv.pruning.latency import measure_table, predicted, timed
 
 tell = functools.partial(print, file=sys.stderr, flush=True)  # stdout is for the result
 

@@ -5,12 +5,12 @@ import math
 
 import ml_collections
 
-from dvinv.continual_settings import Continual
+from dvinv.continual.settings import Continual
 from dvinv.errors import DvinvError
 from dvinv.inversion import PRESETS, InversionConfig, Stage, Weights
-from dvinv.quantization_settings import QuantizationSettings
+from dvinv.pruning.removal import Removal
+from dvinv.quantization.settings import QuantizationSettings
 from dvinv.recipe import Recipe
-from dvinv.removal import Removal
 from dvinv.rounds import Rounds
 
 TASKS = ('teacher', 'synthesis', 'distillation', 'pruning', 'continual', 'quantization', 'report')
@@ -108,7 +108,7 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
             'hint': 0.0,  # weight of the BatchNorm inputs of channels that are left
             **dataclasses.asdict(Removal()),
             'latency_batch': 128,  # images at a time of which the latency is told
-            'controls': ('untuned', 'random', 'real'),  # beside it: see dvinv.pruning.CONTROLS
+            'controls': ('untuned', 'random', 'real'),  # beside it: see CONTROLS in dvinv.pruning.driver
         }
     )
     config.continual = ml_collections.ConfigDict({**recipe, **dataclasses.asdict(Continual())})

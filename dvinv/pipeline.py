@@ -5,22 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
-from dvinv import (
-    configuration,
-    continual,
-    continual_check,
-    distillation,
-    pruning,
-    quantization,
-    report,
-    synthesis,
-    teacher,
-    worker,
-)
+from dvinv import configuration, distillation, report, synthesis, teacher, worker
 from dvinv.configuration import TASKS
+from dvinv.continual import check as continual_check
+from dvinv.continual import driver as continual
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
 from dvinv.inversion import Teacher, check_labels, check_resolutions
+from dvinv.pruning import driver as pruning
+from dvinv.quantization import driver as quantization
 from dvinv.runtime import preemption
 from dvinv.runtime.devices import make_mesh, training_mesh
 from dvinv.runtime.processes import ALONE, Processes

@@ -4,13 +4,13 @@ import json
 from statistics import fmean
 
 from dvinv.configuration import TASKS
-from dvinv.continual_report import continual_section, continual_tiles
+from dvinv.continual.section import continual_section, continual_tiles
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
 from dvinv.inversion import Teacher
-from dvinv.pruning_report import pruning_section, pruning_tile
+from dvinv.pruning.section import pruning_section, pruning_tile
 from dvinv.quality import figures_of_sets, quality_table
-from dvinv.quantization_section import quantization_section
+from dvinv.quantization.section import quantization_section
 from dvinv.runtime.charts import line_chart
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.page import Picture, Section, Table, Tile, number, percent, render

@@ -12,8 +12,9 @@ from tiny import saved, trained_variables
 
 import dvinv
 import dvinv.training
-from dvinv import DvinvError, continual_losses, continual_scores, pipeline
-from dvinv.continual_settings import Continual
+from dvinv import DvinvError, pipeline
+from dvinv.continual import losses, scores
+from dvinv.continual.settings import Continual
 from dvinv.data.dataset import Source, Split
 from dvinv.data.digits import read
 from dvinv.data.joined import Joined
@@ -42,13 +43,13 @@ def answers():
 
 def test_the_papers_loss_is_its_equation(answers):
     logits, old, labels = answers
-    terms = continual_losses.deepinversion_terms(jnp.asarray(logits), jnp.asarray(old), labels, 2.0)
+    terms = losses.deepinversion_terms(jnp.asarray(logits), jnp.asarray(old), labels, 2.0)
     p, q = softmax(old[3:] / 2), softmax(logits[3:] / 2)
     np.testing.assert_allclose(terms['old_images'], 4 * (p * np.log(p / q[:, :3])).sum(-1).mean(), rtol=1e-5)
     np.testing.assert_allclose(terms['new_images'], -np.log(softmax(logits)[range(3), labels[:3]]).mean(), rtol=1e-5)
     p, q = softmax(old[:3] / 2), softmax(logits[:3, :3] / 2)
     np.testing.assert_allclose(terms['old_answers'], 4 * (p * np.log(p / q)).sum(-1).mean(), rtol=1e-5)
-    assert float(continual_losses.total(terms, {'old_images': 0.0, 'old_answers': 0.0})) == float(terms['new_images'])
+    assert float(losses.total(terms, {'old_images': 0.0, 'old_answers': 0.0})) == float(terms['new_images'])
 
 
 def test_old_images_that_look_new_are_punished(answers):
@@ -56,7 +57,7 @@ def test_old_images_that_look_new_are_punished(answers):
     _, old, labels = answers
     same = np.concatenate([old, np.full((6, 2), -30.0)], 1)
     likely = np.concatenate([old, np.full((6, 2), 5.0)], 1)
-    kept, lost = (continual_losses.deepinversion_terms(jnp.asarray(z), old, labels, 1.0) for z in (same, likely))
+    kept, lost = (losses.deepinversion_terms(jnp.asarray(z), old, labels, 1.0) for z in (same, likely))
     assert abs(float(kept['old_images'])) < 1e-6 < 1 < float(lost['old_images'])
     assert abs(float(lost['old_answers'])) < 1e-6  # among the old classes nothing has changed
 
@@ -66,7 +67,7 @@ def test_always_be_dreaming_is_its_equations(answers):
     rng = np.random.default_rng(1)
     f, kernel, bias = rng.normal(size=(6, 4)), rng.normal(size=(4, 3)), rng.normal(size=3)
     head = {'kernel': kernel, 'bias': bias}
-    terms = continual_losses.always_be_dreaming_terms(logits, 2 * logits, f, old, labels, head)
+    terms = losses.always_be_dreaming_terms(logits, 2 * logits, f, old, labels, head)
     local = -np.log(softmax(logits[:3, 3:])[range(3), labels[:3] - 3]).mean()
     np.testing.assert_allclose(terms['new_images'], local, rtol=1e-5)
     each = -np.log(softmax(2 * logits)[range(6), labels])
@@ -77,7 +78,7 @@ def test_always_be_dreaming_is_its_equations(answers):
 def test_lwf_mc_is_a_sum_of_binary_cross_entropies(answers):
     logits, old, labels = answers
     labels = np.maximum(labels, 3)
-    terms = continual_losses.lwf_mc_terms(logits, old, labels)
+    terms = losses.lwf_mc_terms(logits, old, labels)
     p = 1 / (1 + np.exp(-logits))
     targets = np.concatenate([1 / (1 + np.exp(-old)), np.eye(2)[labels - 3]], 1)
     each = -(targets * np.log(p) + (1 - targets) * np.log(1 - p))
@@ -346,6 +347,6 @@ def test_what_cannot_be_learned_is_refused_before_anything_is_written(tmp_path, 
 
 def test_forgetting_is_what_was_best_less_what_is_left():
     matrix = [[0.9], [0.95, 0.8], [0.5, 0.7, 1.0]]
-    assert continual_scores.forgetting(matrix) == pytest.approx((0.45 + 0.1) / 2)
-    assert continual_scores.forgetting([None, None, [0.5, 0.7, 1.0]]) is None
+    assert scores.forgetting(matrix) == pytest.approx((0.45 + 0.1) / 2)
+    assert scores.forgetting([None, None, [0.5, 0.7, 1.0]]) is None
     assert Continual().weights.keys() == {'old_images', 'old_answers', 'head', 'features'}

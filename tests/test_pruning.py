@@ -12,12 +12,12 @@ from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, trained_variables
 
 import dvinv
 from dvinv import DvinvError, pipeline
-from dvinv.importance import Importance
 from dvinv.inversion import from_linen
-from dvinv.latency import predicted
 from dvinv.networks import create
 from dvinv.networks.channels import cost, find_channels
-from dvinv.removal import Removal, least_reachable, without_lowest
+from dvinv.pruning.importance import Importance
+from dvinv.pruning.latency import predicted
+from dvinv.pruning.removal import Removal, least_reachable, without_lowest
 
 
 @pytest.fixture(scope='module')

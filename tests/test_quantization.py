@@ -23,8 +23,8 @@ from dvinv.networks.quantized.layers import find_layers
 from dvinv.networks.quantized.network import Bits, load_quantized, quantize, save_quantized, simulated, with_rules
 from dvinv.networks.quantized.observing import on_images, on_statistics
 from dvinv.networks.quantized.ranges import Observation, grid_of
-from dvinv.quantization_section import quantization_section
-from dvinv.quantization_settings import QuantizationSettings
+from dvinv.quantization.section import quantization_section
+from dvinv.quantization.settings import QuantizationSettings
 from dvinv.runtime.page import render
 from dvinv.teacher import load
 

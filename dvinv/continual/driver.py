@@ -9,18 +9,18 @@ import dataclasses
 
 import numpy as np
 
-from dvinv.chains import MAIN, chains_of, name_of, names_of_networks
 from dvinv.configuration import recipe_of
-from dvinv.continual_lesson import lesson_of, loss_of, network_of
-from dvinv.continual_scores import figures
-from dvinv.continual_settings import LOSSES
+from dvinv.continual.chains import MAIN, chains_of, name_of, names_of_networks
+from dvinv.continual.lesson import lesson_of, loss_of, network_of
+from dvinv.continual.scores import figures
+from dvinv.continual.settings import LOSSES
+from dvinv.continual.stream import Step, steps_of, training_images
 from dvinv.data.dataset import Split
 from dvinv.data.pool import ImagePool
 from dvinv.inversion import Teacher
 from dvinv.networks import load_network
 from dvinv.rounds import Rounds
 from dvinv.runtime.workdir import Workdir, open_workdir
-from dvinv.stream import Step, steps_of, training_images
 from dvinv.synthesizer import fill_pool, missing_batches
 from dvinv.teacher import load
 from dvinv.training import Learner, Lesson, learn

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import numpy as np
 
-from dvinv.chains import names_of_networks
 from dvinv.configuration import recipe_of
-from dvinv.continual_lesson import head_path, network_of
-from dvinv.continual_settings import settings_of
+from dvinv.continual.chains import names_of_networks
+from dvinv.continual.lesson import head_path, network_of
+from dvinv.continual.settings import settings_of
+from dvinv.continual.stream import steps_of, test_images, training_images
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
 from dvinv.inversion import Teacher
 from dvinv.networks.classifier import flatten
 from dvinv.runtime.devices import make_mesh, training_mesh
-from dvinv.stream import steps_of, test_images, training_images
 
 
 def check(config, teacher: Teacher, workdir=None) -> None:

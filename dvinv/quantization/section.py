@@ -1,6 +1,6 @@
 """The part of the report about networks of few bits: accuracy against bits and megabytes."""
 
-from dvinv.quantization_settings import SETTING, bits_of
+from dvinv.quantization.settings import SETTING, bits_of
 from dvinv.runtime.charts import line_chart
 from dvinv.runtime.page import Section, Table, percent
 

@@ -15,13 +15,13 @@ from dvinv.configuration import recipe_of
 from dvinv.data.real import load_real
 from dvinv.distillation import DATA_FREE_CONTROLS, control_pool
 from dvinv.errors import DvinvError
-from dvinv.importance import Importance
 from dvinv.inversion import Teacher
-from dvinv.latency import latency, measure_table, predicted
 from dvinv.networks import Classifier, load_classifier, load_network, save_network
 from dvinv.networks.channels import find_channels
 from dvinv.networks.channels.cost import Cost
-from dvinv.removal import EXACT, Removal, refuse_unreachable, without_lowest
+from dvinv.pruning.importance import Importance
+from dvinv.pruning.latency import latency, measure_table, predicted
+from dvinv.pruning.removal import EXACT, Removal, refuse_unreachable, without_lowest
 from dvinv.rounds import Rounds
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.progress import Progress

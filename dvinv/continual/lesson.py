@@ -6,14 +6,14 @@ from collections.abc import Callable
 import numpy as np
 
 from dvinv.configuration import recipe_of
-from dvinv.continual_losses import (
+from dvinv.continual.losses import (
     always_be_dreaming_terms,
     cross_entropy,
     deepinversion_terms,
     lwf_mc_terms,
     total,
 )
-from dvinv.continual_settings import settings_of
+from dvinv.continual.settings import settings_of
 from dvinv.data.dataset import Split
 from dvinv.data.joined import Joined
 from dvinv.inversion import Teacher, from_linen

@@ -8,13 +8,13 @@ from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
 from dvinv.inversion import Teacher
-from dvinv.ladder import Ladder, Scores, rungs
 from dvinv.networks.files import network_bytes
 from dvinv.networks.quantized.folding import Folded, equalise, fold
 from dvinv.networks.quantized.layers import find_layers
 from dvinv.networks.quantized.learning import learned, module_of
 from dvinv.networks.quantized.network import load_quantized, save_quantized, simulated
 from dvinv.networks.quantized.observing import on_images, on_statistics
+from dvinv.quantization.ladder import Ladder, Scores, rungs
 from dvinv.rounds import Rounds
 from dvinv.runtime.devices import make_mesh, training_mesh
 from dvinv.runtime.workdir import Workdir, open_workdir

@@ -6,10 +6,10 @@ import math
 import numpy as np
 
 from dvinv.errors import DvinvError
-from dvinv.importance import METHODS
 from dvinv.networks.channels import cost
 from dvinv.networks.channels.cost import Cost
 from dvinv.networks.channels.units import STAYS, Channels
+from dvinv.pruning.importance import METHODS
 
 EXACT = {'filters': cost.filters, 'flops': cost.flops, 'parameters': cost.parameters}
 MEASURES = (*EXACT, 'latency')

@@ -4,11 +4,11 @@ import statistics
 
 import numpy as np
 
-from dvinv.chains import MAIN
+from dvinv.continual.chains import MAIN
+from dvinv.continual.stream import Step, test_images
 from dvinv.data.dataset import Split
 from dvinv.evaluation import logits_of
 from dvinv.inversion import Teacher
-from dvinv.stream import Step, test_images
 
 
 def figures(steps: list[Step], learned: dict[str, list[Teacher | None]]) -> dict:

@@ -11,7 +11,7 @@ from dvinv.networks import Classifier
 from dvinv.networks.quantized.folding import Folded
 from dvinv.networks.quantized.network import Bits, quantize, simulated
 from dvinv.networks.quantized.ranges import METHODS, Observation
-from dvinv.quantization_settings import QuantizationSettings
+from dvinv.quantization.settings import QuantizationSettings
 from dvinv.teacher import check_fits
 
 

@@ -18,7 +18,7 @@ class Continual:
     steps: tuple[dict, ...] = ()
     loss: str = 'deepinversion'  # the paper's; or 'always_be_dreaming', where old and new classes are alike
     temperature: float = 1.0  # of the divergences from the old network
-    old_images: float = 1.0  # weights, see continual_losses.py; of the first loss
+    old_images: float = 1.0  # weights, see losses.py; of the first loss
     old_answers: float = 1.0
     head: float = 1.0  # of the second
     features: float = 1.0

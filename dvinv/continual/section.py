@@ -1,6 +1,6 @@
 """The part of the report that tells of the task `continual`."""
 
-from dvinv.chains import MAIN
+from dvinv.continual.chains import MAIN
 from dvinv.data.pool import ImagePool
 from dvinv.runtime.heat_map import heat_map
 from dvinv.runtime.page import Picture, Section, Table, Tile, percent

@@ -1,0 +1,1 @@
+"""The task `quantization`: a network in few bits, by images synthesized from it."""
