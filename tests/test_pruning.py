@@ -113,6 +113,7 @@ def test_latency_is_read_off_the_table_between_its_widths():
         ({'eta': -1.0}, ['pruning.eta is -1.0', 'at least 0']),
         ({'measure': 'watts'}, ["pruning.measure is 'watts'", 'flops']),
         ({'importance': 'hope'}, ["pruning.importance is 'hope'", 'taylor']),
+        ({'warmup': 10}, ['pruning.warmup is 10', 'a step has only 10 updates']),
         ({'steps': 0}, ['pruning.steps is 0', 'at least 1']),
         ({'controls': ('luck',)}, ["pruning.controls names 'luck'", 'untuned']),
     ],
@@ -158,6 +159,11 @@ def test_a_pruning_from_its_pool_to_its_report_and_again(finished, tmp_path):
     page = (run / 'report.html').read_text()
     assert all(title in page for title in ('Accuracy after each step', 'Channels that layers make'))
     assert json.loads((run / 'pruning.json').read_text())['steps'][0]['flops_ratio'] == 1
+
+    config.teacher.weights = str(run / 'networks' / 'pruned.safetensors')
+    with pytest.raises(DvinvError, match='a network that has lost channels'):
+        pipeline.check(config)
+    config.teacher.weights = str(finished / 'networks' / 'teacher.safetensors')
 
     shutil.copytree(run, again)
     (again / 'networks' / 'pruned.safetensors').unlink()  # and so the task is not complete

@@ -17,7 +17,7 @@ from dvinv.distillation import DATA_FREE_CONTROLS, control_pool
 from dvinv.errors import DvinvError
 from dvinv.inversion import Teacher
 from dvinv.networks import Classifier, load_classifier, load_network, save_network
-from dvinv.networks.channels import find_channels
+from dvinv.networks.channels import Narrow, find_channels
 from dvinv.networks.channels.cost import Cost
 from dvinv.pruning.importance import Importance
 from dvinv.pruning.latency import latency, measure_table, predicted
@@ -95,12 +95,17 @@ def check(config, teacher: Teacher) -> None:
     removal.check()
     if group.updates_per_step < 0:
         raise DvinvError(f'pruning.updates_per_step is {group.updates_per_step}; it must be at least 0.')
+    if 0 < group.updates_per_step <= group.warmup:
+        raise DvinvError(f'pruning.warmup is {group.warmup}, but a step has only {group.updates_per_step} updates.')
     for control in group.controls:
         if control not in CONTROLS:
             raise DvinvError(f'pruning.controls names {control!r}; choose among {", ".join(CONTROLS)}.')
-    channels = find_channels(
-        module_of_teacher(config, load_real(config.data)), teacher.image_shape, tuple(removal.protected)
-    )
+    module = module_of_teacher(config, load_real(config.data))
+    if isinstance(module, Narrow):
+        raise DvinvError(
+            f'teacher.weights is {config.teacher.weights!r}, a network that has lost channels; prune a whole one.'
+        )
+    channels = find_channels(module, teacher.image_shape, tuple(removal.protected))
     if removal.measure in EXACT:
         refuse_unreachable(channels, EXACT[removal.measure](channels), removal)
 
