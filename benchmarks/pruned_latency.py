@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument('--batches', type=int, nargs='+', default=[1, 128])
     parser.add_argument('--rounds', type=int, default=15)
     arguments = parser.parse_args()
+    if min(*arguments.batches, arguments.rounds) < 1:
+        parser.error('--batches and --rounds must be at least 1')
     try:
         found = {size: measure(arguments.network, size, arguments.rounds) for size in arguments.batches}
     except DvinvError as error:

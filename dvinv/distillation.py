@@ -75,8 +75,8 @@ def distil(
     return learn(config, workdir, student_of(config, teacher, name), lesson_of(config, teacher, rounds), images, labels)
 
 
-def control_pool(config, workdir: Workdir, teacher: Teacher, method: str) -> ImagePool:
+def control_pool(config, workdir: Workdir, teacher: Teacher, method: str, task: str = 'distillation') -> ImagePool:
     """Images by a lesser method, from the same noise and with the budget of `config.synthesis`."""
     pool = ImagePool(workdir.path / 'controls' / method, teacher.digest())
-    fill_pool(config, workdir, teacher, pool, method, 'distillation', f'{method}_images')
+    fill_pool(config, workdir, teacher, pool, method, task, f'{method}_images')
     return pool

@@ -144,6 +144,14 @@ class Stacked(nn.Module):
         return nn.Dense(3)(nn.relu(nn.Conv(6, (3, 3), name='second')(x)).mean((1, 2)))
 
 
+class Gated(nn.Module):
+    """Pixels are weighed by a channel of their own."""
+
+    @nn.compact
+    def __call__(self, x):
+        return x * nn.sigmoid(nn.Conv(1, (1, 1), use_bias=False)(x))
+
+
 class Scanned(nn.Module):
     """Something that the analysis cannot look into."""
 
@@ -158,6 +166,7 @@ class Scanned(nn.Module):
         (nn.Conv(8, (3, 3), feature_group_count=4), 2 + 2 + 6),  # of groups, all lose the same of their two channels
         (nn.Conv(16, (3, 3), feature_group_count=8), 8 + 6),
         (nn.LayerNorm(), 6),  # takes all channels at once
+        (Gated(), 8 + 6),  # one channel that meets all others
         (Scanned(), 6),
     ],
 )

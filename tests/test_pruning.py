@@ -114,6 +114,8 @@ def test_latency_is_read_off_the_table_between_its_widths():
         ({'measure': 'watts'}, ["pruning.measure is 'watts'", 'flops']),
         ({'importance': 'hope'}, ["pruning.importance is 'hope'", 'taylor']),
         ({'warmup': 10}, ['pruning.warmup is 10', 'a step has only 10 updates']),
+        ({'temperature': 0.0}, ['pruning.temperature is 0.0', 'above 0']),
+        ({'latency_batch': 0}, ['pruning.latency_batch is 0', 'at least 1']),
         ({'steps': 0}, ['pruning.steps is 0', 'at least 1']),
         ({'controls': ('luck',)}, ["pruning.controls names 'luck'", 'untuned']),
     ],

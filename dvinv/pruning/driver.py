@@ -7,6 +7,8 @@ and fine-tunes what is left by distillation from the whole teacher (arXiv 1912.0
 
 import dataclasses
 import json
+import math
+from collections.abc import Callable
 
 import ml_collections
 import numpy as np
@@ -53,7 +55,7 @@ def run(config, workdir) -> dict:
             networks[control] = pruner.prune(control, images, labels, control)
     for control in DATA_FREE_CONTROLS:
         if control in controls:
-            lesser = control_pool(config, workdir, teacher, control)
+            lesser = control_pool(config, workdir, teacher, control, 'pruning')
             networks[control] = pruner.prune(f'pruned_by_{control}', lesser.rows('images'), lesser.rows('labels'))
     data = load_real(config.data)
     if 'real' in controls:
@@ -78,8 +80,10 @@ def run(config, workdir) -> dict:
 
 
 def complete(config, workdir: Workdir) -> bool:
-    """Whether the pruned network of the finished task is still there: a damaged network file is deleted by its owner."""
-    return workdir.network('pruned').exists()
+    """Whether the networks of the finished task are still there: a damaged network file is deleted by its owner."""
+    names = {'noise', 'prior_only', 'real'}
+    controls = (f'pruned_by_{name}' if name in names else name for name in config.pruning.controls)
+    return all(workdir.network(name).exists() for name in ('pruned', *controls))
 
 
 def check(config, teacher: Teacher) -> None:
@@ -97,6 +101,12 @@ def check(config, teacher: Teacher) -> None:
         raise DvinvError(f'pruning.updates_per_step is {group.updates_per_step}; it must be at least 0.')
     if 0 < group.updates_per_step <= group.warmup:
         raise DvinvError(f'pruning.warmup is {group.warmup}, but a step has only {group.updates_per_step} updates.')
+    if group.temperature <= 0:
+        raise DvinvError(f'pruning.temperature is {group.temperature}; it must be above 0.')
+    if not 0 <= group.hint < math.inf:
+        raise DvinvError(f'pruning.hint is {group.hint}; it must be at least 0 and finite.')
+    if group.latency_batch < 1:
+        raise DvinvError(f'pruning.latency_batch is {group.latency_batch}; it must be at least 1.')
     for control in group.controls:
         if control not in CONTROLS:
             raise DvinvError(f'pruning.controls names {control!r}; choose among {", ".join(CONTROLS)}.')
@@ -134,6 +144,8 @@ class Pruner:
         self._channels = find_channels(module, teacher.image_shape, tuple(self.removal.protected))
         self._importance = Importance(module, teacher, self._channels)
         self._table = self._latencies() if self.removal.needs_latency else None
+        if self.removal.measure == 'latency':
+            refuse_unreachable(self._channels, self._price('latency'), self.removal)
 
     def prune(self, name: str, images: Array, labels: Array, control: str = '') -> list[Pruned]:
         """The network after each step; the last one's file is called `name`.
@@ -147,7 +159,7 @@ class Pruner:
         for step in range(1, removal.steps + 1):
             path = self._workdir.network(name if step == removal.steps else f'{name}_{step}')
             if not path.exists():
-                alive_then = self._next(alive, variables, images, step, control)
+                alive_then = self._decided(path.stem, lambda: self._next(alive, variables, images, step, control))  # noqa: B023
                 kept = self._channels.kept(alive_then)
                 whole = self._channels.restored(alive, variables)
                 learner = self._learner(path.stem, step, kept, self._channels.sliced(alive_then, whole))
@@ -160,7 +172,7 @@ class Pruner:
                         self._config, self._workdir, learner, self._lesson(alive_then, updates, len(labels)), images, labels
                     )
             variables, about = load_network(path)
-            alive = self._channels.alive(about['kept'])
+            alive = self._channels.alive(about.get('kept', {}))
             done.append(Pruned(load_classifier(path), alive))
         return done
 
@@ -195,6 +207,15 @@ class Pruner:
         """What the network costs, by its units that are left."""
         return EXACT[measure](self._channels) if measure in EXACT else predicted(self._channels, self._table)
 
+    def _decided(self, name: str, decide: Callable[[], np.ndarray]) -> np.ndarray:
+        """The units left by `decide`, kept on disk before any learning: a checkpoint is of these, whatever rounding does."""
+        file = f'pruning/{name}.json'
+        kept = self._workdir.read_json(file, None)
+        if kept is None:
+            kept = self._channels.kept(decide())
+            write_atomic(self._workdir.path / file, (json.dumps(kept) + '\n').encode())
+        return self._channels.alive(kept)
+
     def _next(self, alive, variables: dict, images: Array, step: int, control: str) -> np.ndarray:
         """The units that are left after a step of those, bool [units], before it."""
         removal = self.removal
@@ -208,7 +229,9 @@ class Pruner:
             batches = (images[np.sort(rows[start : start + size])] for start in starts)
             importance = self._importance.taylor(whole, batches, equal=bool(alive.all()))
         else:
-            importance = self._importance.magnitude(whole) if method == 'magnitude' else self._importance.random(seed + step)
+            importance = (
+                self._importance.magnitude(whole) if method == 'magnitude' else self._importance.random((seed, step))
+            )
         scores = removal.scores(importance, self._price(removal.cost) if removal.eta else None, alive)
         price = self._price(removal.measure)
         most = removal.target(step) * price.of(np.ones_like(alive))

@@ -63,7 +63,7 @@ class Importance:
         numbers = self._summed({path: np.full(flat[path].shape[-1], len(_rows(flat[path]))) for path in self._gates})
         return np.sqrt(squares / numbers)
 
-    def random(self, seed: int) -> np.ndarray:
+    def random(self, seed: int | tuple[int, ...]) -> np.ndarray:
         """float64 [units]."""
         return np.random.default_rng(seed).random(self._count)
 

@@ -90,8 +90,13 @@ def _seconds(product: Product, counts: tuple[int, ...], batch_size: int) -> floa
     if operation.name == 'conv_general_dilated':
         numbers = params['dimension_numbers']
         shapes[0][numbers.lhs_spec[0]] = batch_size
+        outputs, inputs, *_ = numbers.rhs_spec
+        groups = params['feature_group_count']
         if is_depthwise(operation):
             params['feature_group_count'] = shapes[0][numbers.lhs_spec[1]]
+        elif groups > 1:  # all groups have as many channels
+            shapes[0][numbers.lhs_spec[1]] = groups * shapes[1][inputs]
+            shapes[1][outputs] = max(1, round(shapes[1][outputs] / groups)) * groups
     else:
         shapes[0][0] = batch_size
 

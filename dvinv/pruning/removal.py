@@ -83,7 +83,7 @@ def without_lowest(
 
 
 def least_reachable(channels: Channels, price: Cost, least: int) -> float:
-    """The smallest share of the cost that removals lead to."""
+    """The smallest share of the cost that removals lead to, in the order of the units' numbers (others may differ)."""
     whole = np.ones(channels.count, bool)
     return price.of(without_lowest(channels, whole, np.zeros(channels.count), price, -math.inf, least)) / price.of(whole)
 

@@ -1,7 +1,7 @@
 """The work directory of a run: its config, results, lock and clock.
 
     config.json  results.json  metrics.jsonl  times.json  report.html
-    checkpoints/  networks/  pool/  pools/  controls/  samples/
+    checkpoints/  networks/  pool/  pools/  controls/  samples/  pruning/
 
 The same command resumes; another config is refused. Several processes share it: number 0, the leader, keeps all of it; the
 others add batches to the pool, and their measurements to files of their own that the leader gathers.

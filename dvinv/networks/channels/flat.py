@@ -50,7 +50,7 @@ class Program:
 
 
 def flat_program(closed) -> Program:
-    """The `Program` of a closed jaxpr. Scans, branches and custom derivatives stay whole."""
+    """The `Program` of a closed jaxpr. Scans, branches and users' own derivatives stay whole."""
     count = iter(range(10**9))
     numbers = {v: next(count) for v in [*closed.jaxpr.constvars, *closed.jaxpr.invars]}
     constants = {numbers[v]: value for v, value in zip(closed.jaxpr.constvars, closed.consts, strict=True)}
@@ -82,17 +82,22 @@ def _inner(equation):
         return params['jaxpr'].jaxpr, params['jaxpr'].consts
     if primitive is remat_p:
         return params['jaxpr'], ()
-    if primitive.name == 'custom_jvp_call' and not _activation(equation):
+    if primitive.name == 'custom_jvp_call' and _is_jaxs_own(equation) and not _activation(equation):
         return params['call_jaxpr'].jaxpr, params['call_jaxpr'].consts
     return None
 
 
 def _activation(equation) -> str | None:
     """The name of the activation that an equation is, if it is one of JAX's own."""
-    if equation.primitive.name != 'custom_jvp_call':
+    if equation.primitive.name != 'custom_jvp_call' or not _is_jaxs_own(equation):
         return None
-    about = equation.params['call_jaxpr'].jaxpr.debug_info
-    return about.func_name if about.func_name in ACTIVATIONS and 'jax/_src/nn' in str(about.func_src_info) else None
+    name = equation.params['call_jaxpr'].jaxpr.debug_info.func_name
+    return name if name in ACTIVATIONS else None
+
+
+def _is_jaxs_own(equation) -> bool:
+    """Whether a function with a derivative of its own is JAX's: then that is the derivative of what it consists of."""
+    return '/jax/_src/' in str(equation.params['call_jaxpr'].jaxpr.debug_info.func_src_info)
 
 
 def _operation(equation, numbers: dict, count: Iterator[int], where: str) -> Operation:

@@ -36,7 +36,7 @@ class Narrow(nn.Module):
         def whole(variables, x, rngs):
             return network.apply(variables, x, train=train, rngs=rngs, mutable=self.scope.mutable or [])
 
-        variables = flax.core.unfreeze(self.variables)
+        variables = {name: tree for name, tree in flax.core.unfreeze(self.variables).items() if tree}
         # Shapes of the whole network's, dtypes of ours (a half-precision copy, say).
         example = jax.tree.map(lambda whole, leaf: jax.ShapeDtypeStruct(whole.shape, leaf.dtype), channels.shapes, variables)
         logits, changed = narrowed(whole, (example, x, rngs), channels.places(alive))(variables, x, rngs)

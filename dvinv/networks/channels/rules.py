@@ -37,7 +37,7 @@ class Product:
       operation: what it does.
       fixed: the product of the lengths, of all that its multiply-adds run over, that are no channels.
       axes: the atoms of those that are; for one image there are fixed * len(axes[0]) * ... multiply-adds.
-      operands: of each operand's axes, which of `axes` it is, or None.
+      operands: of each operand's axes, which of `axes` it is, or None (for the images of a grouped convolution, too).
     """
 
     layer: str
@@ -99,7 +99,9 @@ def _unknown(operation: Operation, given: list[Labels], ties: Ties) -> None:
 def _elementwise(operation: Operation, given: list[Labels], ties: Ties) -> list[Labels]:
     made = []
     for axis, length in enumerate(operation.results[0]):
-        # A scalar, or an axis of length 1, meets every place alike.
+        for one, shape in zip(given, operation.shapes, strict=True):
+            if shape and shape[axis] != length:
+                _pin(operation, ties, one[axis])  # the one place of an axis that meets all of another
         met = [one[axis] for one, shape in zip(given, operation.shapes, strict=True) if shape and shape[axis] == length]
         met = [atoms for atoms in met if atoms is not None]
         for other in met[1:]:
@@ -174,7 +176,9 @@ def _product(operation: Operation, given: list[Labels]) -> Product:
         numbers = operation.params['dimension_numbers']
         outputs, inputs, *taps = numbers.rhs_spec
         channels = numbers.lhs_spec[1]
-        meets = {outputs: channels} if is_depthwise(operation) else {inputs: channels}
+        # Of larger groups the images have so many times the channels that the kernel takes, which `operands` cannot say.
+        alike = inputs if operation.params['feature_group_count'] == 1 else outputs if is_depthwise(operation) else None
+        meets = {alike: channels}
         runs = [(meets.get(axis), axis, other[axis]) for axis in (inputs, outputs, *taps)]
         runs += [(None, None, result[axis]) for axis in (numbers.out_spec[0], *numbers.out_spec[2:])]
     fixed, axes, operands = 1, [], [[None] * len(shape), [None] * len(other)]
@@ -196,6 +200,8 @@ def _broadcast(operation: Operation, given: list[Labels], ties: Ties) -> list[La
     for axis, to in enumerate(operation.params['broadcast_dimensions']):
         if operation.shapes[0][axis] == operation.results[0][to]:
             made[to] = given[0][axis]
+        else:
+            _pin(operation, ties, given[0][axis])
     return [tuple(made)]
 
 

@@ -106,7 +106,8 @@ class Channels:
                 raise DvinvError(f'{layer!r} is no layer whose channels can be removed; these are: {listed([*layers], 8)}.')
             units, left = layers[layer], np.asarray(left, int)
             if len(left) and (left.min() < 0 or left.max() >= len(units)):
-                raise DvinvError(f'{layer} has {len(units)} channels, numbered from 0, so there is no {left.max()}.')
+                wrong = left[(left < 0) | (left >= len(units))][0]
+                raise DvinvError(f'{layer} has {len(units)} channels, numbered from 0, so there is no {wrong}.')
             gone = units[np.setdiff1d(np.arange(len(units)), left)]
             if (gone == STAYS).any():
                 raise DvinvError(f'Channels of {layer} are missing that can not be removed.')
@@ -121,7 +122,6 @@ def _makes(path: str) -> bool:
     return path.startswith('params/') and path.endswith('/kernel')
 
 
-@functools.lru_cache(maxsize=32)
 def find_channels(module: nn.Module, image_shape, protected: tuple[str, ...] = ()) -> Channels:
     """The channels of a Linen module that takes images [H, W, C] and `train`.
 
@@ -131,6 +131,16 @@ def find_channels(module: nn.Module, image_shape, protected: tuple[str, ...] = (
     Raises:
       DvinvError: no channel can be removed (tells what stops it), or there is no such layer to protect.
     """
+    try:
+        return _found(module, tuple(image_shape), tuple(protected))
+    except TypeError as error:
+        if 'hash' not in str(error):
+            raise
+        return _found.__wrapped__(module, tuple(image_shape), tuple(protected))  # a field of it is a list, say
+
+
+@functools.lru_cache(maxsize=32)  # a pruned network asks again whenever it is traced
+def _found(module: nn.Module, image_shape: tuple[int, ...], protected: tuple[str, ...]) -> Channels:
     variables = shapes_of(module, image_shape)
     image = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
     closed = jax.make_jaxpr(lambda v, x: module.apply(v, x, train=False))(variables, image)
@@ -139,7 +149,6 @@ def find_channels(module: nn.Module, image_shape, protected: tuple[str, ...] = (
     atoms = {path: tuple(map(ties.fresh, shape)) for path, shape in shapes.items()}
     order = jax.tree.leaves(unflatten({path: path for path in shapes}))
     numbers = dict(zip(order, program.inputs[: len(order)], strict=True))
-    # Axes of length 1 are no channels: they are broadcast, or a depthwise kernel's only input.
     labels, products = follow(program, {numbers[path]: atoms[path] for path in order}, ties)
     for output in program.outputs:
         for axis in labels.get(output, ()):

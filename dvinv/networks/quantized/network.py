@@ -18,7 +18,7 @@ from jax.extend.core.primitives import conv_general_dilated_p, dot_general_p
 from dvinv.errors import DvinvError, listed
 from dvinv.networks import registry
 from dvinv.networks.classifier import Classifier, flatten, unflatten
-from dvinv.networks.files import load_network, save_network
+from dvinv.networks.files import load_network, module_of, save_network
 from dvinv.networks.quantized.folding import Folded, corrected
 from dvinv.networks.quantized.layers import CUT, Layer, find_layers
 from dvinv.networks.quantized.ranges import Observation, grid_of
@@ -189,7 +189,7 @@ def load_quantized(path: Path, like: Classifier | None = None) -> Classifier:
                 f'{path} was made from a network that is not among those of dvinv; load_quantized(path, teacher) reads it, '
                 'with the teacher that it was made from.'
             )
-        module = registry.create(about['network'], about['num_classes'], about['width'])
+        module = module_of(about)
         like = Classifier(
             lambda variables, x: module.apply(variables, x, train=False),
             registry.shapes_of(module, tuple(about['image_shape'])),
