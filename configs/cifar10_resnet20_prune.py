@@ -28,7 +28,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
         field: config.distillation[field] for field in ('optimiser', 'weight_decay', 'shift', 'flip', 'clip_norm', 'hint')
     }
     config.pruning.update(left=0.63, steps=4, eta=0.05, cost='flops', importance_batches=40, controls=('untuned',), **taught)
-    config.pruning.update(updates=1000, updates_per_step=150, batch_size=16, learning_rate=0.01, warmup=20)
+    config.pruning.update(updates=2500, updates_per_step=150, batch_size=16, learning_rate=0.02, warmup=20)
     if arg == '71':
         config.pruning.update(left=0.29, steps=8)
     elif arg == 'smoke':

@@ -139,7 +139,10 @@ def test_a_loaded_student_scores_what_the_results_say(finished):
 
 
 def test_what_makes_no_network_cannot_be_loaded(finished, tmp_path):
-    with pytest.raises(DvinvError, match="'synthesis' makes no network; choose one of teacher, distillation, continual"):
+    with pytest.raises(
+        DvinvError,
+        match="'synthesis' makes no network; choose one of teacher, distillation, pruning, continual, quantization",
+    ):
         dvinv.load(finished, 'synthesis')
     with pytest.raises(DvinvError, match='is not there'):
         dvinv.load(tmp_path, 'distillation')
