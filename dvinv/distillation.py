@@ -1,7 +1,6 @@
 """The task `distillation`: a student learns from the teacher's answers on synthesized images; controls learn beside it."""
 
 from dvinv.configuration import rounds_of
-from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
 from dvinv.evaluation import flops
@@ -10,7 +9,7 @@ from dvinv.networks import Classifier
 from dvinv.rounds import Rounds
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.student import hinted_layers, lesson_of, student_of
-from dvinv.synthesizer import fill_pool, missing_batches, open_pool
+from dvinv.synthesizer import control_pool, finished_pool
 from dvinv.teacher import load, test_accuracy
 from dvinv.training import Array, learn
 
@@ -24,9 +23,7 @@ def run(config, workdir) -> dict:
     """
     workdir = open_workdir(workdir, config)
     teacher, rounds = load(config, workdir), rounds_of(config)
-    pool = open_pool(config, workdir, teacher)
-    if not config.pool and (missing := missing_batches(config, pool)):
-        raise DvinvError(f'Batch {missing[0]} is missing from {pool.folder}; run the task synthesis first: it makes it.')
+    pool = finished_pool(config, workdir, teacher)
     images, labels = pool.rows('images'), pool.rows('labels')
     if config.pool:
         rounds = Rounds(len(labels))  # it is there from the start
@@ -39,7 +36,7 @@ def run(config, workdir) -> dict:
         students[name] = distil(config, workdir, teacher, images, labels, Rounds(count), name)
     for control in DATA_FREE_CONTROLS:
         if control in config.distillation.controls:
-            lesser = control_pool(config, workdir, teacher, control)
+            lesser = control_pool(config, workdir, teacher, control, 'distillation')
             rows = lesser.rows('images'), lesser.rows('labels')
             come = Rounds(len(rows[1])) if config.pool else rounds
             students[control] = distil(config, workdir, teacher, *rows, come, control)
@@ -73,10 +70,3 @@ def distil(
 ) -> Classifier:
     """A student taught by `teacher` on `images` uint8 [N, H, W, C] that come in `rounds`; all compared ones start alike."""
     return learn(config, workdir, student_of(config, teacher, name), lesson_of(config, teacher, rounds), images, labels)
-
-
-def control_pool(config, workdir: Workdir, teacher: Teacher, method: str, task: str = 'distillation') -> ImagePool:
-    """Images by a lesser method, from the same noise and with the budget of `config.synthesis`."""
-    pool = ImagePool(workdir.path / 'controls' / method, teacher.digest())
-    fill_pool(config, workdir, teacher, pool, method, task, f'{method}_images')
-    return pool

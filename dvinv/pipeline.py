@@ -70,7 +70,7 @@ def check(config, processes: Processes = ALONE, workdir=None) -> Teacher:
         recipe.check(name)
         recipe.check_devices(name, training_mesh(mesh).size)
     data = load_real(config.data)
-    for task in ('distillation', 'pruning'):
+    for task in ('distillation', 'pruning', 'quantization'):
         if task in config.tasks and 'real' in config[task].controls and not (data and data.train):
             raise DvinvError(
                 f'{task}.controls names real, but there are no real training images; leave it out, or name some by '

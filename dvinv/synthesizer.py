@@ -12,6 +12,7 @@ import numpy as np
 import dvinv
 from dvinv.configuration import inversion_config
 from dvinv.data.pool import ImagePool
+from dvinv.errors import DvinvError
 from dvinv.evaluation import logits_of
 from dvinv.inversion import Inversion, Teacher, balanced_labels, make_feature_loss, make_inverter
 from dvinv.inversion.canvas import blank_canvas, make_paint
@@ -27,6 +28,25 @@ from dvinv.unfinished import UnfinishedBatches
 def open_pool(config, workdir: Workdir, teacher: Teacher) -> ImagePool:
     """The pool of this run: an existing one where the config names it."""
     return ImagePool(config.pool or workdir.path / 'pool', teacher.digest())
+
+
+def finished_pool(config, workdir: Workdir, teacher: Teacher) -> ImagePool:
+    """The pool of this run, for what comes after synthesis.
+
+    Raises:
+      DvinvError: batches are missing that this run was to make.
+    """
+    pool = open_pool(config, workdir, teacher)
+    if not config.pool and (missing := missing_batches(config, pool)):
+        raise DvinvError(f'Batch {missing[0]} is missing from {pool.folder}; run the task synthesis first: it makes it.')
+    return pool
+
+
+def control_pool(config, workdir: Workdir, teacher: Teacher, method: str, task: str) -> ImagePool:
+    """Images by a lesser method, from the same noise and with the budget of `config.synthesis`; made by `task`."""
+    pool = ImagePool(workdir.path / 'controls' / method, teacher.digest())
+    fill_pool(config, workdir, teacher, pool, method, task, f'{method}_images')
+    return pool
 
 
 def all_batches(config) -> list[int]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from dvinv.configuration import recipe_of
 from dvinv.data.real import load_real
-from dvinv.distillation import DATA_FREE_CONTROLS, control_pool
+from dvinv.distillation import DATA_FREE_CONTROLS
 from dvinv.errors import DvinvError
 from dvinv.inversion import Teacher
 from dvinv.networks import Classifier, load_classifier, load_network, save_network
@@ -29,7 +29,7 @@ from dvinv.runtime.files import write_atomic
 from dvinv.runtime.progress import Progress
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.student import distillation_loss
-from dvinv.synthesizer import missing_batches, open_pool
+from dvinv.synthesizer import control_pool, finished_pool
 from dvinv.teacher import load, module_of_teacher, read, test_accuracy
 from dvinv.training import Array, Learner, Lesson, learn
 
@@ -44,9 +44,7 @@ def run(config, workdir) -> dict:
     """
     workdir = open_workdir(workdir, config)
     teacher = load(config, workdir)
-    pool = open_pool(config, workdir, teacher)
-    if not config.pool and (missing := missing_batches(config, pool)):
-        raise DvinvError(f'Batch {missing[0]} is missing from {pool.folder}; run the task synthesis first: it makes it.')
+    pool = finished_pool(config, workdir, teacher)
     pruner, controls = Pruner(config, workdir, teacher), config.pruning.controls
     images, labels = pool.rows('images'), pool.rows('labels')
     networks = {'pruned': pruner.prune('pruned', images, labels)}

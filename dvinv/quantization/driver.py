@@ -6,7 +6,6 @@ import numpy as np
 from dvinv.configuration import quantization_of, recipe_of
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
-from dvinv.errors import DvinvError
 from dvinv.inversion import Teacher
 from dvinv.networks.files import network_bytes
 from dvinv.networks.quantized.folding import Folded, equalise, fold
@@ -19,7 +18,7 @@ from dvinv.rounds import Rounds
 from dvinv.runtime.devices import make_mesh, training_mesh
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.student import distillation_loss
-from dvinv.synthesizer import fill_pool, missing_batches, open_pool
+from dvinv.synthesizer import control_pool, finished_pool
 from dvinv.teacher import description, load
 from dvinv.training import Lesson, Training
 
@@ -34,9 +33,7 @@ def run(config, workdir) -> dict:
     """
     workdir = open_workdir(workdir, config)
     settings, teacher = quantization_of(config), load(config, workdir)
-    pool = open_pool(config, workdir, teacher) if settings.images or settings.distilled else None
-    if pool and not config.pool and (missing := missing_batches(config, pool)):
-        raise DvinvError(f'Batch {missing[0]} is missing from {pool.folder}; run the task synthesis first: it makes it.')
+    pool = finished_pool(config, workdir, teacher) if settings.images or settings.distilled else None
     plain = fold(teacher.apply_fn, teacher.variables, teacher.image_shape)
     network = equalise(plain) if settings.equalise else plain
     ladder = _observed(config, teacher, network, pool)
@@ -53,7 +50,9 @@ def run(config, workdir) -> dict:
 
     data = load_real(config.data)
     for control in settings.controls:
-        images = data.train.images if control == 'real' else _noise(config, workdir, teacher).rows('images')
+        images = (
+            data.train.images if control == 'real' else control_pool(config, workdir, teacher, 'noise', TASK).rows('images')
+        )
         ladder = ladder.beside(control, on_images(network, teacher, _evenly(images, settings.images)))
     unequalised = _observed(config, teacher, plain, pool) if settings.equalise else None
     scores, float_bytes = Scores(teacher, data), len(network_bytes(teacher.variables, about))
@@ -83,16 +82,11 @@ def check(config, teacher: Teacher) -> None:
     Raises:
       DvinvError: names the field, its value and the way out, or the operation of the network.
     """
-    settings, data = quantization_of(config), load_real(config.data)
+    settings = quantization_of(config)
     settings.check()
     recipe = recipe_of(config.quantization.training)
     recipe.check('quantization.training')
     recipe.check_devices('quantization.training', training_mesh(make_mesh(config.devices)).size)
-    if 'real' in settings.controls and not (data and data.train):
-        raise DvinvError(
-            'quantization.controls names real, but there are no real training images; leave it out, or name some by '
-            'data.name and data.train_path.'
-        )
     layers = find_layers(teacher.apply_fn, teacher.variables, teacher.image_shape)
     for setting in settings.settings:
         settings.bits(setting, layers)
@@ -131,13 +125,6 @@ def _distil(config, workdir: Workdir, teacher: Teacher, network: Folded, variabl
     seed, mesh = 16 * config.seed + ROLE, training_mesh(make_mesh(config.devices))
     with Training(module, lesson, teacher, seed, mesh, workdir, TASK, setting, config.logging) as training:
         return learned(network, variables, training.finish(images, labels)['params'])
-
-
-def _noise(config, workdir: Workdir, teacher: Teacher) -> ImagePool:
-    """Where every inversion starts: as many images as there would be in the pool."""
-    pool = ImagePool(workdir.path / 'controls' / 'noise', teacher.digest())
-    fill_pool(config, workdir, teacher, pool, 'noise', TASK, 'noise_images')
-    return pool
 
 
 def _evenly(images, most: int) -> np.ndarray:
