@@ -135,6 +135,15 @@ def test_a_factorys_network_is_refused(tmp_path):
         pipeline.run(config, tmp_path / 'run')
 
 
+def test_fewer_channels_never_cost_more_however_noisy_the_table():
+    channels = find_channels(TinyNet(), IMAGE_SHAPE)
+    widths, noise = [[1, 2, 4], [1, 2, 5]], np.random.default_rng(0)
+    rows = [{'widths': w, 'seconds': noise.random(3 ** len(w)).tolist()} for w in (widths[:1], widths, widths[1:])]
+    price = predicted(channels, {'call': 0.0, 'layers': rows})
+    for _ in range(20):
+        assert price.savings(noise.random(channels.count) < 0.8).min() >= 0
+
+
 def test_a_target_in_latency_is_told_where_it_is_out_of_reach():
     channels = find_channels(TinyNet(), IMAGE_SHAPE)
     rows = [{'widths': [[1, 4]], 'seconds': [9, 9]}, {'widths': [[1, 4], [1, 5]], 'seconds': [9, 9, 9, 9]}]

@@ -61,20 +61,23 @@ def _widths(count: int) -> list[int]:
 
 
 def _interpolated(widths: list[list[int]], seconds: list[float], call: float) -> Callable[..., np.ndarray]:
-    """(numbers of channels along each axis) -> seconds beyond an empty call; linear between the widths of the grid."""
+    """(numbers of channels along each axis) -> seconds beyond an empty call; linear between grid points, level below."""
     values = np.maximum(np.reshape(seconds, [len(axis) for axis in widths]) - call, 0.0)
     if not widths:
         return lambda: float(values)
     # An axis of one width has no slope.
     long = [index for index, axis in enumerate(widths) if len(axis) > 1]
     values = values.reshape([len(widths[index]) for index in long])
+    for axis in range(len(long)):
+        values = np.maximum.accumulate(values, axis)  # fewer channels never cost more; where they seem to, it is noise
     if not long:
         return lambda *left: float(values)
     grid = RegularGridInterpolator([widths[index] for index in long], values, bounds_error=False, fill_value=None)
 
     def price(*left):
-        points = np.stack(np.broadcast_arrays(*(np.asarray(left[index], float) for index in long)), -1)
-        return np.maximum(grid(points).reshape(points.shape[:-1]), 0.0)
+        counts = (np.maximum(np.asarray(left[index], float), widths[index][0]) for index in long)
+        points = np.stack(np.broadcast_arrays(*counts), -1)
+        return grid(points).reshape(points.shape[:-1])
 
     return price
 
