@@ -1,6 +1,6 @@
 """How much faster a pruned network is than the whole one, measured in turns, beside what the table of its layers predicts.
 
-    python benchmarks/pruned_latency.py --network DIR/networks/pruned.safetensors [--batches 1 128] [--rounds 15]
+    python benchmarks/pruned_latency.py --network DIR/networks/pruned.safetensors [--multiple 8] [--batches 1 128]
 
 `DIR` is a work directory of the task pruning. The two take turns; the ratio is the median over rounds, with the interval
 that holds it with 95% confidence. The last line is a JSON object. A few minutes on 2 cores, most for the table.
@@ -32,11 +32,12 @@ def main() -> None:
     parser.add_argument('--network', type=Path, required=True, help='the file of a pruned network')
     parser.add_argument('--batches', type=int, nargs='+', default=[1, 128])
     parser.add_argument('--rounds', type=int, default=15)
+    parser.add_argument('--multiple', type=int, default=1, help='what it was for pruning: the widths of the table')
     arguments = parser.parse_args()
-    if min(*arguments.batches, arguments.rounds) < 1:
-        parser.error('--batches and --rounds must be at least 1')
+    if min(*arguments.batches, arguments.rounds, arguments.multiple) < 1:
+        parser.error('--batches, --rounds and --multiple must be at least 1')
     try:
-        found = {size: measure(arguments.network, size, arguments.rounds) for size in arguments.batches}
+        found = {size: measure(arguments.network, size, arguments.rounds, arguments.multiple) for size in arguments.batches}
     except DvinvError as error:
         sys.exit(f'pruned_latency: {error}')
     for size, one in found.items():
@@ -45,7 +46,7 @@ def main() -> None:
     print(json.dumps({str(size): one for size, one in found.items()}))
 
 
-def measure(path: Path, batch_size: int, rounds: int) -> dict:
+def measure(path: Path, batch_size: int, rounds: int, multiple: int) -> dict:
     """Pruned over whole: the measured ratio with its interval, the predicted one, and seconds of the whole network."""
     variables, about = load_network(path)
     if not about.get('kept'):
@@ -54,7 +55,7 @@ def measure(path: Path, batch_size: int, rounds: int) -> dict:
     module = module_of(whole)
     channels = find_channels(module, tuple(about['image_shape']))
     tell(f'Measuring the table of layers, batch {batch_size} ...')
-    price = predicted(channels, measure_table(channels, batch_size))
+    price = predicted(channels, measure_table(channels, batch_size, multiple))
     alive = channels.alive(about['kept'])
     networks = (
         classifier_of(module, initialise(module, jax.random.key(0), tuple(about['image_shape'])), whole),

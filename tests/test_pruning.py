@@ -70,7 +70,7 @@ def test_a_target_is_reached_and_no_more_removed_than_it_takes(measure):
     channels = find_channels(create('resnet20', 10, 0.5), (32, 32, 3))
     price, alive = getattr(cost, measure)(channels), np.ones(channels.count, bool)
     scores = np.random.default_rng(0).random(channels.count)
-    left = without_lowest(channels, alive, scores, price, 0.5 * price.of(alive), least=2)
+    left = without_lowest(channels, alive, scores, price, 0.5 * price.of(alive), Removal(least=2))
     assert price.of(left) <= 0.5 * price.of(alive)
     last = max(np.flatnonzero(~left), key=scores.__getitem__)
     left[last] = True
@@ -79,6 +79,27 @@ def test_a_target_is_reached_and_no_more_removed_than_it_takes(measure):
     np.testing.assert_allclose(  # what each removal would save, told at once
         price.savings(left)[[3, 77]], [price.of(left) - price.of(left & (np.arange(len(left)) != unit)) for unit in (3, 77)]
     )
+
+
+def test_widths_stay_multiples():
+    channels = find_channels(create('resnet20', 10), (32, 32, 3))
+    price, alive = cost.flops(channels), np.ones(channels.count, bool)
+    scores = np.random.default_rng(0).random(channels.count)
+    left = without_lowest(channels, alive, scores, price, 0.6 * price.of(alive), Removal(multiple=8))
+    widths = [channels.there(units, left).sum() for units in channels.layers.values()]
+    assert price.of(left) <= 0.6 * price.of(alive)
+    assert not np.mod(widths, 8).any()
+    assert min(widths) == 8
+
+
+def test_a_width_that_is_no_multiple_becomes_one_first():
+    channels = find_channels(create('resnet20', 10), (32, 32, 3))
+    units = channels.layers['layer1_0/conv1']
+    price, alive, scores = cost.flops(channels), np.ones(channels.count, bool), np.ones(channels.count)
+    alive[units[:3]], scores[units] = False, 0
+    left = without_lowest(channels, alive, scores, price, price.of(alive) - 1, Removal(multiple=8))
+    assert alive.sum() - left.sum() == 5
+    assert channels.there(units, left).sum() == 8
 
 
 def test_eta_lets_costly_units_go_first():
@@ -117,6 +138,7 @@ def test_latency_is_read_off_the_table_between_its_widths():
         ({'temperature': 0.0}, ['pruning.temperature is 0.0', 'above 0']),
         ({'latency_batch': 0}, ['pruning.latency_batch is 0', 'at least 1']),
         ({'steps': 0}, ['pruning.steps is 0', 'at least 1']),
+        ({'multiple': 0}, ['pruning.multiple is 0', 'at least 1']),
         ({'controls': ('luck',)}, ["pruning.controls names 'luck'", 'untuned']),
     ],
 )
@@ -148,7 +170,7 @@ def test_a_target_in_latency_is_told_where_it_is_out_of_reach():
     channels = find_channels(TinyNet(), IMAGE_SHAPE)
     rows = [{'widths': [[1, 4]], 'seconds': [9, 9]}, {'widths': [[1, 4], [1, 5]], 'seconds': [9, 9, 9, 9]}]
     table = {'call': 0.0, 'layers': [*rows, {'widths': [[1, 5]], 'seconds': [9, 9]}]}
-    assert least_reachable(channels, predicted(channels, table), least=1) == 1.0
+    assert least_reachable(channels, predicted(channels, table), Removal(least=1)) == 1.0
 
 
 def test_a_pruning_from_its_pool_to_its_report_and_again(finished, tmp_path):

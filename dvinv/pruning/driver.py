@@ -233,7 +233,7 @@ class Pruner:
         scores = removal.scores(importance, self._price(removal.cost) if removal.eta else None, alive)
         price = self._price(removal.measure)
         most = removal.target(step) * price.of(np.ones_like(alive))
-        left = without_lowest(self._channels, alive, scores, price, most, removal.least)
+        left = without_lowest(self._channels, alive, scores, price, most, removal)
         if price.of(left) > most and step == removal.steps:
             raise DvinvError(
                 f'pruning.left is {removal.left}, but with {removal.least} channels in every layer '
@@ -264,6 +264,8 @@ class Pruner:
         table = self._workdir.read_json('latency.json', None)
         if table is None:
             with Progress('pruning: latencies', len(self._channels.products), 0) as progress:
-                table = measure_table(self._channels, batch_size, lambda done, of: progress.update(done))
+                table = measure_table(
+                    self._channels, batch_size, self.removal.multiple, lambda done, of: progress.update(done)
+                )
             write_atomic(self._workdir.path / 'latency.json', (json.dumps(table) + '\n').encode())
         return table

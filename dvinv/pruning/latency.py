@@ -21,7 +21,7 @@ from dvinv.networks.channels.rules import Product, is_depthwise
 from dvinv.networks.channels.units import Channels
 from dvinv.networks.suited import suited_to
 
-SHARES = (0.25, 0.5, 1.0)  # of the channels along an axis: the grid
+SHARES = (0.25, 0.5, 0.75, 1.0)  # of the channels along an axis: the grid
 
 
 def latency(network: Classifier, batch_size: int, repetitions: int = 15) -> float:
@@ -31,11 +31,18 @@ def latency(network: Classifier, batch_size: int, repetitions: int = 15) -> floa
     return _median_seconds(run, (jax.device_put(network.variables), x), repetitions)
 
 
-def measure_table(channels: Channels, batch_size: int, progress: Callable[[int, int], None] = lambda done, of: None) -> dict:
-    """Seconds of every layer of a network at the widths of the grid, and of an empty call; plain numbers, fit for JSON."""
+def measure_table(
+    channels: Channels, batch_size: int, multiple: int = 1, progress: Callable[[int, int], None] = lambda done, of: None
+) -> dict:
+    """Seconds of every layer of a network at the widths of the grid, and of an empty call; plain numbers, fit for JSON.
+
+    Args:
+      multiple: that the widths are to be of. Between those that a backend likes and others the time is no straight line:
+        on a CPU, a convolution of 15 channels is half as slow again as one of 16.
+    """
     seen, layers = {}, []
     for index, product in enumerate(channels.products):
-        widths = [_widths(len(axis)) for axis in product.axes]
+        widths = [_widths(len(axis), multiple) for axis in product.axes]
         key = str((product.operation.name, product.operation.params, product.operation.shapes, product.operands))
         if key not in seen:
             seen[key] = [_seconds(product, counts, batch_size) for counts in itertools.product(*widths)]
@@ -56,8 +63,8 @@ def predicted(channels: Channels, table: dict) -> Cost:
     return Cost(channels.count, tuple(terms))
 
 
-def _widths(count: int) -> list[int]:
-    return sorted({max(1, round(count * share)) for share in SHARES})
+def _widths(count: int, multiple: int) -> list[int]:
+    return sorted({min(count, multiple * max(1, round(count * share / multiple))) for share in SHARES})
 
 
 def _interpolated(widths: list[list[int]], seconds: list[float], call: float) -> Callable[..., np.ndarray]:
