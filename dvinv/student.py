@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-import jax
 import jax.numpy as jnp
 
 from dvinv.configuration import recipe_of
+from dvinv.divergence import divergence
 from dvinv.hints import hint_loss, shared_layers
 from dvinv.inversion import Teacher
 from dvinv.networks import create
@@ -56,9 +56,7 @@ def distillation_loss(
             teacher_logits, teacher_features = teacher.features(teacher_variables, x)
         else:
             teacher_logits = teacher.apply_fn(teacher_variables, x)
-        targets, answers = (jax.nn.log_softmax(z.astype(jnp.float32) / temperature) for z in (teacher_logits, logits))
-        divergence = jnp.sum(jnp.exp(targets) * (targets - answers), -1)
-        total = temperature**2 * divergence.mean()
+        total = temperature**2 * divergence(teacher_logits, logits, temperature)
         if layers:
             hints = {layer: teacher_features[layer] for layer in layers}
             hints |= {layer: [jnp.take(x, left[layer], -1) for x in hints[layer]] for layer in layers if layer in left}

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dvinv.divergence import divergence
+
 
 def deepinversion_terms(logits, old_logits, labels, temperature: float) -> dict[str, jax.Array]:
     """The paper's loss (arXiv 1912.08795, section 3.4):
@@ -69,12 +71,6 @@ def lwf_mc_terms(logits, old_logits, labels) -> dict[str, jax.Array]:
         )
     )
     return {'new_images': new, 'old_answers': old}
-
-
-def divergence(old_logits, logits, temperature: float = 1.0) -> jax.Array:
-    """Mean over images of KL(p_old || p) at `temperature`; classes that `old_logits` [B, O] lacks have p_old = 0."""
-    targets, answers = (jax.nn.log_softmax(z.astype(jnp.float32) / temperature) for z in (old_logits, logits))
-    return jnp.sum(jnp.exp(targets) * (targets - answers[:, : targets.shape[-1]]), -1).mean()
 
 
 def cross_entropy(logits, labels) -> jax.Array:

@@ -13,10 +13,10 @@ from collections.abc import Iterable
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dvinv.divergence import divergence
 from dvinv.inversion import Teacher
 from dvinv.inversion.tap import running_statistics
 from dvinv.networks.channels.units import STAYS, Channels
@@ -76,8 +76,7 @@ class Importance:
             logits = self._module.apply({**variables, 'params': params}, x, train=False)
             if equal:
                 return optax.softmax_cross_entropy_with_integer_labels(logits, answers.argmax(-1)).mean()
-            targets = jax.nn.log_softmax(answers)
-            return jnp.sum(jnp.exp(targets) * (targets - jax.nn.log_softmax(logits)), -1).mean()
+            return divergence(answers, logits)
 
         gradient = flatten({'params': jax.grad(loss)(variables['params'])})
         return {

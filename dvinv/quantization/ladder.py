@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from dvinv.data.dataset import RealData
+from dvinv.divergence import divergence
 from dvinv.evaluation import among_top, logits_of
 from dvinv.networks import Classifier
 from dvinv.networks.quantized.folding import Folded
@@ -55,11 +56,10 @@ class Scores:
         if self._data is None:
             return {'test_accuracy': None, 'test_agreement': None, 'test_kl': None}
         logits = logits_of(network, self._data.test.images)
-        expected, given = _log_softmax(self._float), _log_softmax(logits)
         return {
             'test_accuracy': float(among_top(logits, self._data.test.labels).mean()),
             'test_agreement': float((logits.argmax(1) == self._float.argmax(1)).mean()),
-            'test_kl': float((np.exp(expected) * (expected - given)).sum(1).mean()),
+            'test_kl': float(divergence(self._float, logits)),
         }
 
     def right(self, apply_fn: Callable, variables: dict) -> np.ndarray | None:
@@ -104,8 +104,3 @@ def _difference(control: str, ours: np.ndarray | None, theirs: np.ndarray | None
         return dict.fromkeys(names)
     difference = ours.astype(float) - theirs
     return dict(zip(names, (float(difference.mean()), float(difference.std() / len(difference) ** 0.5)), strict=True))
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    logits = logits.astype(np.float64) - logits.max(1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
