@@ -62,7 +62,7 @@ def job(distributed: bool | None, bn_stats: str):
     except BaseException as error:
         _job.notify('mistake', str(error) or type(error).__name__)
         _job.close()
-        time.sleep(4 * POLL)  # for all to hear of it, before the list of notices is gone with the leader
+        _linger(mine)
         # Nobody waits for the others then, as jax.distributed would.
         atexit.register(_leave_at_once, 130 if isinstance(error, KeyboardInterrupt) else 1)
         raise
@@ -119,8 +119,15 @@ class _Job:
             except jax.errors.JaxRuntimeError:
                 _end('Process 0 of the run has died.', STATUS)
             if mistake := self.notices.get('mistake'):
+                _linger(self._mine)
                 index, _, sentence = mistake.partition(' ')
                 _end(f'Process {index} has ended with a mistake: {sentence}', 1)
+
+
+def _linger(mine: Processes) -> None:
+    """After a mistake: without the list of notices, which ends with the leader, others would be aborted before they tell."""
+    if mine.leader:
+        time.sleep(4 * POLL)
 
 
 def _join(mine: Processes) -> None:
@@ -135,6 +142,7 @@ def _join(mine: Processes) -> None:
     # Until something is under way SIGTERM may end the process at once, as it waits in a call that no note would end. JAX's
     # own service for it would take the signal away from preemption.py.
     handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    print(f'process {mine.index}: waiting for all {mine.count} processes', file=sys.stderr, flush=True)
     jax.config.update('jax_enable_preemption_service', False)
     try:
         # No ids: all devices, also under SLURM, where JAX would take one a process.
