@@ -199,7 +199,7 @@ class Synthesizer:
         while message := self._meeting.say(_message(next(groups, None))):
             if int(self._meeting.vote(self._wish())) == LEAVE:
                 preemption.ask()
-            preemption.leave_if_asked()
+                preemption.leave_if_asked()  # by the vote alone: who has heard of a SIGTERM since then stays until the next
             self._vote = None
             yield _group(message)
 

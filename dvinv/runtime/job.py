@@ -53,15 +53,15 @@ def job(distributed: bool | None, bn_stats: str):
         yield dataclasses.replace(mine, joined=True)
         _job.finish()
     except SystemExit:  # SIGTERM, of which all hear: they leave together
-        _job.notify('leave')
         _job.close()
+        _job.notify('leave')
         jax.distributed.shutdown()
         raise
     except jax.errors.JaxRuntimeError as error:
         _end(f'The run cannot go on: {str(error).splitlines()[0]}', STATUS)
     except BaseException as error:
-        _job.notify('mistake', str(error) or type(error).__name__)
         _job.close()
+        _job.notify('mistake', str(error) or type(error).__name__)
         _linger(mine)
         # Nobody waits for the others then, as jax.distributed would.
         atexit.register(_leave_at_once, 130 if isinstance(error, KeyboardInterrupt) else 1)
@@ -131,10 +131,10 @@ def _linger(mine: Processes) -> None:
 
 
 def _join(mine: Processes) -> None:
-    """`jax.distributed`, before anything touches a device.
+    """`jax.distributed`, before anything touches a device. Where not all come within `JOIN` seconds, JAX aborts the process.
 
     Raises:
-      DvinvError: nobody tells where the leader is, or not all come.
+      DvinvError: nobody tells where the leader is.
     """
     address = os.environ.get(ADDRESS)
     if address and not re.fullmatch(r'.+:\d+', address):
