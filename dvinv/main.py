@@ -24,7 +24,7 @@ def main(_) -> None:
     from dvinv import pipeline, plan, seeds
     from dvinv.runtime.compilation import keep_compiled
     from dvinv.runtime.devices import set_cpu_devices
-    from dvinv.runtime.processes import processes
+    from dvinv.runtime.job import job
 
     logging.set_verbosity(logging.FATAL)  # Orbax tells much of every checkpoint, and of a full disk with a traceback
     set_cpu_devices(config.devices)
@@ -32,11 +32,11 @@ def main(_) -> None:
     if _PLAN.value:
         print(plan.plan(config))
         return
-    mine = processes(_DISTRIBUTED.value)
-    if _SEEDS.value:
-        figures = seeds.run(config, _WORKDIR.value, _SEEDS.value, mine)
-    else:
-        figures = {'runs': [pipeline.run(config, _WORKDIR.value, mine)]}
+    with job(_DISTRIBUTED.value, config.bn_stats) as mine:
+        if _SEEDS.value:
+            figures = seeds.run(config, _WORKDIR.value, _SEEDS.value, mine)
+        else:
+            figures = {'runs': [pipeline.run(config, _WORKDIR.value, mine)]}
     if mine.leader:
         print(seeds.table(figures))
 

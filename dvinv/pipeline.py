@@ -14,10 +14,11 @@ from dvinv.errors import DvinvError
 from dvinv.inversion import Teacher, check_labels, check_resolutions
 from dvinv.pruning import driver as pruning
 from dvinv.quantization import driver as quantization
-from dvinv.runtime import preemption
+from dvinv.runtime import job, preemption
 from dvinv.runtime.devices import make_mesh, training_mesh
 from dvinv.runtime.processes import ALONE, Processes
 from dvinv.runtime.workdir import Workdir, open_workdir
+from dvinv.sharing import passed
 from dvinv.student import hinted_layers
 
 DRIVERS = {
@@ -42,10 +43,15 @@ def check(config, processes: Processes = ALONE, workdir=None) -> Teacher:
     """
     configuration.check(config)
     mesh = make_mesh(config.devices)
-    if config.bn_stats == 'global' and processes.count > 1:
+    if config.bn_stats == 'global' and processes.count > 1 and not processes.joined:
         raise DvinvError(
-            f"bn_stats is 'global', which splits one batch over the devices of one process, but there are {processes.count} "
-            "processes; choose bn_stats='device', where each process makes batches of its own, or --nodistributed."
+            f"bn_stats is 'global', which splits one batch over the devices of all {processes.count} processes, but they "
+            "are not joined; start them by python -m dvinv.main, or choose bn_stats='device', where each makes its own."
+        )
+    if processes.joined and config.synthesis.method == 'adaptive':
+        raise DvinvError(
+            f"synthesis.method is 'adaptive', which with bn_stats='global' is for one process, but there are "
+            f"{processes.count}; choose bn_stats='device', where the batches of each round are shared, or --nodistributed."
         )
     if config.pool and not Path(config.pool).is_dir():
         raise DvinvError(f'pool is {config.pool!r}, but there is no such folder.')
@@ -55,9 +61,10 @@ def check(config, processes: Processes = ALONE, workdir=None) -> Teacher:
             f'synthesis.images is {images}, which batches of {batch_size} do not fill; choose a multiple, for '
             f'instance {max(1, images // batch_size) * batch_size}.'
         )
-    if config.bn_stats == 'global' and batch_size % mesh.size:
+    split = make_mesh(config.devices, processes.joined).size
+    if config.bn_stats == 'global' and batch_size % split:
         raise DvinvError(
-            f"synthesis.batch_size is {batch_size}, which {mesh.size} devices do not divide; with bn_stats='global' "
+            f"synthesis.batch_size is {batch_size}, which {split} devices do not divide; with bn_stats='global' "
             'one batch is split over all devices: choose a multiple of their number.'
         )
     for name, group in (
@@ -110,6 +117,7 @@ def run(config, workdir, processes: Processes = ALONE) -> dict:
                 preemption.leave_if_asked()
                 if task in config.tasks and not _finished(task, config, workdir):
                     run_task(task, config, workdir)
+            job.notify(passed(workdir))
             return workdir.results
         except DvinvError as error:
             workdir.fail(str(error))

@@ -6,11 +6,29 @@ from dvinv import teacher
 from dvinv.data.pool import ImagePool
 from dvinv.errors import listed
 from dvinv.inversion import Teacher
+from dvinv.runtime import job
 from dvinv.runtime.metrics import Metrics
 from dvinv.runtime.waiting import wait_for
 from dvinv.runtime.workdir import Workdir
 
 TASK = 'synthesis'
+
+
+def called(workdir: Workdir) -> str:
+    """The leader's notice to its job: batches are to be made here, by all."""
+    return f'called-{workdir.path.name}'
+
+
+def passed(workdir: Workdir) -> str:
+    """The leader's notice to its job: all is done here."""
+    return f'passed-{workdir.path.name}'
+
+
+def await_call(workdir: Workdir) -> bool:
+    """For all but the leader of a job: wait until batches are to be made; False if none are."""
+    there = called(workdir), passed(workdir)
+    wait_for(workdir, lambda: any(map(job.heard, there)), lambda: 'process 0 to make batches')
+    return not job.heard(there[1])
 
 
 def await_run(config, workdir: Workdir) -> None:

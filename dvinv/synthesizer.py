@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
@@ -17,12 +17,16 @@ from dvinv.evaluation import logits_of
 from dvinv.inversion import Inversion, Teacher, balanced_labels, make_feature_loss, make_inverter
 from dvinv.inversion.canvas import blank_canvas, make_paint
 from dvinv.inversion.invert import Unfinished
-from dvinv.runtime import preemption
+from dvinv.runtime import job, preemption
 from dvinv.runtime.devices import make_mesh
+from dvinv.runtime.meeting import Meeting
 from dvinv.runtime.processes import ALONE, Processes
 from dvinv.runtime.progress import Progress
 from dvinv.runtime.workdir import Workdir, plain
-from dvinv.unfinished import UnfinishedBatches
+from dvinv.sharing import called
+from dvinv.unfinished import UnfinishedBatches, packed, unpacked
+
+GO_ON, SAVE, LEAVE = range(3)  # between two dispatches; the most urgent wish of any process is everybody's
 
 
 def open_pool(config, workdir: Workdir, teacher: Teacher) -> ImagePool:
@@ -96,13 +100,16 @@ class Synthesizer:
           method: 'deepinversion', 'adaptive', 'prior_only' (no feature term) or 'noise' (the initial images themselves).
           task, series: what its metrics go by.
           student_fn: (variables, x) -> logits in eval mode, the competitor of 'adaptive'.
-          processes: that share the batches; `fill` is then called for this one's alone.
+          processes: that share the batches; `fill` is then called for this one's alone. Of a job, all take part in every
+            batch; the leader tells which, and keeps them.
 
         Raises:
           DvinvError: settings that do not fit the teacher, or a pool of another teacher.
         """
         settings = inversion_config(config, method)
-        mesh = make_mesh(config.devices)
+        mesh = make_mesh(config.devices, processes.joined)
+        self._meeting = Meeting(mesh, processes.leader) if processes.joined else None
+        self._keeps, self._vote = processes.writes, None
         self._config, self._workdir, self._teacher, self._pool, self._method = config, workdir, teacher, pool, method
         self._task, self._series = task, series
         self._abreast = abreast(config, mesh.size, method, processes)
@@ -111,9 +118,10 @@ class Synthesizer:
         self._unfinished = UnfinishedBatches(workdir.path / 'checkpoints' / f'{task}-{series}', teacher.digest())
         for number in finished:
             pool.notes(number)  # refuses another teacher's pool
-        for number in processes.share({*finished} & {*self._unfinished.numbers()}):
-            self._unfinished.drop(number)  # killed between the two
-        if missing:
+        if self._keeps:
+            for number in processes.share({*finished} & {*self._unfinished.numbers()}):
+                self._unfinished.drop(number)  # killed between the two
+        if missing and self._keeps:
             workdir.metrics.keep(task, series, lambda line: line['batch'] in finished)
         self._paint = make_paint(settings.canvas, settings.contrast, teacher)
         if method == 'noise':
@@ -143,8 +151,7 @@ class Synthesizer:
           SystemExit: SIGTERM came. Batches that were under way are saved.
         """
         group = self._config.synthesis
-        for begun in self._groups(numbers, student_variables):
-            preemption.leave_if_asked()
+        for begun in self._told(self._groups(numbers, student_variables)):
             mine = [number for number, _ in begun]
             begun += begun[-1:] * (self._abreast - len(mine))  # every device has work; repeats are dropped
             padded, states = zip(*begun, strict=True)
@@ -160,7 +167,7 @@ class Synthesizer:
                 begun=states if all(states) else None,
                 pause=functools.partial(self._pause, mine, student_variables),
             )
-            for row, number in enumerate(mine):
+            for row, number in enumerate(mine if self._keeps else ()):
                 lines = _lines(number, row, inversion.metrics, self._config.logging.iterations)
                 self._workdir.metrics.append(self._task, self._series, lines)
                 self._write(number, keys[row], labels[row], inversion.images[row], notes)
@@ -170,7 +177,7 @@ class Synthesizer:
 
     def _groups(self, numbers: list[int], student_variables) -> list[list[tuple[int, Unfinished | None]]]:
         """Batches to invert side by side, with their states where they were saved: all after equally many iterations."""
-        begun = [(number, self._unfinished.load(number, student_variables)) for number in numbers]
+        begun = [(number, self._unfinished.load(number, student_variables)) for number in numbers if self._keeps]
 
         def iterations(entry):
             return entry[1].iterations if entry[1] else 0
@@ -181,15 +188,44 @@ class Synthesizer:
             groups += [alike[start : start + self._abreast] for start in range(0, len(alike), self._abreast)]
         return groups
 
+    def _told(self, groups: Iterable[list]) -> Iterator[list]:
+        """The leader's groups, which are one batch each, to all processes of a job; one's own where there is none."""
+        if self._meeting is None:
+            for group in groups:
+                preemption.leave_if_asked()
+                yield group
+            return
+        groups = iter(groups)
+        while message := self._meeting.say(_message(next(groups, None))):
+            if int(self._meeting.vote(self._wish())) == LEAVE:
+                preemption.ask()
+                preemption.leave_if_asked()  # by the vote alone: who has heard of a SIGTERM since then stays until the next
+            self._vote = None
+            yield _group(message)
+
     def _pause(self, numbers: list[int], student_variables, take: Callable) -> None:
-        """Between two dispatches: save what is under way, now and then, and before leaving."""
-        minutes = self._config.logging.checkpoint_minutes
-        due = minutes and time.monotonic() - self._saved >= 60 * minutes
-        if due or preemption.asked():
+        """Between two dispatches: save what is under way, now and then, and before leaving.
+
+        A job does what any of its processes wished one dispatch earlier, so that no device waits for the answer.
+        """
+        wish = self._wish() if self._meeting is None else GO_ON if self._vote is None else int(self._vote)
+        if wish != GO_ON:
             for number, batch in zip(numbers, take(), strict=False):  # repeats are dropped
-                self._unfinished.save(number, batch, student_variables)
+                if self._keeps:
+                    self._unfinished.save(number, batch, student_variables)
             self._saved = time.monotonic()
+        if wish == LEAVE:
+            preemption.ask()
             preemption.leave_if_asked()
+        if self._meeting is not None:
+            self._vote = self._meeting.vote(self._wish())
+
+    def _wish(self) -> int:
+        """What this process would do now."""
+        minutes = self._config.logging.checkpoint_minutes
+        if preemption.asked():
+            return LEAVE
+        return SAVE if minutes and time.monotonic() - self._saved >= 60 * minutes else GO_ON
 
     def _report(self, abreast: int, done: int, terms: dict) -> None:
         """Progress: `done` iterations of each of the `abreast` batches, after those of earlier ones."""
@@ -229,8 +265,24 @@ def fill_pool(
 ) -> None:
     """Make what the pool lacks of this process's batches, by a method without a competitor; for the arguments see there."""
     if missing := processes.share(missing_batches(config, pool)):
+        if processes.joined:
+            job.notify(called(workdir))  # the others come
         with Synthesizer(config, workdir, teacher, pool, method, task, series, processes=processes) as synthesizer:
             synthesizer.fill(missing)
+
+
+def _message(group: list[tuple[int, Unfinished | None]] | None) -> bytes:
+    """A group of one batch for the other processes of a job; empty where there is none left."""
+    if group is None:
+        return b''
+    ((number, begun),) = group
+    return number.to_bytes(8) + (packed(begun) if begun else b'')
+
+
+def _group(message: bytes) -> list[tuple[int, Unfinished | None]]:
+    """The inverse of `_message`."""
+    number, begun = int.from_bytes(message[:8]), message[8:]
+    return [(number, unpacked(begun)[0] if begun else None)]
 
 
 def _make_noise(teacher: Teacher, paint: Callable):

@@ -17,6 +17,24 @@ from dvinv.inversion.invert import Unfinished
 from dvinv.runtime.files import write_atomic
 
 
+def packed(batch: Unfinished, about: str = '') -> bytes:
+    """A batch as the bytes of an npz, with a text."""
+    buffer = io.BytesIO()
+    arrays = {f'state-{i}': leaf for i, leaf in enumerate(batch.state)}
+    arrays |= {f'metric-{term}': values for term, values in batch.metrics.items()}
+    np.savez(buffer, about=np.array(about), **arrays)
+    return buffer.getvalue()
+
+
+def unpacked(data: bytes) -> tuple[Unfinished, str]:
+    """(batch, text), the inverse of `packed`."""
+    with np.load(io.BytesIO(data), allow_pickle=False) as file:
+        arrays = dict(file)
+    metrics = {name.removeprefix('metric-'): arrays[name] for name in arrays if name.startswith('metric-')}
+    state = [arrays[f'state-{i}'] for i in range(len(arrays) - len(metrics) - 1)]
+    return Unfinished(len(metrics['loss']), state, metrics), str(arrays['about'])
+
+
 class UnfinishedBatches:
     """Those of one series of batches, in a folder of its own: batch-000003.state is a sha256, then an npz of that digest."""
 
@@ -32,11 +50,7 @@ class UnfinishedBatches:
         Raises:
           DvinvError: the disk is full. The older file stands.
         """
-        buffer = io.BytesIO()
-        arrays = {f'state-{i}': leaf for i, leaf in enumerate(batch.state)}
-        arrays |= {f'metric-{term}': values for term, values in batch.metrics.items()}
-        np.savez(buffer, about=np.array(self._about(batch.iterations, student_variables)), **arrays)
-        data = buffer.getvalue()
+        data = packed(batch, self._about(batch.iterations, student_variables))
         write_atomic(self._path(number), hashlib.sha256(data).digest() + data)
 
     def load(self, number: int, student_variables=None) -> Unfinished | None:
@@ -47,14 +61,8 @@ class UnfinishedBatches:
             return None
         if digest.tobytes() != hashlib.sha256(data).digest():
             return None
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            arrays = dict(file)
-        metrics = {name.removeprefix('metric-'): arrays[name] for name in arrays if name.startswith('metric-')}
-        state = [arrays[f'state-{i}'] for i in range(len(arrays) - len(metrics) - 1)]
-        iterations = len(metrics['loss'])
-        if str(arrays['about']) != self._about(iterations, student_variables):
-            return None
-        return Unfinished(iterations, state, metrics)
+        batch, about = unpacked(data.tobytes())
+        return batch if about == self._about(batch.iterations, student_variables) else None
 
     def numbers(self) -> list[int]:
         """Of the batches that were saved."""

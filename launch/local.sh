@@ -5,7 +5,9 @@
 #   launch/local.sh [-n N] CONFIG WORKDIR [--config.field=value ...]
 #
 # -n N starts N processes that share the batches of one work directory, each brought back for itself; the first mistake
-# ends all of them. SIGTERM (and Ctrl-C) lets them save what they are at, and ends with status 143.
+# ends all of them. With bn_stats='global' they meet at a free port (or at DVINV_COORDINATOR, host:port), and where one dies
+# all end within half a minute and are brought back.
+# SIGTERM (and Ctrl-C) lets them save what they are at, and ends with status 143.
 set -uo pipefail
 usage() {
   echo "usage: $0 [-n N] CONFIG WORKDIR [--config.field=value ...]" >&2
@@ -71,6 +73,15 @@ run() {
 if [ -z "$count" ]; then
   run "$@"
   exit
+fi
+
+# Where the processes of a job find each other: a port that nobody listens on, below those that the system gives away.
+if [ -z "${DVINV_COORDINATOR:-}" ]; then
+  port=$((20000 + RANDOM % 12000))
+  while (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do
+    port=$((20000 + RANDOM % 12000))
+  done
+  export DVINV_COORDINATOR=127.0.0.1:$port
 fi
 
 # Several: each is a shell of its own that runs one process, and ends all where it gives up ($$ is the first shell).

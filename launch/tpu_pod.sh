@@ -9,6 +9,7 @@
 # WORKDIR must be a folder that all hosts see under one path: a Filestore (NFS) share, mounted by `setup` where NFS names
 # it (NFS=10.0.0.2:/share, at /mnt/dvinv). A bucket will not do: it has no locks.
 # VERSION is the TPU software (default tpu-ubuntu2204-base), CREATE further flags of gcloud, such as --spot.
+# JOINED=1 with `run` makes one slice of all hosts, for bn_stats=global: one batch is split over all chips.
 # CHIPS is how the chips of a host are laid out (2,2,1 for v2 to v5p with four; 2,4,1 for eight).
 set -euo pipefail
 : "${NAME:?set NAME, the name of the TPU}" "${ZONE:?set ZONE, for instance us-central2-b}"
@@ -51,11 +52,14 @@ case "${1:-}" in
     shift
     # Each host is told by the metadata which one it is. The bounds make a slice of its own of each host: without them
     # the TPU runtime would wait for all hosts, and one could not die and come back without the others.
+    bounds='export TPU_PROCESS_BOUNDS=1,1,1 TPU_CHIPS_PER_PROCESS_BOUNDS='"${CHIPS:-2,2,1}"' CLOUD_TPU_TASK_ID=0'
+    [ -z "${JOINED:-}" ] || bounds=:
     # shellcheck disable=SC2016  # expanded there
     remote='metadata() { curl -sf -H Metadata-Flavor:Google "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"; }
 hosts=$(metadata worker-network-endpoints) && DVINV_PROCESS=$(metadata agent-worker-number) || exit 1
-export DVINV_PROCESS DVINV_PROCESSES=$(echo "$hosts" | tr , "\n" | grep -c .)
-export TPU_PROCESS_BOUNDS=1,1,1 TPU_CHIPS_PER_PROCESS_BOUNDS='"${CHIPS:-2,2,1}"' CLOUD_TPU_TASK_ID=0 PYTHON=$HOME/dvinv-env/bin/python
+export DVINV_PROCESS DVINV_PROCESSES=$(echo "$hosts" | tr , "\n" | grep -c .) PYTHON=$HOME/dvinv-env/bin/python
+export DVINV_COORDINATOR=$(echo "$hosts" | cut -d , -f 1 | cut -d : -f 3):8476
+'"$bounds"'
 cd "$HOME/dvinv" && bash launch/local.sh'
     everywhere "$remote$(printf ' %q' "$@")"
     ;;

@@ -83,6 +83,17 @@ def test_each_of_several_processes_knows_its_number(tmp_path):
     assert sorted(_calls(tmp_path)) == [f'{index} 3 {CALL}' for index in range(3)]
 
 
+def test_several_processes_meet_at_one_port(tmp_path):
+    python = _stand_in(tmp_path, 'python', words='$DVINV_COORDINATOR')
+    environment = {**os.environ, 'PYTHON': python}
+    for given in ({}, {'DVINV_COORDINATOR': '10.0.0.2:9000'}):
+        subprocess.run(['bash', SCRIPT, '-n', '2', *RUN], env=environment | given, check=True)
+    free, again, *chosen = _calls(tmp_path)
+    assert free == again
+    assert 20000 <= int(free.removeprefix('127.0.0.1:')) < 32000
+    assert chosen == ['10.0.0.2:9000'] * 2
+
+
 def test_one_of_several_that_dies_comes_back_alone(tmp_path):
     died = tmp_path / 'died'
     body = f'if [ $DVINV_PROCESS = 1 ] && [ ! -e {died} ]; then touch {died}; kill -KILL $$; fi'
@@ -171,9 +182,10 @@ def test_a_pod_is_set_up_on_all_hosts(tmp_path):
     assert 'dvinv[tpu]' in calls[3]
 
 
-def test_each_host_of_a_pod_asks_who_it_is(tmp_path):
+@pytest.mark.parametrize(('variables', 'bounds'), [({'CHIPS': '2,4,1'}, '2,4,1'), ({'JOINED': '1'}, '')])
+def test_each_host_of_a_pod_asks_who_it_is(tmp_path, variables, bounds):
     """The command that the hosts are given, run here as the second of four."""
-    status, calls = _tpu(tmp_path, 'run', *RUN, CHIPS='2,4,1')
+    status, calls = _tpu(tmp_path, 'run', *RUN, **variables)
     assert status == 0
     command = subprocess.run(['bash', '-c', f'set -- {calls[0]}; echo "${{@: -1}}"'], capture_output=True, text=True)
     remote = command.stdout.removeprefix('--command=')
@@ -184,10 +196,15 @@ def test_each_host_of_a_pod_asks_who_it_is(tmp_path):
     shutil.copy(SCRIPT, home / 'dvinv' / 'launch')
     answers = 'case "$*" in *endpoints) echo a:8:10.0.0.2,b:8:10.0.0.3,c:8:10.0.0.4,d:8:10.0.0.5;; *number) echo 1;; esac'
     _stand_in(tmp_path, 'curl', answers)
-    _stand_in(home / 'dvinv-env' / 'bin', 'python', '', '$DVINV_PROCESS $DVINV_PROCESSES $TPU_CHIPS_PER_PROCESS_BOUNDS "$@"')
+    _stand_in(
+        home / 'dvinv-env' / 'bin',
+        'python',
+        '',
+        '$DVINV_PROCESS $DVINV_PROCESSES $DVINV_COORDINATOR "$TPU_CHIPS_PER_PROCESS_BOUNDS" "$@"',
+    )
     environment = {**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'HOME': str(home)}
     subprocess.run(['bash', '-c', remote], env=environment, check=True)
-    assert _calls(home / 'dvinv-env' / 'bin') == [f'1 4 2,4,1 {CALL}']
+    assert _calls(home / 'dvinv-env' / 'bin') == [f'1 4 10.0.0.2:8476 {bounds} {CALL}']
 
 
 @pytest.mark.parametrize('arguments', [(), ('run',), ('run', 'c.py'), ('burn',)])

@@ -121,12 +121,6 @@ def test_more_processes_than_batches_and_a_pool_that_is_there(threads, tmp_path)
     assert pipeline.run(_config(pool=str(tmp_path / 'run' / 'pool')), tmp_path / 'other', Processes(1, 2)) == {}
 
 
-def test_one_batch_is_not_split_over_processes(tmp_path):
-    with pytest.raises(DvinvError, match=r"bn_stats is 'global', which splits one batch .* but there are 2 processes"):
-        pipeline.run(_config(bn_stats='global'), tmp_path, Processes(0, 2))
-    assert not [*tmp_path.iterdir()]
-
-
 def test_of_several_seeds_the_leader_writes_the_summary(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(pipeline, 'run', lambda config, workdir, mine: asked.append((workdir.name, mine)) or {})

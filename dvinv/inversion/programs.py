@@ -1,7 +1,8 @@
 """The compiled programs of an inversion, mapped over a device mesh: the first canvas, many iterations, the images.
 
 `bn_stats = 'device'`: each device inverts whole batches of its own (what `pmap` meant), without any communication.
-`bn_stats = 'global'`: one batch is split over the devices; its losses are those of the whole batch.
+`bn_stats = 'global'`: one batch is split over the devices; its losses are those of the whole batch. The devices may be of
+several processes, all of which then make the same calls.
 """
 
 import functools
@@ -17,7 +18,7 @@ from dvinv.inversion.execution import executed
 from dvinv.inversion.settings import InversionConfig, Stage
 from dvinv.inversion.step import InversionState, make_chunk, make_step
 from dvinv.inversion.teacher import Teacher
-from dvinv.runtime.devices import AXIS, platform_of
+from dvinv.runtime.devices import AXIS, fetch, place, platform_of
 
 
 class Programs:
@@ -45,19 +46,19 @@ class Programs:
 
     def everywhere(self, variables):
         """Weights, on every device."""
-        return jax.device_put(variables, NamedSharding(self._mesh, P()))
+        return place(variables, NamedSharding(self._mesh, P()))
 
     def labels(self, labels: np.ndarray) -> jax.Array:
         """Labels int [n, B], each on the device that has its image: [n, B], or [B] of a batch that is split."""
-        return jax.device_put(labels[0] if self._split else labels, NamedSharding(self._mesh, P(AXIS)))
+        return place(labels[0] if self._split else labels, NamedSharding(self._mesh, P(AXIS)))
 
     def begin(self, keys: jax.Array, batch_size: int) -> InversionState:
         """Before the first stage: blank canvases from the keys [n] of the batches."""
         # Everything is put where the programs leave it, or the first call would be compiled for another placement.
         batchwise = NamedSharding(self._mesh, P() if self._split else P(AXIS))
         iteration = np.zeros((), np.int32) if self._split else np.zeros(len(keys), np.int32)
-        canvas, step_keys = self._begin(batch_size)(jax.device_put(keys[0] if self._split else keys, batchwise))
-        return InversionState(canvas, None, jax.device_put(iteration, batchwise), step_keys)
+        canvas, step_keys = self._begin(batch_size)(place(keys[0] if self._split else keys, batchwise))
+        return InversionState(canvas, None, place(iteration, batchwise), step_keys)
 
     def restart(self, stage: Stage, state: InversionState) -> InversionState:
         """Adam anew, for the first iteration of `stage`."""
@@ -65,7 +66,7 @@ class Programs:
 
     def take(self, state: InversionState) -> list[list[np.ndarray]]:
         """What a state consists of, on the host: of each batch the leaves of canvas, optimiser state and iteration."""
-        leaves = jax.device_get(jax.tree.leaves((state.canvas, state.opt_state, state.iteration)))
+        leaves = fetch(jax.tree.leaves((state.canvas, state.opt_state, state.iteration)), self._mesh)
         if self._split:
             leaves = [leaf[None] for leaf in leaves]
         # Copies: on CPU a fetched array is the buffer itself, which the next dispatch is given to overwrite.
@@ -76,7 +77,7 @@ class Programs:
         state = self.restart(stage, state)  # tells where everything lies
         there, tree = jax.tree.flatten((state.canvas, state.opt_state, state.iteration))
         leaves = taken[0] if self._split else [np.stack(rows) for rows in zip(*taken, strict=True)]
-        placed = [jax.device_put(leaf, old.sharding) for leaf, old in zip(leaves, there, strict=True)]
+        placed = [place(leaf, old.sharding) for leaf, old in zip(leaves, there, strict=True)]
         canvas, opt_state, iteration = jax.tree.unflatten(tree, placed)
         return state.replace(canvas=canvas, opt_state=opt_state, iteration=iteration)
 
@@ -86,7 +87,7 @@ class Programs:
 
     def finish(self, state: InversionState) -> np.ndarray:
         """The images [n, B, H, W, C] float32 that a state's canvases stand for."""
-        images = np.asarray(self._finish(state.canvas))
+        images = fetch(self._finish(state.canvas), self._mesh)
         return images[None] if self._split else images
 
     def _begin(self, batch_size: int):

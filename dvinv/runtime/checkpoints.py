@@ -37,7 +37,7 @@ class Checkpoints:
         try:
             with disk_full_told(target):
                 self._check_room(state)
-                with ocp.StandardCheckpointer() as checkpointer:
+                with _checkpointer() as checkpointer:
                     checkpointer.save(target, state)
             files = {str(p.relative_to(target)): sha256_of(p) for p in sorted(target.rglob('*')) if p.is_file()}
             write_atomic(
@@ -74,7 +74,7 @@ class Checkpoints:
                 raise DvinvError(
                     f'The checkpoint file {folder / name} is damaged (its sha256 is not the one written); {way_out}.'
                 )
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             return step, checkpointer.restore(folder, jax.tree.map(ocp.utils.to_shape_dtype_struct, template))
 
     def notes(self) -> dict:
@@ -101,3 +101,10 @@ class Checkpoints:
 
     def _steps(self) -> list[int]:
         return sorted(int(p.stem) for p in self._folder.glob('*.json') if p.stem.isdigit())
+
+
+def _checkpointer() -> ocp.StandardCheckpointer:
+    """Orbax's, for this process alone: in a job of several it would wait for the others."""
+    mine = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(primary_host=mine, active_processes={mine})
+    return ocp.StandardCheckpointer(multiprocessing_options=options)

@@ -1,9 +1,13 @@
 """Devices as a 1-D mesh with the axis `data`, over which batches are mapped."""
 
+import functools
 import os
+from collections import Counter
 
 import jax
-from jax.sharding import AxisType, Mesh
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
 
 from dvinv.errors import DvinvError
 
@@ -41,11 +45,14 @@ def training_mesh(mesh: Mesh) -> Mesh:
     return make_mesh(1) if platform_of(mesh) == 'cpu' else mesh
 
 
-def make_mesh(count: int = 0) -> Mesh:
-    """A mesh of the first `count` devices (0: all of them).
+def make_mesh(count: int = 0, joined: bool = False) -> Mesh:
+    """A mesh of the first `count` devices of this process (0: all of them).
+
+    Args:
+      joined: so many devices of each process of the job.
 
     Raises:
-      DvinvError: fewer devices than asked for, or a negative number.
+      DvinvError: fewer devices than asked for, a negative number, or processes with unlike numbers of devices.
     """
     if count < 0:
         raise DvinvError(f'devices is {count}; it must be at least 1, or 0 for all there are.')
@@ -55,5 +62,42 @@ def make_mesh(count: int = 0) -> Mesh:
             f'devices is {count}, but JAX sees only {len(devices)} ({devices[0].platform}); '
             'lower it, or 0 for all there are.'
         )
-    count = count or len(devices)
-    return jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=devices[:count])
+    if joined:
+        counts = Counter(device.process_index for device in jax.devices())
+        if min(counts.values()) < (count or max(counts.values())):
+            raise DvinvError(
+                f'devices is {count}, but the processes have {sorted(counts.values())} devices; as one batch is split over '
+                f'all of them, choose at most {min(counts.values())} a process.'
+            )
+        count = count or len(devices)
+        of_each = ([device for device in jax.devices() if device.process_index == i] for i in sorted(counts))
+        devices = [device for own in of_each for device in own[:count]]
+    else:
+        devices = devices[: count or len(devices)]
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def place(tree, sharding: Sharding):
+    """`jax.device_put`, also onto devices of other processes, which must be called with the same values."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def put(leaf):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(put, tree)
+
+
+def fetch(tree, mesh: Mesh):
+    """`jax.device_get`, also of arrays that lie in part with other processes, which must be called too."""
+    if all(device.process_index == jax.process_index() for device in mesh.devices.flat):
+        return jax.device_get(tree)
+    return jax.device_get(_gather(mesh)(tree))
+
+
+@functools.cache
+def _gather(mesh: Mesh):
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, P()))

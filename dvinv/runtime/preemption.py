@@ -22,6 +22,12 @@ def install() -> None:
     signal.signal(signal.SIGTERM, note)
 
 
+def ask() -> None:
+    """As if a SIGTERM came: it came to another process of the job."""
+    global _asked
+    _asked = True
+
+
 def asked() -> bool:
     """Whether a SIGTERM came."""
     return _asked

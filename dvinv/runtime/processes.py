@@ -1,6 +1,7 @@
 """Which of several processes this one is: each synthesizes its own share of the numbered batches.
 
-They need no word of each other: they share a work directory, and meet in its pool.
+They need no word of each other: they share a work directory, and meet in its pool. Only where one batch is split over all of
+them do they make a job (job.py), in which every batch is everybody's.
 """
 
 import dataclasses
@@ -14,19 +15,29 @@ OWN = 'DVINV_PROCESS', 'DVINV_PROCESSES'  # what launch/local.sh and launch/tpu_
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """This process is number `index` of `count`. Number 0, the leader, does all that is not a share of the batches."""
+    """This process is number `index` of `count`. Number 0, the leader, does all that is not a share of the batches.
+
+    Attributes:
+      joined: into one job, where all have a part in every batch and the leader writes it.
+    """
 
     index: int = 0
     count: int = 1
+    joined: bool = False
 
     @property
     def leader(self) -> bool:
         """Whether this process runs the tasks; the others only help with the batches."""
         return self.index == 0
 
+    @property
+    def writes(self) -> bool:
+        """Whether the batches that this process makes are its own to keep."""
+        return self.leader or not self.joined
+
     def share(self, numbers: Iterable[int]) -> list[int]:
         """Those of the batches that are this process's to make."""
-        return [number for number in numbers if number % self.count == self.index]
+        return [number for number in numbers if self.joined or number % self.count == self.index]
 
     def most(self, batches: int) -> int:
         """How many of so many batches in a row are one process's at most."""
