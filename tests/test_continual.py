@@ -24,7 +24,10 @@ from dvinv.networks import create, load_classifier
 from dvinv.networks.head import grown, head_of
 from dvinv.recipe import Recipe
 from dvinv.rounds import Rounds, chosen_images
+from dvinv.synthesizer import Synthesizer
 from dvinv.training import Lesson
+
+pytestmark = pytest.mark.usefixtures('keep_compiled')
 
 # Losses
 
@@ -178,18 +181,6 @@ def data(tmp_path_factory):
     return tmp_path_factory.mktemp('data')
 
 
-@pytest.fixture(scope='module', autouse=True)
-def keep_compiled(shared):
-    """Programs of one run serve the next: nearly all of its time goes into compiling."""
-    names = 'jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs'
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (str(shared / 'cache' / 'dvinv' / 'jax'), 0.0), strict=True):
-        jax.config.update(name, value)
-    yield
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
-
-
 @pytest.fixture(scope='module')
 def undisturbed(data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp('undisturbed') / 'run'
@@ -254,6 +245,64 @@ def test_killed_and_without_old_images_it_ends_with_the_same_bits(undisturbed, t
     assert {*resumed} == {*expected}
     assert [name for name in expected if resumed[name] != expected[name]] == []
     assert run_for(0)['continual']['tasks'] == 3  # what is finished wants no images
+
+
+def adaptive_config(data, **changes):
+    """Pools of two rounds, against a student that has four updates in between."""
+    fields = {
+        'synthesis__method': 'adaptive',
+        'synthesis__batches_per_round': 1,
+        'synthesis__weights__competition': 10.0,
+        'distillation__updates_per_round': 4,
+        'distillation__batch_size': 8,
+        'student__network': 'small_convnet',
+        'student__width': 0.125,
+        'continual__updates': 4,
+        'devices': 1,
+    }
+    return config_of(data, **{**fields, **changes})
+
+
+def test_adaptive_pools_compete_with_a_student_of_each_network(data, tmp_path, monkeypatch):
+    """And killed while it learns, and in the round after, they and all else end with the same bits."""
+    fill, chosen, seen, run = Synthesizer.fill, chosen_images, [], tmp_path / 'killed'
+
+    def note(self, numbers, student, **notes):
+        seen.append((self._series, numbers, student['params']['Dense_0']['kernel'], notes))
+        fill(self, numbers, student, **notes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Synthesizer, 'fill', note)
+        pipeline.run(adaptive_config(data), tmp_path / 'run')
+    assert [(series, numbers, kernel.shape[1], notes['student_updates']) for series, numbers, kernel, notes in seen] == [
+        (series, [number], classes, 4 * number)
+        for series, classes in (('images_1', 2), ('images_2', 3))
+        for number in range(2)
+    ]
+    assert not np.array_equal(seen[0][2], seen[1][2])
+
+    def killed_while_it_learns(seed, update, *args):
+        if update == 2:
+            raise KeyboardInterrupt
+        return chosen(seed, update, *args)
+
+    def killed_in_a_round(self, numbers, student, **notes):
+        if self._series == 'images_2' and notes['round']:
+            raise KeyboardInterrupt
+        fill(self, numbers, student, **notes)
+
+    for owner, name, killed in (
+        (dvinv.training, 'chosen_images', killed_while_it_learns),
+        (Synthesizer, 'fill', killed_in_a_round),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, killed)
+            with pytest.raises(KeyboardInterrupt):
+                pipeline.run(adaptive_config(data), run)
+    assert [path.name for path in (run / 'checkpoints').glob('student*')] == ['student_2']
+    pipeline.run(adaptive_config(data), run)
+    assert not [*(run / 'checkpoints').glob('student*')]
+    assert lasting(run) == lasting(tmp_path / 'run')
 
 
 def test_the_report_shows_what_each_task_left_of_the_others(undisturbed, data):

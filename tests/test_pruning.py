@@ -1,5 +1,6 @@
 """Pruning: importance at the very start, targets that are reached or told to be out of reach, the task from end to end."""
 
+import contextlib
 import json
 import runpy
 import shutil
@@ -7,17 +8,26 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from smoke import ROOT, smoke_config
-from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, trained_variables
+from smoke import ROOT, lasting, smoke_config
+from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, saved, trained_variables
 
 import dvinv
+import dvinv.training
 from dvinv import DvinvError, pipeline
+from dvinv.data.pool import ImagePool
 from dvinv.inversion import from_linen
 from dvinv.networks import create
 from dvinv.networks.channels import cost, find_channels
+from dvinv.pruning import driver
+from dvinv.pruning.competition import config_of_step
 from dvinv.pruning.importance import Importance
 from dvinv.pruning.latency import predicted
 from dvinv.pruning.removal import Removal, least_reachable, without_lowest
+from dvinv.rounds import chosen_images
+from dvinv.runtime.metrics import Metrics
+from dvinv.runtime.workdir import Workdir
+from dvinv.synthesizer import Synthesizer, fill_pool
+from dvinv.teacher import load
 
 
 @pytest.fixture(scope='module')
@@ -118,6 +128,8 @@ def test_latency_is_read_off_the_table_between_its_widths():
         ({'latency_batch': 0}, ['pruning.latency_batch is 0', 'at least 1']),
         ({'steps': 0}, ['pruning.steps is 0', 'at least 1']),
         ({'controls': ('luck',)}, ["pruning.controls names 'luck'", 'untuned']),
+        ({'adaptive_batches': -1}, ['pruning.adaptive_batches is -1', 'at least 0']),
+        ({'adaptive_batches': 2}, ['pruning.adaptive_batches is 2', 'synthesis.weights.competition is 0']),
     ],
 )
 def test_what_cannot_be_pruned_as_asked_is_refused(tmp_path, changes, words):
@@ -186,3 +198,91 @@ def test_a_pruning_from_its_pool_to_its_report_and_again(finished, tmp_path):
         ).read_bytes()
     times = {'latency_ratio', 'wall_seconds'}
     assert {k: v for k, v in repeated.items() if k not in times} == {k: v for k, v in figures.items() if k not in times}
+
+
+# Images in competition
+
+
+def competing_config(folder):
+    """A narrow network, noise for a pool, and a batch a step against the network just pruned."""
+    config = smoke_config(tasks=('synthesis', 'pruning'), verifier__network='', synthesis__method='noise', devices=1)
+    config.teacher.update(network='small_convnet', width=0.125)
+    config.teacher.weights = saved(folder / 'teacher.safetensors', num_classes=10, image_shape=(8, 8, 1))
+    config.synthesis.weights.competition = 10.0
+    config.pruning.update(left=0.8, controls=('untuned',), updates=10, adaptive_batches=1)
+    return config
+
+
+@pytest.fixture(scope='module')
+def competing(tmp_path_factory, keep_compiled):
+    """(folder, figures, how many images there were at each measurement and for each training)."""
+    folder, counts = tmp_path_factory.mktemp('competing'), {'measured': [], 'learned': []}
+    learn, measure = driver.learn, driver.Pruner._next
+
+    def noted(config, workdir, learner, lesson, images, labels):
+        counts['learned'].append((len(images), len(labels), lesson.rounds.images))
+        return learn(config, workdir, learner, lesson, images, labels)
+
+    def measured(self, alive, variables, images, *args):
+        counts['measured'].append(len(images))
+        return measure(self, alive, variables, images, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, 'learn', noted)
+        patch.setattr(driver.Pruner, '_next', measured)
+        figures = pipeline.run(competing_config(folder), folder / 'run')['pruning']
+    return folder, figures, counts
+
+
+def test_images_of_every_step_join_those_before(competing):
+    _, figures, counts = competing
+    assert counts['learned'] == [(60, 60, 60), (80, 80, 80)]
+    assert counts['measured'] == [40, 60, 40, 40]  # the last two: of the control
+    assert (figures['images'], figures['adaptive_images']) == (80, 40)
+
+
+def test_batches_of_a_step_compete_with_the_network_just_pruned(competing, tmp_path):
+    folder, *_ = competing
+    config = config_of_step(competing_config(folder), driver.ROLE, 2)
+    with contextlib.closing(Workdir(tmp_path, config)) as workdir:
+        teacher = load(config, workdir)
+        alone = ImagePool(tmp_path / 'pool', teacher.digest())
+        fill_pool(config, workdir, teacher, alone, 'deepinversion', 'pruning', 'alone')
+    first, second = (ImagePool(folder / 'run' / 'pools' / f'pruned_{step}') for step in (1, 2))
+    assert second.notes(0)['step'] == 2
+    assert second.notes(0)['config']['seed'] != first.notes(0)['config']['seed']  # other noise to start from
+    np.testing.assert_array_equal(second.read(0)['labels'], alone.read(0)['labels'])
+    assert (second.read(0)['images'] != alone.read(0)['images']).mean() > 0.01
+    lines = [line for line in Metrics(folder / 'run' / 'metrics.jsonl').read() if line['series'] == 'images_pruned_2']
+    assert lines
+    assert max(line['competition'] for line in lines) < 0.999  # against the whole network itself it would be 1
+
+
+def test_killed_in_a_batch_and_while_it_learns_from_it_a_pruning_ends_with_the_same_bits(competing, tmp_path, monkeypatch):
+    folder, *_ = competing
+    config, run, fill = competing_config(folder), tmp_path / 'run', Synthesizer.fill
+
+    def killed_in_a_batch(self, numbers, *args, **notes):
+        fill(self, numbers, *args, **notes)
+        if notes.get('step') == 2:
+            (run / 'pools' / 'pruned_2' / 'shard-000000.json').unlink()
+            raise KeyboardInterrupt
+
+    def killed_while_it_learns(seed, update, *args):
+        if update == 15:  # of 20, in the last step; a checkpoint after 10
+            raise KeyboardInterrupt
+        return chosen_images(seed, update, *args)
+
+    for owner, name, killed in (
+        (Synthesizer, 'fill', killed_in_a_batch),
+        (dvinv.training, 'chosen_images', killed_while_it_learns),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, killed)
+            with pytest.raises(KeyboardInterrupt):
+                pipeline.run(config, run)
+    pipeline.run(config, run)
+    expected, resumed = lasting(folder / 'run'), lasting(run)
+    for results in (expected['results.json'], resumed['results.json']):
+        del results['pruning']['latency_ratio']
+    assert resumed == expected
