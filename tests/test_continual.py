@@ -1,32 +1,34 @@
 """The task `continual`: its losses by hand, its tasks and what they refuse, no old image read again, resumed to the bit."""
 
+import contextlib
+import dataclasses
 import re
 import runpy
-import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from smoke import ROOT, lasting
-from tiny import saved, trained, trained_variables
+from tiny import drawn_inverter, saved, trained, trained_variables
 
 import dvinv
 import dvinv.synthesizer
 import dvinv.training
 from dvinv import DvinvError, pipeline
 from dvinv.continual import driver, losses, scores
+from dvinv.continual.lesson import network_of
 from dvinv.continual.settings import Continual
 from dvinv.data.dataset import Source, Split
 from dvinv.data.digits import read
 from dvinv.data.joined import Joined
 from dvinv.data.pool import ImagePool
-from dvinv.inversion import Inversion
 from dvinv.inversion.tap import features_in_training
-from dvinv.networks import create, load_classifier, save_network
+from dvinv.networks import create, load_classifier
 from dvinv.networks.head import grown, head_of
 from dvinv.recipe import Recipe
 from dvinv.rounds import Rounds, chosen_images
+from dvinv.runtime.workdir import Workdir
 from dvinv.synthesizer import Synthesizer
 from dvinv.training import Lesson
 
@@ -250,69 +252,41 @@ def test_killed_and_without_old_images_it_ends_with_the_same_bits(undisturbed, t
     assert run_for(0)['continual']['tasks'] == 3  # what is finished wants no images
 
 
-def adaptive_config(data, **changes):
-    """Pools of two rounds, against a student that has four updates in between."""
-    fields = {
-        'synthesis__method': 'adaptive',
-        'synthesis__batches_per_round': 1,
-        'synthesis__weights__competition': 10.0,
-        'distillation__updates_per_round': 4,
-        'distillation__batch_size': 8,
-        'student__network': 'small_convnet',
-        'student__width': 0.125,
-        'continual__updates': 4,
-        'devices': 1,
-    }
-    return config_of(data, **{**fields, **changes})
+def test_an_adaptive_pool_competes_with_a_student_of_the_network_as_it_is(data, tmp_path, monkeypatch):
+    """Killed while it learns, and in the round after, it ends with the same bits; the student is thrown away."""
+    rounds = {'synthesis__method': 'adaptive', 'synthesis__batches_per_round': 1, 'synthesis__weights__competition': 10.0}
+    student = {'student__network': 'small_convnet', 'student__width': 0.125, 'distillation__updates_per_round': 4}
+    config = config_of(data, devices=1, distillation__batch_size=4, **rounds, **student)
+    like = network_of(config, pipeline.check(config), 3)
+    current = dataclasses.replace(like, variables=trained(like.variables))
+    fill, seen = Synthesizer.fill, []
 
+    def pool_of(run, chain='continual'):
+        with contextlib.closing(Workdir(tmp_path / run, config)) as workdir:
+            driver.pool_of(config, workdir, chain, 2, current)
+        return {path.name: path.read_bytes() for path in (workdir.path / 'pools' / '2').iterdir()}
 
-@pytest.fixture
-def spared(monkeypatch):
-    """Nothing is compiled but the student: images are drawn by key and student, and a network that learned is drawn too."""
-
-    def make(teacher, *_):
-        def invert(keys, labels, student_variables, *_, **__):
-            digest = zlib.crc32(student_variables['params']['Dense_0']['kernel'].tobytes())
-            shape = *np.shape(labels), *teacher.image_shape
-            return Inversion(np.asarray(jax.random.normal(jax.random.fold_in(keys[0], digest), shape)), {})
-
-        return invert
-
-    def learn(config, workdir, learner, *_):
-        save_network(workdir.network(learner.name), trained(learner.like.variables), learner.about)
-
-    monkeypatch.setattr(dvinv.synthesizer, 'make_inverter', make)
-    monkeypatch.setattr(driver, 'learn', learn)
-
-
-@pytest.mark.usefixtures('spared')
-def test_adaptive_pools_compete_with_a_student_of_each_network(data, tmp_path, monkeypatch):
-    """And killed while it learns, and in the round after, they end with the same bits."""
-    fill, chosen, seen, run = Synthesizer.fill, chosen_images, [], tmp_path / 'killed'
-
-    def note(self, numbers, student, **notes):
-        seen.append((self._series, numbers, student['params']['Dense_0']['kernel'], notes))
+    def fill_and_tell(self, numbers, student, **notes):
+        seen.append((numbers, notes, student['params']['Dense_0']['kernel']))
         fill(self, numbers, student, **notes)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Synthesizer, 'fill', note)
-        pipeline.run(adaptive_config(data), tmp_path / 'run')
-    assert [(series, numbers, kernel.shape[1], notes['student_updates']) for series, numbers, kernel, notes in seen] == [
-        (series, [number], classes, 4 * number)
-        for series, classes in (('images_1', 2), ('images_2', 3))
-        for number in range(2)
-    ]
-    assert not np.array_equal(seen[0][2], seen[1][2])
+    monkeypatch.setattr(dvinv.synthesizer, 'make_inverter', drawn_inverter)
+    monkeypatch.setattr(Synthesizer, 'fill', fill_and_tell)
+    undisturbed = pool_of('run')
+    assert [told[:2] for told in seen] == [([i], {'round': i, 'student_updates': 4 * i}) for i in range(2)]
+    first, second = (kernel for *_, kernel in seen)
+    assert first.shape == second.shape == (16, 3)
+    assert not np.array_equal(first, second)
 
     def killed_while_it_learns(seed, update, *args):
         if update == 2:
             raise KeyboardInterrupt
-        return chosen(seed, update, *args)
+        return chosen_images(seed, update, *args)
 
-    def killed_in_a_round(self, numbers, student, **notes):
-        if self._series == 'images_2' and notes['round']:
+    def killed_in_a_round(self, numbers, *args, **notes):
+        if notes['round']:
             raise KeyboardInterrupt
-        fill(self, numbers, student, **notes)
+        fill(self, numbers, *args, **notes)
 
     for owner, name, killed in (
         (dvinv.training, 'chosen_images', killed_while_it_learns),
@@ -321,11 +295,12 @@ def test_adaptive_pools_compete_with_a_student_of_each_network(data, tmp_path, m
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, killed)
             with pytest.raises(KeyboardInterrupt):
-                pipeline.run(adaptive_config(data), run)
-    assert [path.name for path in (run / 'checkpoints').glob('student*')] == ['student_2']
-    pipeline.run(adaptive_config(data), run)
-    assert not [*(run / 'checkpoints').glob('student*')]
-    assert lasting(run) == lasting(tmp_path / 'run')
+                pool_of('killed')
+    assert (tmp_path / 'killed' / 'checkpoints' / 'student_2').exists()
+    assert pool_of('killed') == undisturbed
+    metrics = [(tmp_path / run / 'metrics.jsonl').read_text() for run in ('run', 'killed')]
+    assert metrics[0] == metrics[1] != ''
+    assert not [*tmp_path.glob('*/checkpoints/student*')]
 
 
 def test_the_report_shows_what_each_task_left_of_the_others(undisturbed, data):

@@ -1,6 +1,5 @@
 """Pruning: importance at the very start, targets that are reached or told to be out of reach, the task from end to end."""
 
-import contextlib
 import json
 import runpy
 import shutil
@@ -9,25 +8,23 @@ import jax
 import numpy as np
 import pytest
 from smoke import ROOT, lasting, smoke_config
-from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, saved, trained_variables
+from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, drawn_inverter, trained_variables
 
 import dvinv
+import dvinv.synthesizer
 import dvinv.training
 from dvinv import DvinvError, pipeline
 from dvinv.data.pool import ImagePool
-from dvinv.inversion import from_linen
-from dvinv.networks import create
-from dvinv.networks.channels import cost, find_channels
+from dvinv.inversion import InversionConfig, Stage, Weights, from_linen, make_inverter
+from dvinv.networks import create, load_network
+from dvinv.networks.channels import Narrow, cost, find_channels
 from dvinv.pruning import driver
-from dvinv.pruning.competition import config_of_step
 from dvinv.pruning.importance import Importance
 from dvinv.pruning.latency import predicted
 from dvinv.pruning.removal import Removal, least_reachable, without_lowest
 from dvinv.rounds import chosen_images
-from dvinv.runtime.metrics import Metrics
-from dvinv.runtime.workdir import Workdir
-from dvinv.synthesizer import Synthesizer, fill_pool
-from dvinv.teacher import load
+from dvinv.runtime.devices import make_mesh
+from dvinv.synthesizer import Synthesizer
 
 
 @pytest.fixture(scope='module')
@@ -163,15 +160,58 @@ def test_a_target_in_latency_is_told_where_it_is_out_of_reach():
     assert least_reachable(channels, predicted(channels, table), least=1) == 1.0
 
 
-def test_a_pruning_from_its_pool_to_its_report_and_again(finished, tmp_path):
-    """Resumed before its last step, it ends with the same bits; what it leaves can be loaded, and is smaller."""
+def test_a_pruned_network_competes_with_the_whole_one():
+    """R_compete is 1 at most, where the two agree."""
+    module, variables = TinyNet(), trained_variables(TinyNet())
+    teacher = from_linen(module, variables, image_shape=IMAGE_SHAPE, mean=MEAN, std=STD)
+    channels = find_channels(module, IMAGE_SHAPE)
+    alive = np.arange(channels.count) % 2 == 0
+    narrow, left = Narrow(module, channels.kept(alive)), channels.sliced(alive, variables)
+    config = InversionConfig((Stage(3, 0.1),), Weights(competition=10.0))
+    invert = make_inverter(teacher, config, make_mesh(1), lambda variables, x: narrow.apply(variables, x, train=False))
+    told = invert(jax.random.split(jax.random.key(0), 1), np.array([[0, 1, 2, 0]]), left).metrics['competition']
+    assert np.all((told > 0.1) & (told < 0.9999))
+
+
+def test_a_pruning_from_its_pool_to_its_report_and_again(finished, tmp_path, monkeypatch):
+    """Killed in its last step's batch and while it learns from it, it ends with the same bits; what it leaves can be loaded,
+    and is smaller. In each step images are made in competition."""
+    learn, measure, fill, rivals = driver.learn, driver.Pruner._next, Synthesizer.fill, []
+    counts = {'measured': [], 'learned': []}
+
+    def learn_and_tell(config, workdir, learner, lesson, images, labels):
+        counts['learned'].append((learner.name, len(images), len(labels), lesson.rounds.images))
+        return learn(config, workdir, learner, lesson, images, labels)
+
+    def measure_and_tell(self, alive, variables, images, *args):
+        counts['measured'].append(len(images))
+        return measure(self, alive, variables, images, *args)
+
+    def fill_and_tell(self, numbers, rival, **notes):
+        rivals.append((self._method, notes['step'], rival))
+        fill(self, numbers, rival, **notes)
+
+    monkeypatch.setattr(dvinv.synthesizer, 'make_inverter', drawn_inverter)
+    monkeypatch.setattr(driver, 'learn', learn_and_tell)
+    monkeypatch.setattr(driver.Pruner, '_next', measure_and_tell)
+    monkeypatch.setattr(Synthesizer, 'fill', fill_and_tell)
     config = runpy.run_path(str(ROOT / 'configs' / 'digits_prune.py'))['get_config']('smoke')
     config.update(tasks=('pruning', 'report'), pool=str(finished / 'pool'))
     for role in ('teacher', 'verifier'):
         config[role].weights = str(finished / 'networks' / f'{role}.safetensors')
-    config.pruning.update(hint=1.0, controls=('untuned',), eta=0.1)
+    config.pruning.update(hint=1.0, controls=('untuned',), eta=0.1, adaptive_batches=1)
+    config.synthesis.weights.competition = 10.0
     run, again = tmp_path / 'run', tmp_path / 'again'
     figures = pipeline.run(config, run)['pruning']
+    assert counts['learned'] == [('pruned_1', 60, 60, 60), ('pruned', 80, 80, 80)]
+    assert counts['measured'] == [40, 60, 40, 40]  # the last two: of the control, which has the pool alone
+    assert (figures['images'], figures['adaptive_images']) == (80, 40)
+    assert [rival[:2] for rival in rivals] == [('adaptive', 1), ('adaptive', 2)]
+    assert jax.tree.map(np.shape, rivals[-1][-1]) == jax.tree.map(
+        np.shape, load_network(run / 'networks' / 'pruned.safetensors')[0]
+    )
+    first, second = (ImagePool(run / 'pools' / f'pruned_{step}').notes(0)['config'] for step in (1, 2))
+    assert first['seed'] != second['seed']  # noise of their own to start from
     assert figures['flops_ratio'] <= 0.5
     assert figures['latency_ratio'] > 0
     assert 0 < figures['predicted_latency_ratio'] <= 1
@@ -180,7 +220,9 @@ def test_a_pruning_from_its_pool_to_its_report_and_again(finished, tmp_path):
     assert apply_fn(variables, np.zeros((1, 8, 8, 1), np.float32)).shape == (1, 10)
     assert sum(leaf.size for leaf in jax.tree.leaves(variables['params'])) == figures['parameters']
     page = (run / 'report.html').read_text()
-    assert all(title in page for title in ('Accuracy after each step', 'Channels that layers make'))
+    assert all(
+        words in page for words in ('Accuracy after each step', 'Channels that layers make', '40 more made in competition')
+    )
     assert json.loads((run / 'pruning.json').read_text())['steps'][0]['flops_ratio'] == 1
 
     config.teacher.weights = str(run / 'networks' / 'pruned.safetensors')
@@ -191,88 +233,15 @@ def test_a_pruning_from_its_pool_to_its_report_and_again(finished, tmp_path):
     shutil.copytree(run, again)
     (again / 'networks' / 'pruned.safetensors').unlink()  # and so the task is not complete
     shutil.rmtree(again / 'checkpoints' / 'pruned', ignore_errors=True)
-    repeated = pipeline.run(config, again)['pruning']
-    for name in ('pruned', 'untuned'):
-        assert (again / 'networks' / f'{name}.safetensors').read_bytes() == (
-            run / 'networks' / f'{name}.safetensors'
-        ).read_bytes()
-    times = {'latency_ratio', 'wall_seconds'}
-    assert {k: v for k, v in repeated.items() if k not in times} == {k: v for k, v in figures.items() if k not in times}
-
-
-# Images in competition
-
-
-def competing_config(folder):
-    """A narrow network, noise for a pool, and a batch a step against the network just pruned."""
-    config = smoke_config(
-        tasks=('synthesis', 'pruning'), verifier__network='', synthesis__method='noise', devices=1, distillation__controls=()
-    )
-    config.teacher.update(network='small_convnet', width=0.125)
-    config.teacher.weights = saved(folder / 'teacher.safetensors', num_classes=10, image_shape=(8, 8, 1))
-    config.synthesis.weights.competition = 10.0
-    config.pruning.update(left=0.8, controls=(), updates=10, updates_per_step=10, adaptive_batches=1)
-    config.data.name = ''
-    return config
-
-
-@pytest.fixture(scope='module')
-def competing(tmp_path_factory, keep_compiled):
-    """(folder, figures, how many images there were at each measurement and for each training)."""
-    folder, counts = tmp_path_factory.mktemp('competing'), {'measured': [], 'learned': []}
-    learn, measure = driver.learn, driver.Pruner._next
-
-    def noted(config, workdir, learner, lesson, images, labels):
-        counts['learned'].append((len(images), len(labels), lesson.rounds.images))
-        return learn(config, workdir, learner, lesson, images, labels)
-
-    def measured(self, alive, variables, images, *args):
-        counts['measured'].append(len(images))
-        return measure(self, alive, variables, images, *args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, 'learn', noted)
-        patch.setattr(driver.Pruner, '_next', measured)
-        figures = pipeline.run(competing_config(folder), folder / 'run')['pruning']
-    return folder, figures, counts
-
-
-def test_images_of_every_step_join_those_before(competing):
-    _, figures, counts = competing
-    assert counts['learned'] == [(60, 60, 60), (80, 80, 80)]
-    assert counts['measured'] == [40, 60]
-    assert (figures['images'], figures['adaptive_images']) == (80, 40)
-
-
-def test_batches_of_a_step_compete_with_the_network_just_pruned(competing, tmp_path):
-    folder, *_ = competing
-    config = config_of_step(competing_config(folder), driver.ROLE, 2)
-    with contextlib.closing(Workdir(tmp_path, config)) as workdir:
-        teacher = load(config, workdir)
-        alone = ImagePool(tmp_path / 'pool', teacher.digest())
-        fill_pool(config, workdir, teacher, alone, 'deepinversion', 'pruning', 'alone')
-    first, second = (ImagePool(folder / 'run' / 'pools' / f'pruned_{step}') for step in (1, 2))
-    assert second.notes(0)['step'] == 2
-    assert second.notes(0)['config']['seed'] != first.notes(0)['config']['seed']  # other noise to start from
-    np.testing.assert_array_equal(second.read(0)['labels'], alone.read(0)['labels'])
-    assert (second.read(0)['images'] != alone.read(0)['images']).mean() > 0.01
-    lines = [line for line in Metrics(folder / 'run' / 'metrics.jsonl').read() if line['series'] == 'images_pruned_2']
-    assert lines
-    assert max(line['competition'] for line in lines) < 0.999  # against the whole network itself it would be 1
-
-
-def test_killed_in_a_batch_and_while_it_learns_from_it_a_pruning_ends_with_the_same_bits(competing, tmp_path, monkeypatch):
-    folder, *_ = competing
-    config, run, fill = competing_config(folder), tmp_path / 'run', Synthesizer.fill
+    shutil.rmtree(again / 'pools' / 'pruned_2')
 
     def killed_in_a_batch(self, numbers, *args, **notes):
         fill(self, numbers, *args, **notes)
-        if notes.get('step') == 2:
-            (run / 'pools' / 'pruned_2' / 'shard-000000.json').unlink()
-            raise KeyboardInterrupt
+        (again / 'pools' / 'pruned_2' / 'shard-000000.json').unlink()  # killed before the batch was there
+        raise KeyboardInterrupt
 
     def killed_while_it_learns(seed, update, *args):
-        if update == 15:  # of 20, in the last step; a checkpoint after 10
+        if update == 15:  # of 30; a checkpoint after 10
             raise KeyboardInterrupt
         return chosen_images(seed, update, *args)
 
@@ -283,9 +252,10 @@ def test_killed_in_a_batch_and_while_it_learns_from_it_a_pruning_ends_with_the_s
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, killed)
             with pytest.raises(KeyboardInterrupt):
-                pipeline.run(config, run)
-    pipeline.run(config, run)
-    expected, resumed = lasting(folder / 'run'), lasting(run)
-    for results in (expected['results.json'], resumed['results.json']):
-        del results['pruning']['latency_ratio']
-    assert resumed == expected
+                pipeline.run(config, again)
+    repeated = pipeline.run(config, again)['pruning']
+    expected, resumed = lasting(run), lasting(again)
+    assert expected.keys() == resumed.keys()
+    assert [name for name in expected.keys() - {'results.json'} if resumed[name] != expected[name]] == []
+    times = {'latency_ratio', 'wall_seconds'}
+    assert {k: v for k, v in repeated.items() if k not in times} == {k: v for k, v in figures.items() if k not in times}
