@@ -82,7 +82,7 @@ def drawn_inverter(teacher, *_):
 
     def invert(keys, labels, student_variables, *_, **__):
         digest = zlib.crc32(b''.join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(student_variables)))
-        shape = *np.shape(labels), *teacher.image_shape
+        shape = (*np.shape(labels), *teacher.image_shape)
         return Inversion(np.asarray(jax.random.normal(jax.random.fold_in(keys[0], digest), shape)), {})
 
     return invert
