@@ -5,7 +5,8 @@
 
 Weights, test images and the pool are those of configs/cifar10_resnet20.py (`--config.pool=DIR` takes one that is there).
 `:71` takes 71%, the paper's second point. The network is drawn to the whole one's answers and, by hints, to the BatchNorm
-inputs of the channels that are left.
+inputs of the channels that are left. `--config.pruning.adaptive_batches=1` adds a batch a step that is made in competition
+with the network just pruned, Adaptive DeepInversion; it has not been measured here.
 
 `:smoke` shrinks the run to seconds.
 """

@@ -2,8 +2,8 @@
 
 Round r begins with the student as it is after `r * distillation.updates_per_round` updates: a checkpoint. Its batches
 compete with that student, and only then does it learn on, from the new images first. What is left of the student's updates
-after the last round is the task `distillation`'s. Of several processes the leader teaches; for the others it leaves the
-student of the round in the work directory.
+after the last round is the task `distillation`'s, where the student is that one's. Of several processes that share the task
+`synthesis` the leader teaches; for the others it leaves the student of the round in the work directory.
 """
 
 from pathlib import Path
@@ -13,57 +13,69 @@ from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
 from dvinv.inversion import Teacher
 from dvinv.networks import create, load_network, save_network
+from dvinv.runtime.processes import ALONE, Processes
 from dvinv.runtime.waiting import wait_for
 from dvinv.runtime.workdir import Workdir
 from dvinv.sharing import await_batches
-from dvinv.student import lesson_of, student_of
+from dvinv.student import lesson_of
 from dvinv.synthesizer import Synthesizer, all_batches, missing_batches
-from dvinv.training import training_of
-
-SERIES = 'synthesis', 'adaptive'
+from dvinv.training import Learner, training_of
 
 
-def fill_pool(config, workdir: Workdir, teacher: Teacher, pool: ImagePool) -> None:
+def fill_pool(
+    config,
+    workdir: Workdir,
+    teacher: Teacher,
+    pool: ImagePool,
+    student: Learner,
+    task: str,
+    series: str,
+    processes: Processes = ALONE,
+) -> None:
     """Make the batches that the pool lacks, in rounds, and teach the student in between.
+
+    Args:
+      student: see `student.student_of`; its checkpoints stay.
+      task, series: what the metrics of the batches go by.
+      processes: that share the batches; the others call `fill_share`.
 
     Raises:
       DvinvError: a batch is missing from a round that the student has left behind.
     """
     missing, rounds, per_round = missing_batches(config, pool), rounds_of(config), config.synthesis.batches_per_round
-    processes = workdir.processes
     if not missing:
-        await_batches(workdir, pool, all_batches(config), SERIES[1])  # killed before their measurements were gathered
+        await_batches(workdir, pool, all_batches(config), task, series)  # killed before their measurements were gathered
         return
     lesson = lesson_of(config, teacher, rounds)
     with (
-        training_of(config, workdir, student_of(config, teacher), lesson) as student,
+        training_of(config, workdir, student, lesson) as training,
         Synthesizer(
-            config, workdir, teacher, pool, 'adaptive', *SERIES, student_fn=student.predict, processes=processes
+            config, workdir, teacher, pool, 'adaptive', task, series, student_fn=training.predict, processes=processes
         ) as synthesizer,
     ):
         for number in range(rounds.count):
             mine = [*range(number * per_round, (number + 1) * per_round)]
             lacking = [batch for batch in mine if batch in missing]
             start = rounds.first_update(number)
-            if lacking and student.step > start:
+            if lacking and training.step > start:
                 raise DvinvError(
                     f'Batch {lacking[0]} is missing from {pool.folder}. It was made against the student at update '
-                    f'{start}, which has learned on to update {student.step}; delete '
-                    f'{workdir.path / "checkpoints" / "student"} and {workdir.network("student")}, and run the command '
-                    'again: the student learns again up to there, and the batch is made anew.'
+                    f'{start}, which has learned on to update {training.step}; delete '
+                    f'{workdir.path / "checkpoints" / student.name} and {workdir.network(student.name)}, and run the '
+                    'command again: the student learns again up to there, and the batch is made anew.'
                 )
-            if student.step < start:
-                student.advance(pool.rows('images'), pool.rows('labels'), start)
+            if training.step < start:
+                training.advance(pool.rows('images'), pool.rows('labels'), start)
             if lacking:
                 if processes.count > 1:
-                    save_network(_snapshot(workdir, number), student.variables, {})
-                synthesizer.fill(processes.share(lacking), student.variables, round=number, student_updates=start)
-            await_batches(workdir, pool, mine, SERIES[1])
+                    save_network(_snapshot(workdir, number), training.variables, {})
+                synthesizer.fill(processes.share(lacking), training.variables, round=number, student_updates=start)
+            await_batches(workdir, pool, mine, task, series)
             _snapshot(workdir, number).unlink(missing_ok=True)
 
 
 def fill_share(config, workdir: Workdir, teacher: Teacher, pool: ImagePool) -> None:
-    """For all but the leader: make this process's batches of each round, against the student that the leader has left."""
+    """For all but the leader, in the task `synthesis`: make this process's batches, against the students it has left."""
     rounds, per_round, processes = rounds_of(config), config.synthesis.batches_per_round, workdir.processes
     missing = processes.share(missing_batches(config, pool))
     if not missing:
@@ -74,7 +86,7 @@ def fill_share(config, workdir: Workdir, teacher: Teacher, pool: ImagePool) -> N
         return module.apply(variables, x, train=False)
 
     with Synthesizer(
-        config, workdir, teacher, pool, 'adaptive', *SERIES, student_fn=predict, processes=processes
+        config, workdir, teacher, pool, 'adaptive', 'synthesis', 'adaptive', student_fn=predict, processes=processes
     ) as synthesizer:
         for number in sorted({batch // per_round for batch in missing}):
             snapshot = _snapshot(workdir, number)

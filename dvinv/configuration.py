@@ -107,6 +107,7 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
             'temperature': 3.0,
             'hint': 0.0,  # weight of the BatchNorm inputs of channels that are left
             **dataclasses.asdict(Removal()),
+            'adaptive_batches': 0,  # made in every step in competition with the network just pruned; 0: the pool alone
             'latency_batch': 128,  # images at a time of which the latency is told
             'controls': ('untuned', 'random', 'real'),  # beside it: see CONTROLS in dvinv.pruning.driver
         }

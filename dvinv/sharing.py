@@ -11,8 +11,6 @@ from dvinv.runtime.metrics import Metrics
 from dvinv.runtime.waiting import wait_for
 from dvinv.runtime.workdir import Workdir
 
-TASK = 'synthesis'
-
 
 def called(workdir: Workdir) -> str:
     """The leader's notice to its job: batches are to be made here, by all."""
@@ -52,8 +50,12 @@ def await_teacher(config, workdir: Workdir) -> Teacher:
     return teacher.load(config, workdir)
 
 
-def await_batches(workdir: Workdir, pool: ImagePool, numbers: list[int], series: str) -> None:
-    """For the leader: wait until these batches are in the pool, then take over what the others have measured of them."""
+def await_batches(workdir: Workdir, pool: ImagePool, numbers: list[int], task: str, series: str) -> None:
+    """For the leader: wait until these batches are in the pool, then take over what the others have measured of them.
+
+    Args:
+      task, series: what their metrics go by.
+    """
 
     def lacking() -> list[int]:
         return sorted({*numbers} - {*pool.numbers()})
@@ -65,10 +67,10 @@ def await_batches(workdir: Workdir, pool: ImagePool, numbers: list[int], series:
             f'batches {listed([*map(str, batches)])} of processes {listed([*map(str, owners)])}; start those that died again'
         )
 
-    wait_for(workdir, lambda: not lacking(), told, TASK)
+    wait_for(workdir, lambda: not lacking(), told, task)
     others = [Metrics(path) for path in sorted(workdir.path.glob('metrics-*.jsonl'))]
     if others:
-        workdir.metrics.gather(others, TASK, series, numbers)
+        workdir.metrics.gather(others, task, series, numbers)
 
 
 def drop_measurements(workdir: Workdir) -> None:

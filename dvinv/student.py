@@ -17,9 +17,9 @@ NONE = MappingProxyType({})
 ROLE = 3  # see `training.Learner`; one for all students
 
 
-def student_of(config, teacher: Teacher, name: str = 'student') -> Learner:
-    """The run's student of `teacher`, or one to compare it with that goes by another name."""
-    return Learner('distillation', name, config.student, teacher, ROLE)
+def student_of(config, teacher: Teacher, name: str = 'student', task: str = 'distillation') -> Learner:
+    """The run's student of `teacher`, or one that goes by another name, to compare it with or for another task."""
+    return Learner(task, name, config.student, teacher, ROLE)
 
 
 def lesson_of(config, teacher: Teacher, rounds: Rounds) -> Lesson:

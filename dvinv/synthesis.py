@@ -18,6 +18,7 @@ from dvinv.runtime.files import write_atomic
 from dvinv.runtime.pictures import class_grid
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.sharing import await_batches, drop_measurements
+from dvinv.student import student_of
 from dvinv.synthesizer import all_batches, fill_pool, missing_batches, open_pool
 from dvinv.teacher import check_fits, load, load_verifier
 
@@ -32,10 +33,11 @@ def run(config, workdir) -> dict:
     if config.pool:
         pass  # finished elsewhere
     elif method == 'adaptive':
-        adaptive.fill_pool(config, workdir, teacher, pool)
+        student = student_of(config, teacher)
+        adaptive.fill_pool(config, workdir, teacher, pool, student, 'synthesis', method, workdir.processes)
     else:
         fill_pool(config, workdir, teacher, pool, method, 'synthesis', method, workdir.processes)
-        await_batches(workdir, pool, all_batches(config), method)
+        await_batches(workdir, pool, all_batches(config), 'synthesis', method)
     drop_measurements(workdir)
     _write_samples(workdir, pool)
     return {

@@ -7,7 +7,7 @@ import sys
 
 from dvinv import adaptive
 from dvinv.runtime.workdir import Workdir
-from dvinv.sharing import TASK, await_call, await_run, await_teacher
+from dvinv.sharing import await_call, await_run, await_teacher
 from dvinv.synthesizer import Synthesizer, fill_pool, missing_batches, open_pool
 
 
@@ -28,7 +28,9 @@ def run(config, workdir: Workdir) -> dict:
     if processes.joined:
         if await_call(workdir):
             # What is missing the leader tells.
-            with Synthesizer(config, workdir, teacher, pool, method, TASK, method, processes=processes) as synthesizer:
+            with Synthesizer(
+                config, workdir, teacher, pool, method, 'synthesis', method, processes=processes
+            ) as synthesizer:
                 synthesizer.fill([])
         _tell(workdir, 'its part is done; process 0 goes on alone, and this one waits for its end')
         return {}
@@ -36,7 +38,7 @@ def run(config, workdir: Workdir) -> dict:
     if method == 'adaptive':
         adaptive.fill_share(config, workdir, teacher, pool)
     else:
-        fill_pool(config, workdir, teacher, pool, method, TASK, method, processes)
+        fill_pool(config, workdir, teacher, pool, method, 'synthesis', method, processes)
     _tell(workdir, f'its share is done ({len(missing)} batches now); process 0 goes on alone')
     return {}
 

@@ -46,6 +46,18 @@ def shared(tmp_path_factory) -> Path:
     return base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base
 
 
+@pytest.fixture(scope='module')
+def keep_compiled(shared):
+    """Programs of one run serve the next: nearly all of its time goes into compiling."""
+    names = 'jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs'
+    before = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (str(shared / 'cache' / 'dvinv' / 'jax'), 0.0), strict=True):
+        jax.config.update(name, value)
+    yield
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+
+
 @pytest.fixture(scope='session')
 def start(shared):
     """`start(*flags)`: the process of a run of the smoke config, with the compilation cache of all tests.

@@ -1,5 +1,7 @@
 """The task `continual`: its losses by hand, its tasks and what they refuse, no old image read again, resumed to the bit."""
 
+import contextlib
+import dataclasses
 import re
 import runpy
 
@@ -8,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from smoke import ROOT, lasting
-from tiny import saved, trained_variables
+from tiny import drawn_inverter, saved, trained, trained_variables
 
 import dvinv
+import dvinv.synthesizer
 import dvinv.training
 from dvinv import DvinvError, pipeline
-from dvinv.continual import losses, scores
+from dvinv.continual import driver, losses, scores
+from dvinv.continual.lesson import network_of
 from dvinv.continual.settings import Continual
 from dvinv.data.dataset import Source, Split
 from dvinv.data.digits import read
@@ -24,7 +28,11 @@ from dvinv.networks import create, load_classifier
 from dvinv.networks.head import grown, head_of
 from dvinv.recipe import Recipe
 from dvinv.rounds import Rounds, chosen_images
+from dvinv.runtime.workdir import Workdir
+from dvinv.synthesizer import Synthesizer
 from dvinv.training import Lesson
+
+pytestmark = pytest.mark.usefixtures('keep_compiled')
 
 # Losses
 
@@ -178,18 +186,6 @@ def data(tmp_path_factory):
     return tmp_path_factory.mktemp('data')
 
 
-@pytest.fixture(scope='module', autouse=True)
-def keep_compiled(shared):
-    """Programs of one run serve the next: nearly all of its time goes into compiling."""
-    names = 'jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs'
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (str(shared / 'cache' / 'dvinv' / 'jax'), 0.0), strict=True):
-        jax.config.update(name, value)
-    yield
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
-
-
 @pytest.fixture(scope='module')
 def undisturbed(data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp('undisturbed') / 'run'
@@ -254,6 +250,57 @@ def test_killed_and_without_old_images_it_ends_with_the_same_bits(undisturbed, t
     assert {*resumed} == {*expected}
     assert [name for name in expected if resumed[name] != expected[name]] == []
     assert run_for(0)['continual']['tasks'] == 3  # what is finished wants no images
+
+
+def test_an_adaptive_pool_competes_with_a_student_of_the_network_as_it_is(data, tmp_path, monkeypatch):
+    """Killed while it learns, and in the round after, it ends with the same bits; the student is thrown away."""
+    rounds = {'synthesis__method': 'adaptive', 'synthesis__batches_per_round': 1, 'synthesis__weights__competition': 10.0}
+    student = {'student__network': 'small_convnet', 'student__width': 0.125, 'distillation__updates_per_round': 4}
+    config = config_of(data, devices=1, distillation__batch_size=4, **rounds, **student)
+    like = network_of(config, pipeline.check(config), 3)
+    current = dataclasses.replace(like, variables=trained(like.variables))
+    fill, seen = Synthesizer.fill, []
+
+    def pool_of(run, chain='continual'):
+        with contextlib.closing(Workdir(tmp_path / run, config)) as workdir:
+            driver.pool_of(config, workdir, chain, 2, current)
+        return {path.name: path.read_bytes() for path in (workdir.path / 'pools' / '2').iterdir()}
+
+    def fill_and_tell(self, numbers, student, **notes):
+        seen.append((numbers, notes, student['params']['Dense_0']['kernel']))
+        fill(self, numbers, student, **notes)
+
+    monkeypatch.setattr(dvinv.synthesizer, 'make_inverter', drawn_inverter)
+    monkeypatch.setattr(Synthesizer, 'fill', fill_and_tell)
+    undisturbed = pool_of('run')
+    assert [told[:2] for told in seen] == [([i], {'round': i, 'student_updates': 4 * i}) for i in range(2)]
+    first, second = (kernel for *_, kernel in seen)
+    assert first.shape == second.shape == (16, 3)
+    assert not np.array_equal(first, second)
+
+    def killed_while_it_learns(seed, update, *args):
+        if update == 2:
+            raise KeyboardInterrupt
+        return chosen_images(seed, update, *args)
+
+    def killed_in_a_round(self, numbers, *args, **notes):
+        if notes['round']:
+            raise KeyboardInterrupt
+        fill(self, numbers, *args, **notes)
+
+    for owner, name, killed in (
+        (dvinv.training, 'chosen_images', killed_while_it_learns),
+        (Synthesizer, 'fill', killed_in_a_round),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, killed)
+            with pytest.raises(KeyboardInterrupt):
+                pool_of('killed')
+    assert (tmp_path / 'killed' / 'checkpoints' / 'student_2').exists()
+    assert pool_of('killed') == undisturbed
+    metrics = [(tmp_path / run / 'metrics.jsonl').read_text() for run in ('run', 'killed')]
+    assert metrics[0] == metrics[1] != ''
+    assert not [*tmp_path.glob('*/checkpoints/student*')]
 
 
 def test_the_report_shows_what_each_task_left_of_the_others(undisturbed, data):

@@ -7,17 +7,24 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from smoke import ROOT, smoke_config
-from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, trained_variables
+from smoke import ROOT, lasting, smoke_config
+from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, drawn_inverter, trained_variables
 
 import dvinv
+import dvinv.synthesizer
+import dvinv.training
 from dvinv import DvinvError, pipeline
-from dvinv.inversion import from_linen
-from dvinv.networks import create
-from dvinv.networks.channels import cost, find_channels
+from dvinv.data.pool import ImagePool
+from dvinv.inversion import InversionConfig, Stage, Weights, from_linen, make_inverter
+from dvinv.networks import create, load_network
+from dvinv.networks.channels import Narrow, cost, find_channels
+from dvinv.pruning import driver
 from dvinv.pruning.importance import Importance
 from dvinv.pruning.latency import predicted
 from dvinv.pruning.removal import Removal, least_reachable, without_lowest
+from dvinv.rounds import chosen_images
+from dvinv.runtime.devices import make_mesh
+from dvinv.synthesizer import Synthesizer
 
 
 @pytest.fixture(scope='module')
@@ -140,6 +147,8 @@ def test_latency_is_read_off_the_table_between_its_widths():
         ({'steps': 0}, ['pruning.steps is 0', 'at least 1']),
         ({'multiple': 0}, ['pruning.multiple is 0', 'at least 1']),
         ({'controls': ('luck',)}, ["pruning.controls names 'luck'", 'untuned']),
+        ({'adaptive_batches': -1}, ['pruning.adaptive_batches is -1', 'at least 0']),
+        ({'adaptive_batches': 2}, ['pruning.adaptive_batches is 2', 'synthesis.weights.competition is 0']),
     ],
 )
 def test_what_cannot_be_pruned_as_asked_is_refused(tmp_path, changes, words):
@@ -173,15 +182,58 @@ def test_a_target_in_latency_is_told_where_it_is_out_of_reach():
     assert least_reachable(channels, predicted(channels, table), Removal(least=1)) == 1.0
 
 
-def test_a_pruning_from_its_pool_to_its_report_and_again(finished, tmp_path):
-    """Resumed before its last step, it ends with the same bits; what it leaves can be loaded, and is smaller."""
+def test_a_pruned_network_competes_with_the_whole_one():
+    """R_compete is 1 at most, where the two agree."""
+    module, variables = TinyNet(), trained_variables(TinyNet())
+    teacher = from_linen(module, variables, image_shape=IMAGE_SHAPE, mean=MEAN, std=STD)
+    channels = find_channels(module, IMAGE_SHAPE)
+    alive = np.arange(channels.count) % 2 == 0
+    narrow, left = Narrow(module, channels.kept(alive)), channels.sliced(alive, variables)
+    config = InversionConfig((Stage(3, 0.1),), Weights(competition=10.0))
+    invert = make_inverter(teacher, config, make_mesh(1), lambda variables, x: narrow.apply(variables, x, train=False))
+    told = invert(jax.random.split(jax.random.key(0), 1), np.array([[0, 1, 2, 0]]), left).metrics['competition']
+    assert np.all((told > 0.1) & (told < 0.9999))
+
+
+def test_a_pruning_from_its_pool_to_its_report_and_again(finished, tmp_path, monkeypatch):
+    """Killed in its last step's batch and while it learns from it, it ends with the same bits; what it leaves can be loaded,
+    and is smaller. In each step images are made in competition."""
+    learn, measure, fill, rivals = driver.learn, driver.Pruner._next, Synthesizer.fill, []
+    counts = {'measured': [], 'learned': []}
+
+    def learn_and_tell(config, workdir, learner, lesson, images, labels):
+        counts['learned'].append((learner.name, len(images), len(labels), lesson.rounds.images))
+        return learn(config, workdir, learner, lesson, images, labels)
+
+    def measure_and_tell(self, alive, variables, images, *args):
+        counts['measured'].append(len(images))
+        return measure(self, alive, variables, images, *args)
+
+    def fill_and_tell(self, numbers, rival, **notes):
+        rivals.append((self._method, notes['step'], rival))
+        fill(self, numbers, rival, **notes)
+
+    monkeypatch.setattr(dvinv.synthesizer, 'make_inverter', drawn_inverter)
+    monkeypatch.setattr(driver, 'learn', learn_and_tell)
+    monkeypatch.setattr(driver.Pruner, '_next', measure_and_tell)
+    monkeypatch.setattr(Synthesizer, 'fill', fill_and_tell)
     config = runpy.run_path(str(ROOT / 'configs' / 'digits_prune.py'))['get_config']('smoke')
     config.update(tasks=('pruning', 'report'), pool=str(finished / 'pool'))
     for role in ('teacher', 'verifier'):
         config[role].weights = str(finished / 'networks' / f'{role}.safetensors')
-    config.pruning.update(hint=1.0, controls=('untuned',), eta=0.1)
+    config.pruning.update(hint=1.0, controls=('untuned',), eta=0.1, adaptive_batches=1)
+    config.synthesis.weights.competition = 10.0
     run, again = tmp_path / 'run', tmp_path / 'again'
     figures = pipeline.run(config, run)['pruning']
+    assert counts['learned'] == [('pruned_1', 60, 60, 60), ('pruned', 80, 80, 80)]
+    assert counts['measured'] == [40, 60, 40, 40]  # the last two: of the control, which has the pool alone
+    assert (figures['images'], figures['adaptive_images']) == (80, 40)
+    assert [rival[:2] for rival in rivals] == [('adaptive', 1), ('adaptive', 2)]
+    assert jax.tree.map(np.shape, rivals[-1][-1]) == jax.tree.map(
+        np.shape, load_network(run / 'networks' / 'pruned.safetensors')[0]
+    )
+    first, second = (ImagePool(run / 'pools' / f'pruned_{step}').notes(0)['config'] for step in (1, 2))
+    assert first['seed'] != second['seed']  # noise of their own to start from
     assert figures['flops_ratio'] <= 0.5
     assert figures['latency_ratio'] > 0
     assert 0 < figures['predicted_latency_ratio'] <= 1
@@ -190,7 +242,9 @@ def test_a_pruning_from_its_pool_to_its_report_and_again(finished, tmp_path):
     assert apply_fn(variables, np.zeros((1, 8, 8, 1), np.float32)).shape == (1, 10)
     assert sum(leaf.size for leaf in jax.tree.leaves(variables['params'])) == figures['parameters']
     page = (run / 'report.html').read_text()
-    assert all(title in page for title in ('Accuracy after each step', 'Channels that layers make'))
+    assert all(
+        words in page for words in ('Accuracy after each step', 'Channels that layers make', '40 more made in competition')
+    )
     assert json.loads((run / 'pruning.json').read_text())['steps'][0]['flops_ratio'] == 1
 
     config.teacher.weights = str(run / 'networks' / 'pruned.safetensors')
@@ -201,10 +255,29 @@ def test_a_pruning_from_its_pool_to_its_report_and_again(finished, tmp_path):
     shutil.copytree(run, again)
     (again / 'networks' / 'pruned.safetensors').unlink()  # and so the task is not complete
     shutil.rmtree(again / 'checkpoints' / 'pruned', ignore_errors=True)
+    shutil.rmtree(again / 'pools' / 'pruned_2')
+
+    def killed_in_a_batch(self, numbers, *args, **notes):
+        fill(self, numbers, *args, **notes)
+        (again / 'pools' / 'pruned_2' / 'shard-000000.json').unlink()  # killed before the batch was there
+        raise KeyboardInterrupt
+
+    def killed_while_it_learns(seed, update, *args):
+        if update == 15:  # of 30; a checkpoint after 10
+            raise KeyboardInterrupt
+        return chosen_images(seed, update, *args)
+
+    for owner, name, killed in (
+        (Synthesizer, 'fill', killed_in_a_batch),
+        (dvinv.training, 'chosen_images', killed_while_it_learns),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, killed)
+            with pytest.raises(KeyboardInterrupt):
+                pipeline.run(config, again)
     repeated = pipeline.run(config, again)['pruning']
-    for name in ('pruned', 'untuned'):
-        assert (again / 'networks' / f'{name}.safetensors').read_bytes() == (
-            run / 'networks' / f'{name}.safetensors'
-        ).read_bytes()
+    expected, resumed = lasting(run), lasting(again)
+    assert expected.keys() == resumed.keys()
+    assert [name for name in expected.keys() - {'results.json'} if resumed[name] != expected[name]] == []
     times = {'latency_ratio', 'wall_seconds'}
     assert {k: v for k, v in repeated.items() if k not in times} == {k: v for k, v in figures.items() if k not in times}

@@ -46,10 +46,6 @@ def check(config, teacher: Teacher, workdir=None) -> None:
         ),
         (config.pool, f'pool is {config.pool!r}, but tasks make pools of their own; leave it out.'),
         (config.synthesis.classes, 'synthesis.classes is set, but tasks make images of all classes so far; leave it out.'),
-        (
-            config.synthesis.method == 'adaptive',
-            "synthesis.method is 'adaptive', which the task continual does not know; choose 'deepinversion'.",
-        ),
     ):
         if value:
             raise DvinvError(what)

@@ -3,12 +3,17 @@
 Before each task images of all classes so far are synthesized from the network as it is then; with them, and the task's real
 images, it learns on, its head grown by the new classes (arXiv 1912.08795, section 3.4). Controls go through the same tasks
 beside it. Of these `replay` and `joint`, and they alone, are shown real images of old classes.
+
+With `synthesis.method = 'adaptive'` the images are made against a student of the network, the run's in kind and recipe, that
+learns from them meanwhile, and that is thrown away when the last of them is made.
 """
 
 import dataclasses
+import shutil
 
 import numpy as np
 
+from dvinv import adaptive
 from dvinv.configuration import recipe_of
 from dvinv.continual.chains import MAIN, chains_of, name_of, names_of_networks
 from dvinv.continual.lesson import lesson_of, loss_of, network_of
@@ -21,7 +26,8 @@ from dvinv.inversion import Teacher
 from dvinv.networks import load_network
 from dvinv.rounds import Rounds
 from dvinv.runtime.workdir import Workdir, open_workdir
-from dvinv.synthesizer import fill_pool, missing_batches
+from dvinv.student import student_of
+from dvinv.synthesizer import fill_pool
 from dvinv.teacher import load
 from dvinv.training import Learner, Lesson, learn
 
@@ -81,8 +87,13 @@ def pool_of(config, workdir: Workdir, chain: str, number: int, current: Teacher)
     # The chains begin with one network, whose images are the same for all.
     name = f'{number}' if chain == MAIN or number == 1 else f'{chain}_{number}'
     pool = ImagePool(workdir.path / 'pools' / name, current.digest())
-    if missing_batches(config, pool):
-        fill_pool(config, workdir, current, pool, config.synthesis.method, 'continual', f'images_{name}')
+    method, series = config.synthesis.method, ('continual', f'images_{name}')
+    if method == 'adaptive':
+        student = student_of(config, current, f'student_{name}', 'continual')
+        adaptive.fill_pool(config, workdir, current, pool, student, *series)
+        shutil.rmtree(workdir.path / 'checkpoints' / student.name, ignore_errors=True)
+    else:
+        fill_pool(config, workdir, current, pool, method, *series)
     return Split(pool.rows('images'), pool.rows('labels')[:])
 
 

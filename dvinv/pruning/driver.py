@@ -2,7 +2,9 @@
 
 The channels that can only go together are units (`networks.channels`). A step measures how much the network would miss each
 (`importance`), removes the least missed until it costs what the step may leave (`removal`), slices them out of the arrays
-and fine-tunes what is left by distillation from the whole teacher (arXiv 1912.08795, section 4.3).
+and fine-tunes what is left by distillation from the whole teacher (arXiv 1912.08795, section 4.3). Where the config asks for
+it, images are first made in competition with what is left (`competition`). They join the pool for `pruned` alone;
+controls, each of which would need some of its own, go by the pool.
 """
 
 import dataclasses
@@ -14,6 +16,7 @@ import ml_collections
 import numpy as np
 
 from dvinv.configuration import recipe_of
+from dvinv.data.joined import Joined
 from dvinv.data.real import load_real
 from dvinv.distillation import DATA_FREE_CONTROLS
 from dvinv.errors import DvinvError
@@ -21,6 +24,7 @@ from dvinv.inversion import Teacher
 from dvinv.networks import Classifier, load_classifier, load_network, save_network
 from dvinv.networks.channels import Narrow, find_channels
 from dvinv.networks.channels.cost import Cost
+from dvinv.pruning import competition
 from dvinv.pruning.importance import Importance
 from dvinv.pruning.latency import latency, measure_table, predicted
 from dvinv.pruning.removal import EXACT, Removal, refuse_unreachable, without_lowest
@@ -47,7 +51,7 @@ def run(config, workdir) -> dict:
     pool = finished_pool(config, workdir, teacher)
     pruner, controls = Pruner(config, workdir, teacher), config.pruning.controls
     images, labels = pool.rows('images'), pool.rows('labels')
-    networks = {'pruned': pruner.prune('pruned', images, labels)}
+    networks = {'pruned': pruner.prune('pruned', images, labels, competing=config.pruning.adaptive_batches > 0)}
     for control in ('untuned', 'magnitude', 'random'):
         if control in controls:
             networks[control] = pruner.prune(control, images, labels, control)
@@ -72,7 +76,8 @@ def run(config, workdir) -> dict:
         },
         **pruner.ratios(pruned[-1]),
         'parameters': pruned[-1].network.parameters,
-        'images': len(labels),
+        'images': len(labels) + pruner.adaptive_images,
+        'adaptive_images': pruner.adaptive_images,
         'updates': pruner.removal.steps * config.pruning.updates_per_step + config.pruning.updates,
     }
 
@@ -95,6 +100,7 @@ def check(config, teacher: Teacher) -> None:
     """
     removal, group = removal_of(config), config.pruning
     removal.check()
+    competition.check(config)
     if group.updates_per_step < 0:
         raise DvinvError(f'pruning.updates_per_step is {group.updates_per_step}; it must be at least 0.')
     if 0 < group.updates_per_step <= group.warmup:
@@ -145,30 +151,35 @@ class Pruner:
         if self.removal.measure == 'latency':
             refuse_unreachable(self._channels, self._price('latency'), self.removal)
 
-    def prune(self, name: str, images: Array, labels: Array, control: str = '') -> list[Pruned]:
+    @property
+    def adaptive_images(self) -> int:
+        """How many images are made in competition, in all steps."""
+        return self.removal.steps * self._config.pruning.adaptive_batches * self._config.synthesis.batch_size
+
+    def prune(self, name: str, images: Array, labels: Array, control: str = '', competing: bool = False) -> list[Pruned]:
         """The network after each step; the last one's file is called `name`.
 
         Args:
           images: uint8 [N, H, W, C] to measure on and to learn from; `labels`: int [N].
           control: 'untuned' (never learns), 'magnitude' or 'random' (removed by these), or '' for none.
+          competing: whether images made in competition join them in each step.
         """
         removal, alive = self.removal, np.ones(self._channels.count, bool)
         variables, done = self._variables, []
         for step in range(1, removal.steps + 1):
             path = self._workdir.network(name if step == removal.steps else f'{name}_{step}')
+            if competing or not path.exists():
+                learner = self._slimmed(path.stem, step, alive, variables, images, control)
+            if competing:
+                pool = competition.images_against(self._config, self._workdir, self._teacher, learner)
+                images, labels = Joined(images, pool.rows('images')), Joined(labels, pool.rows('labels'))
             if not path.exists():
-                alive_then = self._decided(path.stem, lambda: self._next(alive, variables, images, step, control))  # noqa: B023
-                kept = self._channels.kept(alive_then)
-                whole = self._channels.restored(alive, variables)
-                learner = self._learner(path.stem, step, kept, self._channels.sliced(alive_then, whole))
                 updates = self._config.pruning.updates if step == removal.steps else 0
                 updates += self._config.pruning.updates_per_step
                 if control == 'untuned' or not updates:
                     save_network(path, learner.start, learner.about)
                 else:
-                    learn(
-                        self._config, self._workdir, learner, self._lesson(alive_then, updates, len(labels)), images, labels
-                    )
+                    learn(self._config, self._workdir, learner, self._lesson(learner, updates, len(labels)), images, labels)
             variables, about = load_network(path)
             alive = self._channels.alive(about.get('kept', {}))
             done.append(Pruned(load_classifier(path), alive))
@@ -242,12 +253,15 @@ class Pruner:
             )
         return left
 
-    def _learner(self, name: str, step: int, kept: dict, start: dict) -> Learner:
+    def _slimmed(self, name: str, step: int, alive, variables: dict, images: Array, control: str) -> Learner:
+        """The network that a step makes of that with `variables` and the units `alive`, before it learns."""
+        left = self._decided(name, lambda: self._next(alive, variables, images, step, control))
+        kept, start = self._channels.kept(left), self._channels.sliced(left, self._channels.restored(alive, variables))
         network = ml_collections.ConfigDict({field: self._about[field] for field in ('network', 'width')})
         return Learner('pruning', name, network, self._teacher, ROLE, step, start, kept)
 
-    def _lesson(self, alive: np.ndarray, updates: int, count: int) -> Lesson:
-        group = self._config.pruning
+    def _lesson(self, learner: Learner, updates: int, count: int) -> Lesson:
+        group, alive = self._config.pruning, self._channels.alive(learner.kept)
         recipe = dataclasses.replace(recipe_of(group), updates=updates)
         left = {
             layer: np.flatnonzero(self._channels.there(units, alive))

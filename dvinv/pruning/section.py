@@ -27,9 +27,12 @@ RATIOS = {
 def pruning_section(workdir: Workdir, found: dict) -> Section:
     """The section, from the figures of the task and the file pruning.json."""
     story = workdir.read_json('pruning.json', {'steps': [], 'widths': {}})
+    names, competing = {**NAMES}, found.get('adaptive_images')
+    if competing:
+        names['test_accuracy'] += f', and {competing:,} more made in competition with it'
     scores = Table(
         ('Pruned and fine-tuned on', 'real test accuracy'),
-        [[name, percent(found[key])] for key, name in NAMES.items() if found[key] is not None],
+        [[name, percent(found[key])] for key, name in names.items() if found[key] is not None],
         highlight=0,
         caption=f'As many removals and, but for the untuned, {found["updates"]:,} updates each; the last, never the best.',
     )

@@ -23,6 +23,7 @@ ELEMENTWISE = {
     *('relu6', 'rem', 'round', 'rsqrt', 'sign', 'sin', 'sqrt', 'square', 'sub', 'tan', 'tanh'),
     *('and', 'eq', 'ge', 'gt', 'is_finite', 'le', 'lt', 'ne', 'not', 'or', 'select_n', 'xor'),
     *('convert_element_type', 'copy', 'reduce_precision', 'stop_gradient'),
+    'pvary',  # by which a network that is mapped over devices hands its weights to each
 }
 REDUCTIONS = {*('argmax', 'argmin', 'reduce_and', 'reduce_max', 'reduce_min', 'reduce_or', 'reduce_prod', 'reduce_sum')}
 WINDOWS = {*('reduce_window', 'reduce_window_max', 'reduce_window_min', 'reduce_window_sum')}
