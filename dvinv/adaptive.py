@@ -13,12 +13,13 @@ from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
 from dvinv.inversion import Teacher
 from dvinv.networks import create, load_network, save_network
+from dvinv.pools import all_batches, missing_batches
 from dvinv.runtime.processes import ALONE, Processes
 from dvinv.runtime.waiting import wait_for
 from dvinv.runtime.workdir import Workdir
 from dvinv.sharing import await_batches
 from dvinv.student import lesson_of
-from dvinv.synthesizer import Synthesizer, all_batches, missing_batches
+from dvinv.synthesizer import Synthesizer
 from dvinv.training import Learner, training_of
 
 

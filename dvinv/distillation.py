@@ -6,10 +6,11 @@ from dvinv.errors import DvinvError
 from dvinv.evaluation import flops
 from dvinv.inversion import Teacher
 from dvinv.networks import Classifier
+from dvinv.pools import finished_pool
 from dvinv.rounds import Rounds
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.student import hinted_layers, lesson_of, student_of
-from dvinv.synthesizer import control_pool, finished_pool
+from dvinv.synthesizer import control_pool
 from dvinv.teacher import load, test_accuracy
 from dvinv.training import Array, learn
 

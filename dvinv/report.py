@@ -8,6 +8,7 @@ from dvinv.continual.section import continual_section, continual_tiles
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
 from dvinv.inversion import Teacher
+from dvinv.pools import open_pool
 from dvinv.pruning.section import pruning_section, pruning_tile
 from dvinv.quality import figures_of_sets, quality_table
 from dvinv.quantization.section import quantization_section
@@ -16,7 +17,6 @@ from dvinv.runtime.files import write_atomic
 from dvinv.runtime.page import Picture, Section, Table, Tile, number, percent, render
 from dvinv.runtime.pictures import class_grid, shown_classes
 from dvinv.runtime.workdir import Workdir, open_workdir, plain
-from dvinv.synthesizer import open_pool
 from dvinv.teacher import load, load_verifier
 from dvinv.verifiers import load_others
 

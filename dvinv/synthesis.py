@@ -14,12 +14,13 @@ from dvinv.data.real import load_real
 from dvinv.evaluation import among_top, logits_of
 from dvinv.inversion import Teacher, make_feature_loss
 from dvinv.networks import Classifier
+from dvinv.pools import all_batches, missing_batches, open_pool
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.pictures import class_grid
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.sharing import await_batches, drop_measurements
 from dvinv.student import student_of
-from dvinv.synthesizer import all_batches, fill_pool, missing_batches, open_pool
+from dvinv.synthesizer import fill_pool
 from dvinv.teacher import check_fits, load, load_verifier
 
 

@@ -3,8 +3,7 @@
 import dataclasses
 import functools
 import itertools
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -12,38 +11,18 @@ import numpy as np
 import dvinv
 from dvinv.configuration import inversion_config
 from dvinv.data.pool import ImagePool
-from dvinv.errors import DvinvError
 from dvinv.evaluation import logits_of
 from dvinv.inversion import Inversion, Teacher, balanced_labels, make_feature_loss, make_inverter
 from dvinv.inversion.canvas import blank_canvas, make_paint
-from dvinv.inversion.invert import Unfinished
-from dvinv.runtime import job, preemption
+from dvinv.orders import GO_ON, Group, orders_of
+from dvinv.pools import missing_batches
+from dvinv.runtime import job
 from dvinv.runtime.devices import make_mesh
-from dvinv.runtime.meeting import Meeting
 from dvinv.runtime.processes import ALONE, Processes
 from dvinv.runtime.progress import Progress
 from dvinv.runtime.workdir import Workdir, plain
 from dvinv.sharing import called
-from dvinv.unfinished import UnfinishedBatches, packed, unpacked
-
-GO_ON, SAVE, LEAVE = range(3)  # between two dispatches; the most urgent wish of any process is everybody's
-
-
-def open_pool(config, workdir: Workdir, teacher: Teacher) -> ImagePool:
-    """The pool of this run: an existing one where the config names it."""
-    return ImagePool(config.pool or workdir.path / 'pool', teacher.digest())
-
-
-def finished_pool(config, workdir: Workdir, teacher: Teacher) -> ImagePool:
-    """The pool of this run, for what comes after synthesis.
-
-    Raises:
-      DvinvError: batches are missing that this run was to make.
-    """
-    pool = open_pool(config, workdir, teacher)
-    if not config.pool and (missing := missing_batches(config, pool)):
-        raise DvinvError(f'Batch {missing[0]} is missing from {pool.folder}; run the task synthesis first: it makes it.')
-    return pool
+from dvinv.unfinished import UnfinishedBatches
 
 
 def control_pool(config, workdir: Workdir, teacher: Teacher, method: str, task: str) -> ImagePool:
@@ -51,16 +30,6 @@ def control_pool(config, workdir: Workdir, teacher: Teacher, method: str, task: 
     pool = ImagePool(workdir.path / 'controls' / method, teacher.digest())
     fill_pool(config, workdir, teacher, pool, method, task, f'{method}_images')
     return pool
-
-
-def all_batches(config) -> list[int]:
-    """Numbers of the batches that make up the pool."""
-    return [*range(config.synthesis.images // config.synthesis.batch_size)]
-
-
-def missing_batches(config, pool: ImagePool) -> list[int]:
-    """Numbers of the batches that the pool lacks."""
-    return sorted({*all_batches(config)} - {*pool.numbers()})
 
 
 def abreast(config, devices: int, method: str = '', processes: Processes = ALONE) -> int:
@@ -108,8 +77,8 @@ class Synthesizer:
         """
         settings = inversion_config(config, method)
         mesh = make_mesh(config.devices, processes.joined)
-        self._meeting = Meeting(mesh, processes.leader) if processes.joined else None
-        self._keeps, self._vote = processes.writes, None
+        self._orders = orders_of(processes, mesh, config.logging.checkpoint_minutes)
+        self._keeps = processes.writes
         self._config, self._workdir, self._teacher, self._pool, self._method = config, workdir, teacher, pool, method
         self._task, self._series = task, series
         self._abreast = abreast(config, mesh.size, method, processes)
@@ -135,7 +104,6 @@ class Synthesizer:
         self._seed_key = jax.random.key(config.seed)
         self._progress = Progress(f'{task}: {series}', len(missing) * max(1, self._iterations))
         self._made = 0  # batches, since the start of this process
-        self._saved = time.monotonic()  # batches under way
 
     def __enter__(self):
         return self
@@ -151,14 +119,13 @@ class Synthesizer:
           SystemExit: SIGTERM came. Batches that were under way are saved.
         """
         group = self._config.synthesis
-        for begun in self._told(self._groups(numbers, student_variables)):
+        for begun in self._orders.groups(self._groups(numbers, student_variables)):
             mine = [number for number, _ in begun]
             begun += begun[-1:] * (self._abreast - len(mine))  # every device has work; repeats are dropped
             padded, states = zip(*begun, strict=True)
             keys = jax.vmap(lambda i: jax.random.fold_in(self._seed_key, i))(np.asarray(padded))
             labels = np.stack([self._classes[balanced_labels(i, group.batch_size, len(self._classes))] for i in padded])
 
-            self._saved = time.monotonic()
             inversion = self._invert(
                 keys,
                 labels,
@@ -175,7 +142,7 @@ class Synthesizer:
             self._made += len(mine)
             self._progress.update(self._made * max(1, self._iterations))
 
-    def _groups(self, numbers: list[int], student_variables) -> list[list[tuple[int, Unfinished | None]]]:
+    def _groups(self, numbers: list[int], student_variables) -> list[Group]:
         """Batches to invert side by side, with their states where they were saved: all after equally many iterations."""
         begun = [(number, self._unfinished.load(number, student_variables)) for number in numbers if self._keeps]
 
@@ -188,44 +155,14 @@ class Synthesizer:
             groups += [alike[start : start + self._abreast] for start in range(0, len(alike), self._abreast)]
         return groups
 
-    def _told(self, groups: Iterable[list]) -> Iterator[list]:
-        """The leader's groups, which are one batch each, to all processes of a job; one's own where there is none."""
-        if self._meeting is None:
-            for group in groups:
-                preemption.leave_if_asked()
-                yield group
-            return
-        groups = iter(groups)
-        while message := self._meeting.say(_message(next(groups, None))):
-            if int(self._meeting.vote(self._wish())) == LEAVE:
-                preemption.ask()
-                preemption.leave_if_asked()  # by the vote alone: who has heard of a SIGTERM since then stays until the next
-            self._vote = None
-            yield _group(message)
-
     def _pause(self, numbers: list[int], student_variables, take: Callable) -> None:
-        """Between two dispatches: save what is under way, now and then, and before leaving.
-
-        A job does what any of its processes wished one dispatch earlier, so that no device waits for the answer.
-        """
-        wish = self._wish() if self._meeting is None else GO_ON if self._vote is None else int(self._vote)
-        if wish != GO_ON:
+        """Between two dispatches: save what is under way, now and then, and before leaving."""
+        order = self._orders.between()
+        if order != GO_ON:
             for number, batch in zip(numbers, take(), strict=False):  # repeats are dropped
                 if self._keeps:
                     self._unfinished.save(number, batch, student_variables)
-            self._saved = time.monotonic()
-        if wish == LEAVE:
-            preemption.ask()
-            preemption.leave_if_asked()
-        if self._meeting is not None:
-            self._vote = self._meeting.vote(self._wish())
-
-    def _wish(self) -> int:
-        """What this process would do now."""
-        minutes = self._config.logging.checkpoint_minutes
-        if preemption.asked():
-            return LEAVE
-        return SAVE if minutes and time.monotonic() - self._saved >= 60 * minutes else GO_ON
+        self._orders.obeyed(order)
 
     def _report(self, abreast: int, done: int, terms: dict) -> None:
         """Progress: `done` iterations of each of the `abreast` batches, after those of earlier ones."""
@@ -269,20 +206,6 @@ def fill_pool(
             job.notify(called(workdir))  # the others come
         with Synthesizer(config, workdir, teacher, pool, method, task, series, processes=processes) as synthesizer:
             synthesizer.fill(missing)
-
-
-def _message(group: list[tuple[int, Unfinished | None]] | None) -> bytes:
-    """A group of one batch for the other processes of a job; empty where there is none left."""
-    if group is None:
-        return b''
-    ((number, begun),) = group
-    return number.to_bytes(8) + (packed(begun) if begun else b'')
-
-
-def _group(message: bytes) -> list[tuple[int, Unfinished | None]]:
-    """The inverse of `_message`."""
-    number, begun = int.from_bytes(message[:8]), message[8:]
-    return [(number, unpacked(begun)[0] if begun else None)]
 
 
 def _make_noise(teacher: Teacher, paint: Callable):

@@ -6,9 +6,10 @@ In a job that is a share of every batch, and the pool is the leader's to write.
 import sys
 
 from dvinv import adaptive
+from dvinv.pools import missing_batches, open_pool
 from dvinv.runtime.workdir import Workdir
 from dvinv.sharing import await_call, await_run, await_teacher
-from dvinv.synthesizer import Synthesizer, fill_pool, missing_batches, open_pool
+from dvinv.synthesizer import Synthesizer, fill_pool
 
 
 def run(config, workdir: Workdir) -> dict:

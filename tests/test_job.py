@@ -14,12 +14,12 @@ from dvinv import pipeline
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
 from dvinv.inversion.invert import Unfinished
+from dvinv.orders import _group, _message
 from dvinv.runtime import job
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.meeting import Meeting
 from dvinv.runtime.metrics import Metrics
 from dvinv.runtime.processes import Processes
-from dvinv.synthesizer import _group, _message
 
 COUNT, DEVICES, ITERATIONS = 2, 2, 20
 FLAGS = (

@@ -12,7 +12,7 @@ import pytest
 from smoke import NAMES, flip, lasting, smoke_config
 
 import dvinv
-from dvinv import distillation, pipeline, seeds, synthesis, synthesizer, teacher
+from dvinv import distillation, pipeline, pools, seeds, synthesis, synthesizer, teacher
 from dvinv.configuration import rounds_of
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
@@ -206,7 +206,7 @@ def test_no_real_image_is_read_while_images_are_made_and_a_student_learns(taught
         monkeypatch.setattr(module, 'load_real', refuse)
     with contextlib.closing(Workdir(taught, config)) as workdir:
         network = teacher.load(config, workdir)
-        pool = synthesizer.open_pool(config, workdir, network)
+        pool = pools.open_pool(config, workdir, network)
         synthesizer.fill_pool(config, workdir, network, pool, 'deepinversion', 'synthesis', 'deepinversion')
         images, labels = pool.rows('images'), pool.rows('labels')
         distillation.distil(config, workdir, network, images, labels, rounds_of(config), 'student')

@@ -10,8 +10,9 @@ from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
 from dvinv.inversion import Teacher
 from dvinv.networks import module_of
+from dvinv.pools import missing_batches
 from dvinv.runtime.workdir import Workdir
-from dvinv.synthesizer import Synthesizer, missing_batches
+from dvinv.synthesizer import Synthesizer
 from dvinv.training import Learner
 
 

@@ -24,6 +24,7 @@ from dvinv.inversion import Teacher
 from dvinv.networks import Classifier, load_classifier, load_network, save_network
 from dvinv.networks.channels import Narrow, find_channels
 from dvinv.networks.channels.cost import Cost
+from dvinv.pools import finished_pool
 from dvinv.pruning import competition
 from dvinv.pruning.importance import Importance
 from dvinv.pruning.latency import latency, measure_table, predicted
@@ -33,7 +34,7 @@ from dvinv.runtime.files import write_atomic
 from dvinv.runtime.progress import Progress
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.student import distillation_loss
-from dvinv.synthesizer import control_pool, finished_pool
+from dvinv.synthesizer import control_pool
 from dvinv.teacher import load, module_of_teacher, read, test_accuracy
 from dvinv.training import Array, Learner, Lesson, learn
 

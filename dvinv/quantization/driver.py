@@ -13,12 +13,13 @@ from dvinv.networks.quantized.layers import find_layers
 from dvinv.networks.quantized.learning import learned, module_of
 from dvinv.networks.quantized.network import load_quantized, save_quantized, simulated
 from dvinv.networks.quantized.observing import on_images, on_statistics
+from dvinv.pools import finished_pool
 from dvinv.quantization.ladder import Ladder, Scores, rungs
 from dvinv.rounds import Rounds
 from dvinv.runtime.devices import make_mesh, training_mesh
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.student import distillation_loss
-from dvinv.synthesizer import control_pool, finished_pool
+from dvinv.synthesizer import control_pool
 from dvinv.teacher import description, load
 from dvinv.training import Lesson, Training
 
