@@ -46,33 +46,27 @@ def shared(tmp_path_factory) -> Path:
     return base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base
 
 
-@pytest.fixture(scope='module')
-def keep_compiled(shared):
-    """Programs of one run serve the next: nearly all of its time goes into compiling."""
-    names = 'jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs'
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (str(shared / 'cache' / 'dvinv' / 'jax'), 0.0), strict=True):
-        jax.config.update(name, value)
-    yield
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
+@pytest.fixture(scope='session', autouse=True)
+def compiled(shared) -> None:
+    """What one test has compiled serves all, and the processes that they start: most of their time goes into that."""
+    settings = {'compilation_cache_dir': str(shared / 'cache'), 'persistent_cache_min_compile_time_secs': 0.0}
+    for name, value in settings.items():
+        jax.config.update(f'jax_{name}', value)
+        os.environ[f'JAX_{name.upper()}'] = str(value)
 
 
 @pytest.fixture(scope='session')
-def start(shared):
-    """`start(*flags)`: the process of a run of the smoke config, with the compilation cache of all tests.
+def start():
+    """`start(*flags)`: the process of a run of the smoke config.
 
     `more`: environment variables.
     """
-    cache = shared / 'cache'
     environment = {
         **os.environ,
-        'XDG_CACHE_HOME': str(cache),
         'JAX_PLATFORMS': 'cpu',
         'JAX_NUM_CPU_DEVICES': '8',  # as here: on some CPUs sums are split by the number of threads, which follows
         'PYTHONPATH': str(Path(__file__).parent),
     }
-    jax.config.update('jax_compilation_cache_dir', str(cache / 'dvinv' / 'jax'))
 
     def start(*flags, config='configs/digits.py:smoke', more=None) -> subprocess.Popen:
         command = [sys.executable, '-m', 'dvinv.main', *(['--config', config] if config else []), *map(str, flags)]

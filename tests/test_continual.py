@@ -32,8 +32,6 @@ from dvinv.runtime.workdir import Workdir
 from dvinv.synthesizer import Synthesizer
 from dvinv.training import Lesson
 
-pytestmark = pytest.mark.usefixtures('keep_compiled')
-
 # Losses
 
 
