@@ -12,7 +12,7 @@ from dvinv.configuration import rounds_of
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
 from dvinv.inversion import Teacher
-from dvinv.networks import create, load_network, save_network
+from dvinv.networks import apply_fn_of, create, load_network, save_network
 from dvinv.pools import all_batches, missing_batches
 from dvinv.runtime.processes import ALONE, Processes
 from dvinv.runtime.waiting import wait_for
@@ -51,7 +51,7 @@ def fill_pool(
     with (
         training_of(config, workdir, student, lesson) as training,
         Synthesizer(
-            config, workdir, teacher, pool, 'adaptive', task, series, student_fn=training.predict, processes=processes
+            config, workdir, teacher, pool, 'adaptive', task, series, student_fn=training.apply_fn, processes=processes
         ) as synthesizer,
     ):
         for number in range(rounds.count):
@@ -81,13 +81,9 @@ def fill_share(config, workdir: Workdir, teacher: Teacher, pool: ImagePool) -> N
     missing = processes.share(missing_batches(config, pool))
     if not missing:
         return
-    module = create(config.student.network, teacher.num_classes, config.student.width)
-
-    def predict(variables, x):
-        return module.apply(variables, x, train=False)
-
+    student_fn = apply_fn_of(create(config.student.network, teacher.num_classes, config.student.width))
     with Synthesizer(
-        config, workdir, teacher, pool, 'adaptive', 'synthesis', 'adaptive', student_fn=predict, processes=processes
+        config, workdir, teacher, pool, 'adaptive', 'synthesis', 'adaptive', student_fn=student_fn, processes=processes
     ) as synthesizer:
         for number in sorted({batch // per_round for batch in missing}):
             snapshot = _snapshot(workdir, number)

@@ -16,7 +16,7 @@ from dvinv.errors import DvinvError
 from dvinv.evaluation import flops
 from dvinv.inversion import Stage, balanced_labels
 from dvinv.inversion.programs import Programs
-from dvinv.networks import Classifier, create, shapes_of
+from dvinv.networks import Classifier, apply_fn_of, create, shapes_of
 from dvinv.runtime.devices import make_mesh, platform_of
 from dvinv.runtime.progress import duration
 from dvinv.synthesizer import abreast
@@ -100,7 +100,7 @@ def plan(config) -> Plan:
     if group.method == 'adaptive':
         module = create(config.student.network, teacher.num_classes, config.student.width)
         weights = _arrays(shapes_of(module, teacher.image_shape))
-        student = dataclasses.replace(teacher, apply_fn=lambda v, x: module.apply(v, x, train=False), variables=weights)
+        student = dataclasses.replace(teacher, apply_fn=apply_fn_of(module), variables=weights)
 
     settings, mesh = inversion_config(config), make_mesh(config.devices)
     side_by_side = abreast(config, mesh.size)

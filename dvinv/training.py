@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from dvinv.data.rows import Rows
 from dvinv.errors import DvinvError
 from dvinv.inversion.tap import features_in_training
-from dvinv.networks import Classifier, initialise, load_classifier, module_of, save_network, shapes_of
+from dvinv.networks import Classifier, apply_fn_of, initialise, load_classifier, module_of, save_network, shapes_of
 from dvinv.networks.head import grown
 from dvinv.recipe import Recipe
 from dvinv.rounds import Rounds, chosen_images
@@ -149,6 +149,7 @@ class Training:
 
     Attributes:
       step: updates done.
+      apply_fn: (variables, x) -> logits, of the network in eval mode.
     """
 
     def __init__(
@@ -179,7 +180,8 @@ class Training:
         """
         recipe = lesson.recipe
         recipe.check_devices(series, mesh.size)
-        self._module, self._lesson, self._seed, self._logging = module, lesson, seed, logging
+        self.apply_fn = apply_fn_of(module)
+        self._lesson, self._seed, self._logging = lesson, seed, logging
         self._workdir, self._task, self._series = workdir, task, series
         everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
         self._update = jax.jit(
@@ -207,10 +209,6 @@ class Training:
     def variables(self) -> dict:
         """The network's variables after `step` updates, numpy arrays."""
         return jax.device_get(self._state.variables)
-
-    def predict(self, variables: dict, x: jax.Array) -> jax.Array:
-        """Logits float32 [B, K] of x, normalised [B, H, W, C], in eval mode."""
-        return self._module.apply(variables, x, train=False)
 
     def advance(self, images: Array, labels: Array, until: int) -> None:
         """Learn up to update `until`, and keep a checkpoint of it where it is not the last.

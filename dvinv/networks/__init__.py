@@ -1,12 +1,13 @@
 """Flax networks by name, and their files."""
 
-from dvinv.networks.classifier import Classifier
+from dvinv.networks.classifier import Classifier, apply_fn_of
 from dvinv.networks.files import classifier_of, load_classifier, load_network, module_of, read_classifier, save_network
 from dvinv.networks.registry import NETWORKS, create, image_shape, initialise, shapes_of
 
 __all__ = [
     'NETWORKS',
     'Classifier',
+    'apply_fn_of',
     'classifier_of',
     'create',
     'image_shape',

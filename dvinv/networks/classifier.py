@@ -56,6 +56,11 @@ class Classifier:
         return sha.hexdigest()
 
 
+def apply_fn_of(module) -> Callable:
+    """`(variables, x) -> logits` of a Linen module that takes x and `train`, in eval mode."""
+    return lambda variables, x: module.apply(variables, x, train=False)
+
+
 def flatten(tree) -> dict[str, Any]:
     """{'params/Conv_0/kernel': leaf} of nested dicts."""
     return flax.traverse_util.flatten_dict(flax.core.unfreeze(tree), sep='/')

@@ -14,7 +14,7 @@ from safetensors.numpy import save
 from dvinv.errors import DvinvError
 from dvinv.networks import registry
 from dvinv.networks.channels.module import Narrow
-from dvinv.networks.classifier import Classifier, flatten, unflatten
+from dvinv.networks.classifier import Classifier, apply_fn_of, flatten, unflatten
 from dvinv.networks.weights import count_classes, import_weights, read_state_dict
 from dvinv.runtime.files import write_atomic
 
@@ -77,7 +77,7 @@ def module_of(about: dict) -> nn.Module:
 def classifier_of(module, variables, about: dict) -> Classifier:
     """The `Classifier` of a Linen module with its variables and the description of `save_network`."""
     return Classifier(
-        lambda v, x: module.apply(v, x, train=False),
+        apply_fn_of(module),
         variables,
         tuple(about['image_shape']),
         about['num_classes'],

@@ -9,7 +9,7 @@ import numpy as np
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
 from dvinv.inversion import Teacher
-from dvinv.networks import module_of
+from dvinv.networks import apply_fn_of, module_of
 from dvinv.pools import missing_batches
 from dvinv.runtime.workdir import Workdir
 from dvinv.synthesizer import Synthesizer
@@ -45,13 +45,9 @@ def images_against(config, workdir: Workdir, teacher: Teacher, learner: Learner)
     config, name = config_of_step(config, learner.role, learner.part), f'pruned_{learner.part}'
     pool = ImagePool(workdir.path / 'pools' / name, teacher.digest())
     if missing := missing_batches(config, pool):
-        module = module_of(learner.about)
-
-        def predict(variables, x):
-            return module.apply(variables, x, train=False)
-
+        student_fn = apply_fn_of(module_of(learner.about))
         with Synthesizer(
-            config, workdir, teacher, pool, 'adaptive', 'pruning', f'images_{name}', student_fn=predict
+            config, workdir, teacher, pool, 'adaptive', 'pruning', f'images_{name}', student_fn=student_fn
         ) as synthesizer:
             synthesizer.fill(missing, learner.start, step=learner.part)
     return pool
