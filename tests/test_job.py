@@ -1,8 +1,11 @@
 """One batch split over several processes: they tell each other what is to be done, stand and fall together, and resume."""
 
 import contextlib
+import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import jax
@@ -33,16 +36,19 @@ FLAGS = (
 OFTEN = '--config.logging.checkpoint_minutes=1e-9'  # every dispatch is saved
 
 
+def _free_address():
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        return f'127.0.0.1:{free.getsockname()[1]}'
+
+
 @pytest.fixture
 def begin(start):
     """`begin(workdir, *flags)`: the processes of a job, the leader first. None outlives the test."""
     with contextlib.ExitStack() as stack:
 
         def begin(workdir, *flags):
-            with socket.socket() as free:
-                free.bind(('127.0.0.1', 0))
-                coordinator = f'127.0.0.1:{free.getsockname()[1]}'
-            processes = []
+            processes, coordinator = [], _free_address()
             for index in range(COUNT):
                 more = {'NPROC': '8', 'JAX_NUM_CPU_DEVICES': str(DEVICES), 'DVINV_COORDINATOR': coordinator}
                 more |= {'DVINV_PROCESS': str(index), 'DVINV_PROCESSES': str(COUNT)}
@@ -154,3 +160,12 @@ def test_processes_that_cannot_meet_are_told(monkeypatch, address, message):
     assert signal.getsignal(signal.SIGTERM) == preempted
     with job.job(None, 'device') as mine:
         assert mine == Processes(1, 2)
+
+
+@pytest.mark.parametrize('index', [0, 1])
+def test_who_waits_in_vain_for_the_others_is_told(index):
+    environment = {'DVINV_PROCESS': str(index), 'DVINV_PROCESSES': '2', job.ADDRESS: _free_address()}
+    wait = "from dvinv.runtime import job\njob.JOIN = 1\nwith job.job(None, 'global'): pass"
+    ended = subprocess.run([sys.executable, '-c', wait], env=os.environ | environment, capture_output=True, text=True)
+    assert ended.returncode == job.STATUS
+    assert 'dvinv: Not all 2 processes of the run came within 1 seconds; start them all.' in ended.stderr

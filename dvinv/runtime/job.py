@@ -131,7 +131,7 @@ def _linger(mine: Processes) -> None:
 
 
 def _join(mine: Processes) -> None:
-    """`jax.distributed`, before anything touches a device. Where not all come within `JOIN` seconds, JAX aborts the process.
+    """`jax.distributed`, before anything touches a device. Where not all come within `JOIN` seconds, the process ends.
 
     Raises:
       DvinvError: nobody tells where the leader is.
@@ -144,6 +144,11 @@ def _join(mine: Processes) -> None:
     handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     print(f'process {mine.index}: waiting for all {mine.count} processes', file=sys.stderr, flush=True)
     jax.config.update('jax_enable_preemption_service', False)
+    # JAX would abort the process, so it is given longer than ours.
+    sentence = f'Not all {mine.count} processes of the run came within {JOIN} seconds; start them all.'
+    patience = threading.Timer(JOIN, _end, (sentence, STATUS))
+    patience.daemon = True
+    patience.start()
     try:
         # No ids: all devices, also under SLURM, where JAX would take one a process.
         jax.distributed.initialize(
@@ -151,7 +156,7 @@ def _join(mine: Processes) -> None:
             mine.count,
             mine.index,
             local_device_ids=[],
-            initialization_timeout=JOIN,
+            initialization_timeout=2 * JOIN,
             heartbeat_timeout_seconds=TIMEOUT,
             shutdown_timeout_seconds=TIMEOUT,
         )
@@ -165,6 +170,7 @@ def _join(mine: Processes) -> None:
     except jax.errors.JaxRuntimeError as error:
         _end(f'The {mine.count} processes of the run did not come together: {str(error).splitlines()[0]}', STATUS)
     finally:
+        patience.cancel()
         signal.signal(signal.SIGTERM, handler)
     if found != (mine.index, mine.count):
         _end(
