@@ -5,7 +5,7 @@
 
 Runs the config once, undisturbed, in one process. Then, for each kill, starts it in a fresh work directory, ends it with
 SIGKILL (or SIGTERM, for --terms) at a random moment, runs the same command again to its end, and compares everything that
-lasts: pool, controls, networks, samples, metrics.jsonl, and results.json without its times.
+lasts: pool, controls, networks, samples, metrics.jsonl, and results.json without what is measured in seconds.
 
 With several processes a run goes on while one of them, drawn by lot, is ended and started again, and so forth until the run
 ends; further runs follow until all kills are spent. Beside the end, every shard is watched: none may go, and none may be
@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 
 FOLDERS = ('pool', 'pools', 'controls', 'networks', 'samples')
+MEASURED = ('wall_seconds', 'latency_ratio')  # never the same twice
 NAMES = {signal.SIGKILL: 'killed', signal.SIGTERM: 'terminated'}
 
 
@@ -162,12 +163,13 @@ def done(workdir: Path) -> str:
 
 
 def lasting(workdir: Path) -> dict:
-    """{path: bytes} of all that a run promises to make again bit for bit; results without their times."""
+    """{path: bytes} of all that a run promises to make again bit for bit; results without what is measured in seconds."""
     files = [path for folder in FOLDERS for path in (workdir / folder).rglob('*') if path.is_file()]
     content = {str(path.relative_to(workdir)): path.read_bytes() for path in [*files, workdir / 'metrics.jsonl']}
     results = json.loads((workdir / 'results.json').read_text())
     for figures in results.values():
-        del figures['wall_seconds']
+        for name in MEASURED:
+            figures.pop(name, None)
     return {**content, 'results.json': results}
 
 
