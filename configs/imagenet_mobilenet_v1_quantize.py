@@ -4,10 +4,9 @@
       --config.teacher.weights=mobilenet_v1.npz --config.verifier.weights=squeezenet1_1.npz
 
 Weights and data as in `imagenet_mobilenet_v1.py`, whose 64 images in their `:short` form (20 minutes on 2 CPU cores; or
-`--config.pool=POOL`) give the ranges. In 8 bits 82.0% of 1,000 photos, 81.5% before, by images of fewer
-iterations. With `--config.quantization.images=0
---config.quantization.controls="()" --config.tasks="('teacher','quantization')"` no image is needed: ranges follow from
-BatchNorm's statistics (figures in benchmarks/RESULTS.md). `:smoke` shrinks the run to seconds.
+`--config.pool=POOL`) give the ranges. In 8 bits 82.0% of 1,000 photos, 81.5% before, by images of fewer iterations. With
+`--config.quantization.images=0 --config.quantization.controls="()" --config.tasks="('teacher','quantization')"` no image
+is needed: ranges follow from BatchNorm's statistics (figures in benchmarks/RESULTS.md). `:smoke` shrinks the run to seconds.
 """
 
 import runpy
