@@ -5,9 +5,9 @@
 
 Weights, test images and the pool are those of configs/cifar10_resnet20.py (`--config.pool=DIR` takes one that is there).
 `:71` takes 71%, the paper's second point, with a larger `eta`: else layers inside the residual branches are left with three
-to five channels, because they are in fewer sums than those of the stream. The network is drawn to the whole one's answers and, by hints, to the BatchNorm
-inputs of the channels that are left. `--config.pruning.adaptive_batches=1` adds a batch a step that is made in competition
-with the network just pruned, Adaptive DeepInversion; it has not been measured here.
+to five channels, because they are in fewer sums than those of the stream. The network is drawn to the whole one's answers
+and, by hints, to the BatchNorm inputs of the channels that are left. `--config.pruning.adaptive_batches=1` adds a batch a
+step that is made in competition with the network just pruned, Adaptive DeepInversion; it has not been measured here.
 
 `:smoke` shrinks the run to seconds.
 """
