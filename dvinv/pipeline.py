@@ -16,6 +16,7 @@ from dvinv.pruning import driver as pruning
 from dvinv.quantization import driver as quantization
 from dvinv.runtime import job, preemption
 from dvinv.runtime.devices import make_mesh, training_mesh
+from dvinv.runtime.mistakes import told
 from dvinv.runtime.processes import ALONE, Processes
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.sharing import passed
@@ -108,9 +109,9 @@ def run(config, workdir, processes: Processes = ALONE) -> dict:
       DvinvError: a user's mistake or a full disk, in a sentence. What was finished stays.
       SystemExit: SIGTERM came (where `preemption.install` was called). What was under way is saved.
     """
-    check(config, processes, workdir)
-    with contextlib.closing(open_workdir(workdir, config, processes)) as workdir:
-        try:
+    with told(getattr(workdir, 'path', workdir), processes):
+        check(config, processes, workdir)
+        with contextlib.closing(open_workdir(workdir, config, processes)) as workdir:
             if not processes.leader:
                 return worker.run(config, workdir)
             for task in TASKS:
@@ -119,9 +120,6 @@ def run(config, workdir, processes: Processes = ALONE) -> dict:
                     run_task(task, config, workdir)
             job.notify(passed(workdir))
             return workdir.results
-        except DvinvError as error:
-            workdir.fail(str(error))
-            raise
 
 
 def _finished(task: str, config, workdir: Workdir) -> bool:

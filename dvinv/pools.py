@@ -1,14 +1,21 @@
 """Which pool a run makes or is given, and what it lacks."""
 
-from dvinv.data.pool import ImagePool
+import sys
+from collections.abc import Callable, Sequence
+
+from dvinv.data.pool import DamagedError, ImagePool
 from dvinv.errors import DvinvError
 from dvinv.inversion import Teacher
+from dvinv.runtime import preemption
+from dvinv.runtime.progress import Progress
 from dvinv.runtime.workdir import Workdir
 
 
 def open_pool(config, workdir: Workdir, teacher: Teacher) -> ImagePool:
     """The pool of this run: an existing one where the config names it."""
-    return ImagePool(config.pool or workdir.path / 'pool', teacher.digest())
+    if config.pool:
+        return ImagePool(config.pool, teacher.digest())
+    return ImagePool(workdir.path / 'pool', teacher.digest(), ours=True)
 
 
 def finished_pool(config, workdir: Workdir, teacher: Teacher) -> ImagePool:
@@ -31,3 +38,23 @@ def all_batches(config) -> list[int]:
 def missing_batches(config, pool: ImagePool) -> list[int]:
     """Numbers of the batches that the pool lacks."""
     return sorted({*all_batches(config)} - {*pool.numbers()})
+
+
+def put_aside_damaged(pool: ImagePool, numbers: Sequence[int], look: Callable[[int], object]) -> None:
+    """Tell of the damaged ones among these batches of a pool of ours; they are missing then, to be made anew.
+
+    Args:
+      look: `pool.notes`, which looks at the sidecar alone, or `pool.check`, which reads all.
+
+    Raises:
+      DvinvError: a batch was made from another teacher.
+      SystemExit: SIGTERM came.
+    """
+    with Progress('synthesis: checking the pool', len(numbers), brief=True) as progress:
+        for done, number in enumerate(numbers, 1):
+            preemption.leave_if_asked()
+            try:
+                look(number)
+            except DamagedError as error:
+                print(f'dvinv: {error}', file=sys.stderr)
+            progress.update(done)

@@ -1,13 +1,16 @@
 """A pool that several processes fill: what each waits for, and what the leader gathers."""
 
 import contextlib
+import time
 
 from dvinv import teacher
 from dvinv.data.pool import ImagePool
-from dvinv.errors import listed
+from dvinv.errors import DvinvError, listed
 from dvinv.inversion import Teacher
 from dvinv.runtime import job
 from dvinv.runtime.metrics import Metrics
+from dvinv.runtime.mistakes import PATIENCE
+from dvinv.runtime.versions import differing_from, recorded_at
 from dvinv.runtime.waiting import wait_for
 from dvinv.runtime.workdir import Workdir
 
@@ -33,10 +36,30 @@ def await_run(config, workdir: Workdir) -> None:
     """For all but the leader: wait until the leader has begun.
 
     Raises:
-      DvinvError: its config is another.
+      DvinvError: its config is another, or its versions are.
     """
-    wait_for(workdir, (workdir.path / 'config.json').exists, lambda: 'process 0 to begin')
+    wait_for(workdir, (workdir.path / 'versions.json').exists, lambda: 'process 0 to begin')
     workdir.refuse_other(config)
+    _await_versions(workdir)
+
+
+def _await_versions(workdir: Workdir) -> None:
+    """Refuse versions that are not the leader's. Those of an earlier run it has some time to come back and replace."""
+    end = time.monotonic() + PATIENCE
+
+    def decided() -> bool:
+        came = recorded_at(workdir.path) != workdir.leader_was_here
+        return not differing_from(workdir.path) or came or time.monotonic() >= end
+
+    wait_for(
+        workdir, decided, lambda: f'process 0, which was last here under other versions ({differing_from(workdir.path)})'
+    )
+    if differing := differing_from(workdir.path):
+        raise DvinvError(
+            f'Process 0 of the run in {workdir.path} has other versions than process {workdir.processes.index}: '
+            f'{differing}. The images would depend on who makes them; install the same versions everywhere, and start all '
+            'processes again.'
+        )
 
 
 def await_teacher(config, workdir: Workdir) -> Teacher:

@@ -14,7 +14,8 @@ from dvinv.data.real import load_real
 from dvinv.evaluation import among_top, logits_of
 from dvinv.inversion import Teacher, make_feature_loss
 from dvinv.networks import Classifier
-from dvinv.pools import all_batches, missing_batches, open_pool
+from dvinv.pools import all_batches, missing_batches, open_pool, put_aside_damaged
+from dvinv.runtime import preemption
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.pictures import class_grid
 from dvinv.runtime.workdir import Workdir, open_workdir
@@ -30,15 +31,8 @@ def run(config, workdir) -> dict:
     teacher = load(config, workdir)
     verifier = load_verifier(config, workdir, teacher)
     pool = open_pool(config, workdir, teacher)
-    method = config.synthesis.method
-    if config.pool:
-        pass  # finished elsewhere
-    elif method == 'adaptive':
-        student = student_of(config, teacher)
-        adaptive.fill_pool(config, workdir, teacher, pool, student, 'synthesis', method, workdir.processes)
-    else:
-        fill_pool(config, workdir, teacher, pool, method, 'synthesis', method, workdir.processes)
-        await_batches(workdir, pool, all_batches(config), 'synthesis', method)
+    if not config.pool:  # which is finished elsewhere
+        _fill(config, workdir, teacher, pool)
     drop_measurements(workdir)
     _write_samples(workdir, pool)
     return {
@@ -48,10 +42,30 @@ def run(config, workdir) -> dict:
     }
 
 
+def _fill(config, workdir: Workdir, teacher: Teacher, pool: ImagePool) -> None:
+    """Make what the pool lacks, together with the other processes, and what is damaged anew.
+
+    By itself, when all is there and the others are done; a competitor's student, or all processes of a job, only the same
+    command brings back.
+    """
+    method, processes = config.synthesis.method, workdir.processes
+    if method == 'adaptive':
+        adaptive.fill_pool(config, workdir, teacher, pool, student_of(config, teacher), 'synthesis', method, processes)
+        return
+    if processes.joined:
+        put_aside_damaged(pool, pool.numbers(), pool.check)
+    fill_pool(config, workdir, teacher, pool, method, 'synthesis', method, processes)
+    await_batches(workdir, pool, all_batches(config), 'synthesis', method)
+    if not processes.joined:
+        put_aside_damaged(pool, pool.numbers(), pool.check)
+        fill_pool(config, workdir, teacher, pool, method, 'synthesis', method)
+
+
 def _judge(pool: ImagePool, verifier: Classifier | None) -> dict:
     """Figures of the images of a finished pool; one shard at a time is in memory."""
     numbers, totals = pool.finished(), Counter()
     for number in numbers:
+        preemption.leave_if_asked()
         notes, shard = pool.notes(number), pool.read(number)
         labels = shard['labels']
         totals['images'] += len(labels)
@@ -73,7 +87,7 @@ def _judge(pool: ImagePool, verifier: Classifier | None) -> dict:
 
 
 def complete(config, workdir: Workdir) -> bool:
-    """Whether the pool still has all that the finished task put there: a damaged shard is deleted by its owner."""
+    """Whether the pool still has all that the finished task put there: a damaged shard is put aside by whoever finds it."""
     return bool(config.pool) or not missing_batches(config, ImagePool(workdir.path / 'pool', ''))
 
 

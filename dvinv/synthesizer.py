@@ -15,7 +15,7 @@ from dvinv.evaluation import logits_of
 from dvinv.inversion import Inversion, Teacher, balanced_labels, make_feature_loss, make_inverter
 from dvinv.inversion.canvas import blank_canvas, make_paint
 from dvinv.orders import GO_ON, Group, orders_of
-from dvinv.pools import missing_batches
+from dvinv.pools import missing_batches, put_aside_damaged
 from dvinv.runtime import job
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.processes import ALONE, Processes
@@ -27,7 +27,7 @@ from dvinv.unfinished import UnfinishedBatches
 
 def control_pool(config, workdir: Workdir, teacher: Teacher, method: str, task: str) -> ImagePool:
     """Images by a lesser method, from the same noise and with the budget of `config.synthesis`; made by `task`."""
-    pool = ImagePool(workdir.path / 'controls' / method, teacher.digest())
+    pool = ImagePool(workdir.path / 'controls' / method, teacher.digest(), ours=True)
     fill_pool(config, workdir, teacher, pool, method, task, f'{method}_images')
     return pool
 
@@ -126,6 +126,7 @@ class Synthesizer:
             keys = jax.vmap(lambda i: jax.random.fold_in(self._seed_key, i))(np.asarray(padded))
             labels = np.stack([self._classes[balanced_labels(i, group.batch_size, len(self._classes))] for i in padded])
 
+            self._progress.pass_over(sum(state.iterations for state in states[: len(mine)] if state))
             inversion = self._invert(
                 keys,
                 labels,
@@ -200,7 +201,11 @@ def fill_pool(
     series: str,
     processes: Processes = ALONE,
 ) -> None:
-    """Make what the pool lacks of this process's batches, by a method without a competitor; for the arguments see there."""
+    """Make what the pool lacks of this process's batches, by a method without a competitor; for the arguments see there.
+
+    A batch whose sidecar is damaged is lacking too; whether images are damaged tells who reads them.
+    """
+    put_aside_damaged(pool, processes.share(pool.numbers()), pool.notes)
     if missing := processes.share(missing_batches(config, pool)):
         if processes.joined:
             job.notify(called(workdir))  # the others come

@@ -256,18 +256,32 @@ def test_a_run_with_another_config_is_left_alone(run, command):
 
 
 def damage(path, how):
-    flip(path) if how == 'flipped' else path.write_bytes(path.read_bytes()[:-7])
+    if how == 'truncated':
+        path.write_bytes(path.read_bytes()[:-7])
+    elif path.suffix == '.json':
+        path.write_bytes(path.read_bytes().replace(b'{', b'[', 1))
+    else:
+        flip(path)
 
 
 @pytest.mark.parametrize('how', ['flipped', 'truncated'])
-@pytest.mark.parametrize(
-    'name',
-    ['pool/shard-000001.npz', 'pool/shard-000000.json', 'networks/teacher.safetensors', 'config.json', 'results.json'],
-)
+@pytest.mark.parametrize('name', ['shard-000001.npz', 'shard-000000.json'])
+def test_a_damaged_shard_of_a_finished_run_is_named_and_put_aside(run, name, how):
+    damage(run / 'pool' / name, how)
+    before = contents(run)
+    with pytest.raises(DvinvError) as caught:
+        pipeline.run(smoke_config(), run)
+    assert f'{run / "pool" / name} is damaged' in str(caught.value)
+    after = contents(run)
+    assert sorted(before.values()) == sorted(after.values())
+    moved = before.keys() - after.keys()
+    assert moved == {str((run / 'pool' / name).with_suffix(ending)) for ending in ('.npz', '.json')}
+
+
+@pytest.mark.parametrize('how', ['flipped', 'truncated'])
+@pytest.mark.parametrize('name', ['networks/teacher.safetensors', 'config.json', 'results.json'])
 def test_a_damaged_file_of_a_finished_run_is_named(run, name, how):
     damage(run / name, how)
-    if name.endswith('json') and how == 'flipped':
-        (run / name).write_bytes((run / name).read_bytes().replace(b'{', b'[', 1))
     message = refusal(run)
     assert str(run / name) in message
     assert 'damaged' in message

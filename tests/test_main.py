@@ -168,15 +168,19 @@ def test_what_was_damaged_is_made_again_as_the_sentences_say(run):
     shard, network = run / 'pool' / 'shard-000000.npz', run / 'networks' / 'student.safetensors'
     flip(shard)
     flip(network)
-    with pytest.raises(DvinvError, match=r'delete shard-000000\.json and run the command that made the pool again'):
+    with pytest.raises(
+        DvinvError, match=r'put aside, into .*quarantine; run the same command again: it makes this shard anew'
+    ):
         pipeline.run(config, run)
-    shard.with_suffix('.json').unlink()
+    assert not shard.exists()
     with pytest.raises(DvinvError, match=r'student\.safetensors is damaged .*; delete it and run the command that made it'):
         pipeline.run(config, run)
     network.unlink()
     (run / 'networks' / 'verifier.safetensors').unlink()
     pipeline.run(config, run)
     after = lasting(run)
+    assert after.pop('pool/quarantine/shard-000000.npz') != after['pool/shard-000000.npz']
+    assert after.pop('pool/quarantine/shard-000000.json') == after['pool/shard-000000.json']
     lines, repeated = (content.pop('metrics.jsonl').splitlines() for content in (before, after))
     assert after == before
     assert sorted(repeated) == sorted(lines)  # those of what was made again stand at the end

@@ -6,9 +6,9 @@ import signal
 import time
 
 import pytest
-from smoke import lasting, smoke_config, synthesis_config
+from smoke import flip, lasting, smoke_config, synthesis_config
 
-from dvinv import pipeline, seeds
+from dvinv import pipeline, seeds, worker
 from dvinv.errors import DvinvError
 from dvinv.runtime import waiting
 from dvinv.runtime.processes import Processes
@@ -110,10 +110,34 @@ def test_an_adaptive_pool_is_that_of_one_process(threads, tmp_path):
     assert not [*(tmp_path / 'together' / 'checkpoints' / 'rounds').iterdir()]
 
 
-def test_a_mistake_in_one_process_ends_the_others(threads, tmp_path):
-    config = _config(teacher__factory='factories:broken')
-    with pytest.raises(DvinvError, match=r'not a finite number|Process . has ended with a mistake'):
-        threads(config, tmp_path)
+def test_what_ends_one_process_ends_those_that_wait_for_it(threads, tmp_path, monkeypatch):
+    def leader_alone(config, workdir):
+        raise RuntimeError('out of memory')
+
+    monkeypatch.setattr(worker, 'run', leader_alone)
+    with pytest.raises(DvinvError, match=r'Process 1 has ended with a mistake: RuntimeError: out of memory'):
+        threads(_config(), tmp_path)
+
+
+def test_what_is_damaged_is_made_anew_while_all_are_there_and_when_they_are_gone(threads, tmp_path, capsys):
+    run, config = tmp_path / 'run', _config()
+    threads(config, run)
+    expected = lasting(run)
+    (run / 'results.json').unlink()
+    pool = run / 'pool'
+    flip(pool / 'shard-000000.npz')
+    (pool / 'shard-000001.npz').write_bytes((pool / 'shard-000001.npz').read_bytes()[:-20])
+    (pool / 'shard-000002.npz').unlink()
+    flip(pool / 'shard-000003.json')
+    threads(config, run)
+    told, found = capsys.readouterr().err, lasting(run)
+    for name in ('0.npz is damaged', '1.npz is damaged', '2.npz is missing', '3.json is damaged'):
+        assert f'shard-00000{name}' in told
+    kept = {name: found.pop(name) for name in [*found] if 'quarantine' in name}
+    assert len(kept) == 7
+    for content in (expected, found):
+        content['metrics.jsonl'] = sorted(content['metrics.jsonl'].splitlines())  # of what was made anew: at the end
+    assert found == expected
 
 
 def test_more_processes_than_batches_and_a_pool_that_is_there(threads, tmp_path):

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from smoke import flip
 
+from dvinv.data import pool as module
 from dvinv.data.pool import ImagePool
 from dvinv.data.rows import Rows
 from dvinv.errors import DvinvError
+from dvinv.runtime.files import sha256_of
 
 NOTES = {'batch': 0, 'feature_loss_last': 0.25}
 
@@ -182,6 +184,30 @@ def test_a_missing_shard_is_named(pool):
     path.unlink()
     assert f'The shard {path} is missing' in refusal(pool)
     assert 'delete shard-000000.json' in refusal(pool)
+
+
+@pytest.mark.parametrize('ending', ['npz', 'json'])
+def test_what_is_damaged_in_a_pool_of_ours_is_put_aside(pool, ending):
+    ours = ImagePool(pool.folder, 'a' * 64, ours=True)
+    path = pool.folder / f'shard-000001.{ending}'
+    flip(path)
+    damaged = path.read_bytes()
+    assert f'put aside, into {pool.folder / "quarantine"}; run the same command again' in refusal(ours)
+    assert ours.numbers() == [0]
+    assert (pool.folder / 'quarantine' / path.name).read_bytes() == damaged
+    assert not path.exists()
+
+
+def test_a_shard_is_hashed_once_and_again_when_it_has_changed(pool, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(module, 'sha256_of', lambda path: hashed.append(path.name) or sha256_of(path))
+    for _ in range(2):
+        ImagePool(pool.folder).rows('labels')
+    assert hashed == ['shard-000000.npz', 'shard-000001.npz']
+    path = pool.folder / 'shard-000001.npz'
+    os.utime(path, ns=(0, 0))
+    ImagePool(pool.folder).rows('labels')
+    assert hashed[2:] == [path.name]
 
 
 def test_a_pool_of_another_teacher_is_refused(pool):

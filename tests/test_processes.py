@@ -1,17 +1,22 @@
 """Which of several processes this one is, and who may run in one work directory."""
 
+import contextlib
 import itertools
 
 import ml_collections
 import pytest
 
+from dvinv import sharing
 from dvinv.errors import DvinvError
-from dvinv.runtime import waiting
+from dvinv.runtime import mistakes, versions, waiting
+from dvinv.runtime.claims import OccupiedError
+from dvinv.runtime.mistakes import told
 from dvinv.runtime.processes import ALONE, Processes, processes
 from dvinv.runtime.waiting import wait_for
 from dvinv.runtime.workdir import Workdir
 
 CONFIG = ml_collections.ConfigDict({'seed': 0})
+LEADER = Processes(0, 2)
 SLURM = {'SLURM_PROCID': '3', 'SLURM_STEP_NUM_TASKS': '4'}
 TPU = {'TPU_WORKER_ID': '1', 'TPU_WORKER_HOSTNAMES': '10.0.0.2,10.0.0.3'}
 
@@ -92,18 +97,62 @@ def test_only_the_leader_writes_the_config(tmp_path):
         Workdir(tmp_path, ml_collections.ConfigDict({'seed': 1}), Processes(1, 2))
 
 
+def fail(folder, mine, error):
+    with pytest.raises(type(error)), told(folder, mine):
+        raise error
+
+
 def test_who_waits_hears_of_a_mistake_in_another_process_but_not_of_an_old_one(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(waiting, 'POLL', 0.001)
-    leader = Workdir(tmp_path, CONFIG, Processes(0, 2))
-    leader.fail('The disk is full.')
+    fail(tmp_path, LEADER, DvinvError('The disk is full.'))
     other = Workdir(tmp_path, CONFIG, Processes(1, 2))
     looks = iter([False, False, True])
     wait_for(other, lambda: next(looks), lambda: 'the teacher')
     assert capsys.readouterr().err == 'process 1: waiting for the teacher\n'
-    leader.fail('The loss is not a number.')
-    with pytest.raises(DvinvError, match=r'Process 0 has ended with a mistake: The loss is not a number\.'):
+    fail(tmp_path, LEADER, RuntimeError('out of\nmemory'))
+    with pytest.raises(DvinvError, match=r'Process 0 has ended with a mistake: RuntimeError: out of memory$'):
         wait_for(other, lambda: False, lambda: 'the teacher')
-    leader.close()
-    Workdir(tmp_path, CONFIG, Processes(0, 2)).close()  # came back: forgotten
-    assert other.failures() == {}
+    Workdir(tmp_path, CONFIG, LEADER).close()  # came back: forgotten
+    assert other.mistakes.heard() == {}
     other.close()
+
+
+def test_word_that_stays_is_of_a_process_that_came_first_and_failed(tmp_path, monkeypatch):
+    fail(tmp_path, Processes(1, 2), DvinvError('There is no teacher.npz.'))
+    leader = Workdir(tmp_path, CONFIG, LEADER)
+    assert leader.mistakes.heard() == {}
+    monkeypatch.setattr(mistakes, 'PATIENCE', 0.0)
+    assert leader.mistakes.heard() == {1: 'There is no teacher.npz.'}
+    leader.close()
+
+
+def test_nobody_is_told_of_who_is_alone_asked_to_leave_or_refused_as_a_second(tmp_path):
+    fail(tmp_path / 'alone', ALONE, DvinvError('no'))
+    fail(tmp_path / 'left', LEADER, SystemExit(143))
+    assert [*tmp_path.iterdir()] == []
+    leader = Workdir(tmp_path, CONFIG, LEADER)
+    fail(tmp_path, LEADER, OccupiedError('Another process is running.'))
+    fail(tmp_path, LEADER, DvinvError('what a second one runs into before it asks for its place'))
+    other = Workdir(tmp_path, CONFIG, Processes(1, 2))
+    assert other.mistakes.heard() == {}
+    assert not [*tmp_path.glob('.failed-*')]
+    for workdir in (leader, other):
+        workdir.close()
+
+
+def test_versions_that_are_not_the_leaders_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(waiting, 'POLL', 0.001)
+    here = versions.versions()
+    Workdir(tmp_path, CONFIG, LEADER).close()
+    monkeypatch.setattr(versions, 'versions', lambda: {**here, 'jax': '0.1'})
+    with contextlib.closing(Workdir(tmp_path, CONFIG, Processes(1, 2))) as early:
+        Workdir(tmp_path, CONFIG, LEADER).close()
+        assert f'goes on under other versions: jax {here["jax"]} there, 0.1 here' in capsys.readouterr().err
+        sharing.await_run(CONFIG, early)  # the leader came back with the same
+        monkeypatch.setattr(versions, 'versions', lambda: here)
+        with pytest.raises(DvinvError, match=rf'other versions than process 1: jax 0\.1 there, {here["jax"]} here'):
+            sharing.await_run(CONFIG, early)
+    monkeypatch.setattr(sharing, 'PATIENCE', 0.0)
+    late = Workdir(tmp_path, CONFIG, Processes(1, 2))
+    with contextlib.closing(late), pytest.raises(DvinvError, match='install the same versions everywhere'):
+        sharing.await_run(CONFIG, late)

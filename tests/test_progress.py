@@ -35,6 +35,25 @@ def test_lines_tell_how_long_it_still_takes():
     assert len(lines) == 3
 
 
+def test_what_was_done_before_takes_no_time():
+    stream, clock = io.StringIO(), Clock()
+    with Progress('synthesis', 100, stream=stream, clock=clock) as progress:
+        progress.pass_over(60)
+        clock.now = 20
+        progress.update(80)  # 20 of the remaining 40 in 20 s
+    assert stream.getvalue() == 'synthesis: 80/100, 20 s left\n'
+
+
+def test_what_takes_no_time_is_not_told_where_nobody_asked():
+    stream, clock = io.StringIO(), Clock()
+    for seconds in (9, 11):
+        with Progress('check', 1, brief=True, stream=stream, clock=clock) as progress:
+            clock.now += seconds
+            progress._last = clock.now
+            progress.update(1)
+    assert stream.getvalue() == 'check: done, 1 in 11 s\n'
+
+
 def test_a_terminal_gets_a_bar_with_an_eta():
     stream = Terminal()
     with Progress('synthesis', 4, stream=stream) as progress:

@@ -86,7 +86,7 @@ def pool_of(config, workdir: Workdir, chain: str, number: int, current: Teacher)
     """The images, synthesized from the `current` network of a chain, that task `number` is learned with."""
     # The chains begin with one network, whose images are the same for all.
     name = f'{number}' if chain == MAIN or number == 1 else f'{chain}_{number}'
-    pool = ImagePool(workdir.path / 'pools' / name, current.digest())
+    pool = ImagePool(workdir.path / 'pools' / name, current.digest(), ours=True)
     method, series = config.synthesis.method, ('continual', f'images_{name}')
     if method == 'adaptive':
         student = student_of(config, current, f'student_{name}', 'continual')

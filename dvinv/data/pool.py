@@ -2,31 +2,46 @@
 
     shard-000003.npz   images uint8 [B, H, W, C], labels int32 [B], logits float32 [B, K] of the stored pixels
     shard-000003.json  sha256 of the npz, the teacher's digest, what the synthesizer noted, and a sha256 of all that
+    quarantine/        shards that were found damaged, for whoever wants to know why
 
 The sidecar is written last: a shard without one does not exist. Readable with nothing but numpy, also while it grows.
 Shards are not compressed (noise hardly can be), so that single images can be read from a pool of any size.
 """
 
+import contextlib
 import hashlib
 import io
 import json
+import os
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
 from dvinv.data.rows import Rows
 from dvinv.errors import DvinvError
+from dvinv.runtime import preemption
 from dvinv.runtime.files import sha256_of, write_atomic
+
+_sound = set()  # (path, bytes, time of change) of shards that this process has checked: hashing a large pool takes long
+
+
+class DamagedError(DvinvError):
+    """A shard is missing, truncated or changed, or its sidecar is."""
 
 
 class ImagePool:
     """A pool in a folder. Bytes depend on the images alone, so equal runs make equal pools."""
 
-    def __init__(self, folder: Path, teacher_digest: str = ''):
-        """`teacher_digest`: of the teacher that must have made the images; '': any."""
+    def __init__(self, folder: Path, teacher_digest: str = '', ours: bool = False):
+        """No file is touched yet.
+
+        Args:
+          teacher_digest: of the teacher that must have made the images; '': any.
+          ours: a damaged shard is put aside as soon as it is found, so that it counts as missing and is made anew.
+        """
         self.folder = Path(folder)
-        self._digest = teacher_digest
-        self._checked = set()  # numbers of shards
+        self._digest, self._ours = teacher_digest, ours
 
     def write(self, number: int, images: np.ndarray, labels: np.ndarray, logits: np.ndarray, notes: dict) -> None:
         """Add batch `number`, whole or not at all.
@@ -61,18 +76,17 @@ class ImagePool:
         """The sidecar of a shard.
 
         Raises:
-          DvinvError: it is damaged, or the shard was made from another teacher.
+          DamagedError: it is.
+          DvinvError: the shard was made from another teacher.
         """
         path = self._shard(number).with_suffix('.json')
         try:
             notes = json.loads(path.read_text())
             whole = notes.pop('notes_sha256') == _checksum(notes)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DvinvError(f'The sidecar {path} is damaged; {self._way_out(number)}.') from error
+            self._refuse(number, f'The sidecar {path} is damaged', error)
         if not whole:
-            raise DvinvError(
-                f'The sidecar {path} is damaged (its notes_sha256 is not the one written); {self._way_out(number)}.'
-            )
+            self._refuse(number, f'The sidecar {path} is damaged (its notes_sha256 is not the one written)')
         if self._digest and notes['teacher'] != self._digest:
             raise DvinvError(
                 f'The pool {self.folder} was made from another teacher (digest {notes["teacher"][:12]}, not '
@@ -84,9 +98,9 @@ class ImagePool:
         """{'images', 'labels', 'logits'} of a shard, checked against its sha256.
 
         Raises:
-          DvinvError: the shard is missing, truncated or changed.
+          DamagedError: the shard is missing, truncated or changed.
         """
-        self._check(number)
+        self.check(number)
         with np.load(self._shard(number), allow_pickle=False) as arrays:
             return dict(arrays)
 
@@ -94,13 +108,13 @@ class ImagePool:
         """'images', 'labels' or 'logits' of all shards in order, read as they are asked for; each shard is checked once.
 
         Raises:
-          DvinvError: the pool is empty or a shard is bad.
+          DvinvError: the pool is empty or a shard is damaged.
+          SystemExit: SIGTERM came.
         """
         numbers = self.finished()
         for number in numbers:
-            if number not in self._checked:
-                self._check(number)
-                self._checked.add(number)
+            preemption.leave_if_asked()
+            self.check(number)
         return Rows([self._shard(number) for number in numbers], name)
 
     @property
@@ -108,23 +122,39 @@ class ImagePool:
         """Of the teacher."""
         return self.rows('logits').shape[1]
 
-    def _check(self, number: int) -> None:
-        """Refuse a shard that is missing, truncated or changed."""
+    def check(self, number: int) -> None:
+        """Look whether a shard is as it was written.
+
+        Raises:
+          DamagedError: it is missing, truncated or changed.
+        """
         path, notes = self._shard(number), self.notes(number)
         if not path.exists():
-            raise DvinvError(f'The shard {path} is missing, though its sidecar is there; {self._way_out(number)}.')
+            self._refuse(number, f'The shard {path} is missing, though its sidecar is there')
+        about = path.stat()
+        state = str(path.resolve()), about.st_size, about.st_mtime_ns
+        if state in _sound:
+            return
         if sha256_of(path) != notes['sha256']:
-            raise DvinvError(
-                f'The shard {path} is damaged (truncated, or a byte changed: its sha256 is not the one '
-                f'written); {self._way_out(number)}.'
-            )
+            what = 'truncated, or a byte changed: its sha256 is not the one written'
+            self._refuse(number, f'The shard {path} is damaged ({what})')
+        _sound.add(state)
+
+    def _refuse(self, number: int, what: str, cause: Exception | None = None) -> NoReturn:
+        sidecar = self._shard(number).with_suffix('.json')
+        if self._ours:
+            aside = self.folder / 'quarantine'
+            aside.mkdir(exist_ok=True)
+            for path in (sidecar, self._shard(number)):  # without its sidecar it counts as missing
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(path, aside / path.name)
+            way_out = f'it was put aside, into {aside}; run the same command again: it makes this shard anew'
+        else:
+            way_out = f'delete {sidecar.name} and run the command that made the pool again: it makes this shard anew'
+        raise DamagedError(f'{what}; {way_out}.') from cause
 
     def _shard(self, number: int) -> Path:
         return self.folder / f'shard-{number:06d}.npz'
-
-    def _way_out(self, number: int) -> str:
-        sidecar = self._shard(number).with_suffix('.json')
-        return f'delete {sidecar.name} and run the command that made the pool again: it makes this shard anew'
 
 
 def _dumps(sidecar: dict) -> bytes:

@@ -43,7 +43,7 @@ def config_of_step(config, role: int, step: int) -> ml_collections.ConfigDict:
 def images_against(config, workdir: Workdir, teacher: Teacher, learner: Learner) -> ImagePool:
     """The finished pool of a step, from the whole `teacher`, against the network just pruned: `learner`, at its start."""
     config, name = config_of_step(config, learner.role, learner.part), f'pruned_{learner.part}'
-    pool = ImagePool(workdir.path / 'pools' / name, teacher.digest())
+    pool = ImagePool(workdir.path / 'pools' / name, teacher.digest(), ours=True)
     if missing := missing_batches(config, pool):
         student_fn = apply_fn_of(module_of(learner.about))
         with Synthesizer(

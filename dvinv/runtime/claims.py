@@ -7,11 +7,15 @@ from dvinv.errors import DvinvError
 from dvinv.runtime.processes import Processes
 
 
+class OccupiedError(DvinvError):
+    """The place of this process is taken, or the run under way is not one that has it."""
+
+
 def claim(folder: Path, processes: Processes) -> list:
     """Lock `folder` for this process; returns open files, which hold the locks until they are closed.
 
     Raises:
-      DvinvError: a process of the same number is running there, or processes of another count.
+      OccupiedError: a process of the same number is running there, or processes of another count.
     """
     held = []
     try:
@@ -29,7 +33,7 @@ def _own(folder: Path, processes: Processes):
     if not _locked(file, fcntl.LOCK_EX):
         file.close()
         who = 'Another process' if processes.leader else f'Another process {processes.index} of {processes.count}'
-        raise DvinvError(f'{who} is running in {folder}; wait for it, or choose another --workdir.')
+        raise OccupiedError(f'{who} is running in {folder}; wait for it, or choose another --workdir.')
     return file
 
 
@@ -45,7 +49,7 @@ def _count(folder: Path, processes: Processes):
         file.seek(0)
         theirs = file.read()
         if theirs != mine:
-            raise DvinvError(
+            raise OccupiedError(
                 f'A run of {theirs.decode()} processes is under way in {folder}, and this one is of {processes.count}; stop '
                 'the others first.'
             )

@@ -10,7 +10,8 @@ from tqdm import tqdm
 class Progress:
     """Counts towards `total`; a context manager.
 
-    On a terminal a bar that is drawn over; elsewhere (a log file, a pod) a line at most every `every` seconds.
+    On a terminal a bar that is drawn over; elsewhere (a log file, a pod) a line at most every `every` seconds. `brief`: no
+    word of what was done in less.
     """
 
     def __init__(
@@ -19,11 +20,12 @@ class Progress:
         total: int,
         done: int = 0,
         every: float = 10.0,
+        brief: bool = False,
         stream=None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._title, self._total, self._first, self._done = title, total, done, done
-        self._every, self._stream, self._clock = every, stream or sys.stderr, clock
+        self._every, self._brief, self._stream, self._clock = every, brief, stream or sys.stderr, clock
         self._start = self._last = clock()
         terminal = getattr(self._stream, 'isatty', lambda: False)()
         self._bar = (
@@ -31,6 +33,12 @@ class Progress:
             if terminal
             else None
         )
+
+    def pass_over(self, count: int) -> None:
+        """Of what the next update tells, so much was done before this process: it took none of the time."""
+        self._first += count
+        if self._bar is not None:
+            self._bar.initial += count
 
     def update(self, done: int, **values: float) -> None:
         """Now `done` of the total; `values` are shown beside it."""
@@ -51,8 +59,9 @@ class Progress:
     def __exit__(self, kind, *_):
         if self._bar is not None:
             self._bar.close()
-        if kind is None and self._done >= self._total:
-            self._print(f'done, {self._total} in {duration(self._clock() - self._start)}')
+        seconds = self._clock() - self._start
+        if kind is None and self._done >= self._total and not (self._brief and seconds < self._every):
+            self._print(f'done, {self._total} in {duration(seconds)}')
 
     def _print(self, text: str) -> None:
         print(f'{self._title}: {text}'.rstrip(), file=self._stream, flush=True)

@@ -26,7 +26,7 @@ def wait_for(workdir: Workdir, ready: Callable[[], bool], what: Callable[[], str
     begin, told = time.monotonic(), None
     while not ready():
         preemption.leave_if_asked()
-        if failed := workdir.failures():
+        if failed := workdir.mistakes.heard():
             index, sentence = next(iter(failed.items()))
             raise DvinvError(f'Process {index} has ended with a mistake: {sentence}')
         now = time.monotonic()

@@ -1,13 +1,12 @@
 """The work directory of a run: its config, results, lock and clock.
 
-    config.json  results.json  metrics.jsonl  times.json  report.html
+    config.json  versions.json  results.json  metrics.jsonl  times.json  report.html
     checkpoints/  networks/  pool/  pools/  controls/  samples/  pruning/
 
 The same command resumes; another config is refused. Several processes share it: number 0, the leader, keeps all of it; the
 others add batches to the pool, and their measurements to files of their own that the leader gathers.
 """
 
-import contextlib
 import json
 import time
 from pathlib import Path
@@ -18,7 +17,9 @@ from dvinv.errors import DvinvError, listed
 from dvinv.runtime.claims import claim
 from dvinv.runtime.files import disk_full_told, write_atomic
 from dvinv.runtime.metrics import Metrics
+from dvinv.runtime.mistakes import Mistakes
 from dvinv.runtime.processes import ALONE, Processes
+from dvinv.runtime.versions import record, recorded_at
 
 # Keys that a resumed run may change, since no result depends on them (on verifiers the report alone, made anew each time).
 EXEMPT = ('tasks', 'devices', 'logging', 'verifiers')
@@ -58,6 +59,8 @@ class Workdir:
       path: the folder.
       processes: which of them this one is.
       metrics: this process's measurements.
+      mistakes: what it hears of the other processes.
+      leader_was_here: when the leader last left its versions, before this process opened the work directory; 0: never.
 
     Raises:
       DvinvError: it holds a run with another config (names the keys), another process runs in it, or its config.json is
@@ -79,10 +82,11 @@ class Workdir:
             self.metrics = Metrics(self.path / name, on_append=self.tick)
             self._times = self.read_json('times.json', {})
             self._started, self._written = {}, 0.0
-            self._failure(processes.index).unlink(missing_ok=True)
-            self._old_failures = self._failures()
+            self.mistakes = Mistakes(self.path, processes)
+            self.leader_was_here = recorded_at(self.path)
             if processes.leader:
                 write_atomic(self.path / 'config.json', _dumps(plain(config)))
+                record(self.path)
         except BaseException:
             self.close()
             raise
@@ -149,28 +153,6 @@ class Workdir:
         """Called with every measurement and now and then in long work, so that a kill loses little of the time spent."""
         if task in self._started and time.monotonic() - self._written > 2:
             self.wall_seconds(task)
-
-    def fail(self, sentence: str) -> None:
-        """Let the other processes know that this one has ended with a mistake, and will not come back by itself."""
-        if self.processes.count > 1:
-            with contextlib.suppress(DvinvError):  # of a full disk they hear by themselves
-                write_atomic(self._failure(self.processes.index), sentence.encode())
-
-    def failures(self) -> dict[int, str]:
-        """{process: sentence} of those that have ended with a mistake since this work directory was opened."""
-        new = {index: time for index, time in self._failures().items() if self._old_failures.get(index) != time}
-        return {index: self._failure(index).read_text() for index in new}
-
-    def _failures(self) -> dict[int, int]:
-        """{process: when, as the file system tells} of all that are noted here."""
-        found = {}
-        for index in range(self.processes.count):
-            with contextlib.suppress(FileNotFoundError):
-                found[index] = self._failure(index).stat().st_mtime_ns
-        return found
-
-    def _failure(self, index: int) -> Path:
-        return self.path / f'.failed-{index}'
 
     def close(self) -> None:
         """Let other processes in."""
