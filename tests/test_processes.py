@@ -97,6 +97,15 @@ def test_only_the_leader_writes_the_config(tmp_path):
         Workdir(tmp_path, ml_collections.ConfigDict({'seed': 1}), Processes(1, 2))
 
 
+def test_who_comes_before_the_leader_with_another_config_is_refused_when_it_has_come(tmp_path, monkeypatch):
+    monkeypatch.setattr(waiting, 'POLL', 0.001)
+    other = ml_collections.ConfigDict({'seed': 1})
+    early = Workdir(tmp_path, other, Processes(1, 2))
+    Workdir(tmp_path, CONFIG, LEADER).close()
+    with contextlib.closing(early), pytest.raises(DvinvError, match=r'another config: seed \(0 there, 1 here\)'):
+        sharing.await_run(other, early)
+
+
 def fail(folder, mine, error):
     with pytest.raises(type(error)), told(folder, mine):
         raise error
