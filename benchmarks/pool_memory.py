@@ -1,9 +1,10 @@
-"""Memory of the host while a pool grows: one run of a config, looked at from outside.
+"""Memory of the host while a pool grows, and while what follows reads it: one run of a config, looked at from outside.
 
     python benchmarks/pool_memory.py --images 1000 50000 -- --config configs/digits.py --config.synthesis.batch_size=500 \\
       "--config.synthesis.stages[0].iterations=2" --config.distillation.controls="()"
 
-Resident memory of the process while its pool holds so many images, and the most once it is whole. Linux only.
+Resident memory of the process while its pool holds so many images, and the most in every task once it is whole: in
+`synthesis` while its images are judged, in `distillation` while a student learns from them. Linux only.
 """
 
 import argparse
@@ -23,31 +24,41 @@ def main() -> None:
     parser.add_argument('flags', nargs='+', help='of dvinv.main, after --')
     arguments = parser.parse_args()
     small, large = arguments.images
-    with tempfile.TemporaryDirectory() as workdir:
-        more = ['--workdir', workdir, f'--config.synthesis.images={large}']
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = Path(folder)
+        more = ['--workdir', folder, f'--config.synthesis.images={large}']
         with subprocess.Popen(
             [sys.executable, '-m', 'dvinv.main', *arguments.flags, *more], stdout=subprocess.DEVNULL
         ) as process:
-            seen = []  # (images in the pool, MB)
+            growing, whole = {}, {}  # {images in the pool: [MB, ...]}, {task: the most MB}
             while process.poll() is None:
-                seen.append((images_in(Path(workdir) / 'pool'), resident_mb(process.pid)))
+                images, task, mb = images_in(workdir / 'pool'), running(workdir), resident_mb(process.pid)
+                if images < large:
+                    growing.setdefault(images, []).append(mb)
+                else:
+                    whole[task] = max(mb, whole.get(task, 0))
                 time.sleep(0.2)
     if process.returncode:
         sys.exit(f'pool_memory: the run ended with status {process.returncode}')
-    at = {}
-    for images, mb in seen:
-        at.setdefault(images, []).append(mb)
     points = [small + (large - small) * i // 5 for i in range(5)]
-    nearest = {point: min(at, key=lambda images: abs(images - point)) for point in points}
-    curve = {images: round(sum(at[images]) / len(at[images])) for images in nearest.values()}
-    most = round(max(mb for images, mb in seen if images == large))  # with the last batch, distillation and report
-    print(json.dumps({'mb_while_the_pool_has': curve, 'most_mb_with_the_whole': most}))
+    nearest = {min(growing, key=lambda images: abs(images - point)) for point in points}
+    curve = {images: round(sum(growing[images]) / len(growing[images])) for images in sorted(nearest)}
+    most = {task: round(mb) for task, mb in whole.items()}
+    print(json.dumps({'mb_while_the_pool_has': curve, 'most_mb_with_the_whole_in': most}))
 
 
 def images_in(pool: Path) -> int:
     """How many the finished shards have."""
     shards = sorted(pool.glob('shard-*.json'))
     return len(shards) * json.loads(shards[0].read_text())['images'] if shards else 0
+
+
+def running(workdir: Path) -> str:
+    """The first task of the run that has no results yet; the last, the report, never has any."""
+    config, results = (workdir / name for name in ('config.json', 'results.json'))
+    tasks = json.loads(config.read_text())['tasks'] if config.exists() else ['']
+    finished = json.loads(results.read_text()) if results.exists() else {}
+    return next((task for task in tasks if task not in finished), tasks[-1])
 
 
 def resident_mb(pid: int) -> float:

@@ -8,6 +8,9 @@
 #
 # WORKDIR must be a folder that all hosts see under one path: a Filestore (NFS) share, mounted by `setup` where NFS names
 # it (NFS=10.0.0.2:/share, at /mnt/dvinv). A bucket will not do: it has no locks.
+# `run` holds an ssh connection to every host: start it in tmux, or on a machine that stays up. Where one breaks, the process
+# there ends at the next line it prints, within seconds, or a while later if the host is slow to notice. End `run` then; the
+# same command goes on from what was saved, and is refused for as long as a process of before is still running.
 # VERSION is the TPU software (default tpu-ubuntu2204-base), CREATE further flags of gcloud, such as --spot.
 # JOINED=1 with `run` makes one slice of all hosts, for bn_stats=global: one batch is split over all chips.
 # CHIPS is how the chips of a host are laid out (2,2,1 for v2 to v5p with four; 2,4,1 for eight).

@@ -50,6 +50,15 @@ def test_tensorflow_datasets_reads_it_without_tensorflow(pool, tmp_path):
     assert json.loads((out / 'synthesized' / '1.0.0' / 'dataset_info.json').read_text())['fileFormat'] == 'array_record'
 
 
+def test_an_older_export_is_not_taken_for_that_of_a_pool_that_has_grown(pool, tmp_path):
+    flags = ['--pool', str(pool.folder), '--to', 'tfds', '--out', str(tmp_path / 'out')]
+    for _ in range(2):  # one of as many images is kept
+        export.main(flags)
+    pool.write(2, pool.read(0)['images'], np.arange(6), np.zeros((6, 11), np.float32), {})
+    with pytest.raises(DvinvError, match=r'synthesized/1\.0\.0 has 12 images, and the pool .* has 18: delete that folder'):
+        export.main(flags)
+
+
 def test_a_pool_that_is_not_there_is_told(tmp_path):
     with pytest.raises(DvinvError, match=r'There is no image in the pool .*none'):
         export.main(['--pool', str(tmp_path / 'none'), '--to', 'folders', '--out', str(tmp_path)])

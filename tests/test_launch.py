@@ -1,9 +1,11 @@
 """The scripts in launch/, with recording stand-ins for Python, srun, scontrol and gcloud."""
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,9 +19,10 @@ CALL = '-m dvinv.main --config configs/digits.py --workdir runs/a b --config.see
 
 @pytest.mark.parametrize('script', sorted({*LAUNCH.iterdir()} - {*LAUNCH.glob('*.ipynb')}), ids=lambda path: path.name)
 def test_scripts_are_sound(script):
-    subprocess.run(['bash', '-n', script], check=True)
-    if shutil.which('shellcheck'):
-        subprocess.run(['shellcheck', script], check=True)
+    shellcheck = shutil.which('shellcheck', path=f'{Path(sys.executable).parent}:{os.environ["PATH"]}')
+    assert shellcheck, "there is no shellcheck: pip install -e '.[test]'"
+    run = subprocess.run([shellcheck, script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def launch(tmp_path: Path, statuses: list[int], *arguments: str) -> tuple[int, list[str]]:
@@ -71,15 +74,16 @@ def test_missing_arguments_are_told(tmp_path, arguments):
 # Several processes
 
 
-def _several(tmp_path: Path, body: str) -> subprocess.Popen:
-    """Three processes, of which each notes its number and how many there are."""
+def _started(tmp_path: Path, body: str, count: int = 3) -> subprocess.Popen:
+    """So many processes, of which each notes its number and how many there are; 0: one, as without -n."""
     python = _stand_in(tmp_path, 'python', body, '$DVINV_PROCESS $DVINV_PROCESSES "$@"')
     environment = {**os.environ, 'PYTHON': python, 'DELAY': '0'}
-    return subprocess.Popen(['bash', SCRIPT, '-n', '3', *RUN], env=environment, stderr=subprocess.DEVNULL)
+    several = ['-n', str(count)] if count else []
+    return subprocess.Popen(['bash', SCRIPT, *several, *RUN], env=environment, stderr=subprocess.DEVNULL)
 
 
 def test_each_of_several_processes_knows_its_number(tmp_path):
-    assert _several(tmp_path, '').wait() == 0
+    assert _started(tmp_path, '').wait() == 0
     assert sorted(_calls(tmp_path)) == [f'{index} 3 {CALL}' for index in range(3)]
 
 
@@ -97,7 +101,7 @@ def test_several_processes_meet_at_one_port(tmp_path):
 def test_one_of_several_that_dies_comes_back_alone(tmp_path):
     died = tmp_path / 'died'
     body = f'if [ $DVINV_PROCESS = 1 ] && [ ! -e {died} ]; then touch {died}; kill -KILL $$; fi'
-    assert _several(tmp_path, body).wait() == 0
+    assert _started(tmp_path, body).wait() == 0
     assert sorted(call[0] for call in _calls(tmp_path)) == ['0', '1', '1', '2']
 
 
@@ -105,37 +109,41 @@ WAITS = 'trap "exit 143" TERM; for i in $(seq 600); do sleep 0.05; done'
 
 
 def test_a_mistake_of_one_ends_all(tmp_path):
-    assert _several(tmp_path, f'[ $DVINV_PROCESS != 2 ] || {{ sleep 0.3; exit 1; }}\n{WAITS}').wait(20) == 1
+    assert _started(tmp_path, f'[ $DVINV_PROCESS != 2 ] || {{ sleep 0.3; exit 1; }}\n{WAITS}').wait(20) == 1
     assert len(_calls(tmp_path)) == 3
 
 
-def test_sigterm_reaches_all(tmp_path):
-    script = _several(tmp_path, f'{WAITS.split(";")[0]}; touch {tmp_path}/ready-$DVINV_PROCESS; {WAITS}')
-    while len([*tmp_path.glob('ready-*')]) < 3:
+@pytest.mark.parametrize('count', [0, 3], ids=['without -n', '-n 3'])
+def test_sigterm_reaches_all(tmp_path, count):
+    script = _started(tmp_path, f'{WAITS.split(";")[0]}; touch {tmp_path}/ready-$DVINV_PROCESS; {WAITS}', count)
+    while len([*tmp_path.glob('ready-*')]) < max(1, count):
         time.sleep(0.01)
     script.send_signal(signal.SIGTERM)
     assert script.wait(20) == 143
-    assert len(_calls(tmp_path)) == 3
+    assert len(_calls(tmp_path)) == max(1, count)
 
 
 # SLURM
 
 
-@pytest.mark.parametrize(('status', 'again'), [(0, False), (1, False), (143, True)])
-def test_slurm_runs_local_sh_a_task_and_queues_again_what_was_ended(tmp_path, status, again):
+@pytest.mark.parametrize(('status', 'again', 'cpus'), [(0, False, 'unset'), (1, False, '8'), (143, True, '8')])
+def test_slurm_runs_local_sh_a_task_and_queues_again_what_was_ended(tmp_path, status, again, cpus):
+    """A task has the CPUs that sbatch was asked for: srun takes them from SRUN_CPUS_PER_TASK."""
     for name in ('srun', 'scontrol'):
-        _stand_in(tmp_path, name, f'exit {status}' if name == 'srun' else '', f'{name} "$@"')
+        words = f'{name} ${{SRUN_CPUS_PER_TASK-unset}} "$@"'
+        _stand_in(tmp_path, name, f'exit {status}' if name == 'srun' else '', words)
     environment = {
         **os.environ,
         'PATH': f'{tmp_path}:{os.environ["PATH"]}',
         'SLURM_SUBMIT_DIR': '/there',
         'SLURM_JOB_ID': '17',
+        **({'SLURM_CPUS_PER_TASK': '8'} if cpus == '8' else {}),
     }
     run = subprocess.run(['bash', LAUNCH / 'slurm.sbatch', *RUN], env=environment)
     assert run.returncode == status
     first, *more = _calls(tmp_path)
-    assert first == f'srun --kill-on-bad-exit=0 bash /there/launch/local.sh {" ".join(RUN)}'
-    assert more == (['scontrol requeue 17'] if again else [])
+    assert first == f'srun {cpus} --kill-on-bad-exit=0 bash /there/launch/local.sh {" ".join(RUN)}'
+    assert more == ([f'scontrol {cpus} requeue 17'] if again else [])
 
 
 def test_slurm_is_asked_for_a_requeue_and_a_signal():
@@ -177,12 +185,19 @@ def test_a_pod_is_set_up_on_all_hosts(tmp_path):
     assert status == 0
     assert all('--worker=all' in call and '--zone=zone-a' in call for call in calls)
     assert [call.split()[3] for call in calls] == ['ssh', 'scp', 'ssh', 'ssh']
-    assert calls[1].endswith('pod:dvinv/')
+    *copied, target = shlex.split(calls[1])[7:]
+    assert target == 'pod:dvinv/'
+    assert {'dvinv', 'configs', 'launch', 'pyproject.toml'} <= {Path(path).name for path in copied}
+    assert all(Path(path).exists() for path in copied)
     assert 'mount' in calls[2]
     assert 'dvinv[tpu]' in calls[3]
+    (tmp_path / 'calls').unlink()
+    assert not any('mount' in call for call in _tpu(tmp_path, 'setup')[1])
 
 
-@pytest.mark.parametrize(('variables', 'bounds'), [({'CHIPS': '2,4,1'}, '2,4,1'), ({'JOINED': '1'}, '')])
+@pytest.mark.parametrize(
+    ('variables', 'bounds'), [({}, '1,1,1 2,2,1 0'), ({'CHIPS': '2,4,1'}, '1,1,1 2,4,1 0'), ({'JOINED': '1'}, '- - -')]
+)
 def test_each_host_of_a_pod_asks_who_it_is(tmp_path, variables, bounds):
     """The command that the hosts are given, run here as the second of four."""
     status, calls = _tpu(tmp_path, 'run', *RUN, **variables)
@@ -200,7 +215,8 @@ def test_each_host_of_a_pod_asks_who_it_is(tmp_path, variables, bounds):
         home / 'dvinv-env' / 'bin',
         'python',
         '',
-        '$DVINV_PROCESS $DVINV_PROCESSES $DVINV_COORDINATOR "$TPU_CHIPS_PER_PROCESS_BOUNDS" "$@"',
+        '$DVINV_PROCESS $DVINV_PROCESSES $DVINV_COORDINATOR '
+        '${TPU_PROCESS_BOUNDS--} ${TPU_CHIPS_PER_PROCESS_BOUNDS--} ${CLOUD_TPU_TASK_ID--} "$@"',
     )
     environment = {**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'HOME': str(home)}
     subprocess.run(['bash', '-c', remote], env=environment, check=True)

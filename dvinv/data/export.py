@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from dvinv.data.pool import ImagePool
+from dvinv.errors import DvinvError
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.progress import Progress
 
@@ -31,11 +32,11 @@ def to_tfds(pool: ImagePool, folder: Path) -> None:
     `tfds.builder_from_directory(that).as_data_source('train')` reads it, without TensorFlow. One that is there is kept.
 
     Raises:
-      DvinvError: as `to_folders`.
+      DvinvError: as `to_folders`; or one is there that has not as many images as the pool, which has grown since.
     """
     import tensorflow_datasets as tfds  # takes a second, and nothing else here needs it
 
-    shape, classes = pool.rows('images').shape[1:], pool.num_classes
+    (count, *shape), classes = pool.rows('images').shape, pool.num_classes
 
     with tfds.core.registered.skip_registration():  # it is nobody else's business, and there may be several
 
@@ -45,7 +46,7 @@ def to_tfds(pool: ImagePool, folder: Path) -> None:
             VERSION = tfds.core.Version('1.0.0')
 
             def _info(self):
-                image = tfds.features.Image(shape=shape, encoding_format='png')
+                image = tfds.features.Image(shape=tuple(shape), encoding_format='png')
                 label = tfds.features.ClassLabel(num_classes=classes)
                 features = tfds.features.FeaturesDict({'image': image, 'label': label})
                 return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=('image', 'label'))
@@ -58,7 +59,13 @@ def to_tfds(pool: ImagePool, folder: Path) -> None:
                 for name, pixels, label in _pictures(pool, 'tfds'):
                     yield name, {'image': _png(pixels), 'label': label}
 
-    Synthesized(data_dir=folder, file_format='array_record').download_and_prepare()
+    builder = Synthesized(data_dir=folder, file_format='array_record')
+    if 'train' in builder.info.splits and (there := builder.info.splits['train'].num_examples) != count:
+        raise DvinvError(
+            f'{builder.data_path} has {there} images, and the pool {pool.folder} has {count}: delete that folder to export '
+            'the pool anew, or choose another --out.'
+        )
+    builder.download_and_prepare()
 
 
 def _pictures(pool: ImagePool, what: str) -> Iterator[tuple[str, np.ndarray, int]]:
