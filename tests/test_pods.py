@@ -10,7 +10,7 @@ from smoke import flip, lasting, smoke_config, synthesis_config
 
 from dvinv import pipeline, seeds, worker
 from dvinv.errors import DvinvError
-from dvinv.runtime import waiting
+from dvinv.runtime import mistakes, waiting
 from dvinv.runtime.processes import Processes
 
 COUNT = 2
@@ -82,10 +82,8 @@ def threads(monkeypatch):
 
     def threads(config, workdir, count=COUNT):
         with concurrent.futures.ThreadPoolExecutor(count) as pool:
-            running = [
-                pool.submit(pipeline.run, config, workdir, Processes(index, count)) for index in reversed(range(count))
-            ]
-            return [future.result() for future in running][-1]
+            running = [pool.submit(pipeline.run, config, workdir, Processes(index, count)) for index in range(count)]
+            return [future.result() for future in running][0]
 
     return threads
 
@@ -111,10 +109,11 @@ def test_an_adaptive_pool_is_that_of_one_process(threads, tmp_path):
 
 
 def test_what_ends_one_process_ends_those_that_wait_for_it(threads, tmp_path, monkeypatch):
-    def leader_alone(config, workdir):
+    def out_of_memory(config, workdir):
         raise RuntimeError('out of memory')
 
-    monkeypatch.setattr(worker, 'run', leader_alone)
+    monkeypatch.setattr(worker, 'run', out_of_memory)
+    monkeypatch.setattr(mistakes, 'PATIENCE', 0.0)  # whichever comes first
     with pytest.raises(DvinvError, match=r'Process 1 has ended with a mistake: RuntimeError: out of memory'):
         threads(_config(), tmp_path)
 
