@@ -83,7 +83,8 @@ def threads(monkeypatch):
     def threads(config, workdir, count=COUNT):
         with concurrent.futures.ThreadPoolExecutor(count) as pool:
             running = [pool.submit(pipeline.run, config, workdir, Processes(index, count)) for index in range(count)]
-            return [future.result() for future in running][0]
+            concurrent.futures.wait(running)
+            return running[0].result()
 
     return threads
 
