@@ -1,8 +1,10 @@
 """Which of several processes this one is, and who may run in one work directory."""
 
 import itertools
+import types
 
 import ml_collections
+import numpy as np
 import pytest
 
 from dvinv.errors import DvinvError
@@ -106,4 +108,27 @@ def test_who_waits_hears_of_a_mistake_in_another_process_but_not_of_an_old_one(t
     leader.close()
     Workdir(tmp_path, CONFIG, Processes(0, 2)).close()  # came back: forgotten
     assert other.failures() == {}
+    other.close()
+
+
+def test_looks_that_take_long_are_few_but_a_mistake_is_heard_at_once(tmp_path, monkeypatch):
+    now, looks, leader = [0.0], [], Workdir(tmp_path, CONFIG, Processes(0, 2))
+    other = Workdir(tmp_path, CONFIG, Processes(1, 2))
+
+    def look():
+        looks.append(now[0])
+        now[0] += 2.0
+        return False
+
+    def sleep(seconds):
+        now[0] += seconds
+        if len(looks) == 3 and now[0] > 50:
+            leader.fail('The disk is full.')
+
+    monkeypatch.setattr(waiting, 'time', types.SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    with pytest.raises(DvinvError, match='The disk is full'):
+        wait_for(other, look, lambda: 'the pool')
+    assert np.diff(looks) == pytest.approx(2.0 / waiting.SHARE, abs=waiting.POLL)
+    assert now[0] <= 50 + 2 * waiting.POLL
+    leader.close()
     other.close()
