@@ -56,9 +56,15 @@ class Metrics:
             return (entry['task'], entry['series']) != (task, series) or wanted(entry)
 
         with self._open() as file:
-            if not all(map(stays, file)):
-                file.seek(0)
-                write_atomic(self._path, filter(stays, file))
+            intact = 0  # lines before the first that goes
+            for line in file:
+                if not stays(line):
+                    break
+                intact += 1
+            else:
+                return
+            file.seek(0)
+            write_atomic(self._path, itertools.chain(itertools.islice(file, intact), filter(stays, file)))
 
     def gather(self, others: list['Metrics'], task: str, series: str, batches: list[int]) -> None:
         """Take over what other processes have measured of these batches; the series then goes on in order of batches."""
