@@ -1,7 +1,7 @@
 """The task `report`: the whole run on one self-contained page, from what the other tasks left in the work directory."""
 
 import json
-from statistics import fmean
+from collections.abc import Iterable
 
 from dvinv.configuration import TASKS
 from dvinv.continual.section import continual_section, continual_tiles
@@ -14,6 +14,7 @@ from dvinv.quality import figures_of_sets, quality_table
 from dvinv.quantization.section import quantization_section
 from dvinv.runtime.charts import line_chart
 from dvinv.runtime.files import write_atomic
+from dvinv.runtime.metrics import Metrics
 from dvinv.runtime.page import Picture, Section, Table, Tile, number, percent, render
 from dvinv.runtime.pictures import class_grid, shown_classes
 from dvinv.runtime.workdir import Workdir, open_workdir, plain
@@ -50,7 +51,7 @@ STUDENTS = {
 def run(config, workdir) -> None:
     """Write report.html; tasks that have not run are left out of it."""
     workdir = open_workdir(workdir, config)
-    results, lines = workdir.results, workdir.metrics.read()
+    results = workdir.results
     summary, sections = 'No images have been synthesized yet.', []
     if 'synthesis' in results:
         teacher = load(config, workdir)
@@ -58,10 +59,10 @@ def run(config, workdir) -> None:
         method = pool.notes(pool.finished()[0])['config']['method']  # an existing pool's need not be the config's
         summary = _summary(results, *METHODS[method])
         pools = {'synthesized': pool, **_controls(workdir, teacher)}
-        sections.append(_synthesis(pools, method, results['synthesis'], lines))
+        sections.append(_synthesis(pools, method, results['synthesis'], workdir.metrics))
         sections.append(_quality(config, workdir, teacher, pools))
     if 'distillation' in results:
-        sections.append(_distillation(config, results, lines))
+        sections.append(_distillation(config, results, workdir.metrics))
     if 'pruning' in results:
         sections.append(pruning_section(workdir, results['pruning']))
     if 'continual' in results:
@@ -129,7 +130,7 @@ def _tiles(results: dict) -> list[Tile]:
     return tiles
 
 
-def _synthesis(pools: dict[str, ImagePool], method: str, made: dict, lines: list[dict]) -> Section:
+def _synthesis(pools: dict[str, ImagePool], method: str, made: dict, metrics: Metrics) -> Section:
     table = Table(
         ('', 'value'),
         [
@@ -147,7 +148,7 @@ def _synthesis(pools: dict[str, ImagePool], method: str, made: dict, lines: list
     )
     pictures = [_grid(pools['synthesized'], 'The first images of each class; rows are classes.', wide=True)]
     pictures += [_grid(pools[control], caption) for control, caption in CONTROLS.items() if control in pools]
-    charts = _inversions(method, made['rounds'], _series(lines, 'synthesis', method))
+    charts = _inversions(method, made['rounds'], metrics)
     return Section('Synthesis', tables=[table], charts=charts, pictures=pictures)
 
 
@@ -167,21 +168,22 @@ def _controls(workdir: Workdir, teacher: Teacher) -> dict[str, ImagePool]:
     return {name: pool for name, pool in pools.items() if pool.numbers()}
 
 
-def _inversions(method: str, rounds: int, lines: list[dict]) -> list[str]:
+def _inversions(method: str, rounds: int, metrics: Metrics) -> list[str]:
     """Charts of what the inversions of this run told: nothing where the pool was there already, or is noise."""
-    if not lines:
+    curves = _curves(metrics.lines('synthesis', method), TERMS)
+    if not any(steps for steps, _ in curves.values()):
         return []
-    curves = {name: _curve(lines, term) for term, name in TERMS.items()}
-    charts = [_losses(curves, 'Loss terms, mean over batches, before weighting', 'iteration', 'value')]
+    named = {TERMS[term]: curve for term, curve in curves.items()}
+    charts = [_losses(named, 'Loss terms, mean over batches, before weighting', 'iteration', 'value')]
     if method == 'adaptive' and rounds > 1:
-        last = max(line['step'] for line in lines)
-        ends = [line for line in lines if line['step'] == last]
-        curves = {TERMS[term]: _curve(ends, term, 'batch') for term in ('feature', 'competition')}
-        charts.append(_losses(curves, 'Loss terms at the end of each batch, before weighting', 'batch', 'value'))
+        last = max(step for steps, _ in curves.values() for step in steps)
+        ends = (line for line in metrics.lines('synthesis', method) if line['step'] == last)
+        named = {TERMS[term]: curve for term, curve in _curves(ends, ('feature', 'competition'), 'batch').items()}
+        charts.append(_losses(named, 'Loss terms at the end of each batch, before weighting', 'batch', 'value'))
     return charts
 
 
-def _distillation(config, results: dict, lines: list[dict]) -> Section:
+def _distillation(config, results: dict, metrics: Metrics) -> Section:
     taught = results['distillation']
     students = {name: STUDENTS[name] for name in STUDENTS if name == 'student' or name in config.distillation.controls}
     rows = [
@@ -199,7 +201,7 @@ def _distillation(config, results: dict, lines: list[dict]) -> Section:
         caption=f'The same student ({taught["parameters"]:,} parameters, {taught["parameters_ratio"]:.2f} of the '
         f"teacher's), {taught['updates']:,} updates each{hints}; last update, never the best.",
     )
-    curves = {label: _curve(_series(lines, 'distillation', name), 'loss') for name, label in students.items()}
+    curves = {label: _curves(metrics.lines('distillation', name), ['loss'])['loss'] for name, label in students.items()}
     title = f'Distillation loss, T² KL to the teacher{" and hints" if hinted else ""} on its own images'
     chart = _losses(curves, title, 'update', 'loss')
     tables, charts = _by_image_count(config.distillation.counts, taught)
@@ -252,17 +254,17 @@ def _grid(pool: ImagePool, caption: str, wide: bool = False) -> Picture:
     return Picture(class_grid(pool.rows('images'), labels, PER_CLASS), caption, shown_classes(labels), wide)
 
 
-def _series(lines: list[dict], task: str, series: str) -> list[dict]:
-    return [line for line in lines if (line['task'], line['series']) == (task, series)]
-
-
-def _curve(lines: list[dict], value: str, x: str = 'step') -> tuple[list, list]:
-    """(x, the mean of `value` there) over the lines that tell it, ascending in x."""
-    found = {}
+def _curves(lines: Iterable[dict], values: Iterable[str], x: str = 'step') -> dict[str, tuple[list, list]]:
+    """{value: (x, its mean there)} over the lines that tell it, ascending in x; none of the lines is held."""
+    totals = {value: {} for value in values}  # {value: {x: [sum, count]}}
     for line in lines:
-        if value in line:
-            found.setdefault(line[x], []).append(line[value])
-    return sorted(found), [fmean(found[position]) for position in sorted(found)]
+        for value in line.keys() & totals.keys():
+            total = totals[value].setdefault(line[x], [0.0, 0])
+            total[0] += line[value]
+            total[1] += 1
+    return {
+        value: (sorted(at), [at[position][0] / at[position][1] for position in sorted(at)]) for value, at in totals.items()
+    }
 
 
 def _losses(curves: dict[str, tuple[list, list]], *words: str) -> str:

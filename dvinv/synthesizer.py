@@ -85,10 +85,11 @@ class Synthesizer:
         self._classes = np.asarray(config.synthesis.classes or range(teacher.num_classes), np.int32)
         finished, missing = pool.numbers(), processes.share(missing_batches(config, pool))
         self._unfinished = UnfinishedBatches(workdir.path / 'checkpoints' / f'{task}-{series}', teacher.digest())
-        for number in finished:
+        for number in processes.share(finished) or finished[:1]:  # the leader reads all of them in the end
             pool.notes(number)  # refuses another teacher's pool
+        finished = {*finished}
         if self._keeps:
-            for number in processes.share({*finished} & {*self._unfinished.numbers()}):
+            for number in processes.share(finished & {*self._unfinished.numbers()}):
                 self._unfinished.drop(number)  # killed between the two
         if missing and self._keeps:
             workdir.metrics.keep(task, series, lambda line: line['batch'] in finished)

@@ -5,13 +5,18 @@ import contextlib
 import signal
 import time
 
+import factories
+import numpy as np
 import pytest
 from smoke import flip, lasting, smoke_config, synthesis_config
 
 from dvinv import pipeline, seeds, worker
+from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
 from dvinv.runtime import mistakes, waiting
 from dvinv.runtime.processes import Processes
+from dvinv.runtime.workdir import Workdir
+from dvinv.synthesizer import fill_pool
 
 COUNT = 2
 # XLA splits some sums by the number of its threads, which are as many as there are devices or cores, or NPROC.
@@ -138,6 +143,22 @@ def test_what_is_damaged_is_made_anew_while_all_are_there_and_when_they_are_gone
     for content in (expected, found):
         content['metrics.jsonl'] = sorted(content['metrics.jsonl'].splitlines())  # of what was made anew: at the end
     assert found == expected
+
+
+@pytest.mark.parametrize(('index', 'read'), [(0, [0]), (1, [1]), (2, [0])])  # the third has made none yet
+def test_a_pool_of_another_teacher_is_refused_by_each_process(tmp_path, monkeypatch, index, read):
+    for number in range(2):
+        ImagePool(tmp_path / 'pool', 'a' * 64).write(number, np.zeros((2, 8, 8, 1)), np.zeros(2), np.zeros((2, 10)), {})
+    asked, notes = [], ImagePool.notes
+    monkeypatch.setattr(ImagePool, 'notes', lambda pool, number: asked.append(number) or notes(pool, number))
+    config, teacher, mine = _config(synthesis__images=120), factories.own(), Processes(index, 3)
+    pool = ImagePool(tmp_path / 'pool', teacher.digest())
+    with (
+        contextlib.closing(Workdir(tmp_path / 'run', config, mine)) as workdir,
+        pytest.raises(DvinvError, match='was made from another teacher'),
+    ):
+        fill_pool(config, workdir, teacher, pool, 'noise', 'synthesis', 'noise', mine)
+    assert asked == read
 
 
 def test_more_processes_than_batches_and_a_pool_that_is_there(threads, tmp_path):

@@ -2,8 +2,10 @@
 
 import contextlib
 import itertools
+import types
 
 import ml_collections
+import numpy as np
 import pytest
 
 from dvinv import sharing
@@ -165,3 +167,25 @@ def test_versions_that_are_not_the_leaders_are_refused(tmp_path, monkeypatch, ca
     late = Workdir(tmp_path, CONFIG, Processes(1, 2))
     with contextlib.closing(late), pytest.raises(DvinvError, match='install the same versions everywhere'):
         sharing.await_run(CONFIG, late)
+
+
+def test_looks_that_take_long_are_few_but_a_mistake_is_heard_at_once(tmp_path, monkeypatch):
+    now, looks = [0.0], []
+    other = Workdir(tmp_path, CONFIG, Processes(1, 2))
+
+    def look():
+        looks.append(now[0])
+        now[0] += 2.0
+        return False
+
+    def sleep(seconds):
+        now[0] += seconds
+        if len(looks) == 3 and now[0] > 50:
+            fail(tmp_path, LEADER, DvinvError('The disk is full.'))
+
+    monkeypatch.setattr(waiting, 'time', types.SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    with pytest.raises(DvinvError, match='The disk is full'):
+        wait_for(other, look, lambda: 'the pool')
+    assert np.diff(looks) == pytest.approx(2.0 / waiting.SHARE, abs=waiting.POLL)
+    assert now[0] <= 50 + 2 * waiting.POLL
+    other.close()

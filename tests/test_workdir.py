@@ -1,15 +1,13 @@
-"""The work directory: one run, one process, one config; results, time and metrics survive a kill."""
+"""The work directory: one run, one process, one config; results and time survive a kill."""
 
 import contextlib
 import json
-from pathlib import Path
 
 import ml_collections
 import pytest
 
 from dvinv.errors import DvinvError
 from dvinv.runtime import workdir as workdir_module
-from dvinv.runtime.metrics import Metrics
 from dvinv.runtime.workdir import Workdir
 
 
@@ -131,65 +129,3 @@ def test_time_spent_before_a_kill_counts(tmp_path, monkeypatch):
     now[0] += 3
     assert workdir.wall_seconds('teacher') == 10
     workdir.close()
-
-
-# Metrics
-
-
-@pytest.fixture
-def metrics(tmp_path):
-    metrics = Metrics(tmp_path / 'metrics.jsonl')
-    for series in ('teacher', 'verifier'):
-        metrics.append('teacher', series, [{'step': step, 'loss': step / 2} for step in (5, 10, 15)])
-    return metrics
-
-
-def test_a_line_tells_task_series_step_and_values(metrics):
-    assert metrics.read()[3] == {'task': 'teacher', 'series': 'verifier', 'step': 5, 'loss': 2.5}
-
-
-def test_a_series_is_cut_and_the_others_are_not(metrics):
-    metrics.cut('teacher', 'teacher', 10)
-    assert [(line['series'], line['step']) for line in metrics.read()] == [
-        ('teacher', 5),
-        ('teacher', 10),
-        ('verifier', 5),
-        ('verifier', 10),
-        ('verifier', 15),
-    ]
-
-
-def test_a_cut_of_nothing_leaves_the_bytes(metrics, tmp_path):
-    before = (tmp_path / 'metrics.jsonl').read_bytes()
-    metrics.cut('teacher', 'verifier', 15)
-    metrics.cut('synthesis', 'deepinversion', 0)
-    assert (tmp_path / 'metrics.jsonl').read_bytes() == before
-
-
-def test_a_half_written_last_line_is_dropped(metrics, tmp_path):
-    path = tmp_path / 'metrics.jsonl'
-    whole = path.read_text()
-    path.write_text(whole[:-9])
-    assert len(metrics.read()) == 5
-    metrics.cut('synthesis', 'deepinversion', 0)
-    assert path.read_text() == ''.join(whole.splitlines(keepends=True)[:5])
-
-
-def test_a_line_that_is_no_measurement_is_shown(metrics, tmp_path):
-    with open(tmp_path / 'metrics.jsonl', 'a') as file:
-        file.write('rubbish\n')
-    for look in (metrics.read, lambda: metrics.cut('teacher', 'teacher', 0)):
-        with pytest.raises(DvinvError, match=r"metrics\.jsonl holds a line that is damaged \('rubbish'\); delete"):
-            look()
-
-
-@pytest.mark.skipif(not Path('/dev/full').exists(), reason='no /dev/full')
-def test_a_full_disk_is_told():
-    with pytest.raises(DvinvError, match='The disk is full: /dev/full could not be written'):
-        Metrics(Path('/dev/full')).append('teacher', 'teacher', [{'step': 1, 'loss': 0.5}])
-
-
-def test_no_metrics_yet_is_no_error(tmp_path):
-    metrics = Metrics(tmp_path / 'metrics.jsonl')
-    metrics.cut('teacher', 'teacher', 0)
-    assert metrics.read() == []

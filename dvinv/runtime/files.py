@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from dvinv.errors import DvinvError
@@ -25,8 +26,11 @@ def disk_full_told(path: Path):
         ) from error
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Write `data` to `path`: after a kill or on a full disk the old file stands, or none, never a part.
+
+    Args:
+      data: parts are taken one by one, and may come from the old file itself.
 
     Raises:
       DvinvError: the disk is full.
@@ -37,7 +41,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary = path.with_name(f'.{path.name}.tmp')  # always the same, so that kills leave no heap of them
         try:
             with open(temporary, 'wb') as file:
-                file.write(data)
+                file.writelines([data] if isinstance(data, bytes) else data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -9,7 +9,8 @@ from dvinv.runtime import preemption
 from dvinv.runtime.progress import duration
 from dvinv.runtime.workdir import Workdir
 
-POLL = 0.5  # seconds between two looks at the shared folder
+POLL = 0.5  # seconds between two looks at the shared folder, at least
+SHARE = 0.1  # of the time goes into looks at most: a listing of a large pool on a network file system takes seconds
 TELL = 60.0  # seconds between two lines that say so
 
 
@@ -23,13 +24,16 @@ def wait_for(workdir: Workdir, ready: Callable[[], bool], what: Callable[[], str
       DvinvError: a process of the run has ended with a mistake meanwhile, and it may never be ready.
       SystemExit: SIGTERM came.
     """
-    begin, told = time.monotonic(), None
-    while not ready():
+    begin, told, look = time.monotonic(), None, 0.0
+    while True:
+        if (now := time.monotonic()) >= look:
+            if ready():
+                return
+            look = now + (time.monotonic() - now) / SHARE
         preemption.leave_if_asked()
         if failed := workdir.mistakes.heard():
             index, sentence = next(iter(failed.items()))
             raise DvinvError(f'Process {index} has ended with a mistake: {sentence}')
-        now = time.monotonic()
         if told is None or now - told >= TELL:
             so_far = f' ({duration(now - begin)} so far)' if told else ''
             print(f'process {workdir.processes.index}: waiting for {what()}{so_far}', file=sys.stderr, flush=True)
