@@ -124,8 +124,7 @@ def plan(config) -> Plan:
 def _time(programs: Programs, stage: Stage, labels: np.ndarray, networks: list[Classifier]) -> tuple[StagePlan, float]:
     """(the stage's plan, seconds of its compilation); `networks` are the teacher and, where there is one, its competitor."""
     height, width, channels = networks[0].image_shape
-    factor = stage.pool_factor(height)
-    shown = height // factor, width // factor, channels
+    shown = *stage.shown_size(height, width), channels
     forward = sum(flops(dataclasses.replace(network, image_shape=shown)) for network in networks)
 
     iterations = min(programs.dispatch, stage.iterations)
