@@ -80,7 +80,7 @@ class Plan:
         lines += [
             f'a batch: {self.seconds_per_batch:,.2f} s',
             f'the whole pool: {self.seconds / 3600:,.2f} h ({duration(self.seconds)}), {self.pool_bytes / 1e6:,.1f} MB',
-            f'Not counted: compilation ({duration(self.compile_seconds)} just now), students that learn, scores.',
+            f'Not counted: compilation ({duration(self.compile_seconds)} just now), controls, students that learn, scores.',
         ]
         return '\n'.join(lines)
 

@@ -9,6 +9,7 @@ import pytest
 from smoke import lasting, smoke_config, synthesis_config
 
 from dvinv import pipeline, seeds
+from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
 from dvinv.runtime import waiting
 from dvinv.runtime.processes import Processes
@@ -117,7 +118,9 @@ def test_a_mistake_in_one_process_ends_the_others(threads, tmp_path):
 
 
 def test_more_processes_than_batches_and_a_pool_that_is_there(threads, tmp_path):
-    assert threads(_config(synthesis__images=40), tmp_path / 'run', 3)['synthesis']['batches'] == 2
+    config = _config(synthesis__images=40, synthesis__controls=('noise',))
+    assert threads(config, tmp_path / 'run', 3)['synthesis']['batches'] == 2
+    assert ImagePool(tmp_path / 'run' / 'controls' / 'noise').numbers() == [0, 1]
     assert pipeline.run(_config(pool=str(tmp_path / 'run' / 'pool')), tmp_path / 'other', Processes(1, 2)) == {}
 
 
