@@ -9,6 +9,9 @@ pictures, add `--config.data.name=folders --config.data.path=VAL --config.data.i
 order of ImageNet's). A second opinion, of torchvision's or timm's Inception-v3, whose pixels are scaled as the teacher's:
 `--config.verifiers="({'network': 'inception_v3', 'weights': 'inception_v3.pth'},)"`.
 
+The report has noise beside the pictures; `--config.synthesis.controls="('noise', 'prior_only')"` makes as many without the
+feature term too (DeepDream), which takes as long again.
+
 One batch of 64 classes drawn once (`synthesis.classes`), split over all devices; 2,000 iterations at 112 px, then 1,000 at
 224. On a CPU 4 images a device are quickest: `--config.devices=16`. `:short` is the same with 600 and 200 iterations, 20
 minutes; `:smoke` shrinks the run to seconds.
@@ -31,6 +34,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     config.teacher.update(network='mobilenet_v1', mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     config.verifier.update(network='squeezenet1_1', mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     config.synthesis.update(images=64, batch_size=64, classes=CLASSES)
+    config.synthesis.controls = ('noise',)
     config.distillation.controls = ()
     if arg == 'short':
         for stage, iterations in zip(config.synthesis.stages, (600, 200), strict=True):

@@ -10,6 +10,8 @@ add `--config.data.name=folders --config.data.path=VAL --config.data.image_size=
 the devices at hand. Distillation as published: 90 epochs of batches of 1,024, SGD 1.024, KL at T = 3 alone, on random
 resized crops that teacher and student see alike (weight decay and warm-up are ours). The published figure is 68.0%
 (140,000 images, 90 epochs).
+Larger images: `--config.teacher.image_shape="(288, 288, 3)"`, and stages of any resolution up to that, for instance
+`--config.synthesis.stages[0].resolution=160 --config.synthesis.stages[1].resolution=288`.
 `:mixup` is the long recipe, 250 epochs with mixup (73.8%). `:smoke` shrinks the run to seconds.
 """
 

@@ -15,6 +15,7 @@ from dvinv.rounds import Rounds
 
 TASKS = ('teacher', 'synthesis', 'distillation', 'pruning', 'continual', 'quantization', 'report')
 METHODS = ('deepinversion', 'adaptive', 'prior_only', 'noise')
+DATA_FREE_CONTROLS = ('noise', 'prior_only')
 
 
 def base_config(preset: str) -> ml_collections.ConfigDict:
@@ -87,6 +88,7 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
             'batch_size': 256,
             'classes': (),  # numbers of the classes that images are made of, in turn; (): all
             'batches_per_round': 0,  # so many join the pool every distillation.updates_per_round; 0: all before the first
+            'controls': (),  # methods that as many images are made by beside them, for the report: 'noise', 'prior_only'
             **_fields(PRESETS[preset]),
         }
     )
@@ -226,6 +228,9 @@ def check(config) -> None:
     for label in config.synthesis.classes:
         if type(label) is not int or label < 0:
             raise DvinvError(f'synthesis.classes names {label!r}; give the numbers of classes, from 0.')
+    for control in config.synthesis.controls:
+        if control not in DATA_FREE_CONTROLS:
+            raise DvinvError(f'synthesis.controls names {control!r}; choose among {", ".join(DATA_FREE_CONTROLS)}.')
     if not 0 <= config.seed < 2**27:  # seeds of trainings are 16 times as large, and 32 bits wide
         raise DvinvError(f'seed is {config.seed}; it must be between 0 and {2**27 - 1}.')
     _check_rounds(config)
@@ -241,7 +246,7 @@ def check(config) -> None:
                 f'{name}.training.mixup is {config[name].training.mixup}, but labels are not mixed; it is for distillation.'
             )
     for control in config.distillation.controls:
-        if control not in ('noise', 'prior_only', 'real'):
+        if control not in (*DATA_FREE_CONTROLS, 'real'):
             raise DvinvError(f'distillation.controls names {control!r}; choose among noise, prior_only, real.')
     if config.distillation.temperature <= 0:
         raise DvinvError(f'distillation.temperature is {config.distillation.temperature}; it must be above 0.')

@@ -1,6 +1,6 @@
 """The task `distillation`: a student learns from the teacher's answers on synthesized images; controls learn beside it."""
 
-from dvinv.configuration import rounds_of
+from dvinv.configuration import DATA_FREE_CONTROLS, rounds_of
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
 from dvinv.evaluation import flops
@@ -13,8 +13,6 @@ from dvinv.student import hinted_layers, lesson_of, student_of
 from dvinv.synthesizer import control_pool
 from dvinv.teacher import load, test_accuracy
 from dvinv.training import Array, learn
-
-DATA_FREE_CONTROLS = ('noise', 'prior_only')
 
 
 def run(config, workdir) -> dict:

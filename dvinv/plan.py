@@ -80,7 +80,7 @@ class Plan:
         lines += [
             f'a batch: {self.seconds_per_batch:,.2f} s',
             f'the whole pool: {self.seconds / 3600:,.2f} h ({duration(self.seconds)}), {self.pool_bytes / 1e6:,.1f} MB',
-            f'Not counted: compilation ({duration(self.compile_seconds)} just now), students that learn, scores.',
+            f'Not counted: compilation ({duration(self.compile_seconds)} just now), controls, students that learn, scores.',
         ]
         return '\n'.join(lines)
 
@@ -124,8 +124,7 @@ def plan(config) -> Plan:
 def _time(programs: Programs, stage: Stage, labels: np.ndarray, networks: list[Classifier]) -> tuple[StagePlan, float]:
     """(the stage's plan, seconds of its compilation); `networks` are the teacher and, where there is one, its competitor."""
     height, width, channels = networks[0].image_shape
-    factor = stage.pool_factor(height)
-    shown = height // factor, width // factor, channels
+    shown = *stage.shown_size(height, width), channels
     forward = sum(flops(dataclasses.replace(network, image_shape=shown)) for network in networks)
 
     iterations = min(programs.dispatch, stage.iterations)

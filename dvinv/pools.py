@@ -30,6 +30,11 @@ def finished_pool(config, workdir: Workdir, teacher: Teacher) -> ImagePool:
     return pool
 
 
+def open_control(workdir: Workdir, method: str, teacher_digest: str = '', ours: bool = False) -> ImagePool:
+    """The pool of images that a lesser method makes, whichever task it is for; for digest and `ours` see `ImagePool`."""
+    return ImagePool(workdir.path / 'controls' / method, teacher_digest, ours)
+
+
 def all_batches(config) -> list[int]:
     """Numbers of the batches that make up the pool."""
     return [*range(config.synthesis.images // config.synthesis.batch_size)]

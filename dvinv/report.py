@@ -8,7 +8,7 @@ from dvinv.continual.section import continual_section, continual_tiles
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
 from dvinv.inversion import Teacher
-from dvinv.pools import open_pool
+from dvinv.pools import open_control, open_pool
 from dvinv.pruning.section import pruning_section, pruning_tile
 from dvinv.quality import figures_of_sets, quality_table
 from dvinv.quantization.section import quantization_section
@@ -156,7 +156,8 @@ def _quality(config, workdir: Workdir, teacher: Teacher, pools: dict[str, ImageP
     """All sets of images that there are, and real ones, side by side; the figures go into quality.json too."""
     verifier = load_verifier(config, workdir, teacher)
     if verifier is None:
-        return Section('Quality')
+        text = 'The config names no verifier (verifier.network): no network but the teacher has judged these images.'
+        return Section('Quality', text)
     found = figures_of_sets(verifier, load_others(config, teacher), pools, load_real(config.data))
     write_atomic(workdir.path / 'quality.json', (json.dumps(found, indent=1) + '\n').encode())
     return Section('Quality', tables=[quality_table(found, config.verifier.network)])
@@ -164,7 +165,7 @@ def _quality(config, workdir: Workdir, teacher: Teacher, pools: dict[str, ImageP
 
 def _controls(workdir: Workdir, teacher: Teacher) -> dict[str, ImagePool]:
     """Those of the lesser methods' pools that there are."""
-    pools = {name: ImagePool(workdir.path / 'controls' / name, teacher.digest()) for name in CONTROLS}
+    pools = {name: open_control(workdir, name, teacher.digest()) for name in CONTROLS}
     return {name: pool for name, pool in pools.items() if pool.numbers()}
 
 

@@ -14,19 +14,19 @@ from dvinv.data.real import load_real
 from dvinv.evaluation import among_top, logits_of
 from dvinv.inversion import Teacher, make_feature_loss
 from dvinv.networks import Classifier
-from dvinv.pools import all_batches, missing_batches, open_pool, put_aside_damaged
+from dvinv.pools import all_batches, missing_batches, open_control, open_pool, put_aside_damaged
 from dvinv.runtime import preemption
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.pictures import class_grid
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.sharing import await_batches, drop_measurements
 from dvinv.student import student_of
-from dvinv.synthesizer import fill_pool
+from dvinv.synthesizer import control_pool, fill_pool
 from dvinv.teacher import check_fits, load, load_verifier
 
 
 def run(config, workdir) -> dict:
-    """Fill the pool (or check the one that the config names) and judge it; returns the figures."""
+    """Fill the pool (or check the one that the config names), then its controls, and judge it; returns the figures."""
     workdir = open_workdir(workdir, config)
     teacher = load(config, workdir)
     verifier = load_verifier(config, workdir, teacher)
@@ -34,6 +34,8 @@ def run(config, workdir) -> dict:
     if not config.pool:  # which is finished elsewhere
         _fill(config, workdir, teacher, pool)
     drop_measurements(workdir)
+    for control in config.synthesis.controls:
+        control_pool(config, workdir, teacher, control, 'synthesis')
     _write_samples(workdir, pool)
     return {
         **_judge(pool, verifier),
@@ -87,8 +89,10 @@ def _judge(pool: ImagePool, verifier: Classifier | None) -> dict:
 
 
 def complete(config, workdir: Workdir) -> bool:
-    """Whether the pool still has all that the finished task put there: a damaged shard is put aside by whoever finds it."""
-    return bool(config.pool) or not missing_batches(config, ImagePool(workdir.path / 'pool', ''))
+    """Whether its pools have all that the task puts there: who finds a damaged shard puts it aside, controls may be new."""
+    pools = [] if config.pool else [ImagePool(workdir.path / 'pool', '')]
+    pools += [open_control(workdir, control) for control in config.synthesis.controls]
+    return not any(missing_batches(config, pool) for pool in pools)
 
 
 def _real_feature_loss(config, teacher: Teacher, pool: ImagePool) -> float | None:

@@ -15,7 +15,7 @@ from dvinv.evaluation import logits_of
 from dvinv.inversion import Inversion, Teacher, balanced_labels, make_feature_loss, make_inverter
 from dvinv.inversion.canvas import blank_canvas, make_paint
 from dvinv.orders import GO_ON, Group, orders_of
-from dvinv.pools import missing_batches, put_aside_damaged
+from dvinv.pools import missing_batches, open_control, put_aside_damaged
 from dvinv.runtime import job
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.processes import ALONE, Processes
@@ -27,7 +27,7 @@ from dvinv.unfinished import UnfinishedBatches
 
 def control_pool(config, workdir: Workdir, teacher: Teacher, method: str, task: str) -> ImagePool:
     """Images by a lesser method, from the same noise and with the budget of `config.synthesis`; made by `task`."""
-    pool = ImagePool(workdir.path / 'controls' / method, teacher.digest(), ours=True)
+    pool = open_control(workdir, method, teacher.digest(), ours=True)
     fill_pool(config, workdir, teacher, pool, method, task, f'{method}_images')
     return pool
 
@@ -174,13 +174,15 @@ class Synthesizer:
     def _write(self, number: int, key: jax.Array, labels: np.ndarray, x: np.ndarray, notes: dict) -> None:
         teacher, images = self._teacher, self._teacher.to_uint8(x)
         canvas, view_key = blank_canvas(key, len(labels), teacher.image_shape)
+        told = plain(self._config.synthesis)
+        del told['controls']  # no image depends on what is made beside it
         about = {
             'batch': number,
             'iterations': self._iterations,
             'feature_loss_first': float(self._measure(teacher.variables, self._paint(canvas), view_key)),
             'feature_loss_last': float(self._measure(teacher.variables, teacher.normalise(images), view_key)),
             'config': {
-                **plain(self._config.synthesis),
+                **told,
                 'seed': self._config.seed,
                 'bn_stats': self._config.bn_stats,
                 'method': self._method,

@@ -17,7 +17,9 @@ from dvinv.inversion.augmentation import (
     mixup,
     resized_crop_each,
     roll,
+    scaled_down,
 )
+from dvinv.inversion.settings import Stage
 from dvinv.runtime.devices import AXIS, make_mesh
 
 MEAN, STD = np.array([0.4, 0.6], np.float32), np.array([0.2, 0.3], np.float32)
@@ -34,6 +36,45 @@ def test_pooling_takes_means_of_squares():
     expected = np.stack([[x[:, i : i + 2, j : j + 2].mean((1, 2)) for j in (0, 2)] for i in (0, 2, 4)])
     np.testing.assert_allclose(average_pool(x, 2), np.moveaxis(expected, 2, 0), rtol=1e-6, atol=1e-7)
     assert average_pool(x, 1) is x
+
+
+@pytest.mark.parametrize('size', [(3, 2), (2, 4), (6, 4), (1, 1)])
+def test_sizes_that_divide_are_means_of_squares_or_interpolated(size):
+    x = _images(2, 6, 4)
+    if 6 / size[0] == 4 / size[1]:
+        assert np.array_equal(scaled_down(x, size), average_pool(x, 6 // size[0]))
+    else:
+        expected = jax.image.resize(x, (2, *size, 2), 'linear', antialias=True)
+        np.testing.assert_allclose(scaled_down(x, size), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('size', [(5, 4), (4, 3), (6, 3), (1, 5)])
+def test_scaling_down_keeps_one_colour_and_moves_nothing(size):
+    """A picture that is the same mirrored stays so; what is scaled has about the old mean, and feels every pixel."""
+    plain = np.broadcast_to(np.float32([0.3, -2.0]), (1, 6, 5, 2))
+    np.testing.assert_allclose(scaled_down(plain, size), np.broadcast_to(plain[:, :1, :1], (1, *size, 2)), rtol=1e-6)
+    x = _images(2, 6, 5)
+    np.testing.assert_allclose(scaled_down(x[:, ::-1, ::-1], size), scaled_down(x, size)[:, ::-1, ::-1], atol=1e-6)
+    assert abs(scaled_down(x + 5, size).mean() / (x + 5).mean() - 1) < 0.02
+    gradient = jax.grad(lambda x: scaled_down(x, size).sum())(x)
+    assert gradient.min() > 0
+    np.testing.assert_allclose(gradient.sum((1, 2)), size[0] * size[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('resolution', 'image', 'shown'),
+    [
+        (0, (7, 9), (7, 9)),
+        (112, (224, 224), (112, 112)),
+        (160, (224, 224), (160, 160)),
+        (4, (8, 9), (4, 5)),
+        (5, (8, 9), (5, 6)),
+        (2, (40, 3), (2, 1)),
+        (3, (9, 1), (3, 1)),
+    ],
+)
+def test_a_stage_keeps_the_shape_of_the_images_to_half_a_pixel(resolution, image, shown):
+    assert Stage(1, 0.1, resolution=resolution).shown_size(*image) == shown
 
 
 def test_roll_wraps_by_one_offset_for_the_batch():

@@ -121,6 +121,7 @@ ADAPTIVE = {
     [
         ({'tasks': ('teacher', 'synthesise')}, ["tasks names 'synthesise'", 'teacher, synthesis, distillation']),
         ({'synthesis__method': 'deepdream'}, ["synthesis.method is 'deepdream'", 'deepinversion']),
+        ({'synthesis__controls': ('prior_only', 'real')}, ["synthesis.controls names 'real'", 'noise, prior_only']),
         ({'synthesis__images': 50}, ['synthesis.images is 50', 'batches of 20', 'for instance 40']),
         ({'synthesis__images': 0}, ['synthesis.images is 0', 'at least 1']),
         ({'synthesis__batch_size': 1}, ['synthesis.batch_size is 1', 'at least 2']),
@@ -218,7 +219,7 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path, chan
 @pytest.mark.parametrize(
     ('field', 'value', 'words'),
     [
-        ('resolution', 3, 'resolution is 3, which does not divide the 8x8 image'),
+        ('resolution', 9, 'resolution is 9, but the images have a height of 8 pixels; choose at most 8'),
         ('resolution', 4, 'resolution is 4, but the network cannot take images of that size: For parameter "kernel"'),
         ('jitter', -1, 'jitter is -1; it must be at least 0'),
         ('learning_rate', -0.1, 'learning_rate is -0.1; it must be at least 0'),

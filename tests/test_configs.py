@@ -1,17 +1,22 @@
 """Every file in configs/: what it says can be run, and its argument `smoke` shrinks it to seconds."""
 
 import ast
+import dataclasses
 import json
 import runpy
 
+import numpy as np
 import pytest
 from smoke import NAMES, ROOT
+from tiny import saved, trained_variables
 
 from dvinv import configuration, pipeline
 from dvinv.configuration import recipe_of
 from dvinv.data.real import DATA_SETS
 from dvinv.inversion import PRESETS
 from dvinv.networks import create
+from dvinv.networks.classifier import flatten
+from dvinv.networks.naming import find_keys
 from dvinv.networks.registry import image_shape
 
 CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
@@ -73,6 +78,20 @@ def test_students_learn_from_the_fast_preset(config, preset):
     assert configuration.inversion_config(fast) == PRESETS[preset]
 
 
+@pytest.mark.parametrize(('argument', 'epochs', 'mixup'), [('', 90, 0), ('mixup', 250, 0.2)])
+def test_a_resnet50_is_taught_as_published(argument, epochs, mixup):
+    config = read(ROOT / 'configs' / 'imagenet_resnet50.py', argument)
+    configuration.check(config)
+    group, recipe = config.distillation, recipe_of(config.distillation)
+    assert (config.teacher.network, config.student.network, config.synthesis.images) == ('resnet50', 'resnet50', 215_040)
+    assert (recipe.batch_size, recipe.updates) == (1024, epochs * (215_040 // 1024))
+    assert (recipe.optimiser, recipe.schedule, recipe.learning_rate) == ('sgd', 'cosine', 1.024)
+    assert (recipe.resized_crop, recipe.flip, recipe.mixup) == (0.08, True, mixup)
+    # The loss is the KL divergence to the teacher alone.
+    assert (group.temperature, group.hint, group.updates_per_round) == (3, 0, 0)
+    assert configuration.inversion_config(config) == dataclasses.replace(PRESETS['imagenet_multires'], precision='bfloat16')
+
+
 @each_config
 def test_the_docstring_tells_the_command(path):
     told = ast.get_docstring(ast.parse(path.read_text())) or ''
@@ -90,3 +109,36 @@ def test_a_smoke_run_of_pictures_ends_with_a_report(command, tmp_path):
     for task, names in NAMES.items():
         assert names <= set(results[task])
     assert results['distillation']['hinted_layers'] == 19
+
+
+def test_a_config_of_two_resolutions_runs_on_larger_images_to_its_report(command, tmp_path):
+    """The first resolution does not divide the images', which is above any network's usual one. Nearly all of its time goes
+    into compiling: the teacher has fewer layers than a MobileNet, and XLA is not to optimise."""
+    size, run = 232, tmp_path / 'run'
+    variables = flatten(trained_variables(create('wrn16_1', 10, 0.25), (size, size, 3)))
+    np.savez(tmp_path / 'teacher.npz', **{name: variables[path] for path, name in find_keys(variables, '/', {}).items()})
+    flags = {
+        'devices': 2,
+        'teacher.network': 'wrn16_1',
+        'teacher.width': 0.25,
+        'teacher.weights': tmp_path / 'teacher.npz',
+        'teacher.image_shape': (size, size, 3),
+        'verifier.network': 'small_convnet',
+        'verifier.weights': saved(tmp_path / 'verifier.safetensors', 'small_convnet', 10, (size, size, 3)),
+        'synthesis.images': 4,
+        'synthesis.batch_size': 4,
+        'synthesis.classes': (2, 3, 5, 7),
+        'logging.iterations': 1,
+    }
+    for stage, resolution in enumerate((100, size)):
+        settings = {'iterations': 2, 'warmup': 1, 'resolution': resolution}
+        flags |= {f'synthesis.stages[{stage}].{field}': value for field, value in settings.items()}
+    arguments = [f'--config.{name}={value}' for name, value in flags.items()]
+    quickly = {'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+    status, _, err = command('--workdir', run, *arguments, config='configs/imagenet_mobilenet_v1.py', more=quickly)
+    assert status == 0, err
+    with np.load(run / 'pool' / 'shard-000000.npz') as shard:
+        assert shard['images'].shape == (4, size, size, 3)
+    assert [json.loads(line)['step'] for line in (run / 'metrics.jsonl').read_text().splitlines()] == [0, 1, 2, 3]
+    assert list(json.loads((run / 'quality.json').read_text())) == ['synthesized', 'noise']
+    assert 'Loss terms, mean over batches' in (run / 'report.html').read_text()

@@ -16,7 +16,7 @@ from dvinv.inversion.step import InversionState, make_step
 from dvinv.runtime.devices import AXIS, make_mesh, training_mesh
 
 BATCH, BATCHES = 8, 8
-STAGE = Stage(3, 0.1, beta1=0.5, beta2=0.9, augmentation='crop', jitter=2, flip=True, noise=0.1)
+STAGE = Stage(3, 0.1, resolution=5, beta1=0.5, beta2=0.9, augmentation='crop', jitter=2, flip=True, noise=0.1)
 WEIGHTS = Weights(feature=0.3, first_bn_multiplier=2.0, total_variation=1e-2, l2=1e-2, competition=0.5)
 COLLECTIVE = 'all-reduce|all-gather|all-to-all|reduce-scatter|collective'
 

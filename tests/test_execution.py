@@ -15,7 +15,7 @@ from dvinv.inversion.programs import Programs
 from dvinv.runtime.devices import make_mesh
 
 KEY, LABELS = jax.random.key(3), np.arange(6) % 3
-STAGE = Stage(4, 0.1, beta1=0.5, beta2=0.9, augmentation='crop', jitter=1, flip=True)
+STAGE = Stage(4, 0.1, resolution=7, beta1=0.5, beta2=0.9, augmentation='crop', jitter=1, flip=True)
 CONFIG = InversionConfig((STAGE,), Weights(feature=0.3, total_variation=1e-2, competition=0.5))
 
 

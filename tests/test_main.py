@@ -238,6 +238,24 @@ def test_a_finished_pool_serves_another_run(finished, tmp_path):
     assert figures['distillation']['real_test_accuracy'] is None
 
 
+def test_controls_stand_beside_any_pool_without_a_student(finished, tmp_path):
+    """They have the bytes of those that distillation makes; more may be asked for later, lost ones are made again."""
+    weights = {f'{role}__weights': str(finished / 'networks' / f'{role}.safetensors') for role in ('teacher', 'verifier')}
+    changes = {'pool': str(finished / 'pool'), 'tasks': ('teacher', 'synthesis', 'report'), 'devices': 2, **weights}
+    workdir, controls = tmp_path / 'run', ('noise', 'prior_only')
+    figures = pipeline.run(smoke_config(synthesis__controls=controls[:1], **changes), workdir)
+    assert list(json.loads((workdir / 'quality.json').read_text())) == ['synthesized', 'noise', 'real']
+    (workdir / 'controls' / 'noise' / 'shard-000001.json').unlink()
+    again = pipeline.run(smoke_config(synthesis__controls=controls, **changes), workdir)
+    assert again['synthesis'] == {**figures['synthesis'], 'wall_seconds': again['synthesis']['wall_seconds']}
+    assert json.loads((workdir / 'quality.json').read_text()) == json.loads((finished / 'quality.json').read_text())
+    page = (workdir / 'report.html').read_text()
+    rows = re.findall(r'<tr><td class="words">([^<]*)', page[page.index('<h2>Quality') :])
+    assert rows[:4] == ['Synthesized images', 'Without the feature term', 'Noise', 'Real images']
+    made, expected = ({path.name: path.read_bytes() for path in run.glob('controls/*/*')} for run in (workdir, finished))
+    assert made == expected
+
+
 def test_a_pool_of_another_teacher_is_refused(finished, tmp_path):
     config = smoke_config(pool=str(finished / 'pool'), teacher__factory='factories:own', verifier__network='')
     with pytest.raises(DvinvError, match='was made from another teacher'):

@@ -162,7 +162,9 @@ def test_a_pool_of_another_teacher_is_refused_by_each_process(tmp_path, monkeypa
 
 
 def test_more_processes_than_batches_and_a_pool_that_is_there(threads, tmp_path):
-    assert threads(_config(synthesis__images=40), tmp_path / 'run', 3)['synthesis']['batches'] == 2
+    config = _config(synthesis__images=40, synthesis__controls=('noise',))
+    assert threads(config, tmp_path / 'run', 3)['synthesis']['batches'] == 2
+    assert ImagePool(tmp_path / 'run' / 'controls' / 'noise').numbers() == [0, 1]
     assert pipeline.run(_config(pool=str(tmp_path / 'run' / 'pool')), tmp_path / 'other', Processes(1, 2)) == {}
 
 

@@ -114,6 +114,10 @@ def test_an_existing_pool_is_told_by_its_own_method(report_of, tmp_path):
     assert [title.split(',')[0] for title in _charts(page)] == ['Distillation loss']
 
 
+def test_without_a_verifier_the_page_tells_why_it_has_no_figures_of_quality(report_of):
+    assert '<h2>Quality</h2>\n<div class="text"><p>The config names no verifier' in report_of('noise')
+
+
 def test_an_empty_pool_is_refused(report_of, tmp_path):
     report_of('deepinversion')
     (tmp_path / 'run' / 'pool' / 'shard-000000.json').unlink()

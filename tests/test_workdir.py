@@ -59,11 +59,14 @@ def test_many_differing_keys_are_counted(tmp_path):
     assert 'and 4 more' in refusal(tmp_path, config(**{f'k{i}': 1 for i in range(12)}))
 
 
-def test_tasks_devices_logging_and_verifiers_may_change(tmp_path):
+def test_what_no_result_depends_on_may_change(tmp_path):
     Workdir(tmp_path, config()).close()
     verifiers = ({'network': 'resnet32', 'weights': 'w.npz'},)
-    Workdir(tmp_path, config(tasks=('synthesis', 'report'), devices=8, logging={'every': 7}, verifiers=verifiers)).close()
+    changes = {'tasks': ('synthesis', 'report'), 'devices': 8, 'logging': {'every': 7}, 'verifiers': verifiers}
+    Workdir(tmp_path, config(synthesis={'controls': ('noise',)}, **changes)).close()  # older runs have no such key
     assert json.loads((tmp_path / 'config.json').read_text())['tasks'] == ['synthesis', 'report']
+    Workdir(tmp_path, config(synthesis={'controls': ()})).close()
+    assert 'synthesis.controls_of' in refusal(tmp_path, config(synthesis={'controls_of': ()}))
 
 
 @pytest.mark.parametrize('name', ['config.json', 'times.json', 'results.json'])

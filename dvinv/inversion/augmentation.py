@@ -1,4 +1,4 @@
-"""What a network is shown: images pooled, cut, shifted, mirrored, with noise, mixed.
+"""What a network is shown: images scaled down, cut, shifted, mirrored, with noise, mixed.
 
 The paper rolls the whole batch by one random offset and flips it by one coin. The alternative, `crop`, pads each image
 with black and cuts a random window of its own: running statistics describe the *augmented* training set, so a
@@ -23,6 +23,30 @@ def average_pool(x: jax.Array, factor: int) -> jax.Array:
         return x
     b, h, w, c = x.shape
     return x.reshape(b, h // factor, factor, w // factor, factor, c).mean((2, 4))
+
+
+def scaled_down(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """x [B, H, W, C] at the (height, width) `size`, which is nowhere larger; -> [B, *size, C].
+
+    Where `size` divides, means of squares. Elsewhere a pixel is the mean of those around its place under a triangle that
+    ends at the neighbours' places (linear interpolation with antialiasing): a matrix an axis.
+    """
+    height, width = x.shape[1:3]
+    factor = height // size[0]
+    if (factor * size[0], factor * size[1]) == (height, width):
+        return average_pool(x, factor)
+    for axis, (old, new) in enumerate(zip((height, width), size, strict=True), 1):
+        if new != old:
+            x = jnp.moveaxis(jnp.tensordot(x, _triangles(old, new), (axis, 0), precision='highest'), -1, axis)
+    return x
+
+
+def _triangles(old: int, new: int) -> np.ndarray:
+    """Weights float32 [old, new] of the pixels of a line in those that it is scaled down to; each of these has the sum 1."""
+    step = old / new
+    places = (np.arange(new) + 0.5) * step - 0.5
+    weights = np.maximum(0, 1 - np.abs(np.arange(old)[:, None] - places) / step)
+    return (weights / weights.sum(0)).astype(np.float32)
 
 
 def roll(key: jax.Array, x: jax.Array, pixels: int) -> jax.Array:

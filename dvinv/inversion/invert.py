@@ -27,10 +27,10 @@ def check_resolutions(teacher: Teacher, config: InversionConfig) -> None:
     """
     height, width, channels = teacher.image_shape
     for i, stage in enumerate(config.stages):
-        factor = stage.pool_factor(height)
-        if factor == 1:
+        size = stage.shown_size(height, width)
+        if size == (height, width):
             continue
-        x = jax.ShapeDtypeStruct((1, height // factor, width // factor, channels), np.float32)
+        x = jax.ShapeDtypeStruct((1, *size, channels), np.float32)
         try:
             jax.eval_shape(teacher.apply_fn, teacher.variables, x)
         except Exception as error:  # Flax and JAX raise many kinds here

@@ -2,7 +2,7 @@
 
 import jax
 
-from dvinv.inversion.augmentation import average_pool
+from dvinv.inversion.augmentation import scaled_down
 from dvinv.inversion.losses import (
     L2,
     TOTAL_VARIATION,
@@ -16,9 +16,9 @@ from dvinv.inversion.teacher import Teacher
 
 
 def view(teacher: Teacher, stage: Stage, images: jax.Array, key: jax.Array, axis: str | None = None):
-    """(pooled images, what the teacher sees): images [B, H, W, C] at the stage's resolution, plain and augmented."""
-    pooled = average_pool(images, stage.pool_factor(images.shape[1]))
-    return pooled, stage.look(key, pooled, teacher, axis)
+    """(scaled images, what the teacher sees): images [B, H, W, C] at the stage's resolution, plain and augmented."""
+    scaled = scaled_down(images, stage.shown_size(*images.shape[1:3]))
+    return scaled, stage.look(key, scaled, teacher, axis)
 
 
 def objective(
@@ -44,9 +44,9 @@ def objective(
     Returns:
       (loss, {term: unweighted value}), float32 scalars.
     """
-    pooled, shown = view(teacher, stage, images, key, axis)
+    scaled, shown = view(teacher, stage, images, key, axis)
     logits, moments = teacher.tap(variables, shown, axis)
-    smooth = shown if config.prior_on == 'view' else pooled
+    smooth = shown if config.prior_on == 'view' else scaled
     weights = config.weights
     terms = {
         'cross_entropy': (weights.main, cross_entropy(logits, labels, axis)),

@@ -17,7 +17,7 @@ class Stage:
 
     iterations: int
     learning_rate: float
-    resolution: int = 0  # height in pixels of what the teacher sees, by average pooling of the image; 0: the image's own
+    resolution: int = 0  # height in pixels of what the teacher sees, at most the image's; 0: the image's own
     schedule: str = 'cosine'  # 'cosine' (to 0) or 'constant'
     warmup: int = 0  # iterations of linear warm-up from 0
     beta1: float = 0.9
@@ -28,9 +28,11 @@ class Stage:
     noise: float = 0.0  # deviation, up to, of Gaussian noise an image, for pixels in [0, 1]
     clip: bool = True  # keep pixels in the valid range [0, 1] (before normalisation); a spectrum keeps them there anyway
 
-    def pool_factor(self, height: int) -> int:
-        """How many pixels of an image of this `height` are averaged into one that the teacher sees."""
-        return height // self.resolution if self.resolution else 1
+    def shown_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in pixels of what the teacher sees of images of this size; their shape, the width rounded."""
+        if not self.resolution:
+            return height, width
+        return self.resolution, max(1, (2 * width * self.resolution + height) // (2 * height))
 
     @property
     def look(self) -> Augmentation:
@@ -98,18 +100,17 @@ class InversionConfig:
         _at_least('iterations_per_dispatch', self.iterations_per_dispatch, 0)
         if not self.stages:
             raise DvinvError('An inversion needs at least one stage; stages is empty.')
-        height, width, _ = image_shape
+        height, _, _ = image_shape
         for i, stage in enumerate(self.stages):
             _one_of(f'stages[{i}].augmentation', stage.augmentation, ('roll', 'crop'))
             _one_of(f'stages[{i}].schedule', stage.schedule, ('cosine', 'constant'))
             _at_least(f'stages[{i}].iterations', stage.iterations, 1)
             for field in ('resolution', 'warmup', 'jitter', 'noise', 'learning_rate'):
                 _at_least(f'stages[{i}].{field}', getattr(stage, field), 0)
-            factor = stage.pool_factor(height)
-            if stage.resolution and (factor < 1 or factor * stage.resolution != height or width % factor):
+            if stage.resolution > height:
                 raise DvinvError(
-                    f'stages[{i}].resolution is {stage.resolution}, which does not divide the {height}x{width} image; '
-                    f'choose a divisor of {height}, or 0 for the full image.'
+                    f'stages[{i}].resolution is {stage.resolution}, but the images have a height of {height} pixels; choose '
+                    f'at most {height}, or 0 for the full image.'
                 )
             if stage.warmup >= stage.iterations and stage.schedule == 'cosine':
                 raise DvinvError(

@@ -21,8 +21,9 @@ from dvinv.runtime.mistakes import Mistakes
 from dvinv.runtime.processes import ALONE, Processes
 from dvinv.runtime.versions import record, recorded_at
 
-# Keys that a resumed run may change, since no result depends on them (on verifiers the report alone, made anew each time).
-EXEMPT = ('tasks', 'devices', 'logging', 'verifiers')
+# Keys that a resumed run may change, since no result depends on them (on verifiers and synthesis.controls the report alone,
+# made anew each time).
+EXEMPT = ('tasks', 'devices', 'logging', 'verifiers', 'synthesis.controls')
 
 
 def plain(config) -> dict:
@@ -45,6 +46,11 @@ def _flat(tree, prefix='') -> dict:
     if isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
         return {k: v for i, item in enumerate(tree) for k, v in _flat(item, f'{prefix}[{i}]').items()}
     return {prefix: tree}
+
+
+def _is_exempt(key: str) -> bool:
+    """Whether a key of `_flat` is one of `EXEMPT`, or within one."""
+    return any(key == name or key.startswith((f'{name}.', f'{name}[')) for name in EXEMPT)
 
 
 def open_workdir(workdir, config, processes: Processes = ALONE) -> 'Workdir':
@@ -106,7 +112,7 @@ class Workdir:
                     'another --workdir.'
                 )
             return
-        mine, theirs = (_flat({k: v for k, v in c.items() if k not in EXEMPT}) for c in (config, old))
+        mine, theirs = ({k: v for k, v in _flat(c).items() if not _is_exempt(k)} for c in (config, old))
         absent = object()
         differing = sorted(k for k in {*mine, *theirs} if mine.get(k, absent) != theirs.get(k, absent))
         if differing:
