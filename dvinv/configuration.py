@@ -88,7 +88,7 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
             'batch_size': 256,
             'classes': (),  # numbers of the classes that images are made of, in turn; (): all
             'batches_per_round': 0,  # so many join the pool every distillation.updates_per_round; 0: all before the first
-            'controls': (),  # methods that as many images are made by beside them, for the report: 'noise', 'prior_only'
+            'controls': (),  # lesser methods that `images` are made by too, for the report: 'noise', 'prior_only'
             **_fields(PRESETS[preset]),
         }
     )

@@ -6,7 +6,7 @@ from dvinv.errors import DvinvError
 from dvinv.evaluation import flops
 from dvinv.inversion import Teacher
 from dvinv.networks import Classifier
-from dvinv.pools import finished_pool
+from dvinv.pools import controls_are_whole, finished_pool
 from dvinv.rounds import Rounds
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.student import hinted_layers, lesson_of, student_of
@@ -60,8 +60,9 @@ def run(config, workdir) -> dict:
 
 
 def complete(config, workdir: Workdir) -> bool:
-    """Whether the student of the finished task is still there: a damaged network file is deleted by its owner."""
-    return workdir.network('student').exists()
+    """Whether student and controls' images are still there: what is damaged is deleted by its owner."""
+    whole = controls_are_whole(config, workdir, config.distillation.controls)
+    return whole and workdir.network('student').exists()
 
 
 def distil(

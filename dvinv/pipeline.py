@@ -109,7 +109,7 @@ def run(config, workdir, processes: Processes = ALONE) -> dict:
       DvinvError: a user's mistake or a full disk, in a sentence. What was finished stays.
       SystemExit: SIGTERM came (where `preemption.install` was called). What was under way is saved.
     """
-    with told(getattr(workdir, 'path', workdir), processes):
+    with told([getattr(workdir, 'path', workdir)], processes):
         check(config, processes, workdir)
         with contextlib.closing(open_workdir(workdir, config, processes)) as workdir:
             if not processes.leader:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
+from dvinv.configuration import DATA_FREE_CONTROLS
 from dvinv.data.pool import DamagedError, ImagePool
 from dvinv.errors import DvinvError
 from dvinv.inversion import Teacher
@@ -40,26 +41,39 @@ def all_batches(config) -> list[int]:
     return [*range(config.synthesis.images // config.synthesis.batch_size)]
 
 
+def controls_are_whole(config, workdir: Workdir, controls: Sequence[str]) -> bool:
+    """Whether all images are there of those `controls` that learn from images which a lesser method makes."""
+    pools = [open_control(workdir, control) for control in controls if control in DATA_FREE_CONTROLS]
+    return not any(missing_batches(config, pool) for pool in pools)
+
+
 def missing_batches(config, pool: ImagePool) -> list[int]:
     """Numbers of the batches that the pool lacks."""
     return sorted({*all_batches(config)} - {*pool.numbers()})
 
 
-def put_aside_damaged(pool: ImagePool, numbers: Sequence[int], look: Callable[[int], object]) -> None:
+def put_aside_damaged(pool: ImagePool, numbers: Sequence[int], look: Callable[[int], object], task: str) -> bool:
     """Tell of the damaged ones among these batches of a pool of ours; they are missing then, to be made anew.
 
     Args:
       look: `pool.notes`, which looks at the sidecar alone, or `pool.check`, which reads all.
+      task: whose pool it is.
+
+    Returns:
+      Whether there were any.
 
     Raises:
       DvinvError: a batch was made from another teacher.
       SystemExit: SIGTERM came.
     """
-    with Progress('synthesis: checking the pool', len(numbers), brief=True) as progress:
+    found = False
+    with Progress(f'{task}: checking the pool', len(numbers), brief=True) as progress:
         for done, number in enumerate(numbers, 1):
             preemption.leave_if_asked()
             try:
                 look(number)
             except DamagedError as error:
-                print(f'dvinv: {error}', file=sys.stderr)
+                found = True
+                print(f'{task}: {error.what}; it is put into {pool.folder / "quarantine"}, and made anew.', file=sys.stderr)
             progress.update(done)
+    return found

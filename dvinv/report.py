@@ -8,7 +8,7 @@ from dvinv.continual.section import continual_section, continual_tiles
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
 from dvinv.inversion import Teacher
-from dvinv.pools import open_control, open_pool
+from dvinv.pools import finished_pool, open_control
 from dvinv.pruning.section import pruning_section, pruning_tile
 from dvinv.quality import figures_of_sets, quality_table
 from dvinv.quantization.section import quantization_section
@@ -55,7 +55,7 @@ def run(config, workdir) -> None:
     summary, sections = 'No images have been synthesized yet.', []
     if 'synthesis' in results:
         teacher = load(config, workdir)
-        pool = open_pool(config, workdir, teacher)
+        pool = finished_pool(config, workdir, teacher)
         method = pool.notes(pool.finished()[0])['config']['method']  # an existing pool's need not be the config's
         summary = _summary(results, *METHODS[method])
         pools = {'synthesized': pool, **_controls(workdir, teacher)}

@@ -8,6 +8,7 @@ import ml_collections
 
 from dvinv import pipeline
 from dvinv.errors import DvinvError
+from dvinv.runtime import mistakes, versions
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.processes import ALONE, Processes
 
@@ -30,10 +31,16 @@ def run(config, workdir, count: int, processes: Processes = ALONE) -> dict:
         raise DvinvError(
             f'{workdir} holds {", ".join(sorted(others))}, which these --seeds do not ask for; choose another --workdir.'
         )
-    for seed in seeds:
+    folders = [Path(workdir) / f'seed-{seed}' for seed in seeds]
+    for folder in folders:  # the others may be at any of them, and hear that this process has come back
+        mistakes.take_back(folder, processes)
+        if processes.leader and folder.exists():
+            versions.record(folder)
+    for i, seed in enumerate(seeds):
         one = ml_collections.ConfigDict(config)
         one.seed = seed
-        runs.append(pipeline.run(one, Path(workdir) / f'seed-{seed}', processes))
+        with mistakes.told(folders[i + 1 :], processes):
+            runs.append(pipeline.run(one, folders[i], processes))
     summary = {
         'seeds': seeds,
         'runs': runs,

@@ -7,9 +7,8 @@ from dvinv import teacher
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError, listed
 from dvinv.inversion import Teacher
-from dvinv.runtime import job
+from dvinv.runtime import job, mistakes
 from dvinv.runtime.metrics import Metrics
-from dvinv.runtime.mistakes import PATIENCE
 from dvinv.runtime.versions import differing_from, recorded_at
 from dvinv.runtime.waiting import wait_for
 from dvinv.runtime.workdir import Workdir
@@ -45,10 +44,10 @@ def await_run(config, workdir: Workdir) -> None:
 
 def _await_versions(workdir: Workdir) -> None:
     """Refuse versions that are not the leader's. Those of an earlier run it has some time to come back and replace."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + mistakes.PATIENCE
 
     def decided() -> bool:
-        came = recorded_at(workdir.path) != workdir.leader_was_here
+        came = recorded_at(workdir.path) != workdir.leader_came
         return not differing_from(workdir.path) or came or time.monotonic() >= end
 
     wait_for(
@@ -56,7 +55,7 @@ def _await_versions(workdir: Workdir) -> None:
     )
     if differing := differing_from(workdir.path):
         raise DvinvError(
-            f'Process 0 of the run in {workdir.path} has other versions than process {workdir.processes.index}: '
+            f'Process 0 was last in {workdir.path} under other versions than those of process {workdir.processes.index}: '
             f'{differing}. The images would depend on who makes them; install the same versions everywhere, and start all '
             'processes again.'
         )
@@ -80,17 +79,19 @@ def await_batches(workdir: Workdir, pool: ImagePool, numbers: list[int], task: s
       task, series: what their metrics go by.
     """
 
-    def lacking() -> list[int]:
-        return sorted({*numbers} - {*pool.numbers()})
+    batches = []  # that are lacking, when last looked
 
-    def told() -> str:
-        batches = lacking()
+    def there() -> bool:
+        batches[:] = sorted({*numbers} - {*pool.numbers()})
+        return not batches
+
+    def lacking() -> str:
         owners = sorted({number % workdir.processes.count for number in batches})
         return (
             f'batches {listed([*map(str, batches)])} of processes {listed([*map(str, owners)])}; start those that died again'
         )
 
-    wait_for(workdir, lambda: not lacking(), told, task)
+    wait_for(workdir, there, lacking, task)
     others = [Metrics(path) for path in sorted(workdir.path.glob('metrics-*.jsonl'))]
     if others:
         workdir.metrics.gather(others, task, series, numbers)

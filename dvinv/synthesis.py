@@ -14,7 +14,7 @@ from dvinv.data.real import load_real
 from dvinv.evaluation import among_top, logits_of
 from dvinv.inversion import Teacher, make_feature_loss
 from dvinv.networks import Classifier
-from dvinv.pools import all_batches, missing_batches, open_control, open_pool, put_aside_damaged
+from dvinv.pools import all_batches, controls_are_whole, missing_batches, open_pool, put_aside_damaged
 from dvinv.runtime import preemption
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.pictures import class_grid
@@ -47,19 +47,18 @@ def run(config, workdir) -> dict:
 def _fill(config, workdir: Workdir, teacher: Teacher, pool: ImagePool) -> None:
     """Make what the pool lacks, together with the other processes, and what is damaged anew.
 
-    By itself, when all is there and the others are done; a competitor's student, or all processes of a job, only the same
-    command brings back.
+    The leader makes that alone, as the others may be gone. Not in a job, and not against a student that has learned on:
+    there whoever reads the images tells.
     """
     method, processes = config.synthesis.method, workdir.processes
     if method == 'adaptive':
         adaptive.fill_pool(config, workdir, teacher, pool, student_of(config, teacher), 'synthesis', method, processes)
         return
     if processes.joined:
-        put_aside_damaged(pool, pool.numbers(), pool.check)
+        put_aside_damaged(pool, pool.numbers(), pool.check, 'synthesis')
     fill_pool(config, workdir, teacher, pool, method, 'synthesis', method, processes)
     await_batches(workdir, pool, all_batches(config), 'synthesis', method)
-    if not processes.joined:
-        put_aside_damaged(pool, pool.numbers(), pool.check)
+    if not processes.joined and put_aside_damaged(pool, pool.numbers(), pool.check, 'synthesis'):
         fill_pool(config, workdir, teacher, pool, method, 'synthesis', method)
 
 
@@ -90,9 +89,8 @@ def _judge(pool: ImagePool, verifier: Classifier | None) -> dict:
 
 def complete(config, workdir: Workdir) -> bool:
     """Whether its pools have all that the task puts there: who finds a damaged shard puts it aside, controls may be new."""
-    pools = [] if config.pool else [ImagePool(workdir.path / 'pool', '')]
-    pools += [open_control(workdir, control) for control in config.synthesis.controls]
-    return not any(missing_batches(config, pool) for pool in pools)
+    whole = bool(config.pool) or not missing_batches(config, ImagePool(workdir.path / 'pool', ''))
+    return whole and controls_are_whole(config, workdir, config.synthesis.controls)
 
 
 def _real_feature_loss(config, teacher: Teacher, pool: ImagePool) -> float | None:

@@ -208,7 +208,7 @@ def fill_pool(
 
     A batch whose sidecar is damaged is lacking too; whether images are damaged tells who reads them.
     """
-    put_aside_damaged(pool, processes.share(pool.numbers()), pool.notes)
+    put_aside_damaged(pool, processes.share(pool.numbers()), pool.notes, task)
     if missing := processes.share(missing_batches(config, pool)):
         if processes.joined:
             job.notify(called(workdir))  # the others come

@@ -124,7 +124,7 @@ def test_what_ends_one_process_ends_those_that_wait_for_it(threads, tmp_path, mo
         threads(_config(), tmp_path)
 
 
-def test_what_is_damaged_is_made_anew_while_all_are_there_and_when_they_are_gone(threads, tmp_path, capsys):
+def test_what_is_damaged_is_made_anew_by_its_owner_and_when_that_is_gone_by_the_leader(threads, tmp_path, capsys):
     run, config = tmp_path / 'run', _config()
     threads(config, run)
     expected = lasting(run)
@@ -134,7 +134,8 @@ def test_what_is_damaged_is_made_anew_while_all_are_there_and_when_they_are_gone
     (pool / 'shard-000001.npz').write_bytes((pool / 'shard-000001.npz').read_bytes()[:-20])
     (pool / 'shard-000002.npz').unlink()
     flip(pool / 'shard-000003.json')
-    threads(config, run)
+    for index in (1, 0):
+        pipeline.run(config, run, Processes(index, COUNT))
     told, found = capsys.readouterr().err, lasting(run)
     for name in ('0.npz is damaged', '1.npz is damaged', '2.npz is missing', '3.json is damaged'):
         assert f'shard-00000{name}' in told
@@ -166,6 +167,20 @@ def test_more_processes_than_batches_and_a_pool_that_is_there(threads, tmp_path)
     assert threads(config, tmp_path / 'run', 3)['synthesis']['batches'] == 2
     assert ImagePool(tmp_path / 'run' / 'controls' / 'noise').numbers() == [0, 1]
     assert pipeline.run(_config(pool=str(tmp_path / 'run' / 'pool')), tmp_path / 'other', Processes(1, 2)) == {}
+
+
+@pytest.mark.parametrize(('index', 'heard'), [(0, 0), (1, 1)])
+def test_a_mistake_with_one_seed_is_heard_by_who_is_at_the_next(tmp_path, monkeypatch, index, heard):
+    config = smoke_config()
+    ahead = Workdir(tmp_path / 'seed-1', config, Processes(1 - index, 2))
+    monkeypatch.setattr(pipeline, 'check', lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        seeds.run(config, tmp_path, 2, Processes(index, 2))
+    assert ahead.mistakes.heard() == {heard: 'ZeroDivisionError: division by zero'}
+    monkeypatch.setattr(pipeline, 'run', lambda *_: {})
+    seeds.run(config, tmp_path, 2, Processes(index, 2))
+    assert ahead.mistakes.heard() == {}
+    ahead.close()
 
 
 def test_of_several_seeds_the_leader_writes_the_summary(tmp_path, monkeypatch):

@@ -192,7 +192,7 @@ def test_what_is_damaged_in_a_pool_of_ours_is_put_aside(pool, ending):
     path = pool.folder / f'shard-000001.{ending}'
     flip(path)
     damaged = path.read_bytes()
-    assert f'put aside, into {pool.folder / "quarantine"}; run the same command again' in refusal(ours)
+    assert f'put aside, into {pool.folder / "quarantine"}; run the command that made the pool again' in refusal(ours)
     assert ours.numbers() == [0]
     assert (pool.folder / 'quarantine' / path.name).read_bytes() == damaged
     assert not path.exists()

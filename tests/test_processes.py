@@ -109,7 +109,7 @@ def test_who_comes_before_the_leader_with_another_config_is_refused_when_it_has_
 
 
 def fail(folder, mine, error):
-    with pytest.raises(type(error)), told(folder, mine):
+    with pytest.raises(type(error)), told([folder], mine):
         raise error
 
 
@@ -122,6 +122,9 @@ def test_who_waits_hears_of_a_mistake_in_another_process_but_not_of_an_old_one(t
     assert capsys.readouterr().err == 'process 1: waiting for the teacher\n'
     fail(tmp_path, LEADER, RuntimeError('out of\nmemory'))
     with pytest.raises(DvinvError, match=r'Process 0 has ended with a mistake: RuntimeError: out of memory$'):
+        wait_for(other, lambda: False, lambda: 'the teacher')
+    fail(tmp_path, LEADER, DvinvError('Process 2 has ended with a mistake: The disk is full.'))
+    with pytest.raises(DvinvError, match=r'^Process 2 has ended with a mistake: The disk is full\.'):
         wait_for(other, lambda: False, lambda: 'the teacher')
     Workdir(tmp_path, CONFIG, LEADER).close()  # came back: forgotten
     assert other.mistakes.heard() == {}
@@ -161,9 +164,9 @@ def test_versions_that_are_not_the_leaders_are_refused(tmp_path, monkeypatch, ca
         assert f'goes on under other versions: jax {here["jax"]} there, 0.1 here' in capsys.readouterr().err
         sharing.await_run(CONFIG, early)  # the leader came back with the same
         monkeypatch.setattr(versions, 'versions', lambda: here)
-        with pytest.raises(DvinvError, match=rf'other versions than process 1: jax 0\.1 there, {here["jax"]} here'):
+        with pytest.raises(DvinvError, match=rf'than those of process 1: jax 0\.1 there, {here["jax"]} here'):
             sharing.await_run(CONFIG, early)
-    monkeypatch.setattr(sharing, 'PATIENCE', 0.0)
+    monkeypatch.setattr(mistakes, 'PATIENCE', 0.0)
     late = Workdir(tmp_path, CONFIG, Processes(1, 2))
     with contextlib.closing(late), pytest.raises(DvinvError, match='install the same versions everywhere'):
         sharing.await_run(CONFIG, late)

@@ -13,6 +13,8 @@ import hashlib
 import io
 import json
 import os
+import socket
+import threading
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,7 +29,15 @@ _sound = set()  # (path, bytes, time of change) of shards that this process has 
 
 
 class DamagedError(DvinvError):
-    """A shard is missing, truncated or changed, or its sidecar is."""
+    """A shard is missing, truncated or changed, or its sidecar is.
+
+    Attributes:
+      what: the sentence without its way out.
+    """
+
+    def __init__(self, what: str, way_out: str):
+        super().__init__(f'{what}; {way_out}.')
+        self.what = what
 
 
 class ImagePool:
@@ -51,11 +61,13 @@ class ImagePool:
         """
         buffer = io.BytesIO()
         np.savez(buffer, images=images.astype(np.uint8), labels=labels.astype(np.int32), logits=logits.astype(np.float32))
-        path = self._shard(number)
-        write_atomic(path, buffer.getvalue())
-        sidecar = {'sha256': sha256_of(path), 'teacher': self._digest, 'images': len(labels), **notes}
+        path, data = self._shard(number), buffer.getvalue()
+        # Two processes may make one batch, where what was damaged is made anew: each writes the same bytes by itself.
+        writer = f'.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}'
+        write_atomic(path, data, writer)
+        sidecar = {'sha256': hashlib.sha256(data).hexdigest(), 'teacher': self._digest, 'images': len(labels), **notes}
         sidecar['notes_sha256'] = _checksum(sidecar)
-        write_atomic(path.with_suffix('.json'), _dumps(sidecar))
+        write_atomic(path.with_suffix('.json'), _dumps(sidecar), writer)
 
     def numbers(self) -> list[int]:
         """Numbers of the finished shards, ascending."""
@@ -83,6 +95,8 @@ class ImagePool:
         try:
             notes = json.loads(path.read_text())
             whole = notes.pop('notes_sha256') == _checksum(notes)
+        except FileNotFoundError as error:
+            self._refuse(number, f'The sidecar {path} is missing', error)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             self._refuse(number, f'The sidecar {path} is damaged', error)
         if not whole:
@@ -144,14 +158,14 @@ class ImagePool:
         sidecar = self._shard(number).with_suffix('.json')
         if self._ours:
             aside = self.folder / 'quarantine'
-            aside.mkdir(exist_ok=True)
+            aside.mkdir(parents=True, exist_ok=True)
             for path in (sidecar, self._shard(number)):  # without its sidecar it counts as missing
                 with contextlib.suppress(FileNotFoundError):
                     os.replace(path, aside / path.name)
-            way_out = f'it was put aside, into {aside}; run the same command again: it makes this shard anew'
+            way_out = f'it was put aside, into {aside}; run the command that made the pool again'
         else:
-            way_out = f'delete {sidecar.name} and run the command that made the pool again: it makes this shard anew'
-        raise DamagedError(f'{what}; {way_out}.') from cause
+            way_out = f'delete {sidecar.name} and run the command that made the pool again'
+        raise DamagedError(what, f'{way_out}: it makes this shard anew, or tells what else that takes') from cause
 
     def _shard(self, number: int) -> Path:
         return self.folder / f'shard-{number:06d}.npz'

@@ -24,7 +24,7 @@ from dvinv.inversion import Teacher
 from dvinv.networks import Classifier, load_classifier, load_network, save_network
 from dvinv.networks.channels import Narrow, find_channels
 from dvinv.networks.channels.cost import Cost
-from dvinv.pools import finished_pool
+from dvinv.pools import controls_are_whole, finished_pool
 from dvinv.pruning import competition
 from dvinv.pruning.importance import Importance
 from dvinv.pruning.latency import latency, measure_table, predicted
@@ -84,10 +84,11 @@ def run(config, workdir) -> dict:
 
 
 def complete(config, workdir: Workdir) -> bool:
-    """Whether the networks of the finished task are still there: a damaged network file is deleted by its owner."""
+    """Whether networks and controls' images are still there: what is damaged is deleted by its owner."""
     names = {'noise', 'prior_only', 'real'}
     controls = (f'pruned_by_{name}' if name in names else name for name in config.pruning.controls)
-    return all(workdir.network(name).exists() for name in ('pruned', *controls))
+    whole = controls_are_whole(config, workdir, config.pruning.controls)
+    return whole and all(workdir.network(name).exists() for name in ('pruned', *controls))
 
 
 def check(config, teacher: Teacher) -> None:

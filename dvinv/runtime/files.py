@@ -26,11 +26,12 @@ def disk_full_told(path: Path):
         ) from error
 
 
-def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
+def write_atomic(path: Path, data: bytes | Iterable[bytes], writer: str = '') -> None:
     """Write `data` to `path`: after a kill or on a full disk the old file stands, or none, never a part.
 
     Args:
       data: parts are taken one by one, and may come from the old file itself.
+      writer: who writes, where several may write the same file at the same time.
 
     Raises:
       DvinvError: the disk is full.
@@ -38,7 +39,7 @@ def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
     path = Path(path)
     with disk_full_told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f'.{path.name}.tmp')  # always the same, so that kills leave no heap of them
+        temporary = path.with_name(f'.{path.name}{writer}.tmp')  # always the same, so that kills leave no heap of them
         try:
             with open(temporary, 'wb') as file:
                 file.writelines([data] if isinstance(data, bytes) else data)
@@ -55,3 +56,12 @@ def sha256_of(path: Path) -> str:
     """Hexadecimal sha256 of a file's bytes."""
     with open(path, 'rb') as file:
         return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def state_of(path: Path) -> tuple[int, int] | None:
+    """What changes whenever `write_atomic` puts a file at `path`; None where there is none."""
+    try:
+        about = path.stat()
+    except FileNotFoundError:
+        return None
+    return about.st_mtime_ns, about.st_ino  # the clock of some file systems stands still for milliseconds

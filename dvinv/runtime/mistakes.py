@@ -6,19 +6,20 @@ is of an earlier run, unless it stays: then its process came first, and failed b
 
 import contextlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from dvinv.errors import DvinvError
 from dvinv.runtime.claims import OccupiedError, claim
-from dvinv.runtime.files import write_atomic
+from dvinv.runtime.files import state_of, write_atomic
 from dvinv.runtime.processes import Processes
 
 PATIENCE = 300.0  # seconds that a process has to come back and take away its word
 
 
 @contextlib.contextmanager
-def told(folder: Path, processes: Processes):
-    """What ends this process within the context is told to the others, before it is raised on.
+def told(folders: Sequence[Path], processes: Processes):
+    """What ends this process within the context is told to the others in each work directory, before it is raised on.
 
     Not that a place is taken: who is refused for that is none of the run's. Processes of a job hear by the job itself.
     """
@@ -27,25 +28,31 @@ def told(folder: Path, processes: Processes):
     except OccupiedError:
         raise
     except DvinvError as error:
-        _tell(folder, processes, str(error))
+        _tell(folders, processes, str(error))
         raise
     except Exception as error:
-        _tell(folder, processes, ' '.join(f'{type(error).__name__}: {error}'.split())[:500])
+        _tell(folders, processes, ' '.join(f'{type(error).__name__}: {error}'.split())[:500])
         raise
 
 
-def _tell(folder: Path, processes: Processes, sentence: str) -> None:
+def _tell(folders: Sequence[Path], processes: Processes, sentence: str) -> None:
     if processes.count == 1 or processes.joined:
         return
-    # Of a full disk the others hear by themselves; and a process of the same number that lives has not failed.
-    with contextlib.suppress(DvinvError, OSError):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        held = claim(folder, processes)
-        try:
-            write_atomic(_word(folder, processes.index), sentence.encode())
-        finally:
-            for file in held:
-                file.close()
+    for folder in folders:
+        # Of a full disk the others hear by themselves; and a process of the same number that lives has not failed.
+        with contextlib.suppress(DvinvError, OSError):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            held = claim(folder, processes)
+            try:
+                write_atomic(_word(folder, processes.index), sentence.encode())
+            finally:
+                for file in held:
+                    file.close()
+
+
+def take_back(folder: Path, processes: Processes) -> None:
+    """This process has come back: its word of an earlier run holds no more."""
+    _word(folder, processes.index).unlink(missing_ok=True)
 
 
 class Mistakes:
@@ -54,26 +61,23 @@ class Mistakes:
     def __init__(self, folder: Path, processes: Processes):
         """Takes away this process's own word: it has come back."""
         self._folder, self._count = folder, processes.count
-        _word(folder, processes.index).unlink(missing_ok=True)
+        take_back(folder, processes)
         self._opened, self._old = time.monotonic(), self._words()
 
     def heard(self) -> dict[int, str]:
         """{process: sentence} of those that have ended with a mistake, and not come back."""
         late = time.monotonic() - self._opened >= PATIENCE
         found = {}
-        for index, when in self._words().items():
-            if late or self._old.get(index) != when:
+        for index, state in self._words().items():
+            if late or self._old.get(index) != state:
                 with contextlib.suppress(FileNotFoundError):  # it comes back just now
                     found[index] = _word(self._folder, index).read_text()
         return found
 
-    def _words(self) -> dict[int, int]:
-        """{process: when, as the file system tells} of all words that lie there."""
-        words = {}
-        for index in range(self._count):
-            with contextlib.suppress(FileNotFoundError):
-                words[index] = _word(self._folder, index).stat().st_mtime_ns
-        return words
+    def _words(self) -> dict[int, tuple[int, int]]:
+        """{process: `state_of` its word} of all words that lie there."""
+        states = {index: state_of(_word(self._folder, index)) for index in range(self._count)}
+        return {index: state for index, state in states.items() if state}
 
 
 def _word(folder: Path, index: int) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import dvinv
 from dvinv.errors import listed
-from dvinv.runtime.files import write_atomic
+from dvinv.runtime.files import state_of, write_atomic
 
 PACKAGES = 'jax', 'jaxlib', 'flax', 'optax', 'numpy'
 FILE = 'versions.json'
@@ -29,12 +29,9 @@ def record(folder: Path) -> None:
     write_atomic(folder / FILE, (json.dumps(versions(), indent=2, sort_keys=True) + '\n').encode())
 
 
-def recorded_at(folder: Path) -> int:
-    """When the leader left its versions, as the file system tells; 0 where it has not."""
-    try:
-        return (folder / FILE).stat().st_mtime_ns
-    except FileNotFoundError:
-        return 0
+def recorded_at(folder: Path) -> tuple[int, int]:
+    """Which record of versions the leader left last, as the file system tells; zeros where it has left none."""
+    return state_of(folder / FILE) or (0, 0)
 
 
 def differing_from(folder: Path) -> str:

@@ -66,7 +66,7 @@ class Workdir:
       processes: which of them this one is.
       metrics: this process's measurements.
       mistakes: what it hears of the other processes.
-      leader_was_here: when the leader last left its versions, before this process opened the work directory; 0: never.
+      leader_came: what told it before this process did, see `versions.recorded_at`.
 
     Raises:
       DvinvError: it holds a run with another config (names the keys), another process runs in it, or its config.json is
@@ -89,7 +89,7 @@ class Workdir:
             self._times = self.read_json('times.json', {})
             self._started, self._written = {}, 0.0
             self.mistakes = Mistakes(self.path, processes)
-            self.leader_was_here = recorded_at(self.path)
+            self.leader_came = recorded_at(self.path)
             if processes.leader:
                 write_atomic(self.path / 'config.json', _dumps(plain(config)))
                 record(self.path)
