@@ -41,7 +41,7 @@ def report_of(tmp_path):
     def report_of(method, rounds=1, pool='', figures=(), made=(), **changes):
         none = {'verifier__network': '', 'distillation__controls': ()}
         config = smoke_config(teacher__factory='factories:own', pool=pool, **{**none, **changes})
-        config.synthesis.method = 'deepinversion' if pool else method
+        config.synthesis.update(method='deepinversion' if pool else method, images=config.synthesis.batch_size)
         images, labels = numbered([0, 1], size=8)
         stored = ImagePool(pool or tmp_path / 'run' / 'pool', factories.own().digest())
         stored.write(0, images, labels, np.zeros((2, 10)), {'config': {'method': method}})
@@ -118,13 +118,15 @@ def test_without_a_verifier_the_page_tells_why_it_has_no_figures_of_quality(repo
     assert '<h2>Quality</h2>\n<div class="text"><p>The config names no verifier' in report_of('noise')
 
 
-def test_an_empty_pool_is_refused(report_of, tmp_path):
+def test_a_pool_that_lacks_a_batch_is_refused(report_of, tmp_path):
     report_of('deepinversion')
     (tmp_path / 'run' / 'pool' / 'shard-000000.json').unlink()
-    config = smoke_config(teacher__factory='factories:own', verifier__network='', distillation__controls=())
+    config = smoke_config(
+        teacher__factory='factories:own', verifier__network='', distillation__controls=(), synthesis__images=20
+    )
     with (
         contextlib.closing(Workdir(tmp_path / 'run', config)) as workdir,
-        pytest.raises(DvinvError, match='There is no image in the pool'),
+        pytest.raises(DvinvError, match=r'Batch 0 is missing from .*; run the task synthesis first'),
     ):
         report.run(config, workdir)
 
