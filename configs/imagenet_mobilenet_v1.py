@@ -14,7 +14,8 @@ feature term too (DeepDream), which takes as long again.
 
 One batch of 64 classes drawn once (`synthesis.classes`), split over all devices; 2,000 iterations at 112 px, then 1,000 at
 224. On a CPU 4 images a device are quickest: `--config.devices=16`. `:short` is the same with 600 and 200 iterations, 20
-minutes; `:smoke` shrinks the run to seconds.
+minutes; `:spectrum` is `:short` with Adam moving the pictures' spectrum, by half the steps: statistics three times as near,
+clear outlines, harsh colours. `:smoke` shrinks the run to seconds.
 """
 
 import ml_collections
@@ -26,7 +27,7 @@ CLASSES = tuple(sorted(np.random.default_rng(0).permutation(1000)[:64].tolist())
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
-    """The config; `arg` is '', 'short' or 'smoke'."""
+    """The config; `arg` is '', 'short', 'spectrum' or 'smoke'."""
     config = base_config('imagenet_multires')
     config.tasks = ('teacher', 'synthesis', 'report')
     config.bn_stats = 'global'
@@ -36,11 +37,15 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     config.synthesis.update(images=64, batch_size=64, classes=CLASSES)
     config.synthesis.controls = ('noise',)
     config.distillation.controls = ()
-    if arg == 'short':
+    if arg in ('short', 'spectrum'):
         for stage, iterations in zip(config.synthesis.stages, (600, 200), strict=True):
             stage.update(iterations=iterations, warmup=50)
+        if arg == 'spectrum':
+            config.synthesis.canvas = 'spectrum'
+            for stage in config.synthesis.stages:
+                stage.learning_rate = 0.1
     elif arg == 'smoke':
         shrink(config)
     elif arg:
-        raise ValueError(f'This config knows the arguments short and smoke, not {arg!r}')
+        raise ValueError(f'This config knows the arguments short, spectrum and smoke, not {arg!r}')
     return config
