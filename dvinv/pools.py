@@ -16,7 +16,7 @@ def open_pool(config, workdir: Workdir, teacher: Teacher) -> ImagePool:
     """The pool of this run: an existing one where the config names it."""
     if config.pool:
         return ImagePool(config.pool, teacher.digest())
-    return ImagePool(workdir.path / 'pool', teacher.digest(), ours=True)
+    return ImagePool(workdir.path / 'pool', teacher.digest(), ours=True, writer=workdir.processes.index)
 
 
 def finished_pool(config, workdir: Workdir, teacher: Teacher) -> ImagePool:
