@@ -20,6 +20,7 @@ from dvinv.networks.naming import find_keys
 from dvinv.networks.registry import image_shape
 
 CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
+QUICKLY = {'XLA_FLAGS': '--xla_backend_optimization_level=0'}  # for what is mostly compiled
 each_config = pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 
 
@@ -57,7 +58,7 @@ def test_the_smoke_run_needs_nothing_that_is_not_here(path):
 
 @each_config
 def test_an_argument_that_it_does_not_know_is_refused(path):
-    others = 'pictures, paper|fast|short|mixup|twos|digits|10, 20|71'
+    others = 'pictures, paper|fast|short, spectrum|mixup|twos|digits|10, 20|71'
     with pytest.raises(ValueError, match=rf"knows the (argument|arguments ({others}) and) smoke, not 'smok'"):
         read(path, 'smok')
 
@@ -101,7 +102,7 @@ def test_the_docstring_tells_the_command(path):
 def test_a_smoke_run_of_pictures_ends_with_a_report(command, tmp_path):
     """Nearly all of its time goes into compiling: a small verifier, instead of a ResNet-32, spares a fifth of it."""
     run, small = tmp_path / 'run', '--config.verifier.network=small_convnet'
-    status, _, err = command('--workdir', run, small, config='configs/cifar10_resnet20.py:smoke')
+    status, _, err = command('--workdir', run, small, config='configs/cifar10_resnet20.py:smoke', more=QUICKLY)
     assert status == 0, err
     assert (run / 'report.html').exists()
     results = json.loads((run / 'results.json').read_text())
@@ -134,8 +135,7 @@ def test_a_config_of_two_resolutions_runs_on_larger_images_to_its_report(command
         settings = {'iterations': 2, 'warmup': 1, 'resolution': resolution}
         flags |= {f'synthesis.stages[{stage}].{field}': value for field, value in settings.items()}
     arguments = [f'--config.{name}={value}' for name, value in flags.items()]
-    quickly = {'XLA_FLAGS': '--xla_backend_optimization_level=0'}
-    status, _, err = command('--workdir', run, *arguments, config='configs/imagenet_mobilenet_v1.py', more=quickly)
+    status, _, err = command('--workdir', run, *arguments, config='configs/imagenet_mobilenet_v1.py', more=QUICKLY)
     assert status == 0, err
     with np.load(run / 'pool' / 'shard-000000.npz') as shard:
         assert shard['images'].shape == (4, size, size, 3)
