@@ -9,7 +9,7 @@ from dvinv.errors import DvinvError, listed
 from dvinv.inversion import Teacher
 from dvinv.runtime import job, mistakes
 from dvinv.runtime.metrics import Metrics
-from dvinv.runtime.versions import differing_from, recorded_at
+from dvinv.runtime.versions import differing_from, record_in
 from dvinv.runtime.waiting import wait_for
 from dvinv.runtime.workdir import Workdir
 
@@ -37,7 +37,7 @@ def await_run(config, workdir: Workdir) -> None:
     Raises:
       DvinvError: its config is another, or its versions are.
     """
-    wait_for(workdir, (workdir.path / 'versions.json').exists, lambda: 'process 0 to begin')
+    wait_for(workdir, lambda: record_in(workdir.path) is not None, lambda: 'process 0 to begin')
     workdir.refuse_other(config)
     _await_versions(workdir)
 
@@ -47,7 +47,7 @@ def _await_versions(workdir: Workdir) -> None:
     end = time.monotonic() + mistakes.PATIENCE
 
     def decided() -> bool:
-        came = recorded_at(workdir.path) != workdir.leader_came
+        came = record_in(workdir.path) != workdir.leader_came
         return not differing_from(workdir.path) or came or time.monotonic() >= end
 
     wait_for(

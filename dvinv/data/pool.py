@@ -21,9 +21,9 @@ import numpy as np
 from dvinv.data.rows import Rows
 from dvinv.errors import DvinvError
 from dvinv.runtime import preemption
-from dvinv.runtime.files import sha256_of, write_atomic
+from dvinv.runtime.files import sha256_of, state_of, write_atomic
 
-_sound = set()  # (path, bytes, time of change) of shards that this process has checked: hashing a large pool takes long
+_sound = set()  # (path, `state_of` it) of shards that this process has checked: hashing a large pool takes long
 
 
 class DamagedError(DvinvError):
@@ -141,16 +141,15 @@ class ImagePool:
           DamagedError: it is missing, truncated or changed.
         """
         path, notes = self._shard(number), self.notes(number)
-        if not path.exists():
+        state = state_of(path)
+        if state is None:
             self._refuse(number, f'The shard {path} is missing, though its sidecar is there')
-        about = path.stat()
-        state = str(path.resolve()), about.st_size, about.st_mtime_ns
-        if state in _sound:
+        if (path.resolve(), state) in _sound:
             return
         if sha256_of(path) != notes['sha256']:
             what = 'truncated, or a byte changed: its sha256 is not the one written'
             self._refuse(number, f'The shard {path} is damaged ({what})')
-        _sound.add(state)
+        _sound.add((path.resolve(), state))
 
     def _refuse(self, number: int, what: str, cause: Exception | None = None) -> NoReturn:
         sidecar = self._shard(number).with_suffix('.json')

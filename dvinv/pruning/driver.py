@@ -15,10 +15,9 @@ from collections.abc import Callable
 import ml_collections
 import numpy as np
 
-from dvinv.configuration import recipe_of
+from dvinv.configuration import DATA_FREE_CONTROLS, recipe_of
 from dvinv.data.joined import Joined
 from dvinv.data.real import load_real
-from dvinv.distillation import DATA_FREE_CONTROLS
 from dvinv.errors import DvinvError
 from dvinv.inversion import Teacher
 from dvinv.networks import Classifier, load_classifier, load_network, save_network
@@ -85,8 +84,8 @@ def run(config, workdir) -> dict:
 
 def complete(config, workdir: Workdir) -> bool:
     """Whether networks and controls' images are still there: what is damaged is deleted by its owner."""
-    names = {'noise', 'prior_only', 'real'}
-    controls = (f'pruned_by_{name}' if name in names else name for name in config.pruning.controls)
+    by_images = (*DATA_FREE_CONTROLS, 'real')
+    controls = (f'pruned_by_{name}' if name in by_images else name for name in config.pruning.controls)
     whole = controls_are_whole(config, workdir, config.pruning.controls)
     return whole and all(workdir.network(name).exists() for name in ('pruned', *controls))
 

@@ -58,10 +58,11 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def state_of(path: Path) -> tuple[int, int] | None:
-    """What changes whenever `write_atomic` puts a file at `path`; None where there is none."""
+def state_of(path: Path) -> tuple[int, int, int] | None:
+    """What changes whenever the file at `path` is written or another is put there; None where there is none."""
     try:
         about = path.stat()
     except FileNotFoundError:
         return None
-    return about.st_mtime_ns, about.st_ino  # the clock of some file systems stands still for milliseconds
+    # Not the time alone: the clock of some file systems stands still for milliseconds.
+    return about.st_mtime_ns, about.st_ino, about.st_size

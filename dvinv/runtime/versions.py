@@ -29,9 +29,9 @@ def record(folder: Path) -> None:
     write_atomic(folder / FILE, (json.dumps(versions(), indent=2, sort_keys=True) + '\n').encode())
 
 
-def recorded_at(folder: Path) -> tuple[int, int]:
-    """Which record of versions the leader left last, as the file system tells; zeros where it has left none."""
-    return state_of(folder / FILE) or (0, 0)
+def record_in(folder: Path) -> tuple | None:
+    """Which record of versions the leader left last, as the file system tells; None where it has left none."""
+    return state_of(folder / FILE)
 
 
 def differing_from(folder: Path) -> str:

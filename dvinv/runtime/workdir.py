@@ -19,7 +19,7 @@ from dvinv.runtime.files import disk_full_told, write_atomic
 from dvinv.runtime.metrics import Metrics
 from dvinv.runtime.mistakes import Mistakes
 from dvinv.runtime.processes import ALONE, Processes
-from dvinv.runtime.versions import record, recorded_at
+from dvinv.runtime.versions import record, record_in
 
 # Keys that a resumed run may change, since no result depends on them (on verifiers and synthesis.controls the report alone,
 # made anew each time).
@@ -66,7 +66,7 @@ class Workdir:
       processes: which of them this one is.
       metrics: this process's measurements.
       mistakes: what it hears of the other processes.
-      leader_came: what told it before this process did, see `versions.recorded_at`.
+      leader_came: which of its records was here before this process was, see `versions.record_in`.
 
     Raises:
       DvinvError: it holds a run with another config (names the keys), another process runs in it, or its config.json is
@@ -89,7 +89,7 @@ class Workdir:
             self._times = self.read_json('times.json', {})
             self._started, self._written = {}, 0.0
             self.mistakes = Mistakes(self.path, processes)
-            self.leader_came = recorded_at(self.path)
+            self.leader_came = record_in(self.path)
             if processes.leader:
                 write_atomic(self.path / 'config.json', _dumps(plain(config)))
                 record(self.path)
