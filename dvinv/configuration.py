@@ -54,6 +54,8 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
         'resized_crop': 0.0,
         'mixup': 0.0,
         'reestimate': 0,
+        'precision': 'float32',
+        'updates_per_dispatch': 0,
     }
     config.teacher = ml_collections.ConfigDict(
         {

@@ -6,6 +6,7 @@ import optax
 
 from dvinv.errors import DvinvError
 from dvinv.inversion.augmentation import Augmentation
+from dvinv.inversion.settings import PRECISIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +28,16 @@ class Recipe:
     resized_crop: float = 0.0  # least share of a picture in a random window that is scaled to its size (ImageNet: .08)
     mixup: float = 0.0  # alpha; two pictures are mixed by a share ~ Beta(alpha, alpha). For students, whom a teacher answers
     reestimate: int = 0  # batches on which BatchNorm statistics are estimated again at the end, weights frozen
+    precision: str = 'float32'  # of the forward and backward pass; 'bfloat16' for GPU and TPU. All that is kept: float32
+    updates_per_dispatch: int = 0  # at most; 0: 1 on CPU, 50 elsewhere
 
     def check(self, name: str) -> None:
         """Refuse a recipe that cannot be followed; `name` is that of its config group."""
         for field in ('updates', 'batch_size'):
             if getattr(self, field) < 1:
                 raise DvinvError(f'{name}.{field} is {getattr(self, field)}; it must be at least 1.')
-        for field in ('warmup', 'clip_norm', 'weight_decay', 'shift', 'noise', 'mixup', 'reestimate'):
+        at_least_0 = 'warmup', 'clip_norm', 'weight_decay', 'shift', 'noise', 'mixup', 'reestimate', 'updates_per_dispatch'
+        for field in at_least_0:
             if getattr(self, field) < 0:
                 raise DvinvError(f'{name}.{field} is {getattr(self, field)}; it must be at least 0.')
         if not 0 <= self.resized_crop <= 1:
@@ -46,7 +50,7 @@ class Recipe:
             raise DvinvError(
                 f'{name}.milestones is {self.milestones}; they must be shares of the updates, above 0 and below 1.'
             )
-        for field, choices in (('optimiser', ('adam', 'sgd')), ('schedule', ('cosine', 'step'))):
+        for field, choices in (('optimiser', ('adam', 'sgd')), ('schedule', ('cosine', 'step')), ('precision', PRECISIONS)):
             if getattr(self, field) not in choices:
                 raise DvinvError(f'{name}.{field} is {getattr(self, field)!r}; choose one of {", ".join(choices)}.')
 
@@ -57,6 +61,10 @@ class Recipe:
                 f'A batch of {self.batch_size} images cannot be split evenly over {devices} devices; choose a '
                 f'{name}.batch_size that {devices} divides, or another number of devices.'
             )
+
+    def dispatch_length(self, platform: str) -> int:
+        """Returns how many updates a dispatch may have on `platform`, 'cpu', 'gpu' or 'tpu'."""
+        return self.updates_per_dispatch or (1 if platform == 'cpu' else 50)
 
     @property
     def look(self) -> Augmentation:

@@ -9,6 +9,7 @@ from dvinv.configuration import recipe_of
 from dvinv.divergence import divergence
 from dvinv.hints import hint_loss, shared_layers
 from dvinv.inversion import Teacher
+from dvinv.inversion.execution import in_precision
 from dvinv.networks import create
 from dvinv.rounds import Rounds
 from dvinv.training import Learner, Lesson
@@ -25,7 +26,8 @@ def student_of(config, teacher: Teacher, name: str = 'student', task: str = 'dis
 def lesson_of(config, teacher: Teacher, rounds: Rounds) -> Lesson:
     """What a student of `teacher` is taught, on images that come in `rounds`."""
     group = config.distillation
-    loss = distillation_loss(teacher, group.temperature, group.hint, hinted_layers(config, teacher))
+    layers = hinted_layers(config, teacher)
+    loss = distillation_loss(in_precision(teacher, group.precision), group.temperature, group.hint, layers)
     return Lesson(recipe_of(group), loss, rounds, teacher.variables)
 
 

@@ -4,27 +4,32 @@ Randomness is a function of the seed and the update's number alone, and everythi
 checkpoint, so a training that was killed ends with the bits of one that was not.
 """
 
+import contextlib
 import dataclasses
+import math
 from collections.abc import Callable
 
 import flax
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dvinv.data.batches import HostBatches, ResidentBatches, fits_on_devices
 from dvinv.data.rows import Rows
 from dvinv.errors import DvinvError
 from dvinv.inversion.tap import features_in_training
 from dvinv.networks import Classifier, apply_fn_of, initialise, load_classifier, module_of, save_network, shapes_of
+from dvinv.networks.classifier import cast_floats
 from dvinv.networks.head import grown
 from dvinv.recipe import Recipe
 from dvinv.rounds import Rounds, chosen_images
 from dvinv.runtime import preemption
 from dvinv.runtime.checkpoints import Checkpoints
-from dvinv.runtime.devices import AXIS, make_mesh, training_mesh
+from dvinv.runtime.devices import AXIS, make_mesh, platform_of, training_mesh
 from dvinv.runtime.progress import Progress
 from dvinv.runtime.workdir import Workdir
 
@@ -82,6 +87,21 @@ class Lesson:
         second = chosen_images(2**32 + seed, update, size // 2, self.beside)  # not in step with the first, if as many
         return np.concatenate([first, self.rounds.images * self.rounds.count + second])
 
+    @property
+    def images(self) -> int:
+        """How many images there will be in all."""
+        return self.come_by(self.recipe.updates - 1)
+
+    def dispatch_length(self, every: int, platform: str) -> int:
+        """Returns how many updates a dispatch has on `platform`, at most as many as the recipe says.
+
+        A divisor of `every`, the updates between two lines of metrics, and of the updates of a round, so that no dispatch
+        goes beyond the end of either.
+        """
+        ends = [every, *(rounds.updates for rounds in (self.rounds, self.beside) if rounds and rounds.count > 1)]
+        most, whole = self.recipe.dispatch_length(platform), math.gcd(*ends)
+        return max(count for count in range(1, min(most, whole) + 1) if whole % count == 0)
+
     def come_by(self, update: int) -> int:
         """How many images there must be for this update."""
         if self.beside is None:
@@ -104,22 +124,28 @@ def _first_variables(module, key: jax.Array, image_shape, start: dict | None) ->
     return grown(jax.device_get(initialise(module, key, image_shape)), start)
 
 
-def make_update(module, recipe: Recipe, loss_fn: Callable, classifier: Classifier, head: str = ''):
-    """The pure update `(state, images, labels, frozen, key) -> (state, loss)`, for images uint8 [B, H, W, C], labels [B].
+def make_train_step(module, recipe: Recipe, loss_fn: Callable, classifier: Classifier, head: str = ''):
+    """Returns the pure train step `(state, images, labels, frozen, key) -> (state, loss)`.
+
+    With `recipe.precision` 'bfloat16' the network runs forward and backward in bfloat16; its parameters, running statistics
+    and gradients, the loss and the optimizer state are float32.
 
     Args:
       loss_fn, head: see `Lesson`; `frozen` is handed to the loss.
       classifier: tells how pixels are normalised.
+
+    Returns:
+      A function of images uint8 [B, H, W, C], labels int [B] and a random key; its loss is a float32 scalar.
     """
     optimizer = recipe.optimizer()
+    dtype = jnp.dtype(recipe.precision)
 
-    def update(state: TrainState, images, labels, frozen, key):
-        look_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-        x = recipe.look(look_key, classifier.normalise(images), classifier)
+    def train_step(state: TrainState, images, labels, frozen, key):
+        augmentation_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+        x = recipe.look(augmentation_key, classifier.normalise(images), classifier)
 
         def loss_of(params):
-            variables = {'params': params, 'batch_stats': state.batch_stats}
-            logits, features, batch_stats = features_in_training(module, variables, x, {'dropout': dropout_key}, head)
+            logits, features, batch_stats = _forward(module, params, state.batch_stats, x, dropout_key, dtype, head)
             return loss_fn(logits, features, x, labels, frozen), batch_stats
 
         (loss, batch_stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
@@ -127,19 +153,115 @@ def make_update(module, recipe: Recipe, loss_fn: Callable, classifier: Classifie
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, batch_stats, opt_state, state.step + 1), loss
 
-    return update
+    return train_step
+
+
+def _forward(module, params, batch_stats, x, dropout_key, dtype, head: str = ''):
+    """Runs the network in train mode, in `dtype`; see `features_in_training`. Logits and running statistics are float32."""
+    variables = {'params': cast_floats(params, dtype), 'batch_stats': batch_stats}
+    rngs = {'dropout': dropout_key}
+    logits, features, changed = features_in_training(module, variables, x.astype(dtype), rngs, head)
+    changed = jax.tree.map(lambda new, old: new.astype(old.dtype), changed, batch_stats)
+    return logits.astype(jnp.float32), features, changed
 
 
 def make_reestimate(module, recipe: Recipe, classifier: Classifier):
-    """`(state, images, key) -> state`: one batch in train mode moves the running statistics, weights stay."""
+    """Returns `(state, images, key) -> state`: one batch in train mode moves the running statistics, weights stay."""
+    dtype = jnp.dtype(recipe.precision)
 
     def reestimate(state: TrainState, images, key):
-        look_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-        x = recipe.look(look_key, classifier.normalise(images), classifier)
-        _, _, batch_stats = features_in_training(module, state.variables, x, {'dropout': dropout_key})
+        augmentation_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+        x = recipe.look(augmentation_key, classifier.normalise(images), classifier)
+        _, _, batch_stats = _forward(module, state.params, state.batch_stats, x, dropout_key, dtype)
         return state.replace(batch_stats=batch_stats, step=state.step + 1)
 
     return reestimate
+
+
+class TrainStep:
+    """The compiled train steps of one network, several a dispatch: state and batches in, state and losses out; no files.
+
+    Nothing waits for the devices: what is returned may still be in the making.
+
+    Attributes:
+      updates: of a full dispatch.
+      batches: where the images come from, a `ResidentBatches` or `HostBatches`.
+      programs: {whether a dispatch is several updates: the jitted function behind `__call__`}; see `function`.
+    """
+
+    def __init__(self, module, lesson: Lesson, like: Classifier, mesh: Mesh, updates: int = 0):
+        """Makes the programs; each is compiled at its first call.
+
+        Args:
+          module: the Linen module; takes x and `train`.
+          like: image shape, mean and std of the network; its variables are not used.
+          mesh: batches are split over it; BatchNorm sees the whole batch.
+          updates: of a full dispatch; 0: as the recipe says.
+        """
+        self._mesh, self._everywhere = mesh, NamedSharding(mesh, P())
+        self._recipe, self._module, self._image_shape = lesson.recipe, module, like.image_shape
+        self._frozen = jax.device_put(lesson.frozen, self._everywhere)
+        self._step = make_train_step(module, lesson.recipe, lesson.loss_fn, like, lesson.head)
+        self.updates = updates or lesson.recipe.dispatch_length(platform_of(mesh))
+        count = lesson.images
+        resident = fits_on_devices(mesh, count * (math.prod(like.image_shape) + 4))
+        self.batches = ResidentBatches(mesh, count, like.image_shape) if resident else HostBatches(mesh)
+        self.programs = {several: self._jitted(several) for several in (False, True)}
+
+    def initial_state(self, key: jax.Array, start: dict | None = None) -> TrainState:
+        """Returns the state before the first update: random variables, or those of `start` as far as they go."""
+        return initial_state(self._recipe, _first_variables(self._module, key, self._image_shape, start))
+
+    def place(self, tree):
+        """Returns a copy of the arrays of `tree` on every device."""
+        return jax.device_put(tree, self._everywhere)
+
+    def __call__(self, state: TrainState, chosen, key: jax.Array) -> tuple[TrainState, jax.Array]:
+        """Makes the updates of one dispatch.
+
+        Args:
+          state: on the devices; its memory is used again, so it must not be read afterwards.
+          chosen: what `batches.each` yields.
+          key: that augmentation and dropout are drawn from, by the number of the update.
+
+        Returns:
+          The new state, and the losses, float32 [n], or a scalar where the dispatch is one update.
+        """
+        leaves = jax.tree.leaves(chosen)
+        several = leaves[-1].ndim > 1  # rows or labels
+        if several and platform_of(self._mesh) == 'cpu':
+            # XLA runs convolutions in a loop body 12 times slower on CPU; single calls keep their bits too.
+            losses = []
+            for i in range(len(leaves[-1])):
+                state, loss = self(state, jax.tree.map(lambda a, i=i: a[i], chosen), key)
+                losses.append(loss)
+            return state, jnp.stack(losses)
+        return self.programs[several](state, self.batches.arrays, chosen, self._frozen, key)
+
+    def function(self, several: bool):
+        """Returns the pure `(state, arrays, chosen, frozen, key) -> (state, losses)` of a dispatch.
+
+        Args:
+          several: whether it scans over the updates of a dispatch; else the dispatch is a single update.
+        """
+        pick, step = self.batches.pick, self._step
+
+        def one(state, arrays, chosen, frozen, key):
+            return step(state, *pick(arrays, chosen), frozen, key)
+
+        def scan(state, arrays, chosen, frozen, key):
+            return jax.lax.scan(lambda state, batch: one(state, arrays, batch, frozen, key), state, chosen)
+
+        return scan if several else one
+
+    def _jitted(self, several: bool):
+        """Returns `function` for the mesh; the memory of the state is used again."""
+        everywhere, split = self._everywhere, NamedSharding(self._mesh, P(*[None] * several, AXIS))
+        return jax.jit(
+            self.function(several),
+            donate_argnums=0,
+            in_shardings=(everywhere, everywhere, split, everywhere, everywhere),
+        )
 
 
 class Training:
@@ -183,20 +305,17 @@ class Training:
         self.apply_fn = apply_fn_of(module)
         self._lesson, self._seed, self._logging = lesson, seed, logging
         self._workdir, self._task, self._series = workdir, task, series
+        self._train_step = TrainStep(module, lesson, like, mesh, lesson.dispatch_length(logging.every, platform_of(mesh)))
         everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
-        self._update = jax.jit(
-            make_update(module, recipe, lesson.loss_fn, like, lesson.head),
-            donate_argnums=0,
-            in_shardings=(everywhere, split, split, everywhere, everywhere),
-        )
         self._reestimate = jax.jit(make_reestimate(module, recipe, like), in_shardings=(everywhere, split, everywhere))
         self._checkpoints = Checkpoints(workdir.path / 'checkpoints' / series)
         key = jax.random.key(seed)
-        state = initial_state(recipe, _first_variables(module, jax.random.fold_in(key, 0), like.image_shape, start))
+        state = self._train_step.initial_state(jax.random.fold_in(key, 0), start)
         self.step, state = self._checkpoints.restore(state) or (0, state)
         self._losses = self._checkpoints.notes().get('losses', [])  # since the last line of metrics
+        self._line = None  # (step, losses) of a line of metrics that is yet to be written
         workdir.metrics.cut(task, series, self.step)
-        self._state, self._frozen, self._key = jax.device_put((state, lesson.frozen, jax.random.fold_in(key, 1)), everywhere)
+        self._state, self._key = self._train_step.place((state, jax.random.fold_in(key, 1)))
         self._progress = Progress(f'{task}: {series}', recipe.updates, self.step)
 
     def __enter__(self):
@@ -221,31 +340,56 @@ class Training:
           ValueError: images that should have come by then are not there.
           SystemExit: SIGTERM came; a checkpoint was kept.
         """
-        recipe = self._lesson.recipe
-        losses, self._losses = self._losses, []
         saved = self.step
         expected = self._lesson.come_by(max(until - 1, 0))
         if len(images) < expected:
             raise ValueError(f'by update {until} there should be {expected} images, not {len(images)}')
-        while self.step < until:
-            if preemption.asked():
-                if self.step > saved:
-                    notes = {'losses': [float(loss) for loss in jax.device_get(losses)]}
-                    self._checkpoints.save(self.step, jax.device_get(self._state), notes)
-                preemption.leave_if_asked()
-            rows = self._lesson.rows(self._seed, self.step)
-            self._state, loss = self._update(self._state, images[rows], labels[rows], self._frozen, self._key)
-            losses.append(loss)
-            self.step += 1
-            if self.step % self._logging.every == 0 or self.step == until:
-                mean = _checked_mean(losses, self.step, self._series)
-                losses = []
-                self._workdir.metrics.append(self._task, self._series, [{'step': self.step, 'loss': mean}])
-                self._progress.update(self.step, loss=mean)
-                pause = self.step % self._logging.checkpoint_every == 0 or self.step == until
-                if pause and self.step < recipe.updates:
-                    self._checkpoints.save(self.step, jax.device_get(self._state))
-                    saved = self.step
+        self._train_step.batches.load(images, labels)
+        dispatches = self._dispatches(until)
+        with contextlib.closing(self._train_step.batches.each(self._rows(*one) for one in dispatches)) as batches:
+            for (_, count), chosen in zip(dispatches, batches, strict=True):
+                if preemption.asked():
+                    self._write_line()
+                    if self.step > saved:
+                        self._checkpoint({'losses': _floats(self._losses)})
+                    preemption.leave_if_asked()
+                self._state, losses = self._train_step(self._state, chosen, self._key)
+                self._losses.append(losses)
+                self.step += count
+                self._write_line()  # of the dispatch before: while the devices are busy with this one
+                if self.step % self._logging.every == 0 or self.step == until:
+                    self._line, self._losses = (self.step, self._losses), []
+                    pause = self.step % self._logging.checkpoint_every == 0 or self.step == until
+                    if pause:
+                        self._write_line()
+                    if pause and self.step < self._lesson.recipe.updates:
+                        self._checkpoint()
+                        saved = self.step
+
+    def _dispatches(self, until: int) -> list[tuple[int, int]]:
+        """Returns (first update, number of updates) of every dispatch up to update `until`: full ones, then single ones."""
+        dispatches, step, most = [], self.step, self._train_step.updates
+        while step < until:
+            count = most if step % most == 0 and step + most <= until else 1
+            dispatches.append((step, count))
+            step += count
+        return dispatches
+
+    def _rows(self, first: int, count: int) -> np.ndarray:
+        """Returns the images of the batches of a dispatch, int32 [count, B], or [B] of a single update."""
+        rows = [self._lesson.rows(self._seed, step) for step in range(first, first + count)]
+        return np.stack(rows) if count > 1 else rows[0]
+
+    def _write_line(self) -> None:
+        """Writes the line of metrics that is due, if one is; waits for its losses."""
+        if self._line is not None:
+            (step, losses), self._line = self._line, None
+            mean = _checked_mean(losses, step, self._series)
+            self._workdir.metrics.append(self._task, self._series, [{'step': step, 'loss': mean}])
+            self._progress.update(step, loss=mean)
+
+    def _checkpoint(self, notes: dict | None = None) -> None:
+        self._checkpoints.save(self.step, jax.device_get(self._state), notes)
 
     def finish(self, images: Array, labels: Array) -> dict:
         """Learn to the end and, where the recipe says so, estimate BatchNorm statistics again; returns the variables.
@@ -322,9 +466,14 @@ def learn(config, workdir: Workdir, learner: Learner, lesson: Lesson, images: Ar
     return load_classifier(path)
 
 
+def _floats(losses: list) -> list[float]:
+    """Returns the losses of single updates and of whole dispatches, one a update, as numbers; waits for them."""
+    return [float(loss) for loss in np.concatenate([np.ravel(x) for x in jax.device_get(losses)])] if losses else []
+
+
 def _checked_mean(losses: list, step: int, series: str) -> float:
     """Mean of the last updates' losses; stops at the first that is not a number."""
-    values = np.asarray(jax.device_get(losses), np.float64)
+    values = np.asarray(_floats(losses), np.float64)
     if not np.isfinite(values).all():
         wrong = step - len(values) + int(np.argmin(np.isfinite(values))) + 1
         raise DvinvError(f'The loss of the {series} is not a finite number at update {wrong}: lower its learning_rate.')

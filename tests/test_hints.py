@@ -14,7 +14,7 @@ from dvinv.networks import create, initialise
 from dvinv.recipe import Recipe
 from dvinv.rounds import Rounds
 from dvinv.student import distillation_loss, lesson_of
-from dvinv.training import initial_state, make_update
+from dvinv.training import initial_state, make_train_step
 
 LAYERS = ('BatchNorm_0', 'BatchNorm_1')
 
@@ -114,7 +114,7 @@ def test_a_student_learns_the_teachers_layers_from_hints_and_not_from_answers(te
 
     def distance(hint):
         loss = distillation_loss(teacher, 3.0, hint, LAYERS if hint else ())
-        update = jax.jit(make_update(TinyNet(), recipe, loss, teacher))
+        update = jax.jit(make_train_step(TinyNet(), recipe, loss, teacher))
         state = initial_state(recipe, initialise(TinyNet(), jax.random.key(0), IMAGE_SHAPE))
         for _ in range(recipe.updates):
             state, _ = update(state, images, np.zeros(64, np.int32), teacher.variables, jax.random.key(1))

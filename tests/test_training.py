@@ -12,17 +12,20 @@ from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet
 
 import dvinv.training
 from dvinv import DvinvError
+from dvinv.data.batches import ResidentBatches, fits_on_devices
 from dvinv.networks import Classifier
 from dvinv.recipe import Recipe
 from dvinv.rounds import Rounds, chosen_images
 from dvinv.runtime import preemption
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.workdir import Workdir
-from dvinv.training import Lesson, Training
+from dvinv.training import Lesson, Training, TrainStep
 
 CLASSIFIER = Classifier(None, None, IMAGE_SHAPE, 3, MEAN, STD)
 LOGGING = types.SimpleNamespace(every=2, checkpoint_every=4)
 RECIPE = Recipe(updates=8, batch_size=8, learning_rate=0.05, warmup=2, weight_decay=1e-3, shift=1, flip=True, noise=0.1)
+
+SHORT = dataclasses.replace(RECIPE, updates=3, optimiser='sgd', warmup=0)
 
 
 def _loss(logits, features, x, labels, frozen):
@@ -84,11 +87,11 @@ def test_a_killed_training_ends_with_the_bits_of_an_undisturbed_one(undisturbed,
 
 def test_sigterm_keeps_a_checkpoint_of_any_update(undisturbed, tmp_path, monkeypatch):
     """Also between two lines of metrics, whose mean is that of an undisturbed training."""
-    for update in (3, 7):
+    for update in (3, 5):
         with monkeypatch.context() as patch:
 
             def chosen(seed, number, *args, patch=patch, update=update):
-                if number == update - 1:
+                if number == update + 1:  # which is read while the one before is made
                     patch.setattr(preemption, '_asked', True)
                 return chosen_images(seed, number, *args)
 
@@ -156,6 +159,93 @@ def test_a_round_begins_with_its_new_images_and_goes_on_with_all_that_have_come(
     assert {*np.concatenate([chosen_images(5, update, 3, rounds) for update in range(10, 16)])} == {*range(18)}
 
 
+# Several updates a dispatch, images on the devices, bfloat16
+
+
+@pytest.mark.parametrize('resident', [False, True])
+@pytest.mark.parametrize('updates', [2, 3])
+def test_several_updates_a_dispatch_give_the_bits_of_single_ones(undisturbed, tmp_path, monkeypatch, updates, resident):
+    """Also from images that lie on the devices; of a limit of 3 the dispatch takes 2, which divides the line of metrics."""
+    monkeypatch.setattr(dvinv.training, 'fits_on_devices', lambda mesh, size: resident)
+    recipe = dataclasses.replace(RECIPE, updates_per_dispatch=updates)
+    variables, metrics = _fit(tmp_path, recipe, stops=(3,))
+    _same(variables, undisturbed[0])
+    assert [line['step'] for line in metrics] == [2, 3, 4, 6, 8]
+
+
+def _updates(of_a_dispatch):
+    """(state, losses) after 4 updates by the program that accelerators run."""
+    images, labels = _data()
+    lesson, key = Lesson(SHORT, _loss, Rounds(len(labels))), jax.random.key(3)
+    step = TrainStep(TinyNet(), lesson, CLASSIFIER, make_mesh(1), of_a_dispatch)
+    step.batches.load(images, labels)
+    state, losses = step.place(step.initial_state(key)), []
+    rows = np.stack([lesson.rows(3, number) for number in range(4)])
+    several = of_a_dispatch > 1
+    for chosen in step.batches.each(rows.reshape(-1, of_a_dispatch, 8) if several else rows):
+        state, loss = step.programs[several](state, step.batches.arrays, chosen, None, key)
+        losses.extend(np.ravel(loss))
+    return state, losses
+
+
+def test_the_scan_that_accelerators_run_makes_the_same_updates_within_rounding():
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), _updates(4), _updates(1))
+
+
+def test_images_that_come_in_rounds_join_those_on_the_devices():
+    images, labels = _data(6)
+    batches = ResidentBatches(make_mesh(2), 6, IMAGE_SHAPE)
+    for count in (4, 4, 6):
+        batches.load(images[:count], labels[:count])
+        (chosen,) = batches.each([np.array([count - 1, 0], np.int32)])
+        picked, _ = batches.pick(batches.arrays, chosen)
+        np.testing.assert_array_equal(picked, images[[count - 1, 0]])
+    np.testing.assert_array_equal(batches.arrays[1], labels)
+
+
+def test_images_lie_on_the_devices_where_a_quarter_of_the_free_memory_holds_them():
+    def mesh(platform, **stats):
+        device = types.SimpleNamespace(platform=platform, memory_stats=lambda: stats)
+        return types.SimpleNamespace(devices=np.array([device]), local_devices=[device])
+
+    gpu = mesh('gpu', bytes_limit=1000, bytes_in_use=200)
+    assert fits_on_devices(gpu, 200)
+    assert not fits_on_devices(gpu, 201)
+    assert not fits_on_devices(mesh('gpu'), 1)
+    assert not fits_on_devices(mesh('cpu', bytes_limit=1000, bytes_in_use=0), 1)
+
+
+def test_in_bfloat16_the_loss_is_nearly_the_same_and_all_that_is_kept_is_float32():
+    images, labels = _data()
+    losses = []
+    for precision in ('float32', 'bfloat16'):
+        recipe = dataclasses.replace(RECIPE, precision=precision)
+        step = TrainStep(TinyNet(), Lesson(recipe, _loss, Rounds(20)), CLASSIFIER, make_mesh(1))
+        state, loss = step(step.initial_state(jax.random.key(0)), (images[:8], labels[:8]), jax.random.key(1))
+        assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(state) if np.issubdtype(leaf.dtype, np.floating))
+        assert loss.dtype == np.float32
+        losses.append(float(loss))
+        equations = _equations(step, state, images[:8], labels[:8])
+        convolutions = [e for e in equations if e.primitive.name == 'conv_general_dilated']
+        assert {v.aval.dtype.name for e in convolutions for v in e.invars} == {precision}
+    assert losses[1] != losses[0]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def _equations(step, state, images, labels):
+    """The operations of one train step, those of sub-programs too."""
+
+    def inside(jaxpr):
+        for equation in jaxpr.eqns:
+            yield equation
+            for value in equation.params.values():
+                if hasattr(value, 'jaxpr'):
+                    yield from inside(getattr(value.jaxpr, 'jaxpr', value.jaxpr))
+
+    closed = jax.make_jaxpr(step.function(several=False))(state, (), (images, labels), None, jax.random.key(1))
+    return [*inside(closed.jaxpr)]
+
+
 # Schedules
 
 
@@ -198,6 +288,8 @@ def test_weight_decay_shrinks_weights_that_have_no_gradient(optimiser):
         ({'batch_size': 0}, 'student.batch_size is 0; it must be at least 1'),
         ({'optimiser': 'lion'}, "student.optimiser is 'lion'; choose one of adam, sgd"),
         ({'schedule': 'linear'}, "student.schedule is 'linear'; choose one of cosine, step"),
+        ({'precision': 'float16'}, "student.precision is 'float16'; choose one of float32, bfloat16"),
+        ({'updates_per_dispatch': -1}, 'student.updates_per_dispatch is -1; it must be at least 0'),
     ],
 )
 def test_recipes_that_cannot_be_followed_are_refused(fields, sentence):
@@ -215,9 +307,6 @@ def test_estimating_statistics_again_changes_them_and_no_weight(undisturbed, tmp
     for name, layer in variables['batch_stats'].items():
         for statistic in ('mean', 'var'):
             assert not np.allclose(layer[statistic], undisturbed[0]['batch_stats'][name][statistic], rtol=1e-3)
-
-
-SHORT = dataclasses.replace(RECIPE, updates=3, optimiser='sgd', warmup=0)
 
 
 @pytest.fixture(scope='module')

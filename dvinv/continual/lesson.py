@@ -17,6 +17,7 @@ from dvinv.continual.settings import settings_of
 from dvinv.data.dataset import Split
 from dvinv.data.joined import Joined
 from dvinv.inversion import Teacher, from_linen
+from dvinv.inversion.execution import in_precision
 from dvinv.networks import create, shapes_of
 from dvinv.networks.head import head_of
 from dvinv.rounds import Rounds
@@ -47,7 +48,7 @@ def lesson_of(config, loss: str, current: Teacher, new: Split, old: Split | None
 
 def loss_of(config, name: str, old: Teacher) -> tuple[Callable, str]:
     """(the loss of a `Lesson`, the layer that it listens to or ''); `frozen` are the variables of the old network."""
-    settings = settings_of(config)
+    settings, old = settings_of(config), in_precision(old, config.continual.precision)
     head = head_path(config, old) if name == 'always_be_dreaming' else ''
 
     def loss(logits, features, x, labels, frozen):

@@ -7,11 +7,11 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 
 from dvinv.inversion.settings import InversionConfig
 from dvinv.inversion.teacher import Teacher
+from dvinv.networks.classifier import Classifier, cast_floats
 from dvinv.networks.suited import suited_to
 from dvinv.runtime.program import recomputed
 
@@ -31,6 +31,14 @@ def executed(teacher: Teacher, student_fn: Callable | None, config: InversionCon
     return dataclasses.replace(teacher, tap=tap), student_fn and run(student_fn)
 
 
+def in_precision(network: Classifier, precision: str) -> Classifier:
+    """Returns `network`, a Classifier or Teacher, with its answers and features computed in `precision`."""
+    if precision == 'float32':
+        return network
+    fields = {'apply_fn', 'features'} & {field.name for field in dataclasses.fields(network)}
+    return dataclasses.replace(network, **{name: in_bfloat16(getattr(network, name)) for name in fields})
+
+
 def in_bfloat16(fn: Callable) -> Callable:
     """`fn(variables, x)` with images and trained weights in bfloat16.
 
@@ -38,7 +46,7 @@ def in_bfloat16(fn: Callable) -> Callable:
     """
 
     def run(variables, x):
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables['params'])
+        params = cast_floats(variables['params'], jnp.bfloat16)
         return fn({**variables, 'params': params}, x.astype(jnp.bfloat16))
 
     return run

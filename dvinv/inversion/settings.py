@@ -10,6 +10,8 @@ from dvinv.inversion.augmentation import Augmentation
 from dvinv.inversion.canvas import KINDS as CANVASES
 from dvinv.inversion.losses import L2, TOTAL_VARIATION
 
+PRECISIONS = ('float32', 'bfloat16')
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -95,7 +97,7 @@ class InversionConfig:
         _one_of('l2', self.l2, L2)
         _one_of('prior_on', self.prior_on, ('view', 'image'))
         _one_of('bn_stats', self.bn_stats, ('device', 'global'))
-        _one_of('precision', self.precision, ('float32', 'bfloat16'))
+        _one_of('precision', self.precision, PRECISIONS)
         _at_least('recompute', self.recompute, 0)
         _at_least('iterations_per_dispatch', self.iterations_per_dispatch, 0)
         if not self.stages:

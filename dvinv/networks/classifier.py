@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -59,6 +60,11 @@ class Classifier:
 def apply_fn_of(module) -> Callable:
     """`(variables, x) -> logits` of a Linen module that takes x and `train`, in eval mode."""
     return lambda variables, x: module.apply(variables, x, train=False)
+
+
+def cast_floats(tree, dtype):
+    """Returns `tree` with its floating-point arrays in `dtype`."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
 
 
 def flatten(tree) -> dict[str, Any]:

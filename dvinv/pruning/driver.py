@@ -20,6 +20,7 @@ from dvinv.data.joined import Joined
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
 from dvinv.inversion import Teacher
+from dvinv.inversion.execution import in_precision
 from dvinv.networks import Classifier, load_classifier, load_network, save_network
 from dvinv.networks.channels import Narrow, find_channels
 from dvinv.networks.channels.cost import Cost
@@ -270,7 +271,8 @@ class Pruner:
             if (units := self._channels.axes[f'batch_stats/{layer}/mean'][-1]) is not None
         }
         layers = self._teacher.tap.layers if group.hint else ()
-        loss = distillation_loss(self._teacher, group.temperature, group.hint, layers, left)
+        teacher = in_precision(self._teacher, group.precision)
+        loss = distillation_loss(teacher, group.temperature, group.hint, layers, left)
         return Lesson(recipe, loss, Rounds(count), self._teacher.variables)
 
     def _latencies(self) -> dict:

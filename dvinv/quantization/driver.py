@@ -1,5 +1,7 @@
 """The task `quantization`: the teacher in few bits, without data: by its BatchNorms, by the pool's ranges, by learning."""
 
+import dataclasses
+
 import jax
 import numpy as np
 
@@ -7,11 +9,12 @@ from dvinv.configuration import quantization_of, recipe_of
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
 from dvinv.inversion import Teacher
+from dvinv.inversion.execution import in_precision
 from dvinv.networks.files import network_bytes
 from dvinv.networks.quantized.folding import Folded, equalise, fold
 from dvinv.networks.quantized.layers import find_layers
 from dvinv.networks.quantized.learning import learned, module_of
-from dvinv.networks.quantized.network import load_quantized, save_quantized, simulated
+from dvinv.networks.quantized.network import load_quantized, products_in_bfloat16, save_quantized, simulated
 from dvinv.networks.quantized.observing import on_images, on_statistics
 from dvinv.pools import finished_pool
 from dvinv.quantization.ladder import Ladder, Scores, rungs
@@ -119,10 +122,15 @@ def _observed(config, teacher: Teacher, network: Folded, pool: ImagePool | None)
 
 def _distil(config, workdir: Workdir, teacher: Teacher, network: Folded, variables: dict, pool: ImagePool, setting: str):
     """The variables after quantization-aware distillation: the float teacher's answers on the pool's images."""
-    module = module_of(network, simulated(network.apply_fn, network.layers), variables)
+    recipe, apply_fn = recipe_of(config.quantization.training), simulated(network.apply_fn, network.layers)
+    if recipe.precision == 'bfloat16':
+        apply_fn = products_in_bfloat16(apply_fn)
+    module = module_of(network, apply_fn, variables)
     images, labels = pool.rows('images'), pool.rows('labels')
-    loss = distillation_loss(teacher, config.quantization.temperature)
-    lesson = Lesson(recipe_of(config.quantization.training), loss, Rounds(len(labels)), teacher.variables)
+    loss = distillation_loss(in_precision(teacher, recipe.precision), config.quantization.temperature)
+    # The logarithms of steps are among the parameters, which bfloat16 would round by percents: products alone are in it.
+    recipe = dataclasses.replace(recipe, precision='float32')
+    lesson = Lesson(recipe, loss, Rounds(len(labels)), teacher.variables)
     seed, mesh = 16 * config.seed + ROLE, training_mesh(make_mesh(config.devices))
     with Training(module, lesson, teacher, seed, mesh, workdir, TASK, setting, config.logging) as training:
         return learned(network, variables, training.finish(images, labels)['params'])

@@ -73,6 +73,27 @@ def with_rules(apply_fn: Callable, layers: Sequence[Layer], around: Callable) ->
     return run
 
 
+def products_in_bfloat16(apply_fn: Callable) -> Callable:
+    """Returns `apply_fn` with its convolutions and matrix products in bfloat16, and all else as it was.
+
+    Whole numbers of up to 8 bits, which the operands of quantized layers are, are exact in bfloat16; results are rounded.
+    """
+
+    def rule(primitive):
+        def product(params):
+            settings = {name: value for name, value in params.items() if name not in ('avals', 'preferred_element_type')}
+
+            def run(*operands):
+                operands = [operand.astype(jnp.bfloat16) for operand in operands]
+                return primitive.bind(*operands, preferred_element_type=jnp.bfloat16, **settings).astype(jnp.float32)
+
+            return run
+
+        return product
+
+    return rewritten(apply_fn, {primitive.name: rule(primitive) for primitive in (conv_general_dilated_p, dot_general_p)})
+
+
 @functools.lru_cache(maxsize=8)  # one function for one network, so that it is compiled once
 def simulated(apply_fn: Callable, layers: tuple[Layer, ...]) -> Callable:
     """`(variables, x) -> logits`, differentiable; kernels are rounded on the way.
