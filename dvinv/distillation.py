@@ -5,14 +5,14 @@ from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
 from dvinv.evaluation import flops
 from dvinv.inversion import Teacher
-from dvinv.networks import Classifier
+from dvinv.networks import Classifier, module_of
 from dvinv.pools import controls_are_whole, finished_pool
 from dvinv.rounds import Rounds
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.student import hinted_layers, lesson_of, student_of
 from dvinv.synthesizer import control_pool
 from dvinv.teacher import load, test_accuracy
-from dvinv.training import Array, learn
+from dvinv.training import Array, TrainJob, learn
 
 
 def run(config, workdir) -> dict:
@@ -57,6 +57,13 @@ def run(config, workdir) -> dict:
         'updates': config.distillation.updates,
         'hinted_layers': len(hinted_layers(config, teacher)),
     }
+
+
+def train_jobs(config, teacher: Teacher) -> list[TrainJob]:
+    """Returns the trainings of the task, for `--plan`: the student's, and as many again as there are others to compare."""
+    module, lesson = module_of(student_of(config, teacher).about), lesson_of(config, teacher, rounds_of(config))
+    others = len(config.distillation.counts) + len(config.distillation.controls)
+    return [TrainJob('student', module, lesson, teacher, 1 + others, teacher)]
 
 
 def complete(config, workdir: Workdir) -> bool:

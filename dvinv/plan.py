@@ -1,32 +1,46 @@
-"""`--plan`: what the synthesis of a config will cost on the devices at hand, from a few timed steps; nothing is written.
+"""`--plan`: what the tasks of a config will cost on the devices at hand, from a few timed steps; nothing is written.
 
-A step is one iteration of all the batches that are inverted side by side.
+A step of a synthesis is one iteration of all the batches that are inverted side by side; a step of a training is one update.
 """
 
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from dvinv import pipeline
-from dvinv.configuration import inversion_config
+from dvinv import distillation, pipeline, teacher
+from dvinv.configuration import TASKS, inversion_config
+from dvinv.continual import driver as continual
+from dvinv.continual.chains import chains_of
+from dvinv.continual.settings import LOSSES
 from dvinv.errors import DvinvError
 from dvinv.evaluation import flops
-from dvinv.inversion import Stage, balanced_labels
+from dvinv.inversion import Stage, Teacher, balanced_labels
 from dvinv.inversion.programs import Programs
 from dvinv.networks import Classifier, apply_fn_of, create, shapes_of
-from dvinv.runtime.devices import make_mesh, platform_of
+from dvinv.pruning import driver as pruning
+from dvinv.quantization import driver as quantization
+from dvinv.runtime.devices import make_mesh, platform_of, training_mesh
 from dvinv.runtime.progress import duration
 from dvinv.synthesizer import abreast
+from dvinv.training import TrainJob, TrainStep
 
-TIMED_SECONDS = 1.0  # that steps of a stage are timed for, at least; and three of them
+TIMED_SECONDS = 1.0  # how long steps are timed, at least; and three dispatches of them
+DRIVERS = {
+    'teacher': teacher,
+    'distillation': distillation,
+    'pruning': pruning,
+    'continual': continual,
+    'quantization': quantization,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-    """What one stage costs.
+    """What one stage of a synthesis costs.
 
     Attributes:
       resolution: height in pixels of what the teacher sees.
@@ -44,32 +58,49 @@ class StagePlan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What the whole synthesis costs; times without compilation, measured where `platform` and `devices` say."""
+class SynthesisPlan:
+    """What the pools of images cost; times without compilation.
+
+    Attributes:
+      platform: 'cpu', 'gpu' or 'tpu'.
+      devices: how many are at work.
+      images, batches: of the run's pool.
+      side_by_side: how many batches are inverted at a time.
+      stages: of a batch.
+      pool_bytes: of the pixels and logits of the run's pool.
+      pools: as many times the cost of the run's pool is paid: once, and for images without the feature term and for
+        images that other tasks make.
+    """
 
     platform: str
-    devices: int  # at work
+    devices: int
     images: int
     batches: int
-    side_by_side: int  # batches
+    side_by_side: int
     stages: tuple[StagePlan, ...]
-    compile_seconds: float
-    pool_bytes: int  # of pixels and logits
+    pool_bytes: int
+    pools: float = 1.0
 
     @property
     def seconds_per_batch(self) -> float:
-        """Of one, with others side by side."""
+        """Seconds of one batch, with others side by side."""
         return sum(stage.iterations * stage.seconds for stage in self.stages) / self.side_by_side
 
     @property
     def seconds(self) -> float:
-        """Of the whole pool."""
+        """Seconds of the run's pool."""
         return math.ceil(self.batches / self.side_by_side) * self.seconds_per_batch * self.side_by_side
 
+    @property
+    def pflop(self) -> float:
+        """Operations of the run's pool, in 1e15."""
+        return sum(stage.iterations * stage.gflops for stage in self.stages) / self.side_by_side * self.batches / 1e6
+
     def __str__(self) -> str:
+        """The images, a table of the stages, the time and size of the pool."""
         lines = [
             f'{self.images:,} images in {self.batches:,} batches, {self.side_by_side} side by side; '
-            f'{self.devices} {self.platform} device{"s" * (self.devices > 1)}',
+            f'{_devices(self.devices, self.platform)}',
             f'{"resolution":>10} {"iterations":>10} {"GFLOP/step":>10} {"s/step":>10} {"GFLOP/s":>10} {"MB/device":>10}',
         ]
         lines += [
@@ -79,24 +110,140 @@ class Plan:
         ]
         lines += [
             f'a batch: {self.seconds_per_batch:,.2f} s',
-            f'the whole pool: {self.seconds / 3600:,.2f} h ({duration(self.seconds)}), {self.pool_bytes / 1e6:,.1f} MB',
-            f'Not counted: compilation ({duration(self.compile_seconds)} just now), controls, students that learn, scores.',
+            f'the pool: {_hours(self.seconds)}, {self.pflop:,.3g} PFLOP, {self.pool_bytes / 1e6:,.1f} MB',
+        ]
+        if self.pools > 1:
+            lines.append(f'with the images that controls and other tasks need, {self.pools:.3g} times that')
+        return '\n'.join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingPlan:
+    """What trainings of one kind cost; times without compilation.
+
+    Attributes:
+      name: of the network.
+      networks: how many are trained like this.
+      updates, batch_size: of each.
+      gflops: of an update: forward and backward pass of the network (3 times a forward pass), and the teacher's answers.
+      seconds: of an update, the median of a few.
+    """
+
+    name: str
+    networks: int
+    updates: int
+    batch_size: int
+    gflops: float
+    seconds: float
+
+    @property
+    def total_seconds(self) -> float:
+        """Seconds of all the networks."""
+        return self.networks * self.updates * self.seconds
+
+    @property
+    def pflop(self) -> float:
+        """Operations of all the networks, in 1e15."""
+        return self.networks * self.updates * self.gflops / 1e6
+
+    def __str__(self) -> str:
+        """A line of the table of trainings."""
+        return (
+            f'{self.name:>10} {self.networks:8} {self.updates:9,} {self.batch_size:6} {self.gflops:12,.1f} '
+            f'{self.seconds:10.4f} {self.gflops / self.seconds:10,.0f} {self.pflop:10,.3g} {self.total_seconds / 3600:8,.2f}'
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What all tasks of a config cost.
+
+    Attributes:
+      synthesis: None where no image is optimized.
+      trainings: one a kind of network.
+      training_devices: what they were timed on, '2 gpu devices' for instance.
+      compile_seconds: what compilation took, which is not counted.
+    """
+
+    synthesis: SynthesisPlan | None
+    trainings: tuple[TrainingPlan, ...]
+    training_devices: str
+    compile_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all synthesis and training."""
+        made = self.synthesis.pools * self.synthesis.seconds if self.synthesis else 0.0
+        return made + sum(training.total_seconds for training in self.trainings)
+
+    @property
+    def pflop(self) -> float:
+        """Operations of all synthesis and training, in 1e15."""
+        made = self.synthesis.pools * self.synthesis.pflop if self.synthesis else 0.0
+        return made + sum(training.pflop for training in self.trainings)
+
+    def __str__(self) -> str:
+        """Tables of synthesis and trainings, and the sum."""
+        lines = [str(self.synthesis)] if self.synthesis else []
+        if self.trainings:
+            lines.append(f'trainings on {self.training_devices}')
+            lines.append(
+                f'{"training":>10} {"networks":>8} {"updates":>9} {"batch":>6} {"GFLOP/update":>12} {"s/update":>10} '
+                f'{"GFLOP/s":>10} {"PFLOP":>10} {"hours":>8}'
+            )
+            lines += map(str, self.trainings)
+        lines += [
+            f'all tasks: {_hours(self.seconds)}, {self.pflop:,.3g} PFLOP',
+            f'Not counted: compilation ({duration(self.compile_seconds)} just now), scores, report.',
         ]
         return '\n'.join(lines)
 
 
 def plan(config) -> Plan:
-    """Measure it. The weights of networks that are yet to be trained are zeros here: they cost the same.
+    """Measures what the tasks of `config` cost. Networks to be trained have zeros for weights: they cost the same.
 
     Raises:
-      DvinvError: what `pipeline.check` refuses, or a config that optimises no image.
+      DvinvError: what `pipeline.check` refuses, or a config that optimizes no image and trains no network.
     """
-    teacher, group = pipeline.check(config), config.synthesis
-    if group.method == 'noise' or config.pool:
-        what = f'pool is {config.pool!r}' if config.pool else "synthesis.method is 'noise'"
-        raise DvinvError(f'{what}: no image is optimised, so there is nothing to plan.')
+    teacher, mesh = pipeline.check(config), training_mesh(make_mesh(config.devices))
     teacher = dataclasses.replace(teacher, variables=_arrays(teacher.variables))
-    student = None
+    pools = _pools(config)
+    synthesis, compile_seconds = plan_synthesis(config, teacher, pools) if pools else (None, 0.0)
+    tasks = [DRIVERS[task] for task in TASKS if task in config.tasks and task in DRIVERS]
+    jobs = [job for task in tasks for job in task.train_jobs(config, teacher)]
+    if not (synthesis or jobs):
+        what = f'pool is {config.pool!r}' if config.pool else f'synthesis.method is {config.synthesis.method!r}'
+        raise DvinvError(f'{what} and no task trains a network: there is nothing to plan.')
+    trainings = []
+    for job in jobs:
+        training, seconds = plan_training(job, mesh)
+        trainings.append(training)
+        compile_seconds += seconds
+    return Plan(synthesis, tuple(trainings), _devices(mesh.size, platform_of(mesh)), compile_seconds)
+
+
+def _pools(config) -> float:
+    """Returns how many times the cost of the run's pool is paid by all tasks."""
+    tasks, method, pruning, continual = config.tasks, config.synthesis.method, config.pruning, config.continual
+    pools = float('synthesis' in tasks and not config.pool and method != 'noise')
+    controls = [config[task].controls for task in ('synthesis', 'distillation', 'pruning') if task in tasks]
+    pools += any('prior_only' in names for names in controls)
+    if 'pruning' in tasks:
+        pools += pruning.steps * pruning.adaptive_batches * config.synthesis.batch_size / config.synthesis.images
+    if 'continual' in tasks and method != 'noise':
+        dreaming = sum(loss in LOSSES and chain != 'replay' for chain, loss in chains_of(config).items())
+        pools += 1 + (len(continual.steps) - 1) * dreaming
+    return pools
+
+
+def plan_synthesis(config, teacher: Teacher, pools: float = 1.0) -> tuple[SynthesisPlan, float]:
+    """Returns what the pools of a config cost, and the seconds of the compilation.
+
+    Args:
+      teacher: with arrays for weights.
+      pools: see `SynthesisPlan`.
+    """
+    group, student = config.synthesis, None
     if group.method == 'adaptive':
         module = create(config.student.network, teacher.num_classes, config.student.width)
         weights = _arrays(shapes_of(module, teacher.image_shape))
@@ -108,21 +255,15 @@ def plan(config) -> Plan:
     labels = np.stack([balanced_labels(i, group.batch_size, teacher.num_classes) for i in range(side_by_side)])
     programs = Programs(teacher, settings, mesh, student and student.apply_fn)
     networks = [teacher, student] if student else [teacher]
-    stages, seconds = zip(*(_time(programs, stage, labels, networks) for stage in settings.stages), strict=True)
-    return Plan(
-        platform_of(mesh),
-        mesh.size,
-        group.images,
-        group.images // group.batch_size,
-        side_by_side,
-        stages,
-        sum(seconds),
-        group.images * (math.prod(teacher.image_shape) + 4 * teacher.num_classes),
-    )
+    stages, seconds = zip(*(_time_stage(programs, stage, labels, networks) for stage in settings.stages), strict=True)
+    pool_bytes = group.images * (math.prod(teacher.image_shape) + 4 * teacher.num_classes)
+    batches = group.images // group.batch_size
+    devices = platform_of(mesh), mesh.size
+    return SynthesisPlan(*devices, group.images, batches, side_by_side, stages, pool_bytes, pools), sum(seconds)
 
 
-def _time(programs: Programs, stage: Stage, labels: np.ndarray, networks: list[Classifier]) -> tuple[StagePlan, float]:
-    """(the stage's plan, seconds of its compilation); `networks` are the teacher and, where there is one, its competitor."""
+def _time_stage(programs: Programs, stage: Stage, labels: np.ndarray, networks: list[Classifier]) -> tuple[StagePlan, float]:
+    """Returns the stage's plan and the seconds of its compilation; `networks` are the teacher and its competitor, if any."""
     height, width, channels = networks[0].image_shape
     shown = *stage.shown_size(height, width), channels
     forward = sum(flops(dataclasses.replace(network, image_shape=shown)) for network in networks)
@@ -135,20 +276,56 @@ def _time(programs: Programs, stage: Stage, labels: np.ndarray, networks: list[C
     start = time.perf_counter()
     program = programs.advance(stage, iterations).lower(state, *arguments).compile()
     compile_seconds = time.perf_counter() - start
+    seconds = _median_seconds(lambda state: program(state, *arguments), state) / iterations
+    size = program.memory_analysis()
+    memory = size.argument_size_in_bytes + size.output_size_in_bytes + size.temp_size_in_bytes - size.alias_size_in_bytes
+    return StagePlan(shown[0], stage.iterations, 2 * forward * labels.size / 1e9, seconds, memory), compile_seconds
+
+
+def plan_training(job: TrainJob, mesh) -> tuple[TrainingPlan, float]:
+    """Returns what the trainings of `job` cost on `mesh`, and the seconds of the compilation."""
+    recipe, like = job.lesson.recipe, job.like
+    step = TrainStep(job.module, job.lesson, like, mesh)
+    rng, count = np.random.default_rng(0), min(job.lesson.images, 2 * recipe.batch_size)
+    step.batches.load(
+        rng.integers(0, 256, (count, *like.image_shape), np.uint8), np.arange(count, dtype=np.int32) % like.num_classes
+    )
+    shape = (step.updates, recipe.batch_size) if step.updates > 1 else (recipe.batch_size,)
+    (chosen,) = step.batches.each([rng.integers(0, count, shape, np.int32)])
+    key = jax.random.key(0)
+    state = step.place(step.initial_state(key))
+    start = time.perf_counter()
+    state, losses = step(state, chosen, key)
+    jax.block_until_ready(losses)
+    compile_seconds = time.perf_counter() - start
+    seconds = _median_seconds(lambda state: step(state, chosen, key), state) / step.updates
+    student = Classifier(apply_fn_of(job.module), state.variables, like.image_shape, like.num_classes, like.mean, like.std)
+    forward = 3 * flops(student) + (flops(job.teacher) if job.teacher else 0)
+    gflops = forward * recipe.batch_size / 1e9
+    return TrainingPlan(job.name, job.networks, recipe.updates, recipe.batch_size, gflops, seconds), compile_seconds
+
+
+def _median_seconds(step: Callable, state) -> float:
+    """Returns the median time of `state, metrics = step(state)`, the first call left out."""
     times = []
     while len(times) < 4 or sum(times) < TIMED_SECONDS:
         start = time.perf_counter()
-        state, metrics = program(state, *arguments)
+        state, metrics = step(state)
         jax.block_until_ready(metrics)
-        times.append((time.perf_counter() - start) / iterations)
-    size = program.memory_analysis()
-    memory = size.argument_size_in_bytes + size.output_size_in_bytes + size.temp_size_in_bytes - size.alias_size_in_bytes
-    step = StagePlan(shown[0], stage.iterations, 2 * forward * labels.size / 1e9, float(np.median(times[1:])), memory)
-    return step, compile_seconds
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[1:]))
+
+
+def _devices(count: int, platform: str) -> str:
+    return f'{count} {platform} device{"s" * (count > 1)}'
+
+
+def _hours(seconds: float) -> str:
+    return f'{seconds / 3600:,.2f} h ({duration(seconds)})'
 
 
 def _arrays(variables):
-    """Variables with zeros for those that are shapes only."""
+    """Returns variables with zeros for those that are shapes only."""
 
     def filled(leaf):
         return np.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf

@@ -16,7 +16,7 @@ from dvinv.inversion.teacher import Teacher, from_linen
 from dvinv.networks import Classifier, classifier_of, create, read_classifier, shapes_of
 from dvinv.rounds import Rounds
 from dvinv.runtime.workdir import Workdir, open_workdir
-from dvinv.training import Learner, Lesson, learn
+from dvinv.training import Learner, Lesson, TrainJob, learn
 from dvinv.verifiers import check_alike, load_others
 
 ROLES = {'teacher': 1, 'verifier': 2}
@@ -39,6 +39,17 @@ def run(config, workdir) -> dict:
         'parameters': teacher.parameters,
         'flops': flops(teacher),
     }
+
+
+def train_jobs(config, teacher: Teacher) -> list[TrainJob]:
+    """Returns the trainings of the task, for `--plan`."""
+    count, jobs = len(load_real(config.data).train.labels) if config.data.name else 0, []
+    for name in ROLES:
+        if _is_trained_here(name, config):
+            group = config[name]
+            module = create(group.network, teacher.num_classes, group.width)
+            jobs.append(TrainJob(name, module, _lesson_of(group, count), teacher))
+    return jobs
 
 
 def complete(config, workdir: Workdir) -> bool:
@@ -194,9 +205,13 @@ def _is_trained_here(name: str, config) -> bool:
 def _train(name: str, config, workdir: Workdir, data: RealData, like: Classifier) -> None:
     """Teach teacher or verifier the labels of the real training images."""
     group, train = config[name], data.train
-    lesson = Lesson(recipe_of(group.training), supervised(group.training.label_smoothing), Rounds(len(train.labels)))
     learner = Learner('teacher', name, group, like, ROLES[name])
-    learn(config, workdir, learner, lesson, train.images, train.labels)
+    learn(config, workdir, learner, _lesson_of(group, len(train.labels)), train.images, train.labels)
+
+
+def _lesson_of(group, count: int) -> Lesson:
+    """Returns what teacher or verifier, by their config group, are taught on `count` images."""
+    return Lesson(recipe_of(group.training), supervised(group.training.label_smoothing), Rounds(count))
 
 
 def _read(config, workdir: Workdir | None, name: str, image_shape, mean, std):

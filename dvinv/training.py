@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax
 import jax
@@ -441,6 +442,25 @@ class Learner:
         about = {field: getattr(self.like, field) for field in ('num_classes', 'image_shape', 'mean', 'std')}
         pruned = {'kept': self.kept} if self.kept else {}
         return {'network': self.network.network, 'width': self.network.width, **about, **pruned}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainJob:
+    """Trainings that a config asks for, all of one cost: what `--plan` times.
+
+    Attributes:
+      name: what the plan calls them.
+      module, lesson, like: see `Training`.
+      networks: how many networks are trained like this.
+      teacher: a network that every update runs forward too, or None.
+    """
+
+    name: str
+    module: Any
+    lesson: Lesson
+    like: Classifier
+    networks: int = 1
+    teacher: Classifier | None = None
 
 
 def training_of(config, workdir: Workdir, learner: Learner, lesson: Lesson) -> Training:

@@ -23,13 +23,13 @@ from dvinv.continual.stream import Step, steps_of, training_images
 from dvinv.data.dataset import Split
 from dvinv.data.pool import ImagePool
 from dvinv.inversion import Teacher
-from dvinv.networks import load_network
+from dvinv.networks import create, load_network
 from dvinv.rounds import Rounds
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.student import student_of
 from dvinv.synthesizer import fill_pool
 from dvinv.teacher import load
-from dvinv.training import Learner, Lesson, learn
+from dvinv.training import Learner, Lesson, TrainJob, learn
 
 ROLE = 4  # see `training.Learner`; one for all networks, that compared ones start alike
 
@@ -47,6 +47,17 @@ def run(config, workdir) -> dict:
         joint = learn_jointly(config, workdir, steps, alike[-1], learned[MAIN][0])
         learned['joint'] = [None] * (len(steps) - 1) + [joint]
     return {**figures(steps, learned), 'tasks': len(steps), 'updates': config.continual.updates}
+
+
+def train_jobs(config, teacher: Teacher) -> list[TrainJob]:
+    """Returns the trainings of the task, for `--plan`: of the last task's networks, which have the most classes."""
+    steps = steps_of(config, teacher)
+    module = create(config.teacher.network, steps[-1].first + steps[-1].classes, config.teacher.width)
+    loss_fn, head = loss_of(config, config.continual.loss, teacher)
+    rounds = Rounds(config.synthesis.images)
+    lesson = Lesson(recipe_of(config.continual), loss_fn, rounds, teacher.variables, rounds, head)
+    networks = (len(steps) - 1) * (len(chains_of(config)) + ('joint' in config.continual.controls))
+    return [TrainJob('continual', module, lesson, teacher, networks, teacher)]
 
 
 def complete(config, workdir: Workdir) -> bool:

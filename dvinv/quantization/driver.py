@@ -13,7 +13,7 @@ from dvinv.inversion.execution import in_precision
 from dvinv.networks.files import network_bytes
 from dvinv.networks.quantized.folding import Folded, equalise, fold
 from dvinv.networks.quantized.layers import find_layers
-from dvinv.networks.quantized.learning import learned, module_of
+from dvinv.networks.quantized.learning import QuantizedModule, learned, module_of
 from dvinv.networks.quantized.network import load_quantized, products_in_bfloat16, save_quantized, simulated
 from dvinv.networks.quantized.observing import on_images, on_statistics
 from dvinv.pools import finished_pool
@@ -24,7 +24,7 @@ from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.student import distillation_loss
 from dvinv.synthesizer import control_pool
 from dvinv.teacher import description, load
-from dvinv.training import Lesson, Training
+from dvinv.training import Lesson, Training, TrainJob
 
 TASK, ROLE = 'quantization', 6  # see `training.Learner`
 
@@ -80,6 +80,19 @@ def run(config, workdir) -> dict:
     }
 
 
+def train_jobs(config, teacher: Teacher) -> list[TrainJob]:
+    """Returns the trainings of the task, for `--plan`."""
+    settings = quantization_of(config)
+    if not settings.distilled:
+        return []
+    network = fold(teacher.apply_fn, teacher.variables, teacher.image_shape)
+    bits = settings.bits(settings.distilled[0], network.layers)
+    seen = {'no_images': on_statistics(network, teacher, jax.random.key(0))}
+    variables = Ladder(network, seen).variables(bits, 'no_images', 'minmax', settings.correct)
+    module, lesson = _training(config, teacher, network, variables, config.synthesis.images)
+    return [TrainJob('quantized', module, lesson, teacher, len(settings.distilled), teacher)]
+
+
 def check(config, teacher: Teacher) -> None:
     """Refuse, before anything is written, what cannot be quantized as the config says.
 
@@ -122,18 +135,23 @@ def _observed(config, teacher: Teacher, network: Folded, pool: ImagePool | None)
 
 def _distil(config, workdir: Workdir, teacher: Teacher, network: Folded, variables: dict, pool: ImagePool, setting: str):
     """The variables after quantization-aware distillation: the float teacher's answers on the pool's images."""
+    images, labels = pool.rows('images'), pool.rows('labels')
+    module, lesson = _training(config, teacher, network, variables, len(labels))
+    seed, mesh = 16 * config.seed + ROLE, training_mesh(make_mesh(config.devices))
+    with Training(module, lesson, teacher, seed, mesh, workdir, TASK, setting, config.logging) as training:
+        return learned(network, variables, training.finish(images, labels)['params'])
+
+
+def _training(config, teacher: Teacher, network: Folded, variables: dict, count: int) -> tuple[QuantizedModule, Lesson]:
+    """Returns the module that starts as the quantized `variables`, and what it is taught on `count` images."""
     recipe, apply_fn = recipe_of(config.quantization.training), simulated(network.apply_fn, network.layers)
     if recipe.precision == 'bfloat16':
         apply_fn = products_in_bfloat16(apply_fn)
     module = module_of(network, apply_fn, variables)
-    images, labels = pool.rows('images'), pool.rows('labels')
     loss = distillation_loss(in_precision(teacher, recipe.precision), config.quantization.temperature)
     # The logarithms of steps are among the parameters, which bfloat16 would round by percents: products alone are in it.
     recipe = dataclasses.replace(recipe, precision='float32')
-    lesson = Lesson(recipe, loss, Rounds(len(labels)), teacher.variables)
-    seed, mesh = 16 * config.seed + ROLE, training_mesh(make_mesh(config.devices))
-    with Training(module, lesson, teacher, seed, mesh, workdir, TASK, setting, config.logging) as training:
-        return learned(network, variables, training.finish(images, labels)['params'])
+    return module, Lesson(recipe, loss, Rounds(count), teacher.variables)
 
 
 def _evenly(images, most: int) -> np.ndarray:
