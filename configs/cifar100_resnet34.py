@@ -2,7 +2,7 @@
 
     python -m dvinv.main --config configs/cifar100_resnet34.py --workdir runs/cifar100_resnet34
 
-All but the data is as in `cifar10_resnet34.py`: networks, budget, flags for weights and arrays of your own. Others report
+All but the data is as in `cifar10_resnet34.py`: networks, budget (`:paper` too), flags for weights and arrays of your own. Others report
 78.05 for the teacher and 61.32 for a student by DeepInversion without competition. Not measured on a GPU yet. `:smoke`
 shrinks the run to seconds.
 """
@@ -16,7 +16,7 @@ cifar10 = runpy.run_path(str(Path(__file__).with_name('cifar10_resnet34.py')))['
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
-    """The config; `arg` is '' or 'smoke'."""
+    """The config; `arg` is '', 'paper' or 'smoke'."""
     config = cifar10(arg)
     if config.data.name == 'cifar10':
         config.data.name = 'cifar100'

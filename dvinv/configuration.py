@@ -147,7 +147,7 @@ def shrink(config, width: float = 0.25) -> None:
     config.student.width = width if config.distillation.hint else width / 2  # hints need layers of one shape
     trainings = (config.teacher.training, config.verifier.training, config.quantization.training)
     for group in (*trainings, config.distillation, config.pruning, config.continual):
-        group.update(updates=20, batch_size=32, warmup=2)
+        group.update(updates=20, batch_size=32, warmup=2, precision='float32')
     config.pruning.update(steps=2, updates_per_step=10, importance_batches=2, latency_batch=2)
     if config.continual.steps:
         config.data.classes = (0, 1, 2, 3)
