@@ -11,6 +11,7 @@ from tiny import IMAGE_SHAPE, tiny_teacher
 
 from dvinv import DvinvError, from_nnx, invert
 from dvinv.inversion import InversionConfig, Stage, Weights
+from dvinv.inversion.execution import in_precision
 from dvinv.inversion.programs import Programs
 from dvinv.runtime.devices import make_mesh
 
@@ -81,6 +82,14 @@ def test_in_bfloat16_moments_and_statistics_stay_float32(teacher):
     dtypes = {name: {leaf.dtype for leaf in jax.tree.leaves(value)} for name, value in seen.items()}
     assert dtypes['x'] == dtypes['logits'] == dtypes['params'] == {jnp.dtype(jnp.bfloat16)}
     assert dtypes['moments'] == dtypes['batch_stats'] == {jnp.dtype(np.float32)}
+
+
+def test_a_teacher_answers_in_the_precision_of_a_training(teacher):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, *IMAGE_SHAPE)), jnp.float32)
+    assert in_precision(teacher, 'float32') is teacher
+    logits, features = in_precision(teacher, 'bfloat16').features(teacher.variables, x)
+    assert {leaf.dtype for leaf in jax.tree.leaves((logits, features))} == {jnp.dtype(jnp.bfloat16)}
+    np.testing.assert_allclose(logits.astype(np.float32), teacher.apply_fn(teacher.variables, x), rtol=0.05, atol=0.05)
 
 
 def test_an_nnx_teacher_runs_the_same_ways(student):

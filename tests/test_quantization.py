@@ -1,5 +1,6 @@
 """Networks of few bits: layers found in any network, foldings that change nothing, roundings, ranges, files, the task."""
 
+import re
 from pathlib import Path
 
 import flax.linen as nn
@@ -20,7 +21,15 @@ from dvinv.networks.classifier import flatten
 from dvinv.networks.quantized import rounding
 from dvinv.networks.quantized.folding import corrected, equalise, fold
 from dvinv.networks.quantized.layers import find_layers
-from dvinv.networks.quantized.network import Bits, load_quantized, quantize, save_quantized, simulated, with_rules
+from dvinv.networks.quantized.network import (
+    Bits,
+    load_quantized,
+    products_in_bfloat16,
+    quantize,
+    save_quantized,
+    simulated,
+    with_rules,
+)
 from dvinv.networks.quantized.observing import on_images, on_statistics
 from dvinv.networks.quantized.ranges import Observation, grid_of
 from dvinv.quantization.section import quantization_section
@@ -216,6 +225,20 @@ def test_more_bits_are_nearer_to_float_and_the_file_is_what_was_sought(prepared,
     assert sizes[0] < sizes[1] < sizes[2]
     with pytest.raises(DvinvError, match='not among those of dvinv'):
         load_quantized(path)
+
+
+def test_whole_numbers_are_multiplied_in_bfloat16_and_learn(prepared, teacher):
+    network, seen, _ = prepared
+    variables = quantize(network, [Bits(8, 8)] * 3, seen, 'mse', None)
+    apply_fn, x = simulated(network.apply_fn, network.layers), teacher.normalise(IMAGES)
+    in_bfloat16 = products_in_bfloat16(apply_fn)
+    logits, expected = jax.jit(in_bfloat16)(variables, x), jax.jit(apply_fn)(variables, x)
+    assert logits.dtype == np.float32
+    assert 0 < np.abs(logits - expected).max() < 0.02 * np.abs(expected).max()
+    text = str(jax.make_jaxpr(in_bfloat16)(variables, x))
+    assert len(re.findall(r':bf16\[[^=]*= conv_general_dilated', text)) == 2
+    slopes = jax.jit(jax.grad(lambda steps: in_bfloat16({**variables, 'steps': steps}, x).std()))(variables['steps'])
+    assert all(np.isfinite(leaf).all() and leaf.any() for leaf in jax.tree.leaves(slopes))
 
 
 def test_a_float_file_is_no_quantized_one(tmp_path):
