@@ -7,6 +7,7 @@ import ml_collections
 
 from dvinv.continual.settings import Continual
 from dvinv.errors import DvinvError
+from dvinv.hints import KINDS
 from dvinv.inversion import PRESETS, InversionConfig, Stage, Weights
 from dvinv.pruning.removal import Removal
 from dvinv.quantization.settings import QuantizationSettings
@@ -98,7 +99,11 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
         {
             **recipe,
             'temperature': 3.0,
-            'hint': 0.0,  # weight of the BatchNorm inputs that student and teacher share; 0: the paper, answers alone
+            'hint': 0.0,  # weight of what the student is compared with besides the answers; 0: the paper, answers alone
+            # 'layers': the inputs of BatchNorm layers that both have; 'stages': the last values of each resolution, for any
+            # two networks; 'none'; or 'auto': layers where both have the same ones, else stages.
+            'hints': 'auto',
+            'graft': 0.5,  # probability with which an image enters a stage as the teacher's output of the stage before
             'updates_per_round': 0,  # between two rounds of new images; what is left follows the last round
             'counts': (),  # students of the first so many images beside it: the curve of accuracy against image count
             'controls': ('noise', 'prior_only', 'real'),  # students with the same budget, from other images
@@ -254,6 +259,10 @@ def check(config) -> None:
         raise DvinvError(f'distillation.temperature is {config.distillation.temperature}; it must be above 0.')
     if not 0 <= config.distillation.hint < math.inf:
         raise DvinvError(f'distillation.hint is {config.distillation.hint}; it must be at least 0 and finite.')
+    if config.distillation.hints not in KINDS:
+        raise DvinvError(f'distillation.hints is {config.distillation.hints!r}; choose one of {", ".join(KINDS)}.')
+    if not 0 <= config.distillation.graft <= 1:
+        raise DvinvError(f'distillation.graft is {config.distillation.graft}; it is a probability, from 0 to 1.')
     for name in ('every', 'checkpoint_every', 'iterations'):
         if config.logging[name] < 1:
             raise DvinvError(f'logging.{name} is {config.logging[name]}; it must be at least 1.')

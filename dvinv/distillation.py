@@ -1,5 +1,7 @@
 """The task `distillation`: a student learns from the teacher's answers on synthesized images; controls learn beside it."""
 
+import sys
+
 from dvinv.configuration import DATA_FREE_CONTROLS, rounds_of
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
@@ -9,7 +11,7 @@ from dvinv.networks import Classifier, module_of
 from dvinv.pools import controls_are_whole, finished_pool
 from dvinv.rounds import Rounds
 from dvinv.runtime.workdir import Workdir, open_workdir
-from dvinv.student import hinted_layers, lesson_of, student_of
+from dvinv.student import hints_of, lesson_of, student_of
 from dvinv.synthesizer import control_pool
 from dvinv.teacher import load, test_accuracy
 from dvinv.training import Array, TrainJob, learn
@@ -29,6 +31,9 @@ def run(config, workdir) -> dict:
     for count in config.distillation.counts:
         if count > len(labels):
             raise DvinvError(f'distillation.counts names {count}, but the pool has {len(labels)} images.')
+    hints = hints_of(config, teacher)
+    if not workdir.network('student').exists():
+        print(hints, file=sys.stderr, flush=True)
     students = {'student': distil(config, workdir, teacher, images, labels, rounds, 'student')}
     for count in config.distillation.counts:
         name = f'student_of_{count}'
@@ -55,7 +60,9 @@ def run(config, workdir) -> dict:
         'flops': flops(student),
         'images': len(labels),
         'updates': config.distillation.updates,
-        'hinted_layers': len(hinted_layers(config, teacher)),
+        'hints': hints.kind,
+        'hinted_layers': len(hints.layers),
+        'hinted_stages': hints.rows(),
     }
 
 

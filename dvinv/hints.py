@@ -1,55 +1,164 @@
-"""Hints: a student's BatchNorm inputs are drawn to the teacher's, layer by layer (Romero et al., FitNets, arXiv 1412.6550).
+"""Hints: a student is drawn to what its teacher computes on the way to its answers (FitNets, arXiv 1412.6550).
 
-Not in the DeepInversion paper, whose students see the teacher's answers alone. It fits, though: synthesized images give
-the teacher's BatchNorm inputs the moments that real ones give them, and to learn a layer from what goes in and what comes
-out takes few images, however odd they look. Only for layers that the two networks have in common.
+Not in the DeepInversion paper, where a student is given the teacher's answers alone. Synthesized images give the layers of
+the teacher the moments that real ones give them, and to learn a layer from what goes in and what comes out takes few images.
+
+Two networks that have all BatchNorm layers in common are compared at the inputs of these layers. Any other two are compared
+at the outputs of their stages, the last values of each resolution (see `graph.stages`). With grafted stages the images of a
+batch enter a stage of the student in part from the teacher's stage before it, so that all stages learn from the first
+update on; an idea of LIT (Koratana et al., arXiv 1810.01937), which feeds all of them from there.
 """
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
 from dvinv.errors import DvinvError, listed
+from dvinv.graph import Stage, StagePair, find_stages, graft, match_stages, record
+from dvinv.graph.projections import relative_error, to_student, to_teacher
 from dvinv.inversion import Teacher
 from dvinv.inversion.tap import features_in_training
 from dvinv.networks import shapes_of
+from dvinv.networks.suited import suited_to
+
+KINDS = ('auto', 'layers', 'stages', 'none')
 
 
-def shared_layers(module, teacher: Teacher) -> tuple[str, ...]:
-    """BatchNorm layers that student and teacher have under one path, called as often, with inputs of one shape.
+@dataclasses.dataclass(frozen=True)
+class Hints:
+    """Where a student is compared with its teacher, besides the answers.
+
+    Attributes:
+      layers: BatchNorm layers of one path and input shape in both networks, or none.
+      pairs: stages of one resolution, or none.
+    """
+
+    layers: tuple[str, ...] = ()
+    pairs: tuple[StagePair, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """'layers', 'stages' or 'none'."""
+        return 'layers' if self.layers else 'stages' if self.pairs else 'none'
+
+    def rows(self) -> list[list[str]]:
+        """Returns the matched stages for a table: resolution, teacher's shape and operation, student's, projection."""
+        return [
+            [
+                '{}x{}'.format(*pair.student.resolution),
+                _described(pair.teacher),
+                _described(pair.student),
+                f'{pair.student.channels} to {pair.teacher.channels} channels' if pair.projected else 'none',
+            ]
+            for pair in self.pairs
+        ]
+
+    def __str__(self) -> str:
+        """The matching in a sentence or two, for the terminal."""
+        if self.layers:
+            return f'Hints: the inputs of {len(self.layers)} BatchNorm layers that student and teacher have in common.'
+        if not self.pairs:
+            return 'Hints: none; the student learns from the answers of the teacher alone.'
+        lines = ['Hints: the outputs of the stages, teacher and student.']
+        lines += ['  {}: {}; {}; projection: {}'.format(*row) for row in self.rows()]
+        return '\n'.join(lines)
+
+
+def _described(stage: Stage) -> str:
+    return f'{stage.channels} channels of {stage.operation}'
+
+
+def choose_hints(kind: str, module, teacher: Teacher) -> Hints:
+    """Returns the hints for a student, found by shapes alone.
+
+    Args:
+      kind: 'layers', 'stages', 'none', or 'auto': the layers where the two networks have all of them in common, else stages.
+      module: the Linen module of the student; takes x and `train`.
 
     Raises:
-      DvinvError: there is none.
+      DvinvError: no layer, or no stage, is in common; names the operation that hides the stages, if one does.
     """
-    images = jax.ShapeDtypeStruct((2, *teacher.image_shape), jnp.float32)
-    _, theirs = jax.eval_shape(teacher.features, teacher.variables, images)
+    if kind == 'none':
+        return Hints()
+    if kind != 'stages':
+        in_teacher, in_student = (_inputs(*network) for network in _features(module, teacher))
+        shared = tuple(layer for layer, shapes in in_teacher.items() if shapes == in_student.get(layer))
+        if kind == 'layers' and not shared:
+            raise DvinvError(
+                "distillation.hints is 'layers', but no BatchNorm layer of the student has the path and the input shape "
+                f"of one of the teacher's ({listed([*in_teacher], 3)}); set distillation.hints='stages', which compares any "
+                "two networks, or 'none'."
+            )
+        if kind == 'layers' or len(shared) == len(in_teacher) == len(in_student):
+            return Hints(layers=shared)
+    images = _images(teacher)
+    of_teacher = find_stages(teacher.apply_fn, teacher.variables, images, name='The teacher')
+    arguments = shapes_of(module, teacher.image_shape), images, {'dropout': jax.random.key(0)}
+    of_student = find_stages(functools.partial(features_in_training, module), *arguments, name='The student')
+    return Hints(pairs=match_stages(of_teacher, of_student, teacher.image_shape))
 
-    def listen(variables, x):
-        return features_in_training(module, variables, x, {'dropout': jax.random.key(0)})
 
-    _, ours, _ = jax.eval_shape(listen, shapes_of(module, teacher.image_shape), images)
-    shapes = {layer: [x.shape for x in calls] for layer, calls in ours.items()}
-    shared = tuple(layer for layer, calls in theirs.items() if [x.shape for x in calls] == shapes.get(layer))
-    if not shared:
-        raise DvinvError(
-            'distillation.hint is above 0, but no BatchNorm layer of the student has the path and the input shape of one of '
-            f"the teacher's ({listed([*theirs], 3)}); name a student of the same family and width, or set "
-            'distillation.hint=0.'
-        )
-    return shared
+def _images(teacher: Teacher) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((2, *teacher.image_shape), jnp.float32)
 
 
-def hint_loss(features: dict, teacher_features: dict) -> jax.Array:
-    """Mean over layers and calls of the relative squared error E[(x_student - x_teacher)^2] / E[x_teacher^2], float32.
+def _features(module, teacher: Teacher):
+    """Yields (function, variables) of teacher and student: (variables, images) -> {layer: its inputs, one a call}."""
+    yield lambda variables, x: teacher.features(variables, x)[1], teacher.variables, _images(teacher)
+    rngs = {'dropout': jax.random.key(0)}
+    shapes = shapes_of(module, teacher.image_shape)
+    yield lambda variables, x: features_in_training(module, variables, x, rngs)[1], shapes, _images(teacher)
 
-    Relative to what the teacher's layer is given for these very images; one that is given zeros counts nothing.
+
+def _inputs(features: Callable, variables, images) -> dict[str, list]:
+    """Returns {layer: the shape of its input at each call}."""
+    return {layer: [x.shape for x in calls] for layer, calls in jax.eval_shape(features, variables, images).items()}
+
+
+def layer_error(features: dict, teacher_features: dict) -> jax.Array:
+    """Computes the mean over layers and calls of the relative squared error, float32 scalar; see `relative_error`.
 
     Args:
       features, teacher_features: {layer: BatchNorm inputs, one a call}; those of the student may be of more layers.
     """
-    terms = []
-    for layer, calls in teacher_features.items():
-        for ours, theirs in zip(features[layer], calls, strict=True):
-            ours, theirs = ours.astype(jnp.float32), theirs.astype(jnp.float32)
-            power = jnp.square(theirs).mean()
-            terms.append(jnp.square(ours - theirs).mean() / jnp.where(power > 0, power, jnp.inf))
+    terms = [
+        relative_error(own, target)
+        for layer, calls in teacher_features.items()
+        for own, target in zip(features[layer], calls, strict=True)
+    ]
     return jnp.stack(terms).mean()
+
+
+def staged_forward(module, teacher: Teacher, pairs: tuple[StagePair, ...], share: float, platform: str) -> Callable:
+    """Returns the forward pass of a student that is compared with `teacher` at the outputs of its stages.
+
+    Args:
+      module: the Linen module of the student; takes x and `train`.
+      share: the probability with which an image enters a stage as the teacher's output of the stage before (projected into
+        the student's channels), and not as the student's own. A coin a stage and image.
+      platform: that the networks run on, 'cpu', 'gpu' or 'tpu'.
+
+    Returns:
+      A `training.Lesson.forward`; its features are {'teacher_logits': [B, K], 'stage_errors': float32 [stages]}.
+    """
+    resolutions = [pair.student.resolution for pair in pairs]
+    of_teacher = suited_to(platform, record(teacher.apply_fn, resolutions))
+
+    def forward(variables, projections: Mapping, x, rngs, frozen):
+        teacher_logits, targets = of_teacher(frozen, x)
+        coins = jax.random.bernoulli(jax.random.fold_in(rngs['dropout'], 1), share, (len(pairs), len(x), 1, 1, 1))
+
+        def replace(index, output):
+            given = to_student(projections, pairs[index], targets[index])
+            return jnp.where(coins[index], given.astype(output.dtype), output) if share else output
+
+        student = graft(functools.partial(features_in_training, module), resolutions, replace)
+        (logits, _, batch_stats), outputs = suited_to(platform, student)(variables, x, rngs)
+        projected = [to_teacher(projections, pair, output) for pair, output in zip(pairs, outputs, strict=True)]
+        errors = [*map(relative_error, projected, targets)]
+        return logits, {'teacher_logits': teacher_logits, 'stage_errors': jnp.stack(errors)}, batch_stats
+
+    return forward

@@ -20,7 +20,7 @@ from dvinv.runtime.mistakes import told
 from dvinv.runtime.processes import ALONE, Processes
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.sharing import passed
-from dvinv.student import hinted_layers
+from dvinv.student import hints_of
 
 DRIVERS = {
     'teacher': teacher,
@@ -89,7 +89,8 @@ def check(config, processes: Processes = ALONE, workdir=None) -> Teacher:
     settings.check(to_invert.image_shape)
     check_resolutions(to_invert, settings)
     check_labels(np.array(config.synthesis.classes, int), to_invert.num_classes)
-    hinted_layers(config, to_invert)
+    if 'distillation' in config.tasks or config.synthesis.method == 'adaptive':
+        hints_of(config, to_invert)
     if 'pruning' in config.tasks:
         pruning.check(config, to_invert)
     if 'continual' in config.tasks:

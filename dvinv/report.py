@@ -193,8 +193,9 @@ def _distillation(config, results: dict, metrics: Metrics) -> Section:
     ]
     if 'teacher' in results:
         rows.append(['The teacher itself', percent(results['teacher']['test_accuracy'])])
-    hinted = taught.get('hinted_layers')
-    hints = f', with hints from {hinted} BatchNorm layers of the teacher' if hinted else ''
+    layers, stages = taught.get('hinted_layers'), taught.get('hinted_stages')
+    hints = f', with hints from {layers} BatchNorm layers of the teacher' if layers else ''
+    hints = f', with hints from {len(stages)} stages of the teacher' if stages else hints
     table = Table(
         ('Student distilled from', 'real test accuracy'),
         rows,
@@ -203,9 +204,12 @@ def _distillation(config, results: dict, metrics: Metrics) -> Section:
         f"teacher's), {taught['updates']:,} updates each{hints}; last update, never the best.",
     )
     curves = {label: _curves(metrics.lines('distillation', name), ['loss'])['loss'] for name, label in students.items()}
-    title = f'Distillation loss, T² KL to the teacher{" and hints" if hinted else ""} on its own images'
+    title = f'Distillation loss, T² KL to the teacher{" and hints" if hints else ""} on its own images'
     chart = _losses(curves, title, 'update', 'loss')
     tables, charts = _by_image_count(config.distillation.counts, taught)
+    if stages:
+        header = 'Resolution', 'teacher', 'student', 'projection'
+        tables.append(Table(header, stages, caption='Stages at the end of which student and teacher were compared.'))
     return Section('Distillation', tables=[table, *tables], charts=[chart, *charts])
 
 

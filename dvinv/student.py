@@ -3,15 +3,18 @@
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
+import jax
 import jax.numpy as jnp
 
 from dvinv.configuration import recipe_of
 from dvinv.divergence import divergence
-from dvinv.hints import hint_loss, shared_layers
+from dvinv.graph.projections import initial_projections
+from dvinv.hints import Hints, choose_hints, layer_error, staged_forward
 from dvinv.inversion import Teacher
 from dvinv.inversion.execution import in_precision
 from dvinv.networks import create
 from dvinv.rounds import Rounds
+from dvinv.runtime.devices import make_mesh, platform_of
 from dvinv.training import Learner, Lesson
 
 NONE = MappingProxyType({})
@@ -25,27 +28,39 @@ def student_of(config, teacher: Teacher, name: str = 'student', task: str = 'dis
 
 def lesson_of(config, teacher: Teacher, rounds: Rounds) -> Lesson:
     """What a student of `teacher` is taught, on images that come in `rounds`."""
-    group = config.distillation
-    layers = hinted_layers(config, teacher)
-    loss = distillation_loss(in_precision(teacher, group.precision), group.temperature, group.hint, layers)
-    return Lesson(recipe_of(group), loss, rounds, teacher.variables)
+    group, hints = config.distillation, hints_of(config, teacher)
+    recipe, teacher = recipe_of(group), in_precision(teacher, group.precision)
+    if not hints.pairs:
+        loss = distillation_loss(teacher, group.temperature, group.hint, hints.layers)
+        return Lesson(recipe, loss, rounds, teacher.variables)
+    module = create(config.student.network, teacher.num_classes, config.student.width)
+    platform = platform_of(make_mesh(config.devices))
+    return Lesson(
+        recipe,
+        staged_loss(group.temperature, group.hint),
+        rounds,
+        teacher.variables,
+        forward=staged_forward(module, teacher, hints.pairs, group.graft, platform),
+        auxiliary=initial_projections(jax.random.key(16 * config.seed + ROLE), hints.pairs),
+    )
 
 
-def hinted_layers(config, teacher: Teacher) -> tuple[str, ...]:
-    """The layers that hints are about; none where `distillation.hint` is 0.
+def hints_of(config, teacher: Teacher) -> Hints:
+    """Returns where the run's student is compared with `teacher`; nowhere if `distillation.hint` is 0.
 
     Raises:
-      DvinvError: there should be some, but student and teacher have no layer in common.
+      DvinvError: see `choose_hints`.
     """
     if not config.distillation.hint:
-        return ()
-    return shared_layers(create(config.student.network, teacher.num_classes, config.student.width), teacher)
+        return Hints()
+    module = create(config.student.network, teacher.num_classes, config.student.width)
+    return choose_hints(config.distillation.hints, module, teacher)
 
 
 def distillation_loss(
     teacher: Teacher, temperature: float, hint: float = 0.0, layers: Iterable[str] = (), left: Mapping = NONE
 ):
-    """T^2 KL(teacher || student) at temperature T, plus `hint` times `hint_loss` of `layers`; the loss of a `Lesson`.
+    """T^2 KL(teacher || student) at temperature T, plus `hint` times `layer_error` of `layers`; the loss of a `Lesson`.
 
     Where the student has lost channels, `left` tells for a layer, int [c], which of the teacher's its own are.
 
@@ -62,7 +77,20 @@ def distillation_loss(
         if layers:
             hints = {layer: teacher_features[layer] for layer in layers}
             hints |= {layer: [jnp.take(x, left[layer], -1) for x in hints[layer]] for layer in layers if layer in left}
-            total += hint * hint_loss(features, hints)
+            total += hint * layer_error(features, hints)
         return total
+
+    return loss
+
+
+def staged_loss(temperature: float, hint: float):
+    """Returns the loss of a `Lesson` with `hints.staged_forward`:
+
+    T^2 KL(teacher || student) at temperature T + `hint` * mean over stages of the relative squared error of their outputs
+    """
+
+    def loss(logits, features, x, labels, teacher_variables):
+        answers = temperature**2 * divergence(features['teacher_logits'], logits, temperature)
+        return answers + hint * features['stage_errors'].mean()
 
     return loss

@@ -7,7 +7,8 @@ checkpoint, so a training that was killed ends with the bits of one that was not
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import flax
@@ -43,12 +44,14 @@ class TrainState:
 
     Attributes:
       params, batch_stats: the network's variables, float32.
-      opt_state: the optimiser's.
+      auxiliary: parameters that are learned with the network and not kept, see `Lesson`.
+      opt_state: of the optimizer, for (params, auxiliary).
       step: int32 scalar, updates done.
     """
 
     params: dict
     batch_stats: dict
+    auxiliary: dict
     opt_state: optax.OptState
     step: jax.Array
 
@@ -70,6 +73,9 @@ class Lesson:
       frozen: variables that `loss_fn` needs beside, those of a teacher for instance.
       beside: when a second set of images comes, which follow the first ones; the second half of every batch is of them.
       head: path of a layer that is heard too, see `inversion.tap.features_in_training`.
+      forward: (variables, auxiliary, x, rngs, frozen) -> (logits, features for the loss, running statistics), the forward
+        pass in train mode; None: `features_in_training` of the network.
+      auxiliary: first values of the parameters that are learned with the network and not kept: projections, for instance.
     """
 
     recipe: Recipe
@@ -78,6 +84,8 @@ class Lesson:
     frozen: dict | None = None
     beside: Rounds | None = None
     head: str = ''
+    forward: Callable | None = None
+    auxiliary: dict = dataclasses.field(default_factory=dict)
 
     def rows(self, seed: int, update: int) -> np.ndarray:
         """Which images make up the batch of an update, int32 [B]."""
@@ -110,10 +118,12 @@ class Lesson:
         return self.rounds.images * self.rounds.count + self.beside.come_by(update)
 
 
-def initial_state(recipe: Recipe, variables: dict) -> TrainState:
-    """The state before the first update of a network with these variables."""
-    optimiser_state = recipe.optimizer().init(variables['params'])
-    return TrainState(variables['params'], variables.get('batch_stats', {}), optimiser_state, np.zeros((), np.int32))
+def initial_state(recipe: Recipe, variables: dict, auxiliary: Mapping = MappingProxyType({})) -> TrainState:
+    """Returns the state before the first update of a network with these variables; for `auxiliary` see `Lesson`."""
+    params, batch_stats = variables['params'], variables.get('batch_stats', {})
+    auxiliary = jax.device_get(dict(auxiliary))  # the memory of a state is used again, that of a lesson is not
+    opt_state = recipe.optimizer().init((params, auxiliary))
+    return TrainState(params, batch_stats, auxiliary, opt_state, np.zeros((), np.int32))
 
 
 def _first_variables(module, key: jax.Array, image_shape, start: dict | None) -> dict:
@@ -125,55 +135,69 @@ def _first_variables(module, key: jax.Array, image_shape, start: dict | None) ->
     return grown(jax.device_get(initialise(module, key, image_shape)), start)
 
 
-def make_train_step(module, recipe: Recipe, loss_fn: Callable, classifier: Classifier, head: str = ''):
+def make_train_step(module, lesson: Lesson, classifier: Classifier):
     """Returns the pure train step `(state, images, labels, frozen, key) -> (state, loss)`.
 
-    With `recipe.precision` 'bfloat16' the network runs forward and backward in bfloat16; its parameters, running statistics
-    and gradients, the loss and the optimizer state are float32.
+    With the precision 'bfloat16' the network runs forward and backward in bfloat16; its parameters, running statistics and
+    gradients, the loss and the optimizer state are float32.
 
     Args:
-      loss_fn, head: see `Lesson`; `frozen` is handed to the loss.
+      lesson: its `frozen` is an argument of the step.
       classifier: tells how pixels are normalised.
 
     Returns:
       A function of images uint8 [B, H, W, C], labels int [B] and a random key; its loss is a float32 scalar.
     """
-    optimizer = recipe.optimizer()
-    dtype = jnp.dtype(recipe.precision)
+    recipe, optimizer, forward = lesson.recipe, lesson.recipe.optimizer(), make_forward(module, lesson)
 
     def train_step(state: TrainState, images, labels, frozen, key):
         augmentation_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
         x = recipe.look(augmentation_key, classifier.normalise(images), classifier)
 
-        def loss_of(params):
-            logits, features, batch_stats = _forward(module, params, state.batch_stats, x, dropout_key, dtype, head)
-            return loss_fn(logits, features, x, labels, frozen), batch_stats
+        trained = state.params, state.auxiliary
 
-        (loss, batch_stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(params, batch_stats, opt_state, state.step + 1), loss
+        def loss_of(trained):
+            logits, features, batch_stats = forward(*trained, state.batch_stats, x, dropout_key, frozen)
+            return lesson.loss_fn(logits, features, x, labels, frozen), batch_stats
+
+        (loss, batch_stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(trained)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
+        params, auxiliary = optax.apply_updates(trained, updates)
+        return TrainState(params, batch_stats, auxiliary, opt_state, state.step + 1), loss
 
     return train_step
 
 
-def _forward(module, params, batch_stats, x, dropout_key, dtype, head: str = ''):
-    """Runs the network in train mode, in `dtype`; see `features_in_training`. Logits and running statistics are float32."""
-    variables = {'params': cast_floats(params, dtype), 'batch_stats': batch_stats}
-    rngs = {'dropout': dropout_key}
-    logits, features, changed = features_in_training(module, variables, x.astype(dtype), rngs, head)
-    changed = jax.tree.map(lambda new, old: new.astype(old.dtype), changed, batch_stats)
-    return logits.astype(jnp.float32), features, changed
+def make_forward(module, lesson: Lesson):
+    """Returns the forward pass in train mode, in the precision of the recipe; logits and running statistics are float32.
+
+    Returns:
+      `(params, auxiliary, batch_stats, x, dropout_key, frozen) -> (logits, features, batch_stats)`; see `Lesson.forward`.
+    """
+    dtype = jnp.dtype(lesson.recipe.precision)
+
+    def plain(variables, auxiliary, x, rngs, frozen):
+        return features_in_training(module, variables, x, rngs, lesson.head)
+
+    def forward(params, auxiliary, batch_stats, x, dropout_key, frozen):
+        params, auxiliary = cast_floats((params, auxiliary), dtype)
+        variables = {'params': params, 'batch_stats': batch_stats}
+        run = lesson.forward or plain
+        logits, features, changed = run(variables, auxiliary, x.astype(dtype), {'dropout': dropout_key}, frozen)
+        changed = jax.tree.map(lambda new, old: new.astype(old.dtype), changed, batch_stats)
+        return logits.astype(jnp.float32), features, changed
+
+    return forward
 
 
-def make_reestimate(module, recipe: Recipe, classifier: Classifier):
+def make_reestimate(module, lesson: Lesson, classifier: Classifier):
     """Returns `(state, images, key) -> state`: one batch in train mode moves the running statistics, weights stay."""
-    dtype = jnp.dtype(recipe.precision)
+    recipe, forward = lesson.recipe, make_forward(module, dataclasses.replace(lesson, forward=None))
 
     def reestimate(state: TrainState, images, key):
         augmentation_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
         x = recipe.look(augmentation_key, classifier.normalise(images), classifier)
-        _, _, batch_stats = _forward(module, state.params, state.batch_stats, x, dropout_key, dtype)
+        _, _, batch_stats = forward(state.params, {}, state.batch_stats, x, dropout_key, None)
         return state.replace(batch_stats=batch_stats, step=state.step + 1)
 
     return reestimate
@@ -200,9 +224,9 @@ class TrainStep:
           updates: of a full dispatch; 0: as the recipe says.
         """
         self._mesh, self._everywhere = mesh, NamedSharding(mesh, P())
-        self._recipe, self._module, self._image_shape = lesson.recipe, module, like.image_shape
+        self._lesson, self._module, self._image_shape = lesson, module, like.image_shape
         self._frozen = jax.device_put(lesson.frozen, self._everywhere)
-        self._step = make_train_step(module, lesson.recipe, lesson.loss_fn, like, lesson.head)
+        self._step = make_train_step(module, lesson, like)
         self.updates = updates or lesson.recipe.dispatch_length(platform_of(mesh))
         count = lesson.images
         resident = fits_on_devices(mesh, count * (math.prod(like.image_shape) + 4))
@@ -211,10 +235,11 @@ class TrainStep:
 
     def initial_state(self, key: jax.Array, start: dict | None = None) -> TrainState:
         """Returns the state before the first update: random variables, or those of `start` as far as they go."""
-        return initial_state(self._recipe, _first_variables(self._module, key, self._image_shape, start))
+        variables = _first_variables(self._module, key, self._image_shape, start)
+        return initial_state(self._lesson.recipe, variables, self._lesson.auxiliary)
 
     def place(self, tree):
-        """Returns a copy of the arrays of `tree` on every device."""
+        """Returns `tree` with its arrays on every device."""
         return jax.device_put(tree, self._everywhere)
 
     def __call__(self, state: TrainState, chosen, key: jax.Array) -> tuple[TrainState, jax.Array]:
@@ -308,7 +333,7 @@ class Training:
         self._workdir, self._task, self._series = workdir, task, series
         self._train_step = TrainStep(module, lesson, like, mesh, lesson.dispatch_length(logging.every, platform_of(mesh)))
         everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
-        self._reestimate = jax.jit(make_reestimate(module, recipe, like), in_shardings=(everywhere, split, everywhere))
+        self._reestimate = jax.jit(make_reestimate(module, lesson, like), in_shardings=(everywhere, split, everywhere))
         self._checkpoints = Checkpoints(workdir.path / 'checkpoints' / series)
         key = jax.random.key(seed)
         state = self._train_step.initial_state(jax.random.fold_in(key, 0), start)

@@ -1,20 +1,31 @@
-"""Hints: which layers student and teacher share, what their distance is, and that a student follows them."""
+"""Hints: layers or stages that student and teacher have in common, what their distance is, a student that follows them."""
 
+import dataclasses
+from types import SimpleNamespace
+
+import flax.linen as nn
 import jax
+import ml_collections
 import numpy as np
 import pytest
-from tiny import IMAGE_SHAPE, TinyNet, trained, trained_variables
+from flax import nnx
+from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, trained, trained_variables
 
 from dvinv import DvinvError
 from dvinv.configuration import base_config
-from dvinv.hints import hint_loss, shared_layers
-from dvinv.inversion import from_linen
+from dvinv.graph import graft, record
+from dvinv.graph.projections import initial_projections, relative_error, to_student, to_teacher
+from dvinv.hints import Hints, choose_hints, layer_error, staged_forward
+from dvinv.inversion import from_linen, from_nnx
+from dvinv.inversion.execution import in_precision
 from dvinv.inversion.tap import features_in_training
 from dvinv.networks import create, initialise
 from dvinv.recipe import Recipe
 from dvinv.rounds import Rounds
-from dvinv.student import distillation_loss, lesson_of
-from dvinv.training import initial_state, make_train_step
+from dvinv.runtime.devices import make_mesh
+from dvinv.runtime.workdir import Workdir
+from dvinv.student import distillation_loss, lesson_of, staged_loss
+from dvinv.training import Lesson, Training, TrainStep, initial_state, make_train_step
 
 LAYERS = ('BatchNorm_0', 'BatchNorm_1')
 
@@ -31,30 +42,39 @@ def _images(batch=6):
 
 
 def test_layers_of_one_path_and_shape_are_shared(teacher):
-    assert shared_layers(TinyNet(), teacher) == LAYERS
-    assert shared_layers(TinyNet(channels=(4, 7)), teacher) == LAYERS[:1]
-    assert shared_layers(TinyNet(channels=(4, 5, 6)), teacher) == LAYERS
-    assert shared_layers(TinyNet(channels=(4,)), teacher) == LAYERS[:1]
+    def layers(channels):
+        return choose_hints('layers', TinyNet(channels=channels), teacher).layers
+
+    assert layers((4, 5)) == layers((4, 5, 6)) == LAYERS
+    assert layers((4, 7)) == layers((4,)) == LAYERS[:1]
+
+
+def test_the_layers_are_chosen_where_both_networks_have_all_of_them_in_common(teacher):
+    assert choose_hints('auto', TinyNet(), teacher) == Hints(layers=LAYERS)
+    for channels in ((4, 7), (4, 5, 6), (4,)):
+        assert choose_hints('auto', TinyNet(channels=channels), teacher).kind == 'stages'
+    assert choose_hints('none', TinyNet(), teacher) == Hints()
 
 
 def test_a_student_without_such_a_layer_is_refused(teacher):
-    with pytest.raises(DvinvError, match=r'no BatchNorm layer of the student .* \(BatchNorm_0, BatchNorm_1\); .*hint=0'):
-        shared_layers(TinyNet(channels=(3, 3)), teacher)
+    words = r"no BatchNorm layer of the student .* \(BatchNorm_0, BatchNorm_1\); set distillation.hints='stages'"
+    with pytest.raises(DvinvError, match=words):
+        choose_hints('layers', TinyNet(channels=(3, 3)), teacher)
 
 
 def test_the_distance_is_relative_to_what_the_teacher_hears():
     rng = np.random.default_rng(0)
     ours, theirs = ({name: tuple(rng.normal(size=(n, 2, 4, 4, 3))) for name, n in (('a', 2), ('b', 1))} for _ in range(2))
     pairs = [pair for name in theirs for pair in zip(ours[name], theirs[name], strict=True)]
-    value = hint_loss({**ours, 'more': None}, theirs)
+    value = layer_error({**ours, 'more': None}, theirs)
     assert value.dtype == np.float32
     np.testing.assert_allclose(value, np.mean([((x - y) ** 2).mean() / (y**2).mean() for x, y in pairs]), rtol=1e-5)
     louder = jax.tree.map(lambda x: 100 * x, (ours, theirs))
-    np.testing.assert_allclose(hint_loss(*louder), value, rtol=1e-5)
+    np.testing.assert_allclose(layer_error(*louder), value, rtol=1e-5)
     x, y = pairs[-1]
-    assert hint_loss(theirs, theirs) == 0
+    assert layer_error(theirs, theirs) == 0
     silent = {**theirs, 'b': (np.zeros_like(theirs['b'][0]),)}
-    np.testing.assert_allclose(hint_loss(ours, silent), value - (((x - y) ** 2).mean() / (y**2).mean() / 3), rtol=1e-4)
+    np.testing.assert_allclose(layer_error(ours, silent), value - (((x - y) ** 2).mean() / (y**2).mean() / 3), rtol=1e-4)
 
 
 def test_features_in_training_are_the_inputs_that_move_the_running_statistics(teacher):
@@ -84,7 +104,7 @@ def test_hints_are_added_to_the_answers_loss_and_reach_the_shared_layers_alone(t
     )
     _, ours, _ = features_in_training(TinyNet(), student, x, {})
     _, theirs = teacher.features(teacher.variables, x)
-    np.testing.assert_allclose(both - plain, 2 * hint_loss(ours, theirs), rtol=1e-4)
+    np.testing.assert_allclose(both - plain, 2 * layer_error(ours, theirs), rtol=1e-4)
     np.testing.assert_allclose(gradient['Conv_1']['kernel'], without['Conv_1']['kernel'], rtol=1e-4, atol=1e-6)
     assert np.abs(gradient['Conv_0']['kernel'] - without['Conv_0']['kernel']).max() > 1e-3
 
@@ -102,7 +122,7 @@ def test_the_configs_hint_is_in_the_lesson():
         logits, features, _ = features_in_training(create('small_resnet', 10), variables, x, {})
         _, theirs = teacher.features(teacher.variables, x)
         without, with_hints = (loss(logits, features, x, None, teacher.variables) for loss in lessons)
-        return with_hints - without, hint_loss(features, theirs)
+        return with_hints - without, layer_error(features, theirs)
 
     difference, hints = measure(np.random.default_rng(0).normal(size=(4, *teacher.image_shape)).astype(np.float32))
     np.testing.assert_allclose(difference, 7 * hints, rtol=1e-4)
@@ -114,7 +134,7 @@ def test_a_student_learns_the_teachers_layers_from_hints_and_not_from_answers(te
 
     def distance(hint):
         loss = distillation_loss(teacher, 3.0, hint, LAYERS if hint else ())
-        update = jax.jit(make_train_step(TinyNet(), recipe, loss, teacher))
+        update = jax.jit(make_train_step(TinyNet(), Lesson(recipe, loss, Rounds(8)), teacher))
         state = initial_state(recipe, initialise(TinyNet(), jax.random.key(0), IMAGE_SHAPE))
         for _ in range(recipe.updates):
             state, _ = update(state, images, np.zeros(64, np.int32), teacher.variables, jax.random.key(1))
@@ -122,3 +142,131 @@ def test_a_student_learns_the_teachers_layers_from_hints_and_not_from_answers(te
         return np.linalg.norm(state.params['Conv_0']['kernel'] - kernel) / np.linalg.norm(kernel)
 
     assert distance(100.0) < 0.5 < 0.8 < distance(0.0)
+
+
+# Stages
+
+
+class Strided(nn.Module):
+    """Two convolutions with BatchNorm, the second with half the resolution and as many channels as asked for."""
+
+    channels: int = 6
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        for channels, stride in ((4, 1), (self.channels, 2)):
+            x = nn.Conv(channels, (3, 3), stride)(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
+class Pooled(nn.Module):
+    """Unlike `Strided` in all but the resolutions: other names, a pooling, no BatchNorm in the second half."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name='norm')(nn.Conv(4, (5, 5), name='first')(x))
+        x = nn.max_pool(nn.relu(x), (2, 2), (2, 2))
+        return nn.Dense(3)(nn.tanh(nn.Conv(5, (3, 3), name='second')(x)).reshape(len(x), -1))
+
+
+class Model(nnx.Module):
+    """The NNX twin of `Strided`."""
+
+    def __init__(self, rngs):
+        self.convs = nnx.List([nnx.Conv(2, 4, (3, 3), rngs=rngs), nnx.Conv(4, 6, (3, 3), 2, rngs=rngs)])
+        self.norms = nnx.List([nnx.BatchNorm(channels, rngs=rngs) for channels in (4, 6)])
+        self.head = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x):
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = nnx.relu(norm(conv(x)))
+        return self.head(x.mean((1, 2)))
+
+
+def _teachers():
+    pictures = {'image_shape': IMAGE_SHAPE, 'mean': MEAN, 'std': STD}
+    return {
+        'linen': from_linen(Strided(), trained_variables(Strided()), **pictures),
+        'nnx': from_nnx(Model(nnx.Rngs(0)), **pictures),
+    }
+
+
+@pytest.mark.parametrize('kind', ['linen', 'nnx'])
+def test_stages_of_unrelated_networks_are_matched_and_put_in_a_table(kind):
+    hints = choose_hints('auto', Pooled(), _teachers()[kind])
+    assert hints.kind == 'stages'
+    assert [(row[0], row[3]) for row in hints.rows()] == [('8x8', 'none'), ('4x4', '5 to 6 channels')]
+    assert 'relu' in hints.rows()[0][1]
+    assert str(hints).startswith('Hints: the outputs of the stages, teacher and student.\n  8x8: 4 channels of ')
+
+
+def _staged(teacher, module, share=0.5, hint=10.0):
+    """The lesson of a student by its stages."""
+    pairs = choose_hints('stages', module, teacher).pairs
+    recipe = Recipe(updates=8, batch_size=6, learning_rate=0.03, clip_norm=10.0)
+    return Lesson(
+        recipe,
+        staged_loss(3.0, hint),
+        Rounds(20),
+        teacher.variables,
+        forward=staged_forward(module, teacher, pairs, share, 'cpu'),
+        auxiliary=initial_projections(jax.random.key(0), pairs),
+    )
+
+
+def _train(folder, teacher, lesson, stops=()):
+    """(variables, metrics) of a training that is made again at each of `stops`."""
+    images = np.random.default_rng(1).integers(0, 256, (20, *IMAGE_SHAPE), dtype=np.uint8)
+    labels, logging = np.zeros(20, np.int32), SimpleNamespace(every=2, checkpoint_every=4)
+    workdir = Workdir(folder, ml_collections.ConfigDict())
+    for stop in (*stops, None):
+        with Training(Pooled(), lesson, teacher, 3, make_mesh(1), workdir, 'distillation', 'student', logging) as training:
+            variables = training.advance(images, labels, stop) if stop else training.finish(images, labels)
+    workdir.close()
+    return variables, [*workdir.metrics.lines('distillation', 'student')]
+
+
+@pytest.mark.parametrize('kind', ['linen', 'nnx'])
+def test_a_student_of_an_unrelated_teacher_learns_and_resumes_to_the_bit(kind, tmp_path):
+    teacher = _teachers()[kind]
+    lesson = _staged(teacher, Pooled())
+    variables, metrics = _train(tmp_path / 'once', teacher, lesson)
+    resumed, _ = _train(tmp_path / 'resumed', teacher, lesson, stops=(4,))
+    jax.tree.map(np.testing.assert_array_equal, resumed, variables)
+    assert metrics[-1]['loss'] < metrics[0]['loss']
+    assert {*variables['params']} == {'first', 'norm', 'second', 'Dense_0'}  # and no projection
+
+
+def test_grafted_stages_are_entered_from_the_teachers_output_of_the_stage_before():
+    teacher, student = _teachers()['linen'], trained_variables(Pooled(), seed=5)
+    lesson, x = _staged(teacher, Pooled(), share=1.0), _images()
+    (full, half), projections = choose_hints('stages', Pooled(), teacher).pairs, lesson.auxiliary
+    rngs = {'dropout': jax.random.key(2)}
+    _, features, _ = jax.jit(lesson.forward)(student, projections, x, rngs, teacher.variables)
+    teacher_logits, (teacher_full, teacher_half) = record(teacher.apply_fn, [(8, 8), (4, 4)])(teacher.variables, x)
+
+    def own(variables, x):
+        return features_in_training(Pooled(), variables, x, rngs)
+
+    def replace(index, output):
+        return to_student(projections, (full, half)[index], (teacher_full, teacher_half)[index])
+
+    _, (own_full, own_half) = graft(own, [(8, 8), (4, 4)], replace)(student, x)
+    expected = [
+        relative_error(own_full, teacher_full),
+        relative_error(to_teacher(projections, half, own_half), teacher_half),
+    ]
+    np.testing.assert_allclose(features['stage_errors'], expected, rtol=1e-4)
+    np.testing.assert_allclose(features['teacher_logits'], teacher_logits, rtol=1e-4, atol=1e-5)
+
+
+def test_in_bfloat16_stages_are_compared_in_float32():
+    teacher = _teachers()['linen']
+    lesson = _staged(in_precision(teacher, 'bfloat16'), Pooled())
+    lesson = dataclasses.replace(lesson, recipe=dataclasses.replace(lesson.recipe, precision='bfloat16'))
+    step = TrainStep(Pooled(), lesson, teacher, make_mesh(1))
+    images = np.random.default_rng(1).integers(0, 256, (6, *IMAGE_SHAPE), dtype=np.uint8)
+    state, loss = step(step.initial_state(jax.random.key(0)), (images, np.zeros(6, np.int32)), jax.random.key(1))
+    assert np.isfinite(loss)
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.auxiliary))} == {np.dtype(np.float32)}

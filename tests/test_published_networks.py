@@ -34,6 +34,7 @@ PARAMETERS = {  # for 10 classes
     'wrn40_1': 563_930,
     'wrn40_2': 2_243_546,
 }
+OWN = {'resnet8': 75_290, 'cifar_vgg': 289_194, 'cifar_mobilenet': 233_546}  # of no published weights
 SHAPE = (32, 32, 3)
 PIXELS = {'mean': (0.5, 0.4, 0.3), 'std': (0.2, 0.3, 0.4)}
 
@@ -72,7 +73,13 @@ def test_a_picture_too_small_for_a_vgg_is_told():
 
 
 def test_every_published_network_is_looked_at():
-    assert set(PARAMETERS) == {name for name in NETWORKS if image_shape(name) == SHAPE}
+    assert {*PARAMETERS, *OWN} == {name for name in NETWORKS if image_shape(name) == SHAPE}
+
+
+@pytest.mark.parametrize('name', OWN)
+def test_small_students_have_so_many_parameters(name):
+    variables = variable_shapes(create(name, 10), SHAPE)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables['params'])) == OWN[name]
 
 
 @pytest.mark.parametrize('name', PARAMETERS)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 
-STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)  # of the depthwise convolutions, after the stem's 2
+STRIDES = (2, 1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)  # of the stem, then of the depthwise convolutions
 
 
 class MobileNetV1(nn.Module):
@@ -16,6 +16,7 @@ class MobileNetV1(nn.Module):
 
     num_classes: int
     channels: Sequence[int] = (32, 64, 128, 128, 256, 256, *[512] * 6, 1024, 1024)  # of the stem, then a pair
+    strides: Sequence[int] = STRIDES
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -26,8 +27,8 @@ class MobileNetV1(nn.Module):
             return nn.relu6(norm(x))
 
         stem, *pairs = self.channels
-        x = layer(x, 'conv1', stem, 3, 2)
-        for pair, (channels, stride) in enumerate(zip(pairs, STRIDES, strict=True), 1):
+        x = layer(x, 'conv1', stem, 3, self.strides[0])
+        for pair, (channels, stride) in enumerate(zip(pairs, self.strides[1:], strict=True), 1):
             x = layer(x, f'conv_dw_{pair}', x.shape[-1], 3, stride, groups=x.shape[-1])
             x = layer(x, f'conv_pw_{pair}', channels, 1)
         # Keras's head is a convolution, so its kernel is [1, 1, C, K].

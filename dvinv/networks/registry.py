@@ -47,7 +47,7 @@ CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 16: (2, 2, 3, 3, 3)}  # the same of a VGG
 NETWORKS: dict[str, Network] = {
     **{
         f'resnet{6 * n + 2}': Network(CifarResNet, CIFAR, {'channels': (16, 32, 64)}, {'blocks': n})
-        for n in (3, 5, 7, 9, 18)
+        for n in (1, 3, 5, 7, 9, 18)
     },
     **{
         f'cifar_resnet{depth}': Network(ResNet, CIFAR, {'channels': RESNET}, {'blocks': BLOCKS[depth]}) for depth in (18, 34)
@@ -56,6 +56,13 @@ NETWORKS: dict[str, Network] = {
         f'vgg{depth}_bn': Network(VGG, CIFAR, {'channels': VGG_CHANNELS}, {'convolutions': convolutions})
         for depth, convolutions in CONVOLUTIONS.items()
     },
+    'cifar_vgg': Network(VGG, CIFAR, {'channels': (32, 64, 128)}, {'convolutions': (2, 2, 2)}),
+    'cifar_mobilenet': Network(
+        MobileNetV1,
+        CIFAR,
+        {'channels': (32, *[64] * 3, *[128] * 3, *[256] * 3)},
+        {'strides': (1, 1, 1, 1, 2, 1, 1, 2, 1, 1)},
+    ),
     **{
         f'wrn{6 * n + 4}_{k}': Network(WideResNet, CIFAR, {'channels': (16, 16 * k, 32 * k, 64 * k)}, {'blocks': n})
         for n, k in ((2, 1), (2, 2), (6, 1), (6, 2))

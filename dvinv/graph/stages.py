@@ -1,0 +1,192 @@
+"""The stages of a network, found in its program (its jaxpr) and not by name.
+
+A network for images lowers their resolution step by step. The output of a stage is the last value of shape [B, h, w, C] of
+one resolution (h, w) through which all of the data flow from the images to the logits passes: a cut of the dataflow graph.
+In a residual network it is the output of the last block before a strided block, in a VGG the input of a pooling, in a
+MobileNet the input of a strided depthwise convolution. Whatever follows depends on the images through this value alone, so
+the network can be cut there: `record` returns the outputs of its stages, and `graft` replaces them while the network runs.
+
+Functions that a program calls (`jit`, `jax.checkpoint`, closed calls) are looked into. Loops, branches and functions with a
+derivative of their own (`jax.nn.relu`, for instance) stay whole, and so the derivative stays as it is.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from dvinv.errors import DvinvError, listed
+from dvinv.graph.dataflow import Place, between, contracts, cuts, evaluate, graph_of, hides, place_of
+
+LAYOUT = ('pad', 'transpose')  # operations that prepare a value for the next one; their results are no output of a stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage of a network, identified by the resolution of its output [B, h, w, C].
+
+    Attributes:
+      resolution: (h, w), in pixels.
+      channels: C.
+      operation: The operation that computes the output and the module in which it is called, for tables and sentences.
+      place: Where the program computes the output: the place of an operation.
+      outputs: Which results of that operation are the output.
+    """
+
+    resolution: tuple[int, int]
+    channels: int
+    operation: str
+    place: Place
+    outputs: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(h, w, C)."""
+        return *self.resolution, self.channels
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePair:
+    """A stage of the teacher and the stage of the student with the same resolution."""
+
+    teacher: Stage
+    student: Stage
+
+    @property
+    def projected(self) -> bool:
+        """Whether the numbers of channels differ, so that the comparison takes a projection."""
+        return self.teacher.channels != self.student.channels
+
+
+def find_stages(fn: Callable, *args, name: str = 'The network') -> tuple[Stage, ...]:
+    """Finds the stages of a network, in the order in which it computes them.
+
+    Args:
+      fn: (variables, x, ...) -> logits [B, K], or a tuple that begins with them, such as `Teacher.apply_fn`, or
+        `features_in_training` of a module. Only the logits count: running statistics that a network in train mode returns
+        as well do not change its stages.
+      *args: The arguments of `fn`, arrays or `jax.ShapeDtypeStruct`s. The second one is x [B, H, W, C].
+      name: The subject of the sentence.
+
+    Returns:
+      A stage for each resolution of more than one pixel. The images themselves are no stage, and neither is what is
+      computed from them without weights.
+
+    Raises:
+      DvinvError: There is none; names the operation that cannot be looked into, if there is one.
+    """
+    return _stages(jax.make_jaxpr(fn)(*args), args, name)
+
+
+def record(fn: Callable, resolutions: Sequence[tuple[int, int]]) -> Callable:
+    """Returns `fn` with the outputs of its stages as a second result.
+
+    Args:
+      fn: See `find_stages`.
+      resolutions: (h, w) of the stages.
+
+    Returns:
+      (variables, x, ...) -> (what `fn` returns, [the output [B, h, w, C] of each of these stages]).
+    """
+    return graft(fn, resolutions, lambda index, output: output)
+
+
+def graft(fn: Callable, resolutions: Sequence[tuple[int, int]], replace: Callable) -> Callable:
+    """Returns `fn` with the outputs of its stages recorded and then replaced, so that what follows runs from the new values.
+
+    The result can be compiled, differentiated and mapped as `fn` can. It finds the stages each time that it is traced, so
+    it may be called with other shapes, and in train mode or not, as long as `fn` has these stages.
+
+    Args:
+      fn: See `find_stages`.
+      resolutions: (h, w) of the stages.
+      replace: (index in `resolutions`, output [B, h, w, C]) -> the value of the same shape that takes the place of the
+        output, for instance the output of a teacher's stage. It is cast to the dtype of the output.
+
+    Returns:
+      (variables, x, ...) -> (what `fn` returns, [the output of each of these stages before it is replaced]).
+
+    Raises:
+      DvinvError: When it is called: `fn` has no stage of one of these resolutions.
+      ValueError: When it is called: `replace` returns another shape.
+    """
+
+    @functools.wraps(fn)
+    def run(*args):
+        closed, result = jax.make_jaxpr(fn, return_shape=True)(*args)
+        stages = {stage.resolution: stage for stage in _stages(closed, args, 'The network')}
+        missing = [resolution for resolution in resolutions if resolution not in stages]
+        if missing:
+            raise DvinvError(f'The network has no stage of {_pixels(missing)} pixels; it has {_pixels(stages)}.')
+        chosen = [stages[resolution] for resolution in resolutions]
+        places = {index: (stage.place, stage.outputs) for index, stage in enumerate(chosen)}
+        values, recorded = evaluate(closed, jax.tree.leaves(args), places, replace)
+        return jax.tree.unflatten(jax.tree.structure(result), values), [recorded[index] for index in places]
+
+    return run
+
+
+def match_stages(teacher: Sequence[Stage], student: Sequence[Stage], image_shape: Sequence[int]) -> tuple[StagePair, ...]:
+    """Pairs the stages of two networks for the same images by their resolution.
+
+    Args:
+      teacher: The stages of the teacher.
+      student: The stages of the student.
+      image_shape: (H, W, C) of the images.
+
+    Returns:
+      A pair for each resolution that both have, in the order of the student. A resolution that only one of them has is left
+      out, for instance where their stems have different strides.
+
+    Raises:
+      DvinvError: They have no resolution in common.
+    """
+    of_teacher = {stage.resolution: stage for stage in teacher}
+    pairs = tuple(StagePair(of_teacher[stage.resolution], stage) for stage in student if stage.resolution in of_teacher)
+    if not pairs:
+        raise DvinvError(
+            f'For images of {_pixels([image_shape[:2]])} pixels the stages of the teacher have '
+            f'{_pixels(stage.resolution for stage in teacher)} pixels and those of the student '
+            f'{_pixels(stage.resolution for stage in student)}, none in common; choose a student with one of the '
+            "teacher's resolutions, or set distillation.hints='none'."
+        )
+    return pairs
+
+
+def _pixels(resolutions) -> str:
+    return listed([f'{height}x{width}' for height, width in resolutions])
+
+
+def _stages(closed, args, name: str) -> tuple[Stage, ...]:
+    """Returns the stages of a program that was traced with `args`; raises DvinvError if there is none."""
+    graph = graph_of(closed)
+    images, logits = graph.inputs[len(jax.tree.leaves(args[0]))], graph.outputs[0]
+    operations = between(graph.operations, images, logits)
+    stages, weights, contractions = {}, {}, 0
+    for operation, value in cuts(operations, images, logits):
+        contractions += contracts(operation.equation)
+        if value is None or operation.equation.primitive.name in LAYOUT:
+            continue
+        output = operation.equation.outvars[operation.outputs.index(value)].aval
+        if output.ndim != 4 or output.shape[0] != args[1].shape[0] or not jnp.issubdtype(output.dtype, jnp.floating):
+            continue
+        resolution, channels = tuple(output.shape[1:3]), output.shape[3]
+        # What has more rows or columns than a value before it is not [B, h, w, C], and what was computed without weights
+        # since the stage before, as the images themselves or the mean over windows, is no stage of its own.
+        earlier = [other for other in stages if other != resolution]
+        coarser = all(new <= old for other in earlier for new, old in zip(resolution, other, strict=True))
+        if math.prod(resolution) > 1 and coarser and contractions > max((weights[other] for other in earlier), default=0):
+            stages[resolution] = Stage(resolution, channels, operation.name, *place_of(graph, value))
+            weights[resolution] = contractions
+    if not stages:
+        hidden = [operation.name for operation in operations if hides(operation.equation)]
+        reason = (
+            f'the operation {hidden[0]} hides what is computed inside it'
+            if hidden
+            else 'no value [batch, height, width, channels] of more than one pixel carries all of what the logits depend on'
+        )
+        raise DvinvError(f"{name} has no stage to compare: {reason}; set distillation.hints='none'.")
+    return tuple(stages.values())
