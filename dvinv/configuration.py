@@ -83,7 +83,13 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
     # Others, never trained here, whose share of recognised images the report tells beside its: a dict each, with width, mean
     # and std too where they are not the defaults: --config.verifiers="({'network': 'resnet32', 'weights': 'resnet32.npz'},)"
     config.verifiers = ()
-    config.student = ml_collections.ConfigDict({'network': 'small_resnet', 'width': 1.0})
+    config.student = ml_collections.ConfigDict(
+        {
+            'network': 'small_resnet',
+            'width': 1.0,
+            'inherit': False,  # start from the teacher's weights in the layers that both have, by name, depth and shape
+        }
+    )
     config.synthesis = ml_collections.ConfigDict(
         {
             'method': 'deepinversion',

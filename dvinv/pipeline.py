@@ -20,7 +20,7 @@ from dvinv.runtime.mistakes import told
 from dvinv.runtime.processes import ALONE, Processes
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.sharing import passed
-from dvinv.student import hints_of
+from dvinv.student import hints_of, student_of
 
 DRIVERS = {
     'teacher': teacher,
@@ -91,6 +91,7 @@ def check(config, processes: Processes = ALONE, workdir=None) -> Teacher:
     check_labels(np.array(config.synthesis.classes, int), to_invert.num_classes)
     if 'distillation' in config.tasks or config.synthesis.method == 'adaptive':
         hints_of(config, to_invert)
+        student_of(config, to_invert)
     if 'pruning' in config.tasks:
         pruning.check(config, to_invert)
     if 'continual' in config.tasks:

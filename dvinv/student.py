@@ -8,11 +8,13 @@ import jax.numpy as jnp
 
 from dvinv.configuration import recipe_of
 from dvinv.divergence import divergence
+from dvinv.errors import DvinvError
 from dvinv.graph.projections import initial_projections
 from dvinv.hints import Hints, choose_hints, layer_error, staged_forward
 from dvinv.inversion import Teacher
 from dvinv.inversion.execution import in_precision
-from dvinv.networks import create
+from dvinv.networks import create, shapes_of
+from dvinv.networks.inheritance import inherited
 from dvinv.rounds import Rounds
 from dvinv.runtime.devices import make_mesh, platform_of
 from dvinv.training import Learner, Lesson
@@ -22,8 +24,21 @@ ROLE = 3  # see `training.Learner`; one for all students
 
 
 def student_of(config, teacher: Teacher, name: str = 'student', task: str = 'distillation') -> Learner:
-    """The run's student of `teacher`, or one that goes by another name, to compare it with or for another task."""
-    return Learner(task, name, config.student, teacher, ROLE)
+    """The run's student of `teacher`, or one that goes by another name, to compare it with or for another task.
+
+    Raises:
+      DvinvError: it should start from weights of the teacher, and no layer fits.
+    """
+    start = None
+    if config.student.inherit:
+        module = create(config.student.network, teacher.num_classes, config.student.width)
+        start = inherited(teacher.variables, shapes_of(module, teacher.image_shape))
+        if not start:
+            raise DvinvError(
+                'student.inherit is True, but no layer of the student has name and shapes of one of the teacher; set '
+                'student.inherit=False, or choose a student of the same family and width.'
+            )
+    return Learner(task, name, config.student, teacher, ROLE, start=start)
 
 
 def lesson_of(config, teacher: Teacher, rounds: Rounds) -> Lesson:

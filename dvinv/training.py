@@ -25,7 +25,7 @@ from dvinv.data.rows import Rows
 from dvinv.errors import DvinvError
 from dvinv.inversion.tap import features_in_training
 from dvinv.networks import Classifier, apply_fn_of, initialise, load_classifier, module_of, save_network, shapes_of
-from dvinv.networks.classifier import cast_floats
+from dvinv.networks.classifier import cast_floats, flatten, unflatten
 from dvinv.networks.head import grown
 from dvinv.recipe import Recipe
 from dvinv.rounds import Rounds, chosen_images
@@ -130,8 +130,12 @@ def _first_variables(module, key: jax.Array, image_shape, start: dict | None) ->
     """Those of `start` as far as they go, the others at random."""
     if start is None:
         return initialise(module, key, image_shape)
-    if jax.tree.map(np.shape, start) == jax.tree.map(np.shape, shapes_of(module, image_shape)):
+    shapes = flatten(jax.tree.map(np.shape, shapes_of(module, image_shape)))
+    given = {path: np.shape(leaf) for path, leaf in flatten(start).items()}
+    if given == shapes:
         return start
+    if given.items() < shapes.items():
+        return unflatten(flatten(jax.device_get(initialise(module, key, image_shape))) | flatten(start))
     return grown(jax.device_get(initialise(module, key, image_shape)), start)
 
 
@@ -321,7 +325,7 @@ class Training:
           mesh: batches are split over it; BatchNorm sees the whole batch.
           task, series: what its metrics and checkpoints go by in `workdir`.
           logging: `every` so many updates a line of metrics, `checkpoint_every` so many a checkpoint.
-          start: variables to go on from, of a network with as many classes or fewer (see `networks.head.grown`).
+          start: variables to go on from: of some of the layers, or of a network with fewer classes (`networks.head.grown`).
 
         Raises:
           DvinvError: a batch that the devices do not divide, or a damaged checkpoint.

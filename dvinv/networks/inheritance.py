@@ -1,0 +1,69 @@
+"""A student that starts from weights of its teacher, where the two have layers of one name and shape (arXiv 2311.18823).
+
+Layers are paired by their names and, within a series of numbered ones such as the blocks of a stage, by depth: the first to
+the first, the last to the last, those in between spread evenly over the deeper network.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+
+import numpy as np
+
+from dvinv.networks.classifier import flatten, unflatten
+
+NUMBERED = re.compile(r'(.*?)(\d+)')
+
+
+def inherited(teacher: Mapping, student: Mapping) -> dict:
+    """Returns the part of the student's variables that the teacher has weights for.
+
+    Args:
+      teacher: variables {'params': ..., 'batch_stats': ...}, arrays.
+      student: variables of the student, arrays or shapes.
+
+    Returns:
+      Nested dicts as of `student`, of the layers for which all variables have the shapes of the teacher's; may be empty.
+    """
+    names = {}
+    for collection in student:
+        if collection in teacher:
+            names |= _paired(teacher[collection], student[collection], (collection,), (collection,))
+    of_teacher, of_student = flatten(teacher), flatten(student)
+    layers = defaultdict(list)
+    for path in of_student:
+        layers[path.partition('/')[2].rpartition('/')[0]].append(path)
+    found = {}
+    for paths in layers.values():
+        if all(path in names and np.shape(of_teacher[names[path]]) == np.shape(of_student[path]) for path in paths):
+            found |= {path: np.asarray(of_teacher[names[path]]) for path in paths}
+    return unflatten(found)
+
+
+def _paired(teacher, student, teacher_path: tuple[str, ...], student_path: tuple[str, ...]) -> dict[str, str]:
+    """Returns {path of a variable of the student: path of the teacher's} within two modules."""
+    if not isinstance(student, Mapping) or not isinstance(teacher, Mapping):
+        alike = not isinstance(student, Mapping) and not isinstance(teacher, Mapping)
+        return {'/'.join(student_path): '/'.join(teacher_path)} if alike else {}
+    pairs, of_teacher = {}, _series(teacher)
+    for series, names in _series(student).items():
+        others = of_teacher.get(series, [])
+        for position, name in enumerate(names):
+            if others:
+                other = others[_spread(position, len(names), len(others))]
+                pairs |= _paired(teacher[other], student[name], (*teacher_path, other), (*student_path, name))
+    return pairs
+
+
+def _series(module: Mapping) -> dict[str, list[str]]:
+    """Returns {name without the number at its end: the names, in the order of their numbers}."""
+    series = defaultdict(list)
+    for name in module:
+        match = NUMBERED.fullmatch(name)
+        series[match[1] if match else name].append((int(match[2]) if match else 0, name))
+    return {stem: [name for _, name in sorted(names)] for stem, names in series.items()}
+
+
+def _spread(position: int, count: int, others: int) -> int:
+    """Returns the position among `others` layers of one of `count` layers, ends on ends."""
+    return min(position, others - 1) if others <= count else round(position * (others - 1) / max(1, count - 1))
