@@ -2,9 +2,9 @@
 
     python -m dvinv.main --config configs/cifar100_resnet34.py --workdir runs/cifar100_resnet34
 
-All but the data is as in `cifar10_resnet34.py`: networks, budget (`:paper` too), flags for weights and arrays of your own. Others report
-78.05 for the teacher and 61.32 for a student by DeepInversion without competition. Not measured on a GPU yet. `:smoke`
-shrinks the run to seconds.
+All but the data is as in `cifar10_resnet34.py`: networks, budget (`:paper` too), flags for weights and arrays of your own.
+Others report 78.05 for the teacher and 61.32 for a student by DeepInversion without competition. Not measured on a GPU yet.
+`:smoke` shrinks the run to seconds.
 """
 
 import runpy

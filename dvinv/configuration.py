@@ -109,7 +109,7 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
             # 'layers': the inputs of BatchNorm layers that both have; 'stages': the last values of each resolution, for any
             # two networks; 'none'; or 'auto': layers where both have the same ones, else stages.
             'hints': 'auto',
-            'graft': 0.5,  # probability with which an image enters a stage as the teacher's output of the stage before
+            'graft': 0.5,  # probability, falling to 0, with which an image enters a stage from the teacher's stage before it
             'updates_per_round': 0,  # between two rounds of new images; what is left follows the last round
             'counts': (),  # students of the first so many images beside it: the curve of accuracy against image count
             'controls': ('noise', 'prior_only', 'real'),  # students with the same budget, from other images

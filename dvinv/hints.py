@@ -4,9 +4,9 @@ Not in the DeepInversion paper, where a student is given the teacher's answers a
 the teacher the moments that real ones give them, and to learn a layer from what goes in and what comes out takes few images.
 
 Two networks that have all BatchNorm layers in common are compared at the inputs of these layers. Any other two are compared
-at the outputs of their stages, the last values of each resolution (see `graph.stages`). With grafted stages the images of a
-batch enter a stage of the student in part from the teacher's stage before it, so that all stages learn from the first
-update on; an idea of LIT (Koratana et al., arXiv 1810.01937), which feeds all of them from there.
+at the outputs of their stages, the last values of each resolution (see `graph.stages`). With grafted stages some images
+of a batch enter a stage of the student from the teacher's stage before it, so that all stages learn from the first update
+on; an idea of LIT (Koratana et al., arXiv 1810.01937), where all images enter from there.
 """
 
 import dataclasses
@@ -137,8 +137,9 @@ def staged_forward(module, teacher: Teacher, pairs: tuple[StagePair, ...], share
 
     Args:
       module: the Linen module of the student; takes x and `train`.
-      share: the probability with which an image enters a stage as the teacher's output of the stage before (projected into
-        the student's channels), and not as the student's own. A coin a stage and image.
+      share: the probability, at first, with which an image enters a stage as the teacher's output of the stage before
+        (projected into the student's channels), and not as the student's own: a coin a stage and image. It falls to 0
+        linearly over the training, so that the student ends on its own outputs.
       platform: that the networks run on, 'cpu', 'gpu' or 'tpu'.
 
     Returns:
@@ -147,9 +148,10 @@ def staged_forward(module, teacher: Teacher, pairs: tuple[StagePair, ...], share
     resolutions = [pair.student.resolution for pair in pairs]
     of_teacher = suited_to(platform, record(teacher.apply_fn, resolutions))
 
-    def forward(variables, projections: Mapping, x, rngs, frozen):
+    def forward(variables, projections: Mapping, x, rngs, frozen, progress):
         teacher_logits, targets = of_teacher(frozen, x)
-        coins = jax.random.bernoulli(jax.random.fold_in(rngs['dropout'], 1), share, (len(pairs), len(x), 1, 1, 1))
+        key, probability = jax.random.fold_in(rngs['dropout'], 1), share * (1 - progress)
+        coins = jax.random.bernoulli(key, probability, (len(pairs), len(x), 1, 1, 1))
 
         def replace(index, output):
             given = to_student(projections, pairs[index], targets[index])

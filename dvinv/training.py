@@ -73,8 +73,8 @@ class Lesson:
       frozen: variables that `loss_fn` needs beside, those of a teacher for instance.
       beside: when a second set of images comes, which follow the first ones; the second half of every batch is of them.
       head: path of a layer that is heard too, see `inversion.tap.features_in_training`.
-      forward: (variables, auxiliary, x, rngs, frozen) -> (logits, features for the loss, running statistics), the forward
-        pass in train mode; None: `features_in_training` of the network.
+      forward: (variables, auxiliary, x, rngs, frozen, progress) -> (logits, features for the loss, running statistics), the
+        forward pass in train mode; progress is the share of the updates that are done. None: `features_in_training`.
       auxiliary: first values of the parameters that are learned with the network and not kept: projections, for instance.
     """
 
@@ -161,7 +161,8 @@ def make_train_step(module, lesson: Lesson, classifier: Classifier):
         trained = state.params, state.auxiliary
 
         def loss_of(trained):
-            logits, features, batch_stats = forward(*trained, state.batch_stats, x, dropout_key, frozen)
+            progress = state.step / recipe.updates
+            logits, features, batch_stats = forward(*trained, state.batch_stats, x, dropout_key, frozen, progress)
             return lesson.loss_fn(logits, features, x, labels, frozen), batch_stats
 
         (loss, batch_stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(trained)
@@ -176,18 +177,19 @@ def make_forward(module, lesson: Lesson):
     """Returns the forward pass in train mode, in the precision of the recipe; logits and running statistics are float32.
 
     Returns:
-      `(params, auxiliary, batch_stats, x, dropout_key, frozen) -> (logits, features, batch_stats)`; see `Lesson.forward`.
+      `(params, auxiliary, batch_stats, x, dropout_key, frozen, progress) -> (logits, features, batch_stats)`; see `Lesson`.
     """
     dtype = jnp.dtype(lesson.recipe.precision)
 
-    def plain(variables, auxiliary, x, rngs, frozen):
+    def plain(variables, auxiliary, x, rngs, frozen, progress):
         return features_in_training(module, variables, x, rngs, lesson.head)
 
-    def forward(params, auxiliary, batch_stats, x, dropout_key, frozen):
+    def forward(params, auxiliary, batch_stats, x, dropout_key, frozen, progress):
         params, auxiliary = cast_floats((params, auxiliary), dtype)
         variables = {'params': params, 'batch_stats': batch_stats}
         run = lesson.forward or plain
-        logits, features, changed = run(variables, auxiliary, x.astype(dtype), {'dropout': dropout_key}, frozen)
+        rngs = {'dropout': dropout_key}
+        logits, features, changed = run(variables, auxiliary, x.astype(dtype), rngs, frozen, progress)
         changed = jax.tree.map(lambda new, old: new.astype(old.dtype), changed, batch_stats)
         return logits.astype(jnp.float32), features, changed
 
@@ -201,7 +203,7 @@ def make_reestimate(module, lesson: Lesson, classifier: Classifier):
     def reestimate(state: TrainState, images, key):
         augmentation_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
         x = recipe.look(augmentation_key, classifier.normalise(images), classifier)
-        _, _, batch_stats = forward(state.params, {}, state.batch_stats, x, dropout_key, None)
+        _, _, batch_stats = forward(state.params, {}, state.batch_stats, x, dropout_key, None, 1.0)
         return state.replace(batch_stats=batch_stats, step=state.step + 1)
 
     return reestimate

@@ -243,7 +243,7 @@ def test_grafted_stages_are_entered_from_the_teachers_output_of_the_stage_before
     lesson, x = _staged(teacher, Pooled(), share=1.0), _images()
     (full, half), projections = choose_hints('stages', Pooled(), teacher).pairs, lesson.auxiliary
     rngs = {'dropout': jax.random.key(2)}
-    _, features, _ = jax.jit(lesson.forward)(student, projections, x, rngs, teacher.variables)
+    _, features, _ = jax.jit(lesson.forward)(student, projections, x, rngs, teacher.variables, 0.0)
     teacher_logits, (teacher_full, teacher_half) = record(teacher.apply_fn, [(8, 8), (4, 4)])(teacher.variables, x)
 
     def own(variables, x):

@@ -60,8 +60,8 @@ NETWORKS: dict[str, Network] = {
     'cifar_mobilenet': Network(
         MobileNetV1,
         CIFAR,
-        {'channels': (32, *[64] * 3, *[128] * 3, *[256] * 3)},
-        {'strides': (1, 1, 1, 1, 2, 1, 1, 2, 1, 1)},
+        {'channels': (32, *[32] * 2, *[64] * 3, *[128] * 4)},
+        {'strides': (1, *[1] * 2, 2, 1, 1, 2, 1, 1, 1)},
     ),
     **{
         f'wrn{6 * n + 4}_{k}': Network(WideResNet, CIFAR, {'channels': (16, 16 * k, 32 * k, 64 * k)}, {'blocks': n})

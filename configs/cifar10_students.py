@@ -1,0 +1,52 @@
+"""Published CIFAR-10 ResNets teach students of other depths and families, without data. For a laptop: CPU is enough.
+
+    python -m dvinv.main --config configs/cifar10_students.py:resnet8 --workdir runs/cifar10_students \\
+      --config.teacher.weights=resnet20.th --config.verifier.weights=resnet32.th
+
+`:resnet20` (the default) is a ResNet-20 of a ResNet-32 (`--config.teacher.weights=resnet32.th
+--config.verifier.weights=resnet20.th`); the others learn from a ResNet-20: `:resnet8`, `:wrn16_1` (pre-activation), `:vgg`
+(`cifar_vgg`, no shortcut), `:mobilenet` (`cifar_mobilenet`, depthwise), and `:answers`, a ResNet-20 that is given the
+teacher's answers alone. Weights and data as in `cifar10_resnet20.py`.
+
+20 batches of 256 images, 20 iterations each (the preset `cifar10_fast`), and then the student: it is compared with the
+teacher at the end of each stage (`distillation.hints`), the last values of 32x32, 16x16 and 8x8 pixels, and at first half of
+the images enter a stage from the teacher's stage before it (`distillation.graft`). Where the two are of one family, the
+student starts from the teacher's weights (`student.inherit`). What each student comes to is in benchmarks/RESULTS.md.
+`:smoke` shrinks the run to seconds.
+"""
+
+import ml_collections
+
+from dvinv.configuration import base_config, shrink
+
+STUDENTS = {  # network, updates, learning rate, weight of the hints, whether it starts from the teacher's weights
+    'resnet20': ('resnet20', 6_000, 0.1, 100.0, True),
+    'resnet8': ('resnet8', 12_000, 0.1, 100.0, True),
+    'wrn16_1': ('wrn16_1', 8_000, 0.1, 100.0, False),
+    'vgg': ('cifar_vgg', 8_000, 0.1, 100.0, False),
+    'mobilenet': ('cifar_mobilenet', 8_000, 0.1, 100.0, False),
+    'answers': ('resnet20', 62_500, 0.02, 0.0, False),
+}
+
+
+def get_config(arg: str = '') -> ml_collections.ConfigDict:
+    """The config; `arg` is '', 'smoke' or one of `STUDENTS`."""
+    if arg not in ('', 'smoke', *STUDENTS):
+        raise ValueError(f'This config knows the arguments {", ".join(STUDENTS)} and smoke, not {arg!r}')
+    config = base_config('cifar10_fast')
+    network, updates, rate, hint, inherit = STUDENTS.get(arg, STUDENTS['resnet20'])
+    teacher, verifier = ('resnet32', 'resnet20') if arg in ('', 'smoke', 'resnet20') else ('resnet20', 'resnet32')
+    sgd = {'optimiser': 'sgd', 'learning_rate': 0.1, 'weight_decay': 5e-4, 'shift': 4, 'flip': True}
+    config.data.name = 'cifar10'
+    config.teacher.update(network=teacher, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    config.verifier.network = verifier
+    for group in (config.teacher.training, config.verifier.training):  # where no weights are given: 200 epochs
+        group.update(updates=78_000, warmup=1000, **sgd)
+    config.student.update(network=network, inherit=inherit)
+    config.synthesis.images = 20 * 256
+    config.distillation.update(updates=updates, batch_size=16, warmup=100, clip_norm=30.0, controls=(), **sgd)
+    config.distillation.update(learning_rate=rate, hint=hint)
+    config.logging.update(every=100, checkpoint_every=500)
+    if arg == 'smoke':
+        shrink(config)
+    return config
