@@ -3,15 +3,14 @@
 So their thread pools and their memory are kept apart. A process sleeps until it is asked for something.
 """
 
+import contextlib
 import dataclasses
-import json
 import multiprocessing
 import os
 import resource
 import signal
 import sys
 import time
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -26,15 +25,18 @@ MATRIX = 2048  # rows and columns of the matrices whose product tells the machin
 
 
 class Task(NamedTuple):
-    """What is to be run."""
+    """The step to measure."""
 
     network: str
     batch: int
     resolution: int  # height and width of the images; 0: what the network is made for
     width: float  # of the network
     weights: str  # a file; '': drawn
-    devices: int  # of dvinv: virtual ones, which share the batch
+    devices: int  # of dvinv; on a CPU virtual ones, which share the batch
     precision: str  # of dvinv
+    platform: str = 'cpu'  # 'cpu' or 'gpu'
+    dispatch: int = 1  # iterations that dvinv runs in one call of its program
+    cached: bool = False  # whether dvinv's programs may come from JAX's compilation cache
 
 
 def cores() -> int:
@@ -46,21 +48,36 @@ class Worker:
     """A contestant in a process of its own."""
 
     def __init__(self, name: str, make, *arguments):
-        """`make(*arguments)`, run there, is whose methods can be asked for."""
+        """Starts the process, which calls `make(*arguments)` for the object that methods are called on."""
         context = multiprocessing.get_context('spawn')
         self._name, (self._pipe, theirs) = name, context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
         self._process.start()
         theirs.close()
 
-    def ask(self, method: str, *arguments):
-        """What the contestant's method returns.
+    def ask(self, method: str, *arguments, within: float | None = None):
+        """Calls a method of the contestant and returns its result; see `send` and `receive`."""
+        self.send(method, *arguments)
+        return self.receive(within)
+
+    def send(self, method: str, *arguments) -> None:
+        """Starts a method of the contestant; `receive` returns its result, or says that the process has ended."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._pipe.send((method, arguments))
+
+    def receive(self, within: float | None = None):
+        """Waits for the result of the method that was started last.
+
+        Args:
+          within: seconds after which the process is killed; None: no limit.
 
         Raises:
-          DvinvError: its own, or the process has ended.
+          DvinvError: the contestant's own error, the process has ended, or it was killed.
         """
         try:
-            self._pipe.send((method, arguments))
+            if within is not None and not self._pipe.poll(max(0.0, within)):
+                self.kill()
+                raise DvinvError(f'The process of {self._name} gave no result within {within:.0f} s and was killed.')
             refusal, answer = self._pipe.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self._process.join()
@@ -71,6 +88,11 @@ class Worker:
         if refusal:
             raise DvinvError(refusal)
         return answer
+
+    def kill(self) -> None:
+        """Ends the process at once, which frees its memory."""
+        self._process.kill()
+        self._process.join()
 
 
 def _serve(pipe, make, arguments) -> None:
@@ -86,7 +108,7 @@ def _serve(pipe, make, arguments) -> None:
         pipe.send((str(error), None))
 
 
-def _best_of(multiply, times: int = 3) -> float:
+def best_of(multiply, times: int = 3) -> float:
     """GFLOP/s of the quickest of a few products of two square matrices, after one that does not count."""
     seconds = []
     for _ in range(times + 1):
@@ -96,27 +118,36 @@ def _best_of(multiply, times: int = 3) -> float:
     return 2 * MATRIX**3 / min(seconds[1:]) / 1e9
 
 
-def _matrices() -> tuple[np.ndarray, np.ndarray]:
+def matrices() -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.random.default_rng(0).normal(size=(2, MATRIX, MATRIX)).astype(np.float32))
 
 
-def _peak_memory_mb() -> float:
+def host_memory_mb() -> float:
     """Of this process so far; Linux counts in KiB, macOS in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
+
+
+def peak_memory_of_jax(platform: str) -> float:
+    """Returns MiB: the most that JAX used of the GPU's memory, or this process of the host's."""
+    import jax
+
+    statistics = jax.local_devices()[0].memory_stats() if platform == 'gpu' else None
+    return statistics['peak_bytes_in_use'] / 2**20 if statistics else host_memory_mb()
 
 
 # dvinv
 
 
-def set_up_jax(devices: int) -> None:
-    """So many virtual CPU devices; no compiled program comes from an earlier run."""
+def set_up_jax(devices: int, platform: str = 'cpu', cached: bool = False) -> None:
+    """Selects JAX's platform, with `devices` virtual devices on a CPU; unless `cached`, every program is compiled afresh."""
     import jax
 
     from dvinv.runtime.devices import set_cpu_devices
 
-    jax.config.update('jax_platforms', 'cpu')
-    jax.config.update('jax_enable_compilation_cache', False)
-    set_cpu_devices(devices)
+    jax.config.update('jax_platforms', 'cuda,cpu' if platform == 'gpu' else 'cpu')
+    jax.config.update('jax_enable_compilation_cache', cached)
+    if platform == 'cpu':
+        set_cpu_devices(devices)
 
 
 def drawn(shapes: dict) -> dict:
@@ -161,7 +192,7 @@ def teacher_of(task: Task):
 
 
 class Dvinv:
-    """The compiled program of one iteration, called again and again, as dvinv's driver calls it."""
+    """The compiled program of `task.dispatch` iterations, called as dvinv's driver calls it."""
 
     def __init__(self, task: Task):
         import jax
@@ -175,24 +206,31 @@ class Dvinv:
         self._programs = Programs(self._teacher, self._config, self._mesh)
         self._labels = np.arange(task.batch, dtype=np.int32) % self._teacher.num_classes
         self._state = self._programs.restart(self._stage, self._programs.begin(jax.random.key(1)[None], task.batch))
-        self._step = self._programs.advance(self._stage, 1)
+        self._step = self._programs.advance(self._stage, task.dispatch)
         self._arguments = self._programs.labels(self._labels[None]), self._programs.variables, None
 
+    def start(self) -> dict:
+        """Returns what another contestant needs to take the same first step; compiles no step."""
+        offset, mirrored = self._view()
+        return {'images': np.array(self._state.canvas), 'labels': self._labels, 'offset': offset, 'mirrored': mirrored}
+
     def first(self) -> dict:
-        """The very first step: all that another contestant needs to take the same, and what came of it."""
-        images, (offset, mirrored) = np.array(self._state.canvas), self._view()
+        """Compiles and runs the first dispatch.
+
+        Returns:
+          terms: {name: value} of the loss and its terms at the first iteration.
+          gradient: [B, H, W, C] at the first iteration; None where a dispatch has more than one.
+          seconds: of the dispatch, with its compilation.
+        """
         begin = time.perf_counter()
         metrics = self._advance()
-        seconds = time.perf_counter() - begin
         return {
-            'images': images,
-            'labels': self._labels,
-            'offset': offset,
-            'mirrored': mirrored,
             'terms': {name: float(values[0]) for name, values in metrics.items()},
             # Adam's first moment, after one step, is this times the gradient.
-            'gradient': np.array(self._state.opt_state[0].mu) / (1 - self._stage.beta1),
-            'seconds': seconds,
+            'gradient': np.array(self._state.opt_state[0].mu) / (1 - self._stage.beta1)
+            if self._task.dispatch == 1
+            else None,
+            'seconds': time.perf_counter() - begin,
         }
 
     def _view(self) -> tuple[tuple[int, int], bool]:
@@ -207,19 +245,20 @@ class Dvinv:
         mirrored = bool(shown[row, column - 1] == 1)
         return (int(row), int(size - 1 - column if mirrored else column)), mirrored
 
-    def _advance(self, steps: int = 1) -> dict:
+    def _advance(self, dispatches: int = 1) -> dict:
         import jax
 
-        for _ in range(steps):
+        for _ in range(dispatches):
             self._state, metrics = self._step(self._state, *self._arguments)
         jax.block_until_ready(self._state)
         return metrics
 
     def run(self, steps: int) -> float:
-        """Seconds a step."""
+        """Returns seconds a step, of `steps` rounded to whole dispatches."""
+        dispatches = max(1, round(steps / self._task.dispatch))
         begin = time.perf_counter()
-        self._advance(steps)
-        return (time.perf_counter() - begin) / steps
+        self._advance(dispatches)
+        return (time.perf_counter() - begin) / (dispatches * self._task.dispatch)
 
     def about(self) -> dict:
         """What the other contestants are to have alike, and what a step costs."""
@@ -246,15 +285,15 @@ class Dvinv:
 
         from dvinv.runtime.devices import AXIS
 
-        a, b = _matrices()
+        a, b = matrices()
         a = a[: MATRIX - MATRIX % self._mesh.size]  # a little less work than is counted, where they do not divide it
         a, b = (jax.device_put(m, NamedSharding(self._mesh, spec)) for m, spec in ((a, P(AXIS)), (b, P())))
         multiply = jax.jit(lambda a, b: a @ b)
-        return _best_of(lambda: multiply(a, b).block_until_ready()) * len(a) / MATRIX
+        return best_of(lambda: multiply(a, b).block_until_ready()) * len(a) / MATRIX
 
     def memory_mb(self) -> float:
-        """The most that this process ever held."""
-        return _peak_memory_mb()
+        """Returns the peak memory of this process: the GPU's where one is used, else the host's."""
+        return peak_memory_of_jax(self._task.platform)
 
 
 class Sizes:
@@ -279,8 +318,8 @@ class Sizes:
 
 
 def dvinv(task: Task) -> Dvinv:
-    """For a process of its own."""
-    set_up_jax(task.devices)
+    """Makes the contestant in a process of its own."""
+    set_up_jax(task.devices, task.platform, task.cached)
     return Dvinv(task)
 
 
@@ -288,52 +327,3 @@ def sizes(tasks: list[Task]) -> Sizes:
     """For a process of its own."""
     set_up_jax(tasks[0].devices)
     return Sizes(tasks)
-
-
-# PyTorch
-
-
-class Torch:
-    """A loop in PyTorch, of the same network, images and settings."""
-
-    def __init__(self, task: Task, about: dict, first: dict, frozen: bool):
-        """`about` and `first` are dvinv's."""
-        import torch
-        import torch_networks
-        from torch_loop import TorchLoop
-
-        torch.set_num_threads(cores())
-        network = torch_networks.create(task.network, about['classes'], task.width)
-        torch_networks.load(network, about['variables'])
-        # With fields in place of keys, and without dvinv's classes: they would bring JAX into this process.
-        settings = json.loads(json.dumps(about['settings']), object_hook=lambda fields: SimpleNamespace(**fields))
-        self._loop = TorchLoop(network, first['images'], first['labels'], MEAN, STD, settings, frozen)
-        self._view = first['offset'], first['mirrored']
-
-    def first(self) -> dict:
-        """The same step as dvinv's first."""
-        terms = {name: value.item() for name, value in self._loop.step(*self._view).items()}
-        return {'terms': terms, 'gradient': self._loop.canvas.grad.numpy().transpose(0, 2, 3, 1).copy()}
-
-    def run(self, steps: int) -> float:
-        """Seconds a step."""
-        begin = time.perf_counter()
-        for _ in range(steps):
-            self._loop.step()
-        return (time.perf_counter() - begin) / steps
-
-    def about(self) -> dict:
-        import torch
-
-        return {'version': torch.__version__}
-
-    def peak_gflops(self) -> float:
-        """Of a product of matrices."""
-        import torch
-
-        a, b = map(torch.from_numpy, _matrices())
-        return _best_of(lambda: a @ b)
-
-    def memory_mb(self) -> float:
-        """The most that this process ever held."""
-        return _peak_memory_mb()

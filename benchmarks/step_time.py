@@ -24,9 +24,10 @@ import sys
 import time
 
 import numpy as np
-from contestants import Task, Torch, Worker, cores, dvinv, sizes
+from contestants import Task, Worker, cores, dvinv, sizes
 from paired import median_interval
 from table import grid
+from torch_contestant import Torch, Variant
 
 from dvinv.errors import DvinvError
 
@@ -97,8 +98,9 @@ def suiting_devices(arguments: argparse.Namespace) -> int:
 
 
 def task_of(arguments: argparse.Namespace) -> Task:
-    """What the contestants are told."""
-    return Task(**{field: getattr(arguments, field) for field in Task._fields})
+    """Returns the step that the contestants measure, on CPU."""
+    fields = ('network', 'batch', 'resolution', 'width', 'weights', 'devices', 'precision')
+    return Task(**{field: getattr(arguments, field) for field in fields})
 
 
 # The comparison
@@ -112,11 +114,11 @@ def compare(arguments: argparse.Namespace) -> tuple[str, dict]:
     """
     task = task_of(arguments)
     workers = {'dvinv': Worker('dvinv', dvinv, task)}
-    about, first = (workers['dvinv'].ask(name) for name in ('about', 'first'))
+    about, start, first = (workers['dvinv'].ask(name) for name in ('about', 'start', 'first'))
     differences = {}
     if not arguments.alone:
         for name, frozen in (('torch', False), ('torch_frozen', True)):
-            workers[name] = Worker(name, Torch, task, about, first, frozen)
+            workers[name] = Worker(name, Torch, task, about, start, Variant(frozen=frozen))
             differences[name] = compared(name, first, workers[name].ask('first'), arguments.precision)
     seconds, peaks = timed(workers, arguments.rounds, arguments.steps)
 

@@ -4,13 +4,13 @@
 
 Trains the teacher for 30 epochs on CIFAR-10 (prepared once, see the README; or `--config.teacher.weights=FILE` with weights
 of your own, and `--config.data.name=npz --config.data.path=TEST.npz --config.data.train_path=TRAIN.npz` with arrays of your
-own). Then 20 rounds: ten batches of 256 images, 40 iterations each, against the student of the moment, and 800 updates of
-the student; 15,250 more updates on all 51,200 images. The student is shown 8 million images in all. Everything is in
+own). Then 20 rounds: five batches of 256 images, 40 iterations each, against the student of the moment, and 400 updates of
+the student; 7,625 more updates on all 25,600 images. The student is shown 4 million images in all. Everything is in
 bfloat16. What each part costs, by `--plan`:
 
 | | teacher | synthesis | student | all |
 |---|---|---|---|---|
-| PFLOP | 10.4 | 14.0 | 45.2 | 69.7 |
+| PFLOP | 10.4 | 7.0 | 22.6 | 40.0 |
 | PFLOP of `:paper` | 69 | 1,756 | 70.5 | 1,896 |
 
 `:paper` has the budget of the paper: a teacher of 200 epochs, 500 batches of 256 images in 250 rounds, 2,000 iterations each
@@ -43,9 +43,9 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
         config.distillation.update(updates=48_750, updates_per_round=195, schedule='step')
     else:
         config.teacher.training.updates = 5_850  # 30 epochs
-        config.synthesis.update(images=200 * 256, batches_per_round=10)
+        config.synthesis.update(images=100 * 256, batches_per_round=5)
         config.synthesis.stages[0].iterations = 40
-        config.distillation.update(updates=31_250, updates_per_round=800)
+        config.distillation.update(updates=15_625, updates_per_round=400)
     config.logging.update(every=100, checkpoint_every=2000, iterations=20)
     if arg == 'smoke':
         shrink(config, width=1 / 16)
