@@ -1,12 +1,12 @@
 """Published CIFAR-10 ResNets teach students of other depths and families, without data. For a laptop: CPU is enough.
 
-    python -m dvinv.main --config configs/cifar10_students.py:resnet8 --workdir runs/cifar10_students \\
-      --config.teacher.weights=resnet20.th --config.verifier.weights=resnet32.th
+    python -m dvinv.main --config configs/cifar10_students.py --workdir runs/cifar10_students \\
+      --config.teacher.weights=resnet32.th --config.verifier.weights=resnet20.th
 
-`:resnet20` (the default) is a ResNet-20 of a ResNet-32 (`--config.teacher.weights=resnet32.th
---config.verifier.weights=resnet20.th`); the others learn from a ResNet-20: `:resnet8`, `:wrn16_1` (pre-activation), `:vgg`
-(`cifar_vgg`, no shortcut), `:mobilenet` (`cifar_mobilenet`, depthwise), and `:answers`, a ResNet-20 that is given the
-teacher's answers alone. Weights and data as in `cifar10_resnet20.py`.
+is a ResNet-20 of a ResNet-32 (`:resnet20` says the same). The others learn from a ResNet-20, so give them its weights and
+those of the ResNet-32 to the verifier: `:resnet8`, `:wrn16_1` (pre-activation), `:vgg` (`cifar_vgg`, no shortcut),
+`:mobilenet` (`cifar_mobilenet`, depthwise), and `:answers`, a ResNet-20 that is given the teacher's answers alone. Weights
+and data as in `cifar10_resnet20.py`.
 
 20 batches of 256 images, 20 iterations each (the preset `cifar10_fast`), and then the student: it is compared with the
 teacher at the end of each stage (`distillation.hints`), the last values of 32x32, 16x16 and 8x8 pixels, and at first half of

@@ -18,7 +18,7 @@ from dvinv.runtime.processes import ALONE, Processes
 from dvinv.runtime.waiting import wait_for
 from dvinv.runtime.workdir import Workdir
 from dvinv.sharing import await_batches
-from dvinv.student import lesson_of
+from dvinv.student import lesson_of, print_hints
 from dvinv.synthesizer import Synthesizer
 from dvinv.training import Learner, training_of
 
@@ -48,6 +48,7 @@ def fill_pool(
         await_batches(workdir, pool, all_batches(config), task, series)  # killed before their measurements were gathered
         return
     lesson = lesson_of(config, teacher, rounds)
+    print_hints(config, teacher)
     with (
         training_of(config, workdir, student, lesson) as training,
         Synthesizer(

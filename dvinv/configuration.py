@@ -155,7 +155,7 @@ def shrink(config, width: float = 0.25) -> None:
         config.teacher.mean, config.teacher.std = (0.3053,), (0.3761,)
     config.teacher.width, config.verifier.width = width, width
     config.verifiers = ()
-    config.student.width = width if config.distillation.hint else width / 2  # hints need layers of one shape
+    config.student.width = width if config.distillation.hint else width / 2  # hints of layers need one shape
     trainings = (config.teacher.training, config.verifier.training, config.quantization.training)
     for group in (*trainings, config.distillation, config.pruning, config.continual):
         group.update(updates=20, batch_size=32, warmup=2, precision='float32')
@@ -267,6 +267,11 @@ def check(config) -> None:
         raise DvinvError(f'distillation.hint is {config.distillation.hint}; it must be at least 0 and finite.')
     if config.distillation.hints not in KINDS:
         raise DvinvError(f'distillation.hints is {config.distillation.hints!r}; choose one of {", ".join(KINDS)}.')
+    if config.distillation.hints in ('layers', 'stages') and not config.distillation.hint:
+        raise DvinvError(
+            f'distillation.hints is {config.distillation.hints!r}, but distillation.hint, their weight, is 0; give it a '
+            "weight, 100 for instance, or set distillation.hints='auto'."
+        )
     if not 0 <= config.distillation.graft <= 1:
         raise DvinvError(f'distillation.graft is {config.distillation.graft}; it is a probability, from 0 to 1.')
     for name in ('every', 'checkpoint_every', 'iterations'):

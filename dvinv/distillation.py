@@ -1,7 +1,5 @@
 """The task `distillation`: a student learns from the teacher's answers on synthesized images; controls learn beside it."""
 
-import sys
-
 from dvinv.configuration import DATA_FREE_CONTROLS, rounds_of
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
@@ -11,10 +9,10 @@ from dvinv.networks import Classifier, module_of
 from dvinv.pools import controls_are_whole, finished_pool
 from dvinv.rounds import Rounds
 from dvinv.runtime.workdir import Workdir, open_workdir
-from dvinv.student import hints_of, lesson_of, student_of
+from dvinv.student import hints_of, lesson_of, print_hints, student_of
 from dvinv.synthesizer import control_pool
 from dvinv.teacher import load, test_accuracy
-from dvinv.training import Array, TrainJob, learn
+from dvinv.training import Array, PlannedTraining, learn
 
 
 def run(config, workdir) -> dict:
@@ -32,8 +30,8 @@ def run(config, workdir) -> dict:
         if count > len(labels):
             raise DvinvError(f'distillation.counts names {count}, but the pool has {len(labels)} images.')
     hints = hints_of(config, teacher)
-    if not workdir.network('student').exists():
-        print(hints, file=sys.stderr, flush=True)
+    if config.synthesis.method != 'adaptive' and not workdir.network('student').exists():
+        print_hints(config, teacher)
     students = {'student': distil(config, workdir, teacher, images, labels, rounds, 'student')}
     for count in config.distillation.counts:
         name = f'student_of_{count}'
@@ -66,11 +64,11 @@ def run(config, workdir) -> dict:
     }
 
 
-def train_jobs(config, teacher: Teacher) -> list[TrainJob]:
+def planned_trainings(config, teacher: Teacher) -> list[PlannedTraining]:
     """Returns the trainings of the task, for `--plan`: the student's, and as many again as there are others to compare."""
     module, lesson = module_of(student_of(config, teacher).about), lesson_of(config, teacher, rounds_of(config))
-    others = len(config.distillation.counts) + len(config.distillation.controls)
-    return [TrainJob('student', module, lesson, teacher, 1 + others, teacher)]
+    others = len(config.distillation.counts) + len(config.distillation.controls) if 'distillation' in config.tasks else 0
+    return [PlannedTraining('student', module, lesson, teacher, 1 + others, teacher)]
 
 
 def complete(config, workdir: Workdir) -> bool:

@@ -26,7 +26,7 @@ from dvinv.quantization import driver as quantization
 from dvinv.runtime.devices import make_mesh, platform_of, training_mesh
 from dvinv.runtime.progress import duration
 from dvinv.synthesizer import abreast
-from dvinv.training import TrainJob, TrainStep
+from dvinv.training import PlannedTraining, TrainStep
 
 TIMED_SECONDS = 1.0  # how long steps are timed, at least; and three dispatches of them
 DRIVERS = {
@@ -194,7 +194,8 @@ class Plan:
             lines += map(str, self.trainings)
         lines += [
             f'all tasks: {_hours(self.seconds)}, {self.pflop:,.3g} PFLOP',
-            f'Not counted: compilation ({duration(self.compile_seconds)} just now), scores, report.',
+            f'Not counted: compilation ({duration(self.compile_seconds)} just now), scores, report, and pruned networks '
+            'that images compete with.',
         ]
         return '\n'.join(lines)
 
@@ -209,14 +210,16 @@ def plan(config) -> Plan:
     teacher = dataclasses.replace(teacher, variables=_arrays(teacher.variables))
     pools = _pools(config)
     synthesis, compile_seconds = plan_synthesis(config, teacher, pools) if pools else (None, 0.0)
-    tasks = [DRIVERS[task] for task in TASKS if task in config.tasks and task in DRIVERS]
-    jobs = [job for task in tasks for job in task.train_jobs(config, teacher)]
+    tasks = [task for task in TASKS if task in config.tasks and task in DRIVERS]
+    if config.synthesis.method == 'adaptive' and 'synthesis' in config.tasks and 'distillation' not in tasks:
+        tasks.append('distillation')  # its student learns while images are made
+    jobs = [job for task in tasks for job in DRIVERS[task].planned_trainings(config, teacher)]
     if not (synthesis or jobs):
         what = f'pool is {config.pool!r}' if config.pool else f'synthesis.method is {config.synthesis.method!r}'
         raise DvinvError(f'{what} and no task trains a network: there is nothing to plan.')
     trainings = []
     for job in jobs:
-        training, seconds = plan_training(job, mesh)
+        training, seconds = plan_training(job, config.logging.every, mesh)
         trainings.append(training)
         compile_seconds += seconds
     return Plan(synthesis, tuple(trainings), _devices(mesh.size, platform_of(mesh)), compile_seconds)
@@ -282,10 +285,14 @@ def _time_stage(programs: Programs, stage: Stage, labels: np.ndarray, networks: 
     return StagePlan(shown[0], stage.iterations, 2 * forward * labels.size / 1e9, seconds, memory), compile_seconds
 
 
-def plan_training(job: TrainJob, mesh) -> tuple[TrainingPlan, float]:
-    """Returns what the trainings of `job` cost on `mesh`, and the seconds of the compilation."""
+def plan_training(job: PlannedTraining, every: int, mesh) -> tuple[TrainingPlan, float]:
+    """Returns what the trainings of `job` cost on `mesh`, and the seconds of the compilation.
+
+    Args:
+      every: updates between two lines of metrics, see `Lesson.dispatch_length`.
+    """
     recipe, like = job.lesson.recipe, job.like
-    step = TrainStep(job.module, job.lesson, like, mesh)
+    step = TrainStep(job.module, job.lesson, like, mesh, job.lesson.dispatch_length(every, platform_of(mesh)))
     rng, count = np.random.default_rng(0), min(job.lesson.images, 2 * recipe.batch_size)
     step.batches.load(
         rng.integers(0, 256, (count, *like.image_shape), np.uint8), np.arange(count, dtype=np.int32) % like.num_classes

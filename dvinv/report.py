@@ -209,7 +209,7 @@ def _distillation(config, results: dict, metrics: Metrics) -> Section:
     tables, charts = _by_image_count(config.distillation.counts, taught)
     if stages:
         header = 'Resolution', 'teacher', 'student', 'projection'
-        tables.append(Table(header, stages, caption='Stages at the end of which student and teacher were compared.'))
+        tables.append(Table(header, stages, caption='Stages after which student and teacher are compared.'))
     return Section('Distillation', tables=[table, *tables], charts=[chart, *charts])
 
 

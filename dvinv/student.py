@@ -1,5 +1,6 @@
 """The student: what it is taught by the teacher, and when its images come. One lesson for all students that are compared."""
 
+import sys
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
@@ -21,6 +22,7 @@ from dvinv.training import Learner, Lesson
 
 NONE = MappingProxyType({})
 ROLE = 3  # see `training.Learner`; one for all students
+PROJECTIONS = 2  # folded into the key of a student for its projections; a training folds in 0 and 1
 
 
 def student_of(config, teacher: Teacher, name: str = 'student', task: str = 'distillation') -> Learner:
@@ -56,7 +58,7 @@ def lesson_of(config, teacher: Teacher, rounds: Rounds) -> Lesson:
         rounds,
         teacher.variables,
         forward=staged_forward(module, teacher, hints.pairs, group.graft, platform),
-        auxiliary=initial_projections(jax.random.key(16 * config.seed + ROLE), hints.pairs),
+        auxiliary=initial_projections(jax.random.fold_in(jax.random.key(16 * config.seed + ROLE), PROJECTIONS), hints.pairs),
     )
 
 
@@ -70,6 +72,11 @@ def hints_of(config, teacher: Teacher) -> Hints:
         return Hints()
     module = create(config.student.network, teacher.num_classes, config.student.width)
     return choose_hints(config.distillation.hints, module, teacher)
+
+
+def print_hints(config, teacher: Teacher) -> None:
+    """Prints where the student is compared with `teacher`, before its training."""
+    print(hints_of(config, teacher), file=sys.stderr, flush=True)
 
 
 def distillation_loss(

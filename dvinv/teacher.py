@@ -16,7 +16,7 @@ from dvinv.inversion.teacher import Teacher, from_linen
 from dvinv.networks import Classifier, classifier_of, create, read_classifier, shapes_of
 from dvinv.rounds import Rounds
 from dvinv.runtime.workdir import Workdir, open_workdir
-from dvinv.training import Learner, Lesson, TrainJob, learn
+from dvinv.training import Learner, Lesson, PlannedTraining, learn
 from dvinv.verifiers import check_alike, load_others
 
 ROLES = {'teacher': 1, 'verifier': 2}
@@ -41,15 +41,15 @@ def run(config, workdir) -> dict:
     }
 
 
-def train_jobs(config, teacher: Teacher) -> list[TrainJob]:
+def planned_trainings(config, teacher: Teacher) -> list[PlannedTraining]:
     """Returns the trainings of the task, for `--plan`."""
-    count, jobs = len(load_real(config.data).train.labels) if config.data.name else 0, []
+    trainings = []
     for name in ROLES:
         if _is_trained_here(name, config):
-            group = config[name]
+            group, count = config[name], len(load_real(config.data).train.labels)
             module = create(group.network, teacher.num_classes, group.width)
-            jobs.append(TrainJob(name, module, _lesson_of(group, count), teacher))
-    return jobs
+            trainings.append(PlannedTraining(name, module, _lesson_of(group, count), teacher))
+    return trainings
 
 
 def complete(config, workdir: Workdir) -> bool:
@@ -210,7 +210,7 @@ def _train(name: str, config, workdir: Workdir, data: RealData, like: Classifier
 
 
 def _lesson_of(group, count: int) -> Lesson:
-    """Returns what teacher or verifier, by their config group, are taught on `count` images."""
+    """Returns how teacher or verifier, by their config group, learn from `count` images."""
     return Lesson(recipe_of(group.training), supervised(group.training.label_smoothing), Rounds(count))
 
 

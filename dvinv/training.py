@@ -4,6 +4,7 @@ Randomness is a function of the seed and the update's number alone, and everythi
 checkpoint, so a training that was killed ends with the bits of one that was not.
 """
 
+import collections
 import contextlib
 import dataclasses
 import math
@@ -36,6 +37,8 @@ from dvinv.runtime.progress import Progress
 from dvinv.runtime.workdir import Workdir
 
 Array = np.ndarray | Rows  # in memory, or read by rows
+RUNNING = 2  # dispatches that devices may be given ahead, so that the batches of no more lie there
+STREAMED_BYTES = 2**28  # of images in one dispatch at most, where they do not lie on the devices
 
 
 @flax.struct.dataclass
@@ -102,14 +105,9 @@ class Lesson:
         return self.come_by(self.recipe.updates - 1)
 
     def dispatch_length(self, every: int, platform: str) -> int:
-        """Returns how many updates a dispatch has on `platform`, at most as many as the recipe says.
-
-        A divisor of `every`, the updates between two lines of metrics, and of the updates of a round, so that no dispatch
-        goes beyond the end of either.
-        """
-        ends = [every, *(rounds.updates for rounds in (self.rounds, self.beside) if rounds and rounds.count > 1)]
-        most, whole = self.recipe.dispatch_length(platform), math.gcd(*ends)
-        return max(count for count in range(1, min(most, whole) + 1) if whole % count == 0)
+        """Returns how many updates a full dispatch has on `platform`: a divisor of `every`, at most as the recipe says."""
+        most = self.recipe.dispatch_length(platform)
+        return max(count for count in range(1, min(most, every) + 1) if every % count == 0)
 
     def come_by(self, update: int) -> int:
         """How many images there must be for this update."""
@@ -234,9 +232,13 @@ class TrainStep:
         self._frozen = jax.device_put(lesson.frozen, self._everywhere)
         self._step = make_train_step(module, lesson, like)
         self.updates = updates or lesson.recipe.dispatch_length(platform_of(mesh))
-        count = lesson.images
-        resident = fits_on_devices(mesh, count * (math.prod(like.image_shape) + 4))
-        self.batches = ResidentBatches(mesh, count, like.image_shape) if resident else HostBatches(mesh)
+        count, image_bytes = lesson.images, math.prod(like.image_shape)
+        if fits_on_devices(mesh, count * (image_bytes + 4)):
+            self.batches = ResidentBatches(mesh, count, like.image_shape)
+        else:
+            self.batches = HostBatches(mesh)
+            most = max(1, STREAMED_BYTES // (lesson.recipe.batch_size * image_bytes))
+            self.updates = max(count for count in range(1, min(most, self.updates) + 1) if self.updates % count == 0)
         self.programs = {several: self._jitted(several) for several in (False, True)}
 
     def initial_state(self, key: jax.Array, start: dict | None = None) -> TrainState:
@@ -265,7 +267,7 @@ class TrainStep:
             # XLA runs convolutions in a loop body 12 times slower on CPU; single calls keep their bits too.
             losses = []
             for i in range(len(leaves[-1])):
-                state, loss = self(state, jax.tree.map(lambda a, i=i: a[i], chosen), key)
+                state, loss = self(state, jax.tree.map(lambda array, i=i: array[i], chosen), key)
                 losses.append(loss)
             return state, jnp.stack(losses)
         return self.programs[several](state, self.batches.arrays, chosen, self._frozen, key)
@@ -278,13 +280,13 @@ class TrainStep:
         """
         pick, step = self.batches.pick, self._step
 
-        def one(state, arrays, chosen, frozen, key):
+        def single(state, arrays, chosen, frozen, key):
             return step(state, *pick(arrays, chosen), frozen, key)
 
         def scan(state, arrays, chosen, frozen, key):
-            return jax.lax.scan(lambda state, batch: one(state, arrays, batch, frozen, key), state, chosen)
+            return jax.lax.scan(lambda state, batch: single(state, arrays, batch, frozen, key), state, chosen)
 
-        return scan if several else one
+        return scan if several else single
 
     def _jitted(self, several: bool):
         """Returns `function` for the mesh; the memory of the state is used again."""
@@ -377,8 +379,8 @@ class Training:
         if len(images) < expected:
             raise ValueError(f'by update {until} there should be {expected} images, not {len(images)}')
         self._train_step.batches.load(images, labels)
-        dispatches = self._dispatches(until)
-        with contextlib.closing(self._train_step.batches.each(self._rows(*one) for one in dispatches)) as batches:
+        dispatches, running = self._dispatches(until), collections.deque()
+        with contextlib.closing(self._train_step.batches.each(self._rows(*dispatch) for dispatch in dispatches)) as batches:
             for (_, count), chosen in zip(dispatches, batches, strict=True):
                 if preemption.asked():
                     self._write_line()
@@ -387,6 +389,9 @@ class Training:
                     preemption.leave_if_asked()
                 self._state, losses = self._train_step(self._state, chosen, self._key)
                 self._losses.append(losses)
+                running.append(losses)
+                if len(running) > RUNNING:
+                    jax.block_until_ready(running.popleft())
                 self.step += count
                 self._write_line()  # of the dispatch before: while the devices are busy with this one
                 if self.step % self._logging.every == 0 or self.step == until:
@@ -399,10 +404,14 @@ class Training:
                         saved = self.step
 
     def _dispatches(self, until: int) -> list[tuple[int, int]]:
-        """Returns (first update, number of updates) of every dispatch up to update `until`: full ones, then single ones."""
-        dispatches, step, most = [], self.step, self._train_step.updates
+        """Returns (first update, number of updates) of every dispatch up to update `until`.
+
+        They are full where one fits before `until` and before the next line of metrics, else single updates: each other
+        number would be compiled for itself.
+        """
+        dispatches, step, full, every = [], self.step, self._train_step.updates, self._logging.every
         while step < until:
-            count = most if step % most == 0 and step + most <= until else 1
+            count = full if step % every + full <= every and step + full <= until else 1
             dispatches.append((step, count))
             step += count
         return dispatches
@@ -476,7 +485,7 @@ class Learner:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainJob:
+class PlannedTraining:
     """Trainings that a config asks for, all of one cost: what `--plan` times.
 
     Attributes:

@@ -190,6 +190,7 @@ ADAPTIVE = {
         ({'synthesis__classes': (1.5,)}, ['synthesis.classes names 1.5', 'numbers of classes']),
         ({'distillation__milestones': ('x',)}, ["milestones is ('x',)", 'shares']),
         ({'distillation__hints': 'blocks'}, ["distillation.hints is 'blocks'", 'auto, layers, stages, none']),
+        ({'distillation__hints': 'stages'}, ["distillation.hints is 'stages', but distillation.hint", 'is 0']),
         ({'distillation__graft': 1.5}, ['distillation.graft is 1.5', 'from 0 to 1']),
         ({'distillation__hint': -1.0}, ['distillation.hint is -1.0', 'at least 0']),
         (

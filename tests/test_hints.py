@@ -1,17 +1,20 @@
 """Hints: layers or stages that student and teacher have in common, what their distance is, a student that follows them."""
 
 import dataclasses
+import re
 from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
 from flax import nnx
+from smoke import synthesis_config
 from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, trained, trained_variables
 
-from dvinv import DvinvError
+from dvinv import DvinvError, pipeline
 from dvinv.configuration import base_config
 from dvinv.graph import graft, record
 from dvinv.graph.projections import initial_projections, relative_error, to_student, to_teacher
@@ -267,6 +270,33 @@ def test_in_bfloat16_stages_are_compared_in_float32():
     lesson = dataclasses.replace(lesson, recipe=dataclasses.replace(lesson.recipe, precision='bfloat16'))
     step = TrainStep(Pooled(), lesson, teacher, make_mesh(1))
     images = np.random.default_rng(1).integers(0, 256, (6, *IMAGE_SHAPE), dtype=np.uint8)
-    state, loss = step(step.initial_state(jax.random.key(0)), (images, np.zeros(6, np.int32)), jax.random.key(1))
+    state, batch, key = step.initial_state(jax.random.key(0)), (images, np.zeros(6, np.int32)), jax.random.key(1)
+    text = str(jax.make_jaxpr(step.function(several=False))(state, (), batch, lesson.frozen, key))
+    assert len(re.findall(r':f32\[[^=]*= conv_general_dilated', text)) == 0
+    variables, x = {'params': state.params, 'batch_stats': state.batch_stats}, _images().astype(jnp.bfloat16)
+    _, features, _ = lesson.forward(variables, state.auxiliary, x, {'dropout': key}, teacher.variables, 0.0)
+    assert features['stage_errors'].dtype == np.float32
+    state, loss = step(state, batch, key)
     assert np.isfinite(loss)
     assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.auxiliary))} == {np.dtype(np.float32)}
+
+
+def test_the_matching_is_printed_and_stands_in_results_and_report(tmp_path, capsys):
+    config = synthesis_config(
+        synthesis__method='noise',
+        tasks=('synthesis', 'distillation', 'report'),
+        student__network='small_convnet',
+        distillation__hint=10.0,
+        distillation__updates=2,
+        distillation__warmup=0,
+    )
+    distillation = pipeline.run(config, tmp_path / 'run')['distillation']
+    assert (distillation['hints'], distillation['hinted_layers']) == ('stages', 0)
+    ((resolution, of_teacher, of_student, projection),) = distillation['hinted_stages']
+    assert (resolution, projection) == ('8x8', '4 to 5 channels')
+    assert of_teacher.startswith('5 channels of ')
+    assert of_student.startswith('4 channels of ')
+    assert 'Hints: the outputs of the stages, teacher and student.\n  8x8: 5 channels' in capsys.readouterr().err
+    page = (tmp_path / 'run' / 'report.html').read_text()
+    assert 'with hints from 1 stages of the teacher' in page
+    assert 'Stages after which student and teacher are compared.' in page

@@ -39,7 +39,9 @@ def test_blocks_are_spread_over_a_deeper_teacher():
 
 def test_layers_of_another_shape_are_left_out_whole():
     _, found = _inherited('resnet20', 'wrn16_1')
-    assert found == {} or all(np.ndim(leaf) for leaf in flatten(found).values())
+    shapes = flatten(shapes_of(create('wrn16_1', 10), (32, 32, 3)))
+    assert found['params']['conv1']['kernel'].shape == (3, 3, 3, 16)
+    assert all(leaf.shape == shapes[path].shape for path, leaf in flatten(found).items())
     _, narrower = _inherited('resnet20', 'resnet20', width=0.5)
     assert narrower == {}
 

@@ -3,8 +3,10 @@
 import re
 from runpy import run_path
 
+import numpy as np
 import pytest
 from smoke import ROOT, smoke_config
+from tiny import saved
 
 import dvinv.plan
 from dvinv import DvinvError
@@ -50,17 +52,19 @@ def test_figures_of_a_config():
 
 
 @pytest.mark.parametrize(
-    ('name', 'expected'),
+    ('name', 'task', 'expected'),
     [
-        ('digits_prune', ('pruned', 3, 40)),
-        ('digits_continual', ('continual', 6, 20)),
-        ('digits_quantize', ('quantized', 1, 20)),
+        ('digits_prune', 'pruning', ('pruned', 3, 40)),
+        ('digits_continual', 'continual', ('continual', 6, 20)),
+        ('digits_quantize', 'quantization', ('quantized', 1, 20)),
     ],
 )
-def test_every_task_that_trains_is_planned(name, expected):
+def test_every_task_that_trains_is_planned(name, task, expected):
     config = run_path(str(ROOT / 'configs' / f'{name}.py'))['get_config']('smoke')
-    last = plan(config).trainings[-1]
-    assert (last.name, last.networks, last.updates) == expected
+    config.update(tasks=(task,), pool='')
+    config.synthesis.method = 'noise'
+    (training,) = plan(config).trainings
+    assert (training.name, training.networks, training.updates) == expected
 
 
 def test_the_competitor_counts():
@@ -69,7 +73,25 @@ def test_the_competitor_counts():
     config.synthesis.weights.competition = 1.0
     alone = plan(config).synthesis.stages[0].gflops
     config.synthesis.method = 'adaptive'
-    assert alone < plan(config).synthesis.stages[0].gflops < 2 * alone
+    made = plan(config)
+    assert alone < made.synthesis.stages[0].gflops < 2 * alone
+    assert [(training.name, training.networks) for training in made.trainings] == [('student', 1)]  # which learns meanwhile
+
+
+def test_given_networks_need_no_training_images(tmp_path):
+    weights = saved(tmp_path / 'teacher.safetensors', 'small_convnet', 10, (8, 8, 1))
+    np.savez(tmp_path / 'test.npz', x=np.zeros((20, 8, 8, 1), np.uint8), y=np.arange(20) % 10)
+    config = smoke_config(
+        teacher__network='small_convnet',
+        teacher__weights=weights,
+        verifier__network='',
+        data__name='npz',
+        data__path=str(tmp_path / 'test.npz'),
+        tasks=('teacher', 'distillation'),
+        synthesis__method='noise',
+        distillation__controls=(),
+    )
+    assert [training.name for training in plan(config).trainings] == ['student']
 
 
 def test_without_images_to_optimize_the_trainings_are_planned():
@@ -94,7 +116,7 @@ def test_what_cannot_be_planned_is_refused(changes, words):
 
 
 def test_the_command_writes_nothing(command, tmp_path):
-    status, out, err = command('--plan', '--workdir', tmp_path / 'run')
+    status, out, err = command('--plan', '--workdir', tmp_path / 'run', "--config.tasks=('synthesis', 'distillation')")
     assert (status, err) == (0, '')
     assert out.startswith('40 images in 2 batches, 2 side by side; 2 cpu devices\n')
     assert 'trainings on 1 cpu device\n' in out

@@ -227,7 +227,7 @@ def test_more_bits_are_nearer_to_float_and_the_file_is_what_was_sought(prepared,
         load_quantized(path)
 
 
-def test_whole_numbers_are_multiplied_in_bfloat16_and_learn(prepared, teacher):
+def test_products_in_bfloat16_are_nearly_the_same_and_learn(prepared, teacher):
     network, seen, _ = prepared
     variables = quantize(network, [Bits(8, 8)] * 3, seen, 'mse', None)
     apply_fn, x = simulated(network.apply_fn, network.layers), teacher.normalise(IMAGES)

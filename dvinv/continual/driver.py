@@ -14,7 +14,7 @@ import shutil
 import numpy as np
 
 from dvinv import adaptive
-from dvinv.configuration import recipe_of
+from dvinv.configuration import recipe_of, rounds_of
 from dvinv.continual.chains import MAIN, chains_of, name_of, names_of_networks
 from dvinv.continual.lesson import lesson_of, loss_of, network_of
 from dvinv.continual.scores import figures
@@ -23,13 +23,14 @@ from dvinv.continual.stream import Step, steps_of, training_images
 from dvinv.data.dataset import Split
 from dvinv.data.pool import ImagePool
 from dvinv.inversion import Teacher
-from dvinv.networks import create, load_network
+from dvinv.networks import create, load_network, module_of
 from dvinv.rounds import Rounds
 from dvinv.runtime.workdir import Workdir, open_workdir
+from dvinv.student import lesson_of as student_lesson
 from dvinv.student import student_of
 from dvinv.synthesizer import fill_pool
 from dvinv.teacher import load
-from dvinv.training import Learner, Lesson, TrainJob, learn
+from dvinv.training import Learner, Lesson, PlannedTraining, learn
 
 ROLE = 4  # see `training.Learner`; one for all networks, that compared ones start alike
 
@@ -49,7 +50,7 @@ def run(config, workdir) -> dict:
     return {**figures(steps, learned), 'tasks': len(steps), 'updates': config.continual.updates}
 
 
-def train_jobs(config, teacher: Teacher) -> list[TrainJob]:
+def planned_trainings(config, teacher: Teacher) -> list[PlannedTraining]:
     """Returns the trainings of the task, for `--plan`: of the last task's networks, which have the most classes."""
     steps = steps_of(config, teacher)
     module = create(config.teacher.network, steps[-1].first + steps[-1].classes, config.teacher.width)
@@ -57,7 +58,13 @@ def train_jobs(config, teacher: Teacher) -> list[TrainJob]:
     rounds = Rounds(config.synthesis.images)
     lesson = Lesson(recipe_of(config.continual), loss_fn, rounds, teacher.variables, rounds, head)
     networks = (len(steps) - 1) * (len(chains_of(config)) + ('joint' in config.continual.controls))
-    return [TrainJob('continual', module, lesson, teacher, networks, teacher)]
+    trainings = [PlannedTraining('continual', module, lesson, teacher, networks, teacher)]
+    if config.synthesis.method == 'adaptive':  # a student for every pool, which is not kept
+        pools = 1 + (len(steps) - 2) * sum(_dreams(chain, chains_of(config)) for chain in chains_of(config))
+        student = module_of(student_of(config, teacher).about)
+        lesson = student_lesson(config, teacher, rounds_of(config))
+        trainings.append(PlannedTraining('student', student, lesson, teacher, pools, teacher))
+    return trainings
 
 
 def complete(config, workdir: Workdir) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -38,8 +39,10 @@ class ResidentBatches:
         """Reserves memory for `count` images of `image_shape`, [H, W, C]."""
         self._everywhere = NamedSharding(mesh, P())
         self._mesh, self._loaded = mesh, 0
-        shapes = (count, *image_shape), (count,)
-        zeros = jax.jit(lambda: (jax.numpy.zeros(shapes[0], np.uint8), jax.numpy.zeros(shapes[1], np.int32)))
+
+        def zeros():
+            return jnp.zeros((count, *image_shape), jnp.uint8), jnp.zeros(count, jnp.int32)
+
         self.arrays = jax.jit(zeros, out_shardings=self._everywhere)()
         self._write = jax.jit(_write, donate_argnums=0, out_shardings=self._everywhere)
 
@@ -50,11 +53,15 @@ class ResidentBatches:
         return images[chosen], labels[chosen]
 
     def load(self, images, labels) -> None:
-        """Copies the images that were not there at the last call; both arrays hold all images so far, in order."""
-        new = slice(self._loaded, len(images))
-        if new.start < new.stop:
-            self.arrays = self._write(self.arrays, (images[new], np.asarray(labels[new], np.int32)), new.start)
-            self._loaded = new.stop
+        """Copies the images that were not there at the last call; those beyond the reserved number are left out.
+
+        Args:
+          images, labels: all so far, in order; arrays, or what is indexed by row numbers like arrays.
+        """
+        rows = np.arange(self._loaded, min(len(images), len(self.arrays[1])))
+        if len(rows):
+            self.arrays = self._write(self.arrays, (images[rows], np.asarray(labels[rows], np.int32)), self._loaded)
+            self._loaded += len(rows)
 
     def each(self, dispatches: Iterable[np.ndarray]) -> Iterator[jax.Array]:
         """Yields the row numbers, int32 [n, B] or [B], of every dispatch, on the devices."""

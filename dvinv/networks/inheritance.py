@@ -1,7 +1,7 @@
 """A student that starts from weights of its teacher, where the two have layers of one name and shape (arXiv 2311.18823).
 
-Layers are paired by their names and, within a series of numbered ones such as the blocks of a stage, by depth: the first to
-the first, the last to the last, those in between spread evenly over the deeper network.
+Layers are paired by their names and, within a series of numbered ones such as the blocks of a stage, by depth: the first
+with the first, the last with the last, those in between spread evenly over the series of the teacher.
 """
 
 import re
@@ -43,8 +43,8 @@ def inherited(teacher: Mapping, student: Mapping) -> dict:
 def _paired(teacher, student, teacher_path: tuple[str, ...], student_path: tuple[str, ...]) -> dict[str, str]:
     """Returns {path of a variable of the student: path of the teacher's} within two modules."""
     if not isinstance(student, Mapping) or not isinstance(teacher, Mapping):
-        alike = not isinstance(student, Mapping) and not isinstance(teacher, Mapping)
-        return {'/'.join(student_path): '/'.join(teacher_path)} if alike else {}
+        leaves = not isinstance(student, Mapping) and not isinstance(teacher, Mapping)
+        return {'/'.join(student_path): '/'.join(teacher_path)} if leaves else {}
     pairs, of_teacher = {}, _series(teacher)
     for series, names in _series(student).items():
         others = of_teacher.get(series, [])
@@ -66,4 +66,4 @@ def _series(module: Mapping) -> dict[str, list[str]]:
 
 def _spread(position: int, count: int, others: int) -> int:
     """Returns the position among `others` layers of one of `count` layers, ends on ends."""
-    return min(position, others - 1) if others <= count else round(position * (others - 1) / max(1, count - 1))
+    return round(position * (others - 1) / max(1, count - 1))

@@ -36,7 +36,7 @@ from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.student import distillation_loss
 from dvinv.synthesizer import control_pool
 from dvinv.teacher import load, module_of_teacher, read, test_accuracy
-from dvinv.training import Array, Learner, Lesson, TrainJob, learn
+from dvinv.training import Array, Learner, Lesson, PlannedTraining, learn
 
 ROLE = 5  # see `training.Learner`
 CONTROLS = ('untuned', 'magnitude', 'random', *DATA_FREE_CONTROLS, 'real')
@@ -83,7 +83,7 @@ def run(config, workdir) -> dict:
     }
 
 
-def train_jobs(config, teacher: Teacher) -> list[TrainJob]:
+def planned_trainings(config, teacher: Teacher) -> list[PlannedTraining]:
     """Returns the trainings of the task, for `--plan`: of whole networks, so pruned ones will take less."""
     group = config.pruning
     updates = group.steps * group.updates_per_step + group.updates
@@ -95,7 +95,7 @@ def train_jobs(config, teacher: Teacher) -> list[TrainJob]:
     loss = distillation_loss(in_precision(teacher, group.precision), group.temperature, group.hint, layers)
     lesson = Lesson(recipe, loss, Rounds(config.synthesis.images), teacher.variables)
     networks = 1 + sum(control != 'untuned' for control in group.controls)
-    return [TrainJob('pruned', module, lesson, teacher, networks, teacher)]
+    return [PlannedTraining('pruned', module, lesson, teacher, networks, teacher)]
 
 
 def complete(config, workdir: Workdir) -> bool:

@@ -24,7 +24,7 @@ from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.student import distillation_loss
 from dvinv.synthesizer import control_pool
 from dvinv.teacher import description, load
-from dvinv.training import Lesson, Training, TrainJob
+from dvinv.training import Lesson, PlannedTraining, Training
 
 TASK, ROLE = 'quantization', 6  # see `training.Learner`
 
@@ -80,7 +80,7 @@ def run(config, workdir) -> dict:
     }
 
 
-def train_jobs(config, teacher: Teacher) -> list[TrainJob]:
+def planned_trainings(config, teacher: Teacher) -> list[PlannedTraining]:
     """Returns the trainings of the task, for `--plan`."""
     settings = quantization_of(config)
     if not settings.distilled:
@@ -90,7 +90,7 @@ def train_jobs(config, teacher: Teacher) -> list[TrainJob]:
     seen = {'no_images': on_statistics(network, teacher, jax.random.key(0))}
     variables = Ladder(network, seen).variables(bits, 'no_images', 'minmax', settings.correct)
     module, lesson = _training(config, teacher, network, variables, config.synthesis.images)
-    return [TrainJob('quantized', module, lesson, teacher, len(settings.distilled), teacher)]
+    return [PlannedTraining('quantized', module, lesson, teacher, len(settings.distilled), teacher)]
 
 
 def check(config, teacher: Teacher) -> None:
@@ -143,7 +143,7 @@ def _distil(config, workdir: Workdir, teacher: Teacher, network: Folded, variabl
 
 
 def _training(config, teacher: Teacher, network: Folded, variables: dict, count: int) -> tuple[QuantizedModule, Lesson]:
-    """Returns the module that starts as the quantized `variables`, and what it is taught on `count` images."""
+    """Returns the module that starts as the quantized `variables`, and how it learns from `count` images."""
     recipe, apply_fn = recipe_of(config.quantization.training), simulated(network.apply_fn, network.layers)
     if recipe.precision == 'bfloat16':
         apply_fn = products_in_bfloat16(apply_fn)

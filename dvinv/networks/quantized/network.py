@@ -76,7 +76,7 @@ def with_rules(apply_fn: Callable, layers: Sequence[Layer], around: Callable) ->
 def products_in_bfloat16(apply_fn: Callable) -> Callable:
     """Returns `apply_fn` with its convolutions and matrix products in bfloat16, and all else as it was.
 
-    Whole numbers of up to 8 bits, which the operands of quantized layers are, are exact in bfloat16; results are rounded.
+    Operands and results are rounded to bfloat16: operands of 8 bits by up to a quarter of a step, of 4 bits by a 64th.
     """
 
     def rule(primitive):
