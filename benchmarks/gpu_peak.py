@@ -20,7 +20,7 @@ MATMULS = ('bfloat16', 'float32', 'float32_highest')
 NO_TORCH = 'PyTorch is not installed here'
 NO_GPU = 'no GPU: a rehearsal'
 TF32_ERROR = 1e-5  # float32 stays below it, TF32 is near 3e-4
-REPEATS, TIMES = 5, 20  # measurements of which the median counts; operations in each
+REPEATS, TIMES = 5, 20  # measurements, the median of them counts; operations in each
 
 
 def items(stage: str, rehearse: bool) -> dict[str, Item]:

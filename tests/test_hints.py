@@ -67,17 +67,17 @@ def test_a_student_without_such_a_layer_is_refused(teacher):
 
 def test_the_distance_is_relative_to_what_the_teacher_hears():
     rng = np.random.default_rng(0)
-    ours, theirs = ({name: tuple(rng.normal(size=(n, 2, 4, 4, 3))) for name, n in (('a', 2), ('b', 1))} for _ in range(2))
-    pairs = [pair for name in theirs for pair in zip(ours[name], theirs[name], strict=True)]
-    value = layer_error({**ours, 'more': None}, theirs)
+    student, target = ({name: tuple(rng.normal(size=(n, 2, 4, 4, 3))) for name, n in (('a', 2), ('b', 1))} for _ in range(2))
+    pairs = [pair for name in target for pair in zip(student[name], target[name], strict=True)]
+    value = layer_error({**student, 'more': None}, target)
     assert value.dtype == np.float32
     np.testing.assert_allclose(value, np.mean([((x - y) ** 2).mean() / (y**2).mean() for x, y in pairs]), rtol=1e-5)
-    louder = jax.tree.map(lambda x: 100 * x, (ours, theirs))
+    louder = jax.tree.map(lambda x: 100 * x, (student, target))
     np.testing.assert_allclose(layer_error(*louder), value, rtol=1e-5)
     x, y = pairs[-1]
-    assert layer_error(theirs, theirs) == 0
-    silent = {**theirs, 'b': (np.zeros_like(theirs['b'][0]),)}
-    np.testing.assert_allclose(layer_error(ours, silent), value - (((x - y) ** 2).mean() / (y**2).mean() / 3), rtol=1e-4)
+    assert layer_error(target, target) == 0
+    silent = {**target, 'b': (np.zeros_like(target['b'][0]),)}
+    np.testing.assert_allclose(layer_error(student, silent), value - (((x - y) ** 2).mean() / (y**2).mean() / 3), rtol=1e-4)
 
 
 def test_features_in_training_are_the_inputs_that_move_the_running_statistics(teacher):
@@ -105,9 +105,9 @@ def test_hints_are_added_to_the_answers_loss_and_reach_the_shared_layers_alone(t
     (plain, without), (both, _), (_, gradient) = (
         run(student['params'], *arguments) for arguments in ((0.0, ()), (2.0, LAYERS), (2.0, LAYERS[:1]))
     )
-    _, ours, _ = features_in_training(TinyNet(), student, x, {})
-    _, theirs = teacher.features(teacher.variables, x)
-    np.testing.assert_allclose(both - plain, 2 * layer_error(ours, theirs), rtol=1e-4)
+    _, features, _ = features_in_training(TinyNet(), student, x, {})
+    _, target = teacher.features(teacher.variables, x)
+    np.testing.assert_allclose(both - plain, 2 * layer_error(features, target), rtol=1e-4)
     np.testing.assert_allclose(gradient['Conv_1']['kernel'], without['Conv_1']['kernel'], rtol=1e-4, atol=1e-6)
     assert np.abs(gradient['Conv_0']['kernel'] - without['Conv_0']['kernel']).max() > 1e-3
 
@@ -123,9 +123,9 @@ def test_the_configs_hint_is_in_the_lesson():
     @jax.jit
     def measure(x):
         logits, features, _ = features_in_training(create('small_resnet', 10), variables, x, {})
-        _, theirs = teacher.features(teacher.variables, x)
+        _, target = teacher.features(teacher.variables, x)
         without, with_hints = (loss(logits, features, x, None, teacher.variables) for loss in lessons)
-        return with_hints - without, layer_error(features, theirs)
+        return with_hints - without, layer_error(features, target)
 
     difference, hints = measure(np.random.default_rng(0).normal(size=(4, *teacher.image_shape)).astype(np.float32))
     np.testing.assert_allclose(difference, 7 * hints, rtol=1e-4)

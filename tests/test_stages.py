@@ -137,7 +137,7 @@ def test_grafting_runs_each_piece_from_the_output_that_takes_the_place_of_the_on
 
 @pytest.mark.parametrize('way', ['plain', 'remat'])
 def test_gradients_are_those_of_the_plain_network(way):
-    """Also where a ReLU is given exactly 0, whose derivative jax.nn.relu defines as 0."""
+    """Also where a ReLU is given exactly 0: jax.nn.relu defines its derivative there as 0."""
     plain = _in_train_mode(Own(way))
     same = graft(plain, RESOLUTIONS, lambda index, output: output)
     x = np.concatenate([X, np.zeros_like(X)])
