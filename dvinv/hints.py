@@ -83,8 +83,11 @@ def choose_hints(kind: str, module, teacher: Teacher) -> Hints:
     """
     if kind == 'none':
         return Hints()
+    images, rngs = jax.ShapeDtypeStruct((2, *teacher.image_shape), jnp.float32), {'dropout': jax.random.key(0)}
+    student, shapes = functools.partial(features_in_training, module), shapes_of(module, teacher.image_shape)
     if kind != 'stages':
-        in_teacher, in_student = (_inputs(*network) for network in _features(module, teacher))
+        in_teacher = _input_shapes(teacher.features, teacher.variables, images)
+        in_student = _input_shapes(student, shapes, images, rngs)
         shared = tuple(layer for layer, shapes in in_teacher.items() if shapes == in_student.get(layer))
         if kind == 'layers' and not shared:
             raise DvinvError(
@@ -94,28 +97,15 @@ def choose_hints(kind: str, module, teacher: Teacher) -> Hints:
             )
         if kind == 'layers' or len(shared) == len(in_teacher) == len(in_student):
             return Hints(layers=shared)
-    images = _images(teacher)
     of_teacher = find_stages(teacher.apply_fn, teacher.variables, images, name='The teacher')
-    arguments = shapes_of(module, teacher.image_shape), images, {'dropout': jax.random.key(0)}
-    of_student = find_stages(functools.partial(features_in_training, module), *arguments, name='The student')
+    of_student = find_stages(student, shapes, images, rngs, name='The student')
     return Hints(pairs=match_stages(of_teacher, of_student, teacher.image_shape))
 
 
-def _images(teacher: Teacher) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((2, *teacher.image_shape), jnp.float32)
-
-
-def _features(module, teacher: Teacher):
-    """Yields (function, variables) of teacher and student: (variables, images) -> {layer: its inputs, one a call}."""
-    yield lambda variables, x: teacher.features(variables, x)[1], teacher.variables, _images(teacher)
-    rngs = {'dropout': jax.random.key(0)}
-    shapes = shapes_of(module, teacher.image_shape)
-    yield lambda variables, x: features_in_training(module, variables, x, rngs)[1], shapes, _images(teacher)
-
-
-def _inputs(features: Callable, variables, images) -> dict[str, list]:
-    """Returns {layer: the shape of its input at each call}."""
-    return {layer: [x.shape for x in calls] for layer, calls in jax.eval_shape(features, variables, images).items()}
+def _input_shapes(fn: Callable, *args) -> dict[str, list]:
+    """Returns {layer: the shape of its input at each call}, for `fn(*args)` that returns (logits, features, ...)."""
+    _, features, *_ = jax.eval_shape(fn, *args)
+    return {layer: [x.shape for x in calls] for layer, calls in features.items()}
 
 
 def layer_error(features: dict, teacher_features: dict) -> jax.Array:

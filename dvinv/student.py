@@ -33,7 +33,7 @@ def student_of(config, teacher: Teacher, name: str = 'student', task: str = 'dis
     """
     start = None
     if config.student.inherit:
-        module = create(config.student.network, teacher.num_classes, config.student.width)
+        module = _module_of(config, teacher)
         start = inherited(teacher.variables, shapes_of(module, teacher.image_shape))
         if not start:
             raise DvinvError(
@@ -50,7 +50,7 @@ def lesson_of(config, teacher: Teacher, rounds: Rounds) -> Lesson:
     if not hints.pairs:
         loss = distillation_loss(teacher, group.temperature, group.hint, hints.layers)
         return Lesson(recipe, loss, rounds, teacher.variables)
-    module = create(config.student.network, teacher.num_classes, config.student.width)
+    module = _module_of(config, teacher)
     platform = platform_of(make_mesh(config.devices))
     return Lesson(
         recipe,
@@ -62,6 +62,11 @@ def lesson_of(config, teacher: Teacher, rounds: Rounds) -> Lesson:
     )
 
 
+def _module_of(config, teacher: Teacher):
+    """Returns the Linen module of the run's student of `teacher`."""
+    return create(config.student.network, teacher.num_classes, config.student.width)
+
+
 def hints_of(config, teacher: Teacher) -> Hints:
     """Returns where the run's student is compared with `teacher`; nowhere if `distillation.hint` is 0.
 
@@ -70,7 +75,7 @@ def hints_of(config, teacher: Teacher) -> Hints:
     """
     if not config.distillation.hint:
         return Hints()
-    module = create(config.student.network, teacher.num_classes, config.student.width)
+    module = _module_of(config, teacher)
     return choose_hints(config.distillation.hints, module, teacher)
 
 
