@@ -53,6 +53,8 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
         'flip': False,
         'noise': 0.0,
         'resized_crop': 0.0,
+        'color_jitter': 0.0,
+        'cutmix': 0.0,
         'mixup': 0.0,
         'reestimate': 0,
         'precision': 'float32',
@@ -110,6 +112,7 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
             # two networks; 'none'; or 'auto': layers where both have the same ones, else stages.
             'hints': 'auto',
             'graft': 0.5,  # probability, falling to 0, with which an image enters a stage from the teacher's stage before it
+            'hint_decay': 0.0,  # power p of (1 - share of the updates done)^p, by which that weight falls to 0; 0: it stays
             'updates_per_round': 0,  # between two rounds of new images; what is left follows the last round
             'counts': (),  # students of the first so many images beside it: the curve of accuracy against image count
             'controls': ('noise', 'prior_only', 'real'),  # students with the same budget, from other images
@@ -254,10 +257,7 @@ def check(config) -> None:
         smoothing = config[name].training.label_smoothing
         if not 0 <= smoothing < 1:
             raise DvinvError(f'{name}.training.label_smoothing is {smoothing}; it must be at least 0 and below 1.')
-        if config[name].training.mixup:
-            raise DvinvError(
-                f'{name}.training.mixup is {config[name].training.mixup}, but labels are not mixed; it is for distillation.'
-            )
+        recipe_of(config[name].training).check_labels(f'{name}.training')
     for control in config.distillation.controls:
         if control not in (*DATA_FREE_CONTROLS, 'real'):
             raise DvinvError(f'distillation.controls names {control!r}; choose among noise, prior_only, real.')
@@ -272,6 +272,8 @@ def check(config) -> None:
             f'distillation.hints is {config.distillation.hints!r}, but distillation.hint, their weight, is 0; give it a '
             "weight, 100 for instance, or set distillation.hints='auto'."
         )
+    if not 0 <= config.distillation.hint_decay < math.inf:
+        raise DvinvError(f'distillation.hint_decay is {config.distillation.hint_decay}; it must be at least 0 and finite.')
     if not 0 <= config.distillation.graft <= 1:
         raise DvinvError(f'distillation.graft is {config.distillation.graft}; it is a probability, from 0 to 1.')
     for name in ('every', 'checkpoint_every', 'iterations'):

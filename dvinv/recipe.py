@@ -26,6 +26,8 @@ class Recipe:
     flip: bool = False  # a coin an image
     noise: float = 0.0  # deviation, up to, of Gaussian noise an image, for pixels in [0, 1]
     resized_crop: float = 0.0  # least share of a picture in a random window that is scaled to its size (ImageNet: .08)
+    color_jitter: float = 0.0  # strength of random contrast, brightness and tint of each image; .2 is usual
+    cutmix: float = 0.0  # probability of a rectangle of another picture in each. For students, whom a teacher answers
     mixup: float = 0.0  # alpha; two pictures are mixed by a share ~ Beta(alpha, alpha). For students, whom a teacher answers
     reestimate: int = 0  # batches on which BatchNorm statistics are estimated again at the end, weights frozen
     precision: str = 'float32'  # of the forward and backward pass; 'bfloat16' for GPU and TPU. All that is kept: float32
@@ -36,12 +38,14 @@ class Recipe:
         for field in ('updates', 'batch_size'):
             if getattr(self, field) < 1:
                 raise DvinvError(f'{name}.{field} is {getattr(self, field)}; it must be at least 1.')
-        at_least_0 = 'warmup', 'clip_norm', 'weight_decay', 'shift', 'noise', 'mixup', 'reestimate', 'updates_per_dispatch'
-        for field in at_least_0:
+        at_least_0 = 'warmup', 'clip_norm', 'weight_decay', 'shift', 'noise', 'color_jitter', 'mixup', 'reestimate'
+        for field in (*at_least_0, 'updates_per_dispatch'):
             if getattr(self, field) < 0:
                 raise DvinvError(f'{name}.{field} is {getattr(self, field)}; it must be at least 0.')
         if not 0 <= self.resized_crop <= 1:
             raise DvinvError(f'{name}.resized_crop is {self.resized_crop}; it must be a share of a picture, or 0 for none.')
+        if not 0 <= self.cutmix <= 1:
+            raise DvinvError(f'{name}.cutmix is {self.cutmix}; it must be a probability, or 0 for none.')
         if self.learning_rate <= 0:
             raise DvinvError(f'{name}.learning_rate is {self.learning_rate}; it must be above 0.')
         if self.warmup >= self.updates:
@@ -53,6 +57,14 @@ class Recipe:
         for field, choices in (('optimiser', ('adam', 'sgd')), ('schedule', ('cosine', 'step')), ('precision', PRECISIONS)):
             if getattr(self, field) not in choices:
                 raise DvinvError(f'{name}.{field} is {getattr(self, field)!r}; choose one of {", ".join(choices)}.')
+
+    def check_labels(self, name: str) -> None:
+        """Raises a DvinvError if images are mixed, which labels cannot follow; `name` is that of the config group."""
+        for field in ('cutmix', 'mixup'):
+            if getattr(self, field):
+                raise DvinvError(
+                    f'{name}.{field} is {getattr(self, field)}, but labels are not mixed; it is for distillation.'
+                )
 
     def check_devices(self, name: str, devices: int) -> None:
         """Refuse a batch that cannot be split evenly over so many devices; `name` is that of the config group."""
@@ -69,7 +81,9 @@ class Recipe:
     @property
     def look(self) -> Augmentation:
         """How the network is shown its training images."""
-        return Augmentation('crop', self.shift, self.flip, self.noise, self.resized_crop, self.mixup)
+        return Augmentation(
+            'crop', self.shift, self.flip, self.noise, self.resized_crop, self.color_jitter, self.cutmix, self.mixup
+        )
 
     def optimizer(self) -> optax.GradientTransformation:
         """The Optax optimiser with its schedule."""

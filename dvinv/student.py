@@ -48,13 +48,13 @@ def lesson_of(config, teacher: Teacher, rounds: Rounds) -> Lesson:
     group, hints = config.distillation, hints_of(config, teacher)
     recipe, teacher = recipe_of(group), in_precision(teacher, group.precision)
     if not hints.pairs:
-        loss = distillation_loss(teacher, group.temperature, group.hint, hints.layers)
+        loss = distillation_loss(teacher, group.temperature, group.hint, hints.layers, decay=group.hint_decay)
         return Lesson(recipe, loss, rounds, teacher.variables)
     module = _module_of(config, teacher)
     platform = platform_of(make_mesh(config.devices))
     return Lesson(
         recipe,
-        staged_loss(group.temperature, group.hint),
+        staged_loss(group.temperature, group.hint, group.hint_decay),
         rounds,
         teacher.variables,
         forward=staged_forward(module, teacher, hints.pairs, group.graft, platform),
@@ -85,17 +85,23 @@ def print_hints(config, teacher: Teacher) -> None:
 
 
 def distillation_loss(
-    teacher: Teacher, temperature: float, hint: float = 0.0, layers: Iterable[str] = (), left: Mapping = NONE
+    teacher: Teacher,
+    temperature: float,
+    hint: float = 0.0,
+    layers: Iterable[str] = (),
+    left: Mapping = NONE,
+    decay: float = 0.0,
 ):
-    """T^2 KL(teacher || student) at temperature T, plus `hint` times `layer_error` of `layers`; the loss of a `Lesson`.
+    """Returns the loss of a `Lesson`: T^2 KL(teacher || student) at temperature T, plus `layer_error` of `layers`.
 
-    Where the student has lost channels, `left` tells for a layer, int [c], which of the teacher's its own are.
+    The second term has the weight of `hint_weight`. Where the student has lost channels, `left` tells for a layer, int [c],
+    which of the teacher's its own are.
 
     Both networks see the same augmented view. T^2 keeps the gradient's size independent of the temperature (Hinton et al.,
     arXiv 1503.02531, section 2).
     """
 
-    def loss(logits, features, x, labels, teacher_variables):
+    def loss(logits, features, x, labels, teacher_variables, progress):
         if layers:
             teacher_logits, teacher_features = teacher.features(teacher_variables, x)
         else:
@@ -104,20 +110,27 @@ def distillation_loss(
         if layers:
             hints = {layer: teacher_features[layer] for layer in layers}
             hints |= {layer: [jnp.take(x, left[layer], -1) for x in hints[layer]] for layer in layers if layer in left}
-            total += hint * layer_error(features, hints)
+            total += hint_weight(hint, decay, progress) * layer_error(features, hints)
         return total
 
     return loss
 
 
-def staged_loss(temperature: float, hint: float):
+def staged_loss(temperature: float, hint: float, decay: float = 0.0):
     """Returns the loss of a `Lesson` with `hints.staged_forward`:
 
-    T^2 KL(teacher || student) at temperature T + `hint` * mean over stages of the relative squared error of their outputs
+    T^2 KL(teacher || student) at temperature T + weight * mean over stages of the relative squared error of their outputs
+
+    The weight is that of `hint_weight`.
     """
 
-    def loss(logits, features, x, labels, teacher_variables):
+    def loss(logits, features, x, labels, teacher_variables, progress):
         answers = temperature**2 * divergence(features['teacher_logits'], logits, temperature)
-        return answers + hint * features['stage_errors'].mean()
+        return answers + hint_weight(hint, decay, progress) * features['stage_errors'].mean()
 
     return loss
+
+
+def hint_weight(hint: float, decay: float, progress):
+    """Returns the weight of hints, hint (1 - progress)^decay; progress is the share of the updates that are done."""
+    return hint * (1 - progress) ** decay if decay else hint

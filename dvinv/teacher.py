@@ -190,7 +190,7 @@ def _check_takes(name: str, group, teacher: Teacher) -> None:
 def supervised(label_smoothing: float):
     """Cross-entropy to the labels, as the loss of a `Lesson`."""
 
-    def loss(logits, features, x, labels, frozen):
+    def loss(logits, features, x, labels, frozen, progress):
         targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
         return optax.softmax_cross_entropy(logits, targets).mean()
 

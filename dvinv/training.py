@@ -70,14 +70,15 @@ class Lesson:
 
     Attributes:
       recipe: how.
-      loss_fn: (logits, features, x, labels, frozen) -> scalar; x is the augmented, normalised batch [B, H, W, C], features
-        are the network's BatchNorm inputs (see `inversion.tap.features_in_training`).
+      loss_fn: (logits, features, x, labels, frozen, progress) -> scalar; x is the augmented, normalised batch [B, H, W, C],
+        features are the network's BatchNorm inputs (see `inversion.tap.features_in_training`) or those of `forward`, and
+        progress is the share of the updates that are done.
       rounds: when its images come.
       frozen: variables that `loss_fn` needs beside, those of a teacher for instance.
       beside: when a second set of images comes, which follow the first ones; the second half of every batch is of them.
       head: path of a layer that is heard too, see `inversion.tap.features_in_training`.
       forward: (variables, auxiliary, x, rngs, frozen, progress) -> (logits, features for the loss, running statistics), the
-        forward pass in train mode; progress is the share of the updates that are done. None: `features_in_training`.
+        forward pass in train mode. None: `features_in_training`.
       auxiliary: first values of the parameters that are learned with the network and not kept: projections, for instance.
     """
 
@@ -161,7 +162,7 @@ def make_train_step(module, lesson: Lesson, classifier: Classifier):
         def loss_of(trained):
             progress = state.step / recipe.updates
             logits, features, batch_stats = forward(*trained, state.batch_stats, x, dropout_key, frozen, progress)
-            return lesson.loss_fn(logits, features, x, labels, frozen), batch_stats
+            return lesson.loss_fn(logits, features, x, labels, frozen, progress), batch_stats
 
         (loss, batch_stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(trained)
         updates, opt_state = optimizer.update(gradient, state.opt_state, trained)

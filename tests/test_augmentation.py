@@ -11,7 +11,9 @@ from dvinv.inversion.augmentation import (
     Augmentation,
     add_noise,
     average_pool,
+    color_jitter_each,
     crop_each,
+    cutmix,
     flip,
     flip_each,
     mixup,
@@ -181,6 +183,33 @@ def test_a_resized_crop_is_a_scaled_window_of_each_image():
     assert (height / width).max() < 1.35
     assert (shown[..., 0].min() >= 0, shown[..., 0].max() <= 23) == (True, True)
     assert len(set(height.round(3))) > len(x) / 2  # a window of its own
+
+
+def test_color_jitter_changes_mean_contrast_and_tint_of_each_image_but_not_its_pattern():
+    x = _images(400)
+    shown = np.asarray(color_jitter_each(jax.random.key(0), x, 0.2))
+    flat, flat_shown = (a.reshape(400, -1, 2) for a in (x, shown))
+    pattern, pattern_shown = (a - a.mean(1, keepdims=True) for a in (flat, flat_shown))
+    contrast = (pattern * pattern_shown).sum((1, 2)) / np.square(pattern).sum((1, 2))
+    np.testing.assert_allclose(pattern_shown, contrast[:, None, None] * pattern, atol=1e-4)
+    assert np.std(np.log(contrast)) == pytest.approx(0.2, rel=0.1)
+    mean = x.mean((1, 2, 3), keepdims=True)
+    expected = mean + (x - mean) * contrast[:, None, None, None]  # without brightness and tint
+    shift = ((shown - expected) / x.std((1, 2, 3), keepdims=True)).mean((1, 2))  # [B, C]
+    assert shift.std() == pytest.approx(0.2 * np.sqrt(1 + 1 / 4), rel=0.15)  # deviations .2 and .1 add up
+    assert np.std(shift[:, 0] - shift[:, 1]) == pytest.approx(0.1 * np.sqrt(2), rel=0.15)  # a tint for each channel
+
+
+def test_cutmix_pastes_a_rectangle_of_another_image_at_the_same_place():
+    x = np.broadcast_to(np.arange(400.0, dtype=np.float32)[:, None, None, None], (400, 8, 8, 1))
+    shown = np.asarray(cutmix(jax.random.key(0), x, 0.5))[..., 0]
+    others = np.arange(400)[::-1, None, None]
+    pasted = shown == others
+    assert (pasted | (shown == np.arange(400)[:, None, None])).all()
+    rows, columns = pasted.any(2), pasted.any(1)
+    np.testing.assert_array_equal(pasted, rows[:, :, None] & columns[:, None, :])  # rectangles
+    assert 0.4 < pasted.any((1, 2)).mean() < 0.6
+    assert 0.1 < pasted.mean() < 0.25
 
 
 def test_mixup_mixes_every_image_with_another_by_one_share():

@@ -99,7 +99,7 @@ def test_hints_are_added_to_the_answers_loss_and_reach_the_shared_layers_alone(t
     def losses(params, hint, layers):
         variables = {**student, 'params': params}
         logits, features, _ = features_in_training(TinyNet(), variables, x, {})
-        return distillation_loss(teacher, 3.0, hint, layers)(logits, features, x, None, teacher.variables)
+        return distillation_loss(teacher, 3.0, hint, layers)(logits, features, x, None, teacher.variables, 0.0)
 
     run = jax.jit(jax.value_and_grad(losses), static_argnums=(1, 2))
     (plain, without), (both, _), (_, gradient) = (
@@ -124,11 +124,36 @@ def test_the_configs_hint_is_in_the_lesson():
     def measure(x):
         logits, features, _ = features_in_training(create('small_resnet', 10), variables, x, {})
         _, target = teacher.features(teacher.variables, x)
-        without, with_hints = (loss(logits, features, x, None, teacher.variables) for loss in lessons)
+        without, with_hints = (loss(logits, features, x, None, teacher.variables, 0.0) for loss in lessons)
         return with_hints - without, layer_error(features, target)
 
     difference, hints = measure(np.random.default_rng(0).normal(size=(4, *teacher.image_shape)).astype(np.float32))
     np.testing.assert_allclose(difference, 7 * hints, rtol=1e-4)
+
+
+@pytest.mark.parametrize(('decay', 'weights'), [(0.0, (7, 7, 7)), (1.0, (7, 3.5, 0)), (2.0, (7, 1.75, 0))])
+def test_the_weight_of_hints_falls_over_the_training(decay, weights):
+    logits = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    features = {'teacher_logits': logits, 'stage_errors': np.array([0.5, 1.5], np.float32)}
+    loss = jax.jit(staged_loss(3.0, 7.0, decay), static_argnums=2)
+    measured = [loss(logits, features, None, None, None, progress) for progress in (0.0, 0.5, 1.0)]
+    np.testing.assert_allclose(measured, weights, rtol=1e-5, atol=1e-5)
+
+
+def test_the_layers_error_falls_by_the_configs_decay():
+    config, teacher = base_config('digits'), small_teacher()
+    config.distillation.update(hint=8.0, hint_decay=2.0)
+    variables, x = trained(teacher.variables, seed=5), np.random.default_rng(0).normal(size=(4, *teacher.image_shape))
+    loss = lesson_of(config, teacher, Rounds(4)).loss_fn
+
+    @jax.jit
+    def measure(x):
+        logits, features, _ = features_in_training(create('small_resnet', 10), variables, x, {})
+        return [loss(logits, features, x, None, teacher.variables, progress) for progress in (0.0, 0.5, 1.0)]
+
+    first, half, last = measure(x.astype(np.float32))
+    np.testing.assert_allclose(half - last, (first - last) / 4, rtol=1e-3)
+    assert first > last + 1
 
 
 def test_a_student_learns_the_teachers_layers_from_hints_and_not_from_answers(teacher):

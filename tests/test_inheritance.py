@@ -37,6 +37,20 @@ def test_blocks_are_spread_over_a_deeper_teacher():
     np.testing.assert_array_equal(found['batch_stats']['bn1']['var'], teacher['batch_stats']['bn1']['var'])
 
 
+@pytest.mark.parametrize(('depth', 'blocks'), [(44, (0, 3, 6)), (56, (0, 4, 8))])
+def test_a_resnet20_starts_whole_from_much_deeper_teachers(depth, blocks):
+    shape = (32, 32, 3)
+    teacher, student = (shapes_of(create(name, 10), shape) for name in (f'resnet{depth}', 'resnet20'))
+    numbers = iter(range(10_000))
+    teacher = jax.tree.map(lambda leaf: np.full(leaf.shape, next(numbers)), teacher)
+    found = inherited(teacher, student)
+    assert flatten(found).keys() == flatten(student).keys()
+    for stage in (1, 2, 3):
+        for own, other in enumerate(blocks):
+            pair = found['batch_stats'][f'layer{stage}_{own}'], teacher['batch_stats'][f'layer{stage}_{other}']
+            jax.tree.map(np.testing.assert_array_equal, *pair)
+
+
 def test_layers_of_another_shape_are_left_out_whole():
     _, found = _inherited('resnet20', 'wrn16_1')
     shapes = flatten(shapes_of(create('wrn16_1', 10), (32, 32, 3)))

@@ -190,7 +190,7 @@ def test_logits_in_bfloat16_are_weighed_in_float32():
 def _distil(temperature):
     """The loss for a teacher whose logits are its variables."""
     loss = distillation_loss(types.SimpleNamespace(apply_fn=lambda variables, x: variables), temperature)
-    return lambda student_logits, teacher_logits: loss(student_logits, {}, None, None, teacher_logits)
+    return lambda student_logits, teacher_logits: loss(student_logits, {}, None, None, teacher_logits, 0.0)
 
 
 @pytest.mark.parametrize('temperature', [1.0, 3.0])

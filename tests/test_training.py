@@ -29,7 +29,7 @@ RECIPE = Recipe(updates=8, batch_size=8, learning_rate=0.05, warmup=2, weight_de
 SHORT = dataclasses.replace(RECIPE, updates=3, optimiser='sgd', warmup=0)
 
 
-def _loss(logits, features, x, labels, frozen):
+def _loss(logits, features, x, labels, frozen, progress):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 

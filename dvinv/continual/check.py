@@ -35,8 +35,7 @@ def check(config, teacher: Teacher, workdir=None) -> None:
             f'continual.batch_size is {recipe.batch_size}; half of a batch is of new classes, half of old ones, each split '
             f'over the devices ({devices}): choose a multiple of {2 * devices}.'
         )
-    if recipe.mixup:
-        raise DvinvError(f'continual.mixup is {recipe.mixup}, but labels are not mixed; it is for distillation.')
+    recipe.check_labels('continual')
     if not settings.steps:
         raise DvinvError("continual.steps is empty; name what is to be learned, ({'classes': (5, 6)},) for instance.")
     for value, what in (

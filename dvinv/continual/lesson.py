@@ -51,7 +51,7 @@ def loss_of(config, name: str, old: Teacher) -> tuple[Callable, str]:
     settings, old = settings_of(config), in_precision(old, config.continual.precision)
     head = head_path(config, old) if name == 'always_be_dreaming' else ''
 
-    def loss(logits, features, x, labels, frozen):
+    def loss(logits, features, x, labels, frozen, progress):
         if name in ('finetune', 'joint'):
             return cross_entropy(logits, labels)
         old_logits = old.apply_fn(frozen, x)

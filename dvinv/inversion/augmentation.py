@@ -113,6 +113,36 @@ def resized_crop_each(key: jax.Array, x: jax.Array, least: float, axis: str | No
     return jax.vmap(cut)(x, scales, offsets)
 
 
+def color_jitter_each(key: jax.Array, x: jax.Array, strength: float, axis: str | None = None) -> jax.Array:
+    """Changes contrast, brightness and tint of each image [H, W, C]; -> [B, H, W, C].
+
+        x' = m + (x - m) exp(s a) + d s (b + c / 2)
+
+    m and d are the image's mean and standard deviation over pixels and channels, s is `strength`, a and b are one standard
+    normal number an image, c one an image and channel.
+    """
+    draws = per_image(lambda n: jax.random.normal(key, (n, 1, 1, 2 + x.shape[-1])), x.shape[0], axis)
+    contrast, shift = jnp.exp(strength * draws[..., :1]), strength * (draws[..., 1:2] + draws[..., 2:] / 2)
+    mean, deviation = x.mean((1, 2, 3), keepdims=True), x.std((1, 2, 3), keepdims=True)
+    return mean + (x - mean) * contrast + deviation * shift
+
+
+def cutmix(key: jax.Array, x: jax.Array, probability: float) -> jax.Array:
+    """Pastes a rectangle of its neighbour in reversed order into each image, with `probability` (arXiv 1905.04899).
+
+    The rectangle has the shape of the image and a share of its area that is uniform in [0, 1]; its centre is uniform in the
+    image, and what would stick out is cut off. Both images keep their places: the rectangle shows the same part of each.
+    """
+    n, *size = x.shape[:3]
+    draws = jax.random.uniform(key, (n, 4))
+    side = jnp.sqrt(draws[:, :1])
+    inside = [
+        jnp.abs((jnp.arange(length) + 0.5) / length - draws[:, at, None]) < side / 2 for at, length in enumerate(size, 1)
+    ]
+    box = inside[0][:, :, None, None] & inside[1][:, None, :, None] & (draws[:, 3] < probability)[:, None, None, None]
+    return jnp.where(box, x[::-1], x)
+
+
 def mixup(key: jax.Array, x: jax.Array, alpha: float) -> jax.Array:
     """Every image and its neighbour in reversed order, mixed by one share ~ Beta(alpha, alpha) (arXiv 1710.09412)."""
     share = jax.random.beta(key, alpha, alpha)
@@ -128,6 +158,8 @@ class Augmentation:
     flip: bool = False  # mirror left to right, by a coin
     noise: float = 0.0  # deviation of Gaussian noise, up to, for pixels in [0, 1]
     resized_crop: float = 0.0  # least share of the image in a random window that is scaled up; 0: no such window
+    color_jitter: float = 0.0  # strength of random contrast, brightness and tint; 0: none
+    cutmix: float = 0.0  # probability that an image gets a rectangle of another. Of whole batches, not split ones
     mixup: float = 0.0  # alpha of the share of another image that is mixed in; 0: none. Of whole batches, not split ones
 
     def __call__(self, key: jax.Array, x: jax.Array, network: Classifier, axis: str | None = None) -> jax.Array:
@@ -146,4 +178,8 @@ class Augmentation:
         if self.noise:
             # Divided here, not in the program: XLA folds that quotient differently on one device and on several.
             x = add_noise(noise_key, x, (self.noise / np.asarray(network.std)).astype(np.float32), axis)
+        if self.color_jitter:
+            x = color_jitter_each(jax.random.fold_in(key, 5), x, self.color_jitter, axis)
+        if self.cutmix:
+            x = cutmix(jax.random.fold_in(key, 6), x, self.cutmix)
         return mixup(jax.random.fold_in(key, 4), x, self.mixup) if self.mixup else x
