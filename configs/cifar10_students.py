@@ -17,17 +17,32 @@ ResNet-20 .915), 7 and 8 minutes for the student; the others are not yet. benchm
 chosen. `:smoke` shrinks the run to seconds.
 """
 
+from typing import NamedTuple
+
 import ml_collections
 
 from dvinv.configuration import base_config, shrink
 
-STUDENTS = {  # network, updates, learning rate, weight of the hints, whether it starts from the teacher's weights
-    'resnet20': ('resnet20', 6_000, 0.1, 100.0, True),
-    'resnet8': ('resnet8', 12_000, 0.1, 100.0, True),
-    'wrn16_1': ('wrn16_1', 8_000, 0.1, 100.0, False),
-    'vgg': ('cifar_vgg', 8_000, 0.1, 100.0, False),
-    'mobilenet': ('cifar_mobilenet', 8_000, 0.1, 100.0, False),
-    'answers': ('resnet20', 62_500, 0.02, 0.0, False),
+
+class Student(NamedTuple):
+    """What differs from student to student."""
+
+    network: str
+    updates: int
+    learning_rate: float = 0.1
+    hint: float = 100.0  # weight of the hints
+    hint_decay: float = 0.0  # power by which it falls to 0; for networks that are too small to follow the teacher's stages
+    inherit: bool = False  # starts from the teacher's weights
+    iterations: int = 20  # of the synthesis
+
+
+STUDENTS = {
+    'resnet20': Student('resnet20', 6_000, inherit=True),
+    'resnet8': Student('resnet8', 20_000, hint_decay=2.0, inherit=True, iterations=40),
+    'wrn16_1': Student('wrn16_1', 8_000),
+    'vgg': Student('cifar_vgg', 8_000),
+    'mobilenet': Student('cifar_mobilenet', 8_000),
+    'answers': Student('resnet20', 62_500, learning_rate=0.02, hint=0.0),
 }
 
 
@@ -36,7 +51,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     if arg not in ('', 'smoke', *STUDENTS):
         raise ValueError(f'This config knows the arguments {", ".join(STUDENTS)} and smoke, not {arg!r}')
     config = base_config('cifar10_fast')
-    network, updates, rate, hint, inherit = STUDENTS.get(arg, STUDENTS['resnet20'])
+    student = STUDENTS.get(arg, STUDENTS['resnet20'])
     teacher, verifier = ('resnet32', 'resnet20') if arg in ('', 'smoke', 'resnet20') else ('resnet20', 'resnet32')
     sgd = {'optimiser': 'sgd', 'learning_rate': 0.1, 'weight_decay': 5e-4, 'shift': 4, 'flip': True}
     config.data.name = 'cifar10'
@@ -44,10 +59,12 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     config.verifier.network = verifier
     for group in (config.teacher.training, config.verifier.training):  # where no weights are given: 200 epochs
         group.update(updates=78_000, warmup=1000, **sgd)
-    config.student.update(network=network, inherit=inherit)
+    config.student.update(network=student.network, inherit=student.inherit)
     config.synthesis.images = 20 * 256
-    config.distillation.update(updates=updates, batch_size=16, warmup=100, clip_norm=30.0, controls=(), **sgd)
-    config.distillation.update(learning_rate=rate, hint=hint)
+    config.synthesis.stages[0].iterations = student.iterations
+    config.distillation.update(batch_size=16, warmup=100, clip_norm=30.0, color_jitter=0.2, cutmix=0.5, controls=(), **sgd)
+    config.distillation.update(updates=student.updates, learning_rate=student.learning_rate)
+    config.distillation.update(hint=student.hint, hint_decay=student.hint_decay)
     config.logging.update(every=100, checkpoint_every=500)
     if arg == 'smoke':
         shrink(config)
