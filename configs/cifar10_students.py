@@ -37,7 +37,7 @@ class Student(NamedTuple):
 
 
 STUDENTS = {
-    'resnet20': Student('resnet20', 6_000, inherit=True),
+    'resnet20': Student('resnet20', 8_000, inherit=True),
     'resnet8': Student('resnet8', 20_000, hint_decay=2.0, inherit=True, iterations=40),
     'wrn16_1': Student('wrn16_1', 8_000),
     'vgg': Student('cifar_vgg', 8_000),
