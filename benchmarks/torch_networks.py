@@ -203,6 +203,40 @@ class MobileNetV1(nn.Module):
         return self.conv_preds(x.mean((2, 3), keepdim=True)).flatten(1)
 
 
+class Separable(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv_dw = nn.Conv2d(inputs, inputs, 3, stride, 1, groups=inputs, bias=False)
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv_pw = nn.Conv2d(inputs, outputs, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+
+    def forward(self, x):
+        x = relu6(self.bn1(self.conv_dw(x)))
+        return relu6(self.bn2(self.conv_pw(x)))
+
+
+class TimmMobileNetV1(nn.Module):
+    """timm's: margins of 1 on every side, BatchNorm's epsilon .00001."""
+
+    def __init__(self, classes: int, channels: Sequence[int]):
+        super().__init__()
+        before, *outputs = channels
+        self.conv_stem = nn.Conv2d(3, before, 3, 2, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(before)
+        stages = []
+        for stage, (count, after) in enumerate(zip((1, 2, 2, 6, 2), outputs, strict=True)):
+            first = Separable(before, after, 2 if stage else 1)
+            stages.append(nn.Sequential(first, *(Separable(after, after, 1) for _ in range(count - 1))))
+            before = after
+        self.blocks = nn.Sequential(*stages)
+        self.classifier = nn.Linear(before, classes)
+
+    def forward(self, x):
+        x = self.blocks(relu6(self.bn1(self.conv_stem(x))))
+        return self.classifier(x.mean((2, 3)))
+
+
 def normalised(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
     """A convolution, BatchNorm, ReLU6."""
     conv = nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
@@ -255,7 +289,7 @@ class SqueezeNet(nn.Module):
         x = relu(self.conv0(x))
         for i in range(1, 25, 3):
             if i in (1, 7, 13):
-                x = max_pool2d(x, 3, 2)
+                x = max_pool2d(x, 3, 2, ceil_mode=True)
             x = relu(getattr(self, f'conv{i}')(x))
             x = torch.cat([relu(getattr(self, f'conv{i + 1}')(x)), relu(getattr(self, f'conv{i + 2}')(x))], 1)
         return relu(self.conv25(x)).mean((2, 3))
@@ -275,6 +309,7 @@ NETWORKS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...], tuple]] = {
     'imagenet_vgg16_bn': (ImageNetVGG, (*VGG_CHANNELS, 4096), (CONVOLUTIONS[16],)),
     **{f'wrn{6 * n + 4}_{k}': (WideResNet, (16, 16 * k, 32 * k, 64 * k), (n,)) for n, k in ((2, 1), (2, 2), (6, 1), (6, 2))},
     'mobilenet_v1': (MobileNetV1, (32, 64, 128, 128, 256, 256, *[512] * 6, 1024, 1024), ()),
+    'timm_mobilenet_v1': (TimmMobileNetV1, (32, 64, 128, 256, 512, 1024), ()),
     'mobilenet_v2': (MobileNetV2, (32, 16, 24, 32, 64, 96, 160, 320, 1280), ()),
     'inception_v3': (InceptionV3, (16,), ()),
     'squeezenet1_1': (SqueezeNet, (64, 16, 16, 32, 32, 48, 48, 64, 64), ()),

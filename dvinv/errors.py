@@ -1,4 +1,7 @@
-"""The one exception that is meant for the user's eyes, and how its sentences list."""
+"""What is meant for the user's eyes: the one exception, how its sentences list, and what is said but once."""
+
+import functools
+import sys
 
 
 class DvinvError(Exception):
@@ -11,3 +14,9 @@ class DvinvError(Exception):
 def listed(names: list[str], most: int = 12) -> str:
     """The first so many names, and how many more there are."""
     return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
+
+
+@functools.cache
+def say_once(sentence: str) -> None:
+    """Prints a sentence to stderr, where the process has not printed it before."""
+    print(f'dvinv: {sentence}', file=sys.stderr, flush=True)

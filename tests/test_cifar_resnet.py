@@ -75,12 +75,12 @@ def test_prefixes_and_counters_of_pytorch_are_understood(state):
 def test_files_that_are_missing_unknown_or_could_run_code_are_refused(tmp_path, state):
     with pytest.raises(DvinvError, match='not there'):
         read_state_dict(tmp_path / 'none.npz')
-    (tmp_path / 'weights.bin').write_bytes(b'')
-    with pytest.raises(DvinvError, match=r'must end in \.npz'):
-        read_state_dict(tmp_path / 'weights.bin')
+    (tmp_path / 'weights.h6').write_bytes(b'?')
+    with pytest.raises(DvinvError, match=r'\(it is of no known kind\): dvinv reads a PyTorch state dict .*\(\.npz\)'):
+        read_state_dict(tmp_path / 'weights.h6')
     (tmp_path / 'cut.safetensors').write_bytes(b'\x08')
     with pytest.raises(DvinvError, match='cannot be read'):
         read_state_dict(tmp_path / 'cut.safetensors')
     np.savez(tmp_path / 'objects.npz', weights=np.array([object()], object))
-    with pytest.raises(DvinvError, match='cannot be read'):
+    with pytest.raises(DvinvError, match=r'objects\.npz holds Python objects \(weights\), which could run code'):
         read_state_dict(tmp_path / 'objects.npz')

@@ -1,12 +1,14 @@
 """The ImageNet networks: PyTorch's logits, Keras's and Gluon's names, strict import, and real photos."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from golden.drawn import draw_images, draw_state
+from safetensors.numpy import save_file
 
 from dvinv import from_linen
 from dvinv.data.dataset import Source
@@ -14,7 +16,7 @@ from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
 from dvinv.evaluation import logits_of, top_accuracy
 from dvinv.networks import classifier_of, create, image_shape, read_classifier, shapes_of
-from dvinv.networks.weights import import_weights
+from dvinv.networks.weights import import_weights, read_state_dict
 
 PIXELS = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 SYMMETRIC = {'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5)}
@@ -45,8 +47,8 @@ def named_as_gluon(state: dict) -> dict:
     return {f'squeezenet0_{key.replace(".", "_")}': tensor for key, tensor in state.items()}
 
 
-NAMED = {'mobilenet_v1': named_as_keras, 'squeezenet1_1': named_as_gluon}
-HEADS = {'mobilenet_v1': 'conv_preds', 'squeezenet1_1': 'conv25'}
+NAMED = {'mobilenet_v1': named_as_keras, 'squeezenet1_1': named_as_gluon, 'timm_mobilenet_v1': dict}
+HEADS = {'mobilenet_v1': 'conv_preds', 'squeezenet1_1': 'conv25', 'timm_mobilenet_v1': 'classifier'}
 
 
 def narrow_state(name: str, num_classes: int = 10) -> dict:
@@ -54,6 +56,15 @@ def narrow_state(name: str, num_classes: int = 10) -> dict:
     shapes = json.loads(str(GOLDEN[f'{name}/shapes']))
     shapes = {key: [num_classes, *shape[1:]] if key.startswith(HEADS[name]) else shape for key, shape in shapes.items()}
     return NAMED[name](draw_state(shapes, seed=0))
+
+
+def named_as_torchvision(state: dict) -> dict:
+    """The weights of a SqueezeNet in the names of torchvision."""
+    fires = [f'features.{place}' for place in (3, 4, 6, 7, 9, 10, 11, 12)]
+    layers = [f'{fire}.{layer}' for fire in fires for layer in ('squeeze', 'expand1x1', 'expand3x3')]
+    names = ['features.0', *layers, 'classifier.1']
+    parts = [(key, *re.fullmatch(r'squeezenet0_conv(\d+)_(\w+)', key).groups()) for key in state]
+    return {f'{names[int(index)]}.{leaf}': state[key] for key, index, leaf in parts}
 
 
 def size_of(tree) -> int:
@@ -85,6 +96,26 @@ def test_published_weights_know_real_photos(real_data, name, file, width, pixels
     logits, labels = logits_of(classifier, photos.images[::step], 50), photos.labels[::step]
     assert abs(top_accuracy(logits, labels) - top1) < 0.003
     assert abs(top_accuracy(logits, labels, 5) - top5) < 0.003
+
+
+def test_a_squeezenet_of_torchvision_is_that_of_gluon(tmp_path):
+    state = narrow_state('squeezenet1_1')
+    np.savez(tmp_path / 'gluon.npz', **state)
+    save_file(named_as_torchvision(state), tmp_path / 'torchvision.safetensors')
+    (_, gluon, _), (_, torchvision, about) = (
+        read_classifier(tmp_path / name, 'squeezenet1_1', width=0.25, **PIXELS)
+        for name in ('gluon.npz', 'torchvision.safetensors')
+    )
+    assert about['num_classes'] == 10
+    jax.tree.map(np.testing.assert_array_equal, gluon, torchvision)
+
+
+def test_a_published_squeezenet_is_read_in_the_names_of_torchvision(real_data):
+    state = read_state_dict(real_data / 'imagenet_squeezenet1.1.npz')
+    module = create('squeezenet1_1', 1000)
+    renamed = named_as_torchvision(state)
+    assert {'features.0.weight', 'features.3.squeeze.weight', 'features.12.expand3x3.bias'} < renamed.keys()
+    jax.tree.map(np.testing.assert_array_equal, *(import_weights(module, (224, 224, 3), s) for s in (state, renamed)))
 
 
 def test_squeezenet_drops_features_in_training():

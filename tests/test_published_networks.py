@@ -205,6 +205,7 @@ def test_weights_of_keras_are_imported_as_strictly(keras, change, words):
 class Tensor(SimpleNamespace):
     """As much of PyTorch's as reading takes."""
 
+    dtype = 'torch.float32'
     detach = float = lambda self: self
 
     def numpy(self):
@@ -223,7 +224,7 @@ def checkpoint(monkeypatch, tmp_path):
         monkeypatch.setitem(
             sys.modules, 'torch', SimpleNamespace(load=load, is_tensor=lambda value: isinstance(value, Tensor))
         )
-        (tmp_path / 'model.th').touch()
+        (tmp_path / 'model.th').write_bytes(b'\x80\x02')
         return tmp_path / 'model.th'
 
     return checkpoint
@@ -253,7 +254,7 @@ def test_a_checkpoint_that_is_no_dict_is_told(checkpoint):
 def test_without_pytorch_its_files_are_refused(monkeypatch, tmp_path, suffix):
     monkeypatch.setitem(sys.modules, 'torch', None)
     path = tmp_path / f'model.{suffix}'
-    path.touch()
+    path.write_bytes(b'\x80\x02')
     with pytest.raises(DvinvError, match=rf'model\.{suffix} needs PyTorch to be read; install torch'):
         read_state_dict(path)
 

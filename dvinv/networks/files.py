@@ -1,6 +1,7 @@
 """Networks as files: dvinv's own, which describe themselves, and weights that others published."""
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -12,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from dvinv.errors import DvinvError
-from dvinv.networks import registry
+from dvinv.networks import formats, registry
 from dvinv.networks.channels.module import Narrow
 from dvinv.networks.classifier import Classifier, apply_fn_of, flatten, unflatten
-from dvinv.networks.weights import count_classes, import_weights, read_state_dict
+from dvinv.networks.weights import MisfitError, agreement, count_classes, import_weights, read_state_dict, refuse_values
 from dvinv.runtime.files import write_atomic
 
 
@@ -101,11 +102,14 @@ def read_classifier(path: Path, network: str, *, mean, std, width: float = 1.0, 
       in `save_network`.
 
     Raises:
-      DvinvError: the file is missing, damaged, or holds another network; lists the tensors that do not fit.
+      DvinvError: the file is missing, damaged, or holds another network (lists the tensors that do not fit, and names the
+        network that does), or values that no trained network has.
     """
     path = Path(path)
-    if path.suffix == '.safetensors' and _is_ours(path):
+    if formats.kind_of(path) == 'safetensors' and _is_ours(path):
         variables, about = load_network(path)
+        arrays = {variable: leaf for variable, leaf in flatten(variables).items() if leaf.dtype.kind == 'f'}
+        refuse_values({variable: variable for variable in arrays}, arrays)
         if about['network'] != network:
             raise DvinvError(f'{path} holds a {about["network"]}, but {field} is {network}.')
         return module_of(about), variables, about
@@ -121,7 +125,37 @@ def read_classifier(path: Path, network: str, *, mean, std, width: float = 1.0, 
         'mean': tuple(mean),
         'std': tuple(std),
     }
-    return module, import_weights(module, image_shape, state), about
+    try:
+        return module, import_weights(module, image_shape, state, str(path)), about
+    except MisfitError as error:
+        if other := _fitting(state, network, width):
+            raise DvinvError(f'{error} Names and shapes are those of {other}: set {field} to that.') from error
+        raise
+
+
+def _fitting(state: dict[str, np.ndarray], network: str, width: float) -> str:
+    """Returns the network of the registry that has the names and shapes of `state`, which `network` has not; '' if none."""
+
+    def agrees(name: str) -> tuple[float, bool]:
+        return agreement(registry.create(name, 1, width), _template(name, width), state)
+
+    same_names, family, strangers = agrees(network)[0] == 1, registry.NETWORKS[network].family, set()
+    for name, other in registry.NETWORKS.items():
+        # To look at all takes many seconds, so not at families with which the file has no names in common.
+        if other.family in strangers or (same_names and other.family != family):
+            continue
+        share, whole = agrees(name)
+        if whole:
+            return name
+        if share < 0.1:
+            strangers.add(other.family)
+    return ''
+
+
+@functools.cache
+def _template(name: str, width: float) -> dict:
+    """Returns {path: shape} of the variables of a network with one class."""
+    return flatten(registry.shapes_of(registry.create(name, 1, width), registry.image_shape(name)))
 
 
 def _is_ours(path: Path) -> bool:

@@ -1,12 +1,15 @@
 """The MobileNet of Howard et al. (arXiv 1704.04861): a 3x3 stem, then pairs of a depthwise and a pointwise convolution.
 
-Semantics and names are Keras's: submodules' paths spell the keys ('conv_dw_1_bn' is `conv_dw_1_bn/gamma` and so on).
+Semantics and names of `MobileNetV1` are Keras's: submodules' paths spell the keys ('conv_dw_1_bn' is `conv_dw_1_bn/gamma`
+and so on). timm's has the same layers with other margins and another epsilon, and so is a network of its own.
 """
 
 from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
+
+from dvinv.networks.torch_layers import batch_norm, conv
 
 STRIDES = (2, 1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)  # of the stem, then of the depthwise convolutions
 
@@ -33,3 +36,36 @@ class MobileNetV1(nn.Module):
             x = layer(x, f'conv_pw_{pair}', channels, 1)
         # Keras's head is a convolution, so its kernel is [1, 1, C, K].
         return nn.Conv(self.num_classes, (1, 1), name='conv_preds')(x.mean((1, 2), keepdims=True))[:, 0, 0]
+
+
+class Separable(nn.Module):
+    """A depthwise 3x3 convolution and a 1x1 convolution to `channels`, each with BatchNorm and ReLU6."""
+
+    channels: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        depthwise = conv(x.shape[-1], 3, self.stride, groups=x.shape[-1], name='conv_dw')
+        x = nn.relu6(batch_norm(train, 'bn1')(depthwise(x)))
+        return nn.relu6(batch_norm(train, 'bn2')(conv(self.channels, 1, name='conv_pw')(x)))
+
+
+class TimmMobileNetV1(nn.Module):
+    """timm's mobilenetv1_100, with PyTorch's margins and epsilon. x [B, H, W, 3] -> logits [B, K].
+
+    Submodules' paths spell the keys ('blocks_1_0/conv_dw' is `blocks.1.0.conv_dw`).
+    """
+
+    num_classes: int
+    channels: Sequence[int] = (32, 64, 128, 256, 512, 1024)  # of the stem, then a stage
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        stem, *stages = self.channels
+        x = nn.relu6(batch_norm(train, 'bn1')(conv(stem, 3, 2, name='conv_stem')(x)))
+        for stage, (channels, blocks) in enumerate(zip(stages, (1, 2, 2, 6, 2), strict=True)):
+            for block in range(blocks):
+                stride = 2 if stage and not block else 1
+                x = Separable(channels, stride, name=f'blocks_{stage}_{block}')(x, train)
+        return nn.Dense(self.num_classes, name='classifier')(x.mean((1, 2)))

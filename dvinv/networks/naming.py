@@ -6,11 +6,14 @@ Keras      layer1_0/conv1/kernel           layer1_0/bn1/moving_mean
 Gluon      resnet0_layer1_0_conv1_weight   resnet0_layer1_0_bn1_running_mean
 """
 
+import dataclasses
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
+
+from dvinv.errors import DvinvError, listed
 
 # Flax's names of leaves, and theirs. Keras has two for a kernel, and others for what BatchNorm has.
 PYTORCH = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias', 'mean': 'running_mean', 'var': 'running_var'}
@@ -20,6 +23,9 @@ GLUON = {'kernel': ('weight',), 'bias': ('bias',)}
 GLUON_BATCH_NORM = {'scale': ('gamma',), 'bias': ('beta',), 'mean': ('running_mean',), 'var': ('running_var',)}
 # 'squeezenet0_conv0_weight': the network's name comes first, numbered as the process that saved it happened to count.
 GLUON_KEY = re.compile(r'([a-z]+\d+_)\w+_(weight|bias|gamma|beta|running_mean|running_var)')
+# Modules that PyTorch puts around another: for several devices, for compilation, for recomputation.
+WRAPPERS = {'module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module'}
+AVERAGED = re.compile(r'(^|[._])(ema|averaged?|shadow|swa)([._]|$)')  # in the name of a copy with averaged weights
 
 
 def find_keys(
@@ -44,6 +50,57 @@ def find_keys(
         if sum(other in keys for _, other in spellings.values()) > sum(usual in keys for usual, _ in spellings.values()):
             spellings = {path: mine[::-1] for path, mine in spellings.items()}
     return {path: next((key for key in mine if key in keys), mine[0]) for path, mine in spellings.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Unwrapped:
+    """The keys of a file that are a network's.
+
+    Attributes:
+      names: {key as a file of the network alone has it: the key in this file}.
+      prefix: what stands before the former in the latter, 'module.' for instance.
+      aside: the keys of the file that belong to something else.
+    """
+
+    names: dict[str, str]
+    prefix: str = ''
+    aside: tuple[str, ...] = ()
+
+
+def unwrapped(keys: Collection[str], find: Callable[[Collection[str]], dict[str, str]]) -> Unwrapped:
+    """Returns the keys without what wrappers, training frameworks and averaging put before a network's own.
+
+    Where nothing is to be taken away by which most of the network's keys are found, the keys are left as they are.
+
+    Args:
+      find: keys to {path: key} of the network, as `find_keys`.
+
+    Raises:
+      DvinvError: several such networks are in the file.
+    """
+    wanted = {*find(keys).values()}
+    if wanted <= {*keys}:  # averaged copies may lie beside it
+        copies = tuple(key for key in keys if key not in wanted and AVERAGED.search(key.rpartition('.')[0]))
+        return Unwrapped({key: key for key in keys if key not in copies}, aside=copies)
+    plain = {'.'.join(part for part in key.split('.') if part not in WRAPPERS): key for key in keys}
+    if len(plain) < len(keys):
+        plain = {key: key for key in keys}
+    counts = Counter(key[: end + 1] for key in plain for end, sign in enumerate(key) if sign in './')
+    found, missing = {}, {}
+    for prefix in ['', *sorted(prefix for prefix, count in counts.items() if 2 * count > len(wanted))]:
+        found[prefix] = {key.removeprefix(prefix): name for key, name in plain.items() if key.startswith(prefix)}
+        missing[prefix] = len({*find(found[prefix]).values()} - found[prefix].keys())
+    complete = [prefix for prefix in found if not missing[prefix] and not AVERAGED.search(prefix)]
+    if len(complete) > 1:
+        raise DvinvError(
+            f'These weights hold several such networks, under {listed(complete)}, and nothing says which is meant; save the '
+            'state dict of one alone.'
+        )
+    best = min(found, key=lambda prefix: (missing[prefix], prefix != '', bool(AVERAGED.search(prefix)), len(prefix)))
+    if 2 * missing[best] > len(wanted):
+        return Unwrapped({key: key for key in keys})
+    (key, name), own = next(iter(found[best].items())), {*found[best].values()}
+    return Unwrapped(found[best], name.removesuffix(key), tuple(name for name in keys if name not in own))
 
 
 def to_flax_layout(key: str, tensor: np.ndarray, ndim: int) -> np.ndarray:

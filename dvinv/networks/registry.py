@@ -12,7 +12,7 @@ import numpy as np
 from dvinv.errors import DvinvError
 from dvinv.networks.cifar_resnet import CifarResNet
 from dvinv.networks.inception_v3 import InceptionV3
-from dvinv.networks.mobilenet_v1 import MobileNetV1
+from dvinv.networks.mobilenet_v1 import MobileNetV1, TimmMobileNetV1
 from dvinv.networks.mobilenet_v2 import LAST, MobileNetV2, in_eighths
 from dvinv.networks.residual import BasicBlock, Bottleneck, imagenet_stem
 from dvinv.networks.resnet import ResNet
@@ -84,6 +84,9 @@ NETWORKS: dict[str, Network] = {
         MobileNetV2, IMAGENET, {'channels': (32, 16, 24, 32, 64, 96, 160, 320), 'last': LAST}, rounding=in_eighths
     ),
     'mobilenet_v1': Network(MobileNetV1, IMAGENET, {'channels': (32, 64, 128, 128, 256, 256, *[512] * 6, 1024, 1024)}),
+    'timm_mobilenet_v1': Network(
+        TimmMobileNetV1, IMAGENET, {'channels': (32, 64, 128, 256, 512, 1024)}, rounding=in_eighths
+    ),
     'inception_v3': Network(InceptionV3, (299, 299, 3), {'unit': 16}),
     'squeezenet1_1': Network(SqueezeNet, IMAGENET, {'channels': (64, 16, 16, 32, 32, 48, 48, 64, 64)}),
     'small_resnet': Network(SmallResNet, DIGITS, {'channels': (32, 64), 'hidden': 64}),

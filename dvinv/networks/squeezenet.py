@@ -1,9 +1,11 @@
 """SqueezeNet 1.1 of Iandola et al. (arXiv 1602.07360): fire modules, no BatchNorm.
 
-Submodules count the convolutions as Gluon does: 'conv0' is `squeezenet0_conv0_weight` and `squeezenet0_conv0_bias`.
+Submodules count the convolutions as Gluon does: 'conv0' is `squeezenet0_conv0_weight` and `squeezenet0_conv0_bias`; in
+torchvision's state dict it is `features.0.weight` and `features.0.bias`.
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -14,6 +16,21 @@ from dvinv.networks.torch_layers import conv
 
 POOLED = (0, 2, 4)  # the fire modules with a max-pooling before them
 SMALLEST = 31  # height and width that the stem and three poolings leave one pixel of
+FIRES = (3, 4, 6, 7, 9, 10, 11, 12)  # where torchvision's list of layers has the fire modules
+
+
+def torchvision_names() -> dict[str, str]:
+    """{a submodule here: in torchvision}."""
+    parts = ('squeeze', 'expand1x1', 'expand3x3')
+    fires = [f'features.{place}.{part}' for place in FIRES for part in parts]
+    names = ['features.0', *fires, 'classifier.1']
+    return {f'conv{index}': name for index, name in enumerate(names)}
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """x [B, H, W, C] halved; a last window that reaches beyond the picture counts, as in Gluon and torchvision."""
+    margins = [(0, (length - 3) % 2) for length in x.shape[1:3]]
+    return nn.max_pool(x, (3, 3), (2, 2), margins)
 
 
 class SqueezeNet(nn.Module):
@@ -21,6 +38,8 @@ class SqueezeNet(nn.Module):
 
     num_classes: int
     channels: Sequence[int] = (64, 16, 16, 32, 32, 48, 48, 64, 64)  # of the stem, then what a fire module squeezes to
+
+    aliases: ClassVar[dict[str, str]] = torchvision_names()
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -36,7 +55,7 @@ class SqueezeNet(nn.Module):
         x = nn.relu(nn.Conv(stem, (3, 3), (2, 2), 'VALID', name='conv0')(x))
         for fire, channels in enumerate(squeezed):
             if fire in POOLED:
-                x = nn.max_pool(x, (3, 3), (2, 2))
+                x = max_pool(x)
             index = 3 * fire + 1
             x = layer(x, index, channels, 1)
             x = jnp.concatenate([layer(x, index + 1, 4 * channels, 1), layer(x, index + 2, 4 * channels, 3)], axis=-1)

@@ -1,20 +1,21 @@
-"""Published weights into Flax variables, strictly: every tensor finds its place, every place its tensor.
-
-A PyTorch state dict comes as `.npz`, `.safetensors`, or `.pth`, `.pt`, `.th` (where torch is installed, and then with
-weights_only=True: an untrusted file must not run code); Keras and Gluon weights come as `.npz`.
-"""
+"""Published weights into Flax variables, strictly: every tensor finds its place, every place its tensor."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import flax.linen as nn
-import jax
+import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file
 
-from dvinv.errors import DvinvError, listed
+from dvinv.errors import DvinvError, listed, say_once
 from dvinv.networks.classifier import flatten, unflatten
-from dvinv.networks.naming import find_keys, to_flax_layout
+from dvinv.networks.formats import read_tensors
+from dvinv.networks.naming import find_keys, to_flax_layout, unwrapped
+from dvinv.networks.registry import shapes_of
+
+
+class MisfitError(DvinvError):
+    """The weights have other names or shapes than the network."""
 
 
 def read_state_dict(path: Path) -> dict[str, np.ndarray]:
@@ -23,46 +24,66 @@ def read_state_dict(path: Path) -> dict[str, np.ndarray]:
     Raises:
       DvinvError: the file is missing, damaged, of another kind, or would run code.
     """
-    path = Path(path)
-    if not path.exists():
-        raise DvinvError(f'The weights file {path} is not there.')
-    if path.suffix not in READERS:
-        raise DvinvError(f'{path} is no weights file that dvinv reads; it must end in {", ".join(READERS)}.')
-    try:
-        return READERS[path.suffix](path)
-    except DvinvError:
-        raise
-    except Exception as error:  # numpy, zipfile, zlib, safetensors and torch raise many kinds here
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DvinvError(f'The weights file {path} cannot be read ({reason}); get it again.') from error
+    return read_tensors(Path(path))
 
 
-def import_weights(module: nn.Module, image_shape, state: dict[str, np.ndarray]) -> dict:
+def import_weights(module: nn.Module, image_shape, state: dict[str, np.ndarray], source: str = 'These weights') -> dict:
     """The variables, float32 numpy arrays, of `module` for images [H, W, C] from PyTorch's, Keras's or Gluon's tensors.
 
     Submodules' paths spell the keys, as `naming` tells; a `module.aliases` has other names of theirs, and a `module.unused`
-    what keys begin with that are left aside.
+    what keys begin with that are left aside. What wrappers put before the keys is left out, and said once.
+
+    Args:
+      source: what that line calls the weights.
 
     Raises:
-      DvinvError: keys that are missing or left over, or shapes that differ; lists them.
+      DvinvError: tensors that are integers, or have values that no trained network has; names them.
+      MisfitError: keys that are missing or left over, or shapes that differ; lists them.
     """
-    template, state, unused = _shapes(module, image_shape), _without_wrapping(state), getattr(module, 'unused', ())
-    state = {key: tensor for key, tensor in state.items() if not key.startswith(unused)}
-    keys = _keys(module, template, state)
-    name, wanted = type(module).__name__, set(keys.values())
-    for problem, unmatched in (('lack', wanted - state.keys()), ('have left over', state.keys() - wanted)):
-        if unmatched:
-            raise DvinvError(
-                f'These weights do not fit {name}: they {problem} {listed(sorted(unmatched))}. Is it another depth or '
-                'another network?'
-            )
-    arrays = {path: to_flax_layout(key, np.asarray(state[key]), template[path].ndim) for path, key in keys.items()}
-    wrong = [f'{key} {np.shape(state[key])}' for path, key in keys.items() if arrays[path].shape != template[path].shape]
-    if wrong:
-        raise DvinvError(
-            f'These weights do not fit {name}: other shapes than expected have {listed(sorted(wrong))}. Is it another width?'
-        )
-    return unflatten({path: array.astype(np.float32) for path, array in arrays.items()})
+    template, state, unused = (
+        flatten(shapes_of(module, image_shape)),
+        _without_counters(state),
+        getattr(module, 'unused', ()),
+    )
+    found = unwrapped(state.keys(), lambda keys: _keys(module, template, keys))
+    names = {key: name for key, name in found.names.items() if not key.startswith(unused)}
+    keys = _keys(module, template, names.keys())
+    _refuse_integers({name: state[name] for name in names.values()})
+    _refuse_misfits(type(module).__name__, [*state], names, found.prefix, {*keys.values()})
+    arrays = {path: to_flax_layout(key, state[names[key]], template[path].ndim) for path, key in keys.items()}
+    _refuse_shapes(type(module).__name__, {names[key]: (arrays[path], template[path]) for path, key in keys.items()}, state)
+    with np.errstate(over='ignore'):  # what float32 has no number for is refused below
+        arrays = {path: array.astype(np.float32) for path, array in arrays.items()}
+    refuse_values({path: names[key] for path, key in keys.items()}, arrays)
+    if found.prefix or found.aside:
+        prefix = f' {found.prefix!r} is left out of the keys.' if found.prefix else ''
+        aside = f' {listed([*found.aside], 3)} are not used.' if found.aside else ''
+        say_once(f'{source}:{prefix}{aside}')
+    return unflatten(arrays)
+
+
+def agreement(module: nn.Module, template: dict, state: dict[str, np.ndarray]) -> tuple[float, bool]:
+    """Returns how much `state` is like the weights of `module`, a network with one class.
+
+    Args:
+      template: {path: shape} of its variables.
+
+    Returns:
+      Which share of the network's keys it has; and whether names and shapes are the same but for the number of classes.
+    """
+    state, unused = _without_counters(state), getattr(module, 'unused', ())
+    names = unwrapped(state.keys(), lambda keys: _keys(module, template, keys)).names
+    names = {key: name for key, name in names.items() if not key.startswith(unused)}
+    keys = _keys(module, template, names.keys())
+    share = len({*keys.values()} & names.keys()) / len(keys)
+    if {*keys.values()} != names.keys():
+        return share, False
+    differing = set()
+    for path, key in keys.items():
+        shape, wanted = to_flax_layout(key, state[names[key]], template[path].ndim).shape, template[path].shape
+        if shape != wanted:
+            differing.add(path.rpartition('/')[0] if shape[:-1] == wanted[:-1] and wanted[-1] == 1 else path)
+    return share, len(differing) <= 1 and not differing & keys.keys()  # the head alone
 
 
 def count_classes(build: Callable[[int], nn.Module], image_shape, state: dict[str, np.ndarray]) -> int:
@@ -70,54 +91,67 @@ def count_classes(build: Callable[[int], nn.Module], image_shape, state: dict[st
 
     The head is what changes its shape with `num_classes` in `build(num_classes)`; its outputs are Flax's last axis.
     """
-    state = _without_wrapping(state)
-    few, many = (_shapes(build(num_classes), image_shape) for num_classes in (1, 2))
-    for path, key in _keys(build(1), few, state).items():
-        if few[path].shape != many[path].shape and np.ndim(state.get(key)) == few[path].ndim:
-            return to_flax_layout(key, state[key], few[path].ndim).shape[-1]
+    state, module = _without_counters(state), build(1)
+    few, many = (flatten(shapes_of(build(num_classes), image_shape)) for num_classes in (1, 2))
+    names = unwrapped(state.keys(), lambda keys: _keys(module, few, keys)).names
+    for path, key in _keys(module, few, names.keys()).items():
+        if few[path].shape != many[path].shape and key in names and np.ndim(state[names[key]]) == few[path].ndim:
+            return to_flax_layout(key, state[names[key]], few[path].ndim).shape[-1]
     return 1
 
 
-def _shapes(module: nn.Module, image_shape) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the variables of `module` are like, by path."""
-    image = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
-    return flatten(jax.eval_shape(lambda key, x: module.init(key, x, train=False), jax.random.key(0), image))
+def _keys(module: nn.Module, template, keys) -> dict[str, str]:
+    return find_keys(template.keys(), keys, getattr(module, 'aliases', {}), getattr(module, 'counted', True))
 
 
-def _keys(module: nn.Module, template, state) -> dict[str, str]:
-    return find_keys(template.keys(), state.keys(), getattr(module, 'aliases', {}), getattr(module, 'counted', True))
+def _without_counters(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Without what counts steps, such as BatchNorm's num_batches_tracked: integers without axes."""
+    arrays = {key: np.asarray(value) for key, value in state.items() if not key.endswith('num_batches_tracked')}
+    return {key: array for key, array in arrays.items() if array.ndim or jnp.issubdtype(array.dtype, jnp.floating)}
 
 
-def _without_wrapping(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Without the prefix of PyTorch's DataParallel, and without its BatchNorms' counters."""
-    return {key.removeprefix('module.'): value for key, value in state.items() if not key.endswith('num_batches_tracked')}
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
-        return dict(arrays)
-
-
-def _read_torch(path: Path) -> dict[str, np.ndarray]:
-    """A state dict, or a checkpoint that has one as 'state_dict'."""
-    try:
-        import torch
-    except ImportError as error:
-        raise DvinvError(f'{path} needs PyTorch to be read; install torch, or convert it to safetensors.') from error
-    import pickle
-
-    try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
+def _refuse_integers(tensors: dict[str, np.ndarray]) -> None:
+    wrong = [f'{name} ({array.dtype})' for name, array in tensors.items() if not jnp.issubdtype(array.dtype, jnp.floating)]
+    if wrong:
         raise DvinvError(
-            f'{path} is damaged, or holds more than tensors and could run code, so it is not read; save its state_dict '
-            'alone, or as safetensors.'
-        ) from error
-    state = state.get('state_dict', state) if isinstance(state, dict) else {'the whole': state}
-    others = [str(key) for key, value in state.items() if not torch.is_tensor(value)]
-    if others:
-        raise DvinvError(f'{path} is no state dict ({listed(others)}: no tensors); save the state_dict alone.')
-    return {key: tensor.detach().float().numpy() for key, tensor in state.items()}
+            f'These weights are not floating-point numbers: {listed(wrong, 3)}. Are they quantized? Use the float '
+            'weights from which they were made.'
+        )
 
 
-READERS = {'.npz': _read_npz, '.safetensors': load_file, '.pth': _read_torch, '.pt': _read_torch, '.th': _read_torch}
+def _refuse_misfits(network: str, file: list[str], names: dict[str, str], prefix: str, wanted: set[str]) -> None:
+    """Refuse keys that are missing or left over; `names` are as in `naming.Unwrapped`, `file` all keys of the file."""
+    missing, spare = wanted - names.keys(), names.keys() - wanted
+    has = f' The file has {listed(file, 4)}.' if 2 * len(missing) > len(wanted) else ''
+    for problem, unmatched in (
+        ('lack', [prefix + key for key in missing]),
+        ('have left over', [names[key] for key in spare]),
+    ):
+        if unmatched:
+            raise MisfitError(
+                f'These weights do not fit {network}: they {problem} {listed(sorted(unmatched))}. Is it another depth or '
+                f'another network?{has}'
+            )
+
+
+def _refuse_shapes(network: str, arrays: dict[str, tuple], state: dict[str, np.ndarray]) -> None:
+    """Refuse arrays with other shapes than expected; {name: (array, what is expected)}, shown as `state` has them."""
+    wrong = [f'{name} {state[name].shape}' for name, (array, wanted) in arrays.items() if array.shape != wanted.shape]
+    if wrong:
+        raise MisfitError(
+            f'These weights do not fit {network}: other shapes than expected have {listed(sorted(wrong))}. Is it another '
+            'width?'
+        )
+
+
+def refuse_values(names: dict[str, str], arrays: dict[str, np.ndarray]) -> None:
+    """Refuse numbers that no trained network has; `names` are those in the file, and both go by the variables' paths."""
+    for path, array in arrays.items():
+        wrong, what = ~np.isfinite(array), 'NaN or infinite'
+        if not wrong.any() and path.startswith('batch_stats/') and path.endswith('/var'):
+            wrong, what = array < 0, 'negative, though variances'
+        if wrong.any():
+            raise DvinvError(
+                f'Of the {array.size} numbers in {names[path]}, {wrong.sum()} are {what}. Did that training diverge, or is '
+                'the file damaged? Use weights from before.'
+            )

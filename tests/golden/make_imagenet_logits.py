@@ -13,6 +13,7 @@ from make_published_logits import create, logits_of, shapes_of
 SIZE = 72  # of the pictures: halved it gets odd, and SqueezeNet's last pooling leaves a row out
 WIDTHS = {
     'mobilenet_v1': 0.25,
+    'timm_mobilenet_v1': 0.25,
     'squeezenet1_1': 0.25,
     'mobilenet_v2': 0.25,
     'imagenet_vgg16_bn': 0.125,

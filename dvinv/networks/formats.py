@@ -1,0 +1,230 @@
+"""What a weights file is, by its first bytes rather than by its name, and the tensors that it holds.
+
+A PyTorch state dict comes as `.npz`, `.safetensors`, or in PyTorch's own formats, under any ending (`.pth`, `.pt`, `.th`,
+`.bin`, `.ckpt`, `.pth.tar`): these are read where torch is installed, with weights_only=True, for an untrusted file must not
+run code. Keras and Gluon weights come as `.npz`.
+"""
+
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  JAX needs it too; numpy knows bfloat16 by it
+import numpy as np
+from safetensors import safe_open
+
+from dvinv.errors import DvinvError, listed, say_once
+
+KNOWN = 'a PyTorch state dict (.pth, .pt, .bin, .ckpt, .safetensors), or named arrays (.npz)'
+STATE_DICT = "save the state dict, torch.save(network.state_dict(), 'weights.pth')"
+KERAS = "save the arrays, np.savez('weights.npz', **{variable.path: variable for variable in network.variables})"
+
+# (the first bytes as a regular expression, what such a file is, how its weights can be had): what dvinv does not read.
+OTHERS = (
+    (rb'version https://git-lfs', 'a pointer of Git LFS in place of the weights', 'get the file itself by git lfs pull'),
+    (rb'\s*<(!DOCTYPE|!doctype|html|HTML|\?xml)', 'a web page', 'download the file itself'),
+    (rb'\s*\{\s*"', 'a JSON text', 'name the file that holds the tensors; shards that an index names must be joined first'),
+    (rb'\x89HDF\r\n\x1a\n', 'an HDF5 file', f'with Keras, {KERAS}'),
+    (rb'GGUF', 'a GGUF file', 'use the float weights from which it was quantized'),
+    (rb'.{4}TFL3', 'a TensorFlow Lite model', 'use the weights from which it was converted'),
+    (rb'\x12\x01\x00{6}', 'a parameter file of MXNet', 'save its arrays under their names by numpy.savez'),
+    (rb'\x93NUMPY', 'a single array', 'save every tensor under its name by numpy.savez'),
+    (
+        rb'[\x81-\x8f\xde\xdf].{0,4}[\xa1-\xbf\xd9]',
+        'a msgpack file',
+        'restore it with Flax in a function, and name that by teacher.factory',
+    ),
+    (rb'\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf', 'compressed', 'decompress it'),
+    (rb'.{257}ustar', 'a tar archive', 'unpack it (one of PyTorch older than 0.1.10: load it there and save it anew)'),
+    (rb'\x08[\x01-\x1f][\x12\x1a\x3a\x42]', 'an ONNX graph', f'with the network from which it was exported, {STATE_DICT}'),
+)
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Returns the tensors of a weights file by name, in the dtypes that they have there.
+
+    Raises:
+      DvinvError: the file is missing, damaged, of a kind that is not read, or would run code.
+    """
+    read = READERS[kind_of(path)]
+    try:
+        return read(path)
+    except DvinvError:
+        raise
+    except Exception as error:  # numpy, zipfile, zlib, safetensors and torch raise many kinds here
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DvinvError(f'The weights file {path} cannot be read ({reason}); get it again.') from error
+
+
+def kind_of(path: Path) -> str:
+    """Returns which of `READERS` reads the file: by its content, and where that says nothing, by its ending.
+
+    Raises:
+      DvinvError: the file is missing, or of a kind that is not read; says what it is.
+    """
+    path = Path(path)
+    try:
+        with path.open('rb') as file:
+            start = file.read(512)
+    except FileNotFoundError as error:
+        raise DvinvError(f'The weights file {path} is not there.') from error
+    except IsADirectoryError as error:
+        raise DvinvError(
+            f'The weights file {path} is a folder; name a file in it, for instance model.safetensors.'
+        ) from error
+    except PermissionError as error:
+        raise DvinvError(f'The weights file {path} cannot be read ({error.strerror}).') from error
+    if not start:
+        raise DvinvError(f'The weights file {path} cannot be read (it is empty); get it again.')
+    if start[:2] == b'PK':
+        return _kind_of_archive(path)
+    if start[8:9] == b'{' and int.from_bytes(start[:8], 'little') + 8 <= path.stat().st_size:
+        return 'safetensors'
+    if re.match(rb'\x80[\x02-\x05]', start):
+        return 'torch'
+    for pattern, what, way_out in OTHERS:
+        if re.match(pattern, start, re.DOTALL):
+            raise _not_read(path, what, way_out)
+    if path.suffix not in ENDINGS:
+        raise _not_read(path, 'of no known kind', 'save it as one of these')
+    return ENDINGS[path.suffix]
+
+
+def _not_read(path: Path, what: str, way_out: str) -> DvinvError:
+    return DvinvError(f'The weights file {path} cannot be read (it is {what}): dvinv reads {KNOWN}; {way_out}.')
+
+
+def _kind_of_archive(path: Path) -> str:
+    """`kind_of` a zip archive, which numpy and PyTorch write, and others too."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise DvinvError(f'The weights file {path} cannot be read ({error}); get it again.') from error
+    if any(re.search(r'(^|/)(constants\.pkl|code/)', name) for name in names):
+        way_out = "save its state dict, torch.save(torch.jit.load(path).state_dict(), 'weights.pth')"
+        raise _not_read(path, 'a TorchScript archive, a program with its weights', way_out)
+    if any(re.search(r'(^|/)data\.pkl$', name) for name in names):
+        return 'torch'
+    if any(name.endswith('.weights.h5') for name in names):
+        raise _not_read(path, 'a Keras archive', f'with Keras, {KERAS}')
+    if names and all(name.endswith('.npy') for name in names):
+        return 'npz'
+    raise _not_read(path, f'a zip archive of {listed(names, 3) or "nothing"}', 'name a file in it')
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
+        return {_keras_name(name): _array_of(path, arrays, name) for name in arrays}
+
+
+def _array_of(path: Path, arrays, name: str) -> np.ndarray:
+    try:
+        return arrays[name]
+    except ValueError as error:
+        if 'allow_pickle' not in str(error):
+            raise
+        raise DvinvError(
+            f'{path} holds Python objects ({name}), which could run code and cannot be read; save every tensor under a name '
+            'of its own, by numpy.savez(path, **tensors).'
+        ) from error
+
+
+def _keras_name(name: str) -> str:
+    """Returns 'conv1/kernel' of 'conv1/kernel:0', as TensorFlow calls a variable."""
+    return name.removesuffix(':0')
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    with safe_open(path, 'numpy') as file:
+        names = file.keys()
+        dtypes = {name: file.get_slice(name).get_dtype() for name in names}
+        _refuse_small_floats(path, {name: dtype for name, dtype in dtypes.items() if re.match('F[468]', dtype)})
+        return {name: file.get_tensor(name) for name in names}
+
+
+def _refuse_small_floats(path: Path, dtypes: Mapping[str, str]) -> None:
+    """Refuses {name: dtype} of quantized tensors; raises DvinvError where there are some."""
+    if dtypes:
+        raise DvinvError(
+            f'{path} holds quantized weights: {listed([f"{name} ({dtype})" for name, dtype in dtypes.items()], 3)}. What '
+            'scales them is not known here; use the float weights from which they were made.'
+        )
+
+
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
+    """A state dict, or the one in a training checkpoint."""
+    try:
+        import torch
+    except ImportError as error:
+        raise DvinvError(f'{path} needs PyTorch to be read; install torch, or convert it to safetensors.') from error
+    import pickle
+
+    try:
+        content = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r'GLOBAL ([\w.]+)', str(error))
+        what = f'more than tensors ({found[1]})' if found else 'more than tensors'
+        raise DvinvError(
+            f'{path} is damaged, or holds {what} and could run code, so it is not read; {STATE_DICT}, or as safetensors.'
+        ) from error
+    state = _state_dict_of(path, content, torch.is_tensor)
+    dtypes = {key: str(tensor.dtype).removeprefix('torch.') for key, tensor in state.items()}
+    _refuse_small_floats(path, {key: dtype for key, dtype in dtypes.items() if re.match('q|float[48]', dtype)})
+    return {key: (tensor.float() if dtypes[key] == 'bfloat16' else tensor).detach().numpy() for key, tensor in state.items()}
+
+
+# What checkpoints call the state dict of the network, in the order of preference where a checkpoint has several.
+STATE_DICTS = ('state_dict', 'model_state_dict', 'model', 'net', 'network', 'module', 'params', 'weights')
+
+
+def _state_dict_of(path: Path, content, is_tensor: Callable) -> dict:
+    """Returns the one mapping in a checkpoint that has a network's tensors.
+
+    Args:
+      content: nested mappings; a state dict's values are tensors, and numbers and texts beside them count for nothing.
+
+    Raises:
+      DvinvError: there is none, or there are several and none has a usual name.
+    """
+    found = dict(_state_dicts(content, is_tensor))
+    if not found:
+        keys = [str(key) for key in _inmost(content)] if isinstance(content, Mapping) else ['the whole']
+        raise DvinvError(f'{path} is no state dict ({listed(keys)}: no tensors); save the state_dict alone.')
+    usual = [place for name in STATE_DICTS for place in found if place[-1:] == (name,)]
+    places = usual or ([()] if () in found else [*found])
+    if len(places) > 1 and not usual:
+        several = listed(['.'.join(place) for place in found])
+        raise DvinvError(f'{path} holds several state dicts, {several}, and nothing says which is meant; save one alone.')
+    place = places[0]
+    if place:
+        others = ['.'.join(other) for other in found if other and other != place]
+        aside = f'; {listed(others)} not' if others else ''
+        say_once(f'{path} is a checkpoint: its {".".join(place)} is read{aside}.')
+    return found[place]
+
+
+def _state_dicts(content, is_tensor: Callable, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict]]:
+    """Yields (names that lead there, {key: tensor}) of every mapping of tensors within `content`."""
+    if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
+        return  # an optimizer's state goes by numbers
+    tensors = {key: value for key, value in content.items() if is_tensor(value)}
+    if tensors:
+        yield place, tensors
+    for key, value in content.items():
+        yield from _state_dicts(value, is_tensor, (*place, key))
+
+
+def _inmost(content: Mapping) -> Mapping:
+    """Returns what a checkpoint without tensors has in place of a state dict."""
+    inner = content.get('state_dict')
+    return inner if isinstance(inner, Mapping) and inner else content
+
+
+READERS = {'npz': _read_npz, 'safetensors': _read_safetensors, 'torch': _read_torch}
+ENDINGS = {
+    '.npz': 'npz',
+    '.safetensors': 'safetensors',
+    **dict.fromkeys(('.pth', '.pt', '.th', '.bin', '.ckpt', '.tar'), 'torch'),
+}
