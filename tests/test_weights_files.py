@@ -306,6 +306,7 @@ def test_quantized_tensors_of_pytorch_are_refused(checkpoint, state, dtype):
         read_state_dict(checkpoint(tensors(state, dtype=f'torch.{dtype}')))
 
 
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')  # of TorchScript, which PyTorch leaves
 def test_pytorch_itself_reads_what_training_leaves(tmp_path, state):
     torch = pytest.importorskip('torch')
     network = torch.nn.Linear(3, 2)
