@@ -8,12 +8,30 @@ from ml_collections import config_flags
 from dvinv.errors import DvinvError
 from dvinv.runtime import preemption
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'The config file, for instance configs/digits.py.')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'The folder for all that the run writes; the same command resumes it.')
-_PLAN = flags.DEFINE_bool('plan', False, 'Print what all tasks will cost here, from a few timed steps, and write nothing.')
-_SEEDS = flags.DEFINE_integer('seeds', 0, 'Run the config with this many seeds, each in a folder of its own; 0: once.')
+# A module that teacher.factory names may define flags of these names too, as many a training script does: they give way.
+_CONFIG = config_flags.DEFINE_config_file(
+    'config', None, 'The config file, for instance configs/digits.py.', allow_override=True
+)
+_WORKDIR = flags.DEFINE_string(
+    'workdir',
+    None,
+    'The folder for all that the run writes; the same command resumes it.',
+    allow_override=True,
+)
+_PLAN = flags.DEFINE_bool(
+    'plan',
+    False,
+    'Print what all tasks will cost here, from a few timed steps, and write nothing.',
+    allow_override=True,
+)
+_SEEDS = flags.DEFINE_integer(
+    'seeds',
+    0,
+    'Run the config with this many seeds, each in a folder of its own; 0: once.',
+    allow_override=True,
+)
 _DISTRIBUTED = flags.DEFINE_bool(
-    'distributed', None, 'Share the batches with other processes; default: where there are some.'
+    'distributed', None, 'Share the batches with other processes; default: where there are some.', allow_override=True
 )
 
 

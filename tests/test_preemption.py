@@ -1,5 +1,8 @@
 """SIGTERM in the middle of batches: what is under way is saved, and goes on to the bit."""
 
+import subprocess
+import sys
+
 import jax
 import ml_collections
 import numpy as np
@@ -11,7 +14,9 @@ from dvinv.errors import DvinvError
 from dvinv.inversion import InversionConfig, Stage, make_inverter
 from dvinv.inversion.invert import Unfinished
 from dvinv.runtime import preemption
+from dvinv.runtime.claims import claim
 from dvinv.runtime.devices import make_mesh
+from dvinv.runtime.processes import ALONE
 from dvinv.synthesizer import Synthesizer
 from dvinv.unfinished import UnfinishedBatches
 
@@ -140,3 +145,42 @@ def test_a_task_does_not_begin_after_sigterm(tmp_path, monkeypatch, capsys):
 def test_minutes_below_zero_are_refused(tmp_path):
     with pytest.raises(DvinvError, match=r'logging\.checkpoint_minutes is -1'):
         pipeline.run(run_config(logging__checkpoint_minutes=-1.0), tmp_path)
+
+
+# Where nobody looks at the note
+
+SLEEPS = (
+    'import ctypes; print("ready", flush=True); ctypes.CDLL(None).sleep(60)'  # as a compilation, it lets go of Python's lock
+)
+LOOKS = 'import time; print("ready", flush=True)\nwhile True: preemption.leave_if_asked(); time.sleep(0.01)'
+SAVES = """import time; print("ready", flush=True)
+while not preemption.asked(): time.sleep(0.01)
+time.sleep(1.5); print("saved", flush=True)
+preemption.leave_if_asked()"""
+
+
+@pytest.mark.parametrize(
+    ('code', 'heard', 'out'),
+    [
+        (SLEEPS, 'is in a long computation and ends now', ''),
+        (
+            f'held = claim(Path({{folder!r}}), ALONE)\npreemption.ask()\n{SLEEPS}',
+            'is in a long computation and ends now',
+            '',
+        ),
+        (LOOKS, 'all is saved', ''),
+        (SAVES, 'all is saved', 'saved\n'),
+    ],
+)
+def test_sigterm_ends_a_process_that_cannot_look_and_waits_for_one_that_saves(tmp_path, code, heard, out):
+    begin = 'from pathlib import Path\nfrom dvinv.runtime import preemption\nfrom dvinv.runtime.claims import claim\n'
+    begin += 'from dvinv.runtime.processes import ALONE\npreemption.install(grace=0.5)\n'
+    command = [sys.executable, '-c', begin + code.replace('{folder!r}', repr(str(tmp_path)))]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == 'ready\n'
+        process.terminate()
+        answer = process.communicate(timeout=20)
+    assert (process.returncode, answer[0]) == (143, out)
+    assert heard in answer[1]
+    for file in claim(tmp_path, ALONE):  # what it held is free
+        file.close()

@@ -1,10 +1,16 @@
 """Who may run in a work directory: one process of each number, and all of one count. Locks end with their process."""
 
-import fcntl
 from pathlib import Path
 
 from dvinv.errors import DvinvError
 from dvinv.runtime.processes import Processes
+
+try:
+    import fcntl
+except ModuleNotFoundError as error:
+    raise DvinvError(
+        'dvinv runs on Linux and macOS: Windows has no locks of the kind that keep two runs out of one folder; use WSL 2.'
+    ) from error
 
 
 class OccupiedError(DvinvError):

@@ -37,6 +37,24 @@ def platform_of(mesh: Mesh) -> str:
     return mesh.devices.flat[0].platform
 
 
+def local_devices() -> list[jax.Device]:
+    """The devices of this process; other processes of a run have theirs.
+
+    Raises:
+      DvinvError: JAX cannot use the devices that JAX_PLATFORMS names, or those that it finds.
+    """
+    try:
+        return jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where nothing is installed for the platform
+        platforms = jax.config.jax_platforms
+        asked = f'JAX_PLATFORMS is {platforms!r}, but ' if platforms else ''
+        reason = (str(error) or 'nothing is installed for it').splitlines()[0]
+        raise DvinvError(
+            f"{asked}JAX cannot use such a device here ({reason}); install JAX for it, as by pip install -e '.[cuda12]' "
+            '(cuda13, tpu), or set JAX_PLATFORMS=cpu.'
+        ) from error
+
+
 def training_mesh(mesh: Mesh) -> Mesh:
     """The mesh to train on: `mesh`, but one device where they are virtual ones that share the same CPU cores.
 
@@ -56,7 +74,7 @@ def make_mesh(count: int = 0, joined: bool = False) -> Mesh:
     """
     if count < 0:
         raise DvinvError(f'devices is {count}; it must be at least 1, or 0 for all there are.')
-    devices = jax.local_devices()  # other processes of a run have theirs
+    devices = local_devices()
     if count > len(devices):
         raise DvinvError(
             f'devices is {count}, but JAX sees only {len(devices)} ({devices[0].platform}); '

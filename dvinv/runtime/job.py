@@ -20,6 +20,7 @@ from jax._src import distributed as jax_distributed  # its list of keys and valu
 
 from dvinv.errors import DvinvError
 from dvinv.runtime import preemption
+from dvinv.runtime.devices import local_devices
 from dvinv.runtime.processes import Processes, processes
 
 ADDRESS = 'DVINV_COORDINATOR'  # host:port of the leader; launch/local.sh and launch/tpu_pod.sh set it
@@ -160,6 +161,7 @@ def _join(mine: Processes) -> None:
             heartbeat_timeout_seconds=TIMEOUT,
             shutdown_timeout_seconds=TIMEOUT,
         )
+        local_devices()
         found = jax.process_index(), jax.process_count()
     except ValueError as error:
         raise DvinvError(
