@@ -306,7 +306,10 @@ NETWORKS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...], tuple]] = {
     **{f'resnet{depth}': (ResNet, RESNET, (BLOCKS[depth], True, BasicBlock, True)) for depth in (18, 34)},
     **{f'resnet{depth}': (ResNet, RESNET, (BLOCKS[depth], True, Bottleneck, True)) for depth in (50, 101)},
     **{f'vgg{depth}_bn': (VGG, VGG_CHANNELS, (convolutions,)) for depth, convolutions in CONVOLUTIONS.items()},
-    'imagenet_vgg16_bn': (ImageNetVGG, (*VGG_CHANNELS, 4096), (CONVOLUTIONS[16],)),
+    **{
+        f'imagenet_vgg{depth}_bn': (ImageNetVGG, (*VGG_CHANNELS, 4096), (convolutions,))
+        for depth, convolutions in CONVOLUTIONS.items()
+    },
     **{f'wrn{6 * n + 4}_{k}': (WideResNet, (16, 16 * k, 32 * k, 64 * k), (n,)) for n, k in ((2, 1), (2, 2), (6, 1), (6, 2))},
     'mobilenet_v1': (MobileNetV1, (32, 64, 128, 128, 256, 256, *[512] * 6, 1024, 1024), ()),
     'timm_mobilenet_v1': (TimmMobileNetV1, (32, 64, 128, 256, 512, 1024), ()),

@@ -182,6 +182,11 @@ def test_weights_of_keras_compute_what_keras_does(keras, tmp_path):
     np.testing.assert_allclose(Separable().apply(variables, x), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_depthwise_kernels_of_keras_3_have_the_name_of_all(keras):
+    again = {key.replace('depthwise_kernel', 'kernel'): value for key, value in keras.items()}
+    jax.tree.map(np.testing.assert_array_equal, *(import_weights(Separable(), (3, 3, 3), s) for s in (keras, again)))
+
+
 @pytest.mark.parametrize(
     ('change', 'words'),
     [

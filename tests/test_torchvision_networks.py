@@ -25,6 +25,7 @@ PARAMETERS = {  # for 1,000 classes, as torchvision publishes them
     'resnet50': 25_557_032,
     'resnet101': 44_549_160,
     'mobilenet_v2': 3_504_872,
+    'imagenet_vgg11_bn': 132_868_840,
     'imagenet_vgg16_bn': 138_365_992,
 }
 NARROW = sorted(PARAMETERS.keys() - {'resnet50'})

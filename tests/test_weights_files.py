@@ -158,6 +158,15 @@ def test_the_network_that_the_file_is_of_is_named(tmp_path, prefix):
         read_classifier(tmp_path / 'vgg.npz', 'vgg16_bn', width=0.125, field='teacher.network', **PIXELS)
 
 
+@pytest.mark.parametrize(('name', 'asked'), [('timm_mobilenet_v1', 'mobilenet_v1'), ('imagenet_vgg11_bn', 'vgg11_bn')])
+def test_so_it_is_of_other_families(tmp_path, name, asked):
+    with np.load(GOLDEN / 'imagenet_logits.npz', allow_pickle=False) as arrays:
+        shapes, width = json.loads(str(arrays[f'{name}/shapes'])), float(arrays[f'{name}/width'])
+    np.savez(tmp_path / 'weights.npz', **draw_state(shapes, seed=0))
+    with pytest.raises(DvinvError, match=rf'Names and shapes are those of {name}: set network to that\.'):
+        read_classifier(tmp_path / 'weights.npz', asked, width=width, **PIXELS)
+
+
 def test_a_file_of_no_network_says_so(tmp_path, state):
     np.savez(tmp_path / 'tiny.npz', **state | {'spare': np.ones(2)})
     with pytest.raises(DvinvError, match=r'left over spare\. Is it another depth or another network\?$'):

@@ -70,7 +70,7 @@ class Unwrapped:
 def unwrapped(keys: Collection[str], find: Callable[[Collection[str]], dict[str, str]]) -> Unwrapped:
     """Returns the keys without what wrappers, training frameworks and averaging put before a network's own.
 
-    Where nothing is to be taken away by which most of the network's keys are found, the keys are left as they are.
+    Where a tenth of the network's keys is not found so, the keys are left as they are.
 
     Args:
       find: keys to {path: key} of the network, as `find_keys`.
@@ -97,22 +97,24 @@ def unwrapped(keys: Collection[str], find: Callable[[Collection[str]], dict[str,
             'state dict of one alone.'
         )
     best = min(found, key=lambda prefix: (missing[prefix], prefix != '', bool(AVERAGED.search(prefix)), len(prefix)))
-    if 2 * missing[best] > len(wanted):
+    if len(wanted) - missing[best] < 0.1 * len(wanted):
         return Unwrapped({key: key for key in keys})
     (key, name), own = next(iter(found[best].items())), {*found[best].values()}
     return Unwrapped(found[best], name.removesuffix(key), tuple(name for name in keys if name not in own))
 
 
-def to_flax_layout(key: str, tensor: np.ndarray, ndim: int) -> np.ndarray:
+def to_flax_layout(key: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """OIHW to HWIO and [out, in] to [in, out]; Keras's depthwise [H, W, C, M], for C groups, to [H, W, 1, C * M].
 
-    Where Flax has a dense layer, `ndim` 2, and PyTorch a convolution of the whole picture, OIHW to [I * H * W, O].
+    Where Flax has a dense layer, of a `shape` of two axes, and PyTorch a convolution of the whole picture, OIHW to
+    [I * H * W, O].
     """
-    if key.endswith('/depthwise_kernel'):
+    depthwise = tensor.ndim == len(shape) == 4 and shape[2] == 1  # Keras 3 has the same name for all kernels
+    if key.endswith('/depthwise_kernel') or ('/' in key and depthwise and tensor.shape != shape):
         return tensor.reshape(*tensor.shape[:2], 1, -1)
     if '/' in key:
         return tensor
-    if (tensor.ndim, ndim) == (4, 2):
+    if (tensor.ndim, len(shape)) == (4, 2):
         tensor = tensor.reshape(len(tensor), -1)
     return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
 

@@ -77,9 +77,12 @@ NETWORKS: dict[str, Network] = {
         )
         for depth, blocks in BLOCKS.items()
     },
-    'imagenet_vgg16_bn': Network(
-        ImageNetVGG, IMAGENET, {'channels': VGG_CHANNELS, 'hidden': 4096}, {'convolutions': CONVOLUTIONS[16]}
-    ),
+    **{
+        f'imagenet_vgg{depth}_bn': Network(
+            ImageNetVGG, IMAGENET, {'channels': VGG_CHANNELS, 'hidden': 4096}, {'convolutions': convolutions}
+        )
+        for depth, convolutions in CONVOLUTIONS.items()
+    },
     'mobilenet_v2': Network(
         MobileNetV2, IMAGENET, {'channels': (32, 16, 24, 32, 64, 96, 160, 320), 'last': LAST}, rounding=in_eighths
     ),

@@ -50,7 +50,7 @@ def import_weights(module: nn.Module, image_shape, state: dict[str, np.ndarray],
     keys = _keys(module, template, names.keys())
     _refuse_integers({name: state[name] for name in names.values()})
     _refuse_misfits(type(module).__name__, [*state], names, found.prefix, {*keys.values()})
-    arrays = {path: to_flax_layout(key, state[names[key]], template[path].ndim) for path, key in keys.items()}
+    arrays = {path: to_flax_layout(key, state[names[key]], template[path].shape) for path, key in keys.items()}
     _refuse_shapes(type(module).__name__, {names[key]: (arrays[path], template[path]) for path, key in keys.items()}, state)
     with np.errstate(over='ignore'):  # what float32 has no number for is refused below
         arrays = {path: array.astype(np.float32) for path, array in arrays.items()}
@@ -80,7 +80,7 @@ def agreement(module: nn.Module, template: dict, state: dict[str, np.ndarray]) -
         return share, False
     differing = set()
     for path, key in keys.items():
-        shape, wanted = to_flax_layout(key, state[names[key]], template[path].ndim).shape, template[path].shape
+        shape, wanted = to_flax_layout(key, state[names[key]], template[path].shape).shape, template[path].shape
         if shape != wanted:
             differing.add(path.rpartition('/')[0] if shape[:-1] == wanted[:-1] and wanted[-1] == 1 else path)
     return share, len(differing) <= 1 and not differing & keys.keys()  # the head alone
@@ -96,7 +96,7 @@ def count_classes(build: Callable[[int], nn.Module], image_shape, state: dict[st
     names = unwrapped(state.keys(), lambda keys: _keys(module, few, keys)).names
     for path, key in _keys(module, few, names.keys()).items():
         if few[path].shape != many[path].shape and key in names and np.ndim(state[names[key]]) == few[path].ndim:
-            return to_flax_layout(key, state[names[key]], few[path].ndim).shape[-1]
+            return to_flax_layout(key, state[names[key]], few[path].shape).shape[-1]
     return 1
 
 
@@ -122,10 +122,9 @@ def _refuse_integers(tensors: dict[str, np.ndarray]) -> None:
 def _refuse_misfits(network: str, file: list[str], names: dict[str, str], prefix: str, wanted: set[str]) -> None:
     """Refuse keys that are missing or left over; `names` are as in `naming.Unwrapped`, `file` all keys of the file."""
     missing, spare = wanted - names.keys(), names.keys() - wanted
-    has = f' The file has {listed(file, 4)}.' if 2 * len(missing) > len(wanted) else ''
-    for problem, unmatched in (
-        ('lack', [prefix + key for key in missing]),
-        ('have left over', [names[key] for key in spare]),
+    for problem, unmatched, has in (
+        ('lack', [prefix + key for key in missing], f' The file has {listed(file, 4)}.'),
+        ('have left over', [names[key] for key in spare], ''),
     ):
         if unmatched:
             raise MisfitError(

@@ -16,6 +16,7 @@ WIDTHS = {
     'timm_mobilenet_v1': 0.25,
     'squeezenet1_1': 0.25,
     'mobilenet_v2': 0.25,
+    'imagenet_vgg11_bn': 0.125,
     'imagenet_vgg16_bn': 0.125,
     'resnet18': 0.25,
     'resnet34': 0.125,
