@@ -14,7 +14,7 @@ from golden.drawn import draw_state
 from safetensors.numpy import save_file
 
 from dvinv.errors import DvinvError, say_once
-from dvinv.networks import read_classifier, save_network
+from dvinv.networks import read_classifier, registry, save_network
 from dvinv.networks.cifar_resnet import CifarResNet
 from dvinv.networks.weights import import_weights, read_state_dict
 
@@ -159,7 +159,9 @@ def test_the_network_that_the_file_is_of_is_named(tmp_path, prefix):
 
 
 @pytest.mark.parametrize(('name', 'asked'), [('timm_mobilenet_v1', 'mobilenet_v1'), ('imagenet_vgg11_bn', 'vgg11_bn')])
-def test_so_it_is_of_other_families(tmp_path, name, asked):
+def test_so_it_is_of_other_families(monkeypatch, tmp_path, name, asked):
+    few = ('resnet8', 'cifar_vgg', name, asked)  # to look at all takes seconds
+    monkeypatch.setattr(registry, 'NETWORKS', {other: registry.NETWORKS[other] for other in few})
     with np.load(GOLDEN / 'imagenet_logits.npz', allow_pickle=False) as arrays:
         shapes, width = json.loads(str(arrays[f'{name}/shapes'])), float(arrays[f'{name}/width'])
     np.savez(tmp_path / 'weights.npz', **draw_state(shapes, seed=0))
@@ -167,7 +169,8 @@ def test_so_it_is_of_other_families(tmp_path, name, asked):
         read_classifier(tmp_path / 'weights.npz', asked, width=width, **PIXELS)
 
 
-def test_a_file_of_no_network_says_so(tmp_path, state):
+def test_a_file_of_no_network_says_so(monkeypatch, tmp_path, state):
+    monkeypatch.setattr(registry, 'NETWORKS', {name: registry.NETWORKS[name] for name in ('resnet8', 'resnet20')})
     np.savez(tmp_path / 'tiny.npz', **state | {'spare': np.ones(2)})
     with pytest.raises(DvinvError, match=r'left over spare\. Is it another depth or another network\?$'):
         read_classifier(tmp_path / 'tiny.npz', 'resnet8', width=0.25, **PIXELS)
