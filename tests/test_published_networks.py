@@ -16,6 +16,7 @@ from tiny import trained_variables
 from dvinv import from_linen
 from dvinv.errors import DvinvError
 from dvinv.networks import NETWORKS, create, image_shape, read_classifier, save_network
+from dvinv.networks.formats import OLD_TORCH
 from dvinv.networks.resnet import ResNet
 from dvinv.networks.weights import import_weights, read_state_dict
 
@@ -229,7 +230,7 @@ def checkpoint(monkeypatch, tmp_path):
         monkeypatch.setitem(
             sys.modules, 'torch', SimpleNamespace(load=load, is_tensor=lambda value: isinstance(value, Tensor))
         )
-        (tmp_path / 'model.th').write_bytes(b'\x80\x02')
+        (tmp_path / 'model.th').write_bytes(b'\x80\x02' + OLD_TORCH)
         return tmp_path / 'model.th'
 
     return checkpoint
@@ -259,7 +260,7 @@ def test_a_checkpoint_that_is_no_dict_is_told(checkpoint):
 def test_without_pytorch_its_files_are_refused(monkeypatch, tmp_path, suffix):
     monkeypatch.setitem(sys.modules, 'torch', None)
     path = tmp_path / f'model.{suffix}'
-    path.write_bytes(b'\x80\x02')
+    path.write_bytes(b'\x80\x02' + OLD_TORCH)
     with pytest.raises(DvinvError, match=rf'model\.{suffix} needs PyTorch to be read; install torch'):
         read_state_dict(path)
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import sys
 import zipfile
 from pathlib import Path
@@ -212,6 +213,7 @@ def safetensors_of(dtype: str, size: int) -> bytes:
         ('w.pt', archive('w/code/__torch__.py', 'w/constants.pkl', 'w/data.pkl'), 'a TorchScript archive'),
         ('w.zip', archive('a.txt', 'b.txt'), 'a zip archive of a.txt, b.txt'),
         ('w.npy', b'\x93NUMPY\x01\0', 'a single array'),
+        ('w.pth', pickle.dumps({'conv1.weight': [1.0]}), 'a pickle, which could run code'),
         ('w.xyz', b'weights', 'of no known kind'),
     ],
 )
@@ -305,6 +307,8 @@ def test_the_trained_weights_come_before_averaged_ones_and_loose_tensors(checkpo
     read = read_state_dict(checkpoint(content))
     np.testing.assert_array_equal(read['linear.bias'], state['linear.bias'])
     assert 'its state_dict is read; state_dict_ema not.' in capsys.readouterr().err
+    content = {'model_ema': {'state_dict': tensors(state, 2)}, 'model': tensors(state)}
+    np.testing.assert_array_equal(read_state_dict(checkpoint(content))['linear.bias'], state['linear.bias'])
 
 
 def test_a_checkpoint_of_several_networks_is_refused(checkpoint, state):

@@ -15,13 +15,16 @@ import numpy as np
 from safetensors import safe_open
 
 from dvinv.errors import DvinvError, listed, say_once
+from dvinv.networks.naming import AVERAGED
 
 KNOWN = 'a PyTorch state dict (.pth, .pt, .bin, .ckpt, .safetensors), or named arrays (.npz)'
 STATE_DICT = "save the state dict, torch.save(network.state_dict(), 'weights.pth')"
 KERAS = "save the arrays, np.savez('weights.npz', **{variable.path: variable for variable in network.variables})"
 
+OLD_TORCH = b'\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19'  # the number that PyTorch before 1.6 begins a file with, pickled
 # (the first bytes as a regular expression, what such a file is, how its weights can be had): what dvinv does not read.
 OTHERS = (
+    (rb'\x80[\x02-\x05]', 'a pickle, which could run code', 'save every tensor under its name by numpy.savez'),
     (rb'version https://git-lfs', 'a pointer of Git LFS in place of the weights', 'get the file itself by git lfs pull'),
     (rb'\s*<(!DOCTYPE|!doctype|html|HTML|\?xml)', 'a web page', 'download the file itself'),
     (rb'\s*\{\s*"', 'a JSON text', 'name the file that holds the tensors; shards that an index names must be joined first'),
@@ -81,7 +84,7 @@ def kind_of(path: Path) -> str:
         return _kind_of_archive(path)
     if start[8:9] == b'{' and int.from_bytes(start[:8], 'little') + 8 <= path.stat().st_size:
         return 'safetensors'
-    if re.match(rb'\x80[\x02-\x05]', start):
+    if OLD_TORCH in start[:64]:
         return 'torch'
     for pattern, what, way_out in OTHERS:
         if re.match(pattern, start, re.DOTALL):
@@ -193,6 +196,7 @@ def _state_dict_of(path: Path, content, is_tensor: Callable) -> dict:
         keys = [str(key) for key in _inmost(content)] if isinstance(content, Mapping) else ['the whole']
         raise DvinvError(f'{path} is no state dict ({listed(keys)}: no tensors); save the state_dict alone.')
     usual = [place for name in STATE_DICTS for place in found if place[-1:] == (name,)]
+    usual.sort(key=lambda place: bool(AVERAGED.search('.'.join(place))))
     places = usual or ([()] if () in found else [*found])
     if len(places) > 1 and not usual:
         several = listed(['.'.join(place) for place in found])

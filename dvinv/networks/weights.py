@@ -105,7 +105,7 @@ def _keys(module: nn.Module, template, keys) -> dict[str, str]:
 
 
 def _without_counters(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Without what counts steps, such as BatchNorm's num_batches_tracked: integers without axes."""
+    """Returns the tensors but for what counts steps, as BatchNorm's num_batches_tracked does: integers without axes."""
     arrays = {key: np.asarray(value) for key, value in state.items() if not key.endswith('num_batches_tracked')}
     return {key: array for key, array in arrays.items() if array.ndim or jnp.issubdtype(array.dtype, jnp.floating)}
 
