@@ -21,6 +21,7 @@ FAMILIES = {
     'resnet50': (0.125, 64),
     'imagenet_vgg16_bn': (0.0625, 32),
     'mobilenet_v1': (0.25, 64),
+    'timm_mobilenet_v1': (0.25, 64),
     'mobilenet_v2': (0.25, 64),
     'inception_v3': (0.125, 75),
     'squeezenet1_1': (0.25, 64),

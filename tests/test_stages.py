@@ -26,7 +26,8 @@ EXPECTED = {
     'cifar_vgg': [32, 16, 8],
     **{name: [32, 16, 8, 4] for name in ('cifar_resnet18', 'cifar_resnet34')},
     **{name: [32, 16, 8, 4, 2] for name in ('vgg11_bn', 'vgg16_bn')},
-    'imagenet_vgg16_bn': [224, 112, 56, 28, 14],  # and no [B, C, 7, 7], which its dense layers take
+    # And no [B, C, 7, 7], which their dense layers take.
+    **{name: [224, 112, 56, 28, 14] for name in ('imagenet_vgg11_bn', 'imagenet_vgg16_bn')},
     'inception_v3': [149, 147, 73, 71, 35, 17, 8],
     'squeezenet1_1': [111, 55, 27, 13],
     **{name: [8, 4] for name in ('small_resnet', 'small_convnet')},  # what is merely pooled to 2x2 is no stage
