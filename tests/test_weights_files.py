@@ -87,6 +87,10 @@ def test_weights_that_are_no_floats_are_refused(state, dtype):
     assert f'not floating-point numbers: conv1.weight ({dtype}). Are they quantized?' in refusal(wrong)
 
 
+def test_integers_of_another_network_are_not_called_quantized(state):
+    assert 'left over blocks.0.index.' in refusal(state | {'blocks.0.index': np.arange(4)})
+
+
 def test_counters_of_any_name_are_passed_over(state):
     import_weights(TINY, SHAPE, state | {'n_averaged': np.int64(3), 'bn1.num_batches_tracked': np.float32(4)})
 
@@ -115,15 +119,16 @@ def test_what_wraps_a_network_is_left_out_of_the_keys_and_said(state, capsys, pr
     assert capsys.readouterr().err == f'dvinv: x.npz: {prefix!r} is left out of the keys.\n'
 
 
-def test_wrappers_within_a_network_are_left_out(state):
+def test_wrappers_within_a_network_are_left_out(state, capsys):
     inner = {key.replace('layer1.', 'layer1._orig_mod.').replace('conv1', 'conv1.module'): v for key, v in state.items()}
     jax.tree.map(np.testing.assert_array_equal, *(import_weights(TINY, SHAPE, s) for s in (state, inner)))
+    assert capsys.readouterr().err == 'dvinv: These weights: What wraps its parts is left out of the keys.\n'
 
 
-@pytest.mark.parametrize('prefix', ['', 'model.'])
+@pytest.mark.parametrize('prefix', ['', 'model.', 'module.', '_orig_mod.'])
 def test_averaged_copies_and_what_is_trained_beside_a_network_are_said(state, capsys, prefix):
     copies = {f'ema.{prefix}{key}': 2 * value for key, value in state.items()}
-    others = {'criterion.weight': np.ones(10, np.float32)} if prefix else {}
+    others = {'criterion.weight': np.ones(10, np.float32)} if prefix == 'model.' else {}
     variables = import_weights(TINY, SHAPE, {**copies, **{prefix + key: v for key, v in state.items()}, **others})
     np.testing.assert_array_equal(variables['params']['linear']['bias'], state['linear.bias'])
     assert f'ema.{prefix}bn1.bias' in capsys.readouterr().err.replace('bn1.weight', 'bn1.bias')

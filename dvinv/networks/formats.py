@@ -5,6 +5,7 @@ A PyTorch state dict comes as `.npz`, `.safetensors`, or in PyTorch's own format
 run code. Keras and Gluon weights come as `.npz`.
 """
 
+import contextlib
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -50,14 +51,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     Raises:
       DvinvError: the file is missing, damaged, of a kind that is not read, or would run code.
     """
-    read = READERS[kind_of(path)]
-    try:
-        return read(path)
-    except DvinvError:
-        raise
-    except Exception as error:  # numpy, zipfile, zlib, safetensors and torch raise many kinds here
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DvinvError(f'The weights file {path} cannot be read ({reason}); get it again.') from error
+    return READERS[kind_of(path)](path)
 
 
 def kind_of(path: Path) -> str:
@@ -94,17 +88,26 @@ def kind_of(path: Path) -> str:
     return ENDINGS[path.suffix]
 
 
+@contextlib.contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    """Turns what numpy, zipfile, zlib, safetensors and torch raise while they read, of many kinds, into a sentence."""
+    try:
+        yield
+    except DvinvError:
+        raise
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DvinvError(f'The weights file {path} cannot be read ({reason}); get it again.') from error
+
+
 def _not_read(path: Path, what: str, way_out: str) -> DvinvError:
     return DvinvError(f'The weights file {path} cannot be read (it is {what}): dvinv reads {KNOWN}; {way_out}.')
 
 
 def _kind_of_archive(path: Path) -> str:
     """`kind_of` a zip archive, which numpy and PyTorch write, and others too."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except zipfile.BadZipFile as error:
-        raise DvinvError(f'The weights file {path} cannot be read ({error}); get it again.') from error
+    with _damage_told(path), zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
     if any(re.search(r'(^|/)(constants\.pkl|code/)', name) for name in names):
         way_out = "save its state dict, torch.save(torch.jit.load(path).state_dict(), 'weights.pth')"
         raise _not_read(path, 'a TorchScript archive, a program with its weights', way_out)
@@ -118,7 +121,7 @@ def _kind_of_archive(path: Path) -> str:
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
+    with _damage_told(path), path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
         return {_keras_name(name): _array_of(path, arrays, name) for name in arrays}
 
 
@@ -140,7 +143,7 @@ def _keras_name(name: str) -> str:
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    with safe_open(path, 'numpy') as file:
+    with _damage_told(path), safe_open(path, 'numpy') as file:
         names = file.keys()
         dtypes = {name: file.get_slice(name).get_dtype() for name in names}
         _refuse_small_floats(path, {name: dtype for name, dtype in dtypes.items() if re.match('F[468]', dtype)})
@@ -164,18 +167,22 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         raise DvinvError(f'{path} needs PyTorch to be read; install torch, or convert it to safetensors.') from error
     import pickle
 
-    try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r'GLOBAL ([\w.]+)', str(error))
-        what = f'more than tensors ({found[1]})' if found else 'more than tensors'
-        raise DvinvError(
-            f'{path} is damaged, or holds {what} and could run code, so it is not read; {STATE_DICT}, or as safetensors.'
-        ) from error
+    with _damage_told(path):
+        try:
+            content = torch.load(path, map_location='cpu', weights_only=True)
+        except pickle.UnpicklingError as error:
+            found = re.search(r'GLOBAL ([\w.]+)', str(error))
+            what = f'more than tensors ({found[1]})' if found else 'more than tensors'
+            raise DvinvError(
+                f'{path} is damaged, or holds {what} and could run code, so it is not read; {STATE_DICT}, or as safetensors.'
+            ) from error
     state = _state_dict_of(path, content, torch.is_tensor)
     dtypes = {key: str(tensor.dtype).removeprefix('torch.') for key, tensor in state.items()}
     _refuse_small_floats(path, {key: dtype for key, dtype in dtypes.items() if re.match('q|float[48]', dtype)})
-    return {key: (tensor.float() if dtypes[key] == 'bfloat16' else tensor).detach().numpy() for key, tensor in state.items()}
+    with _damage_told(path):  # there are no sparse arrays in numpy
+        return {
+            key: (tensor.float() if dtypes[key] == 'bfloat16' else tensor).detach().numpy() for key, tensor in state.items()
+        }
 
 
 # What checkpoints call the state dict of the network, in the order of preference where a checkpoint has several.

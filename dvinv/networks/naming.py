@@ -58,13 +58,16 @@ class Unwrapped:
 
     Attributes:
       names: {key as a file of the network alone has it: the key in this file}.
-      prefix: what stands before the former in the latter, 'module.' for instance.
       aside: the keys of the file that belong to something else.
     """
 
     names: dict[str, str]
-    prefix: str = ''
     aside: tuple[str, ...] = ()
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the former keys in the latter, 'module.' for instance."""
+        return next((name.removesuffix(key) for key, name in self.names.items() if name.endswith(key)), '')
 
 
 def unwrapped(keys: Collection[str], find: Callable[[Collection[str]], dict[str, str]]) -> Unwrapped:
@@ -78,13 +81,15 @@ def unwrapped(keys: Collection[str], find: Callable[[Collection[str]], dict[str,
     Raises:
       DvinvError: several such networks are in the file.
     """
-    wanted = {*find(keys).values()}
-    if wanted <= {*keys}:  # averaged copies may lie beside it
-        copies = tuple(key for key in keys if key not in wanted and AVERAGED.search(key.rpartition('.')[0]))
-        return Unwrapped({key: key for key in keys if key not in copies}, aside=copies)
+    whole = {key: key for key in keys}
     plain = {'.'.join(part for part in key.split('.') if part not in WRAPPERS): key for key in keys}
-    if len(plain) < len(keys):
-        plain = {key: key for key in keys}
+    plain = plain if len(plain) == len(keys) else whole
+    for names in (whole, plain):
+        wanted = {*find(names).values()}
+        if wanted <= names.keys():  # averaged copies may lie beside it
+            copies = {key for key in names if key not in wanted and AVERAGED.search(key.rpartition('.')[0])}
+            own = {key: name for key, name in names.items() if key not in copies}
+            return Unwrapped(own, tuple(names[key] for key in names if key in copies))
     counts = Counter(key[: end + 1] for key in plain for end, sign in enumerate(key) if sign in './')
     found, missing = {}, {}
     for prefix in ['', *sorted(prefix for prefix, count in counts.items() if 2 * count > len(wanted))]:
@@ -98,9 +103,9 @@ def unwrapped(keys: Collection[str], find: Callable[[Collection[str]], dict[str,
         )
     best = min(found, key=lambda prefix: (missing[prefix], prefix != '', bool(AVERAGED.search(prefix)), len(prefix)))
     if len(wanted) - missing[best] < 0.1 * len(wanted):
-        return Unwrapped({key: key for key in keys})
-    (key, name), own = next(iter(found[best].items())), {*found[best].values()}
-    return Unwrapped(found[best], name.removesuffix(key), tuple(name for name in keys if name not in own))
+        return Unwrapped(whole)
+    own = {*found[best].values()}
+    return Unwrapped(found[best], tuple(name for name in keys if name not in own))
 
 
 def to_flax_layout(key: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Published weights into Flax variables, strictly: every tensor finds its place, every place its tensor."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 from dvinv.errors import DvinvError, listed, say_once
 from dvinv.networks.classifier import flatten, unflatten
 from dvinv.networks.formats import read_tensors
-from dvinv.networks.naming import find_keys, to_flax_layout, unwrapped
+from dvinv.networks.naming import Unwrapped, find_keys, to_flax_layout, unwrapped
 from dvinv.networks.registry import shapes_of
 
 
@@ -40,25 +41,21 @@ def import_weights(module: nn.Module, image_shape, state: dict[str, np.ndarray],
       DvinvError: tensors that are integers, or have values that no trained network has; names them.
       MisfitError: keys that are missing or left over, or shapes that differ; lists them.
     """
-    template, state, unused = (
-        flatten(shapes_of(module, image_shape)),
-        _without_counters(state),
-        getattr(module, 'unused', ()),
-    )
-    found = unwrapped(state.keys(), lambda keys: _keys(module, template, keys))
-    names = {key: name for key, name in found.names.items() if not key.startswith(unused)}
-    keys = _keys(module, template, names.keys())
-    _refuse_integers({name: state[name] for name in names.values()})
-    _refuse_misfits(type(module).__name__, [*state], names, found.prefix, {*keys.values()})
+    template, state = flatten(shapes_of(module, image_shape)), _without_counters(state)
+    found, keys = _matched(module, template, state)
+    names = found.names
+    _refuse_integers({names[key]: state[names[key]] for key in keys.values() if key in names})
+    _refuse_misfits(type(module).__name__, [*state], found, {*keys.values()})
     arrays = {path: to_flax_layout(key, state[names[key]], template[path].shape) for path, key in keys.items()}
     _refuse_shapes(type(module).__name__, {names[key]: (arrays[path], template[path]) for path, key in keys.items()}, state)
     with np.errstate(over='ignore'):  # what float32 has no number for is refused below
         arrays = {path: array.astype(np.float32) for path, array in arrays.items()}
     refuse_values({path: names[key] for path, key in keys.items()}, arrays)
-    if found.prefix or found.aside:
-        prefix = f' {found.prefix!r} is left out of the keys.' if found.prefix else ''
-        aside = f' {listed([*found.aside], 3)} are not used.' if found.aside else ''
-        say_once(f'{source}:{prefix}{aside}')
+    if found.prefix or any(key != name for key, name in names.items()):
+        what = repr(found.prefix) if found.prefix else 'What wraps its parts'
+        say_once(f'{source}: {what} is left out of the keys.')
+    if found.aside:
+        say_once(f'{source}: {listed([*found.aside], 3)} are not used.')
     return unflatten(arrays)
 
 
@@ -71,10 +68,9 @@ def agreement(module: nn.Module, template: dict, state: dict[str, np.ndarray]) -
     Returns:
       Which share of the network's keys it has; and whether names and shapes are the same but for the number of classes.
     """
-    state, unused = _without_counters(state), getattr(module, 'unused', ())
-    names = unwrapped(state.keys(), lambda keys: _keys(module, template, keys)).names
-    names = {key: name for key, name in names.items() if not key.startswith(unused)}
-    keys = _keys(module, template, names.keys())
+    state = _without_counters(state)
+    found, keys = _matched(module, template, state)
+    names = found.names
     share = len({*keys.values()} & names.keys()) / len(keys)
     if {*keys.values()} != names.keys():
         return share, False
@@ -93,15 +89,23 @@ def count_classes(build: Callable[[int], nn.Module], image_shape, state: dict[st
     """
     state, module = _without_counters(state), build(1)
     few, many = (flatten(shapes_of(build(num_classes), image_shape)) for num_classes in (1, 2))
-    names = unwrapped(state.keys(), lambda keys: _keys(module, few, keys)).names
-    for path, key in _keys(module, few, names.keys()).items():
+    found, keys = _matched(module, few, state)
+    names = found.names
+    for path, key in keys.items():
         if few[path].shape != many[path].shape and key in names and np.ndim(state[names[key]]) == few[path].ndim:
             return to_flax_layout(key, state[names[key]], few[path].shape).shape[-1]
     return 1
 
 
-def _keys(module: nn.Module, template, keys) -> dict[str, str]:
-    return find_keys(template.keys(), keys, getattr(module, 'aliases', {}), getattr(module, 'counted', True))
+def _matched(module: nn.Module, template, state) -> tuple[Unwrapped, dict[str, str]]:
+    """Returns the keys of `state` that are the network's, and {path: key} of its variables, which may be missing there."""
+
+    def find(keys) -> dict[str, str]:
+        return find_keys(template.keys(), keys, getattr(module, 'aliases', {}), getattr(module, 'counted', True))
+
+    found, unused = unwrapped(state.keys(), find), getattr(module, 'unused', ())
+    names = {key: name for key, name in found.names.items() if not key.startswith(unused)}
+    return dataclasses.replace(found, names=names), find(names)
 
 
 def _without_counters(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -119,12 +123,12 @@ def _refuse_integers(tensors: dict[str, np.ndarray]) -> None:
         )
 
 
-def _refuse_misfits(network: str, file: list[str], names: dict[str, str], prefix: str, wanted: set[str]) -> None:
-    """Refuse keys that are missing or left over; `names` are as in `naming.Unwrapped`, `file` all keys of the file."""
-    missing, spare = wanted - names.keys(), names.keys() - wanted
+def _refuse_misfits(network: str, file: list[str], found: Unwrapped, wanted: set[str]) -> None:
+    """Refuse keys that are missing or left over; `file` are all keys of the file."""
+    missing, spare = wanted - found.names.keys(), found.names.keys() - wanted
     for problem, unmatched, has in (
-        ('lack', [prefix + key for key in missing], f' The file has {listed(file, 4)}.'),
-        ('have left over', [names[key] for key in spare], ''),
+        ('lack', [found.prefix + key for key in missing], f' The file has {listed(file, 4)}.'),
+        ('have left over', [found.names[key] for key in spare], ''),
     ):
         if unmatched:
             raise MisfitError(
