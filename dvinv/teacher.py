@@ -12,8 +12,9 @@ from dvinv.data.dataset import RealData
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
 from dvinv.evaluation import accuracy, flops
-from dvinv.inversion.teacher import Teacher, from_linen
+from dvinv.inversion.teacher import Teacher, trusted_linen
 from dvinv.networks import Classifier, classifier_of, create, read_classifier, shapes_of
+from dvinv.networks.classifier import check_finite
 from dvinv.rounds import Rounds
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.training import Learner, Lesson, PlannedTraining, learn
@@ -72,7 +73,7 @@ def load(config, workdir: Workdir | None) -> Teacher:
     if group.factory:
         return _from_factory(group.factory)
     module, variables, about = read(config, workdir)
-    return from_linen(module, variables, image_shape=about['image_shape'], mean=about['mean'], std=about['std'])
+    return trusted_linen(module, variables, image_shape=about['image_shape'], mean=about['mean'], std=about['std'])
 
 
 def module_of_teacher(config, data: RealData | None):
@@ -163,7 +164,7 @@ def check(config) -> Teacher:
     if _is_trained_here('teacher', config):
         group, shape = config.teacher, data.image_shape
         module = create(group.network, data.num_classes, group.width)
-        teacher = from_linen(module, shapes_of(module, shape), image_shape=shape, mean=group.mean, std=group.std)
+        teacher = trusted_linen(module, shapes_of(module, shape), image_shape=shape, mean=group.mean, std=group.std)
     else:
         teacher = load(config, None)
     if data is not None:
@@ -241,6 +242,7 @@ def _from_factory(name: str) -> Teacher:
             f'teacher.factory {name!r} returned a {type(teacher).__name__}; it must return a dvinv.Teacher, as '
             'dvinv.from_linen and dvinv.from_nnx make.'
         )
+    check_finite(teacher.variables, f'teacher.factory {name!r}')  # it may have been changed since it was made
     return teacher
 
 

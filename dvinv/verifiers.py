@@ -7,6 +7,7 @@ import ml_collections
 from dvinv.errors import DvinvError
 from dvinv.inversion.teacher import Teacher
 from dvinv.networks import Classifier, classifier_of, read_classifier
+from dvinv.networks.classifier import check_normalisation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,7 @@ def check_alike(teacher: Teacher, verifier: Classifier, name: str, field: str, w
             f'{field}.mean is {verifier.mean} and {field}.std {verifier.std}; each must be {channels} numbers, one a '
             "channel, or () for the teacher's."
         )
+    check_normalisation(verifier.mean, verifier.std, f'{field}.')
     for attribute, says in (('image_shape', 'takes images of {}'), ('num_classes', 'knows {} classes')):
         theirs, ours = getattr(verifier, attribute), getattr(teacher, attribute)
         if theirs != ours:

@@ -12,6 +12,7 @@ import optax
 
 # Inside every square root: an un-squared L2 norm has a NaN gradient at zero in JAX.
 EPSILON = 1e-12
+LOG_ZERO = -1e30  # stands for log 0
 
 
 def psum(tree, axis: str | None):
@@ -96,8 +97,13 @@ def l2_per_batch(x: jax.Array, axis: str | None = None) -> jax.Array:
 
 
 def jensen_shannon(p_logits: jax.Array, q_logits: jax.Array, temperature: float) -> jax.Array:
-    """JS(p, q) = 0.5 KL(p||m) + 0.5 KL(q||m), m = (p + q) / 2, an image; [B, K] twice -> [B], in [0, ln 2]."""
+    """JS(p, q) = 0.5 KL(p||m) + 0.5 KL(q||m), m = (p + q) / 2, an image; [B, K] twice -> [B], in [0, ln 2].
+
+    Masked classes, with a logit of -inf in one or both, count as 0 log 0 = 0.
+    """
     log_p, log_q = (jax.nn.log_softmax(logits.astype(jnp.float32) / temperature) for logits in (p_logits, q_logits))
+    # A finite stand-in: products with exp(-inf) = 0, and the gradient of logaddexp at twice -inf, would be NaN.
+    log_p, log_q = (jnp.where(log == -jnp.inf, LOG_ZERO, log) for log in (log_p, log_q))
     log_m = jnp.logaddexp(log_p, log_q) - jnp.log(2.0)
     kl_pm = jnp.sum(jnp.exp(log_p) * (log_p - log_m), -1)
     kl_qm = jnp.sum(jnp.exp(log_q) * (log_q - log_m), -1)

@@ -15,14 +15,16 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
+from dvinv.errors import DvinvError
 from dvinv.inversion.tap import (
     DRAWS,
     LEARNS,
     SOWN,
     STATISTICS,
     Tap,
+    find_statistics,
     input_of,
-    running_statistics,
+    mask_of,
     shifted_moments,
     whole_input,
 )
@@ -32,6 +34,21 @@ GROUPS = {'params': nnx.Param, STATISTICS: nnx.BatchStat, 'others': ...}  # what
 
 class Heard(nnx.BatchStat):
     """The type of what is sown: a kind of BatchStat, so that transforms map them as they map running statistics."""
+
+
+def refuse_bridged(model: nnx.Module) -> None:
+    """Refuses a Linen module in an NNX wrapper.
+
+    Raises:
+      DvinvError: says how to pass it.
+    """
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.bridge.ToNNX):
+            linen, where = type(module.to_nnx__module).__name__, '.'.join(map(str, path)) or 'The model'
+            raise DvinvError(
+                f'{where} is the Linen module {linen} in nnx.bridge.ToNNX, where its layers cannot be captured; pass the '
+                'Linen module itself, with its variables, to dvinv.from_linen(module, variables, ...).'
+            )
 
 
 def in_eval_mode(model: nnx.Module) -> nnx.Module:
@@ -69,16 +86,16 @@ class NnxTap(Tap):
 
     def __init__(self, model: nnx.Module, variables, example, call_kwargs: dict):
         """See `Tap`. `model` is in eval mode, `variables` are its; it is taken over, so it must be a clone."""
-        name, layers = type(model).__name__, running_statistics(variables)
+        name, places = type(model).__name__, find_statistics(variables)
         self._graph, groups, self._noise = _split(model)
         self._paths = [(group, path) for group, flat in groups.items() for path in flat]
         owners = {'/'.join(map(str, path)): module for path, module in nnx.iter_modules(model)}
-        owners = {layer: module for layer, module in owners.items() if layer in layers}
+        owners = {layer: module for layer, module in owners.items() if layer in places}
         for module in owners.values():
             module.__class__ = _listening(type(module))
         self._listening = {}  # {hear: (graph, notes)}: a graph each, for what is traced inside may be cached by its graph
         for hear in (shifted_moments, whole_input):
-            notes = _Notes(hear)
+            notes = _Notes(hear, {layer: mean[-1] for layer, (mean, _) in places.items()})
             for layer, module in owners.items():
                 module.dvinv_notes = (layer, notes)
             self._listening[hear] = nnx.graphdef(model), notes
@@ -122,10 +139,16 @@ class NnxTap(Tap):
 class _Notes:
     """What ears listen for, and note down while JAX traces. A static part of the graph, equal to itself alone."""
 
-    def __init__(self, hear: Callable):
+    def __init__(self, hear: Callable, names: dict[str, str]):
         self.hear = hear
+        self.names = names  # {layer: the attribute that is its running mean}
         self.calls = Counter()  # of each layer
         self.learning = set()  # the layers that updated their statistics
+
+
+def _array(value):
+    """The array of an attribute that may be an nnx.Variable or the array itself."""
+    return value.get_raw_value() if isinstance(value, nnx.Variable) else value
 
 
 @functools.cache
@@ -141,13 +164,14 @@ def _ear(*bases: type) -> type:
     class Ear(*bases):
         def __call__(self, *args, **kwargs):
             layer, notes = self.dvinv_notes
-            before, mean = notes.calls[layer], self.mean.get_raw_value()
+            before, mean = notes.calls[layer], _array(getattr(self, notes.names[layer]))
             result = super().__call__(*args, **kwargs)
-            if self.mean.get_raw_value() is not mean:
+            if _array(getattr(self, notes.names[layer])) is not mean:
                 notes.learning.add(layer)
             # A subclass that calls super().__call__ passes two ears; the innermost call is the normalisation itself.
             if notes.calls[layer] == before:
-                self.sow(Heard, SOWN, notes.hear(self, self.mean.get_value(), input_of(args, kwargs)))
+                mask = mask_of(self, args, kwargs)
+                self.sow(Heard, SOWN, notes.hear(self, mean, input_of(args, kwargs), mask))
                 notes.calls[layer] += 1
             return result
 

@@ -1,8 +1,8 @@
 """The BatchNorm tap: the moments of every BatchNorm input of an unmodified Flax network.
 
-Any layer that owns running statistics (`batch_stats/mean` and `batch_stats/var`) counts as a BatchNorm, whatever its
-class. While the network runs, the moments of what such a layer is called with are sown. They are taken in one pass,
-shifted by the frozen running mean mu,
+Any layer that owns running statistics (`batch_stats/mean` and `batch_stats/var`, or others with such names, as
+`running_mean` and `running_var`, in any collection) counts as a BatchNorm, whatever its class. While the network runs,
+the moments of what such a layer is called with are sown. They are taken in one pass, shifted by the frozen running mean mu,
 
     d = E[x - mu],   s = E[(x - mu)^2],   mean = mu + d,   variance = s - d^2   (biased, float32)
 
@@ -13,6 +13,9 @@ features. `LinenTap` is here, `NnxTap` in nnx_tap.py.
 
 import abc
 import contextlib
+import inspect
+import re
+import sys
 from collections import Counter
 from collections.abc import Callable
 
@@ -20,13 +23,19 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from dvinv.errors import DvinvError
+from dvinv.errors import DvinvError, listed
 from dvinv.inversion.losses import pmean
+from dvinv.networks.channels.flat import flat_program
 
 PRIVATE = 'dvinv_tap'  # the collection that is sown into
 STATISTICS = 'batch_stats'  # Flax's collection of running statistics; the second choice for sowing
 SOWN = 'dvinv_heard'  # the name of the sown variable
+
+# Words by which the names of a running mean and a running variance differ, and how either is known by its name alone.
+NAMES = ('mean', 'var'), ('mean', 'variance'), ('Mean', 'Var'), ('Mean', 'Variance')
+STATISTIC = re.compile(r'(?:^|[\W\d_])(?:mean|var|variance)(?:$|[\W\d_])|Mean|Var(?:iance)?$')
 
 LISTENING = jax.make_user_context()  # what is heard: nn.jit must not take what it traced for one thing for the other
 
@@ -35,15 +44,44 @@ LEARNS = 'wants to update its running statistics', {'train': False}
 DRAWS = 'asks for random numbers (dropout?)', {'deterministic': True}
 
 
+def find_statistics(variables) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """{layer: (path of its running mean, path of its running variance)}; layers are module paths such as 'stage1/bn0'.
+
+    A path is (collection, names of modules, name of the variable). A mean and a variance are of one module and of one shape,
+    and their names differ in these words alone. Of several pairs of a module that with Flax's own collection and names is
+    taken, else the first.
+    """
+    flat, found = _non_intermediates(variables), {}
+    for path, leaf in sorted(flat.items(), key=lambda item: (item[0][0] != STATISTICS, item[0][-1] != 'mean')):
+        for mean, variance in NAMES:
+            mate = (*path[:-1], path[-1].replace(mean, variance))
+            if mate != path and np.shape(flat.get(mate)) == np.shape(leaf) != ():
+                found.setdefault('/'.join(path[1:-1]), (path, mate))
+                break
+    return found
+
+
+def unpaired_statistics(variables) -> list[str]:
+    """Paths of what is named as running statistics are, and is in no pair of `find_statistics`."""
+    paired = {path for pair in find_statistics(variables).values() for path in pair}
+    return [
+        '/'.join(path)
+        for path in _non_intermediates(variables)
+        if path not in paired and path[0] != 'params' and STATISTIC.search(path[-1])
+    ]
+
+
+def _non_intermediates(variables) -> dict:
+    """{path: leaf} of all variables but the intermediates; those in `batch_stats` first."""
+    flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables))
+    kept = [item for item in flat.items() if item[0][0] not in ('intermediates', PRIVATE)]
+    return dict(sorted(kept, key=lambda item: item[0][0] != STATISTICS))
+
+
 def running_statistics(variables) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """{layer: (running mean, running variance)}, each [..., C]; layers are module paths such as 'stage1/bn0'."""
-    flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables).get(STATISTICS, {}))
-    owners = dict.fromkeys(path[:-1] for path in flat)
-    return {
-        '/'.join(owner): (flat[(*owner, 'mean')], flat[(*owner, 'var')])
-        for owner in owners
-        if (*owner, 'mean') in flat and (*owner, 'var') in flat
-    }
+    """{layer: (running mean, running variance)}, each [..., C]; see `find_statistics`."""
+    flat = _non_intermediates(variables)
+    return {layer: (flat[mean], flat[variance]) for layer, (mean, variance) in find_statistics(variables).items()}
 
 
 def input_of(args, kwargs) -> jax.Array:
@@ -51,25 +89,52 @@ def input_of(args, kwargs) -> jax.Array:
     return args[0] if args else kwargs['x'] if 'x' in kwargs else next(iter(kwargs.values()))
 
 
-def whole_input(layer, running_mean: jax.Array, x: jax.Array) -> jax.Array:
+def mask_of(layer, args, kwargs) -> jax.Array | None:
+    """Returns the argument `mask` of a call of `layer`: the places that count in its moments, as of Flax's BatchNorm.
+
+    Raises:
+      DvinvError: the call has another array as argument, which may change the moments; names it.
+    """
+    names = list(inspect.signature(type(layer).__call__).parameters)[1:]
+    given = {names[i] if i < len(names) else f'number {i + 1}': value for i, value in enumerate(args)} | kwargs
+    x = input_of(args, kwargs)
+    for name, value in given.items():
+        if name != 'mask' and value is not x and any(np.ndim(leaf) for leaf in jax.tree.leaves(value)):
+            raise DvinvError(
+                f'A {type(layer).__name__}, a layer with running statistics, is called with the array {name}, and how it '
+                'changes the moments of the layer is not known: only x and mask (as of nn.BatchNorm) are. Apply it outside '
+                'of the layer.'
+            )
+    return given.get('mask')
+
+
+def whole_input(layer, running_mean: jax.Array, x: jax.Array, mask: jax.Array | None) -> jax.Array:
     """To hear the input x itself."""
     return x
 
 
-def shifted_moments(layer, running_mean: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """To hear (d, s) of the file's docstring, float32, of the input x of `layer`, over all but its feature axes (`axis`)."""
+def shifted_moments(layer, running_mean: jax.Array, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, ...]:
+    """To hear (d, s) of the file's docstring, float32, of the input x of `layer`, over all but its feature axes (`axis`).
+
+    With a mask, over the places where it is true: (p d, p s, p), where p is their share.
+    """
     axes = getattr(layer, 'axis', -1)
     features = {a % x.ndim for a in (axes if isinstance(axes, tuple | list) else (axes,))}
     reduced = tuple(a for a in range(x.ndim) if a not in features)
     shifted = x.astype(jnp.float32) - jnp.expand_dims(running_mean.astype(jnp.float32), reduced)
-    return shifted.mean(reduced), jnp.square(shifted).mean(reduced)
+    if mask is None:
+        return shifted.mean(reduced), jnp.square(shifted).mean(reduced)
+    mask = jnp.broadcast_to(jnp.asarray(mask, bool), x.shape)
+    shifted = jnp.where(mask, shifted, 0)
+    return shifted.mean(reduced), jnp.square(shifted).mean(reduced), mask.mean(reduced, dtype=jnp.float32)
 
 
 def _moments(running_mean, calls):
-    """(mean, variance) of a layer from the (d, s) of its calls.
+    """(mean, variance) of a layer from the (d, s) of its calls, or (p d, p s, p) of masked ones.
 
     The statistics of a layer called more than once a forward pass are running means over its calls: so are these.
     """
+    calls = [(d / p[0], s / p[0]) if p else (d, s) for d, s, *p in calls]
     mean = sum(running_mean.astype(jnp.float32) + d for d, _ in calls) / len(calls)
     variance = sum(s - jnp.square(d) for d, s in calls) / len(calls)
     return mean, variance
@@ -98,7 +163,7 @@ class Tap(abc.ABC):
         Raises:
           DvinvError: no running statistics, not in eval mode, wrong input shape, or layers out of reach (named).
         """
-        self._name, self._kwargs = name, call_kwargs
+        self._name, self._kwargs, self._places = name, call_kwargs, find_statistics(variables)
         wanted = running_statistics(variables)
         if not wanted:
             raise DvinvError(
@@ -106,6 +171,7 @@ class Tap(abc.ABC):
                 'variance), so there is nothing to match; DeepInversion needs a network with BatchNorm.'
             )
         self._check_call(variables, example)
+        tries = []
         for way in self.ways:
             self._way, calls, moments, reason = way, Counter(), {}, ''
             try:
@@ -117,13 +183,43 @@ class Tap(abc.ABC):
             except Exception as error:  # Flax and JAX raise many kinds here; the last one is told below
                 reason = f' ({_in_a_line(error)})'
             missed = [layer for layer in wanted if layer not in moments or moments[layer][0].shape != wanted[layer][0].shape]
+            tries.append((len(missed), way, calls, missed, reason))
             if not missed:
-                self.layers = tuple(layer for layer in calls if layer in wanted)
-                return
-        raise DvinvError(
-            f'{name} keeps running statistics that the tap cannot reach: {", ".join(missed)}. Call each of these layers '
-            f'as module(x) once in the forward pass, and let lifted transforms carry batch_stats on a mapped axis.{reason}'
-        )
+                break
+        _, self._way, calls, missed, _ = min(tries, key=lambda one: one[0])
+        idle = self._idle(variables, example) if missed else set()
+        foreign = [layer for layer in missed if layer not in idle and not self._is_of_flax(layer)]
+        unreached = [layer for layer in missed if layer not in idle and layer not in foreign]
+        self.layers = tuple(layer for layer in calls if layer in wanted and layer not in missed)
+        if unreached or not self.layers:
+            raise DvinvError(
+                f'{name} keeps running statistics that the tap cannot reach: {", ".join(unreached or missed)}. Call each '
+                'of these layers as module(x) once in the forward pass, and let lifted transforms carry batch_stats on a '
+                f'mapped axis.{tries[-1][-1]}'
+            )
+        self._places = {layer: self._places[layer] for layer in self.layers}
+        if idle:
+            _say(f'{name} does not use {listed(sorted(idle))} in eval mode, so their running statistics are left out')
+        foreign = ['/'.join(path) for layer in foreign for path in find_statistics(variables)[layer]]
+        if others := [*foreign, *unpaired_statistics(variables)]:
+            _say(
+                f'{name}: not matched are {listed(others)}, which are named as running statistics, but are of no layer heard'
+            )
+
+    def _is_of_flax(self, layer: str) -> bool:
+        mean, variance = self._places[layer]
+        return (mean[0], mean[-1], variance[-1]) == (STATISTICS, 'mean', 'var')
+
+    def _idle(self, variables, example) -> set[str]:
+        """The layers with running statistics that no logit depends on: those that training alone calls."""
+        program = flat_program(jax.make_jaxpr(self.apply_fn)(variables, example))
+        needed = {value for value in program.outputs if isinstance(value, int)}
+        for operation in reversed(program.operations):
+            if needed.intersection(operation.outputs):
+                needed.update(value for value in operation.inputs if isinstance(value, int))
+        paths = [tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
+        used = {path for path, value in zip(paths, program.inputs[: len(paths)], strict=True) if value in needed}
+        return {layer for layer, pair in self._places.items() if not used.intersection(pair)}
 
     @abc.abstractmethod
     def apply_fn(self, variables, x):
@@ -171,7 +267,14 @@ class Tap(abc.ABC):
         if getattr(logits, 'ndim', None) != 2:
             raise DvinvError(
                 f'{self._name} must return logits [B, K]; for images of shape {shape} it returns '
-                f'{jax.tree.map(lambda a: tuple(a.shape), logits)}.'
+                f'{jax.tree.map(lambda a: tuple(a.shape), logits)}. Wrap it in a module that returns the logits alone.'
+            )
+        if not jnp.issubdtype(logits.dtype, jnp.floating):
+            raise DvinvError(f'{self._name} returns {logits.dtype} numbers; logits must be floating-point numbers.')
+        if logits.shape[1] < 2:
+            raise DvinvError(
+                f'{self._name} returns {logits.shape[1]} logit an image, and a class needs another one to be told from. A '
+                'classifier with one logit z (a sigmoid) must return two, [0, z]: jnp.concatenate([jnp.zeros_like(z), z], -1).'
             )
 
     def _in_training(self, symptom: str, remedy: dict) -> DvinvError:
@@ -179,6 +282,10 @@ class Tap(abc.ABC):
             f'{self._name} {symptom}, so it is not in eval mode: pass call_kwargs, for instance {remedy} '
             f'(now {self._kwargs}).'
         )
+
+
+def _say(sentence: str) -> None:
+    print(f'dvinv: {sentence}.', file=sys.stderr, flush=True)
 
 
 def _in_a_line(error: Exception) -> str:
@@ -201,7 +308,7 @@ class LinenTap(Tap):
         return self._module.apply(variables, x, **self._kwargs)
 
     def _listen(self, variables, x, calls: Counter, hear: Callable):
-        with LISTENING(hear), _sowing(self._way, calls, hear):
+        with LISTENING(hear), _sowing(self._way, calls, hear, self._places):
             logits, sown = self._module.apply(variables, x, mutable=[self._way], **self._kwargs)
         return logits, _heard(sown, self._way)
 
@@ -215,7 +322,8 @@ def features_in_training(module: nn.Module, variables, x, rngs: dict, head: str 
       head: path of a layer, 'Dense_1' for instance, that is heard beside the BatchNorm layers: features[head] is one pair,
         what it is called with, and what it answers to that, detached (gradients reach its weights and nothing before it).
     """
-    with LISTENING((whole_input, head)), _sowing(PRIVATE, Counter(), whole_input), _hearing_head(head):
+    places = find_statistics(variables)
+    with LISTENING((whole_input, head)), _sowing(PRIVATE, Counter(), whole_input, places), _hearing_head(head):
         logits, changed = module.apply(variables, x, train=True, mutable=[STATISTICS, PRIVATE], rngs=rngs)
     return logits, _heard(changed, PRIVATE), changed.get(STATISTICS, {})
 
@@ -244,20 +352,21 @@ def _heard(sown, collection: str) -> dict:
 
 
 @contextlib.contextmanager
-def _sowing(collection: str, calls: Counter, hear: Callable):
-    """While open, every Linen BatchNorm that is called sows what is heard into `collection` and is counted in `calls`."""
+def _sowing(collection: str, calls: Counter, hear: Callable, places: dict):
+    """While open, every Linen layer in `places` that is called sows what is heard into `collection`; counted in `calls`."""
 
     def intercept(call, args, kwargs, context):
         module = context.module
-        if context.method_name != '__call__' or not _owns_statistics(module):
-            return call(*args, **kwargs)
         layer = '/'.join(module.path)
+        if context.method_name != '__call__' or not _owns_statistics(module, places.get(layer)):
+            return call(*args, **kwargs)
         before = calls[layer]
         result = call(*args, **kwargs)
         # A subclass that calls super().__call__ passes here twice; the innermost call is the normalisation itself.
         if calls[layer] == before:
-            running_mean = module.get_variable(STATISTICS, 'mean')
-            module.sow(collection, SOWN, hear(module, running_mean, input_of(args, kwargs)))
+            mean, _ = places[layer]
+            mask = mask_of(module, args, kwargs)
+            module.sow(collection, SOWN, hear(module, module.get_variable(mean[0], mean[-1]), input_of(args, kwargs), mask))
             calls[layer] += 1
         return result
 
@@ -265,5 +374,5 @@ def _sowing(collection: str, calls: Counter, hear: Callable):
         yield
 
 
-def _owns_statistics(module: nn.Module) -> bool:
-    return module.has_variable(STATISTICS, 'mean') and module.has_variable(STATISTICS, 'var')
+def _owns_statistics(module: nn.Module, places) -> bool:
+    return places is not None and all(module.has_variable(path[0], path[-1]) for path in places)

@@ -2,16 +2,18 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dvinv.errors import DvinvError
+from dvinv.errors import DvinvError, listed
+from dvinv.inversion.contract import check_answers
 from dvinv.inversion.tap import LinenTap, running_statistics
-from dvinv.networks.classifier import Classifier
+from dvinv.networks.classifier import Classifier, check_finite, check_normalisation, flatten, unflatten
 
 # Names by which networks say "eval mode", and the value that says so.
 EVAL_MODE = {'train': False, 'training': False, 'is_training': False, 'deterministic': True, 'use_running_average': True}
@@ -26,28 +28,37 @@ class Teacher(Classifier):
     statistics: Callable  # (variables) -> {layer: (running mean, running variance)}
 
 
-def from_linen(module, variables, *, image_shape, mean, std, call_kwargs: dict | None = None) -> Teacher:
+def from_linen(module, variables, *, image_shape, mean=None, std=None, call_kwargs: dict | None = None) -> Teacher:
     """A Teacher from any Flax Linen module, unmodified.
 
     Args:
       module: takes x [B, H, W, C] and returns logits [B, K].
-      variables: {'params': ..., 'batch_stats': ...} of the trained network.
+      variables: {'params': ..., 'batch_stats': ...} of the trained network; they are copied to the host.
       image_shape: (H, W, C).
-      mean, std: one number a channel, for pixels in [0, 1].
+      mean, std: one number a channel, or one for all, for pixels in [0, 1].
       call_kwargs: what puts the module in eval mode; found from its signature (`train`, `deterministic`, ...) when None.
 
     Raises:
-      DvinvError: the network has no BatchNorm, or one out of reach of the tap, or does not take such images.
+      DvinvError: the network has no BatchNorm, or one out of reach of the tap, or does not take such images; its weights are
+        not finite, or quantized; or its answers are not those of a classifier (see `contract.check_answers`).
     """
+    teacher = trusted_linen(module, variables, image_shape=image_shape, mean=mean, std=std, call_kwargs=call_kwargs)
+    check_answers(teacher, type(module).__name__)
+    return teacher
+
+
+def trusted_linen(module, variables, *, image_shape, mean, std, call_kwargs: dict | None = None) -> Teacher:
+    """As `from_linen`, but does not run the module: of dvinv's own networks, it is known that they answer with logits."""
     if not isinstance(module, nn.Module):
         raise DvinvError(
             f'from_linen takes a Flax Linen module, and a {type(module).__name__} is none; an NNX model goes to '
             'dvinv.from_nnx(model, ...).'
         )
-    return _teacher(LinenTap, module, variables, *_pictures(image_shape, mean, std), call_kwargs)
+    pictures, variables = _pictures(image_shape, mean, std), _on_host(variables, type(module).__name__)
+    return _teacher(LinenTap, module, variables, *pictures, call_kwargs)
 
 
-def from_nnx(model, *, image_shape, mean, std, call_kwargs: dict | None = None) -> Teacher:
+def from_nnx(model, *, image_shape, mean=None, std=None, call_kwargs: dict | None = None) -> Teacher:
     """A Teacher from any Flax NNX model, unmodified: a clone of it is put in eval mode and frozen as it is now.
 
     Its `variables` are nested dicts as of a Linen module, {'params': ..., 'batch_stats': ...}; what is neither nnx.Param nor
@@ -69,26 +80,85 @@ def from_nnx(model, *, image_shape, mean, std, call_kwargs: dict | None = None) 
             f'from_nnx takes a Flax NNX model, and a {type(model).__name__} is none; a Linen module goes to '
             'dvinv.from_linen(module, variables, ...).'
         )
-    pictures = _pictures(image_shape, mean, std)
+    nnx_tap.refuse_bridged(model)
+    pictures, name = _pictures(image_shape, mean, std), type(model).__name__
     model = nnx_tap.in_eval_mode(model)
-    return _teacher(nnx_tap.NnxTap, model, nnx_tap.variables_of(model), *pictures, call_kwargs)
+    teacher = _teacher(nnx_tap.NnxTap, model, _on_host(nnx_tap.variables_of(model), name), *pictures, call_kwargs)
+    check_answers(teacher, name)
+    return teacher
 
 
 def _pictures(image_shape, mean, std):
     """(image_shape, mean, std) as tuples, if they go together."""
-    image_shape = tuple(int(n) for n in image_shape)
     try:
-        mean, std = (tuple(float(v) for v in np.ravel(values)) for values in (mean, std))
+        image_shape = tuple(int(n) for n in image_shape)
+    except (TypeError, ValueError) as error:
+        raise DvinvError(f'image_shape is {image_shape!r}; it must be (height, width, channels).') from error
+    if mean is None or std is None:
+        missing = ' and '.join(name for name, values in (('mean', mean), ('std', std)) if values is None)
+        raise DvinvError(
+            f'{missing} must be given, one number a channel, for pixels in [0, 1]: the network takes (pixels - mean) / std. '
+            'A network that takes the pixels as they are has mean=0, std=1.'
+        )
+    channels = image_shape[-1] if image_shape else 1
+    try:
+        mean, std = (
+            tuple(float(v) for v in (np.full(channels, values) if np.ndim(values) == 0 else np.ravel(values)))
+            for values in (mean, std)
+        )
     except (TypeError, ValueError) as error:
         raise DvinvError(f'mean is {mean} and std is {std}; each must be one number a channel.') from error
-    if len(image_shape) != 3 or not len(mean) == len(std) == image_shape[-1]:
+    if len(image_shape) != 3 or min(image_shape) < 1 or not len(mean) == len(std) == image_shape[-1]:
         raise DvinvError(
             f'image_shape is {image_shape} with {len(mean)} means and {len(std)} standard deviations; '
             'image_shape must be (height, width, channels), with a mean and a deviation a channel.'
         )
-    if min(std) <= 0:
-        raise DvinvError(f'std is {std}; every standard deviation must be above 0.')
+    check_normalisation(mean, std)
     return image_shape, mean, std
+
+
+def _on_host(variables, name: str) -> dict:
+    """Returns the variables as nested dicts of numpy arrays: copied, gathered if sharded, out of Flax's boxes.
+
+    Shapes and random keys stay as they are.
+
+    Raises:
+      DvinvError: they are no dict of arrays, their numbers are not finite, or a parameter is an integer array.
+    """
+    if not isinstance(variables, Mapping):
+        raise DvinvError(
+            f"The variables of {name} are a {type(variables).__name__}; they must be {{'params': ..., 'batch_stats': ...}}, "
+            'as module.init returns them.'
+        )
+
+    def copied(path: str, leaf):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        if isinstance(leaf, jax.Array):
+            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                return leaf
+            if not leaf.is_fully_addressable:
+                raise DvinvError(f'{path} of {name} lies in part on devices of other processes; gather it first.')
+        array = np.array(leaf)  # a copy: the caller's may change, or be donated
+        if array.dtype.kind in 'OSU':
+            raise DvinvError(f'{path} of {name} is a {type(leaf).__name__}; every variable must be an array of numbers.')
+        return array
+
+    variables = flax.core.meta.unbox(flax.core.unfreeze(variables))
+    # A leaf may be a tuple, of what the network sowed in `init`.
+    flat = {path: jax.tree.map(lambda one, path=path: copied(path, one), leaf) for path, leaf in flatten(variables).items()}
+    integers = [
+        f'{path} ({leaf.dtype})'
+        for path, leaf in flat.items()
+        if path.startswith('params/') and jnp.issubdtype(leaf.dtype, jnp.integer)
+    ]
+    if integers:
+        raise DvinvError(
+            f'{name} has integer parameters, as quantized networks have: {listed(integers)}. Images are optimized through '
+            'the trained network in floating point: pass its dequantized weights.'
+        )
+    check_finite(unflatten(flat), name)
+    return {'params': {}} | unflatten(flat)
 
 
 def _teacher(make_tap, network, variables, image_shape, mean, std, call_kwargs) -> Teacher:

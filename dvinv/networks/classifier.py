@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dvinv.errors import DvinvError, listed
+
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
@@ -29,7 +31,9 @@ class Classifier:
     def normalise(self, images):
         """Pixels, uint8 or float in [0, 1], [..., H, W, C], to the float32 that the network takes."""
         pixels = images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
-        return (pixels - jnp.asarray(self.mean)) / jnp.asarray(self.std)
+        # Expanded, for users who let JAX refuse implicit rank promotion.
+        mean, std = (jnp.expand_dims(jnp.asarray(values), range(pixels.ndim - 1)) for values in (self.mean, self.std))
+        return (pixels - mean) / std
 
     def to_uint8(self, x) -> np.ndarray:
         """Normalised float [..., H, W, C] to pixels uint8, rounded and cut to the valid range."""
@@ -68,10 +72,67 @@ def cast_floats(tree, dtype):
 
 
 def flatten(tree) -> dict[str, Any]:
-    """{'params/Conv_0/kernel': leaf} of nested dicts."""
-    return flax.traverse_util.flatten_dict(flax.core.unfreeze(tree), sep='/')
+    """Returns {'params/Conv_0/kernel': leaf} of nested dicts; a slash inside a name becomes %2F, a percent sign %25."""
+    flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(tree))
+    return {
+        '/'.join(str(name).replace('%', '%25').replace('/', '%2F') for name in path): leaf for path, leaf in flat.items()
+    }
 
 
 def unflatten(flat: dict[str, Any]) -> dict:
     """The inverse of `flatten`."""
-    return flax.traverse_util.unflatten_dict(flat, sep='/')
+    names = {path: tuple(name.replace('%2F', '/').replace('%25', '%') for name in path.split('/')) for path in flat}
+    return flax.traverse_util.unflatten_dict({names[path]: leaf for path, leaf in flat.items()})
+
+
+def check_finite(variables, name: str) -> None:
+    """Refuses numbers that no trained network has: not finite, or a negative running variance.
+
+    A constant (neither in `params` nor in `batch_stats`) may be -inf, as masks of classes are.
+
+    Args:
+      variables: nested dicts of arrays; shapes are passed over.
+      name: what the sentence calls the network, or the file that it came from.
+
+    Raises:
+      DvinvError: names the tensors and what is wrong with them.
+    """
+    problems = {}
+    for path, leaf in ((path, leaf) for path, node in flatten(variables).items() for leaf in jax.tree.leaves(node)):
+        if isinstance(leaf, jax.ShapeDtypeStruct) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            continue
+        values, (collection, _, rest) = np.asarray(leaf), path.partition('/')
+        trained = collection in ('params', 'batch_stats')
+        if np.isnan(values).any():
+            problems[path] = 'NaN'
+        elif np.isinf(values if trained else values[values > 0]).any():
+            problems[path] = 'infinite numbers'
+        elif collection == 'batch_stats' and rest.rpartition('/')[2] in ('var', 'running_var') and (values < 0).any():
+            problems[path] = 'negative variances'
+    if problems:
+        raise DvinvError(
+            f'The weights of {name} cannot be those of a trained network: '
+            f'{listed([f"{path} has {problem}" for path, problem in problems.items()])}; load or train them again.'
+        )
+
+
+def check_normalisation(mean: tuple[float, ...], std: tuple[float, ...], prefix: str = '') -> None:
+    """Refuses a mean or standard deviation that is not for pixels in [0, 1].
+
+    Args:
+      mean, std: one number a channel.
+      prefix: what the sentence puts before 'mean' and 'std', for instance 'verifier.'.
+
+    Raises:
+      DvinvError: names the value; offers it divided by 255 where it is for pixels in 0..255.
+    """
+    for name, values, most in (('mean', mean, 1), ('std', std, 10)):
+        if not np.isfinite(values).all():
+            raise DvinvError(f'{prefix}{name} is {values}; every number of it must be finite.')
+        if np.max(np.abs(values), initial=0) > most:
+            raise DvinvError(
+                f'{prefix}{name} is {values}, but pixels are in [0, 1]; numbers for pixels in 0..255 must be divided by '
+                f'255: {tuple(round(value / 255, 6) for value in values)}.'
+            )
+    if min(std, default=1) <= 0:
+        raise DvinvError(f'{prefix}std is {std}; every standard deviation must be above 0.')

@@ -1,0 +1,118 @@
+"""What a network must answer before it is inverted, found out by running it on a few images."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dvinv.errors import DvinvError
+from dvinv.networks.classifier import Classifier
+
+IMAGES = 4
+TOLERANCE = 0.02  # of the range of the logits, by which those of an image may change; batch moments change them far more
+ROUNDING = 2**-7  # the same, of their size: a unit in the last place of bfloat16
+
+
+def check_answers(classifier: Classifier, name: str) -> None:
+    """Refuses a network that does not answer as a classifier must, by its logits for a few images of noise.
+
+    Does nothing where the variables are shapes, of a network that is yet to be trained.
+
+    Args:
+      name: what the sentences call the network.
+
+    Raises:
+      DvinvError: logits that are NaN or +inf, have no gradient with respect to the pixels, are probabilities, or depend on
+        the other images of the batch.
+    """
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(classifier.variables)):
+        return
+    run, images = _compiled(classifier, name), _images(classifier.image_shape)
+    mixed = np.asarray(classifier.normalise(images))
+    logits, gradient = run(mixed)
+    if np.isnan(logits).any() or (logits == np.inf).any() or not np.isfinite(logits).any(1).all():
+        raise DvinvError(
+            f'{name} returns logits that are NaN or infinite for ordinary images; look at its weights, mean and std. '
+            '(A logit of -inf, for a masked class, is allowed.)'
+        )
+    if not np.isfinite(gradient).all():
+        raise DvinvError(
+            f'The gradient of the logits of {name} with respect to the pixels is not finite, so no image can be optimized; '
+            'look for a square root or a norm at 0.'
+        )
+    if not gradient.any():
+        raise DvinvError(
+            f'The logits of {name} have no gradient with respect to the pixels: it is 0 everywhere, so no image can be '
+            'moved towards its class. Leave out stop_gradient, argmax, rounding and comparisons on the way from the images '
+            'to the logits (or give them a straight-through gradient), and look for weights that are all 0.'
+        )
+    _check_probabilities(name, logits, lambda: run(100 * mixed)[0])
+    alone = run(np.broadcast_to(mixed[:1], mixed.shape))[0][0]
+    finite = np.isfinite(logits)
+    span, size = np.ptp(logits[finite]), np.abs(logits[finite]).max()
+    change = np.abs(logits[0][finite[0]] - alone[finite[0]]).max()
+    if not change <= max(TOLERANCE * span, ROUNDING * size):
+        raise DvinvError(
+            f'The logits of one image depend on the other images of the batch: for the same image alone and among others '
+            f'{name} returns logits that differ by {change:.3g}, and all logits span {span:.3g}. In eval mode a '
+            'normalization must use its running statistics, not the moments of the batch: use_running_average=True, say.'
+        )
+
+
+def _compiled(classifier: Classifier, name: str) -> Callable:
+    """Returns `x -> (logits, their gradient)`, numpy float32, for batches of `IMAGES` images."""
+    # One weight a logit, so that those of one image cannot cancel: a softmax's have a sum without a gradient.
+    weights = np.random.default_rng(1).normal(size=(IMAGES, classifier.num_classes)).astype(np.float32)
+
+    def run(variables, x):
+        logits, pull = jax.vjp(lambda x: classifier.apply_fn(variables, x), x)
+        return logits.astype(jnp.float32), pull(weights.astype(logits.dtype))[0]
+
+    # Run twice, so not worth optimising.
+    program = jax.jit(run, compiler_options={'xla_backend_optimization_level': 0})
+    x = jax.ShapeDtypeStruct((IMAGES, *classifier.image_shape), np.float32)
+    try:
+        jax.eval_shape(program, classifier.variables, x)
+    except Exception as error:  # the user's network is differentiated; Flax and JAX raise many kinds here
+        raise DvinvError(
+            f'{name} cannot be differentiated with respect to its images: '
+            f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
+        ) from error
+    return lambda x: jax.device_get(program(classifier.variables, x))
+
+
+def _images(image_shape) -> np.ndarray:
+    """Noise, float32 [IMAGES, H, W, C] in [0, 1], of unlike brightness and contrast: so are the moments of the images."""
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, size=(IMAGES, *image_shape))
+    brightness, contrast = (np.reshape(values, (IMAGES, 1, 1, 1)) for values in ((0.5, 0.2, 0.8, 0.4), (0.5, 0.3, 0.1, 0.8)))
+    return (brightness + contrast * noise).astype(np.float32)
+
+
+def _check_probabilities(name: str, logits: np.ndarray, of_strong_images: Callable) -> None:
+    """Refuses the answers of a softmax (also in percent) or of sigmoids.
+
+    Args:
+      of_strong_images: returns the logits of images with a contrast that drives true logits far from where they were.
+    """
+    for total, layer, way_out in (
+        (1, 'softmax', 'take the log of it'),
+        (100, 'softmax', 'take the log of it'),
+        (0, 'sigmoid', 'take log(p / (1 - p)) of it'),
+    ):
+        if _are_shares(logits, total):
+            strong = of_strong_images()
+            # Sigmoids saturate at both ends; logits that hardly change may stay in [0, 1] as well.
+            if _are_shares(strong, total) and (total or np.ptp(strong) > 0.5):
+                what = f'not negative, and sum to {total}' if total else 'in [0, 1], however strong its contrast'
+                raise DvinvError(
+                    f'{name} returns probabilities: its answers for an image are {what}. Return the logits: leave out the '
+                    f'{layer} at its end, or {way_out}.'
+                )
+
+
+def _are_shares(answers: np.ndarray, total: float) -> bool:
+    """Whether all rows of `answers` [B, K] are not negative and sum to `total`; 0: whether all are in [0, 1]."""
+    if not answers.min() >= 0:
+        return False
+    return bool(np.allclose(answers.sum(1), total, rtol=0.01, atol=0) if total else answers.max() <= 1)
