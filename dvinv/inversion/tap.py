@@ -202,9 +202,7 @@ class Tap(abc.ABC):
             _say(f'{name} does not use {listed(sorted(idle))} in eval mode, so their running statistics are left out')
         foreign = ['/'.join(path) for layer in foreign for path in find_statistics(variables)[layer]]
         if others := [*foreign, *unpaired_statistics(variables)]:
-            _say(
-                f'{name}: not matched are {listed(others)}, which are named as running statistics, but are of no layer heard'
-            )
+            _say(f'{name} has {listed(others)}, named as running statistics, but no layer is known to use them: left out')
 
     def _is_of_flax(self, layer: str) -> bool:
         mean, variance = self._places[layer]
@@ -274,7 +272,7 @@ class Tap(abc.ABC):
         if logits.shape[1] < 2:
             raise DvinvError(
                 f'{self._name} returns {logits.shape[1]} logit an image, and a class needs another one to be told from. A '
-                'classifier with one logit z (a sigmoid) must return two, [0, z]: jnp.concatenate([jnp.zeros_like(z), z], -1).'
+                'classifier with one logit z (a sigmoid) must return two, [0, z]: jnp.concatenate([0 * z, z], -1).'
             )
 
     def _in_training(self, symptom: str, remedy: dict) -> DvinvError:

@@ -1,0 +1,492 @@
+"""The contract between a user's network and dvinv: what breaks it is refused in a sentence, what keeps it is taken."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, tiny_teacher, trained, trained_variables
+
+from dvinv import DvinvError, from_linen, from_nnx
+from dvinv.inversion.contract import check_answers
+from dvinv.networks.classifier import Classifier, check_finite, flatten, unflatten
+
+PICTURES = {'image_shape': IMAGE_SHAPE, 'mean': MEAN, 'std': STD}
+
+
+def _teacher(module, variables=None, **options):
+    variables = trained_variables(module) if variables is None else variables
+    return from_linen(module, variables, **{**PICTURES, **options})
+
+
+def _images(batch=3):
+    return np.random.default_rng(0).normal(size=(batch, *IMAGE_SHAPE)).astype(np.float32)
+
+
+# What the network answers
+
+
+class Ending(nn.Module):
+    """A small network with something before and after its layers."""
+
+    last: Any = lambda z: z
+    first: Any = lambda x: x
+    dtype: Any = None
+    classes: int = 3
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.BatchNorm(use_running_average=True)(nn.Dense(4, dtype=self.dtype)(self.first(x))))
+        return self.last(nn.Dense(self.classes, dtype=self.dtype)(x.mean((1, 2))))
+
+
+class BatchMoments(nn.Module):
+    """A normalization by the moments of the batch, in eval mode too."""
+
+    detached: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=True)(x)
+        mean, var = x.mean((0, 1, 2), keepdims=True), x.var((0, 1, 2), keepdims=True)
+        if self.detached:
+            mean, var = jax.lax.stop_gradient((mean, var))
+        return nn.Dense(3)(nn.relu(nn.Dense(4)((x - mean) / jnp.sqrt(var + 1e-5))).mean((1, 2)))
+
+
+@jax.custom_vjp
+def _without_gradient(x):
+    return jnp.tanh(x)
+
+
+_without_gradient.defvjp(lambda x: (jnp.tanh(x), None), lambda _, g: (jnp.zeros_like(g),))
+
+
+def _callback(x):
+    return jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+
+def _standardised(x):
+    """Each image by its own moments, as some networks begin."""
+    return (x - x.mean((1, 2, 3), keepdims=True)) / x.std((1, 2, 3), keepdims=True)
+
+
+def _masked(z):
+    return jnp.where(jnp.arange(z.shape[-1]) == 1, -jnp.inf, z)
+
+
+NO_GRADIENT = 'have no gradient with respect to the pixels.*stop_gradient, argmax, rounding'
+PROBABILITIES = 'Ending returns probabilities: .*Return the logits: leave out the '
+
+
+@pytest.mark.parametrize(
+    ('module', 'sentence'),
+    [
+        (Ending(nn.softmax), PROBABILITIES + 'softmax at its end, or take the log of it'),
+        (Ending(nn.softmax, dtype=jnp.bfloat16), PROBABILITIES),
+        (Ending(lambda z: 100 * nn.softmax(_masked(z))), PROBABILITIES),
+        (Ending(lambda z: nn.sigmoid(9 * z)), PROBABILITIES + 'sigmoid'),
+        (Ending(classes=1), r'Ending returns 1 logit an image.*must return two, \[0, z\]'),
+        (Ending(lambda z: nn.sigmoid(z)[:, 0]), r'Ending must return logits \[B, K\]'),
+        (Ending(lambda z: (z, z)), r'Ending must return logits \[B, K\].*Wrap it in a module that returns the logits alone'),
+        (Ending(lambda z: {'logits': z}), r'Ending must return logits \[B, K\].*Wrap it'),
+        (Ending(lambda z: (9 * z).astype(jnp.int8)), 'Ending returns int8 numbers; logits must be floating'),
+        (Ending(jax.lax.stop_gradient), NO_GRADIENT),
+        (Ending(jnp.round), NO_GRADIENT),
+        (Ending(lambda z: nn.one_hot(z.argmax(-1), 3)), NO_GRADIENT),
+        (Ending(first=lambda x: (10 * x).astype(jnp.int32) / 10), NO_GRADIENT),
+        (Ending(first=_without_gradient), NO_GRADIENT),
+        (Ending(first=_callback), 'Ending cannot be differentiated with respect to its images: ValueError'),
+        (Ending(lambda z: z + jnp.nan), 'Ending returns logits that are NaN or infinite'),
+        (Ending(lambda z: z - z.mean(0)), 'depend on the other images of the batch'),
+        (BatchMoments(), 'depend on the other images of the batch: .*BatchMoments .*running statistics'),
+        (BatchMoments(detached=True), 'depend on the other images of the batch'),
+    ],
+    ids=range(19),
+)
+def test_a_network_that_does_not_answer_as_a_classifier_is_refused(module, sentence):
+    with pytest.raises(DvinvError, match=sentence):
+        _teacher(module)
+
+
+@pytest.mark.parametrize(
+    'module',
+    [
+        Ending(nn.log_softmax),
+        Ending(dtype=jnp.bfloat16),
+        Ending(dtype=jnp.float16),
+        Ending(_masked),
+        Ending(lambda z: z + 1000),
+        Ending(lambda z: 0.3 + 1e-4 * z),
+        Ending(nn.relu),
+        Ending(first=_standardised),
+        Ending(first=lambda x: x + jax.lax.stop_gradient(jnp.round(x) - x)),
+        Ending(lambda z: jnp.concatenate([0 * z[:, :1], z[:, :1]], 1)),
+        Ending(lambda z: jnp.stack([z[:, 0], 1 - z[:, 0]], 1)),
+    ],
+    ids=range(11),
+)
+def test_what_answers_as_a_classifier_is_taken(module):
+    assert _teacher(module).num_classes > 1
+
+
+def test_a_network_that_is_yet_to_be_trained_is_not_run():
+    shapes = jax.eval_shape(TinyNet().init, jax.random.key(0), _images())
+    assert _teacher(TinyNet(), shapes).num_classes == 3
+
+
+def test_the_check_of_answers_takes_any_classifier():
+    teacher = tiny_teacher()
+    fields = {field.name: getattr(teacher, field.name) for field in dataclasses.fields(Classifier)}
+    fields['apply_fn'] = lambda variables, x: nn.softmax(teacher.apply_fn(variables, x))
+    with pytest.raises(DvinvError, match='it returns probabilities'):
+        check_answers(Classifier(**fields), 'it')
+
+
+# What layers are called with
+
+
+class Calls(nn.Module):
+    """A BatchNorm that is called in some way."""
+
+    call: Any
+    norm: Any = nn.BatchNorm
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(self.call(self.norm(use_running_average=True), x).mean((1, 2)))
+
+
+class Weighted(nn.BatchNorm):
+    """A subclass with arguments of its own."""
+
+    def __call__(self, inputs, weights=None, flag=False, name='a'):
+        return super().__call__(inputs)
+
+
+class OwnNorm(nn.Module):
+    """A normalization with other arguments than Flax's."""
+
+    use_running_average: bool = True
+
+    @nn.compact
+    def __call__(self, x, weights=None, train=False):
+        mean = self.variable('batch_stats', 'mean', jnp.zeros, x.shape[-1:])
+        var = self.variable('batch_stats', 'var', jnp.ones, x.shape[-1:])
+        return (x - mean.value) / jnp.sqrt(var.value)
+
+
+def _inside(x):
+    """A mask that cuts the border of images."""
+    return jnp.zeros((*x.shape[:3], 1), bool).at[:, 2:6, 1:7].set(True)
+
+
+class MaskedNnx(nnx.Module):
+    def __init__(self, rngs):
+        self.norm, self.head = nnx.BatchNorm(2, rngs=rngs), nnx.Linear(2, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.norm(x, mask=_inside(x)).mean((1, 2)))
+
+
+def _nnx_model(make, **fields):
+    graph, noise, state = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0), **fields)), nnx.RngState, ...)
+    noise = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), noise)
+    return nnx.merge(graph, noise, jax.tree.map(jnp.asarray, nnx.State(trained(nnx.to_pure_dict(state)))))
+
+
+@pytest.mark.parametrize('kind', ['linen', 'nnx'])
+def test_a_masked_batch_norm_has_the_moments_that_flax_would_update_with(kind):
+    x = 3 * _images() + np.float32([5, -2])
+    if kind == 'linen':
+        teacher = _teacher(Calls(lambda norm, x: norm(x, mask=_inside(x))))
+    else:
+        teacher = from_nnx(_nnx_model(MaskedNnx), **PICTURES)
+    (moments,) = teacher.tap(teacher.variables, x)[1].values()
+    norm, blank = nn.BatchNorm(use_running_average=False, momentum=0), {'mean': np.zeros(2), 'var': np.ones(2)}
+    variables = {'params': {'scale': np.ones(2), 'bias': np.zeros(2)}, 'batch_stats': blank}
+    _, updated = norm.apply(variables, x, mask=_inside(x), mutable='batch_stats')
+    for moment, name in zip(moments, ('mean', 'var'), strict=True):
+        np.testing.assert_allclose(moment, updated['batch_stats'][name], rtol=1e-4)
+
+
+def test_masked_moments_of_a_split_batch_are_those_of_the_whole():
+    """Also where the devices' shares of the mask are unlike."""
+    teacher = _teacher(Calls(lambda norm, x: norm(x, mask=x[..., :1] > 0)))
+    x = _images(4) + np.float32([[-1], [0], [0], [1]])[:, :, None, None]
+    mesh = jax.make_mesh((2,), ('data',), axis_types=(AxisType.Auto,))
+    (whole,) = teacher.tap(teacher.variables, x)[1].values()
+    split = jax.shard_map(lambda v, x: teacher.tap(v, x, 'data')[1], mesh=mesh, in_specs=(P(), P('data')), out_specs=P())
+    for moment, expected in zip(*split(teacher.variables, x).values(), whole, strict=True):
+        np.testing.assert_allclose(moment, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('norm', 'call'),
+    [
+        (OwnNorm, lambda norm, x: norm(x, jnp.ones(x.shape[:3]))),
+        (OwnNorm, lambda norm, x: norm(weights=jnp.ones(x.shape[:3]), x=x)),
+    ],
+)
+def test_an_array_that_a_norm_is_called_with_is_named(norm, call):
+    with pytest.raises(DvinvError, match=r'An? OwnNorm, .* is called with the array weights, .* only x and mask'):
+        _teacher(Calls(call, norm))
+
+
+@pytest.mark.parametrize(
+    ('norm', 'call'),
+    [
+        (Weighted, lambda norm, x: norm(x, jnp.ones(3), True, name='b')),
+        (OwnNorm, lambda norm, x: norm(x, None, False)),
+        (nn.BatchNorm, lambda norm, x: norm(x, None)),
+    ],
+)
+def test_flags_and_what_a_subclass_keeps_to_itself_are_no_arguments(norm, call):
+    assert _teacher(Calls(call, norm)).num_classes == 3
+
+
+# Where running statistics are kept
+
+
+class Named(nn.Module):
+    """A normalization whose statistics have other names, or are in another collection."""
+
+    collection: str = 'batch_stats'
+    names: tuple = ('running_mean', 'running_var')
+    shape: tuple = ()
+
+    @nn.compact
+    def __call__(self, x):
+        mean, var = (
+            self.variable(self.collection, name, fill, (*self.shape, x.shape[-1])).value
+            for name, fill in zip(self.names, (jnp.zeros, jnp.ones), strict=True)
+        )
+        return (x - mean) / jnp.sqrt(var)
+
+
+class TwoNorms(nn.Module):
+    """One with Flax's statistics, and `second`."""
+
+    second: Any
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=True)(x)
+        return nn.Dense(3)(self.second(nn.Dense(4)(x)).mean((1, 2)))
+
+
+@pytest.mark.parametrize(
+    'second',
+    [
+        Named(),
+        Named(names=('moving_mean', 'moving_variance')),
+        Named(names=('mean_ema', 'var_ema')),
+        Named('constants', ('mean', 'var')),
+        Named('params', ('running_mean', 'running_var')),
+    ],
+    ids=str,
+)
+def test_running_statistics_are_found_under_other_names_and_in_other_collections(second, capsys):
+    module = TwoNorms(second)
+    variables = jax.tree.map(np.asarray, module.init(jax.random.key(0), _images()))
+    teacher = _teacher(module, variables)
+    assert teacher.tap.layers == ('BatchNorm_0', 'second') == tuple(teacher.statistics(teacher.variables))
+    assert all(mean.shape == var.shape == (4,) for mean, var in [teacher.tap(teacher.variables, _images())[1]['second']])
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('second', 'left_out'),
+    [
+        (Named(names=('running_mean', 'running_std')), 'batch_stats/second/running_mean'),
+        (Named('constants', shape=(1, 1, 1)), 'constants/second/running_mean, constants/second/running_var'),
+    ],
+    ids=str,
+)
+def test_what_may_be_statistics_and_is_left_out_is_named(second, left_out, capsys):
+    module = TwoNorms(second)
+    teacher = _teacher(module, module.init(jax.random.key(0), _images()))
+    assert teacher.tap.layers == ('BatchNorm_0',)
+    assert f'dvinv: TwoNorms has {left_out}, named as running statistics' in capsys.readouterr().err
+
+
+class NamedNnx(nnx.Module):
+    """A normalization with statistics under other names, as variables of any type or plain arrays."""
+
+    def __init__(self, kind):
+        self.running_mean, self.running_var = kind(jnp.zeros(2)), kind(jnp.ones(2))
+
+    def __call__(self, x):
+        return (x - self.running_mean[...]) / jnp.sqrt(self.running_var[...])
+
+
+class TwoNormsNnx(nnx.Module):
+    def __init__(self, rngs, kind):
+        self.first, self.second, self.head = nnx.BatchNorm(2, rngs=rngs), NamedNnx(kind), nnx.Linear(2, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.second(self.first(x)).mean((1, 2)))
+
+
+@pytest.mark.parametrize('kind', [nnx.BatchStat, nnx.Variable, nnx.data])
+def test_running_statistics_of_nnx_are_found_under_other_names_and_types(kind):
+    teacher = from_nnx(TwoNormsNnx(nnx.Rngs(0), kind), **PICTURES)
+    _, moments = teacher.tap(teacher.variables, _images())
+    assert list(moments) == list(teacher.statistics(teacher.variables)) == ['first', 'second']
+
+
+class Auxiliary(nn.Module):
+    """A network with layers that training alone calls."""
+
+    jitted: bool = False
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        norm = nn.BatchNorm(use_running_average=not train, name='always')
+        x = nn.jit(lambda norm, x: norm(x))(norm, x) if self.jitted else norm(x)
+        if train or self.is_initializing():
+            nn.BatchNorm(use_running_average=not train, name='adversarial')(x)
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
+class AuxiliaryNnx(nnx.Module):
+    def __init__(self, rngs):
+        self.always, self.adversarial = nnx.BatchNorm(2, rngs=rngs), nnx.BatchNorm(2, rngs=rngs)
+        self.head = nnx.Linear(2, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.always(x).mean((1, 2)))
+
+
+@pytest.mark.parametrize('kind', ['plain', 'jitted', 'nnx'])
+def test_layers_that_training_alone_calls_are_left_out_and_named(kind, capsys):
+    teacher = from_nnx(AuxiliaryNnx(nnx.Rngs(0)), **PICTURES) if kind == 'nnx' else _teacher(Auxiliary(kind == 'jitted'))
+    assert teacher.tap.layers == ('always',)
+    assert list(teacher.tap(teacher.variables, _images())[1]) == ['always']
+    name = 'AuxiliaryNnx' if kind == 'nnx' else 'Auxiliary'
+    assert f'dvinv: {name} does not use adversarial in eval mode' in capsys.readouterr().err
+
+
+# Weights
+
+
+def _changed(path, change, module=None):
+    """Variables of a TinyNet, one of them changed."""
+    flat = flatten(trained_variables(module or TinyNet()))
+    return unflatten({**flat, path: change(np.array(flat[path]))})
+
+
+@pytest.mark.parametrize(
+    ('path', 'change', 'problem'),
+    [
+        ('params/Conv_0/kernel', lambda a: a * np.nan, 'NaN'),
+        ('params/Conv_0/kernel', lambda a: a.astype(jnp.bfloat16) * np.nan, 'NaN'),
+        ('params/Dense_0/bias', lambda a: a + np.inf, 'infinite'),
+        ('batch_stats/BatchNorm_1/mean', lambda a: a - np.inf, 'infinite'),
+        ('batch_stats/BatchNorm_1/var', lambda a: a + np.inf, 'infinite'),
+        ('batch_stats/BatchNorm_1/var', lambda a: -a, 'negative variances'),
+    ],
+)
+def test_numbers_that_no_trained_network_has_are_refused_by_their_name(path, change, problem):
+    with pytest.raises(DvinvError, match=f'The weights of TinyNet .*: {path} has {problem}'):
+        _teacher(TinyNet(), _changed(path, change))
+
+
+def test_numbers_of_an_nnx_model_are_refused_by_their_name():
+    model = AuxiliaryNnx(nnx.Rngs(0))
+    model.always.var[...] = jnp.array([1, -1.0])
+    with pytest.raises(DvinvError, match=r'AuxiliaryNnx .*: batch_stats/always/var has negative variances'):
+        from_nnx(model, **PICTURES)
+
+
+def test_a_constant_may_mask_classes():
+    check_finite({'constants': {'mask': np.float32([0, -np.inf])}, 'params': {'count': np.int32([-1])}}, 'it')
+    with pytest.raises(DvinvError, match=r'of it .*: constants/mask has NaN'):
+        check_finite({'constants': {'mask': np.float32([0, np.nan])}}, 'it')
+
+
+@pytest.mark.parametrize('dtype', [np.int8, np.int32, np.uint8, jnp.int4])
+def test_quantized_parameters_are_refused_by_their_name(dtype):
+    with pytest.raises(DvinvError, match=r'integer parameters.*: params/Conv_0/kernel \(u?int.*dequantized'):
+        _teacher(TinyNet(), _changed('params/Conv_0/kernel', lambda a: (9 * a).astype(dtype)))
+
+
+def test_weights_that_the_caller_changes_or_donates_are_the_callers_alone():
+    variables = trained_variables(TinyNet())
+    donated = jax.tree.map(jnp.array, variables)
+    teachers = _teacher(TinyNet(), variables), _teacher(TinyNet(), donated)
+    digest = teachers[0].digest()
+    jax.tree.map(lambda leaf: leaf.fill(7), variables)
+    jax.tree.map(lambda leaf: leaf.delete(), donated)
+    assert [teacher.digest() for teacher in teachers] == [digest, digest]
+
+
+class Boxed(nn.Module):
+    """A network whose parameters are in boxes that name mesh axes."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=True, scale_init=nn.with_partitioning(nn.initializers.ones, ('model',)))(x)
+        kernel_init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, 'model'))
+        return nn.Dense(3, kernel_init=kernel_init)(x.mean((1, 2)))
+
+
+def test_parameters_are_taken_out_of_flaxs_boxes():
+    variables = Boxed().init(jax.random.key(0), _images())
+    teacher = _teacher(Boxed(), variables)
+    plain = _teacher(Boxed(), nn.meta.unbox(variables))
+    assert (teacher.digest(), teacher.parameters) == (plain.digest(), 2 + 2 + 6 + 3)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(teacher.variables))
+
+
+@pytest.mark.parametrize('kind', [AxisType.Explicit, AxisType.Auto])
+def test_sharded_weights_are_gathered(kind):
+    mesh = jax.make_mesh((2,), ('model',), axis_types=(kind,))
+    variables = trained_variables(TinyNet())
+    sharded = jax.tree.map(
+        lambda leaf: jax.device_put(leaf, NamedSharding(mesh, P('model') if leaf.shape[0] % 2 == 0 else P())), variables
+    )
+    assert _teacher(TinyNet(), sharded).digest() == tiny_teacher().digest()
+
+
+def test_a_bridged_linen_module_is_refused_with_the_way_out():
+    model = nnx.eval_shape(lambda: nnx.bridge.ToNNX(TinyNet(), rngs=nnx.Rngs(0)).lazy_init(_images()))
+    with pytest.raises(DvinvError, match=r'The model is the Linen module TinyNet in nnx.bridge.ToNNX.*dvinv.from_linen'):
+        from_nnx(model, **PICTURES)
+
+
+# Mean, deviation, image shape
+
+
+@pytest.mark.parametrize(
+    ('options', 'sentence'),
+    [
+        ({'mean': (123.675, 116.28)}, r'mean is \(123.675, 116.28\), but pixels are in \[0, 1\].*: \(0.485, 0.456\)'),
+        ({'std': (58.395, 57.12)}, r'std is \(58.395, 57.12\), .*: \(0.229, 0.224\)'),
+        ({'mean': np.float32([np.nan, 0])}, r'mean is \(nan, 0.0\); every number of it must be finite'),
+        ({'std': (np.inf, 1)}, r'std is \(inf, 1.0\); every number'),
+        ({'std': -0.3}, r'std is \(-0.3, -0.3\); every standard deviation must be above 0'),
+        ({'mean': None}, r'mean must be given, one number a channel, for pixels in \[0, 1\]'),
+        ({'mean': None, 'std': None}, 'mean and std must be given'),
+        ({'image_shape': 8}, r'image_shape is 8; it must be \(height, width, channels\)'),
+        ({'image_shape': (0, 8, 2)}, r'image_shape is \(0, 8, 2\)'),
+    ],
+)
+def test_pictures_that_make_no_sense_are_refused(options, sentence):
+    with pytest.raises(DvinvError, match=sentence):
+        _teacher(TinyNet(), **options)
+
+
+@pytest.mark.parametrize(
+    ('mean', 'std'), [(0, 1 / 255), (0.485, 1 / 255), (np.float32(0.5), 0.5), ((0, 0), (1, 1)), (jnp.array([0.4, 0.6]), 0.2)]
+)
+def test_a_scalar_mean_or_deviation_is_of_every_channel_and_raw_pixels_are_legitimate(mean, std):
+    teacher = _teacher(TinyNet(), mean=mean, std=std)
+    assert len(teacher.mean) == len(teacher.std) == 2
+    assert hash(teacher.mean + teacher.std)
