@@ -136,7 +136,7 @@ def inception_score(logits: np.ndarray) -> float:
     """exp E KL(p(y|x) || p(y)) of logits [N, K]."""
     logits = logits.astype(np.float64)
     log_p = logits - logits.max(1, keepdims=True)
-    log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
+    log_p = np.maximum(log_p - np.log(np.exp(log_p).sum(1, keepdims=True)), -1e30)  # finite where a class is masked
     p = np.exp(log_p)
     return float(np.exp((p * (log_p - np.log(p.mean(0) + 1e-300))).sum(1).mean()))
 

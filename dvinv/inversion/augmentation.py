@@ -73,6 +73,7 @@ def crop_each(key: jax.Array, x: jax.Array, pixels: int, fill: jax.Array, axis: 
     if pixels == 0:
         return x
     offsets = per_image(lambda n: jax.random.randint(key, (n, 2), 0, 2 * pixels + 1), x.shape[0], axis)
+    fill = fill[None, None, None]  # expanded, as everywhere: users may let JAX refuse implicit rank promotion
     # Padding is done around zero, so that any colour (black in normalised space is not 0) serves.
     padded = jnp.pad(x - fill, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)))
     window = jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), x.shape[1:]))
@@ -92,7 +93,7 @@ def add_noise(key: jax.Array, x: jax.Array, most: jax.Array, axis: str | None = 
     noise = per_image(lambda n: jax.random.normal(noise_key, (n, *x.shape[1:])), x.shape[0], axis)
     # XLA folds `most` into the constants of the draw, or not, depending on the number of devices: the bits must not.
     deviations, noise = jax.lax.optimization_barrier((deviations, noise))
-    return x + most * deviations * noise
+    return x + most[None, None, None] * deviations * noise
 
 
 def resized_crop_each(key: jax.Array, x: jax.Array, least: float, axis: str | None = None) -> jax.Array:
@@ -104,7 +105,7 @@ def resized_crop_each(key: jax.Array, x: jax.Array, least: float, axis: str | No
     draws = per_image(lambda n: jax.random.uniform(key, (n, 4)), x.shape[0], axis)
     area, shape = least + (1 - least) * draws[:, 0], jnp.exp((2 * draws[:, 1] - 1) * np.log(4 / 3))
     sizes = jnp.minimum(1.0, jnp.sqrt(area[:, None] * jnp.stack([1 / shape, shape], 1)))  # of the image's height and width
-    scales, pixels = 1 / sizes, jnp.asarray(x.shape[1:3], jnp.float32)
+    scales, pixels = 1 / sizes, jnp.asarray([x.shape[1:3]], jnp.float32)
     offsets = draws[:, 2:] * (1 - sizes) * pixels
 
     def cut(image, scale, offset):

@@ -42,7 +42,7 @@ def make_paint(kind: str, contrast: float, classifier: Classifier) -> Callable:
         return lambda canvas: canvas
     height, width, channels = classifier.image_shape
     # One constant array: XLA folds products of constants differently for one and for several devices.
-    amplitudes = np.float32(contrast) * _amplitudes(height, width)[..., None]
+    amplitudes = np.float32(contrast) * _amplitudes(height, width)[None, ..., None]
     colours = np.linalg.cholesky(SHARED * np.ones((channels, channels)) + (1 - SHARED) * np.eye(channels)).astype(np.float32)
 
     def paint(canvas):

@@ -35,7 +35,7 @@ def make_step(teacher: Teacher, config: InversionConfig, stage: Stage, student_f
     *before* the update.
     """
     optimiser = stage.optimiser()
-    low, high = teacher.valid_range
+    low, high = (bound[None, None, None] for bound in teacher.valid_range)  # [1, 1, 1, C]: JAX may refuse to promote ranks
     paint = make_paint(config.canvas, config.contrast, teacher)
 
     def step(state: InversionState, labels, variables, student_variables):
