@@ -1,6 +1,7 @@
 """The contract between a user's network and dvinv: what breaks it is refused in a sentence, what keeps it is taken."""
 
 import dataclasses
+import weakref
 from typing import Any
 
 import flax.linen as nn
@@ -13,9 +14,18 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, tiny_teacher, trained, trained_variables
 
-from dvinv import DvinvError, from_linen, from_nnx
+from dvinv import DvinvError, from_linen, from_nnx, invert
+from dvinv.inversion import InversionConfig, Stage, Weights
 from dvinv.inversion.contract import check_answers
+from dvinv.inversion.step import InversionState, make_step
+from dvinv.networks import save_network
+from dvinv.networks.channels import Narrow, find_channels
 from dvinv.networks.classifier import Classifier, check_finite, flatten, unflatten
+from dvinv.networks.files import load_network
+from dvinv.recipe import Recipe
+from dvinv.rounds import Rounds
+from dvinv.teacher import supervised
+from dvinv.training import Lesson, initial_state, make_train_step
 
 PICTURES = {'image_shape': IMAGE_SHAPE, 'mean': MEAN, 'std': STD}
 
@@ -490,3 +500,87 @@ def test_a_scalar_mean_or_deviation_is_of_every_channel_and_raw_pixels_are_legit
     teacher = _teacher(TinyNet(), mean=mean, std=std)
     assert len(teacher.mean) == len(teacher.std) == 2
     assert hash(teacher.mean + teacher.std)
+
+
+# Names of variables
+
+
+class Reparameterized(nn.Module):
+    """A network with slashes in names of its modules, parameters and statistics."""
+
+    wrapper: Any
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, name='a/norm')(nn.Conv(4, (3, 3), name='50%/b')(x)))
+        x = nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Conv(4, (3, 3))(x)))
+        options = {'update_stats': train} if self.wrapper is nn.SpectralNorm else {}
+        return self.wrapper(nn.Dense(3))(x.mean((1, 2)), **options)
+
+
+@pytest.mark.parametrize('wrapper', [nn.WeightNorm, nn.SpectralNorm])
+def test_slashes_in_names_survive_files_and_pruning(wrapper, tmp_path):
+    module = Reparameterized(wrapper)
+    variables = trained_variables(module)
+    jax.tree.map(np.testing.assert_array_equal, unflatten(flatten(variables)), variables)
+    assert all(path.count('/') < 5 for path in flatten(variables))
+    save_network(tmp_path / 'it.safetensors', variables, {'network': 'it'})
+    read, _ = load_network(tmp_path / 'it.safetensors')
+    jax.tree.map(np.testing.assert_array_equal, read, variables)
+    channels = find_channels(module, IMAGE_SHAPE)
+    alive = np.arange(channels.count) % 2 > 0
+    narrow, small = Narrow(module, channels.kept(alive)), channels.sliced(alive, variables)
+    teacher = _teacher(narrow, small)
+    assert teacher.tap.layers == ('a/norm', 'BatchNorm_0')
+    assert set(map(np.shape, flatten(small).values())) - set(map(np.shape, flatten(variables).values()))
+
+
+# Settings of JAX, keys
+
+
+def test_no_rank_is_promoted_implicitly_in_the_pixel_step_and_the_train_step():
+    teacher = tiny_teacher()
+    stage = Stage(1, 0.1, augmentation='crop', jitter=1, flip=True, noise=0.1)
+    recipe = Recipe(updates=2, batch_size=4, learning_rate=0.1, shift=1, flip=True, noise=0.1, resized_crop=0.5, mixup=0.2)
+    lesson = Lesson(recipe, supervised(0.1), Rounds(4))
+    with jax.numpy_rank_promotion('raise'):
+        for canvas in ('pixels', 'spectrum'):
+            step = make_step(teacher, InversionConfig((stage,), Weights(l2=1.0), canvas=canvas), stage)
+            state = InversionState(_images(), stage.optimiser().init(_images()), np.int32(0), jax.random.key(0))
+            jax.eval_shape(step, state, np.zeros(3, np.int32), teacher.variables, None)
+        train_step = make_train_step(TinyNet(), lesson, teacher)
+        batch = np.zeros((4, *IMAGE_SHAPE), np.uint8), np.zeros(4, np.int32)
+        jax.eval_shape(train_step, initial_state(recipe, teacher.variables), *batch, None, jax.random.key(0))
+
+
+ONE = InversionConfig((Stage(1, 0.1, resolution=4),))
+
+
+def test_the_same_inversion_is_compiled_once_and_an_integer_is_a_key():
+    """Also for other weights in the same teacher, which are an argument; another config is another inversion."""
+    teacher, compiled = tiny_teacher(), []
+    other = dataclasses.replace(teacher, variables=jax.tree.map(lambda leaf: 1.1 * leaf, teacher.variables))
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if 'backend_compile' in event else None
+    )
+    try:
+        first = invert(teacher, [0, 1], ONE, jax.random.key(3))
+        assert compiled
+        compiled.clear()
+        keys = 3, np.int64(3), jax.random.PRNGKey(3)
+        again = [invert(teacher, [0, 1], ONE, key).images for key in keys]
+        changed = invert(other, [0, 1], ONE, 3)
+        assert not compiled
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert all(np.array_equal(images, first.images) for images in again)
+    assert not np.array_equal(changed.images, first.images)
+    weights = weakref.ref(other.variables['params']['Dense_0']['kernel'])
+    del other
+    assert weights() is None
+
+
+@pytest.mark.parametrize('key', [None, 1.5, True, jax.ShapeDtypeStruct((3,), np.float32), np.zeros(3, np.uint32), 'seed'])
+def test_what_is_no_key_is_refused(key):
+    with pytest.raises(DvinvError, match=r'key is .*; it must be one random key, .* or an integer'):
+        invert(tiny_teacher(), [0, 1], ONE, key)

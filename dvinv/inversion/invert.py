@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from dvinv.errors import DvinvError
 from dvinv.inversion.losses import feature_loss, feature_terms
 from dvinv.inversion.objective import view
-from dvinv.inversion.programs import Programs
+from dvinv.inversion.programs import programs_of
 from dvinv.inversion.settings import InversionConfig, Stage
 from dvinv.inversion.teacher import Teacher
 from dvinv.networks.suited import suited_to
@@ -95,8 +95,11 @@ def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student
       what `begun` goes on from.
     """
     config.check(teacher.image_shape)
-    check_resolutions(teacher, config)
-    programs, split = Programs(teacher, config, mesh, student_fn), config.bn_stats == 'global'
+    programs, split = programs_of(teacher, config, mesh, student_fn), config.bn_stats == 'global'
+    if not programs.checked:
+        check_resolutions(teacher, config)
+        programs.checked = True
+    variables = programs.everywhere(teacher.variables)
 
     def run(keys, labels, student_variables=None, on_chunk=None, begun=None, pause=None) -> Inversion:
         labels = np.asarray(labels)
@@ -131,7 +134,7 @@ def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student
             for length in _chunks(left, programs.dispatch):
                 if pause is not None and done > start:
                     pause(take)
-                state, metrics = programs.advance(stage, length)(state, labels, programs.variables, student_variables)
+                state, metrics = programs.advance(stage, length)(state, labels, variables, student_variables)
                 done += length
                 log.add(metrics)
             first += stage.iterations
@@ -151,7 +154,7 @@ def invert(
     teacher: Teacher,
     labels,
     config: InversionConfig,
-    key: jax.Array,
+    key: jax.Array | int,
     *,
     student_fn: Callable | None = None,
     student_variables=None,
@@ -161,7 +164,7 @@ def invert(
 
     Args:
       labels: int [B], one image each.
-      key: of this batch. The same key, labels and config give the same images.
+      key: of this batch, a random key or the integer that seeds one. The same key, labels and config give the same images.
       student_fn, student_variables: the competitor of Adaptive DeepInversion, in eval mode; None for plain DeepInversion.
       mesh: devices for `bn_stats = 'global'` (default: all); a single batch is inverted on one device in `device` mode.
 
@@ -172,12 +175,27 @@ def invert(
       DvinvError: labels out of range, settings that do not fit the images, a batch that the devices do not divide, or a
         loss that is not a number (names the step and the term).
     """
-    labels = np.asarray(labels)
+    labels, key = np.asarray(labels), _key_of(key)
     check_labels(labels, teacher.num_classes)
     mesh = (mesh or make_mesh()) if config.bn_stats == 'global' else make_mesh(1)
     run = make_inverter(teacher, config, mesh, student_fn)
     result = run(key[None], labels[None], student_variables)
     return Inversion(result.images[0], {term: values[0] for term, values in result.metrics.items()})
+
+
+def _key_of(key) -> jax.Array:
+    """Returns a scalar random key: `key` itself, or the one that it seeds."""
+    if isinstance(key, int | np.integer) and not isinstance(key, bool):
+        return jax.random.key(int(key))
+    if isinstance(key, jax.Array | np.ndarray):
+        if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
+            return key
+        if key.shape == () and np.issubdtype(key.dtype, np.integer):
+            return jax.random.key(int(key))
+        if key.dtype == np.uint32 and key.shape == np.shape(jax.random.PRNGKey(0)):
+            return jax.random.wrap_key_data(key)
+    what = f'{key.dtype} of shape {key.shape}' if hasattr(key, 'shape') else repr(key)
+    raise DvinvError(f'key is {what}; it must be one random key, for instance jax.random.key(0), or an integer as seed.')
 
 
 def make_feature_loss(teacher: Teacher, stage: Stage):

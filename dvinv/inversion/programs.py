@@ -5,6 +5,7 @@
 several processes, all of which then make the same calls.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -20,6 +21,22 @@ from dvinv.inversion.step import InversionState, make_chunk, make_step
 from dvinv.inversion.teacher import Teacher
 from dvinv.runtime.devices import AXIS, fetch, place, platform_of
 
+PROGRAMS_KEPT = 8  # of different inversions; they hold networks and compiled code, but no weights
+
+
+def programs_of(teacher: Teacher, config: InversionConfig, mesh: Mesh, student_fn: Callable | None = None) -> 'Programs':
+    """Returns `Programs` without variables; the last few are kept, so that the same inversion is compiled once a process.
+
+    The same is one of a teacher with the same functions (the same `tap`), whatever its variables, with an equal config, on
+    the same devices, against the same `student_fn`.
+    """
+    arguments = dataclasses.replace(teacher, variables=None), config, mesh, student_fn
+    try:
+        hash(arguments)
+    except TypeError:  # stages in a list, say
+        return Programs(*arguments)
+    return _kept(*arguments)
+
 
 class Programs:
     """What the devices of one mesh run for one teacher and one config; each program is compiled at its first call.
@@ -28,7 +45,8 @@ class Programs:
 
     Attributes:
       dispatch: iterations that a chunk should have.
-      variables: the teacher's, where `advance` wants them.
+      variables: the teacher's, where `advance` wants them; None where it came without.
+      checked: whether the network takes images of all stages' resolutions, as far as is known.
       advance: (stage, iterations) -> the program (state, labels, variables, student_variables) -> (state, metrics) of so
         many iterations. The state is donated; metrics are [n, iterations], or [iterations] of a batch that is split.
     """
@@ -43,6 +61,7 @@ class Programs:
         self._finish = self._mapped(make_paint(config.canvas, config.contrast, teacher))
         self.dispatch = config.iterations_per_dispatch or (1 if platform == 'cpu' else 100)
         self.variables = self.everywhere(teacher.variables)
+        self.checked = False
 
     def everywhere(self, variables):
         """Weights, on every device."""
@@ -95,6 +114,9 @@ class Programs:
 
     def _restart(self, stage: Stage):
         return self._mapped(stage.optimiser().init)
+
+
+_kept = functools.lru_cache(PROGRAMS_KEPT)(Programs)
 
 
 def _over_batches(mesh: Mesh):
