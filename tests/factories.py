@@ -37,6 +37,17 @@ def broken():
     return teacher
 
 
+def probabilities():
+    """A network with a softmax at its end."""
+
+    class Probable(TinyNet):
+        @nn.compact
+        def __call__(self, x):
+            return nn.softmax(super().__call__(x))
+
+    return _digits_teacher(Probable(num_classes=10))
+
+
 class Plain(nn.Module):
     """A network without BatchNorm."""
 

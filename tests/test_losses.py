@@ -170,6 +170,31 @@ def test_confident_disagreement_costs_least_and_still_has_a_gradient():
         assert 0.01 < np.abs(gradient).max() < 1
 
 
+def _divergence_where_p(p, q):
+    return np.where(p > 0, p * np.log(np.where(p > 0, p, 1) / np.where(p > 0, q, 1)), 0).sum(-1)
+
+
+@pytest.mark.parametrize('masked', ['teacher', 'both'])
+def test_masked_classes_count_as_zero_times_log_zero(masked):
+    """Logits of -inf: KL and JS are those over the other classes, and so are their gradients."""
+    student, teacher = _logits(15, 2.0), _logits(16, 2.0)
+    teacher[:, [1, 3]] = -np.inf
+    if masked == 'both':
+        student[:, 3] = -np.inf
+    p, q = _softmax(teacher), _softmax(student)
+    value, gradient = jax.value_and_grad(_distil(1.0))(student, teacher)
+    np.testing.assert_allclose(value, _divergence_where_p(p, q).mean(), rtol=1e-5)
+    np.testing.assert_allclose(gradient, (q - p) / len(p), atol=1e-6)
+    p, q = _softmax(teacher, 3), _softmax(student, 3)
+    middle = (p + q) / 2
+    expected = (_divergence_where_p(p, middle) + _divergence_where_p(q, middle)).mean() / 2
+    value, gradients = jax.value_and_grad(losses.competition, (0, 1))(teacher, student)
+    np.testing.assert_allclose(value, 1 - expected, rtol=1e-5)
+    steep = jax.grad(losses.competition, (0, 1))(np.maximum(teacher, -200), np.maximum(student, -200))
+    np.testing.assert_allclose(gradients, steep, atol=1e-6)
+    assert np.isfinite(losses.cross_entropy(teacher, np.array([0, 2, 4, 0])))
+
+
 # Half precision
 
 

@@ -18,6 +18,8 @@ def test_the_inception_score_is_that_of_its_definition():
     assert quality.inception_score(np.zeros((7, 5))) == pytest.approx(1)
     assert quality.inception_score(50 * np.eye(5)) == pytest.approx(5)
     assert quality.inception_score(50 * np.eye(5)[[0, 0, 0]]) == pytest.approx(1)  # sure, but of one class alone
+    masked = np.where(np.arange(5) < 3, 50 * np.eye(5), -np.inf)[:3]
+    assert quality.inception_score(masked) == pytest.approx(3)
 
 
 def test_the_frechet_distance_of_gaussians():

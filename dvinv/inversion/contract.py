@@ -33,8 +33,8 @@ def check_answers(classifier: Classifier, name: str) -> None:
     logits, gradient = run(mixed)
     if np.isnan(logits).any() or (logits == np.inf).any() or not np.isfinite(logits).any(1).all():
         raise DvinvError(
-            f'{name} returns logits that are NaN or infinite for ordinary images; look at its weights, mean and std. '
-            '(A logit of -inf, for a masked class, is allowed.)'
+            f'{name} returns logits that are NaN or infinite for ordinary images; look at its weights, mean and std (a '
+            'logit may be -inf, for a masked class).'
         )
     if not np.isfinite(gradient).all():
         raise DvinvError(
