@@ -1,6 +1,7 @@
 """The contract between a user's network and dvinv: what breaks it is refused in a sentence, what keeps it is taken."""
 
 import dataclasses
+import gc
 import weakref
 from typing import Any
 
@@ -37,6 +38,9 @@ def _teacher(module, variables=None, **options):
 
 def _images(batch=3):
     return np.random.default_rng(0).normal(size=(batch, *IMAGE_SHAPE)).astype(np.float32)
+
+
+ONE = InversionConfig((Stage(1, 0.1),), Weights(total_variation=0))
 
 
 # What the network answers
@@ -453,14 +457,16 @@ def test_parameters_are_taken_out_of_flaxs_boxes():
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(teacher.variables))
 
 
-@pytest.mark.parametrize('kind', [AxisType.Explicit, AxisType.Auto])
-def test_sharded_weights_are_gathered(kind):
-    mesh = jax.make_mesh((2,), ('model',), axis_types=(kind,))
+def test_sharded_weights_are_gathered_also_under_the_mesh_of_the_caller():
+    mesh = jax.make_mesh((2,), ('model',), axis_types=(AxisType.Explicit,))
     variables = trained_variables(TinyNet())
     sharded = jax.tree.map(
         lambda leaf: jax.device_put(leaf, NamedSharding(mesh, P('model') if leaf.shape[0] % 2 == 0 else P())), variables
     )
-    assert _teacher(TinyNet(), sharded).digest() == tiny_teacher().digest()
+    with jax.set_mesh(mesh):
+        teacher = _teacher(TinyNet(), sharded)
+        assert invert(teacher, [0, 1], ONE, 3).images.shape == (2, *IMAGE_SHAPE)
+    assert teacher.digest() == tiny_teacher().digest()
 
 
 def test_a_bridged_linen_module_is_refused_with_the_way_out():
@@ -551,9 +557,6 @@ def test_no_rank_is_promoted_implicitly_in_the_pixel_step_and_the_train_step():
         jax.eval_shape(train_step, initial_state(recipe, teacher.variables), *batch, None, jax.random.key(0))
 
 
-ONE = InversionConfig((Stage(1, 0.1),), Weights(total_variation=0))
-
-
 def test_the_same_inversion_is_compiled_once_and_an_integer_is_a_key():
     """Also for other weights in the same teacher, which are an argument; another config is another inversion."""
     teacher, compiled = tiny_teacher(), []
@@ -575,6 +578,7 @@ def test_the_same_inversion_is_compiled_once_and_an_integer_is_a_key():
     assert not np.array_equal(changed.images, first.images)
     weights = weakref.ref(other.variables['params']['Dense_0']['kernel'])
     del other
+    gc.collect()
     assert weights() is None
 
 

@@ -14,7 +14,7 @@ from dvinv.inversion.programs import programs_of
 from dvinv.inversion.settings import InversionConfig, Stage
 from dvinv.inversion.teacher import Teacher
 from dvinv.networks.suited import suited_to
-from dvinv.runtime.devices import make_mesh
+from dvinv.runtime.devices import make_mesh, on_mesh
 
 REPORT_EVERY = 20  # iterations between two looks at the metrics, at least
 
@@ -175,27 +175,27 @@ def invert(
       DvinvError: labels out of range, settings that do not fit the images, a batch that the devices do not divide, or a
         loss that is not a number (names the step and the term).
     """
-    labels, key = np.asarray(labels), _key_of(key)
+    labels, (key, kind) = np.asarray(labels), _key_data(key)
     check_labels(labels, teacher.num_classes)
     mesh = (mesh or make_mesh()) if config.bn_stats == 'global' else make_mesh(1)
-    run = make_inverter(teacher, config, mesh, student_fn)
-    result = run(key[None], labels[None], student_variables)
+    with on_mesh(mesh):
+        run = make_inverter(teacher, config, mesh, student_fn)
+        result = run(jax.random.wrap_key_data(key[None], impl=kind), labels[None], student_variables)
     return Inversion(result.images[0], {term: values[0] for term, values in result.metrics.items()})
 
 
-def _key_of(key) -> jax.Array:
-    """Returns a scalar random key: `key` itself, or the one that it seeds."""
-    if isinstance(key, int | np.integer) and not isinstance(key, bool):
-        return jax.random.key(int(key))
-    if isinstance(key, jax.Array | np.ndarray):
-        if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
-            return key
-        if key.shape == () and np.issubdtype(key.dtype, np.integer):
-            return jax.random.key(int(key))
-        if key.dtype == np.uint32 and key.shape == np.shape(jax.random.PRNGKey(0)):
-            return jax.random.wrap_key_data(key)
-    what = f'{key.dtype} of shape {key.shape}' if hasattr(key, 'shape') else repr(key)
-    raise DvinvError(f'key is {what}; it must be one random key, for instance jax.random.key(0), or an integer as seed.')
+def _key_data(key) -> tuple[np.ndarray, str]:
+    """(bits, implementation) of one random key, new or old style, or of the one that an integer seeds."""
+    is_array = isinstance(key, jax.Array | np.ndarray | np.generic)
+    dtype, shape = (key.dtype, key.shape) if is_array else (type(key), ())
+    if shape == () and jax.dtypes.issubdtype(dtype, np.integer):
+        key = jax.random.key(int(key))
+    elif is_array and dtype == np.uint32 and shape == np.shape(jax.random.key_data(jax.random.key(0))):
+        key = jax.random.wrap_key_data(key)
+    elif not (is_array and shape == () and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)):
+        what = f'{dtype} of shape {shape}' if is_array else repr(key)
+        raise DvinvError(f'key is {what}; it must be one random key, for instance jax.random.key(0), or an integer as seed.')
+    return np.asarray(jax.random.key_data(key)), jax.random.key_impl(key)
 
 
 def make_feature_loss(teacher: Teacher, stage: Stage):

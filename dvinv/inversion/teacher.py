@@ -49,6 +49,10 @@ def from_linen(module, variables, *, image_shape, mean=None, std=None, call_kwar
 
 def trusted_linen(module, variables, *, image_shape, mean, std, call_kwargs: dict | None = None) -> Teacher:
     """As `from_linen`, but does not run the module: of dvinv's own networks, it is known that they answer with logits."""
+    if isinstance(module, type):
+        raise DvinvError(
+            f'from_linen takes a module, and {module.__name__} is a class; make one of it: {module.__name__}(...).'
+        )
     if not isinstance(module, nn.Module):
         raise DvinvError(
             f'from_linen takes a Flax Linen module, and a {type(module).__name__} is none; an NNX model goes to '

@@ -1,5 +1,6 @@
 """Devices as a 1-D mesh with the axis `data`, over which batches are mapped."""
 
+import contextlib
 import functools
 import os
 from collections import Counter
@@ -93,6 +94,11 @@ def make_mesh(count: int = 0, joined: bool = False) -> Mesh:
     else:
         devices = devices[: count or len(devices)]
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def on_mesh(mesh: Mesh):
+    """Returns a context in which `mesh` is the current one, if the caller has set another by `jax.set_mesh`."""
+    return contextlib.nullcontext() if jax.sharding.get_abstract_mesh().empty else jax.set_mesh(mesh)
 
 
 def place(tree, sharding: Sharding):
