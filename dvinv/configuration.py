@@ -17,6 +17,7 @@ from dvinv.rounds import Rounds
 TASKS = ('teacher', 'synthesis', 'distillation', 'pruning', 'continual', 'quantization', 'report')
 METHODS = ('deepinversion', 'adaptive', 'prior_only', 'noise')
 DATA_FREE_CONTROLS = ('noise', 'prior_only')
+CONTROLLED = ('synthesis', 'distillation', 'pruning', 'quantization')  # tasks with `controls` that learn from other images
 
 
 def base_config(preset: str) -> ml_collections.ConfigDict:
@@ -36,6 +37,7 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
             'train_path': '',  # of the training images (npz, folders); '': none, then nothing may be trained on real ones
             'image_size': 0,  # pixels that images (not TFDS ones) are scaled and cut to; 0: they have one size
             'classes': (),  # numbers of these alone, the others as if they were not there; (): all
+            'class_names': (),  # of the class folders, in the order of labels; (): see dvinv.data.folders
             'validation': False,  # score on a held-out fifth of the training split instead of the test split
         }
     )
@@ -67,8 +69,10 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
             'width': 1.0,
             'weights': '',  # path of a network file, or of weights that others published; trained when empty
             'image_shape': (),  # height, width, channels, where the weights come from others; (): the network's usual ones
-            'mean': (0.5,),
-            'std': (0.5,),
+            # For pixels in [0, 1]; (): of the weights file where it tells them, else of this network's published weights, or
+            # .5 each where the network is trained here.
+            'mean': (),
+            'std': (),
             'training': {**recipe, 'label_smoothing': 0.0},
         }
     )
@@ -77,7 +81,7 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
             'network': 'small_convnet',  # '': no verifier
             'width': 1.0,
             'weights': '',
-            'mean': (),  # where the weights come from others; (): the teacher's
+            'mean': (),  # where the weights come from others; (): as for the teacher, but the teacher's where none are known
             'std': (),
             'training': {**recipe, 'label_smoothing': 0.0},
         }
@@ -187,6 +191,31 @@ def _fields(preset: InversionConfig) -> dict:
     return fields
 
 
+def _stage(index: int, entry) -> Stage:
+    """Returns the `Stage` that an item of `synthesis.stages` gives.
+
+    Raises:
+      DvinvError: it is no dict of the fields of a stage.
+    """
+    field, types = f'synthesis.stages[{index}]', {known.name: known.type for known in dataclasses.fields(Stage)}
+    if not isinstance(entry, dict | ml_collections.ConfigDict):
+        raise DvinvError(
+            f'{field} is {entry!r}; it must be a dict, as in '
+            "synthesis.stages=({'iterations': 100, 'learning_rate': 0.1},)."
+        )
+    entry = dict(entry)
+    if unknown := sorted(map(str, entry.keys() - types.keys())):
+        raise DvinvError(f'{field} has the field {unknown[0]!r}; choose among {", ".join(types)}.')
+    for name in ('iterations', 'learning_rate'):
+        if name not in entry:
+            raise DvinvError(f'{field} has no {name}; a stage needs iterations and learning_rate.')
+    for name, value in entry.items():
+        wanted = types[name]
+        if not isinstance(value, int | float if wanted is float else wanted):
+            raise DvinvError(f'{field}.{name} is {value!r}; it must be of the type {wanted.__name__}.')
+    return Stage(**entry)
+
+
 def inversion_config(config, method: str = '') -> InversionConfig:
     """`config.synthesis` as the inversion core takes it; `prior_only` has no feature term."""
     group = config.synthesis
@@ -194,7 +223,7 @@ def inversion_config(config, method: str = '') -> InversionConfig:
     if (method or group.method) == 'prior_only':
         weights = dataclasses.replace(weights, feature=0.0)
     return InversionConfig(
-        tuple(Stage(**stage) for stage in group.stages),
+        tuple(_stage(index, stage) for index, stage in enumerate(group.stages)),
         weights,
         group.total_variation,
         group.canvas,
@@ -227,8 +256,49 @@ def quantization_of(config) -> QuantizationSettings:
     return QuantizationSettings(**{field.name: config.quantization[field.name] for field in fields})
 
 
+def is_trained_here(name: str, config) -> bool:
+    """Whether the task teacher trains this network, 'teacher' or 'verifier'."""
+    group = config[name]
+    return bool(group.network) and not group.weights and not group.get('factory', '')
+
+
+def makes_images(config) -> bool:
+    """Whether a task of the config makes images, by the group `synthesis`."""
+    controls = [control for task in CONTROLLED if task in config.tasks for control in config[task].controls]
+    return (
+        ('synthesis' in config.tasks and not config.pool)
+        or 'continual' in config.tasks
+        or ('pruning' in config.tasks and config.pruning.adaptive_batches > 0)
+        or any(control in DATA_FREE_CONTROLS for control in controls)
+    )
+
+
+def trains_student(config) -> bool:
+    """Whether a task of the config trains `student`: distillation, or one that makes images in competition with it."""
+    competing = ('synthesis' in config.tasks and not config.pool) or 'continual' in config.tasks
+    return 'distillation' in config.tasks or (competing and config.synthesis.method == 'adaptive')
+
+
+def judges(config) -> bool:
+    """Whether a task of the config needs the verifier."""
+    return 'teacher' in config.tasks or 'synthesis' in config.tasks
+
+
+def trainings_of(config) -> dict:
+    """Returns {name of a config group with the fields of a `Recipe`: the group}, of the trainings of the tasks.
+
+    Those of continual and quantization are left out, which check their own.
+    """
+    roles = [name for name in ('teacher', 'verifier') if 'teacher' in config.tasks and is_trained_here(name, config)]
+    return {
+        **{f'{name}.training': config[name].training for name in roles},
+        **({'distillation': config.distillation} if trains_student(config) else {}),
+        **({'pruning': config.pruning} if 'pruning' in config.tasks else {}),
+    }
+
+
 def check(config) -> None:
-    """Refuse, before anything is written, what no task could run.
+    """Refuse, before anything is written, what the config's tasks could not be run with.
 
     Raises:
       DvinvError: names the field, its value and the choices.
@@ -236,60 +306,109 @@ def check(config) -> None:
     for task in config.tasks:
         if task not in TASKS:
             raise DvinvError(f'tasks names {task!r}; choose among {", ".join(TASKS)}.')
+    if not 0 <= config.seed < 2**27:  # seeds of trainings are 16 times as large, and 32 bits wide
+        raise DvinvError(f'seed is {config.seed}; it must be between 0 and {2**27 - 1}.')
     if config.synthesis.method not in METHODS:
         raise DvinvError(f'synthesis.method is {config.synthesis.method!r}; choose one of {", ".join(METHODS)}.')
     for name, least in (('images', 1), ('batch_size', 2)):
         if config.synthesis[name] < least:
             raise DvinvError(f'synthesis.{name} is {config.synthesis[name]}; it must be at least {least}.')
+    if makes_images(config) or (trains_student(config) and not config.pool):
+        _check_rounds(config)
+    if 'synthesis' in config.tasks or makes_images(config):
+        _check_synthesis(config)
+    shape = config.teacher.image_shape
+    if shape and not (len(shape) == 3 and all(type(length) is int and length > 0 for length in shape)):
+        raise DvinvError(f'teacher.image_shape is {shape}; it must be (height, width, channels), or () for the usual.')
+    trainings = trainings_of(config)
+    for name in ('teacher', 'verifier'):
+        if not (group := trainings.get(f'{name}.training')):
+            continue
+        if not 0 <= group.label_smoothing < 1:
+            raise DvinvError(
+                f'{name}.training.label_smoothing is {group.label_smoothing}; it must be at least 0 and below 1.'
+            )
+        recipe_of(group).check_labels(f'{name}.training')
+    if trains_student(config):
+        _check_distillation(config)
+    _check_logging(config.logging)
+
+
+def check_count(config, field: str, images: int, num_classes: int) -> None:
+    """Refuse fewer images than classes: the last classes would get none.
+
+    Args:
+      field: what tells the number of images.
+      num_classes: of the network that they are made from.
+
+    Raises:
+      DvinvError: says how to choose the classes.
+    """
+    named = len(config.synthesis.classes)
+    if images < (named or num_classes):
+        classes = f'{named} classes that synthesis.classes names' if named else f'{num_classes} classes of the network'
+        raise DvinvError(
+            f'{field} makes {images} images, fewer than the {classes}, so that the last of these would get none; make at '
+            'least one of each, or name by synthesis.classes those that images are made of.'
+        )
+
+
+def _check_synthesis(config) -> None:
+    """Refuse what no image could be made with."""
     for label in config.synthesis.classes:
         if type(label) is not int or label < 0:
             raise DvinvError(f'synthesis.classes names {label!r}; give the numbers of classes, from 0.')
     for control in config.synthesis.controls:
         if control not in DATA_FREE_CONTROLS:
             raise DvinvError(f'synthesis.controls names {control!r}; choose among {", ".join(DATA_FREE_CONTROLS)}.')
-    if not 0 <= config.seed < 2**27:  # seeds of trainings are 16 times as large, and 32 bits wide
-        raise DvinvError(f'seed is {config.seed}; it must be between 0 and {2**27 - 1}.')
-    _check_rounds(config)
-    shape = config.teacher.image_shape
-    if shape and not (len(shape) == 3 and all(type(length) is int and length > 0 for length in shape)):
-        raise DvinvError(f'teacher.image_shape is {shape}; it must be (height, width, channels), or () for the usual.')
-    for name in ('teacher', 'verifier'):
-        smoothing = config[name].training.label_smoothing
-        if not 0 <= smoothing < 1:
-            raise DvinvError(f'{name}.training.label_smoothing is {smoothing}; it must be at least 0 and below 1.')
-        recipe_of(config[name].training).check_labels(f'{name}.training')
-    for control in config.distillation.controls:
+    if config.synthesis.method == 'adaptive' and not config.synthesis.weights.competition:
+        raise DvinvError("synthesis.method is 'adaptive', but synthesis.weights.competition is 0; give it a weight.")
+
+
+def _check_distillation(config) -> None:
+    """Refuse what no student could be trained with."""
+    group = config.distillation
+    for control in group.controls:
         if control not in (*DATA_FREE_CONTROLS, 'real'):
             raise DvinvError(f'distillation.controls names {control!r}; choose among noise, prior_only, real.')
-    if config.distillation.temperature <= 0:
-        raise DvinvError(f'distillation.temperature is {config.distillation.temperature}; it must be above 0.')
-    if not 0 <= config.distillation.hint < math.inf:
-        raise DvinvError(f'distillation.hint is {config.distillation.hint}; it must be at least 0 and finite.')
-    if config.distillation.hints not in KINDS:
-        raise DvinvError(f'distillation.hints is {config.distillation.hints!r}; choose one of {", ".join(KINDS)}.')
-    if config.distillation.hints in ('layers', 'stages') and not config.distillation.hint:
+    if group.temperature <= 0:
+        raise DvinvError(f'distillation.temperature is {group.temperature}; it must be above 0.')
+    if not 0 <= group.hint < math.inf:
+        raise DvinvError(f'distillation.hint is {group.hint}; it must be at least 0 and finite.')
+    if group.hints not in KINDS:
+        raise DvinvError(f'distillation.hints is {group.hints!r}; choose one of {", ".join(KINDS)}.')
+    if group.hints in ('layers', 'stages') and not group.hint:
         raise DvinvError(
-            f'distillation.hints is {config.distillation.hints!r}, but distillation.hint, their weight, is 0; give it a '
+            f'distillation.hints is {group.hints!r}, but distillation.hint, their weight, is 0; give it a '
             "weight, 100 for instance, or set distillation.hints='auto'."
         )
-    if not 0 <= config.distillation.hint_decay < math.inf:
-        raise DvinvError(f'distillation.hint_decay is {config.distillation.hint_decay}; it must be at least 0 and finite.')
-    if not 0 <= config.distillation.graft <= 1:
-        raise DvinvError(f'distillation.graft is {config.distillation.graft}; it is a probability, from 0 to 1.')
+    if not 0 <= group.hint_decay < math.inf:
+        raise DvinvError(f'distillation.hint_decay is {group.hint_decay}; it must be at least 0 and finite.')
+    if not 0 <= group.graft <= 1:
+        raise DvinvError(f'distillation.graft is {group.graft}; it is a probability, from 0 to 1.')
+    for count in group.counts:
+        if type(count) is not int or not 1 <= count <= (count if config.pool else config.synthesis.images):
+            raise DvinvError(
+                f'distillation.counts names {count!r}; give whole numbers from 1 to the {config.synthesis.images} images.'
+            )
+
+
+def _check_logging(group) -> None:
+    """Refuse measurements and checkpoints that do not go together."""
     for name in ('every', 'checkpoint_every', 'iterations'):
-        if config.logging[name] < 1:
-            raise DvinvError(f'logging.{name} is {config.logging[name]}; it must be at least 1.')
-    if not 0 <= config.logging.checkpoint_minutes < math.inf:
-        raise DvinvError(f'logging.checkpoint_minutes is {config.logging.checkpoint_minutes}; it must be at least 0.')
-    if config.logging.checkpoint_every % config.logging.every:
+        if group[name] < 1:
+            raise DvinvError(f'logging.{name} is {group[name]}; it must be at least 1.')
+    if not 0 <= group.checkpoint_minutes < math.inf:
+        raise DvinvError(f'logging.checkpoint_minutes is {group.checkpoint_minutes}; it must be at least 0.')
+    if group.checkpoint_every % group.every:
         raise DvinvError(
-            f'logging.every is {config.logging.every} and logging.checkpoint_every '
-            f'{config.logging.checkpoint_every}; the second must be a multiple of the first.'
+            f'logging.every is {group.every} and logging.checkpoint_every '
+            f'{group.checkpoint_every}; the second must be a multiple of the first.'
         )
 
 
 def _check_rounds(config) -> None:
-    """Refuse rounds that do not divide the batches or outlast the student's updates."""
+    """Refuse rounds that do not divide the batches, or that outlast the updates of a student that is trained."""
     group, updates = config.synthesis, config.distillation.updates
     batches, per_round, every = (
         group.images // group.batch_size,
@@ -301,21 +420,18 @@ def _check_rounds(config) -> None:
             "synthesis.method is 'adaptive', but synthesis.batches_per_round is 0: say how many batches are made against "
             'the student of the moment, and by distillation.updates_per_round how long it learns from them.'
         )
-    if group.method == 'adaptive' and not group.weights.competition:
-        raise DvinvError("synthesis.method is 'adaptive', but synthesis.weights.competition is 0; give it a weight.")
     if per_round < 0 or (per_round and batches % per_round):
         raise DvinvError(
             f'synthesis.batches_per_round is {per_round}, which does not divide the {batches} batches; choose a divisor.'
         )
-    if per_round and every < 1:
+    if not (per_round and trains_student(config)):
+        return
+    if every < 1:
         raise DvinvError(
             f'distillation.updates_per_round is {every}; with synthesis.batches_per_round it must be at least 1.'
         )
-    if per_round and (batches // per_round - 1) * every >= updates:
+    if (batches // per_round - 1) * every >= updates:
         raise DvinvError(
             f'{batches // per_round} rounds of {every} updates begin after the {updates} updates of distillation; raise '
             'distillation.updates, or lower distillation.updates_per_round.'
         )
-    for count in config.distillation.counts:
-        if type(count) is not int or not 1 <= count <= (count if config.pool else group.images):
-            raise DvinvError(f'distillation.counts names {count!r}; give whole numbers from 1 to the {group.images} images.')

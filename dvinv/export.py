@@ -4,11 +4,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from dvinv.data.export import to_folders, to_tfds
+from dvinv.data.export import to_folders, to_npz, to_tfds
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
 
-FORMATS = {'folders': to_folders, 'tfds': to_tfds}
+FORMATS = {'folders': to_folders, 'tfds': to_tfds, 'npz': to_npz}
 
 
 def main(argv: list[str]) -> None:
@@ -19,7 +19,9 @@ def main(argv: list[str]) -> None:
     """
     parser = argparse.ArgumentParser(prog='python -m dvinv.export', description='Write a pool in a form that others read.')
     parser.add_argument('--pool', type=Path, required=True, help='the folder with shard-000000.npz and so on')
-    parser.add_argument('--to', choices=FORMATS, required=True, help='PNG pictures in class folders, or TensorFlow Datasets')
+    parser.add_argument(
+        '--to', choices=FORMATS, required=True, help='PNG pictures in class folders, TensorFlow Datasets, or one .npz'
+    )
     parser.add_argument(
         '--out', type=Path, required=True, help='the folder to write to; the same command goes on after a kill'
     )

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dvinv.errors import DvinvError
-from dvinv.networks import load_classifier
+from dvinv.networks import Classifier, load_classifier
 from dvinv.networks.quantized.network import load_quantized
 
 # task -> the network file that it ends with
@@ -17,7 +17,7 @@ RESULTS = {
 }
 
 
-def load(workdir, task: str, setting: str = '') -> tuple[Callable, dict]:
+def load(workdir, task: str, setting: str = '', *, teacher: Classifier | None = None) -> tuple[Callable, dict]:
     """(apply_fn, variables) of the network that `task` made in `workdir`.
 
     `apply_fn(variables, x)` gives logits [B, K] of normalised images x [B, H, W, C], in eval mode. The file itself,
@@ -25,6 +25,8 @@ def load(workdir, task: str, setting: str = '') -> tuple[Callable, dict]:
 
     Args:
       setting: of the task quantization, for instance 'w8a8'; '': the one whose file is smallest.
+      teacher: that was quantized, where it is a user's own network (teacher.factory) instead of one of dvinv.networks: the
+        file has its weights in few bits, but not its program. Not needed otherwise.
 
     Raises:
       DvinvError: no such task, or it has not finished there, or the file is damaged.
@@ -32,7 +34,7 @@ def load(workdir, task: str, setting: str = '') -> tuple[Callable, dict]:
     if task not in RESULTS:
         raise DvinvError(f'The task {task!r} makes no network; choose one of {", ".join(RESULTS)}.')
     if task == 'quantization':
-        network = load_quantized(_quantized(Path(workdir) / 'networks', setting))
+        network = load_quantized(_quantized(Path(workdir) / 'networks', setting), teacher)
         return network.apply_fn, network.variables
     path = Path(workdir) / 'networks' / f'{RESULTS[task]}.safetensors'
     if task == 'teacher' and not path.exists():

@@ -1,11 +1,13 @@
 """python -m dvinv.main --config configs/digits.py --workdir DIR [--config.field=value ...] [--seeds N]"""
 
+import re
 import sys
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dvinv.errors import DvinvError
+from dvinv.errors import DvinvError, listed
 from dvinv.runtime import preemption
 
 # A module that teacher.factory names may define flags of these names too, as many a training script does: they give way.
@@ -61,18 +63,30 @@ def main(_) -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     """absl's flag parser, with a sentence for what it would answer with a traceback or not at all."""
+    _check_config_file(argv)
+    for argument in argv[1:]:
+        if found := re.match(r'--?config\.[^=]*?\.(\d+)(?=[.=\[]|$)', argument):
+            start, end = found.span(1)
+            raise DvinvError(
+                f'An item of a tuple is named by its number in brackets, from 0: {argument[: start - 1]}[{found[1]}]'
+                f'{argument[end:]}. In a shell that takes brackets for patterns, quote it.'
+            )
     try:
         rest = flags.FLAGS(argv)
         if _CONFIG.value is None or not hasattr(_CONFIG.value, 'tasks'):
             raise DvinvError('--config names no config file that can be read; for instance --config configs/digits.py.')
     except (AttributeError, KeyError, TypeError) as error:
+        if 'tuple indices' in str(error):
+            raise DvinvError(
+                'A flag names a field of a tuple; say of which item, as in --config.synthesis.stages[0].iterations=5.'
+            ) from error
         raise DvinvError(f'The config has no such key or type: {" ".join(str(error.args[0]).split())}') from error
     except IndexError as error:
         raise DvinvError(
             'A flag counts beyond the end of a tuple in the config, as --config.synthesis.stages[9] would; indices '
             'start at 0.'
         ) from error
-    except (flags.Error, OSError, SyntaxError) as error:
+    except (flags.Error, OSError, SyntaxError, ValueError) as error:  # ml_collections raises ValueError for a bad path
         # Of a config file that fails, absl's message holds a traceback; its last line says what was wrong.
         reason = str(error).strip().splitlines()[-1].strip()
         raise DvinvError(f'{reason} (--helpfull lists all flags.)') from error
@@ -83,6 +97,26 @@ def _parse(argv: list[str]) -> list[str]:
     if _SEEDS.value < 0:
         raise DvinvError(f'--seeds is {_SEEDS.value}; it must be at least 1, or 0 for a single run.')
     return rest
+
+
+def _check_config_file(argv: list[str]) -> None:
+    """Refuses a config file that is not there, or that is not one, with the names of those that are."""
+    for argument, following in zip(argv[1:], [*argv[2:], ''], strict=True):
+        name, given, value = argument.partition('=')
+        if name not in ('--config', '-config'):
+            continue
+        path = (value if given else following).split(':')[0]
+        if Path(path).is_file() and path.endswith('.py'):
+            if 'get_config' not in Path(path).read_text(errors='replace'):
+                raise DvinvError(f'{path} is no config file: it must have a function get_config, as those in configs/ have.')
+            continue
+        folder = Path('configs') if Path('configs').is_dir() else Path(__file__).parents[1] / 'configs'
+        names = sorted(file.name for file in folder.glob('*.py'))
+        known = f'{folder}/ has {listed(names, 30)}.' if names else 'name a Python file that has a function get_config.'
+        meant = f'{Path(path).stem}.py'
+        raise DvinvError(
+            f'There is no config file {path!r}; {f"did you mean {folder}/{meant}?" if meant in names else known}'
+        )
 
 
 def cli() -> None:

@@ -57,23 +57,19 @@ def check(config, processes: Processes = ALONE, workdir=None) -> Teacher:
     if config.pool and not Path(config.pool).is_dir():
         raise DvinvError(f'pool is {config.pool!r}, but there is no such folder.')
     images, batch_size = config.synthesis.images, config.synthesis.batch_size
-    if images % batch_size:
+    makes_images = configuration.makes_images(config)
+    if makes_images and images % batch_size:
         raise DvinvError(
             f'synthesis.images is {images}, which batches of {batch_size} do not fill; choose a multiple, for '
             f'instance {max(1, images // batch_size) * batch_size}.'
         )
     split = make_mesh(config.devices, processes.joined).size
-    if config.bn_stats == 'global' and batch_size % split:
+    if makes_images and config.bn_stats == 'global' and batch_size % split:
         raise DvinvError(
             f"synthesis.batch_size is {batch_size}, which {split} devices do not divide; with bn_stats='global' "
             'one batch is split over all devices: choose a multiple of their number.'
         )
-    for name, group in (
-        ('teacher.training', config.teacher.training),
-        ('verifier.training', config.verifier.training),
-        ('distillation', config.distillation),
-        ('pruning', config.pruning),
-    ):
+    for name, group in configuration.trainings_of(config).items():
         recipe = configuration.recipe_of(group)
         recipe.check(name)
         recipe.check_devices(name, training_mesh(mesh).size)
@@ -85,11 +81,14 @@ def check(config, processes: Processes = ALONE, workdir=None) -> Teacher:
                 'data.name and data.train_path.'
             )
     to_invert = teacher.check(config)
-    settings = configuration.inversion_config(config)
-    settings.check(to_invert.image_shape)
-    check_resolutions(to_invert, settings)
-    check_labels(np.array(config.synthesis.classes, int), to_invert.num_classes)
-    if 'distillation' in config.tasks or config.synthesis.method == 'adaptive':
+    if makes_images or 'synthesis' in config.tasks:
+        settings = configuration.inversion_config(config)
+        settings.check(to_invert.image_shape)
+        check_resolutions(to_invert, settings)
+    if makes_images:
+        check_labels(np.array(config.synthesis.classes, int), to_invert.num_classes)
+        configuration.check_count(config, 'synthesis.images', images, to_invert.num_classes)
+    if configuration.trains_student(config):
         hints_of(config, to_invert)
         student_of(config, to_invert)
     if 'pruning' in config.tasks:

@@ -52,11 +52,11 @@ class Judgement:
 
 def judge(network: Classifier, images, labels, batch_size: int = 128) -> Judgement:
     """`network`'s answers on pixels uint8 [N, H, W, C] (an array or rows of a pool), at most `MOST`, evenly spaced."""
-    chosen = _evenly(len(images), MOST)
+    chosen = evenly(len(images), MOST)
     return Judgement(*logits_and_features_of(network, images, chosen, batch_size), np.asarray(labels[chosen]))
 
 
-def _evenly(count: int, most: int) -> np.ndarray:
+def evenly(count: int, most: int) -> np.ndarray:
     """At most so many of the numbers below `count`, evenly spaced."""
     return np.linspace(0, count - 1, min(count, most)).round().astype(int)
 
@@ -155,7 +155,7 @@ def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
 
 def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
     """Unbiased MMD^2 of features [N, D] and [M, D], at most `KERNEL_MOST` of each, evenly spaced."""
-    x, y = (np.float64(z[_evenly(len(z), KERNEL_MOST)]) for z in (x, y))
+    x, y = (np.float64(z[evenly(len(z), KERNEL_MOST)]) for z in (x, y))
 
     def kernel(a, b):
         return (a @ b.T / a.shape[1] + 1) ** 3

@@ -7,10 +7,11 @@ from dvinv.configuration import TASKS
 from dvinv.continual.section import continual_section, continual_tiles
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
+from dvinv.evaluation import accuracy
 from dvinv.inversion import Teacher
 from dvinv.pools import finished_pool, open_control
 from dvinv.pruning.section import pruning_section, pruning_tile
-from dvinv.quality import figures_of_sets, quality_table
+from dvinv.quality import evenly, figures_of_sets, quality_table
 from dvinv.quantization.section import quantization_section
 from dvinv.runtime.charts import line_chart
 from dvinv.runtime.files import write_atomic
@@ -19,9 +20,10 @@ from dvinv.runtime.page import Picture, Section, Table, Tile, number, percent, r
 from dvinv.runtime.pictures import class_grid, shown_classes
 from dvinv.runtime.workdir import Workdir, open_workdir, plain
 from dvinv.teacher import load, load_verifier
-from dvinv.verifiers import load_others
+from dvinv.verifiers import load_others, refuse_chance
 
 PER_CLASS = 16  # images in a row of the grid
+MOST_SCORED = 500  # real images that tell whether a verifier recognises anything
 TERMS = {
     'cross_entropy': 'cross-entropy',
     'feature': 'feature loss',
@@ -158,7 +160,13 @@ def _quality(config, workdir: Workdir, teacher: Teacher, pools: dict[str, ImageP
     if verifier is None:
         text = 'The config names no verifier (verifier.network): no network but the teacher has judged these images.'
         return Section('Quality', text)
-    found = figures_of_sets(verifier, load_others(config, teacher), pools, load_real(config.data))
+    others, real = load_others(config, teacher), load_real(config.data)
+    for index, (name, other) in enumerate(others.items()):
+        if real:
+            rows = evenly(len(real.test.labels), MOST_SCORED)
+            share = accuracy(other, real.test.images[rows], real.test.labels[rows])
+            refuse_chance(share, len(rows), other, f'The verifier {name}', f'verifiers[{index}]', 'leave it out')
+    found = figures_of_sets(verifier, others, pools, real)
     write_atomic(workdir.path / 'quality.json', (json.dumps(found, indent=1) + '\n').encode())
     return Section('Quality', tables=[quality_table(found, config.verifier.network)])
 

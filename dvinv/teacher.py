@@ -5,20 +5,21 @@ import importlib
 from pathlib import Path
 
 import jax
+import numpy as np
 import optax
 
-from dvinv.configuration import recipe_of
+from dvinv.configuration import is_trained_here, judges, recipe_of, trains_student
 from dvinv.data.dataset import RealData
 from dvinv.data.real import load_real
-from dvinv.errors import DvinvError
+from dvinv.errors import DvinvError, listed
 from dvinv.evaluation import accuracy, flops
 from dvinv.inversion.teacher import Teacher, trusted_linen
-from dvinv.networks import Classifier, classifier_of, create, read_classifier, shapes_of
+from dvinv.networks import Classifier, create, load_classifier, read_classifier, shapes_of
 from dvinv.networks.classifier import check_finite
 from dvinv.rounds import Rounds
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.training import Learner, Lesson, PlannedTraining, learn
-from dvinv.verifiers import check_alike, load_others
+from dvinv.verifiers import check_alike, load_others, print_pixels, read_verifier, refuse_chance
 
 ROLES = {'teacher': 1, 'verifier': 2}
 
@@ -26,27 +27,42 @@ ROLES = {'teacher': 1, 'verifier': 2}
 def run(config, workdir) -> dict:
     """Train what is not given, score teacher and verifier on the real test images; returns the figures."""
     workdir = open_workdir(workdir, config)
-    data = load_real(config.data)
-    if _is_trained_here('teacher', config):
-        _train('teacher', config, workdir, data, _blank(config, data))
-    teacher = load(config, workdir)
-    if _is_trained_here('verifier', config):
+    data, verifier, scores = load_real(config.data), None, {}
+    teacher = _blank(config, data) if is_trained_here('teacher', config) else load(config, workdir)
+    if config.verifier.network and config.verifier.weights:  # first: it may be refused
+        verifier = load_verifier(config, workdir, teacher)
+        scores['verifier'] = _score('verifier', verifier, data, config)
+    if is_trained_here('teacher', config):
+        _train('teacher', config, workdir, data, teacher)
+        teacher = load(config, workdir)
+    scores['teacher'] = _score('teacher', teacher, data, config)
+    if is_trained_here('verifier', config):
         _train('verifier', config, workdir, data, teacher)
-    verifier = load_verifier(config, workdir, teacher)
+        verifier = load_verifier(config, workdir, teacher)
+        scores['verifier'] = _score('verifier', verifier, data, config)
     return {
-        'test_accuracy': test_accuracy(teacher, data),
-        'verifier_test_accuracy': test_accuracy(verifier, data) if verifier else None,
+        'test_accuracy': scores['teacher'],
+        'verifier_test_accuracy': scores.get('verifier'),
         'test_images': len(data.test.labels) if data else None,
         'parameters': teacher.parameters,
         'flops': flops(teacher),
     }
 
 
+def _score(role: str, network: Classifier, data: RealData | None, config) -> float | None:
+    """Returns the test accuracy of 'teacher' or 'verifier'; refuses a verifier that was given and recognises nothing."""
+    share = test_accuracy(network, data)
+    field = 'verifier' if role == 'verifier' and config.verifier.weights else ''
+    name = f'The {role} {config[role].get("factory") or config[role].network}'
+    refuse_chance(share, len(data.test.labels) if data else 0, network, name, field, "'' for verifier.network to do without")
+    return share
+
+
 def planned_trainings(config, teacher: Teacher) -> list[PlannedTraining]:
     """Returns the trainings of the task, for `--plan`."""
     trainings = []
     for name in ROLES:
-        if _is_trained_here(name, config):
+        if is_trained_here(name, config):
             group, count = config[name], len(load_real(config.data).train.labels)
             module = create(group.network, teacher.num_classes, group.width)
             trainings.append(PlannedTraining(name, module, _lesson_of(group, count), teacher))
@@ -55,12 +71,12 @@ def planned_trainings(config, teacher: Teacher) -> list[PlannedTraining]:
 
 def complete(config, workdir: Workdir) -> bool:
     """Whether the networks of the finished task are still there: a damaged file is deleted by its owner."""
-    return all(workdir.network(name).exists() for name in ROLES if _is_trained_here(name, config))
+    return all(workdir.network(name).exists() for name in ROLES if is_trained_here(name, config))
 
 
 def is_there(config, workdir: Workdir) -> bool:
     """Whether `load` finds the teacher: it is given, or trained already."""
-    return not _is_trained_here('teacher', config) or workdir.network('teacher').exists()
+    return not is_trained_here('teacher', config) or workdir.network('teacher').exists()
 
 
 def load(config, workdir: Workdir | None) -> Teacher:
@@ -88,15 +104,17 @@ def module_of_teacher(config, data: RealData | None):
             f'teacher.factory is {group.factory!r}, and of what a factory returns the module is not known, which this task '
             'changes; name a network of dvinv.networks by teacher.network and its weights by teacher.weights.'
         )
-    if _is_trained_here('teacher', config):
+    if is_trained_here('teacher', config):
         return create(group.network, data.num_classes, group.width)
     return read(config, None)[0]
 
 
 def read(config, workdir: Workdir | None):
     """(module, variables, description) of the run's teacher, as `networks.read_classifier` gives them."""
-    group = config.teacher
-    return _read(config, workdir, 'teacher', group.image_shape, group.mean, group.std)
+    group, given = config.teacher, {}
+    if group.weights:  # else the file is of this run, and so are the settings that it was made with
+        given = {'mean': tuple(group.mean), 'std': tuple(group.std), 'image_shape': group.image_shape, 'width': group.width}
+    return read_classifier(_file(config, workdir, 'teacher'), group.network, field='teacher.network', **given)
 
 
 def description(config, workdir: Workdir) -> dict:
@@ -118,8 +136,10 @@ def load_verifier(config, workdir: Workdir | None, teacher: Teacher) -> Classifi
     group = config.verifier
     if not group.network:
         return None
-    pictures = teacher.image_shape, group.mean or teacher.mean, group.std or teacher.std
-    verifier = classifier_of(*_read(config, workdir, 'verifier', *pictures))
+    if group.weights:
+        verifier = read_verifier(group, 'verifier', teacher)
+    else:
+        verifier = load_classifier(_file(config, workdir, 'verifier'))
     check_alike(teacher, verifier, 'verifier', 'verifier', "'' for verifier.network to do without")
     return verifier
 
@@ -137,6 +157,12 @@ def check_fits(teacher: Classifier, data: RealData) -> None:
     if tuple(teacher.image_shape) != tuple(data.image_shape):
         theirs, ours = ('x'.join(map(str, shape)) for shape in (teacher.image_shape, data.image_shape))
         raise DvinvError(f'The teacher takes images of {theirs} (height x width x channels), but the data set has {ours}.')
+    if data.by_position and data.num_classes != teacher.num_classes:
+        raise DvinvError(
+            f'The data set has folders of {data.num_classes} classes, but the teacher knows {teacher.num_classes}, and the '
+            'names of the folders do not tell which these are; give data.class_names, the names of all classes in the order '
+            "of the teacher's, or name the folders by the numbers of their classes, from 0."
+        )
     highest = max(int(split.labels.max()) for split in (data.train, data.test) if split)
     if highest >= teacher.num_classes:
         raise DvinvError(
@@ -154,28 +180,57 @@ def check(config) -> Teacher:
     data = load_real(config.data)
     if not (config.teacher.factory or config.teacher.network):
         raise DvinvError("teacher.network is empty; name a network, or a function by teacher.factory='module:function'.")
-    for name in ROLES:
-        if _is_trained_here(name, config) and (data is None or data.train is None):
+    needed = [name for name in ROLES if is_trained_here(name, config) and (name == 'teacher' or judges(config))]
+    for name in needed:
+        if data is None or data.train is None:
             lacking = 'data.name' if data is None else 'data.train_path'
             raise DvinvError(
                 f"The {name} is to be trained, but {lacking} is ''; name a data set, or give {name}.weights"
                 + (", or '' for verifier.network to do without." if name == 'verifier' else '.')
             )
-    if _is_trained_here('teacher', config):
+    if needed and 'teacher' in config.tasks:
+        _check_classes(data)
+    if is_trained_here('teacher', config):
         group, shape = config.teacher, data.image_shape
+        if group.image_shape and tuple(group.image_shape) != tuple(shape):
+            raise DvinvError(
+                f'teacher.image_shape is {tuple(group.image_shape)}, but the teacher is trained here, on images of '
+                f'{tuple(shape)}; leave it out, or scale these by data.image_size.'
+            )
         module = create(group.network, data.num_classes, group.width)
-        teacher = trusted_linen(module, shapes_of(module, shape), image_shape=shape, mean=group.mean, std=group.std)
+        mean, std = _pixels(config, data)
+        teacher = trusted_linen(module, shapes_of(module, shape), image_shape=shape, mean=mean, std=std)
     else:
         teacher = load(config, None)
+        if not config.teacher.factory:
+            print_pixels(config.teacher, 'teacher', teacher)
     if data is not None:
         check_fits(teacher, data)
-    if _is_trained_here('verifier', config):
-        _check_takes('verifier', config.verifier, teacher)
-    else:
-        load_verifier(config, None, teacher)
-    load_others(config, teacher)
-    _check_takes('student', config.student, teacher)
+    if judges(config):
+        if is_trained_here('verifier', config):
+            _check_takes('verifier', config.verifier, teacher)
+        elif verifier := load_verifier(config, None, teacher):
+            print_pixels(config.verifier, 'verifier', verifier)
+    if judges(config) or 'report' in config.tasks:
+        load_others(config, teacher, say=True)
+    if trains_student(config):
+        _check_takes('student', config.student, teacher)
     return teacher
+
+
+def _check_classes(data: RealData) -> None:
+    """Refuse to train on a data set that has no training image of some of its classes."""
+    first, count = data.classes_without_images
+    if not count:
+        return
+    numbers = listed([*map(str, first)], 5) if len(first) == count else f'{", ".join(map(str, first[:5]))}, ...'
+    present = np.unique(data.train.labels)
+    raise DvinvError(
+        f'The data set has {data.num_classes} classes by its labels or names, but {count} of them ({numbers}) have no image '
+        f'to train on: a network would have outputs that mean nothing, and images would be made of them. Labels count the '
+        f'classes from 0, and here the lowest is {present[0]}, the highest {present[-1]}; number them anew, or name by '
+        'data.classes those that there are.'
+    )
 
 
 def _check_takes(name: str, group, teacher: Teacher) -> None:
@@ -198,11 +253,6 @@ def supervised(label_smoothing: float):
     return loss
 
 
-def _is_trained_here(name: str, config) -> bool:
-    group = config[name]
-    return bool(group.network) and not group.weights and not group.get('factory', '')
-
-
 def _train(name: str, config, workdir: Workdir, data: RealData, like: Classifier) -> None:
     """Teach teacher or verifier the labels of the real training images."""
     group, train = config[name], data.train
@@ -215,14 +265,13 @@ def _lesson_of(group, count: int) -> Lesson:
     return Lesson(recipe_of(group.training), supervised(group.training.label_smoothing), Rounds(count))
 
 
-def _read(config, workdir: Workdir | None, name: str, image_shape, mean, std):
-    """What `networks.read_classifier` gives of teacher or verifier; `workdir` matters where the config names no file."""
-    group = config[name]
-    path = Path(group.weights or workdir.network(name))
-    if not path.exists() and not group.weights:
+def _file(config, workdir: Workdir | None, name: str) -> Path:
+    """Returns the file of teacher or verifier; `workdir` matters where the config names none."""
+    weights = config[name].weights
+    path = Path(weights or workdir.network(name))
+    if not weights and not path.exists():
         raise DvinvError(f'There is no {name} in {workdir.path} yet; run the task teacher first, or set {name}.weights.')
-    pictures = {'image_shape': image_shape, 'mean': mean, 'std': std}
-    return read_classifier(path, group.network, width=group.width, **pictures, field=f'{name}.network')
+    return path
 
 
 @functools.cache
@@ -248,4 +297,10 @@ def _from_factory(name: str) -> Teacher:
 
 def _blank(config, data: RealData) -> Classifier:
     """What a network trained here will be, without weights."""
-    return Classifier(None, None, data.image_shape, data.num_classes, tuple(config.teacher.mean), tuple(config.teacher.std))
+    return Classifier(None, None, data.image_shape, data.num_classes, *_pixels(config, data))
+
+
+def _pixels(config, data: RealData) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns the mean and std of a teacher that is trained here."""
+    half = (0.5,) * data.image_shape[-1]
+    return tuple(config.teacher.mean) or half, tuple(config.teacher.std) or half

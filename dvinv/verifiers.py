@@ -1,13 +1,16 @@
 """What images are judged by beside the config's `verifier`: networks from weights files, a dict each in `verifiers`."""
 
 import dataclasses
+import sys
 
 import ml_collections
 
 from dvinv.errors import DvinvError
 from dvinv.inversion.teacher import Teacher
-from dvinv.networks import Classifier, classifier_of, read_classifier
+from dvinv.networks import Classifier, classifier_of, describes_itself, read_classifier
 from dvinv.networks.classifier import check_normalisation
+
+FEW = 100  # real images, below which a share of them does not prove much
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,12 +20,15 @@ class Verifier:
     network: str  # its name in dvinv.networks, and that of its figures
     weights: str  # path of a network file, or of weights that others published
     width: float = 1.0
-    mean: tuple[float, ...] = ()  # a channel, for pixels in [0, 1]; (): the teacher's
+    mean: tuple[float, ...] = ()  # a channel, for pixels in [0, 1]; (): see `read_verifier`
     std: tuple[float, ...] = ()
 
 
-def load_others(config, teacher: Teacher) -> dict[str, Classifier]:
+def load_others(config, teacher: Teacher, say: bool = False) -> dict[str, Classifier]:
     """{network: what it is} of `config.verifiers`, in their order.
+
+    Args:
+      say: whether `print_pixels` is called for each.
 
     Raises:
       DvinvError: one is not told right, is not there, or takes other pictures or classes than the teacher.
@@ -30,18 +36,75 @@ def load_others(config, teacher: Teacher) -> dict[str, Classifier]:
     found = {}
     for index, verifier in enumerate(_told(config)):
         field = f'verifiers[{index}]'
-        read = read_classifier(
-            verifier.weights,
-            verifier.network,
-            mean=verifier.mean or teacher.mean,
-            std=verifier.std or teacher.std,
-            width=verifier.width,
-            image_shape=teacher.image_shape,
-            field=f'{field}.network',
-        )
-        found[verifier.network] = classifier_of(*read)
+        found[verifier.network] = read_verifier(verifier, field, teacher)
+        if say:
+            print_pixels(verifier, field, found[verifier.network])
         check_alike(teacher, found[verifier.network], f'verifier {verifier.network}', field, 'leave it out')
     return found
+
+
+def read_verifier(group, field: str, teacher: Classifier) -> Classifier:
+    """Reads a network that judges images from its weights file.
+
+    Where `group` gives no mean and std: those of the file; else of the published weights of this network, else the
+    teacher's. `print_pixels` says them.
+
+    Args:
+      group: with the fields of a `Verifier`.
+      field: of the config, that names them.
+
+    Raises:
+      DvinvError: see `read_classifier`.
+    """
+    own = describes_itself(group.weights)
+    read = read_classifier(
+        group.weights,
+        group.network,
+        mean=tuple(group.mean),
+        std=tuple(group.std),
+        width=group.width,
+        image_shape=None if own else teacher.image_shape,
+        field=f'{field}.network',
+        otherwise=(teacher.mean, teacher.std),
+    )
+    return classifier_of(*read)
+
+
+def print_pixels(group, field: str, network: Classifier) -> None:
+    """Says, where weights that others published were given without mean or std, with what pixels they are used."""
+    if (group.mean and group.std) or describes_itself(group.weights):
+        return
+    print(
+        f'{field}: the weights {group.weights} do not tell their mean and std; the pixels of this {group.network} are '
+        f'normalised by mean {network.mean} and std {network.std} ({field}.mean and {field}.std set others).',
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def refuse_chance(share: float | None, count: int, network: Classifier, name: str, field: str, way_out: str) -> None:
+    """Refuses a network from a weights file that recognises no more real images than chance would.
+
+    Args:
+      share: of `count` real images that `network` puts into their class; None: there are none.
+      name: what a refusal calls it.
+      field: of the config, with its weights, mean and std; '': it was trained here, and may have been for a short time, so
+        this is said alone. So it is of fewer than `FEW` images, on which a weak network may have bad luck.
+      way_out: besides another mean and std.
+    """
+    if share is None or network.num_classes < 2 or share * network.num_classes > 1:
+        return
+    found = (
+        f'{name} recognises {share:.3f} of {count:,} real images, and chance would {1 / network.num_classes:.3f} '
+        f'({network.num_classes} classes)'
+    )
+    if field and count >= FEW:
+        raise DvinvError(
+            f'{found}: what it says of images means nothing. It is given pixels with mean {network.mean} and std '
+            f"{network.std}; give {field}.mean and {field}.std of its training, have the data's classes in its order, or "
+            f'{way_out}.'
+        )
+    print(f'Note: {found}.', file=sys.stderr, flush=True)
 
 
 def check_alike(teacher: Teacher, verifier: Classifier, name: str, field: str, without: str) -> None:

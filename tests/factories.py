@@ -30,6 +30,13 @@ def colour():
     return _digits_teacher(TinyNet(num_classes=10), (8, 8, 3))
 
 
+def raw_pixels():
+    """A network for pictures of CIFAR-10 that takes their pixels as they are, 0 to 255."""
+    module = TinyNet(num_classes=10)
+    variables = trained_variables(module, (32, 32, 3))
+    return from_linen(module, variables, image_shape=(32, 32, 3), mean=(0.0,) * 3, std=(1 / 255,) * 3)
+
+
 def broken():
     """A network whose weights are not numbers."""
     teacher = own()

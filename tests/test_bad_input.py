@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from absl import flags
 from smoke import flip, lasting, smoke_config
+from tiny import saved
 
 from dvinv import main, pipeline
 from dvinv.errors import DvinvError
@@ -90,13 +91,25 @@ SMOKE = ('--config', 'configs/digits.py:smoke')
         (('--workdir', 'w', *SMOKE, '--sedes', '3'), ["Unknown command line flag 'sedes'", 'Did you mean: seeds']),
         (('--workdir', 'w', *SMOKE, 'teacher'), ["argument 'teacher'", 'flags start with --']),
         (('--workdir', 'w'), ['--config names no config file']),
-        (('--workdir', 'w', '--config', 'configs/nothere.py'), ['No such file', 'configs/nothere.py']),
+        (
+            ('--workdir', 'w', '--config', 'configs/nothere.py'),
+            ["file 'configs/nothere.py'; configs/ has cifar"],
+        ),
+        (('--workdir', 'w', '--config=resnet20'), ["no config file 'resnet20'; configs/ has cifar100_continual.py, "]),
+        (('--workdir', 'w', '--config', 'digits:smoke'), ["no config file 'digits'; did you mean configs/digits.py?"]),
+        (('--workdir', 'w', '--config', 'README.md'), ["no config file 'README.md'"]),
+        (('--workdir', 'w', '--config', 'dvinv/rounds.py'), ['dvinv/rounds.py is no config file', 'get_config']),
+        (('--workdir', 'w', *SMOKE, '--config.synthesis.stages.0.noise=5'), ['--config.synthesis.stages[0].noise=5']),
+        (('--workdir', 'w', *SMOKE, '--config.verifiers.0=5'), ['in brackets, from 0: --config.verifiers[0]=5']),
+        (('--workdir', 'w', *SMOKE, '--config.synthesis.stages.noise=5'), ['of which item', 'stages[0].iterations=5']),
+        (('--workdir', 'w', *SMOKE, '--config.synthesis.=5'), ["Could not parse 'synthesis.'"]),
         (('--workdir', 'w', '--config', 'configs/digits.py:smok'), ["knows the arguments fast and smoke, not 'smok'"]),
     ],
 )
 def test_a_mistyped_command_is_told(parse, argv, words):
     message = parse(*argv)
     assert all(word in message for word in words), message
+    assert 'Errno' not in message
 
 
 def test_an_unknown_key_ends_the_process_with_one_line(command, tmp_path):
@@ -125,6 +138,21 @@ ADAPTIVE = {
         ({'synthesis__images': 50}, ['synthesis.images is 50', 'batches of 20', 'for instance 40']),
         ({'synthesis__images': 0}, ['synthesis.images is 0', 'at least 1']),
         ({'synthesis__batch_size': 1}, ['synthesis.batch_size is 1', 'at least 2']),
+        (
+            {'synthesis__images': 4, 'synthesis__batch_size': 4},
+            ['synthesis.images makes 4 images, fewer than the 10 classes of the', 'synthesis.classes'],
+        ),
+        (
+            {'synthesis__images': 2, 'synthesis__batch_size': 2, 'synthesis__classes': (1, 2, 3)},
+            ['fewer than the 3 classes that synthesis.classes names'],
+        ),
+        ({'synthesis__stages': (1, 2)}, ['synthesis.stages[0] is 1; it must be a dict', "({'iterations': 100,"]),
+        ({'synthesis__stages': ({'iterations': 5},)}, ['synthesis.stages[0] has no learning_rate']),
+        ({'synthesis__stages': ({'iteration': 5},)}, ["stages[0] has the field 'iteration'", 'iterations, learning_rate']),
+        (
+            {'synthesis__stages': ({'iterations': '5', 'learning_rate': 1},)},
+            ["stages[0].iterations is '5'", 'of the type int'],
+        ),
         ({'synthesis__total_variation': 'l3'}, ["total_variation is 'l3'", "'l1'"]),
         ({'synthesis__canvas': 'clay'}, ["canvas is 'clay'", "'pixels', 'spectrum'"]),
         ({'synthesis__contrast': 0.0}, ['contrast is 0', 'above 0']),
@@ -173,6 +201,7 @@ ADAPTIVE = {
         ({'distillation__counts': (20, 60)}, ['counts names 60', 'the 40 images']),
         ({'distillation__counts': (20.5,)}, ['counts names 20.5', 'whole numbers']),
         ({'teacher__image_shape': (32, 32)}, ['image_shape is (32, 32)', '(height, width, channels)']),
+        ({'teacher__image_shape': (9, 8, 1)}, ['image_shape is (9, 8, 1)', 'trained here, on images of (8, 8, 1)']),
         (
             {'student__network': 'vgg11_bn'},
             ['student.network is vgg11_bn', 'cannot take images of 8x8x1', '32x32 or larger'],
@@ -225,6 +254,30 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path, chan
     assert all(word in message for word in words), message
 
 
+ALONE = {'teacher__factory': 'factories:own', 'pool': '.'}  # a pool that is there
+
+
+@pytest.mark.parametrize(
+    ('tasks', 'changes'),
+    [
+        (('quantization',), {'distillation__hint': 1.0, 'distillation__hints': 'layers', 'student__network': 'resnet20'}),
+        (
+            ('quantization',),
+            {'student__network': 'vgg11_bn', 'distillation__controls': ('x',), 'student__inherit': True},
+        ),
+        (('quantization',), {'verifier__network': 'resnet20', 'pruning__updates': 0, 'distillation__updates': 0}),
+        (('quantization',), {'verifiers': ('none',), 'verifier__training__batch_size': 0, 'synthesis__classes': (99,)}),
+        (('quantization',), {'synthesis__images': 3, 'synthesis__batch_size': 2, 'synthesis__stages': ()}),
+        (('quantization',), {'data__name': '', 'teacher__training__updates': 0}),
+        (('synthesis',), {'distillation__hint': 1.0, 'distillation__hints': 'layers', 'student__network': 'resnet20'}),
+        (('synthesis',), {'synthesis__images': 4, 'synthesis__batch_size': 2, 'synthesis__classes': (99,)}),
+    ],
+)
+def test_what_no_task_needs_is_not_checked(tasks, changes):
+    verifier = {'verifier__network': '', **changes} if 'synthesis' in tasks else changes
+    pipeline.check(smoke_config(**ALONE, tasks=tasks, quantization__controls=(), **verifier))
+
+
 @pytest.mark.parametrize(
     ('field', 'value', 'words'),
     [
@@ -240,6 +293,54 @@ def test_a_bad_stage_is_refused(tmp_path, field, value, words):
     with pytest.raises(DvinvError, match=re.escape(f'stages[0].{words}')):
         pipeline.run(config, tmp_path / 'run')
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.fixture
+def own_file(tmp_path):
+    """A file that dvinv wrote: width 0.125, mean and std 0.5."""
+    return saved(tmp_path / 'own.safetensors', 'small_resnet', 10, (8, 8, 1))
+
+
+@pytest.mark.parametrize(
+    ('role', 'changes', 'words'),
+    [
+        ('teacher', {'mean': (0.4,), 'std': (), 'width': 1.0}, 'teacher.mean is (0.4,), but FILE, a file that dvinv'),
+        ('teacher', {'mean': (), 'std': (0.4,), 'width': 1.0}, 'network with std (0.5,), and that is what counts; write'),
+        ('teacher', {'mean': (), 'std': (), 'width': 0.25}, 'write teacher.width=0.125, or give other weights'),
+        ('teacher', {'mean': ('a',), 'std': (), 'width': 1.0}, "teacher.mean is ('a',), but FILE"),
+        ('teacher', {'image_shape': (9, 9, 1), 'mean': (), 'std': (), 'width': 1.0}, 'network with image_shape (8, 8, 1)'),
+        ('verifier', {'mean': (0.4,), 'width': 1.0}, 'verifier.mean is (0.4,), but FILE'),
+        ('verifier', {'width': 0.25}, 'verifier.width is 0.25, but FILE'),
+        ('teacher', {'mean': (0.5,), 'std': (0.5,), 'width': 0.125}, ''),
+        ('teacher', {'mean': (), 'std': (), 'width': 1.0}, ''),
+        ('verifier', {'width': 1.0}, ''),
+        ('verifier', {'mean': (0.5,), 'std': (0.5,), 'width': 0.125}, ''),
+    ],
+)
+def test_what_a_file_tells_of_itself_cannot_be_set_otherwise(own_file, role, changes, words):
+    fields = {'network': 'small_resnet', 'weights': own_file, **changes}
+    config = smoke_config(**{f'{role}__{name}': value for name, value in fields.items()})
+    if not words:
+        pipeline.check(config)
+        return
+    with pytest.raises(DvinvError, match=re.escape(words.replace('FILE', own_file))):
+        pipeline.check(config)
+
+
+@pytest.mark.parametrize(
+    ('labels', 'words'),
+    [
+        (range(1, 11), '11 classes by its labels or names, but 1 of them (0) have no image'),
+        ((0, 300), '301 classes by its labels or names, but 299 of them (1, 2, 3, 4, 5, ...) have no image'),
+    ],
+)
+def test_a_class_without_an_image_is_named(tmp_path, labels, words):
+    labels = np.array([*labels])
+    np.savez(tmp_path / 'a.npz', x=np.zeros((len(labels), 8, 8), np.uint8), y=labels)
+    path = str(tmp_path / 'a.npz')
+    sentence = refusal(tmp_path / 'run', data__name='npz', data__path=path, data__train_path=path)
+    assert words in sentence
+    assert f'the lowest is {labels.min()}, the highest {labels.max()}' in sentence
 
 
 def test_weights_of_another_network_are_refused(finished, tmp_path):

@@ -126,6 +126,8 @@ def test_a_config_of_two_resolutions_runs_on_larger_images_to_its_report(command
         'teacher.weights': tmp_path / 'teacher.npz',
         'teacher.image_shape': (size, size, 3),
         'verifier.network': 'small_convnet',
+        'verifier.mean': (),
+        'verifier.std': (),
         'verifier.weights': saved(tmp_path / 'verifier.safetensors', 'small_convnet', 10, (size, size, 3)),
         'synthesis.images': 4,
         'synthesis.batch_size': 4,

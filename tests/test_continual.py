@@ -157,7 +157,7 @@ def config_of(folder, **changes):
                 np.savez(path, x=part.images, y=part.labels)
     config.tasks = ('teacher', 'continual')
     config.data.update(name='npz', path=str(folder / 'test0.npz'), classes=())
-    config.teacher.update(network='small_convnet', width=0.125)
+    config.teacher.update(network='small_convnet', width=0.125, mean=(), std=())
     config.teacher.weights = saved(folder / 'teacher.safetensors', num_classes=2, image_shape=(8, 8, 1))
     config.continual.steps = tuple(
         {'name': 'npz', 'path': str(folder / f'test{number}.npz'), 'train_path': str(folder / f'train{number}.npz')}
@@ -341,7 +341,8 @@ def test_the_report_shows_what_each_task_left_of_the_others(undisturbed, data):
         ({'continual__steps': ({'name': 'npz', 'path': '{}/gap.npz'},)}, ['steps[0] has no image of class 1', 'leave']),
         ({'continual__steps': ({'name': 'npz', 'path': '{}/large.npz'},)}, ['steps[0] has images of 9x9x1', 'takes 8x8x1']),
         ({'data__classes': (0, 1, 2)}, ["teacher's head has 4 classes, but data has 3", 'data.classes']),
-        ({'teacher__width': 0.5}, ['not the small_convnet of width 0.5', 'cannot grow a head']),
+        ({'teacher__width': 0.5}, ['teacher.width is 0.5, but', 'write teacher.width=0.125']),
+        ({'teacher__width': 1.0}, ['not the small_convnet of width 1.0', 'cannot grow a head']),
         ({'teacher__factory': 'factories:own', 'data__classes': ()}, ["factory is 'factories:own'", 'network and weights']),
         ({'continual__loss': 'ewc'}, ["continual.loss is 'ewc'", 'deepinversion, always_be_dreaming']),
         ({'continual__controls': ('deepinversion',)}, ["controls names 'deepinversion'", 'finetune, lwf_mc']),
@@ -368,7 +369,7 @@ def test_what_cannot_be_learned_is_refused_before_anything_is_written(tmp_path, 
     np.savez(tmp_path / 'four.npz', x=np.zeros((4, 8, 8, 1), np.uint8), y=range(4))
     np.savez(tmp_path / 'large.npz', x=np.zeros((1, 9, 9, 1), np.uint8), y=[0])
     np.savez(tmp_path / 'test1.npz', x=np.zeros((2, 8, 8, 1), np.uint8), y=[0, 0])
-    config.teacher.update(network='small_convnet', width=0.125)
+    config.teacher.update(network='small_convnet', width=0.125, mean=(), std=())
     config.teacher.weights = saved(tmp_path / 'teacher.safetensors', num_classes=4, image_shape=(8, 8, 1))
     config.update_from_flattened_dict({name.replace('__', '.'): value for name, value in changes.items()})
     config.data.path = config.data.path.format(tmp_path)

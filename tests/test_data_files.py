@@ -6,11 +6,14 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import tiny_teacher
 
-from dvinv.data.dataset import Source
+from dvinv.data.dataset import RealData, Source, Split
+from dvinv.data.folders import labels_of
 from dvinv.data.pictures import resize
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
+from dvinv.teacher import check_fits
 
 
 def images(count=6, height=8, width=8, channels=3):
@@ -74,6 +77,36 @@ def test_exact_pixels_are_read_as_written(tmp_path, names, channels):
     np.testing.assert_array_equal(data.test.labels, labels)
     assert (data.test.images.dtype, data.test.labels.dtype) == (np.uint8, np.int32)
     assert (data.num_classes, data.image_shape) == (3, (8, 8, channels or 1))
+
+
+GREY, LABELS = images(channels=1), np.array([0, 2, 1, 1, 0, 2])
+READABLE = {
+    'shares of white': ((images() / 255).astype(np.float32), LABELS, images()),
+    'halves': ((images() / 255).astype(np.float16), LABELS, images()),
+    'levels as floats': (images() + 0.25, LABELS, images()),
+    'levels as integers': (images().astype(np.int64), LABELS, images()),
+    'truth': (images() > 99, LABELS, (images() > 99) * np.uint8(255)),
+    'channels first': (np.moveaxis(images(), -1, 1), LABELS, images()),
+    'grey channels first': (np.moveaxis(GREY, -1, 1) / 255, LABELS, GREY),
+    'grey without channels': (GREY[..., 0] / 255, LABELS, GREY),
+    'many channels': (images(channels=13), LABELS, images(channels=13)),
+    'a column of labels': (images(), LABELS[:, None], images()),
+    'labels as floats': (images(), LABELS * 1.0, images()),
+    'one-hot labels': (images(), np.eye(3)[LABELS], images()),
+}
+
+
+@pytest.mark.parametrize('case', READABLE)
+def test_other_types_and_layouts_are_read_where_they_can_be_meant_in_one_way(tmp_path, case):
+    x, y, expected = READABLE[case]
+    data = load_real(Source('npz', save(tmp_path / 'a.npz', {'x': x, 'y': y})))
+    np.testing.assert_array_equal(data.test.images, expected)
+    assert (data.test.images.dtype, data.test.labels.tolist(), data.num_classes) == (np.uint8, LABELS.tolist(), 3)
+
+
+def test_one_hot_labels_tell_the_number_of_classes(tmp_path):
+    path = save(tmp_path / 'a.npz', {'x': images(), 'y': np.eye(7)[LABELS]})
+    assert load_real(Source('npz', path)).num_classes == 7
 
 
 @pytest.mark.parametrize('channels', [1, 3])
@@ -143,10 +176,17 @@ BAD_ARRAYS = {
     ),
     'many arrays': ({name: np.zeros(1) for name in 'abcdefg'}, 'holds 7 arrays (a, b, c, d, e, ...)'),
     'no offsets': ({'jpeg': np.zeros(1, np.uint8), 'labels': np.zeros(1, int)}, 'or jpeg, offsets and labels'),
-    'float images': (exact(x=images() / 255), 'The array x of FILE is float64 [6, 8, 8, 3]; it must be uint8 [N, H, W] or'),
-    'flat images': (exact(x=images().reshape(6, -1)), 'is uint8 [6, 192]; it must be uint8 [N, H, W] or [N, H, W, C]'),
-    'float labels': (exact(y=np.zeros(6)), 'The array y of FILE is float64 [6]; it must be integers [N]'),
-    'one-hot labels': (exact(y=np.eye(6, dtype=int)), 'The array y of FILE is int64 [6, 6]; it must be integers [N]'),
+    'normalised images': (exact(x=images() / 128 - 1), 'The images of FILE are float64 from -1 to '),
+    'no numbers': (exact(x=images() * np.nan), 'The images of FILE are float64 from nan to nan; they must be pixels'),
+    '16-bit images': (exact(x=images().astype(np.uint16) * 257), 'they must be pixels, before any normalisation'),
+    'few grey levels': (exact(x=images() % 17 * 1.0), 'are float64 from 0 to 16, which tells no scale; save them as uint8'),
+    'two integers': (exact(x=(images() > 50).astype(int)), 'are int64 from 0 to 1, which tells no scale'),
+    'words for images': (exact(x=images().astype(str)), 'it must be numbers [N, H, W], [N, H, W, C] or [N, C, H, W]'),
+    'flat images': (exact(x=images().reshape(6, -1)), 'is uint8 [6, 192]; it must be numbers [N, H, W], [N, H, W, C] or'),
+    'broken labels': (exact(y=np.arange(6) / 2), 'The labels of FILE are float64 and not all whole'),
+    'soft labels': (exact(y=np.full((6, 3), 1 / 3)), 'The labels of FILE are float64 [6, 3], but not one-hot'),
+    'words for labels': (exact(y=np.array(list('abcabc'))), 'The array y of FILE is <U1 [6]; it must be whole numbers [N]'),
+    'no labels': ({'x': images()}, 'holds 1 arrays (x); it must hold images (or x) and labels (or y)'),
     'numbers for names': (exact(class_names=np.arange(3)), 'is int64 [3]; it must be strings [K]'),
     'lengths': (exact(y=np.arange(5)), 'FILE has 6 images and 5 labels'),
     'no image': (exact(0), 'FILE has 0 images and 0 labels'),
@@ -245,6 +285,57 @@ def test_folders_are_classes(tmp_path, kind, suffix):
     assert np.abs(data.test.images.astype(int) - expected).mean() <= (0 if kind in ('PNG', 'BMP') else 6)
 
 
+@pytest.mark.parametrize(
+    ('names', 'class_names', 'labels', 'by_position'),
+    [
+        (['0', '10', '11', '2'], (), [0, 10, 11, 2], False),
+        (['7', '8', '09'], (), [7, 8, 9], False),
+        (['class_10', 'class_2', 'class_9'], (), [2, 0, 1], True),
+        (['n02', 'n10', 'x3'], (), [0, 1, 2], True),
+        (['a1b2', 'a1b10'], (), [0, 1], True),
+        (['bee', 'ant'], (), [0, 1], True),
+        (['cat', 'bee'], ('cat', 'ant', 'bee'), [0, 2], False),
+        (['1', '10'], ('10', '1'), [1, 0], False),
+    ],
+)
+def test_labels_of_folders(names, class_names, labels, by_position):
+    assert labels_of(names, class_names, 'here') == (dict(zip(names, labels, strict=True)), by_position)
+
+
+def test_folders_named_by_numbers_are_the_classes_of_these_numbers(tmp_path):
+    path = write_folders(tmp_path / 'test', classes=['0', '10', '2'])
+    data = load_real(Source('folders', path))
+    assert (data.num_classes, data.by_position) == (11, False)
+    for number, label in enumerate((0, 10, 2)):
+        np.testing.assert_array_equal(data.test.images[data.test.labels == label], images(3) + 40 * number)
+    chosen = load_real(Source('folders', path, classes=(10, 2)))
+    np.testing.assert_array_equal(chosen.test.images[chosen.test.labels == 0], images(3) + 40)
+
+
+def test_numbered_folders_need_not_be_the_same_to_train_and_to_score(tmp_path):
+    test, train = write_folders(tmp_path / 'test', ['2']), write_folders(tmp_path / 'train', ['0', '1', '2'])
+    data = load_real(Source('folders', test, train))
+    assert (data.num_classes, {*data.test.labels}, {*data.train.labels}) == (3, {2}, {0, 1, 2})
+
+
+def test_class_names_that_do_not_fit_are_refused(tmp_path):
+    path = write_folders(tmp_path / 'test')
+    assert load_real(Source('folders', path, class_names=('bee', 'cat', 'ant'))).test.labels.tolist() == [2] * 3 + [0] * 3
+    assert 'the folders ant, bee, which data.class_names does not name' in refusal('folders', path, class_names=('cat',))
+    assert "data.class_names is ('ant', 'ant'); it must be different" in refusal('folders', path, class_names=('ant', 'ant'))
+    assert "data.class_names is ('ant',), but the data set 'digits' takes none" in refusal('digits', class_names=('ant',))
+    with pytest.raises(DvinvError, match=r'The folders 1 and 01 of here are both of the class 1; join them\.'):
+        labels_of(['1', '01', '2'], (), 'here')
+
+
+def test_folders_of_some_classes_alone_are_refused_where_no_name_tells_which():
+    split = Split(np.zeros((2, 8, 8, 2), np.uint8), np.array([0, 1]))
+    check_fits(tiny_teacher(), RealData(None, split, 2))  # numbered
+    check_fits(tiny_teacher(), RealData(None, split, 3, by_position=True))
+    with pytest.raises(DvinvError, match=r'folders of 2 classes, but the teacher knows 3, .*data\.class_names'):
+        check_fits(tiny_teacher(), RealData(None, split, 2, by_position=True))
+
+
 def test_training_folders_have_the_same_classes(tmp_path):
     test, train = write_folders(tmp_path / 'test'), write_folders(tmp_path / 'train', height=10, width=14)
     assert refusal('folders', test, train).startswith('Training images are 10x14x3')
@@ -341,6 +432,17 @@ def test_damaged_prepared_data_are_to_be_deleted(prepared, tmp_path):
     (shard,) = tmp_path.rglob('*test*-of-*')
     shard.unlink()
     assert 'delete it, and prepare it once' in refusal('cifar10', str(tmp_path))
+
+
+def test_prepared_data_without_labels_are_refused(prepared, tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    unlabelled = tfds.features.FeaturesDict({'image': tfds.features.Image(), 'id': tfds.features.Text()})
+    monkeypatch.setattr(tfds.core.DatasetInfo, 'features', unlabelled)
+    monkeypatch.setattr(tfds.core.DatasetBuilder, 'as_data_source', lambda *_, **__: ([], []))
+    shutil.copytree(prepared / 'cifar10', tmp_path / 'cifar10')
+    sentence = refusal('cifar10', str(tmp_path))
+    assert "has the features image, id; it must have 'image', and 'label' of classes; delete it, and prepare it" in sentence
 
 
 def test_a_missing_reader_is_named(tmp_path, monkeypatch):

@@ -13,16 +13,21 @@ from dvinv import export
 from dvinv.data.dataset import Source
 from dvinv.data.folders import read as read_folders
 from dvinv.data.pool import ImagePool
+from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
+
+
+def pool_of(folder, channels):
+    pool, rng = ImagePool(folder, 'a' * 64), np.random.default_rng(0)
+    for number in range(2):
+        images = rng.integers(0, 256, (6, 5, 4, channels), dtype=np.uint8)
+        pool.write(number, images, (np.arange(6) + 6 * number) % 11, np.zeros((6, 11), np.float32), {})
+    return pool
 
 
 @pytest.fixture(params=[1, 3], ids=['grey', 'colour'])
 def pool(request, tmp_path):
-    pool, rng = ImagePool(tmp_path / 'pool', 'a' * 64), np.random.default_rng(0)
-    for number in range(2):
-        images = rng.integers(0, 256, (6, 5, 4, request.param), dtype=np.uint8)
-        pool.write(number, images, (np.arange(6) + 6 * number) % 11, np.zeros((6, 11), np.float32), {})
-    return pool
+    return pool_of(tmp_path / 'pool', request.param)
 
 
 def test_class_folders_hold_the_pixels(pool, tmp_path):
@@ -48,6 +53,25 @@ def test_tensorflow_datasets_reads_it_without_tensorflow(pool, tmp_path):
     assert found == sorted((int(label), image.tobytes()) for label, image in zip(labels, images, strict=True))
     assert 'tensorflow' not in sys.modules
     assert json.loads((out / 'synthesized' / '1.0.0' / 'dataset_info.json').read_text())['fileFormat'] == 'array_record'
+
+
+@pytest.mark.parametrize('channels', [2, 4, 13])
+def test_other_numbers_of_channels(channels, tmp_path, capsys):
+    import tensorflow_datasets as tfds
+
+    pool = pool_of(tmp_path / 'pool', channels)
+    images, labels = pool.rows('images')[:], pool.rows('labels')[:]
+    for kind in ('folders', 'tfds', 'npz'):
+        export.main(['--pool', str(pool.folder), '--to', kind, '--out', str(tmp_path / kind)])
+    assert '--to npz and --to tfds keep the images as they are' in capsys.readouterr().err
+    picture = np.asarray(Image.open(tmp_path / 'folders' / '10' / '000001-0004.png'))
+    assert picture.shape == ((5, 8) if channels == 2 else (5, 4, 3))
+    source = tfds.builder_from_directory(str(tmp_path / 'tfds' / 'synthesized' / '1.0.0')).as_data_source('train')
+    found = sorted((int(example['label']), np.asarray(example['image']).tobytes()) for example in source)
+    assert found == sorted((int(label), image.tobytes()) for label, image in zip(labels, images, strict=True))
+    test = load_real(Source('npz', str(tmp_path / 'npz' / 'images.npz'))).test
+    np.testing.assert_array_equal(test.images, images)
+    np.testing.assert_array_equal(test.labels, labels)
 
 
 def test_an_older_export_is_not_taken_for_that_of_a_pool_that_has_grown(pool, tmp_path):

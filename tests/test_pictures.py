@@ -39,6 +39,17 @@ def test_colours_keep_their_channels():
     assert grid.getpixel((1, 0)) == (10, 20, 30, 255)
 
 
+@pytest.mark.parametrize('channels', [2, 4, 13])
+def test_other_numbers_of_channels_are_shown(channels):
+    image = np.arange(channels, dtype=np.uint8) * 10 + np.array([[[0]], [[100]]], np.uint8)  # [2, 1, C]
+    grid = np.asarray(class_grid(image[None], np.zeros(1, int), per_class=1, width=2 if channels == 2 else 1))
+    if channels == 2:  # side by side, in grey
+        np.testing.assert_array_equal(grid[..., 0], [[0, 10], [100, 110]])
+    else:
+        np.testing.assert_array_equal(grid[:, 0, :3], [[0, 10, 20], [100, 110, 120]])
+    assert np.all(grid[..., -1] == 255)
+
+
 def test_a_class_with_too_few_images_leaves_its_cells_empty():
     images, labels = numbered([0, 0, 1])
     pixels = np.asarray(class_grid(images, labels, per_class=2, gap=0, width=8))
@@ -64,7 +75,7 @@ def test_many_classes_are_limited_to_evenly_spaced_rows():
     ('images', 'labels'),
     [
         (np.zeros((2, 4, 4, 1), np.float32), np.zeros(2, int)),
-        (np.zeros((2, 4, 4, 2), np.uint8), np.zeros(2, int)),
+        (np.zeros((2, 4, 4, 0), np.uint8), np.zeros(2, int)),
         (np.zeros((2, 4, 4), np.uint8), np.zeros(2, int)),
         (np.zeros((2, 4, 4, 1), np.uint8), np.zeros(3, int)),
         (np.zeros((0, 4, 4, 1), np.uint8), np.zeros(0, int)),

@@ -84,6 +84,9 @@ def test_given_networks_need_no_training_images(tmp_path):
     config = smoke_config(
         teacher__network='small_convnet',
         teacher__weights=weights,
+        teacher__width=0.125,
+        teacher__mean=(),
+        teacher__std=(),
         verifier__network='',
         data__name='npz',
         data__path=str(tmp_path / 'test.npz'),

@@ -16,7 +16,9 @@ from tiny import trained_variables
 from dvinv import from_linen
 from dvinv.errors import DvinvError
 from dvinv.networks import NETWORKS, create, image_shape, read_classifier, save_network
+from dvinv.networks.classifier import flatten
 from dvinv.networks.formats import OLD_TORCH
+from dvinv.networks.naming import find_keys
 from dvinv.networks.resnet import ResNet
 from dvinv.networks.weights import import_weights, read_state_dict
 
@@ -379,10 +381,51 @@ def ours(tmp_path) -> Path:
 
 
 def test_a_file_of_dvinv_describes_itself(ours):
-    module, variables, about = read_classifier(ours, 'small_resnet', width=1.0, image_shape=SHAPE, **PIXELS)
+    module, variables, about = read_classifier(ours, 'small_resnet')
     assert about == OURS
     assert module == create('small_resnet', 3, 0.125)
     jax.tree.map(np.testing.assert_array_equal, variables, trained_variables(module))
+
+
+@pytest.mark.parametrize(
+    ('field', 'value', 'own'),
+    [
+        ('mean', (0.5, 0.5), (0.4, 0.6)),
+        ('std', (0.2,), (0.2, 0.3)),
+        ('image_shape', (8, 8, 3), (8, 8, 2)),
+        ('width', 0.5, 0.125),
+    ],
+)
+def test_what_a_file_of_dvinv_describes_otherwise_is_refused(ours, field, value, own):
+    with pytest.raises(DvinvError) as caught:
+        read_classifier(ours, 'small_resnet', **{field: value}, field='verifiers[1].network')
+    sentence = str(caught.value)
+    assert sentence.startswith(f'verifiers[1].{field} is {value}, but {ours}, a file that dvinv wrote')
+    assert f'write verifiers[1].{field}={own}' in sentence
+
+
+@pytest.mark.parametrize(
+    ('network', 'channels', 'otherwise', 'expected'),
+    [
+        ('resnet32', 3, ((0.0,) * 3, (1 / 255,) * 3), (0.485, 0.229)),
+        ('mobilenet_v1', 3, (), (0.5, 0.5)),
+        ('resnet32', 1, ((0.1,), (0.2,)), (0.1, 0.2)),
+        ('wrn16_1', 3, ((0.1,) * 3, (0.2,) * 3), (0.1, 0.2)),
+        ('wrn16_1', 3, (), None),
+    ],
+)
+def test_published_weights_take_their_own_pixels(tmp_path, network, channels, otherwise, expected):
+    shape, path = (32, 32, channels), tmp_path / 'weights.npz'
+    variables = flatten(trained_variables(create(network, 10, 0.125), shape))
+    np.savez(path, **{name: variables[place] for place, name in find_keys(variables, '/', {}).items()})
+    given = {'width': 0.125, 'image_shape': shape, 'otherwise': otherwise}
+    if expected is None:
+        with pytest.raises(DvinvError, match=r'^mean is \(\), but of weights for wrn16_1 .* it is not known'):
+            read_classifier(path, network, **given)
+        return
+    about = read_classifier(path, network, **given)[2]
+    assert (about['mean'][0], about['std'][0]) == expected
+    assert read_classifier(path, network, mean=(0.3,) * channels, **given)[2]['mean'] == (0.3,) * channels
 
 
 def test_a_file_of_dvinv_with_another_network_is_refused(ours):

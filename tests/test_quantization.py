@@ -225,6 +225,12 @@ def test_more_bits_are_nearer_to_float_and_the_file_is_what_was_sought(prepared,
     assert sizes[0] < sizes[1] < sizes[2]
     with pytest.raises(DvinvError, match='not among those of dvinv'):
         load_quantized(path)
+    (tmp_path / 'networks').mkdir()
+    path.rename(tmp_path / 'networks' / 'quantized_w8a8.safetensors')
+    with pytest.raises(DvinvError, match=r'dvinv\.load\(\.\.\., teacher=teacher\)'):
+        dvinv.load(tmp_path, 'quantization')
+    apply_fn, variables = dvinv.load(tmp_path, 'quantization', teacher=teacher)
+    np.testing.assert_allclose(jax.jit(apply_fn)(variables, x), logits, rtol=1e-4, atol=1e-4)
 
 
 def test_products_in_bfloat16_are_nearly_the_same_and_learn(prepared, teacher):
@@ -256,6 +262,7 @@ def given(tmp_path_factory):
     weights = saved(folder / 'teacher.safetensors', 'small_convnet', 10, (8, 8, 1))
     images = RNG.integers(256, size=(40, 8, 8, 1)).astype(np.uint8)
     network = {'teacher__network': 'small_convnet', 'teacher__weights': weights, 'verifier__network': ''}
+    network |= {'teacher__mean': (), 'teacher__std': (), 'teacher__width': 0.125}
     digest = load(smoke_config(**network, distillation__controls=()), None).digest()
     ImagePool(folder / 'pool', digest).write(0, images, np.zeros(40, int), np.zeros((40, 10)), {})
     training = {'updates': 4, 'warmup': 0}

@@ -159,7 +159,7 @@ def test_the_page_and_quality_json_tell_all_verifiers(report_of, tmp_path):
         {'network': name, 'weights': saved(tmp_path / f'{name}.safetensors', name, 10, (8, 8, 1))}
         for name in ('small_convnet', 'small_resnet')
     ]
-    first = {f'verifier__{field}': value for field, value in networks[0].items()}
+    first = {f'verifier__{field}': value for field, value in {**networks[0], 'width': 0.125}.items()}
     page = report_of('noise', **first, verifiers=(networks[1],))
     heads = re.findall(r'<th[^>]*>([^<]*)</th>', page[page.index('<h2>Quality') :])
     assert heads[1:6] == ['small_convnet', 'small_convnet, top 5', 'small_resnet', 'small_resnet, top 5', 'inception score']

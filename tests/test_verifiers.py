@@ -1,18 +1,23 @@
 """Several verifiers: what each recognises, in figures; what is told of them wrongly is refused."""
 
+import contextlib
 import dataclasses
 
+import factories
 import ml_collections
 import numpy as np
 import pytest
 from smoke import smoke_config
 from tiny import IMAGE_SHAPE, saved, tiny_teacher
 
-from dvinv import quality
+from dvinv import quality, teacher
+from dvinv.data.dataset import Source
+from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
 from dvinv.evaluation import accuracy, logits_of
 from dvinv.networks import load_classifier
-from dvinv.verifiers import load_others
+from dvinv.runtime.workdir import Workdir
+from dvinv.verifiers import load_others, print_pixels, refuse_chance
 
 
 @pytest.fixture
@@ -67,6 +72,66 @@ def test_a_verifier_that_is_told_wrongly_is_refused(told, change, words):
 def test_a_verifier_unlike_the_teacher_is_refused(told, tmp_path, other, words):
     with pytest.raises(DvinvError, match=words):
         load_others(config_of(told | {'weights': saved(tmp_path / 'other.safetensors', **other)}), tiny_teacher())
+
+
+@pytest.mark.parametrize(
+    ('share', 'count', 'field', 'refused', 'said'),
+    [
+        (0.33, 100, 'verifier', True, False),
+        (0.0, 5000, 'verifier', True, False),
+        (0.34, 5000, 'verifier', False, False),
+        (None, 0, 'verifier', False, False),
+        (0.2, 99, 'verifier', False, True),
+        (0.2, 5000, '', False, True),
+    ],
+)
+def test_a_network_that_recognises_no_more_than_chance_is_named(share, count, field, refused, said, capsys):
+    """A network of three classes."""
+    if refused:
+        with pytest.raises(
+            DvinvError, match=r'^The verifier x recognises 0\.\d+ of .* chance would 0\.333 .*verifier\.mean'
+        ):
+            refuse_chance(share, count, tiny_teacher(), 'The verifier x', field, 'leave it out')
+    else:
+        refuse_chance(share, count, tiny_teacher(), 'The verifier x', field, 'leave it out')
+    assert ('Note: The verifier x recognises' in capsys.readouterr().err) == said
+
+
+def test_the_task_teacher_refuses_a_verifier_that_recognises_nothing(tmp_path, monkeypatch):
+    """Before the teacher is trained."""
+    monkeypatch.setattr(teacher, '_train', None)
+    monkeypatch.setattr(teacher, 'test_accuracy', lambda *_: 0.1)
+    weights = saved(tmp_path / 'verifier.safetensors', 'small_convnet', 10, (8, 8, 1))
+    config = smoke_config(verifier__weights=weights, verifier__width=0.125, tasks=('teacher',))
+    sentence = r'^The verifier small_convnet recognises 0\.100 of 360 real images'
+    with contextlib.closing(Workdir(tmp_path / 'run', config)) as workdir, pytest.raises(DvinvError, match=sentence):
+        teacher.run(config, workdir)
+
+
+def test_pixels_that_no_file_tells_are_said(tmp_path, capsys):
+    own, group = saved(tmp_path / 'own.safetensors'), {'network': 'small_convnet', 'mean': (), 'std': ()}
+    np.savez(tmp_path / 'published.npz', x=0)
+    for weights, mean in ((own, ()), (str(tmp_path / 'published.npz'), (0.4, 0.6))):
+        print_pixels(ml_collections.ConfigDict({**group, 'weights': weights, 'mean': mean, 'std': mean}), 'verifier', None)
+    assert capsys.readouterr().err == ''
+    print_pixels(
+        ml_collections.ConfigDict({**group, 'weights': str(tmp_path / 'published.npz')}), 'verifier', tiny_teacher()
+    )
+    assert 'normalised by mean (0.4, 0.6) and std (0.2, 0.3) (verifier.mean and' in capsys.readouterr().err
+
+
+def test_a_published_verifier_beside_a_teacher_of_raw_pixels(real_data):
+    """The teacher takes 0 to 255; the ResNet-32 takes what it was trained with."""
+    config = smoke_config(
+        teacher__factory='factories:raw_pixels',
+        verifier__network='resnet32',
+        verifier__width=1.0,
+        verifier__weights=str(real_data / 'cifar10_resnet32.npz'),
+    )
+    verifier = teacher.load_verifier(config, None, factories.raw_pixels())
+    assert (verifier.mean, verifier.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    test = load_real(Source('npz', str(real_data / 'cifar10_lossless_test1000.npz'))).test
+    assert accuracy(verifier, test.images[:64], test.labels[:64]) > 0.85
 
 
 def test_two_of_one_name_are_refused(told):

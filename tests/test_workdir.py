@@ -3,10 +3,12 @@
 import contextlib
 import json
 
+import jax
 import ml_collections
 import pytest
 
 from dvinv.errors import DvinvError
+from dvinv.runtime import versions
 from dvinv.runtime import workdir as workdir_module
 from dvinv.runtime.workdir import Workdir
 
@@ -52,6 +54,51 @@ def test_another_config_is_refused_and_its_keys_named(tmp_path):
 def test_a_key_that_only_one_config_has_is_named(tmp_path):
     Workdir(tmp_path, config()).close()
     assert "pool ('absent' there, 'x' here)" in refusal(tmp_path, config(pool='x'))
+
+
+@pytest.mark.parametrize(
+    ('name', 'value', 'words'),
+    [
+        ('jax_enable_x64', True, 'jax_enable_x64 False there, True here'),
+        ('jax_default_prng_impl', 'rbg', 'JAX_DEFAULT_PRNG_IMPL=threefry2x32 in the environment'),
+        ('jax_threefry_partitionable', False, 'JAX_THREEFRY_PARTITIONABLE=True in the environment'),
+        ('jax_default_matmul_precision', 'high', 'no JAX_DEFAULT_MATMUL_PRECISION in the environment'),
+        ('jax_numpy_dtype_promotion', 'strict', 'JAX_NUMPY_DTYPE_PROMOTION=standard in the environment'),
+    ],
+)
+def test_a_run_does_not_go_on_under_settings_of_jax_that_change_its_images(tmp_path, name, value, words):
+    Workdir(tmp_path, config()).close()
+    before, usual = files(tmp_path), getattr(jax.config, name)
+    jax.config.update(name, value)
+    try:
+        message = refusal(tmp_path, config())
+    finally:
+        jax.config.update(name, usual)
+    assert words in message
+    assert files(tmp_path) == before
+    Workdir(tmp_path, config()).close()
+
+
+def test_what_an_older_run_did_not_record_is_no_difference(tmp_path, capsys):
+    Workdir(tmp_path, config()).close()
+    recorded = json.loads((tmp_path / 'versions.json').read_text())
+    (tmp_path / 'versions.json').write_text(json.dumps({key: recorded[key] for key in ('dvinv', *versions.PACKAGES)}))
+    Workdir(tmp_path, config()).close()
+    assert capsys.readouterr().err == ''
+    assert json.loads((tmp_path / 'versions.json').read_text()) == recorded
+
+
+def test_flags_of_xla_that_change_bits_are_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv('XLA_FLAGS', '--xla_dump_to=a --xla_force_host_platform_device_count=4')
+    Workdir(tmp_path, config()).close()
+    monkeypatch.setenv('XLA_FLAGS', '--xla_dump_to=b')
+    Workdir(tmp_path, config()).close()
+    assert capsys.readouterr().err == ''
+    monkeypatch.setenv('XLA_FLAGS', '--xla_cpu_enable_fast_math=true')
+    Workdir(tmp_path, config()).close()
+    assert (
+        'goes on under other versions: XLA_FLAGS none there, --xla_cpu_enable_fast_math=true here' in capsys.readouterr().err
+    )
 
 
 def test_many_differing_keys_are_counted(tmp_path):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dvinv.configuration import recipe_of
+from dvinv.configuration import check_count, recipe_of
 from dvinv.continual.chains import names_of_networks
 from dvinv.continual.lesson import head_path, network_of
 from dvinv.continual.settings import settings_of
@@ -50,6 +50,7 @@ def check(config, teacher: Teacher, workdir=None) -> None:
             raise DvinvError(what)
     _check_network(config, teacher, settings)
     steps = steps_of(config, teacher)
+    check_count(config, 'synthesis.images', config.synthesis.images, steps[-1].first)
     old_images = sorted({'replay', 'joint'} & {*settings.controls})
     if old_images and steps[0].source.name and load_real(steps[0].source).train is None:
         raise DvinvError(

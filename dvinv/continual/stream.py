@@ -16,7 +16,13 @@ from dvinv.errors import DvinvError, listed
 from dvinv.networks import Classifier
 
 # The fields of a task, and their types.
-FIELDS = {'name': str, 'path': str, 'train_path': str, 'image_size': int, 'classes': (tuple, list)}
+FIELDS = {
+    'name': str,
+    'path': str,
+    'train_path': str,
+    'image_size': int,
+    **dict.fromkeys(('classes', 'class_names'), (tuple, list)),
+}
 
 
 @dataclasses.dataclass(frozen=True)

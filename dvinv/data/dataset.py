@@ -17,6 +17,7 @@ class Source:
     train_path: str = ''
     image_size: int = 0  # 0: as they are
     classes: tuple[int, ...] = ()  # these alone, renumbered from 0 in this order; (): all
+    class_names: tuple[str, ...] = ()  # of the folders of classes, in the order of their labels; (): see `folders`
     validation: bool = False  # score on a held-out fifth of the training split instead
 
 
@@ -54,11 +55,25 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class RealData:
-    """A data set: what may be trained on (None: nothing), and what is only scored."""
+    """A data set: what may be trained on (None: nothing), and what is only scored.
+
+    Attributes:
+      by_position: the labels are positions among names that do not tell the classes of a network, so a network that fits
+        has exactly `num_classes`.
+    """
 
     train: Split | None
     test: Split
     num_classes: int
+    by_position: bool = False
+
+    @property
+    def classes_without_images(self) -> tuple[list[int], int]:
+        """(The first classes without an image to train on, at most 12; how many there are.)"""
+        present = np.unique(self.train.labels)
+        return np.setdiff1d(np.arange(min(self.num_classes, len(present) + 12)), present).tolist(), (
+            self.num_classes - len(present)
+        )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -1,6 +1,9 @@
-"""An image pool as other programs read it: a folder of PNG pictures a class, or a data set of TensorFlow Datasets."""
+"""An image pool as other programs read it: PNG pictures in class folders, a data set of TensorFlow Datasets, or an .npz."""
 
 import io
+import os
+import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,17 +12,23 @@ from PIL import Image
 
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
-from dvinv.runtime.files import write_atomic
+from dvinv.runtime.files import disk_full_told, write_atomic
+from dvinv.runtime.pictures import visible
 from dvinv.runtime.progress import Progress
 
 
 def to_folders(pool: ImagePool, folder: Path) -> None:
     """`folder/CLASS/BATCH-NUMBER.png`; pictures that are there already are left alone, so a killed export goes on.
 
+    Of other numbers of channels than 1 and 3 a picture has what `visible` shows, which is said on the terminal.
+
     Raises:
       DvinvError: the pool is empty, a shard is damaged, or the disk is full.
     """
-    digits = len(str(pool.num_classes - 1))
+    digits, channels = len(str(pool.num_classes - 1)), pool.rows('images').shape[-1]
+    if channels not in (1, 3):
+        shown = 'both channels side by side, in grey' if channels == 2 else f'the first 3 of {channels} channels'
+        print(f'The pictures show {shown}; --to npz and --to tfds keep the images as they are.', file=sys.stderr)
     for name, pixels, label in _pictures(pool, 'folders'):
         path = folder / f'{label:0{digits}d}' / f'{name}.png'
         if not path.exists():
@@ -37,6 +46,7 @@ def to_tfds(pool: ImagePool, folder: Path) -> None:
     import tensorflow_datasets as tfds  # takes a second, and nothing else here needs it
 
     (count, *shape), classes = pool.rows('images').shape, pool.num_classes
+    pictures = shape[-1] in (1, 3)
 
     with tfds.core.registered.skip_registration():  # it is nobody else's business, and there may be several
 
@@ -46,7 +56,10 @@ def to_tfds(pool: ImagePool, folder: Path) -> None:
             VERSION = tfds.core.Version('1.0.0')
 
             def _info(self):
-                image = tfds.features.Image(shape=tuple(shape), encoding_format='png')
+                if pictures:
+                    image = tfds.features.Image(shape=tuple(shape), encoding_format='png')
+                else:
+                    image = tfds.features.Tensor(shape=tuple(shape), dtype=np.uint8)
                 label = tfds.features.ClassLabel(num_classes=classes)
                 features = tfds.features.FeaturesDict({'image': image, 'label': label})
                 return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=('image', 'label'))
@@ -57,7 +70,7 @@ def to_tfds(pool: ImagePool, folder: Path) -> None:
             def _generate_examples(self):
                 # Encoded here: TensorFlow Datasets itself encodes arrays with TensorFlow.
                 for name, pixels, label in _pictures(pool, 'tfds'):
-                    yield name, {'image': _png(pixels), 'label': label}
+                    yield name, {'image': _png(pixels) if pictures else pixels, 'label': label}
 
     builder = Synthesized(data_dir=folder, file_format='array_record')
     if 'train' in builder.info.splits and (there := builder.info.splits['train'].num_examples) != count:
@@ -68,18 +81,45 @@ def to_tfds(pool: ImagePool, folder: Path) -> None:
     builder.download_and_prepare()
 
 
+def to_npz(pool: ImagePool, folder: Path) -> None:
+    """`folder/images.npz` with images uint8 [N, H, W, C] and labels int32 [N], which the data set 'npz' reads; written anew.
+
+    Raises:
+      DvinvError: as `to_folders`.
+    """
+    images, labels = pool.rows('images'), pool.rows('labels')[:]
+    path = folder / 'images.npz'
+    with disk_full_told(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix('.part')
+        with zipfile.ZipFile(part, 'w') as archive:
+            with archive.open('images.npy', 'w', force_zip64=True) as file:
+                about = {'descr': np.lib.format.dtype_to_descr(images.dtype), 'fortran_order': False, 'shape': images.shape}
+                np.lib.format.write_array_header_1_0(file, about)
+                for _, shard in _shards(pool, 'npz'):
+                    file.write(np.ascontiguousarray(shard['images']).tobytes())
+            with archive.open('labels.npy', 'w') as file:
+                np.lib.format.write_array(file, labels, allow_pickle=False)
+        os.replace(part, path)
+
+
 def _pictures(pool: ImagePool, what: str) -> Iterator[tuple[str, np.ndarray, int]]:
     """(name, pixels uint8 [H, W, C], label) of every image, one shard in memory at a time."""
+    for number, shard in _shards(pool, what):
+        for row, (pixels, label) in enumerate(zip(shard['images'], shard['labels'], strict=True)):
+            yield f'{number:06d}-{row:04d}', pixels, int(label)
+
+
+def _shards(pool: ImagePool, what: str) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """(number, arrays) of every shard, with progress."""
     numbers = pool.numbers()
     with Progress(f'export: {what}', len(numbers)) as progress:
         for done, number in enumerate(numbers, 1):
-            shard = pool.read(number)
-            for row, (pixels, label) in enumerate(zip(shard['images'], shard['labels'], strict=True)):
-                yield f'{number:06d}-{row:04d}', pixels, int(label)
+            yield number, pool.read(number)
             progress.update(done)
 
 
 def _png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels[:, :, 0] if pixels.shape[-1] == 1 else pixels).save(buffer, 'PNG')
+    Image.fromarray(np.ascontiguousarray(visible(pixels))).save(buffer, 'PNG')
     return buffer.getvalue()

@@ -1,31 +1,75 @@
-"""Images in folders: one sub-folder a class, named after it, with PNG, JPEG, WebP or BMP files directly inside."""
+"""Images in folders: one sub-folder a class, named after it, with PNG, JPEG, WebP or BMP files directly inside.
 
+The label of a class is its position in `data.class_names`. Without these, folders named by whole numbers (7, 07) have these
+numbers for labels; other names are counted from 0 in the order of the text, or, where all have the same words around a
+number (class_2, class_10), in the order of the numbers.
+"""
+
+import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from dvinv.data.dataset import RealData, Source, Split
 from dvinv.data.pictures import decode
-from dvinv.errors import DvinvError
+from dvinv.errors import DvinvError, listed
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
 
 
 def read(source: Source) -> RealData:
-    """The folders `source.path` and `source.train_path` (if any) in RGB; label k is the k-th of the sorted class names.
+    """Reads the folders `source.path` and `source.train_path` (if any) in RGB, with labels by `labels_of`.
 
     Raises:
-      DvinvError: a folder or a class is missing or empty, or a file cannot be decoded.
+      DvinvError: a folder or a class is missing or empty, its name tells no label, or a file cannot be decoded.
     """
     test = _files(source.path)
     train = _files(source.train_path) if source.train_path else None
+    labels, by_position = labels_of(sorted({*test, *(train or test)}), source.class_names, source.path)
     alone = sorted(test.keys() ^ train.keys()) if train else []
-    if alone:
+    if alone and by_position:
         raise DvinvError(
             f'{source.path} and {source.train_path} must have the same classes, but only one of them has '
             f'{", ".join(alone[:5])}{", ..." if len(alone) > 5 else ""}.'
         )
-    return RealData(train and _split(train, source.image_size), _split(test, source.image_size), len(test))
+    num_classes = len(source.class_names) or max(labels.values()) + 1
+    splits = (files and _split(files, labels, source.image_size) for files in (train, test))
+    return RealData(*splits, num_classes, by_position)
+
+
+def labels_of(names: list[str], class_names: tuple[str, ...], path: str) -> tuple[dict[str, int], bool]:
+    """Returns ({name of a folder: its label}, whether these are positions among the names alone).
+
+    Args:
+      class_names: in the order of the labels; (): the names themselves tell, see above.
+      path: of the folder that has them, for sentences.
+
+    Raises:
+      DvinvError: two names have one label, or a name is not among `class_names`.
+    """
+    if class_names:
+        labels = {name: label for label, name in enumerate(class_names)}
+        if unknown := [name for name in names if name not in labels]:
+            raise DvinvError(
+                f'{path} has the folders {listed(unknown, 5)}, which data.class_names does not name; it must name the '
+                'folders of all classes, in the order of their labels.'
+            )
+        return {name: labels[name] for name in names}, False
+    if all(name.isascii() and name.isdecimal() for name in names):
+        labels = {name: int(name) for name in names}
+        label, count = Counter(labels.values()).most_common(1)[0]
+        if count > 1:
+            twice = [name for name in names if labels[name] == label]
+            raise DvinvError(f'The folders {" and ".join(twice)} of {path} are both of the class {label}; join them.')
+        return labels, False
+    if len({re.sub('[0-9]+', '0', name) for name in names}) == 1 and all(len(_numbers(name)) == 1 for name in names):
+        names = sorted(names, key=_numbers)
+    return {name: label for label, name in enumerate(names)}, True
+
+
+def _numbers(name: str) -> list[int]:
+    return [int(digits) for digits in re.findall('[0-9]+', name)]
 
 
 def _files(path: str) -> dict[str, list[Path]]:
@@ -42,6 +86,6 @@ def _files(path: str) -> dict[str, list[Path]]:
     return files
 
 
-def _split(files: dict[str, list[Path]], image_size: int) -> Split:
+def _split(files: dict[str, list[Path]], labels: dict[str, int], image_size: int) -> Split:
     images = decode({str(file): file for found in files.values() for file in found}, image_size, 'RGB')
-    return Split(images, np.repeat(np.arange(len(files), dtype=np.int32), [len(found) for found in files.values()]))
+    return Split(images, np.array([labels[name] for name, found in files.items() for _ in found], np.int32))

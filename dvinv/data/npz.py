@@ -1,14 +1,14 @@
 """Images in an .npz file, as exact pixels or as JPEG.
 
-    images (or x)   uint8 [N, H, W, C] or [N, H, W]
-    labels (or y)   integers [N]
+    images (or x)   numbers [N, H, W, C], [N, H, W] or [N, C, H, W], see `as_pixels`
+    labels (or y)   whole numbers [N] or [N, 1], or one-hot [N, K]
 
 or
 
     jpeg            uint8: the bytes of all JPEG files, one after the other
     offsets         integers [N + 1]: file i is jpeg[offsets[i]:offsets[i + 1]]
     header          optional: bytes that every file begins with
-    labels (or y)   integers [N]
+    labels (or y)   as above
 
 and in both, optionally, class_names: strings [K]. Other arrays may be there, and are not looked at.
 """
@@ -26,13 +26,14 @@ LAYOUTS = ({'images', 'labels'}, {'jpeg', 'offsets', 'labels'})
 ALIASES = {'x': 'images', 'y': 'labels'}
 # array -> its type, how many dimensions it may have, and both in words
 ARRAYS = {
-    'images': (np.uint8, (3, 4), 'uint8 [N, H, W] or [N, H, W, C]'),
-    'labels': (np.integer, (1,), 'integers [N]'),
-    'jpeg': (np.uint8, (1,), 'uint8 [bytes]'),
-    'offsets': (np.integer, (1,), 'integers [N + 1]'),
-    'header': (np.uint8, (1,), 'uint8 [bytes]'),
-    'class_names': (np.str_, (1,), 'strings [K]'),
+    'images': ((np.number, np.bool_), (3, 4), 'numbers [N, H, W], [N, H, W, C] or [N, C, H, W]'),
+    'labels': ((np.number, np.bool_), (1, 2), 'whole numbers [N], or one-hot [N, K]'),
+    'jpeg': ((np.uint8,), (1,), 'uint8 [bytes]'),
+    'offsets': ((np.integer,), (1,), 'integers [N + 1]'),
+    'header': ((np.uint8,), (1,), 'uint8 [bytes]'),
+    'class_names': ((np.str_,), (1,), 'strings [K]'),
 }
+FEW_CHANNELS = 4  # up to so many are taken for channels where they stand in front of a larger height and width
 
 
 def read(source: Source) -> RealData:
@@ -41,8 +42,8 @@ def read(source: Source) -> RealData:
     Raises:
       DvinvError: a file is missing or damaged, its arrays are not those above, or the two name different classes.
     """
-    test, names = _read(source.path, source.image_size)
-    train, train_names = _read(source.train_path, source.image_size) if source.train_path else (None, names)
+    test, names, classes = _read(source.path, source.image_size)
+    train, train_names, more = _read(source.train_path, source.image_size) if source.train_path else (None, names, 0)
     if names and train_names and names != train_names:
         raise DvinvError(f'{source.path} and {source.train_path} have different class_names; they must be the same.')
     named = len(names or train_names)
@@ -52,13 +53,13 @@ def read(source: Source) -> RealData:
         raise DvinvError(
             f'The class_names of {path} are those of the labels 0 to {named - 1}, but the highest label is {highest}.'
         )
-    return RealData(train, test, named or highest + 1)
+    return RealData(train, test, named or max(highest + 1, classes, more))
 
 
-def _read(path: str, image_size: int) -> tuple[Split, list[str]]:
-    """The images of one file, and its class names."""
+def _read(path: str, image_size: int) -> tuple[Split, list[str], int]:
+    """The images of one file, its class names, and how many classes one-hot labels tell of (0: they are numbers)."""
     arrays = _arrays(path)
-    labels = arrays['labels']
+    labels, classes = _as_labels(arrays['labels'], path)
     count = len(arrays['images']) if 'images' in arrays else len(arrays['offsets']) - 1
     if count != len(labels) or not count:
         raise DvinvError(f'{path} has {max(count, 0)} images and {len(labels)} labels; there must be a label an image.')
@@ -66,11 +67,69 @@ def _read(path: str, image_size: int) -> tuple[Split, list[str]]:
     if len(wrong):
         raise DvinvError(f'{path} has the label {wrong[0]}; labels count the classes from 0.')
     if 'images' in arrays:
-        images = arrays['images']
-        images = resize(images if images.ndim == 4 else images[..., None], image_size)
+        images = resize(as_pixels(arrays['images'], path), image_size)
     else:
         images = decode(_files(arrays, path), image_size)
-    return Split(images, labels.astype(np.int32)), arrays['class_names'].tolist() if 'class_names' in arrays else []
+    names = arrays['class_names'].tolist() if 'class_names' in arrays else []
+    return Split(images, labels.astype(np.int32)), names, classes
+
+
+def as_pixels(images: np.ndarray, path: str) -> np.ndarray:
+    """Returns images as uint8 [N, H, W, C].
+
+    Numbers of another type are shares of white where none is above 1 (but for integers, which tell no scale), and levels
+    from 0 to 255, to be rounded, where the largest is above 127: a set of images without a brighter pixel is unlikely.
+
+    Args:
+      images: [N, H, W, C], [N, H, W], or [N, C, H, W] of at most `FEW_CHANNELS` channels.
+      path: of their file, for sentences.
+
+    Raises:
+      DvinvError: the numbers could be of another scale, or are no pixels.
+    """
+    if images.ndim == 3:
+        images = images[..., None]
+    elif images.shape[1] <= FEW_CHANNELS < min(images.shape[2:]):
+        images = np.moveaxis(images, 1, -1)
+    if images.dtype == np.uint8 or not images.size:
+        return images.astype(np.uint8, copy=False)
+    if images.dtype == np.bool_:
+        return images * np.uint8(255)
+    lowest, highest = images.min(), images.max()
+    if not (np.isrealobj(images) and lowest >= 0 and highest <= 255):  # not a number is neither
+        raise DvinvError(
+            f'The images of {path} are {images.dtype} from {lowest:g} to {highest:g}; they must be pixels, before any '
+            'normalisation: uint8, or numbers from 0 to 1 or from 0 to 255.'
+        )
+    scale = 255 if highest <= 1 and np.issubdtype(images.dtype, np.floating) else 1
+    if scale == 1 and highest <= 127:
+        raise DvinvError(
+            f'The images of {path} are {images.dtype} from {lowest:g} to {highest:g}, which tells no scale; save them as '
+            'uint8 from 0 (black) to 255 (white).'
+        )
+    return np.stack([np.rint(image * np.float64(scale)).astype(np.uint8) for image in images])  # one by one: memory
+
+
+def _as_labels(labels: np.ndarray, path: str) -> tuple[np.ndarray, int]:
+    """Returns integers [N], and the number of classes where the labels are one-hot [N, K], else 0."""
+    classes = 0
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    elif labels.ndim == 2:
+        if not (np.isin(labels, (0, 1)).all() and (labels.sum(1) == 1).all()):
+            raise DvinvError(
+                f'The labels of {path} are {labels.dtype} {list(labels.shape)}, but not one-hot; they must be whole numbers '
+                '[N], one label an image.'
+            )
+        classes, labels = labels.shape[1], labels.argmax(1)
+    if not np.issubdtype(labels.dtype, np.integer):
+        whole = np.isrealobj(labels) and np.isfinite(labels).all() and (labels == np.rint(labels)).all()
+        if not whole:
+            raise DvinvError(
+                f'The labels of {path} are {labels.dtype} and not all whole; they must count the classes from 0.'
+            )
+        labels = labels.astype(np.float64).astype(np.int64)
+    return labels, classes
 
 
 def _files(arrays: dict[str, np.ndarray], path: str) -> dict[str, bytes]:
@@ -102,7 +161,7 @@ def _arrays(path: str) -> dict[str, np.ndarray]:
             'offsets and labels.'
         )
     for name, array in arrays.items():
-        dtype, dimensions, words = ARRAYS[name]
-        if not np.issubdtype(array.dtype, dtype) or array.ndim not in dimensions:
+        dtypes, dimensions, words = ARRAYS[name]
+        if not any(np.issubdtype(array.dtype, dtype) for dtype in dtypes) or array.ndim not in dimensions:
             raise DvinvError(f'The array {here[name]} of {path} is {array.dtype} {list(array.shape)}; it must be {words}.')
     return arrays

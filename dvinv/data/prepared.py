@@ -36,7 +36,13 @@ def read(source: Source) -> RealData:
         raise DvinvError(
             f'{folder} cannot be read ({textwrap.shorten(str(error), 200)}); delete it, and {way_out}'
         ) from error
-    return RealData(_split(train, folder), _split(test, folder), builder.info.features['label'].num_classes)
+    features = builder.info.features
+    if not ({'image', 'label'} <= {*features} and hasattr(features['label'], 'num_classes')):
+        raise DvinvError(
+            f"{folder} has the features {', '.join(features)}; it must have 'image', and 'label' of classes; delete it, and "
+            f'{way_out}'
+        )
+    return RealData(_split(train, folder), _split(test, folder), features['label'].num_classes)
 
 
 def _split(examples: list[dict], folder) -> Split:

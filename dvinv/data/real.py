@@ -13,7 +13,7 @@ DATA_SETS = {
     'cifar10': (prepared.read, ('path',)),
     'cifar100': (prepared.read, ('path',)),
     'npz': (npz.read, ('path', 'train_path', 'image_size')),
-    'folders': (folders.read, ('path', 'train_path', 'image_size')),
+    'folders': (folders.read, ('path', 'train_path', 'image_size', 'class_names')),
 }
 
 
@@ -27,7 +27,8 @@ def load_real(group) -> RealData | None:
       DvinvError: no data set has this name or takes these fields, or what it names cannot be read.
     """
     source = Source(**{field.name: getattr(group, field.name) for field in dataclasses.fields(Source)})
-    return _load(dataclasses.replace(source, classes=tuple(source.classes))) if source.name else None
+    lists = {name: tuple(getattr(source, name)) for name in ('classes', 'class_names')}  # hashable
+    return _load(dataclasses.replace(source, **lists)) if source.name else None
 
 
 @functools.lru_cache(maxsize=1)  # the tasks of a run ask for the same; two large data sets may not fit into memory
@@ -39,7 +40,8 @@ def _load(source: Source) -> RealData:
         return data
     if not data.train:
         raise DvinvError('data.validation holds out a fifth of the training images, but data.train_path names none.')
-    return RealData(*data.train.divided(0.2), data.num_classes)
+    train, test = data.train.divided(0.2)
+    return dataclasses.replace(data, train=train, test=test)
 
 
 def _of_classes(data: RealData, classes: tuple[int, ...]) -> RealData:
@@ -52,7 +54,7 @@ def _of_classes(data: RealData, classes: tuple[int, ...]) -> RealData:
     train, test = (split and split.of_classes(classes) for split in (data.train, data.test))
     if not len(test.labels):
         raise DvinvError(f'Of the classes {classes} there is no image to score on; name others.')
-    return RealData(train, test, len(classes))
+    return dataclasses.replace(data, train=train, test=test, num_classes=len(classes))
 
 
 @functools.lru_cache(maxsize=1)  # before classes are chosen: a data set that comes in tasks is read once
@@ -60,7 +62,7 @@ def _read(source: Source) -> RealData:
     if source.name not in DATA_SETS:
         raise DvinvError(f'There is no data set {source.name!r}; choose one of {", ".join(sorted(DATA_SETS))}.')
     reader, fields = DATA_SETS[source.name]
-    for name in ('path', 'train_path', 'image_size'):
+    for name in ('path', 'train_path', 'image_size', 'class_names'):
         value = getattr(source, name)
         if value and name not in fields:
             raise DvinvError(f'data.{name} is {value!r}, but the data set {source.name!r} takes none; leave it out.')
@@ -68,6 +70,9 @@ def _read(source: Source) -> RealData:
         raise DvinvError(f"data.path is ''; name what the data set {source.name!r} scores on.")
     if source.image_size < 0:
         raise DvinvError(f'data.image_size is {source.image_size}; it must be 0 (as the images are) or above.')
+    names = source.class_names
+    if not all(isinstance(name, str) for name in names) or len({*names}) < len(names):
+        raise DvinvError(f'data.class_names is {names}; it must be different folder names, in the order of labels.')
     data = reader(source)
     if data.train and data.train.images.shape[1:] != data.image_shape:
         ours, theirs = ('x'.join(map(str, shape)) for shape in (data.train.images.shape[1:], data.image_shape))

@@ -1,7 +1,15 @@
 """Flax networks by name, and their files."""
 
 from dvinv.networks.classifier import Classifier, apply_fn_of
-from dvinv.networks.files import classifier_of, load_classifier, load_network, module_of, read_classifier, save_network
+from dvinv.networks.files import (
+    classifier_of,
+    describes_itself,
+    load_classifier,
+    load_network,
+    module_of,
+    read_classifier,
+    save_network,
+)
 from dvinv.networks.registry import NETWORKS, create, image_shape, initialise, shapes_of
 
 __all__ = [
@@ -10,6 +18,7 @@ __all__ = [
     'apply_fn_of',
     'classifier_of',
     'create',
+    'describes_itself',
     'image_shape',
     'initialise',
     'load_classifier',

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,43 +88,56 @@ def classifier_of(module, variables, about: dict) -> Classifier:
     )
 
 
-def read_classifier(path: Path, network: str, *, mean, std, width: float = 1.0, image_shape=None, field: str = 'network'):
+def read_classifier(
+    path: Path, network: str, *, mean=(), std=(), width: float = 1.0, image_shape=None, field: str = 'network', otherwise=()
+):
     """(module, variables, description) of `network` from a weights file: dvinv's own, or one that others published.
 
     Args:
-      path: what `save_network` wrote, whose own description then rules; or a file of `weights.read_state_dict`.
-      mean, std: one number a channel, for pixels in [0, 1].
+      path: what `save_network` wrote, which describes itself; or a file of `weights.read_state_dict`.
+      mean, std: one number a channel, for pixels in [0, 1]; (): those of the file, else of the published weights of
+        `network`, see `registry.published_pixels`.
       width: as in `registry.create`. The number of classes is read off the weights.
-      image_shape: H, W, C; what `network` is made for when None.
+      image_shape: H, W, C; those of the file, else what `network` is made for when empty.
       field: what a refusal calls `network`, for instance 'teacher.network'.
+      otherwise: (mean, std) where nothing else tells them; (): refused.
 
     Returns:
       The Linen module, its variables (nested dicts of numpy arrays, float32 where they are foreign) and a description as
       in `save_network`.
 
     Raises:
-      DvinvError: the file is missing, damaged, or holds another network (lists the tensors that do not fit, and names the
-        network that does), or values that no trained network has.
+      DvinvError: the file is missing, damaged, describes itself otherwise than the arguments, holds another network (lists
+        the tensors that do not fit, and names the network that does), or values that no trained network has.
     """
-    path = Path(path)
-    if formats.kind_of(path) == 'safetensors' and _is_ours(path):
+    path, group, mean, std = Path(path), field.removesuffix('network'), tuple(mean), tuple(std)
+    if describes_itself(path):
         variables, about = load_network(path)
         arrays = {variable: leaf for variable, leaf in flatten(variables).items() if leaf.dtype.kind == 'f'}
         refuse_values({variable: variable for variable in arrays}, arrays)
         if about['network'] != network:
             raise DvinvError(f'{path} holds a {about["network"]}, but {field} is {network}.')
+        _refuse_other(path, group, about, {'mean': mean, 'std': std, 'image_shape': image_shape, 'width': width})
         return module_of(about), variables, about
     image_shape = tuple(image_shape or registry.image_shape(network))
     state = read_state_dict(path)
     num_classes = count_classes(lambda classes: registry.create(network, classes, width), image_shape, state)
+    known = registry.published_pixels(network, image_shape[-1])
+    mean, std = (tuple(a or b or c) for a, b, c in zip((mean, std), known, otherwise or known, strict=True))
+    for name, values in (('mean', mean), ('std', std)):
+        if not values:
+            raise DvinvError(
+                f'{group}{name} is (), but of weights for {network} that others published it is not known what they take; '
+                f'give the {name} of the pixels in [0, 1] that they were trained with, one number a channel.'
+            )
     module = registry.create(network, num_classes, width)
     about = {
         'network': network,
         'width': width,
         'num_classes': num_classes,
         'image_shape': image_shape,
-        'mean': tuple(mean),
-        'std': tuple(std),
+        'mean': mean,
+        'std': std,
     }
     try:
         return module, import_weights(module, image_shape, state, str(path)), about
@@ -158,12 +172,29 @@ def _template(name: str, width: float) -> dict:
     return flatten(registry.shapes_of(registry.create(name, 1, width), registry.image_shape(name)))
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether `save_network` wrote this safetensors file.
+def _refuse_other(path: Path, group: str, about: dict, given: dict) -> None:
+    """Refuses what is `given` (but for what is empty, and the usual width) where the file's description has other values."""
+    for name, value in given.items():
+        if not value or (name == 'width' and value == 1):
+            continue
+        pairs = zip(np.ravel(value).tolist(), np.ravel(about[name]).tolist(), strict=False)
+        same = all(isinstance(a, int | float) and math.isclose(a, b, rel_tol=1e-6) for a, b in pairs)
+        if np.size(value) != np.size(about[name]) or not same:
+            shown = about[name] if name == 'width' else tuple(about[name])
+            raise DvinvError(
+                f'{group}{name} is {value}, but {path}, a file that dvinv wrote, is of a network with {name} {shown}, and '
+                f'that is what counts; write {group}{name}={shown}, or give other weights.'
+            )
+
+
+def describes_itself(path: Path) -> bool:
+    """Whether `save_network` wrote this file.
 
     Raises:
       DvinvError: the file is missing or damaged.
     """
+    if formats.kind_of(Path(path)) != 'safetensors':
+        return False
     with _opened(path) as file:
         return 'dvinv' in (file.metadata() or {})
 

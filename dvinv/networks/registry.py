@@ -37,16 +37,19 @@ class Network:
     depths: dict[str, int | tuple[int, ...]] = dataclasses.field(default_factory=dict)  # and of layers
     parts: dict[str, Callable] = dataclasses.field(default_factory=dict)  # and what else it is made of
     rounding: Callable[[float], int] = rounded  # of counts of channels, once scaled
+    pixels: tuple[tuple[float, ...], ...] = ((), ())  # mean and std that the published weights take, where all take the same
 
 
 CIFAR, DIGITS, IMAGENET = (32, 32, 3), (8, 8, 1), (224, 224, 3)
+IMAGENET_PIXELS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's, Gluon's
+FROM_MINUS_ONE = (0.5,) * 3, (0.5,) * 3  # Keras's
 RESNET, VGG_CHANNELS = (64, 128, 256, 512), (64, 128, 256, 512, 512)
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # a stage, of a ResNet of this depth
 CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 16: (2, 2, 3, 3, 3)}  # the same of a VGG
 
 NETWORKS: dict[str, Network] = {
     **{
-        f'resnet{6 * n + 2}': Network(CifarResNet, CIFAR, {'channels': (16, 32, 64)}, {'blocks': n})
+        f'resnet{6 * n + 2}': Network(CifarResNet, CIFAR, {'channels': (16, 32, 64)}, {'blocks': n}, pixels=IMAGENET_PIXELS)
         for n in (1, 3, 5, 7, 9, 18)
     },
     **{
@@ -74,24 +77,37 @@ NETWORKS: dict[str, Network] = {
             {'channels': RESNET},
             {'blocks': blocks},
             {'block': BasicBlock if depth < 50 else Bottleneck, 'stem': imagenet_stem},
+            pixels=IMAGENET_PIXELS,
         )
         for depth, blocks in BLOCKS.items()
     },
     **{
         f'imagenet_vgg{depth}_bn': Network(
-            ImageNetVGG, IMAGENET, {'channels': VGG_CHANNELS, 'hidden': 4096}, {'convolutions': convolutions}
+            ImageNetVGG,
+            IMAGENET,
+            {'channels': VGG_CHANNELS, 'hidden': 4096},
+            {'convolutions': convolutions},
+            pixels=IMAGENET_PIXELS,
         )
         for depth, convolutions in CONVOLUTIONS.items()
     },
     'mobilenet_v2': Network(
-        MobileNetV2, IMAGENET, {'channels': (32, 16, 24, 32, 64, 96, 160, 320), 'last': LAST}, rounding=in_eighths
+        MobileNetV2,
+        IMAGENET,
+        {'channels': (32, 16, 24, 32, 64, 96, 160, 320), 'last': LAST},
+        rounding=in_eighths,
+        pixels=IMAGENET_PIXELS,
     ),
-    'mobilenet_v1': Network(MobileNetV1, IMAGENET, {'channels': (32, 64, 128, 128, 256, 256, *[512] * 6, 1024, 1024)}),
+    'mobilenet_v1': Network(
+        MobileNetV1, IMAGENET, {'channels': (32, 64, 128, 128, 256, 256, *[512] * 6, 1024, 1024)}, pixels=FROM_MINUS_ONE
+    ),
     'timm_mobilenet_v1': Network(
         TimmMobileNetV1, IMAGENET, {'channels': (32, 64, 128, 256, 512, 1024)}, rounding=in_eighths
     ),
-    'inception_v3': Network(InceptionV3, (299, 299, 3), {'unit': 16}),
-    'squeezenet1_1': Network(SqueezeNet, IMAGENET, {'channels': (64, 16, 16, 32, 32, 48, 48, 64, 64)}),
+    'inception_v3': Network(InceptionV3, (299, 299, 3), {'unit': 16}, pixels=FROM_MINUS_ONE),
+    'squeezenet1_1': Network(
+        SqueezeNet, IMAGENET, {'channels': (64, 16, 16, 32, 32, 48, 48, 64, 64)}, pixels=IMAGENET_PIXELS
+    ),
     'small_resnet': Network(SmallResNet, DIGITS, {'channels': (32, 64), 'hidden': 64}),
     'small_convnet': Network(SmallConvNet, DIGITS, {'channels': (32, 64), 'hidden': 128}),
 }
@@ -117,6 +133,16 @@ def image_shape(name: str) -> tuple[int, int, int]:
       DvinvError: no network has this name.
     """
     return _named(name).image_shape
+
+
+def published_pixels(name: str, channels: int) -> tuple[tuple[float, ...], ...]:
+    """(mean, std) that published weights of the network `name` take; () each where that is not known for so many channels.
+
+    Raises:
+      DvinvError: no network has this name.
+    """
+    pixels = _named(name).pixels
+    return pixels if len(pixels[0]) == channels else ((), ())
 
 
 def _named(name: str) -> Network:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import ml_collections
 import numpy as np
 
-from dvinv.configuration import DATA_FREE_CONTROLS, recipe_of
+from dvinv.configuration import DATA_FREE_CONTROLS, check_count, recipe_of
 from dvinv.data.joined import Joined
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
@@ -136,6 +136,9 @@ def check(config, teacher: Teacher) -> None:
         raise DvinvError(
             f'teacher.weights is {config.teacher.weights!r}, a network that has lost channels; prune a whole one.'
         )
+    if group.adaptive_batches:
+        images = group.adaptive_batches * config.synthesis.batch_size
+        check_count(config, 'pruning.adaptive_batches', images, teacher.num_classes)
     channels = find_channels(module, teacher.image_shape, tuple(removal.protected))
     if removal.measure in EXACT:
         refuse_unreachable(channels, EXACT[removal.measure](channels), removal)

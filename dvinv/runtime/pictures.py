@@ -26,6 +26,20 @@ def shown_classes(labels: np.ndarray, max_classes: int = 20) -> list[int]:
     return [int(label) for label in present]
 
 
+def visible(pixels: np.ndarray) -> np.ndarray:
+    """Returns what a picture can show of an image.
+
+    Args:
+      pixels: uint8 [H, W, C].
+
+    Returns:
+      uint8 [H, W, 3], the first three channels; [H, W] for a single one, and [H, 2 W] for two, side by side.
+    """
+    if pixels.shape[-1] > 2:
+        return pixels[..., :3]
+    return np.concatenate(np.moveaxis(pixels, -1, 0), axis=1)
+
+
 def class_grid(
     images: np.ndarray,
     labels: np.ndarray,
@@ -38,7 +52,7 @@ def class_grid(
     """Lays images out with one row a class (ascending) and the first `per_class` images of the class as columns.
 
     Args:
-      images: uint8 [N, H, W, C], C of 1 or 3; an array, or what is read by rows: only images of the grid are asked for.
+      images: uint8 [N, H, W, C], see `visible`; an array, or what is read by rows: only images of the grid are asked for.
       labels: int [N].
       per_class: columns.
       max_classes: rows at most; see `shown_classes`.
@@ -51,8 +65,8 @@ def class_grid(
       a light and a dark page.
     """
     labels = np.asarray(labels)
-    if images.ndim != 4 or images.shape[-1] not in (1, 3) or images.dtype != np.uint8:
-        raise ValueError(f'Images are {images.dtype} {images.shape}; a grid needs uint8 [N, H, W, C] with C of 1 or 3.')
+    if images.ndim != 4 or not images.shape[-1] or images.dtype != np.uint8:
+        raise ValueError(f'Images are {images.dtype} {images.shape}; a grid needs uint8 [N, H, W, C].')
     if labels.shape != images.shape[:1]:
         raise ValueError(f'Labels have shape {labels.shape} for {len(images)} images; give one label for each image.')
     if not len(images) or per_class < 1:
@@ -60,17 +74,16 @@ def class_grid(
 
     classes = shown_classes(labels, max_classes)
     room = (width - gap * (per_class - 1)) / per_class
-    grow = max(1, int(room // images.shape[2]))
-    shrink = max(1, math.ceil(images.shape[2] / max(1.0, room)))
-    height_in, width_in = images.shape[1:3]
+    height_in, width_in = visible(np.empty(images.shape[1:], np.uint8)).shape[:2]
+    grow = max(1, int(room // width_in))
+    shrink = max(1, math.ceil(width_in / max(1.0, room)))
     cell_height, cell_width = math.ceil(height_in / shrink) * grow, math.ceil(width_in / shrink) * grow
-    mode = 'LA' if images.shape[-1] == 1 else 'RGBA'
+    mode = 'LA' if images.shape[-1] < 3 else 'RGBA'
     size = (per_class * (cell_width + gap) - gap, len(classes) * (cell_height + gap) - gap)
     grid = Image.new(mode, size)
     for row, label in enumerate(classes):
         for column, index in enumerate(np.flatnonzero(labels == label)[:per_class]):
-            pixels = images[index]
-            cell = Image.fromarray(pixels[:, :, 0] if mode == 'LA' else pixels).reduce(shrink)
+            cell = Image.fromarray(np.ascontiguousarray(visible(images[index]))).reduce(shrink)
             cell = cell.resize((cell_width, cell_height), Image.Resampling.NEAREST).convert(mode)
             grid.paste(cell, (column * (cell_width + gap), row * (cell_height + gap)))
     return grid

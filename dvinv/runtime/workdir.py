@@ -19,7 +19,7 @@ from dvinv.runtime.files import disk_full_told, write_atomic
 from dvinv.runtime.metrics import Metrics
 from dvinv.runtime.mistakes import Mistakes
 from dvinv.runtime.processes import ALONE, Processes
-from dvinv.runtime.versions import record, record_in
+from dvinv.runtime.versions import record, record_in, refuse_other_settings
 
 # Keys that a resumed run may change, since no result depends on them (on verifiers and synthesis.controls the report alone,
 # made anew each time).
@@ -69,8 +69,8 @@ class Workdir:
       leader_came: which of its records was here before this process was, see `versions.record_in`.
 
     Raises:
-      DvinvError: it holds a run with another config (names the keys), another process runs in it, or its config.json is
-        damaged.
+      DvinvError: it holds a run with another config (names the keys) or under other settings of JAX, another process runs
+        in it, or its config.json is damaged.
     """
 
     def __init__(self, path, config, processes: Processes = ALONE):
@@ -78,6 +78,8 @@ class Workdir:
         self._claims = []
         try:
             self.refuse_other(config)
+            if processes.leader:
+                refuse_other_settings(self.path)
             with disk_full_told(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._claims = claim(self.path, processes)

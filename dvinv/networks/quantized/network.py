@@ -207,8 +207,8 @@ def load_quantized(path: Path, like: Classifier | None = None) -> Classifier:
     if like is None:
         if not about['network']:
             raise DvinvError(
-                f'{path} was made from a network that is not among those of dvinv; load_quantized(path, teacher) reads it, '
-                'with the teacher that it was made from.'
+                f'{path} was made from a network that is not among those of dvinv; give the teacher that it was made from '
+                '(what teacher.factory returned): dvinv.load(..., teacher=teacher).'
             )
         module = module_of(about)
         like = Classifier(
