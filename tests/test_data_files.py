@@ -352,6 +352,8 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path):
     assert f'The data folder {path} is not there' in refusal('folders', str(path))
     path.mkdir()
     assert f'The data folder {path} is empty; it must have a sub-folder a class' in refusal('folders', str(path))
+    (path / 'a.png').write_bytes(b'')
+    assert f'The data folder {path} has images but no sub-folders, so no labels' in refusal('folders', str(path))
     (path / 'ant').mkdir()
     assert f'{path / "ant"} is empty; a class needs images (.png, .jpg' in refusal('folders', str(path))
     picture = path / 'ant' / 'a.png'

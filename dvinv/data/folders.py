@@ -77,6 +77,10 @@ def _files(path: str) -> dict[str, list[Path]]:
     if not Path(path).is_dir():
         raise DvinvError(f'The data folder {path} is not there.')
     folders = sorted(entry for entry in Path(path).iterdir() if entry.is_dir() and not entry.name.startswith('.'))
+    if not folders and any(entry.suffix.lower() in SUFFIXES for entry in Path(path).iterdir()):
+        raise DvinvError(
+            f'The data folder {path} has images but no sub-folders, so no labels; it must have a sub-folder a class.'
+        )
     if not folders:
         raise DvinvError(f'The data folder {path} is empty; it must have a sub-folder a class.')
     files = {folder.name: sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES) for folder in folders}
