@@ -10,6 +10,7 @@ import jax
 import pytest
 from absl import flags
 
+import dvinv
 from dvinv import main
 from dvinv.errors import DvinvError, say_once
 from dvinv.runtime import compilation
@@ -31,7 +32,7 @@ def test_an_editable_install_wins_over_the_folder_of_the_clone(tmp_path):
     answer = subprocess.run(
         [sys.executable, '-c', code], cwd=tmp_path, env=environment, text=True, capture_output=True, check=True
     )
-    assert answer.stdout.split() == ['0.1.0', str(tmp_path / 'dvinv' / 'dvinv' / '__init__.py')]
+    assert answer.stdout.split() == [dvinv.__version__, str(tmp_path / 'dvinv' / 'dvinv' / '__init__.py')]
 
 
 # The user

@@ -86,7 +86,7 @@ def unwrapped(keys: Collection[str], find: Callable[[Collection[str]], dict[str,
     plain = plain if len(plain) == len(keys) else whole
     for names in (whole, plain):
         wanted = {*find(names).values()}
-        if wanted <= names.keys():  # averaged copies may lie beside it
+        if wanted <= names.keys():  # averaged copies may lie next to it
             copies = {key for key in names if key not in wanted and AVERAGED.search(key.rpartition('.')[0])}
             own = {key: name for key, name in names.items() if key not in copies}
             return Unwrapped(own, tuple(names[key] for key in names if key in copies))
