@@ -119,10 +119,12 @@ PROBABILITIES = 'Ending returns probabilities: .*Return the logits: leave out th
         (Ending(first=_callback), 'Ending cannot be differentiated with respect to its images: ValueError'),
         (Ending(lambda z: z + jnp.nan), 'Ending returns logits that are NaN or infinite'),
         (Ending(lambda z: z - z.mean(0)), 'depend on the other images of the batch'),
+        (Ending(jnp.squeeze), r'for one image it returns \(3,\) instead of \(1, 3\)\. Is there a squeeze'),
+        (Ending(lambda z: z.reshape(2, -1, 3).mean(1)), r'for one image it returns TypeError.* instead of \(1, 3\)'),
         (BatchMoments(), 'depend on the other images of the batch: .*BatchMoments .*running statistics'),
         (BatchMoments(detached=True), 'depend on the other images of the batch'),
     ],
-    ids=range(19),
+    ids=range(21),
 )
 def test_a_network_that_does_not_answer_as_a_classifier_is_refused(module, sentence):
     with pytest.raises(DvinvError, match=sentence):
@@ -201,12 +203,21 @@ def _inside(x):
     return jnp.zeros((*x.shape[:3], 1), bool).at[:, 2:6, 1:7].set(True)
 
 
+class Positional(nnx.BatchNorm):
+    """A subclass that takes a mask by its position."""
+
+    def __call__(self, x, flag, mask):
+        mean, var = self.mean[...], self.var[...]
+        return jnp.where(mask, (x - mean) / jnp.sqrt(var), 0)
+
+
 class MaskedNnx(nnx.Module):
-    def __init__(self, rngs):
-        self.norm, self.head = nnx.BatchNorm(2, rngs=rngs), nnx.Linear(2, 3, rngs=rngs)
+    def __init__(self, rngs, positional=False):
+        self.norm, self.head = (Positional if positional else nnx.BatchNorm)(2, rngs=rngs), nnx.Linear(2, 3, rngs=rngs)
 
     def __call__(self, x):
-        return self.head(self.norm(x, mask=_inside(x)).mean((1, 2)))
+        arguments = (True, _inside(x)) if isinstance(self.norm, Positional) else ()
+        return self.head(self.norm(x, *arguments, **({} if arguments else {'mask': _inside(x)})).mean((1, 2)))
 
 
 def _nnx_model(make, **fields):
@@ -215,13 +226,13 @@ def _nnx_model(make, **fields):
     return nnx.merge(graph, noise, jax.tree.map(jnp.asarray, nnx.State(trained(nnx.to_pure_dict(state)))))
 
 
-@pytest.mark.parametrize('kind', ['linen', 'nnx'])
+@pytest.mark.parametrize('kind', ['linen', 'nnx', 'positional'])
 def test_a_masked_batch_norm_has_the_moments_that_flax_would_update_with(kind):
     x = 3 * _images() + np.float32([5, -2])
     if kind == 'linen':
         teacher = _teacher(Calls(lambda norm, x: norm(x, mask=_inside(x))))
     else:
-        teacher = from_nnx(_nnx_model(MaskedNnx), **PICTURES)
+        teacher = from_nnx(_nnx_model(MaskedNnx, positional=kind == 'positional'), **PICTURES)
     (moments,) = jax.jit(teacher.tap)(teacher.variables, x)[1].values()
     norm, blank = nn.BatchNorm(use_running_average=False, momentum=0), {'mean': np.zeros(2), 'var': np.ones(2)}
     variables = {'params': {'scale': np.ones(2), 'bias': np.zeros(2)}, 'batch_stats': blank}

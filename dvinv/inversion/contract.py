@@ -10,8 +10,8 @@ from dvinv.errors import DvinvError
 from dvinv.networks.classifier import Classifier
 
 IMAGES = 4
-TOLERANCE = 0.02  # of the range of the logits, by which those of an image may change; batch moments change them far more
-ROUNDING = 2**-7  # the same, of their size: a unit in the last place of bfloat16
+TOLERANCE = 0.005  # of the range of the logits, by which those of an image may change; batch moments change them far more
+ROUNDING = 2**-8  # the same, of their size: the rounding of bfloat16
 
 
 def check_answers(classifier: Classifier, name: str) -> None:
@@ -28,6 +28,7 @@ def check_answers(classifier: Classifier, name: str) -> None:
     """
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(classifier.variables)):
         return
+    _check_single(classifier, name)
     run, images = _compiled(classifier, name), _images(classifier.image_shape)
     mixed = np.asarray(classifier.normalise(images))
     logits, gradient = run(mixed)
@@ -57,6 +58,20 @@ def check_answers(classifier: Classifier, name: str) -> None:
             f'The logits of one image depend on the other images of the batch: for the same image alone and among others '
             f'{name} returns logits that differ by {change:.3g}, and all logits span {span:.3g}. In eval mode a '
             'normalization must use its running statistics, not the moments of the batch: use_running_average=True, say.'
+        )
+
+
+def _check_single(classifier: Classifier, name: str) -> None:
+    """Refuses a network that takes batches of some sizes only, by the shape of its answer for one image."""
+    x = jax.ShapeDtypeStruct((1, *classifier.image_shape), np.float32)
+    try:
+        what = str(jax.eval_shape(classifier.apply_fn, classifier.variables, x).shape)
+    except Exception as error:  # the user's network runs; Flax and JAX raise many kinds here
+        what = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
+    if what != str((1, classifier.num_classes)):
+        raise DvinvError(
+            f'{name} must return logits [B, K] for a batch of any size; for one image it returns {what} instead of '
+            f'(1, {classifier.num_classes}). Is there a squeeze() of all axes, or a batch size in a reshape?'
         )
 
 

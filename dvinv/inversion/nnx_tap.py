@@ -162,6 +162,7 @@ def _ear(*bases: type) -> type:
     """A class whose `__call__` sows what is heard of the input, unless one further in the line of inheritance did."""
 
     class Ear(*bases):
+        @functools.wraps(bases[0].__call__ if bases else object)  # for its signature
         def __call__(self, *args, **kwargs):
             layer, notes = self.dvinv_notes
             before, mean = notes.calls[layer], _array(getattr(self, notes.names[layer]))

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dvinv.errors import DvinvError, listed
-from dvinv.inversion.losses import pmean
+from dvinv.inversion.losses import EPSILON, pmean
 from dvinv.networks.channels.flat import flat_program
 
 PRIVATE = 'dvinv_tap'  # the collection that is sown into
@@ -134,7 +134,7 @@ def _moments(running_mean, calls):
 
     The statistics of a layer called more than once a forward pass are running means over its calls: so are these.
     """
-    calls = [(d / p[0], s / p[0]) if p else (d, s) for d, s, *p in calls]
+    calls = [tuple(x / jnp.maximum(p[0], EPSILON) for x in (d, s)) if p else (d, s) for d, s, *p in calls]
     mean = sum(running_mean.astype(jnp.float32) + d for d, _ in calls) / len(calls)
     variance = sum(s - jnp.square(d) for d, s in calls) / len(calls)
     return mean, variance
@@ -161,7 +161,9 @@ class Tap(abc.ABC):
           call_kwargs: what it takes beside x in eval mode, for instance {'train': False}.
 
         Raises:
-          DvinvError: no running statistics, not in eval mode, wrong input shape, or layers out of reach (named).
+          DvinvError: no running statistics, not in eval mode, wrong input shape, no logits of two classes or more, or layers
+            out of reach (named). What is left out instead, since it is not used in eval mode or is not in Flax's own place,
+            is printed to stderr.
         """
         self._name, self._kwargs, self._places = name, call_kwargs, find_statistics(variables)
         wanted = running_statistics(variables)
@@ -215,7 +217,9 @@ class Tap(abc.ABC):
         for operation in reversed(program.operations):
             if needed.intersection(operation.outputs):
                 needed.update(value for value in operation.inputs if isinstance(value, int))
-        paths = [tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
+        paths = [
+            tuple(getattr(key, 'key', None) for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(variables)
+        ]
         used = {path for path, value in zip(paths, program.inputs[: len(paths)], strict=True) if value in needed}
         return {layer for layer, pair in self._places.items() if not used.intersection(pair)}
 
