@@ -87,32 +87,32 @@ def to_npz(pool: ImagePool, folder: Path) -> None:
     Raises:
       DvinvError: as `to_folders`.
     """
-    images, labels = pool.rows('images'), pool.rows('labels')[:]
-    path = folder / 'images.npz'
+    numbers, (_, *shape) = pool.finished(), pool.rows('images').shape  # batches that come later are left out
+    count, labels, path = sum(pool.notes(number)['images'] for number in numbers), [], folder / 'images.npz'
     with disk_full_told(path):
         folder.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix('.part')
         with zipfile.ZipFile(part, 'w') as archive:
             with archive.open('images.npy', 'w', force_zip64=True) as file:
-                about = {'descr': np.lib.format.dtype_to_descr(images.dtype), 'fortran_order': False, 'shape': images.shape}
+                about = {'descr': '|u1', 'fortran_order': False, 'shape': (count, *shape)}
                 np.lib.format.write_array_header_1_0(file, about)
-                for _, shard in _shards(pool, 'npz'):
-                    file.write(np.ascontiguousarray(shard['images']).tobytes())
+                for _, shard in _shards(pool, numbers, 'npz'):
+                    file.write(shard['images'].tobytes())
+                    labels.append(shard['labels'])
             with archive.open('labels.npy', 'w') as file:
-                np.lib.format.write_array(file, labels, allow_pickle=False)
+                np.lib.format.write_array(file, np.concatenate(labels), allow_pickle=False)
         os.replace(part, path)
 
 
 def _pictures(pool: ImagePool, what: str) -> Iterator[tuple[str, np.ndarray, int]]:
     """(name, pixels uint8 [H, W, C], label) of every image, one shard in memory at a time."""
-    for number, shard in _shards(pool, what):
+    for number, shard in _shards(pool, pool.numbers(), what):
         for row, (pixels, label) in enumerate(zip(shard['images'], shard['labels'], strict=True)):
             yield f'{number:06d}-{row:04d}', pixels, int(label)
 
 
-def _shards(pool: ImagePool, what: str) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """(number, arrays) of every shard, with progress."""
-    numbers = pool.numbers()
+def _shards(pool: ImagePool, numbers: list[int], what: str) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """(number, arrays) of each of these shards, with progress."""
     with Progress(f'export: {what}', len(numbers)) as progress:
         for done, number in enumerate(numbers, 1):
             yield number, pool.read(number)
