@@ -16,7 +16,12 @@ def listed(names: list[str], most: int = 12) -> str:
     return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
 
 
+def say(sentence: str) -> None:
+    """Prints a sentence to stderr."""
+    print(f'dvinv: {sentence}', file=sys.stderr, flush=True)
+
+
 @functools.cache
 def say_once(sentence: str) -> None:
     """Prints a sentence to stderr, where the process has not printed it before."""
-    print(f'dvinv: {sentence}', file=sys.stderr, flush=True)
+    say(sentence)

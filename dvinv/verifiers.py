@@ -1,11 +1,10 @@
 """What images are judged by beside the config's `verifier`: networks from weights files, a dict each in `verifiers`."""
 
 import dataclasses
-import sys
 
 import ml_collections
 
-from dvinv.errors import DvinvError
+from dvinv.errors import DvinvError, say
 from dvinv.inversion.teacher import Teacher
 from dvinv.networks import Classifier, classifier_of, describes_itself, read_classifier
 from dvinv.networks.classifier import check_normalisation
@@ -74,11 +73,9 @@ def print_pixels(group, field: str, network: Classifier) -> None:
     """Says, where weights that others published were given without mean or std, with what pixels they are used."""
     if (group.mean and group.std) or describes_itself(group.weights):
         return
-    print(
+    say(
         f'{field}: the weights {group.weights} do not tell their mean and std; the pixels of this {group.network} are '
-        f'normalised by mean {network.mean} and std {network.std} ({field}.mean and {field}.std set others).',
-        file=sys.stderr,
-        flush=True,
+        f'normalised by mean {network.mean} and std {network.std} ({field}.mean and {field}.std set others).'
     )
 
 
@@ -104,7 +101,7 @@ def refuse_chance(share: float | None, count: int, network: Classifier, name: st
             f"{network.std}; give {field}.mean and {field}.std of its training, have the data's classes in its order, or "
             f'{way_out}.'
         )
-    print(f'Note: {found}.', file=sys.stderr, flush=True)
+    say(f'{found}.')
 
 
 def check_alike(teacher: Teacher, verifier: Classifier, name: str, field: str, without: str) -> None:

@@ -94,7 +94,7 @@ def test_a_network_that_recognises_no_more_than_chance_is_named(share, count, fi
             refuse_chance(share, count, tiny_teacher(), 'The verifier x', field, 'leave it out')
     else:
         refuse_chance(share, count, tiny_teacher(), 'The verifier x', field, 'leave it out')
-    assert ('Note: The verifier x recognises' in capsys.readouterr().err) == said
+    assert ('dvinv: The verifier x recognises' in capsys.readouterr().err) == said
 
 
 def test_the_task_teacher_refuses_a_verifier_that_recognises_nothing(tmp_path, monkeypatch):

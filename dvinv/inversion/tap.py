@@ -15,7 +15,6 @@ import abc
 import contextlib
 import inspect
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable
 
@@ -25,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dvinv.errors import DvinvError, listed
+from dvinv.errors import DvinvError, listed, say
 from dvinv.inversion.losses import EPSILON, pmean
 from dvinv.networks.channels.flat import flat_program
 
@@ -201,10 +200,10 @@ class Tap(abc.ABC):
             )
         self._places = {layer: self._places[layer] for layer in self.layers}
         if idle:
-            _say(f'{name} does not use {listed(sorted(idle))} in eval mode, so their running statistics are left out')
+            say(f'{name} does not use {listed(sorted(idle))} in eval mode, so their running statistics are left out.')
         foreign = ['/'.join(path) for layer in foreign for path in find_statistics(variables)[layer]]
         if others := [*foreign, *unpaired_statistics(variables)]:
-            _say(f'{name} has {listed(others)}, named as running statistics, but no layer is known to use them: left out')
+            say(f'{name} has {listed(others)}, named as running statistics, but no layer is known to use them: left out.')
 
     def _is_of_flax(self, layer: str) -> bool:
         mean, variance = self._places[layer]
@@ -284,10 +283,6 @@ class Tap(abc.ABC):
             f'{self._name} {symptom}, so it is not in eval mode: pass call_kwargs, for instance {remedy} '
             f'(now {self._kwargs}).'
         )
-
-
-def _say(sentence: str) -> None:
-    print(f'dvinv: {sentence}.', file=sys.stderr, flush=True)
 
 
 def _in_a_line(error: Exception) -> str:

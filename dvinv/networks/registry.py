@@ -102,7 +102,11 @@ NETWORKS: dict[str, Network] = {
         MobileNetV1, IMAGENET, {'channels': (32, 64, 128, 128, 256, 256, *[512] * 6, 1024, 1024)}, pixels=FROM_MINUS_ONE
     ),
     'timm_mobilenet_v1': Network(
-        TimmMobileNetV1, IMAGENET, {'channels': (32, 64, 128, 256, 512, 1024)}, rounding=in_eighths
+        TimmMobileNetV1,
+        IMAGENET,
+        {'channels': (32, 64, 128, 256, 512, 1024)},
+        rounding=in_eighths,
+        pixels=FROM_MINUS_ONE,
     ),
     'inception_v3': Network(InceptionV3, (299, 299, 3), {'unit': 16}, pixels=FROM_MINUS_ONE),
     'squeezenet1_1': Network(
