@@ -11,8 +11,8 @@ import pytest
 from golden.drawn import draw_images, draw_state
 from safetensors.numpy import save_file
 
-from dvinv import from_linen
 from dvinv.errors import DvinvError
+from dvinv.inversion.teacher import trusted_linen
 from dvinv.networks import create, image_shape, read_classifier, shapes_of
 from dvinv.networks.mobilenet_v2 import in_eighths
 from dvinv.networks.torch_layers import adaptive_mean
@@ -97,7 +97,7 @@ def test_logits_and_moments_of_a_resnet50_are_those_of_pytorch():
     size, every, channels = int(golden['size']), int(golden['every']), json.loads(str(golden['channels']))
     state = draw_state(json.loads(str(golden['shapes'])), seed=0, gain=float(golden['gain']))
     module, shape = create('resnet50', 10), (size, size, 3)
-    teacher = from_linen(module, import_weights(module, shape, state), image_shape=shape, **PIXELS)
+    teacher = trusted_linen(module, import_weights(module, shape, state), image_shape=shape, **PIXELS)
     logits, moments = jax.jit(teacher.tap, compiler_options=QUICKLY)(teacher.variables, draw_images(0, size))
     assert np.abs(logits - golden['logits']).max() < 1e-4 * np.abs(golden['logits']).max()
     assert [torchvision_name(layer) for layer in teacher.tap.layers] == [*channels]

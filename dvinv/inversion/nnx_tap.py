@@ -28,6 +28,7 @@ from dvinv.inversion.tap import (
     shifted_moments,
     whole_input,
 )
+from dvinv.networks.classifier import join_names
 
 GROUPS = {'params': nnx.Param, STATISTICS: nnx.BatchStat, 'others': ...}  # what goes where; the first that fits
 
@@ -89,7 +90,7 @@ class NnxTap(Tap):
         name, places = type(model).__name__, find_statistics(variables)
         self._graph, groups, self._noise = _split(model)
         self._paths = [(group, path) for group, flat in groups.items() for path in flat]
-        owners = {'/'.join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+        owners = {join_names(path): module for path, module in nnx.iter_modules(model)}
         owners = {layer: module for layer, module in owners.items() if layer in places}
         for module in owners.values():
             module.__class__ = _listening(type(module))
@@ -116,7 +117,7 @@ class NnxTap(Tap):
         logits, sown = nnx.capture(self._model(graph, variables), Heard)(x, **self._kwargs)
         if notes.learning:
             raise self._in_training(*LEARNS)
-        return logits, {'/'.join(map(str, path[:-1])): heard for path, heard in _values(sown).items()}
+        return logits, {join_names(path[:-1]): heard for path, heard in _values(sown).items()}
 
     def _model(self, graph, variables, noise=None) -> nnx.Module:
         """The network with these weights, and with any random keys: its logits do not depend on them."""

@@ -27,6 +27,7 @@ import numpy as np
 from dvinv.errors import DvinvError, listed, say
 from dvinv.inversion.losses import EPSILON, pmean
 from dvinv.networks.channels.flat import flat_program
+from dvinv.networks.classifier import join_names
 
 PRIVATE = 'dvinv_tap'  # the collection that is sown into
 STATISTICS = 'batch_stats'  # Flax's collection of running statistics; the second choice for sowing
@@ -55,7 +56,7 @@ def find_statistics(variables) -> dict[str, tuple[tuple[str, ...], tuple[str, ..
         for mean, variance in NAMES:
             mate = (*path[:-1], path[-1].replace(mean, variance))
             if mate != path and np.shape(flat.get(mate)) == np.shape(leaf) != ():
-                found.setdefault('/'.join(path[1:-1]), (path, mate))
+                found.setdefault(join_names(path[1:-1]), (path, mate))
                 break
     return found
 
@@ -64,7 +65,7 @@ def unpaired_statistics(variables) -> list[str]:
     """Paths of what is named as running statistics are, and is in no pair of `find_statistics`."""
     paired = {path for pair in find_statistics(variables).values() for path in pair}
     return [
-        '/'.join(path)
+        join_names(path)
         for path in _non_intermediates(variables)
         if path not in paired and path[0] != 'params' and STATISTIC.search(path[-1])
     ]
@@ -201,7 +202,7 @@ class Tap(abc.ABC):
         self._places = {layer: self._places[layer] for layer in self.layers}
         if idle:
             say(f'{name} does not use {listed(sorted(idle))} in eval mode, so their running statistics are left out.')
-        foreign = ['/'.join(path) for layer in foreign for path in find_statistics(variables)[layer]]
+        foreign = [join_names(path) for layer in foreign for path in find_statistics(variables)[layer]]
         if others := [*foreign, *unpaired_statistics(variables)]:
             say(f'{name} has {listed(others)}, named as running statistics, but no layer is known to use them: left out.')
 
@@ -331,7 +332,7 @@ def _hearing_head(path: str):
 
     def intercept(call, args, kwargs, context):
         module = context.module
-        if context.method_name != '__call__' or '/'.join(module.path) != path:
+        if context.method_name != '__call__' or join_names(module.path) != path:
             return call(*args, **kwargs)
         x = input_of(args, kwargs)
         answers, detached = jnp.split(call(jnp.concatenate([x, jax.lax.stop_gradient(x)])), 2)  # Flax allows one call
@@ -345,7 +346,7 @@ def _hearing_head(path: str):
 def _heard(sown, collection: str) -> dict:
     """{layer: what was heard of each of its calls} in what a Linen module has sown."""
     flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(sown).get(collection, {}))
-    return {'/'.join(path[:-1]): heard for path, heard in flat.items() if path[-1] == SOWN}
+    return {join_names(path[:-1]): heard for path, heard in flat.items() if path[-1] == SOWN}
 
 
 @contextlib.contextmanager
@@ -354,7 +355,7 @@ def _sowing(collection: str, calls: Counter, hear: Callable, places: dict):
 
     def intercept(call, args, kwargs, context):
         module = context.module
-        layer = '/'.join(module.path)
+        layer = join_names(module.path)
         if context.method_name != '__call__' or not _owns_statistics(module, places.get(layer)):
             return call(*args, **kwargs)
         before = calls[layer]

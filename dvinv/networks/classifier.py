@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax
@@ -71,12 +71,15 @@ def cast_floats(tree, dtype):
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
 
 
+def join_names(names: Iterable) -> str:
+    """Returns the path of names; a slash inside a name becomes %2F, a percent sign %25."""
+    return '/'.join(str(name).replace('%', '%25').replace('/', '%2F') for name in names)
+
+
 def flatten(tree) -> dict[str, Any]:
-    """Returns {'params/Conv_0/kernel': leaf} of nested dicts; a slash inside a name becomes %2F, a percent sign %25."""
-    flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(tree))
-    return {
-        '/'.join(str(name).replace('%', '%25').replace('/', '%2F') for name in path): leaf for path, leaf in flat.items()
-    }
+    """Returns {'params/Conv_0/kernel': leaf} of nested dicts; see `join_names`."""
+    leaves = flax.traverse_util.flatten_dict(flax.core.unfreeze(tree)).items()
+    return {join_names(path): leaf for path, leaf in leaves}
 
 
 def unflatten(flat: dict[str, Any]) -> dict:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dvinv.networks.classifier import flatten, unflatten
+from dvinv.networks.classifier import flatten, join_names, unflatten
 
 NUMBERED = re.compile(r'(.*?)(\d+)')
 
@@ -44,7 +44,7 @@ def _paired(teacher, student, teacher_path: tuple[str, ...], student_path: tuple
     """Returns {path of a variable of the student: path of the teacher's} within two modules."""
     if not isinstance(student, Mapping) or not isinstance(teacher, Mapping):
         leaves = not isinstance(student, Mapping) and not isinstance(teacher, Mapping)
-        return {'/'.join(student_path): '/'.join(teacher_path)} if leaves else {}
+        return {join_names(student_path): join_names(teacher_path)} if leaves else {}
     pairs, of_teacher = {}, _series(teacher)
     for series, names in _series(student).items():
         others = of_teacher.get(series, [])

@@ -15,6 +15,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from dvinv.errors import DvinvError, listed
+from dvinv.networks.classifier import join_names
 
 OPERATIONS = ('conv_general_dilated', 'dot_general')
 LOOKED_INTO = ('jit', 'pjit', 'closed_call', 'core_call', 'remat', 'remat2', 'checkpoint')  # as `runtime.program` does
@@ -108,7 +109,7 @@ def find_layers(apply_fn: Callable, variables, image_shape) -> tuple[Layer, ...]
 def _flat(tree) -> list[tuple[str, object]]:
     """(path, leaf) of nested dicts, in JAX's order."""
     found = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return [('/'.join(str(getattr(key, 'key', key)) for key in path), leaf) for path, leaf in found]
+    return [(join_names(getattr(key, 'key', key) for key in path), leaf) for path, leaf in found]
 
 
 class _Graph:
