@@ -119,8 +119,8 @@ PROBABILITIES = 'Ending returns probabilities: .*Return the logits: leave out th
         (Ending(first=_callback), 'Ending cannot be differentiated with respect to its images: ValueError'),
         (Ending(lambda z: z + jnp.nan), 'Ending returns logits that are NaN or infinite'),
         (Ending(lambda z: z - z.mean(0)), 'depend on the other images of the batch'),
-        (Ending(jnp.squeeze), r'for one image it returns \(3,\) instead of \(1, 3\)\. Is there a squeeze'),
-        (Ending(lambda z: z.reshape(2, -1, 3).mean(1)), r'for one image it returns TypeError.* instead of \(1, 3\)'),
+        (Ending(jnp.squeeze), r'for one image it gives \(3,\) instead of \(1, 3\)\. Is there a squeeze'),
+        (Ending(lambda z: z.reshape(2, -1, 3).mean(1)), r'for one image it gives TypeError.* instead of \(1, 3\)'),
         (BatchMoments(), 'depend on the other images of the batch: .*BatchMoments .*running statistics'),
         (BatchMoments(detached=True), 'depend on the other images of the batch'),
     ],
@@ -138,6 +138,7 @@ def test_a_network_that_does_not_answer_as_a_classifier_is_refused(module, sente
         Ending(dtype=jnp.bfloat16),
         Ending(dtype=jnp.float16),
         Ending(_masked),
+        Ending(lambda z: nn.log_softmax(_masked(z))),
         Ending(lambda z: z + 1000),
         Ending(lambda z: 0.3 + 1e-4 * z),
         Ending(nn.relu),
@@ -146,7 +147,7 @@ def test_a_network_that_does_not_answer_as_a_classifier_is_refused(module, sente
         Ending(lambda z: jnp.concatenate([0 * z[:, :1], z[:, :1]], 1)),
         Ending(lambda z: jnp.stack([z[:, 0], 1 - z[:, 0]], 1)),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_what_answers_as_a_classifier_is_taken(module):
     assert _teacher(module).num_classes > 1
@@ -593,7 +594,9 @@ def test_the_same_inversion_is_compiled_once_and_an_integer_is_a_key():
     assert weights() is None
 
 
-@pytest.mark.parametrize('key', [None, 1.5, True, jax.ShapeDtypeStruct((3,), np.float32), np.zeros(3, np.uint32), 'seed'])
+@pytest.mark.parametrize(
+    'key', [None, 1.5, True, [1, 2], jax.ShapeDtypeStruct((3,), np.float32), np.zeros(3, np.uint32), 'seed']
+)
 def test_what_is_no_key_is_refused(key):
     with pytest.raises(DvinvError, match=r'key is .*; it must be one random key, .* or an integer'):
         invert(tiny_teacher(), [0, 1], ONE, key)

@@ -70,7 +70,7 @@ def _check_single(classifier: Classifier, name: str) -> None:
         what = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
     if what != str((1, classifier.num_classes)):
         raise DvinvError(
-            f'{name} must return logits [B, K] for a batch of any size; for one image it returns {what} instead of '
+            f'{name} must return logits [B, K] for a batch of any size; for one image it gives {what} instead of '
             f'(1, {classifier.num_classes}). Is there a squeeze() of all axes, or a batch size in a reshape?'
         )
 
@@ -98,7 +98,7 @@ def _compiled(classifier: Classifier, name: str) -> Callable:
 
 
 def _images(image_shape) -> np.ndarray:
-    """Noise, float32 [IMAGES, H, W, C] in [0, 1], of unlike brightness and contrast: so are the moments of the images."""
+    """Noise, float32 [IMAGES, H, W, C] in [0, 1], of different brightness and contrast, for unlike moments."""
     noise = np.random.default_rng(0).uniform(-0.5, 0.5, size=(IMAGES, *image_shape))
     brightness, contrast = (np.reshape(values, (IMAGES, 1, 1, 1)) for values in ((0.5, 0.2, 0.8, 0.4), (0.5, 0.3, 0.1, 0.8)))
     return (brightness + contrast * noise).astype(np.float32)

@@ -187,8 +187,8 @@ def invert(
 def _key_data(key) -> tuple[np.ndarray, str]:
     """(bits, implementation) of one random key, new or old style, or of the one that an integer seeds."""
     is_array = isinstance(key, jax.Array | np.ndarray | np.generic)
-    dtype, shape = (key.dtype, key.shape) if is_array else (type(key), ())
-    if shape == () and jax.dtypes.issubdtype(dtype, np.integer):
+    dtype, shape = (key.dtype, key.shape) if is_array else (type(key) if isinstance(key, int) else object, ())
+    if shape == () and jax.dtypes.issubdtype(dtype, np.integer) and -(2**63) <= key < 2**63:
         key = jax.random.key(int(key))
     elif is_array and dtype == np.uint32 and shape == np.shape(jax.random.key_data(jax.random.key(0))):
         key = jax.random.wrap_key_data(key)

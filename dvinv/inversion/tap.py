@@ -275,7 +275,7 @@ class Tap(abc.ABC):
             raise DvinvError(f'{self._name} returns {logits.dtype} numbers; logits must be floating-point numbers.')
         if logits.shape[1] < 2:
             raise DvinvError(
-                f'{self._name} returns {logits.shape[1]} logit an image, and a class needs another one to be told from. A '
+                f'{self._name} returns {logits.shape[1]} logit an image, and the softmax of one logit is always 1. A '
                 'classifier with one logit z (a sigmoid) must return two, [0, z]: jnp.concatenate([0 * z, z], -1).'
             )
 
