@@ -30,7 +30,7 @@ def check_answers(classifier: Classifier, name: str) -> None:
         return
     _check_single(classifier, name)
     run, images = _compiled(classifier, name), _images(classifier.image_shape)
-    mixed = np.asarray(classifier.normalise(images))
+    mixed = np.asarray(classifier.normalise(images), np.float32)
     logits, gradient = run(mixed)
     if np.isnan(logits).any() or (logits == np.inf).any() or not np.isfinite(logits).any(1).all():
         raise DvinvError(
