@@ -112,11 +112,12 @@ def check_alike(teacher: Teacher, verifier: Classifier, name: str, field: str, w
       field: of the config, that tells its weights, mean and std.
       without: how to do without it.
     """
-    channels = teacher.image_shape[-1]
-    if not len(verifier.mean) == len(verifier.std) == channels:
+    channels, numbers = teacher.image_shape[-1], (*verifier.mean, *verifier.std)
+    fits = len(verifier.mean) == len(verifier.std) == channels and all(isinstance(value, int | float) for value in numbers)
+    if not (fits and min(verifier.std) > 0):
         raise DvinvError(
             f'{field}.mean is {verifier.mean} and {field}.std {verifier.std}; each must be {channels} numbers, one a '
-            "channel, or () for the teacher's."
+            'channel, std above 0, or () for those that the weights are known to take.'
         )
     check_normalisation(verifier.mean, verifier.std, f'{field}.')
     for attribute, says in (('image_shape', 'takes images of {}'), ('num_classes', 'knows {} classes')):
@@ -165,7 +166,7 @@ def _verifier(field: str, entry) -> Verifier:
     for name in ('mean', 'std'):
         values = entry.get(name, ())
         if not isinstance(values, tuple | list) or not all(isinstance(value, int | float) for value in values):
-            raise DvinvError(f"{field}.{name} is {values!r}; it must be one number a channel, or () for the teacher's.")
+            raise DvinvError(f'{field}.{name} is {values!r}; it must be one number a channel, or () for the usual.')
         entry[name] = tuple(values)
     if min(entry['std'], default=1) <= 0:
         raise DvinvError(f'{field}.std is {entry["std"]}; every standard deviation must be above 0.')

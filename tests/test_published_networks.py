@@ -19,6 +19,7 @@ from dvinv.networks import NETWORKS, create, image_shape, read_classifier, save_
 from dvinv.networks.classifier import flatten
 from dvinv.networks.formats import OLD_TORCH
 from dvinv.networks.naming import find_keys
+from dvinv.networks.registry import published_pixels
 from dvinv.networks.resnet import ResNet
 from dvinv.networks.weights import import_weights, read_state_dict
 
@@ -407,9 +408,8 @@ def test_what_a_file_of_dvinv_describes_otherwise_is_refused(ours, field, value,
 @pytest.mark.parametrize(
     ('network', 'channels', 'otherwise', 'expected'),
     [
-        ('resnet32', 3, ((0.0,) * 3, (1 / 255,) * 3), (0.485, 0.229)),
-        ('mobilenet_v1', 3, (), (0.5, 0.5)),
-        ('resnet32', 1, ((0.1,), (0.2,)), (0.1, 0.2)),
+        ('resnet8', 3, ((0.0,) * 3, (1 / 255,) * 3), (0.485, 0.229)),
+        ('resnet8', 1, ((0.1,), (0.2,)), (0.1, 0.2)),
         ('wrn16_1', 3, ((0.1,) * 3, (0.2,) * 3), (0.1, 0.2)),
         ('wrn16_1', 3, (), None),
     ],
@@ -426,6 +426,13 @@ def test_published_weights_take_their_own_pixels(tmp_path, network, channels, ot
     about = read_classifier(path, network, **given)[2]
     assert (about['mean'][0], about['std'][0]) == expected
     assert read_classifier(path, network, mean=(0.3,) * channels, **given)[2]['mean'] == (0.3,) * channels
+
+
+@pytest.mark.parametrize('network', NETWORKS)
+def test_known_pixels_are_those_of_a_network_that_others_published(network):
+    mean, std = published_pixels(network, 3)
+    assert len(mean) == len(std) == (3 if NETWORKS[network].image_shape[0] > 32 or network.startswith('resnet') else 0)
+    assert published_pixels(network, 4) == ((), ())
 
 
 def test_a_file_of_dvinv_with_another_network_is_refused(ours):

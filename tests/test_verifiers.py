@@ -17,7 +17,7 @@ from dvinv.errors import DvinvError
 from dvinv.evaluation import accuracy, logits_of
 from dvinv.networks import load_classifier
 from dvinv.runtime.workdir import Workdir
-from dvinv.verifiers import load_others, print_pixels, refuse_chance
+from dvinv.verifiers import check_alike, load_others, print_pixels, refuse_chance
 
 
 @pytest.fixture
@@ -132,6 +132,13 @@ def test_a_published_verifier_beside_a_teacher_of_raw_pixels(real_data):
     assert (verifier.mean, verifier.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     test = load_real(Source('npz', str(real_data / 'cifar10_lossless_test1000.npz'))).test
     assert accuracy(verifier, test.images[:64], test.labels[:64]) > 0.85
+
+
+@pytest.mark.parametrize(('mean', 'std'), [((0.5,), (0.5, 0.5)), ((0.5, 'a'), (0.5, 0.5)), ((0.5, 0.5), (0.5, 0.0))])
+def test_pixels_of_a_verifier_that_are_no_numbers_are_refused(mean, std):
+    verifier = dataclasses.replace(tiny_teacher(), mean=mean, std=std)
+    with pytest.raises(DvinvError, match=r'^verifier\.mean is .* and verifier\.std .* must be 2 numbers, .* std above 0'):
+        check_alike(tiny_teacher(), verifier, 'verifier', 'verifier', 'leave it out')
 
 
 def test_two_of_one_name_are_refused(told):
