@@ -305,16 +305,12 @@ def own_file(tmp_path):
     ('role', 'changes', 'words'),
     [
         ('teacher', {'mean': (0.4,), 'std': (), 'width': 1.0}, 'teacher.mean is (0.4,), but FILE, a file that dvinv'),
-        ('teacher', {'mean': (), 'std': (0.4,), 'width': 1.0}, 'network with std (0.5,), and that is what counts; write'),
         ('teacher', {'mean': (), 'std': (), 'width': 0.25}, 'write teacher.width=0.125, or give other weights'),
         ('teacher', {'mean': ('a',), 'std': (), 'width': 1.0}, "teacher.mean is ('a',), but FILE"),
-        ('teacher', {'image_shape': (9, 9, 1), 'mean': (), 'std': (), 'width': 1.0}, 'network with image_shape (8, 8, 1)'),
         ('verifier', {'mean': (0.4,), 'width': 1.0}, 'verifier.mean is (0.4,), but FILE'),
-        ('verifier', {'width': 0.25}, 'verifier.width is 0.25, but FILE'),
         ('teacher', {'mean': (0.5,), 'std': (0.5,), 'width': 0.125}, ''),
         ('teacher', {'mean': (), 'std': (), 'width': 1.0}, ''),
         ('verifier', {'width': 1.0}, ''),
-        ('verifier', {'mean': (0.5,), 'std': (0.5,), 'width': 0.125}, ''),
     ],
 )
 def test_what_a_file_tells_of_itself_cannot_be_set_otherwise(own_file, role, changes, words):
