@@ -13,6 +13,12 @@ from tiny import tiny_teacher
 
 jax.config.update('jax_num_cpu_devices', 8)
 
+if 'PYTEST_XDIST_WORKER' in os.environ and hasattr(os, 'sched_setaffinity'):
+    # Cores of its own for every process of pytest: XLA's threads would wait for one another on shared ones.
+    position, count = (int(os.environ[f'PYTEST_XDIST_{name}'].removeprefix('gw')) for name in ('WORKER', 'WORKER_COUNT'))
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[position::count] or cores[position % len(cores) :][:1])
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what runs in its background deaf to Ctrl-C, and so would be all that the tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
