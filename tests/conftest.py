@@ -14,10 +14,13 @@ from tiny import tiny_teacher
 jax.config.update('jax_num_cpu_devices', 8)
 
 if 'PYTEST_XDIST_WORKER' in os.environ and hasattr(os, 'sched_setaffinity'):
-    # Cores of its own for every process of pytest: XLA's threads would wait for one another on shared ones.
+    # XLA's threads, which start now, get cores of their own in every process of pytest: on shared ones they would wait for
+    # one another. What the tests start may use all.
     position, count = (int(os.environ[f'PYTEST_XDIST_{name}'].removeprefix('gw')) for name in ('WORKER', 'WORKER_COUNT'))
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, cores[position::count] or cores[position % len(cores) :][:1])
+    jax.devices()
+    os.sched_setaffinity(0, cores)
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what runs in its background deaf to Ctrl-C, and so would be all that the tests start.

@@ -71,7 +71,15 @@ def test_validation_is_a_part_of_the_training_split():
 
 
 def test_the_group_of_a_config_names_a_data_set_and_is_read_once():
-    fields = {'name': 'digits', 'path': '', 'train_path': '', 'image_size': 0, 'classes': (), 'validation': False}
+    fields = {
+        'name': 'digits',
+        'path': '',
+        'train_path': '',
+        'image_size': 0,
+        'classes': (),
+        'class_names': (),
+        'validation': False,
+    }
     data = load_real(ml_collections.ConfigDict(fields))
     assert load_real(ml_collections.ConfigDict(fields)) is data
     assert load_real(ml_collections.ConfigDict({**fields, 'validation': True})) is not data

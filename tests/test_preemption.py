@@ -149,9 +149,9 @@ def test_minutes_below_zero_are_refused(tmp_path):
 
 # Where nobody looks at the note
 
-SLEEPS = (
-    'import ctypes; print("ready", flush=True); ctypes.CDLL(None).sleep(60)'  # as a compilation, it lets go of Python's lock
-)
+# As a compilation, it lets go of Python's lock, and a signal does not end it: a mutex is waited for that nobody unlocks.
+WAITS = """import ctypes; c = ctypes.CDLL(None); mutex = ctypes.create_string_buffer(256)
+c.pthread_mutex_init(mutex, None); c.pthread_mutex_lock(mutex); print("ready", flush=True); c.pthread_mutex_lock(mutex)"""
 LOOKS = 'import time; print("ready", flush=True)\nwhile True: preemption.leave_if_asked(); time.sleep(0.01)'
 SAVES = """import time; print("ready", flush=True)
 while not preemption.asked(): time.sleep(0.01)
@@ -162,9 +162,9 @@ preemption.leave_if_asked()"""
 @pytest.mark.parametrize(
     ('code', 'heard', 'out'),
     [
-        (SLEEPS, 'is in a long computation and ends now', ''),
+        (WAITS, 'is in a long computation and ends now', ''),
         (
-            f'held = claim(Path({{folder!r}}), ALONE)\npreemption.ask()\n{SLEEPS}',
+            f'held = claim(Path({{folder!r}}), ALONE)\npreemption.ask()\n{WAITS}',
             'is in a long computation and ends now',
             '',
         ),
