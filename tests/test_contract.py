@@ -106,6 +106,7 @@ PROBABILITIES = 'Ending returns probabilities: .*Return the logits: leave out th
         (Ending(nn.softmax, dtype=jnp.bfloat16), PROBABILITIES),
         (Ending(lambda z: 100 * nn.softmax(_masked(z))), PROBABILITIES),
         (Ending(lambda z: nn.sigmoid(9 * z)), PROBABILITIES + 'sigmoid'),
+        (Ending(lambda z: nn.sigmoid(0.1 * jnp.tanh(z))[:, :2]), PROBABILITIES + 'sigmoid'),
         (Ending(classes=1), r'Ending returns 1 logit an image.*must return two, \[0, z\]'),
         (Ending(lambda z: nn.sigmoid(z)[:, 0]), r'Ending must return logits \[B, K\]'),
         (Ending(lambda z: (z, z)), r'Ending must return logits \[B, K\].*Wrap it in a module that returns the logits alone'),
@@ -124,7 +125,7 @@ PROBABILITIES = 'Ending returns probabilities: .*Return the logits: leave out th
         (BatchMoments(), 'depend on the other images of the batch: .*BatchMoments .*running statistics'),
         (BatchMoments(detached=True), 'depend on the other images of the batch'),
     ],
-    ids=range(21),
+    ids=range(22),
 )
 def test_a_network_that_does_not_answer_as_a_classifier_is_refused(module, sentence):
     with pytest.raises(DvinvError, match=sentence):
@@ -188,7 +189,7 @@ class Weighted(nn.BatchNorm):
 
 
 class OwnNorm(nn.Module):
-    """A normalization with other arguments than Flax's."""
+    """A normalization with other arguments than Flax's: weights are taken for a scale."""
 
     use_running_average: bool = True
 
@@ -196,7 +197,8 @@ class OwnNorm(nn.Module):
     def __call__(self, x, weights=None, train=False):
         mean = self.variable('batch_stats', 'mean', jnp.zeros, x.shape[-1:])
         var = self.variable('batch_stats', 'var', jnp.ones, x.shape[-1:])
-        return (x - mean.value) / jnp.sqrt(var.value)
+        scale = 1 if weights is None or weights.ndim == 3 else weights.reshape(-1, *[1] * (x.ndim - 2), weights.shape[-1])
+        return (x - mean.value) / jnp.sqrt(var.value) * scale
 
 
 def _inside(x):
@@ -270,6 +272,9 @@ def test_an_array_that_a_norm_is_called_with_is_named(norm, call):
     [
         (Weighted, lambda norm, x: norm(x, jnp.ones(3), True, name='b')),
         (OwnNorm, lambda norm, x: norm(x, None, False)),
+        (OwnNorm, lambda norm, x: norm(x, jnp.ones(2))),
+        (OwnNorm, lambda norm, x: norm(x, x.mean((1, 2)))),
+        (OwnNorm, lambda norm, x: norm(x, weights=x.mean((1, 2), keepdims=True))),
         (nn.BatchNorm, lambda norm, x: norm(x, None)),
     ],
 )
@@ -340,6 +345,23 @@ def test_what_may_be_statistics_and_is_left_out_is_named(second, left_out, capsy
     teacher = _teacher(module, jax.tree.map(np.abs, trained_variables(module)))
     assert teacher.tap.layers == ('BatchNorm_0',)
     assert f'dvinv: TwoNorms has {left_out}, named as running statistics' in capsys.readouterr().err
+
+
+class Pixels(nn.Module):
+    """A network that normalises its pixels by constants of its own."""
+
+    names: tuple = ('mean', 'var')
+
+    @nn.compact
+    def __call__(self, x):
+        mean, var = (self.variable('constants', name, jnp.ones, x.shape[-1:]).value for name in self.names)
+        return nn.Dense(3)(nn.BatchNorm(use_running_average=True)((255 * x - mean) / var).mean((1, 2)))
+
+
+@pytest.mark.parametrize('names', [('mean', 'var'), ('mean', 'std')])
+def test_constants_that_normalise_pixels_are_no_running_statistics(names, capsys):
+    assert _teacher(Pixels(names)).tap.layers == ('BatchNorm_0',)
+    assert not capsys.readouterr().err
 
 
 class NamedNnx(nnx.Module):
@@ -429,6 +451,34 @@ def test_numbers_of_an_nnx_model_are_refused_by_their_name():
         from_nnx(model, **PICTURES)
 
 
+@pytest.mark.parametrize('path', ['batch_stats/a/moving_variance', 'stats/running_var', 'others/norm/runningVar'])
+def test_a_negative_variance_is_refused_whatever_its_name(path):
+    with pytest.raises(DvinvError, match=f'{path} has negative variances'):
+        check_finite(unflatten({path: np.float32([1, -1])}), 'it')
+    check_finite({'others': {'log_var': np.float32([-1])}, 'params': {'var': np.float32([-1])}}, 'it')
+
+
+def test_a_class_that_is_masked_is_no_label():
+    with pytest.raises(DvinvError, match=r'infinite before the first update.* -inf, as of a masked class'):
+        invert(_teacher(Ending(_masked)), [0, 1], ONE, 0)
+
+
+@pytest.mark.parametrize(
+    ('change', 'sentence'),
+    [
+        (lambda v: v['params'], r'variables of TinyNet have BatchNorm_0, .*must be \{.params.*params alone'),
+        (lambda v: jax.tree.map(np.ndarray.tolist, v), 'params/BatchNorm_0/bias of TinyNet is a list'),
+    ],
+)
+def test_what_are_no_variables_is_refused(change, sentence):
+    with pytest.raises(DvinvError, match=sentence):
+        _teacher(TinyNet(), change(trained_variables(TinyNet())))
+
+
+def test_variables_may_be_a_state_of_nnx():
+    assert _teacher(TinyNet(), nnx.State(trained_variables(TinyNet()))).digest() == tiny_teacher().digest()
+
+
 def test_a_constant_may_mask_classes():
     check_finite({'constants': {'mask': np.float32([0, -np.inf])}, 'params': {'count': np.int32([-1])}}, 'it')
     with pytest.raises(DvinvError, match=r'of it .*: constants/mask has NaN'):
@@ -467,6 +517,8 @@ def test_parameters_are_taken_out_of_flaxs_boxes():
     plain = _teacher(Boxed(), nn.meta.unbox(variables))
     assert (teacher.digest(), teacher.parameters) == (plain.digest(), 2 + 2 + 6 + 3)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(teacher.variables))
+    with jax.set_mesh(jax.make_mesh((1,), ('other',), axis_types=(AxisType.Auto,))):
+        assert _teacher(Boxed(), variables).digest() == teacher.digest()
 
 
 def test_sharded_weights_are_gathered_also_under_the_mesh_of_the_caller():
@@ -485,6 +537,11 @@ def test_a_bridged_linen_module_is_refused_with_the_way_out():
     model = nnx.eval_shape(lambda: nnx.bridge.ToNNX(TinyNet(), rngs=nnx.Rngs(0)).lazy_init(_images()))
     with pytest.raises(DvinvError, match=r'The model is the Linen module TinyNet in nnx.bridge.ToNNX.*dvinv.from_linen'):
         from_nnx(model, **PICTURES)
+
+
+def test_a_bridged_nnx_model_is_refused_with_the_way_out():
+    with pytest.raises(DvinvError, match=r'an NNX model in a ToLinen.*dvinv.from_nnx'):
+        from_linen(nnx.bridge.to_linen(AuxiliaryNnx), {}, **PICTURES)
 
 
 # Mean, deviation, image shape

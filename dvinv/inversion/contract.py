@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dvinv.errors import DvinvError
+from dvinv.networks.channels.flat import flat_program
 from dvinv.networks.classifier import Classifier
 
 IMAGES = 4
@@ -48,7 +49,7 @@ def check_answers(classifier: Classifier, name: str) -> None:
             'moved towards its class. Leave out stop_gradient, argmax, rounding and comparisons on the way from the images '
             'to the logits (or give them a straight-through gradient), and look for weights that are all 0.'
         )
-    _check_probabilities(name, logits, lambda: run(100 * mixed)[0])
+    _check_probabilities(classifier, name, logits, lambda: run(100 * mixed)[0])
     alone = run(np.broadcast_to(mixed[:1], mixed.shape))[0][0]
     finite = np.isfinite(logits)
     span, size = np.ptp(logits[finite]), np.abs(logits[finite]).max()
@@ -104,7 +105,7 @@ def _images(image_shape) -> np.ndarray:
     return (brightness + contrast * noise).astype(np.float32)
 
 
-def _check_probabilities(name: str, logits: np.ndarray, of_strong_images: Callable) -> None:
+def _check_probabilities(classifier: Classifier, name: str, logits: np.ndarray, of_strong_images: Callable) -> None:
     """Refuses the answers of a softmax (also in percent) or of sigmoids.
 
     Args:
@@ -117,13 +118,26 @@ def _check_probabilities(name: str, logits: np.ndarray, of_strong_images: Callab
     ):
         if _are_shares(logits, total):
             strong = of_strong_images()
-            # Sigmoids saturate at both ends; logits that hardly change may stay in [0, 1] as well.
-            if _are_shares(strong, total) and (total or np.ptp(strong) > 0.5):
+            # Sigmoids saturate at both ends, but where contrast is normalised away; logits may stay in [0, 1] as well.
+            if _are_shares(strong, total) and (total or np.ptp(strong) > 0.5 or _ends_in_sigmoids(classifier)):
                 what = f'not negative, and sum to {total}' if total else 'in [0, 1], however strong its contrast'
                 raise DvinvError(
                     f'{name} returns probabilities: its answers for an image are {what}. Return the logits: leave out the '
                     f'{layer} at its end, or {way_out}.'
                 )
+
+
+def _ends_in_sigmoids(classifier: Classifier) -> bool:
+    """Whether the last operation on the logits, but for changes of their shape and dtype, is a sigmoid."""
+    x = jax.ShapeDtypeStruct((IMAGES, *classifier.image_shape), np.float32)
+    program = flat_program(jax.make_jaxpr(classifier.apply_fn)(classifier.variables, x))
+    (value,), passed = program.outputs, ('convert_element_type', 'reshape', 'squeeze', 'slice', 'transpose', 'copy')
+    for operation in reversed(program.operations):
+        if value in operation.outputs:
+            if operation.name not in passed:
+                return operation.name == 'logistic'
+            value = operation.inputs[0]
+    return False
 
 
 def _are_shares(answers: np.ndarray, total: float) -> bool:

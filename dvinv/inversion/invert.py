@@ -264,6 +264,11 @@ class _Log:
         if bad:
             # The loss is a sum of the terms: blame a term where one is to blame.
             term = min(bad, key=lambda name: (bad[name], name == 'loss'))
+            if term == 'cross_entropy' and done + bad[term] == 0 and np.isposinf(np.atleast_2d(metrics[term])[:, 0]).any():
+                raise DvinvError(
+                    'The cross-entropy is infinite before the first update: a class that images are asked of has a logit of '
+                    '-inf, as of a masked class. Leave it out of the labels, or of synthesis.classes.'
+                )
             raise DvinvError(
                 f'The term {term} is not a finite number at iteration {done + bad[term]} of the inversion: '
                 "lower the learning rate or its weight, or look for NaNs in the teacher's weights."

@@ -177,4 +177,5 @@ def _ear(*bases: type) -> type:
                 notes.calls[layer] += 1
             return result
 
+    Ear.__name__ = bases[0].__name__ if bases else Ear.__name__  # for sentences
     return Ear

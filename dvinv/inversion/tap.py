@@ -49,25 +49,34 @@ def find_statistics(variables) -> dict[str, tuple[tuple[str, ...], tuple[str, ..
 
     A path is (collection, names of modules, name of the variable). A mean and a variance are of one module and of one shape,
     and their names differ in these words alone. Of several pairs of a module that with Flax's own collection and names is
-    taken, else the first.
+    taken, else the first. Outside of Flax's collection a module that has others within is none that normalises: there it may
+    be the network, with the mean and variance of pixels.
     """
     flat, found = _non_intermediates(variables), {}
+    outer = {path[1:end] for path in flat for end in range(1, len(path) - 1)}
     for path, leaf in sorted(flat.items(), key=lambda item: (item[0][0] != STATISTICS, item[0][-1] != 'mean')):
         for mean, variance in NAMES:
             mate = (*path[:-1], path[-1].replace(mean, variance))
-            if mate != path and np.shape(flat.get(mate)) == np.shape(leaf) != ():
+            inner = path[0] == STATISTICS or path[1:-1] not in outer
+            if inner and mate != path and np.shape(flat.get(mate)) == np.shape(leaf) != ():
                 found.setdefault(join_names(path[1:-1]), (path, mate))
                 break
     return found
 
 
 def unpaired_statistics(variables) -> list[str]:
-    """Paths of what is named as running statistics are, and is in no pair of `find_statistics`."""
+    """Paths of what is named as running statistics are, and is in no pair of `find_statistics`.
+
+    The network's own constants, outside of all modules, are left out: those are of pixels.
+    """
     paired = {path for pair in find_statistics(variables).values() for path in pair}
     return [
         join_names(path)
         for path in _non_intermediates(variables)
-        if path not in paired and path[0] != 'params' and STATISTIC.search(path[-1])
+        if path not in paired
+        and path[0] != 'params'
+        and STATISTIC.search(path[-1])
+        and (path[0] == STATISTICS or len(path) > 2)
     ]
 
 
@@ -93,19 +102,33 @@ def mask_of(layer, args, kwargs) -> jax.Array | None:
     """Returns the argument `mask` of a call of `layer`: the places that count in its moments, as of Flax's BatchNorm.
 
     Raises:
-      DvinvError: the call has another array as argument, which may change the moments; names it.
+      DvinvError: the call has another array as argument, which may change the moments; names it. What has a number a
+        channel, as scales and shifts have, is taken to be applied after the normalisation.
     """
     names = list(inspect.signature(type(layer).__call__).parameters)[1:]
     given = {names[i] if i < len(names) else f'number {i + 1}': value for i, value in enumerate(args)} | kwargs
     x = input_of(args, kwargs)
     for name, value in given.items():
-        if name != 'mask' and value is not x and any(np.ndim(leaf) for leaf in jax.tree.leaves(value)):
+        shapes = [np.shape(leaf) for leaf in jax.tree.leaves(value) if value is not x]
+        if name != 'mask' and any(shape and not _is_of_channels(shape, x.shape) for shape in shapes):
             raise DvinvError(
                 f'A {type(layer).__name__}, a layer with running statistics, is called with the array {name}, and how it '
                 'changes the moments of the layer is not known: only x and mask (as of nn.BatchNorm) are. Apply it outside '
                 'of the layer.'
             )
     return given.get('mask')
+
+
+def _is_of_channels(shape: tuple[int, ...], x: tuple[int, ...]) -> bool:
+    """Whether an array of this shape cannot choose among the places of `x`, [B, ..., C]: it is [C], or [B, 1, ..., C].
+
+    [B, D] neither, where that is no mask of the places of an image.
+    """
+    if len(shape) == 1 or len(x) < 3:
+        return shape[-1] == x[-1] and set(shape[:-1]) <= {1}
+    if len(shape) == 2 and shape[-1] != x[-1] and len(x) == 3:
+        return False
+    return len(shape) in (2, len(x)) and shape[0] in (1, x[0]) and set(shape[1:-1]) <= {1} and shape[-1] > 1
 
 
 def whole_input(layer, running_mean: jax.Array, x: jax.Array, mask: jax.Array | None) -> jax.Array:

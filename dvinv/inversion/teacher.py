@@ -58,6 +58,11 @@ def trusted_linen(module, variables, *, image_shape, mean, std, call_kwargs: dic
             f'from_linen takes a Flax Linen module, and a {type(module).__name__} is none; an NNX model goes to '
             'dvinv.from_nnx(model, ...).'
         )
+    if type(module).__module__.startswith('flax.nnx.bridge'):
+        raise DvinvError(
+            f'from_linen takes a Flax Linen module, and this is an NNX model in a {type(module).__name__}, where its layers '
+            'cannot be captured; pass the NNX model itself, with its weights, to dvinv.from_nnx(model, ...).'
+        )
     pictures, variables = _pictures(image_shape, mean, std), _on_host(variables, type(module).__name__)
     return _teacher(LinenTap, module, variables, *pictures, call_kwargs)
 
@@ -135,6 +140,12 @@ def _on_host(variables, name: str) -> dict:
             'as module.init returns them.'
         )
 
+    if not {'params', 'batch_stats'} & variables.keys():
+        raise DvinvError(
+            f"The variables of {name} have {listed([*map(str, variables)], 4) or 'nothing'}; they must be {{'params': ..., "
+            "'batch_stats': ...}, as module.init returns them: params alone do not have the running statistics."
+        )
+
     def copied(path: str, leaf):
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return leaf
@@ -148,14 +159,17 @@ def _on_host(variables, name: str) -> dict:
             raise DvinvError(f'{path} of {name} is a {type(leaf).__name__}; every variable must be an array of numbers.')
         return array
 
-    variables = flax.core.meta.unbox(flax.core.unfreeze(variables))
     # A leaf may be a tuple, of what the network sowed in `init`.
-    flat = {path: jax.tree.map(lambda one, path=path: copied(path, one), leaf) for path, leaf in flatten(variables).items()}
-    integers = [
-        f'{path} ({leaf.dtype})'
-        for path, leaf in flat.items()
-        if path.startswith('params/') and jnp.issubdtype(leaf.dtype, jnp.integer)
-    ]
+    flat = {
+        path: jax.tree.map(lambda one, path=path: copied(path, one), leaf)
+        for path, leaf in flatten(_unboxed(variables)).items()
+        if leaf is not None
+    }
+    parameters = {path: leaf for path, leaf in flat.items() if path.startswith('params/')}
+    for path, leaf in parameters.items():
+        if isinstance(leaf, list | tuple):
+            raise DvinvError(f'{path} of {name} is a {type(leaf).__name__}; every variable must be an array of numbers.')
+    integers = [f'{path} ({leaf.dtype})' for path, leaf in parameters.items() if jnp.issubdtype(leaf.dtype, jnp.integer)]
     if integers:
         raise DvinvError(
             f'{name} has integer parameters, as quantized networks have: {listed(integers)}. Images are optimized through '
@@ -163,6 +177,13 @@ def _on_host(variables, name: str) -> dict:
         )
     check_finite(unflatten(flat), name)
     return {'params': {}} | unflatten(flat)
+
+
+def _unboxed(node):
+    """Returns nested dicts of nested mappings, without Flax's boxes: `unbox` would shard under a mesh of the caller."""
+    if isinstance(node, Mapping):
+        return {name: _unboxed(child) for name, child in node.items()}
+    return jax.tree.leaves(node)[0] if isinstance(node, flax.core.meta.AxisMetadata) else node
 
 
 def _teacher(make_tap, network, variables, image_shape, mean, std, call_kwargs) -> Teacher:

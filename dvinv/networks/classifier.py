@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dvinv.errors import DvinvError, listed
+
+# In the name of a running variance; its logarithm may be negative.
+VARIANCE = re.compile(r'(?<!log)(?:^|[\W\d_])var(?:iance)?(?:$|[\W\d_])|(?<![lL]og)Var(?:iance)?$')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +114,7 @@ def check_finite(variables, name: str) -> None:
             problems[path] = 'NaN'
         elif np.isinf(values if trained else values[values > 0]).any():
             problems[path] = 'infinite numbers'
-        elif collection == 'batch_stats' and rest.rpartition('/')[2] in ('var', 'running_var') and (values < 0).any():
+        elif collection != 'params' and VARIANCE.search(rest.rpartition('/')[2]) and (values < 0).any():
             problems[path] = 'negative variances'
     if problems:
         raise DvinvError(
