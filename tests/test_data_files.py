@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from tiny import tiny_teacher
 
+from dvinv.data import npz
 from dvinv.data.dataset import RealData, Source, Split
 from dvinv.data.folders import labels_of
 from dvinv.data.pictures import resize
@@ -233,6 +234,18 @@ def encoded_npy():
     return buffer.getvalue()
 
 
+@pytest.mark.parametrize('pixels', [images() * np.float32(1.0000002 / images().max()), images() / images().max() - 1e-7])
+def test_what_interpolation_adds_at_the_ends_of_the_range_is_cut(pixels):
+    np.testing.assert_allclose(npz.as_pixels(pixels, 'here'), images() / images().max() * 255, atol=0.51)
+
+
+def test_integers_of_another_scale_are_said(capsys):
+    npz.as_pixels(images() // 16, 'here')
+    assert f'The brightest pixel of here is {images().max() // 16} of 255: are its images of another scale?' in (
+        capsys.readouterr().err
+    )
+
+
 # Sizes
 
 
@@ -293,7 +306,9 @@ def test_folders_are_classes(tmp_path, kind, suffix):
         (['class_10', 'class_2', 'class_9'], (), [2, 0, 1], True),
         (['n02', 'n10', 'x3'], (), [0, 1, 2], True),
         (['a1b2', 'a1b10'], (), [0, 1], True),
-        (['bee', 'ant'], (), [0, 1], True),
+        (['bee', 'ant'], (), [1, 0], True),
+        (['0_ant', '10_cow', '2_bee'], (), [0, 2, 1], True),
+        (['20240101120000', '9'], (), [1, 0], True),
         (['cat', 'bee'], ('cat', 'ant', 'bee'), [0, 2], False),
         (['1', '10'], ('10', '1'), [1, 0], False),
     ],

@@ -237,8 +237,9 @@ def test_floats_too_small_to_stand_alone_are_refused(tmp_path, dtype, size):
         read_state_dict(tmp_path / 'w.safetensors')
 
 
-def test_bfloat16_is_read(tmp_path):
-    (tmp_path / 'w.safetensors').write_bytes(safetensors_of('BF16', 8))
+@pytest.mark.parametrize(('dtype', 'size'), [('BF16', 8), ('F64', 32)])
+def test_other_floats_are_read(tmp_path, dtype, size):
+    (tmp_path / 'w.safetensors').write_bytes(safetensors_of(dtype, size))
     assert read_state_dict(tmp_path / 'w.safetensors')['conv1.weight'].astype(np.float32).tolist() == [0] * 4
 
 

@@ -1,8 +1,8 @@
 """Images in folders: one sub-folder a class, named after it, with PNG, JPEG, WebP or BMP files directly inside.
 
 The label of a class is its position in `data.class_names`. Without these, folders named by whole numbers (7, 07) have these
-numbers for labels; other names are counted from 0 in the order of the text, or, where all have the same words around a
-number (class_2, class_10), in the order of the numbers.
+numbers for labels; other names are counted from 0 in the order of the text, with the numbers in it by their size (class_2,
+class_10; 2_dog, 10_ship).
 """
 
 import re
@@ -56,20 +56,19 @@ def labels_of(names: list[str], class_names: tuple[str, ...], path: str) -> tupl
                 'folders of all classes, in the order of their labels.'
             )
         return {name: labels[name] for name in names}, False
-    if all(name.isascii() and name.isdecimal() for name in names):
+    if all(name.isascii() and name.isdecimal() and len(name) < 10 for name in names):  # longer ones are no counts
         labels = {name: int(name) for name in names}
         label, count = Counter(labels.values()).most_common(1)[0]
         if count > 1:
             twice = [name for name in names if labels[name] == label]
             raise DvinvError(f'The folders {" and ".join(twice)} of {path} are both of the class {label}; join them.')
         return labels, False
-    if len({re.sub('[0-9]+', '0', name) for name in names}) == 1 and all(len(_numbers(name)) == 1 for name in names):
-        names = sorted(names, key=_numbers)
-    return {name: label for label, name in enumerate(names)}, True
+    return {name: label for label, name in enumerate(sorted(names, key=_in_order))}, True
 
 
-def _numbers(name: str) -> list[int]:
-    return [int(digits) for digits in re.findall('[0-9]+', name)]
+def _in_order(name: str) -> list[tuple[str, int]]:
+    """Returns ('class_', 0), ('', 10) of 'class_10'."""
+    return [('', int(part)) if part.isdecimal() else (part, 0) for part in re.split('([0-9]+)', name)]
 
 
 def _files(path: str) -> dict[str, list[Path]]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from dvinv.data.dataset import RealData, Source, Split
 from dvinv.data.pictures import decode, resize
-from dvinv.errors import DvinvError
+from dvinv.errors import DvinvError, say_once
 
 LAYOUTS = ({'images', 'labels'}, {'jpeg', 'offsets', 'labels'})
 ALIASES = {'x': 'images', 'y': 'labels'}
@@ -33,6 +33,8 @@ ARRAYS = {
     'header': ((np.uint8,), (1,), 'uint8 [bytes]'),
     'class_names': ((np.str_,), (1,), 'strings [K]'),
 }
+EDGE = 1e-3  # share of the range, by which float pixels may lie outside of it
+DARK = 32  # uint8 images are said to be dark where no pixel is as bright
 FEW_CHANNELS = 4  # up to so many are taken for channels where they stand in front of a larger height and width
 
 
@@ -78,7 +80,8 @@ def as_pixels(images: np.ndarray, path: str) -> np.ndarray:
     """Returns images as uint8 [N, H, W, C].
 
     Numbers of another type are shares of white where none is above 1 (but for integers, which tell no scale), and levels
-    from 0 to 255, to be rounded, where the largest is above 127: a set of images without a brighter pixel is unlikely.
+    from 0 to 255, to be rounded, where the largest is above 127: a set of images without a brighter pixel is unlikely. What
+    interpolation adds at either end, a thousandth of the range, is cut.
 
     Args:
       images: [N, H, W, C], [N, H, W], or [N, C, H, W] of at most `FEW_CHANNELS` channels.
@@ -92,22 +95,26 @@ def as_pixels(images: np.ndarray, path: str) -> np.ndarray:
     elif images.shape[1] <= FEW_CHANNELS < min(images.shape[2:]):
         images = np.moveaxis(images, 1, -1)
     if images.dtype == np.uint8 or not images.size:
+        if 0 < images.max(initial=0) < DARK:
+            say_once(f'The brightest pixel of {path} is {images.max()} of 255: are its images of another scale?')
         return images.astype(np.uint8, copy=False)
     if images.dtype == np.bool_:
         return images * np.uint8(255)
     lowest, highest = images.min(), images.max()
-    if not (np.isrealobj(images) and lowest >= 0 and highest <= 255):  # not a number is neither
+    shares = np.isrealobj(images) and highest <= 1 + EDGE and np.issubdtype(images.dtype, np.floating)
+    scale = 255 if shares else 1
+    if not (np.isrealobj(images) and lowest * scale >= -255 * EDGE and highest <= 255 * (1 + EDGE)):  # NaN is neither
         raise DvinvError(
             f'The images of {path} are {images.dtype} from {lowest:g} to {highest:g}; they must be pixels, before any '
             'normalisation: uint8, or numbers from 0 to 1 or from 0 to 255.'
         )
-    scale = 255 if highest <= 1 and np.issubdtype(images.dtype, np.floating) else 1
     if scale == 1 and highest <= 127:
         raise DvinvError(
             f'The images of {path} are {images.dtype} from {lowest:g} to {highest:g}, which tells no scale; save them as '
             'uint8 from 0 (black) to 255 (white).'
         )
-    return np.stack([np.rint(image * np.float64(scale)).astype(np.uint8) for image in images])  # one by one: memory
+    # One by one, for the memory.
+    return np.stack([np.rint(image * np.float64(scale)).clip(0, 255).astype(np.uint8) for image in images])
 
 
 def _as_labels(labels: np.ndarray, path: str) -> tuple[np.ndarray, int]:

@@ -146,7 +146,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     with _damage_told(path), safe_open(path, 'numpy') as file:
         names = file.keys()
         dtypes = {name: file.get_slice(name).get_dtype() for name in names}
-        _refuse_small_floats(path, {name: dtype for name, dtype in dtypes.items() if re.match('F[468]', dtype)})
+        _refuse_small_floats(path, {name: dtype for name, dtype in dtypes.items() if re.match('F[468](_|$)', dtype)})
         return {name: file.get_tensor(name) for name in names}
 
 
