@@ -41,11 +41,15 @@ def main(_) -> None:
     config = _CONFIG.value
     preemption.install()
     # Imported late, so that a mistyped flag is answered at once.
+    import jax
+
     from dvinv import pipeline, plan, seeds
     from dvinv.runtime.compilation import keep_compiled
     from dvinv.runtime.devices import set_cpu_devices
     from dvinv.runtime.job import job
 
+    jax.config.update('jax_numpy_rank_promotion', 'allow')  # whatever the environment says, which is for other code
+    jax.config.update('jax_numpy_dtype_promotion', 'standard')
     logging.set_verbosity(logging.FATAL)  # Orbax tells much of every checkpoint, and of a full disk with a traceback
     set_cpu_devices(config.devices)
     keep_compiled()

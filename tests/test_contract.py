@@ -17,6 +17,8 @@ from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, tiny_teacher, trained, trained
 
 from dvinv import DvinvError, from_linen, from_nnx, invert
 from dvinv.inversion import InversionConfig, Stage, Weights
+from dvinv.inversion.augmentation import Augmentation
+from dvinv.inversion.canvas import blank_canvas, make_paint
 from dvinv.inversion.contract import check_answers
 from dvinv.inversion.step import InversionState, make_step
 from dvinv.networks import save_network
@@ -124,8 +126,9 @@ PROBABILITIES = 'Ending returns probabilities: .*Return the logits: leave out th
         (Ending(lambda z: z.reshape(2, -1, 3).mean(1)), r'for one image it gives TypeError.* instead of \(1, 3\)'),
         (BatchMoments(), 'depend on the other images of the batch: .*BatchMoments .*running statistics'),
         (BatchMoments(detached=True), 'depend on the other images of the batch'),
+        (Ending(lambda z: (z - z.mean(0)).at[:, 1].set(-1e9)), 'depend on the other images of the batch'),
     ],
-    ids=range(22),
+    ids=range(23),
 )
 def test_a_network_that_does_not_answer_as_a_classifier_is_refused(module, sentence):
     with pytest.raises(DvinvError, match=sentence):
@@ -624,6 +627,24 @@ def test_no_rank_is_promoted_implicitly_in_the_pixel_step_and_the_train_step():
         train_step = make_train_step(TinyNet(channels=(4,)), lesson, teacher)
         batch = np.zeros((4, *IMAGE_SHAPE), np.uint8), np.zeros(4, np.int32)
         jax.eval_shape(train_step, initial_state(recipe, teacher.variables), *batch, None, jax.random.key(0))
+
+
+@pytest.mark.parametrize('canvas', ['pixels', 'spectrum'])
+def test_images_are_float32_also_where_jax_may_compute_in_float64(canvas):
+    teacher = tiny_teacher(channels=(4,))
+    augmentation = Augmentation(shift=1, flip=True, noise=0.1, resized_crop=0.5, color_jitter=0.1, cutmix=0.5, mixup=0.2)
+
+    def shown(key):
+        blank, key = blank_canvas(key, 2, IMAGE_SHAPE)
+        return augmentation(key, make_paint(canvas, 0.6, teacher)(blank), teacher)
+
+    with jax.enable_x64(True):
+        assert jax.eval_shape(shown, jax.random.key(0)).dtype == np.float32
+
+
+def test_a_user_may_forbid_promotions():
+    with jax.numpy_dtype_promotion('strict'), jax.numpy_rank_promotion('raise'):
+        assert invert(_teacher(Ending()), [0, 1], ONE, 0).images.shape == (2, *IMAGE_SHAPE)
 
 
 def test_the_same_inversion_is_compiled_once_and_an_integer_is_a_key():

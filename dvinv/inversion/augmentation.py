@@ -165,6 +165,7 @@ class Augmentation:
 
     def __call__(self, key: jax.Array, x: jax.Array, network: Classifier, axis: str | None = None) -> jax.Array:
         """The view x' of images x [B, H, W, C] normalised for `network`; `key` is the same on every device of `axis`."""
+        dtype = x.dtype  # random numbers may be float64, where JAX is allowed to
         shift_key, flip_key, noise_key = jax.random.split(key, 3)
         if self.resized_crop:
             x = resized_crop_each(jax.random.fold_in(key, 3), x, self.resized_crop, axis)
@@ -183,4 +184,4 @@ class Augmentation:
             x = color_jitter_each(jax.random.fold_in(key, 5), x, self.color_jitter, axis)
         if self.cutmix:
             x = cutmix(jax.random.fold_in(key, 6), x, self.cutmix)
-        return mixup(jax.random.fold_in(key, 4), x, self.mixup) if self.mixup else x
+        return (mixup(jax.random.fold_in(key, 4), x, self.mixup) if self.mixup else x).astype(dtype)

@@ -27,7 +27,7 @@ SHARED = 0.85  # the part of the variance that the channels have in common
 def blank_canvas(key: jax.Array, batch_size: int, image_shape) -> tuple[jax.Array, jax.Array]:
     """(canvas ~ N(0, 1), [B, H, W, C] float32, the key that the iterations draw from)."""
     canvas_key, step_key = jax.random.split(key)
-    return jax.random.normal(canvas_key, (batch_size, *image_shape)), step_key
+    return jax.random.normal(canvas_key, (batch_size, *image_shape), jnp.float32), step_key
 
 
 def make_paint(kind: str, contrast: float, classifier: Classifier) -> Callable:

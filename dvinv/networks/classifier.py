@@ -36,7 +36,7 @@ class Classifier:
         """Pixels, uint8 or float in [0, 1], [..., H, W, C], to the float32 that the network takes."""
         pixels = images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
         # Expanded, for users who let JAX refuse implicit rank promotion.
-        mean, std = (jnp.expand_dims(jnp.asarray(values), range(pixels.ndim - 1)) for values in (self.mean, self.std))
+        mean, std = (jnp.expand_dims(jnp.float32(values), range(pixels.ndim - 1)) for values in (self.mean, self.std))
         return (pixels - mean) / std
 
     def to_uint8(self, x) -> np.ndarray:
