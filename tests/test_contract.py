@@ -122,13 +122,14 @@ PROBABILITIES = 'Ending returns probabilities: .*Return the logits: leave out th
         (Ending(first=_callback), 'Ending cannot be differentiated with respect to its images: ValueError'),
         (Ending(lambda z: z + jnp.nan), 'Ending returns logits that are NaN or infinite'),
         (Ending(lambda z: z - z.mean(0)), 'depend on the other images of the batch'),
+        (Ending(lambda z: z + jnp.arange(len(z))[:, None]), 'depend on the other images of the batch'),
         (Ending(jnp.squeeze), r'for one image it gives \(3,\) instead of \(1, 3\)\. Is there a squeeze'),
         (Ending(lambda z: z.reshape(2, -1, 3).mean(1)), r'for one image it gives TypeError.* instead of \(1, 3\)'),
         (BatchMoments(), 'depend on the other images of the batch: .*BatchMoments .*running statistics'),
         (BatchMoments(detached=True), 'depend on the other images of the batch'),
         (Ending(lambda z: (z - z.mean(0)).at[:, 1].set(-1e9)), 'depend on the other images of the batch'),
     ],
-    ids=range(23),
+    ids=range(24),
 )
 def test_a_network_that_does_not_answer_as_a_classifier_is_refused(module, sentence):
     with pytest.raises(DvinvError, match=sentence):
@@ -554,6 +555,7 @@ def test_a_bridged_nnx_model_is_refused_with_the_way_out():
     ('options', 'sentence'),
     [
         ({'mean': (123.675, 116.28)}, r'mean is \(123.675, 116.28\), but pixels are in \[0, 1\].*: \(0.485, 0.456\)'),
+        ({'mean': (103.9, 116.8), 'std': 1}, r': \(0.407451, 0.458039\), and std as well: \(0.003922, 0.003922\)'),
         ({'std': (58.395, 57.12)}, r'std is \(58.395, 57.12\), .*: \(0.229, 0.224\)'),
         ({'mean': np.float32([np.nan, 0])}, r'mean is \(nan, 0.0\); every number of it must be finite'),
         ({'std': (np.inf, 1)}, r'std is \(inf, 1.0\); every number'),
@@ -670,6 +672,12 @@ def test_the_same_inversion_is_compiled_once_and_an_integer_is_a_key():
     del other
     gc.collect()
     assert weights() is None
+
+
+@pytest.mark.parametrize('config', [None, 'cifar10_paper', Stage(1, 0.1), InversionConfig(Stage(1, 0.1))], ids=range(4))
+def test_what_is_no_config_is_refused(config):
+    with pytest.raises(DvinvError, match=r'it must be a (dvinv.inversion.InversionConfig|tuple of stages)'):
+        invert(tiny_teacher(), [0, 1], config, 0)
 
 
 NO_KEYS = None, 1.5, True, [1, 2], 2**64, jax.ShapeDtypeStruct((3,), np.float32), np.zeros(3, np.uint32)

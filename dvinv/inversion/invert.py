@@ -175,6 +175,8 @@ def invert(
       DvinvError: labels out of range, settings that do not fit the images, a batch that the devices do not divide, or a
         loss that is not a number (names the step and the term).
     """
+    if not isinstance(config, InversionConfig):
+        raise DvinvError(f'config is {config!r}; it must be a dvinv.inversion.InversionConfig, or one of its PRESETS.')
     labels, (key, kind) = np.asarray(labels), _key_data(key)
     check_labels(labels, teacher.num_classes)
     mesh = (mesh or make_mesh()) if config.bn_stats == 'global' else make_mesh(1)

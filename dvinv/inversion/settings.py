@@ -100,6 +100,8 @@ class InversionConfig:
         _one_of('precision', self.precision, PRECISIONS)
         _at_least('recompute', self.recompute, 0)
         _at_least('iterations_per_dispatch', self.iterations_per_dispatch, 0)
+        if not (isinstance(self.stages, tuple | list) and all(isinstance(stage, Stage) for stage in self.stages)):
+            raise DvinvError(f'stages is {self.stages!r}; it must be a tuple of stages, (Stage(2000, 0.1),) for instance.')
         if not self.stages:
             raise DvinvError('An inversion needs at least one stage; stages is empty.')
         height, _, _ = image_shape

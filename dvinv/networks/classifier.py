@@ -133,13 +133,15 @@ def check_normalisation(mean: tuple[float, ...], std: tuple[float, ...], prefix:
     Raises:
       DvinvError: names the value; offers it divided by 255 where it is for pixels in 0..255.
     """
+    # Of networks that take pixels in 0..255 less a mean, std is 1.
+    also = f', and std as well: {tuple(round(value / 255, 6) for value in std)}' if min(std, default=0) >= 1 else ''
     for name, values, most in (('mean', mean, 1), ('std', std, 10)):
         if not np.isfinite(values).all():
             raise DvinvError(f'{prefix}{name} is {values}; every number of it must be finite.')
         if np.max(np.abs(values), initial=0) > most:
             raise DvinvError(
                 f'{prefix}{name} is {values}, but pixels are in [0, 1]; numbers for pixels in 0..255 must be divided by '
-                f'255: {tuple(round(value / 255, 6) for value in values)}.'
+                f'255: {tuple(round(value / 255, 6) for value in values)}{also if name == "mean" else ""}.'
             )
     if min(std, default=1) <= 0:
         raise DvinvError(f'{prefix}std is {std}; every standard deviation must be above 0.')
