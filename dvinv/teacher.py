@@ -206,6 +206,14 @@ def check(config) -> Teacher:
             print_pixels(config.teacher, 'teacher', teacher)
     if data is not None:
         check_fits(teacher, data)
+        chosen = tuple(config.data.classes)
+        # The first classes keep their numbers; the task continual has a check of its own.
+        if len(chosen) < teacher.num_classes and chosen != (*range(len(chosen)),) and 'continual' not in config.tasks:
+            raise DvinvError(
+                f'data.classes names {len(chosen)} classes, which are numbered anew from 0, but the teacher knows '
+                f'{teacher.num_classes}, so that their labels would be of other classes; leave data.classes out, or give a '
+                'teacher of these classes alone.'
+            )
     if judges(config):
         if is_trained_here('verifier', config):
             _check_takes('verifier', config.verifier, teacher)

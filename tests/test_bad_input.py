@@ -1,5 +1,6 @@
 """A user's mistake is answered by one sentence, before anything is written; so are damaged files and a full disk."""
 
+import contextlib
 import errno
 import os
 import re
@@ -337,6 +338,14 @@ def test_a_class_without_an_image_is_named(tmp_path, labels, words):
     sentence = refusal(tmp_path / 'run', data__name='npz', data__path=path, data__train_path=path)
     assert words in sentence
     assert f'the lowest is {labels.min()}, the highest {labels.max()}' in sentence
+
+
+@pytest.mark.parametrize(('classes', 'fits'), [((7, 8, 9), False), ((1, 0), False), ((0, 1, 2), True), ((), True)])
+def test_classes_that_are_numbered_anew_are_not_the_teachers(own_file, classes, fits):
+    config = smoke_config(teacher__weights=own_file, teacher__mean=(), teacher__std=(), data__classes=classes)
+    config.verifier.network, config.teacher.width = '', 1.0
+    with contextlib.nullcontext() if fits else pytest.raises(DvinvError, match=r'data.classes names .* numbered anew'):
+        pipeline.check(config)
 
 
 def test_weights_of_another_network_are_refused(finished, tmp_path):

@@ -1,5 +1,6 @@
 """SIGTERM in the middle of batches: what is under way is saved, and goes on to the bit."""
 
+import socket
 import subprocess
 import sys
 
@@ -22,6 +23,12 @@ from dvinv.unfinished import UnfinishedBatches
 
 BATCH = 8
 STAGES = Stage(4, 0.1, jitter=2, flip=True, warmup=2, schedule='cosine'), Stage(3, 0.05, noise=0.1)
+
+
+def test_the_thread_of_an_earlier_installation_ends():
+    listening, bell = socket.socketpair()
+    bell.close()
+    preemption._listen(listening, 1.0)
 
 
 @pytest.mark.parametrize(('bn_stats', 'dispatch'), [('device', 1), ('device', 3), ('global', 1)])

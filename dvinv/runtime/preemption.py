@@ -72,8 +72,10 @@ def leave_if_asked() -> None:
 def _listen(bell: socket.socket, grace: float) -> None:
     """Leaves the note at SIGTERM, and ends the process where it is not looked at."""
     global _asked
-    while signal.SIGTERM not in bell.recv(64):
-        pass  # another signal that has a handler
+    while signal.SIGTERM not in (rung := bell.recv(64)):  # another signal that has a handler
+        if not rung:  # `install` was called again
+            bell.close()
+            return
     _asked = True
     patience = grace
     while _looked.wait(patience):
