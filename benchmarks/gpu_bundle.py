@@ -27,6 +27,7 @@ INSTALLED_THERE = {
     'flax',
     'jax',
     'jaxtyping',
+    'ml-dtypes',
     'jinja2',
     'numpy',
     'optax',
