@@ -210,7 +210,7 @@ def check(config) -> Teacher:
         # The first classes keep their numbers; the task continual has a check of its own.
         if len(chosen) < teacher.num_classes and chosen != (*range(len(chosen)),) and 'continual' not in config.tasks:
             raise DvinvError(
-                f'data.classes names {len(chosen)} classes, which are numbered anew from 0, but the teacher knows '
+                f'data.classes names {len(chosen)} classes, which are numbered again from 0, but the teacher knows '
                 f'{teacher.num_classes}, so that their labels would be of other classes; leave data.classes out, or give a '
                 'teacher of these classes alone.'
             )
@@ -236,7 +236,7 @@ def _check_classes(data: RealData) -> None:
     raise DvinvError(
         f'The data set has {data.num_classes} classes by its labels or names, but {count} of them ({numbers}) have no image '
         f'to train on: a network would have outputs that mean nothing, and images would be made of them. Labels count the '
-        f'classes from 0, and here the lowest is {present[0]}, the highest {present[-1]}; number them anew, or name by '
+        f'classes from 0, and here the lowest is {present[0]}, the highest {present[-1]}; number them again, or name by '
         'data.classes those that there are.'
     )
 

@@ -344,7 +344,7 @@ def test_a_class_without_an_image_is_named(tmp_path, labels, words):
 def test_classes_that_are_numbered_anew_are_not_the_teachers(own_file, classes, fits):
     config = smoke_config(teacher__weights=own_file, teacher__mean=(), teacher__std=(), data__classes=classes)
     config.verifier.network, config.teacher.width = '', 1.0
-    with contextlib.nullcontext() if fits else pytest.raises(DvinvError, match=r'data.classes names .* numbered anew'):
+    with contextlib.nullcontext() if fits else pytest.raises(DvinvError, match=r'data.classes names .* numbered again'):
         pipeline.check(config)
 
 

@@ -290,7 +290,7 @@ def test_flags_and_what_a_subclass_keeps_to_itself_are_no_arguments(norm, call):
 
 
 class Named(nn.Module):
-    """A normalization whose statistics have other names, or are in another collection."""
+    """A normalization with statistics under other names, or in another collection."""
 
     collection: str = 'batch_stats'
     names: tuple = ('running_mean', 'running_var')
@@ -506,7 +506,7 @@ def test_weights_that_the_caller_changes_or_donates_are_the_callers_alone():
 
 
 class Boxed(nn.Module):
-    """A network whose parameters are in boxes that name mesh axes."""
+    """A network with parameters in boxes that name mesh axes."""
 
     @nn.compact
     def __call__(self, x):

@@ -40,7 +40,7 @@ OTHERS = (
         'restore it with Flax in a function, and name that by teacher.factory',
     ),
     (rb'\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf', 'compressed', 'decompress it'),
-    (rb'.{257}ustar', 'a tar archive', 'unpack it (one of PyTorch older than 0.1.10: load it there and save it anew)'),
+    (rb'.{257}ustar', 'a tar archive', 'unpack it (one of PyTorch older than 0.1.10: load it there and save it again)'),
     (rb'\x08[\x01-\x1f][\x12\x1a\x3a\x42]', 'an ONNX graph', f'with the network from which it was exported, {STATE_DICT}'),
 )
 
