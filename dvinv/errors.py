@@ -1,4 +1,4 @@
-"""What is meant for the user's eyes: the one exception, how its sentences list, and what is said but once."""
+"""What users read: the exception for their mistakes, parts of its sentences, and lines on the terminal."""
 
 import functools
 import sys
@@ -14,6 +14,11 @@ class DvinvError(Exception):
 def listed(names: list[str], most: int = 12) -> str:
     """The first so many names, and how many more there are."""
     return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
+
+
+def in_a_line(error: Exception) -> str:
+    """Returns the class of an error and the first line of its message, which may be empty."""
+    return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
 
 
 def say(sentence: str) -> None:

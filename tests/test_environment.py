@@ -40,7 +40,7 @@ def test_an_editable_install_wins_over_the_folder_of_the_clone(tmp_path):
 
 @pytest.fixture
 def no_cache():
-    """JAX was not told where to keep compiled programs."""
+    """JAX has no folder for compiled programs."""
     before = jax.config.jax_compilation_cache_dir
     jax.config.update('jax_compilation_cache_dir', None)
     say_once.cache_clear()

@@ -376,13 +376,13 @@ OURS = {
 
 
 @pytest.fixture
-def ours(tmp_path) -> Path:
-    save_network(tmp_path / 'ours.safetensors', trained_variables(create('small_resnet', 3, 0.125)), OURS)
-    return tmp_path / 'ours.safetensors'
+def own_file(tmp_path) -> Path:
+    save_network(tmp_path / 'own_file.safetensors', trained_variables(create('small_resnet', 3, 0.125)), OURS)
+    return tmp_path / 'own_file.safetensors'
 
 
-def test_a_file_of_dvinv_describes_itself(ours):
-    module, variables, about = read_classifier(ours, 'small_resnet')
+def test_a_file_of_dvinv_describes_itself(own_file):
+    module, variables, about = read_classifier(own_file, 'small_resnet')
     assert about == OURS
     assert module == create('small_resnet', 3, 0.125)
     jax.tree.map(np.testing.assert_array_equal, variables, trained_variables(module))
@@ -397,11 +397,11 @@ def test_a_file_of_dvinv_describes_itself(ours):
         ('width', 0.5, 0.125),
     ],
 )
-def test_what_a_file_of_dvinv_describes_otherwise_is_refused(ours, field, value, own):
+def test_config_values_that_contradict_a_file_of_dvinv_are_refused(own_file, field, value, own):
     with pytest.raises(DvinvError) as caught:
-        read_classifier(ours, 'small_resnet', **{field: value}, field='verifiers[1].network')
+        read_classifier(own_file, 'small_resnet', **{field: value}, field='verifiers[1].network')
     sentence = str(caught.value)
-    assert sentence.startswith(f'verifiers[1].{field} is {value}, but {ours}, a file that dvinv wrote')
+    assert sentence.startswith(f'verifiers[1].{field} is {value}, but {own_file}, a file that dvinv wrote')
     assert f'write verifiers[1].{field}={own}' in sentence
 
 
@@ -435,9 +435,9 @@ def test_known_pixels_are_those_of_a_network_that_others_published(network):
     assert published_pixels(network, 4) == ((), ())
 
 
-def test_a_file_of_dvinv_with_another_network_is_refused(ours):
-    with pytest.raises(DvinvError, match=f'^{ours} holds a small_resnet, but verifier.network is resnet20.$'):
-        read_classifier(ours, 'resnet20', field='verifier.network', **PIXELS)
+def test_a_file_of_dvinv_with_another_network_is_refused(own_file):
+    with pytest.raises(DvinvError, match=f'^{own_file} holds a small_resnet, but verifier.network is resnet20.$'):
+        read_classifier(own_file, 'resnet20', field='verifier.network', **PIXELS)
 
 
 @pytest.mark.parametrize('name', ['none.npz', 'none.safetensors', 'none.pth'])

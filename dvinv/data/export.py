@@ -82,7 +82,7 @@ def to_tfds(pool: ImagePool, folder: Path) -> None:
 
 
 def to_npz(pool: ImagePool, folder: Path) -> None:
-    """`folder/images.npz` with images uint8 [N, H, W, C] and labels int32 [N], which the data set 'npz' reads; written anew.
+    """Writes `folder/images.npz` with images uint8 [N, H, W, C] and labels int32 [N], which the data set 'npz' reads.
 
     Raises:
       DvinvError: as `to_folders`.

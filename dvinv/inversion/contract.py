@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dvinv.errors import DvinvError
+from dvinv.errors import DvinvError, in_a_line
 from dvinv.networks.channels.flat import flat_program
 from dvinv.networks.classifier import Classifier
 
@@ -70,7 +70,7 @@ def _check_single(classifier: Classifier, name: str) -> None:
     try:
         what = str(jax.eval_shape(classifier.apply_fn, classifier.variables, x).shape)
     except Exception as error:  # the user's network runs; Flax and JAX raise many kinds here
-        what = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
+        what = in_a_line(error)
     if what != str((1, classifier.num_classes)):
         raise DvinvError(
             f'{name} must return logits [B, K] for a batch of any size; for one image it gives {what} instead of '
@@ -93,10 +93,7 @@ def _compiled(classifier: Classifier, name: str) -> Callable:
     try:
         jax.eval_shape(program, classifier.variables, x)
     except Exception as error:  # the user's network is differentiated; Flax and JAX raise many kinds here
-        raise DvinvError(
-            f'{name} cannot be differentiated with respect to its images: '
-            f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
-        ) from error
+        raise DvinvError(f'{name} cannot be differentiated with respect to its images: {in_a_line(error)}') from error
     return lambda x: jax.device_get(program(classifier.variables, x))
 
 

@@ -180,7 +180,7 @@ def invert(
     labels, (key, kind) = np.asarray(labels), _key_data(key)
     check_labels(labels, teacher.num_classes)
     mesh = (mesh or make_mesh()) if config.bn_stats == 'global' else make_mesh(1)
-    # A user may have forbidden promotions in code of theirs.
+    # The caller's settings of JAX may forbid promotions.
     with on_mesh(mesh), jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):
         run = make_inverter(teacher, config, mesh, student_fn)
         result = run(jax.random.wrap_key_data(key[None], impl=kind), labels[None], student_variables)

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dvinv.errors import DvinvError, listed, say
+from dvinv.errors import DvinvError, in_a_line, listed, say
 from dvinv.inversion.losses import EPSILON, pmean
 from dvinv.networks.channels.flat import flat_program
 from dvinv.networks.classifier import join_names
@@ -206,7 +206,7 @@ class Tap(abc.ABC):
             except DvinvError:
                 raise
             except Exception as error:  # Flax and JAX raise many kinds here; the last one is told below
-                reason = f' ({_in_a_line(error)})'
+                reason = f' ({in_a_line(error)})'
             missed = [layer for layer in wanted if layer not in moments or moments[layer][0].shape != wanted[layer][0].shape]
             tries.append((len(missed), way, calls, missed, reason))
             if not missed:
@@ -222,12 +222,12 @@ class Tap(abc.ABC):
                 'of these layers as module(x) once in the forward pass, and let lifted transforms carry batch_stats on a '
                 f'mapped axis.{tries[-1][-1]}'
             )
-        self._places = {layer: self._places[layer] for layer in self.layers}
         if idle:
             say(f'{name} does not use {listed(sorted(idle))} in eval mode, so their running statistics are left out.')
-        foreign = [join_names(path) for layer in foreign for path in find_statistics(variables)[layer]]
+        foreign = [join_names(path) for layer in foreign for path in self._places[layer]]
         if others := [*foreign, *unpaired_statistics(variables)]:
             say(f'{name} has {listed(others)}, named as running statistics, but no layer is known to use them: left out.')
+        self._places = {layer: self._places[layer] for layer in self.layers}
 
     def _is_of_flax(self, layer: str) -> bool:
         mean, variance = self._places[layer]
@@ -287,7 +287,7 @@ class Tap(abc.ABC):
             raise self._in_training(*DRAWS) from error
         except Exception as error:
             raise DvinvError(
-                f'{self._name} cannot be applied to images of shape {shape} with {self._kwargs}: {_in_a_line(error)}'
+                f'{self._name} cannot be applied to images of shape {shape} with {self._kwargs}: {in_a_line(error)}'
             ) from error
         if getattr(logits, 'ndim', None) != 2:
             raise DvinvError(
@@ -307,10 +307,6 @@ class Tap(abc.ABC):
             f'{self._name} {symptom}, so it is not in eval mode: pass call_kwargs, for instance {remedy} '
             f'(now {self._kwargs}).'
         )
-
-
-def _in_a_line(error: Exception) -> str:
-    return f'{type(error).__name__}: {str(error).splitlines()[0]}'
 
 
 class LinenTap(Tap):
@@ -374,7 +370,7 @@ def _heard(sown, collection: str) -> dict:
 
 @contextlib.contextmanager
 def _sowing(collection: str, calls: Counter, hear: Callable, places: dict):
-    """While open, every Linen layer in `places` that is called sows what is heard into `collection`; counted in `calls`."""
+    """Sows what `hear` returns for each call of a Linen layer in `places` into `collection`, and counts it in `calls`."""
 
     def intercept(call, args, kwargs, context):
         module = context.module

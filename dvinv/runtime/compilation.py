@@ -9,7 +9,7 @@ from dvinv.errors import say_once
 
 
 def keep_compiled() -> None:
-    """Keep compiled programs in XDG_CACHE_HOME or ~/.cache, unless JAX was told where. For main alone.
+    """Keeps compiled programs in XDG_CACHE_HOME or ~/.cache, unless JAX has a folder for them. Called by main only.
 
     Where there is no such folder (a container's user without a home), they are not kept, and that is said once.
     """

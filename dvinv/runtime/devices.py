@@ -39,7 +39,7 @@ def platform_of(mesh: Mesh) -> str:
 
 
 def local_devices() -> list[jax.Device]:
-    """The devices of this process; other processes of a run have theirs.
+    """Returns the devices of this process, without those of the other processes of a run.
 
     Raises:
       DvinvError: JAX cannot use the devices that JAX_PLATFORMS names, or those that it finds.
