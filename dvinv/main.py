@@ -1,12 +1,19 @@
 """python -m dvinv.main --config configs/digits.py --workdir DIR [--config.field=value ...] [--seeds N]"""
 
+import difflib
+import os
 import re
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == '__main__' and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until `cli`: Ctrl-C would end an import with a traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+import dvinv
 from dvinv.errors import DvinvError, listed
 from dvinv.runtime import preemption
 
@@ -39,11 +46,12 @@ _DISTRIBUTED = flags.DEFINE_bool(
 
 def main(_) -> None:
     config = _CONFIG.value
-    preemption.install()
-    # Imported late, so that a mistyped flag is answered at once.
+    # Imported late, so that a mistyped flag is answered at once, and what takes its time only after the banner.
     import jax
 
-    from dvinv import pipeline, plan, seeds
+    print(f'dvinv {dvinv.__version__} with JAX {jax.__version__}', file=sys.stderr, flush=True)
+    from dvinv.configuration import TASKS
+    from dvinv.runtime.banner import announce
     from dvinv.runtime.compilation import keep_compiled
     from dvinv.runtime.devices import set_cpu_devices
     from dvinv.runtime.job import job
@@ -54,15 +62,23 @@ def main(_) -> None:
     set_cpu_devices(config.devices)
     keep_compiled()
     if _PLAN.value:
+        preemption.install(grace=0)  # nothing is to be saved
+        from dvinv import plan
+
         print(plan.plan(config))
         return
     with job(_DISTRIBUTED.value, config.bn_stats) as mine:
+        if mine.leader:
+            announce(config, _WORKDIR.value, [task for task in TASKS if task in config.tasks], _SEEDS.value)
+        from dvinv import pipeline, seeds
+
+        preemption.leave_if_asked()
         if _SEEDS.value:
             figures = seeds.run(config, _WORKDIR.value, _SEEDS.value, mine)
         else:
             figures = {'runs': [pipeline.run(config, _WORKDIR.value, mine)]}
     if mine.leader:
-        print(seeds.table(figures))
+        print(seeds.table(figures, _WORKDIR.value))
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -125,6 +141,7 @@ def _check_config_file(argv: list[str]) -> None:
 
 def cli() -> None:
     """Run, and answer a user's mistake with one sentence and the exit status 1."""
+    preemption.install()
     try:
         app.run(main, flags_parser=_parse)
     except DvinvError as error:

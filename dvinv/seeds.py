@@ -1,5 +1,6 @@
 """A config over several seeds: mean and standard deviation of every figure, and the table that is printed."""
 
+import fnmatch
 import json
 import statistics
 from pathlib import Path
@@ -11,6 +12,16 @@ from dvinv.errors import DvinvError
 from dvinv.runtime import mistakes, versions
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.processes import ALONE, Processes
+from dvinv.runtime.progress import duration
+
+HEADLINES = {  # what is printed of the figures in results.json, as patterns; in the order of the tasks
+    'teacher': ('test_accuracy', 'verifier_test_accuracy'),
+    'synthesis': ('images', 'verifier_accuracy', 'feature_loss_last', 'feature_loss_real'),
+    'distillation': ('test_accuracy', 'agreement', 'real_test_accuracy', 'prior_only_test_accuracy', 'noise_test_accuracy'),
+    'pruning': ('test_accuracy', 'unpruned_test_accuracy', 'flops_ratio', 'parameters_ratio'),
+    'continual': ('test_accuracy', 'finetune_test_accuracy', 'replay_test_accuracy', 'joint_test_accuracy'),
+    'quantization': ('float_test_accuracy', 'w*a*.test_accuracy'),
+}
 
 
 def run(config, workdir, count: int, processes: Processes = ALONE) -> dict:
@@ -77,18 +88,32 @@ def _flat(figures: dict) -> dict:
     return flat
 
 
-def table(summary: dict) -> str:
-    """The figures as lines of text, with the standard deviation where there are several seeds."""
+def table(summary: dict, workdir) -> str:
+    """The headline figures in the order of the tasks, the time, and where all else is, as lines of text.
+
+    Args:
+      summary: {'runs': [results of each seed]} at least; figures have a standard deviation where it has them, under 'std'.
+      workdir: the path of the work directory.
+    """
     runs = summary['runs']
     mean, std = _over(runs, statistics.fmean), summary.get('std', {})
     lines = []
-    for task, figures in mean.items():
-        for figure, value in figures.items():
+    for task, patterns in HEADLINES.items():
+        for figure in _headlines(mean.get(task, {}), patterns):
             spread = std.get(task, {}).get(figure)
-            lines.append(
-                f'{task:14}{figure:28}{_short(value):>12}' + (f' +- {_short(spread)}' if spread is not None else '')
-            )
+            deviation = '' if spread is None else f' +- {_short(spread)}'
+            lines.append(f'{task:14}{figure:28}{_short(mean[task][figure]):>12}{deviation}')
+    seconds = sum(figures['wall_seconds'] for results in runs for figures in results.values())
+    lines.append(f'{"time":14}{duration(seconds)}')
+    for name, what in (('report.html', 'report'), ('results.json', 'all figures')):
+        if (Path(workdir) / name).exists():
+            lines.append(f'{what:14}{Path(workdir) / name}')
     return '\n'.join(lines)
+
+
+def _headlines(figures: dict, patterns: tuple[str, ...]) -> list[str]:
+    """Returns the names of figures that match, pattern by pattern."""
+    return [name for pattern in patterns for name in figures if fnmatch.fnmatchcase(name, pattern)]
 
 
 def _short(value: float) -> str:
