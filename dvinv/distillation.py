@@ -30,7 +30,7 @@ def run(config, workdir) -> dict:
         if count > len(labels):
             raise DvinvError(f'distillation.counts names {count}, but the pool has {len(labels)} images.')
     hints = hints_of(config, teacher)
-    if config.synthesis.method != 'adaptive' and not workdir.network('student').exists():
+    if config.synthesis.method != 'adaptive' and not workdir.has_network('student'):
         print_hints(config, teacher)
     students = {'student': distil(config, workdir, teacher, images, labels, rounds, 'student')}
     for count in config.distillation.counts:
@@ -74,7 +74,7 @@ def planned_trainings(config, teacher: Teacher) -> list[PlannedTraining]:
 def complete(config, workdir: Workdir) -> bool:
     """Whether student and controls' images are still there: what is damaged is deleted by its owner."""
     whole = controls_are_whole(config, workdir, config.distillation.controls)
-    return whole and workdir.network('student').exists()
+    return whole and workdir.has_network('student')
 
 
 def distil(

@@ -32,7 +32,7 @@ def _in_batches(network: Classifier, images, rows: np.ndarray, batch_size: int, 
     apply_fn, parts = _compiled(network.apply_fn, features), []
     batch_size = min(batch_size, len(rows))
     for start in range(0, len(rows), batch_size):
-        preemption.leave_if_asked()
+        preemption.leave_if_asked(alone=True)
         part = images[rows[start : start + batch_size]]
         padded = np.concatenate([part, np.zeros((batch_size - len(part), *part.shape[1:]), part.dtype)])
         answers = apply_fn(network.variables, network.normalise(jnp.asarray(padded)))

@@ -1,6 +1,5 @@
 """python -m dvinv.main --config configs/digits.py --workdir DIR [--config.field=value ...] [--seeds N]"""
 
-import difflib
 import os
 import re
 import signal
@@ -40,8 +39,16 @@ _SEEDS = flags.DEFINE_integer(
     allow_override=True,
 )
 _DISTRIBUTED = flags.DEFINE_bool(
-    'distributed', None, 'Share the batches with other processes; default: where there are some.', allow_override=True
+    'distributed',
+    None,
+    'Run as one of several processes, which JAX finds; default: where srun, mpirun or a TPU slice has started several.',
+    allow_override=True,
 )
+_COORDINATOR = flags.DEFINE_string(
+    'coordinator', '', 'Host and free port of process 0, where JAX does not find the processes.', allow_override=True
+)
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', 0, 'With --coordinator: how many there are.', allow_override=True)
+_PROCESS_ID = flags.DEFINE_integer('process_id', -1, 'With --coordinator: which one this is, from 0.', allow_override=True)
 
 
 def main(_) -> None:
@@ -54,7 +61,7 @@ def main(_) -> None:
     from dvinv.runtime.banner import announce
     from dvinv.runtime.compilation import keep_compiled
     from dvinv.runtime.devices import set_cpu_devices
-    from dvinv.runtime.job import job
+    from dvinv.runtime.processes import is_primary, joined
 
     jax.config.update('jax_numpy_rank_promotion', 'allow')  # whatever the environment says, which is for other code
     jax.config.update('jax_numpy_dtype_promotion', 'standard')
@@ -67,18 +74,18 @@ def main(_) -> None:
 
         print(plan.plan(config))
         return
-    with job(_DISTRIBUTED.value, config.bn_stats) as mine:
-        if mine.leader:
+    with joined(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
+        if is_primary():
             announce(config, _WORKDIR.value, [task for task in TASKS if task in config.tasks], _SEEDS.value)
         from dvinv import pipeline, seeds
 
         preemption.leave_if_asked()
         if _SEEDS.value:
-            figures = seeds.run(config, _WORKDIR.value, _SEEDS.value, mine)
+            figures = seeds.run(config, _WORKDIR.value, _SEEDS.value)
         else:
-            figures = {'runs': [pipeline.run(config, _WORKDIR.value, mine)]}
-    if mine.leader:
-        print(seeds.table(figures, _WORKDIR.value))
+            figures = {'runs': [pipeline.run(config, _WORKDIR.value)]}
+        if is_primary():
+            print(seeds.table(figures, _WORKDIR.value))
 
 
 def _parse(argv: list[str]) -> list[str]:

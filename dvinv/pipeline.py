@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dvinv import configuration, distillation, report, synthesis, teacher, worker
+from dvinv import configuration, distillation, report, synthesis, teacher
 from dvinv.configuration import TASKS
 from dvinv.continual import check as continual_check
 from dvinv.continual import driver as continual
@@ -14,12 +14,9 @@ from dvinv.errors import DvinvError
 from dvinv.inversion import Teacher, check_labels, check_resolutions
 from dvinv.pruning import driver as pruning
 from dvinv.quantization import driver as quantization
-from dvinv.runtime import job, preemption
+from dvinv.runtime import preemption
 from dvinv.runtime.devices import make_mesh, training_mesh
-from dvinv.runtime.mistakes import told
-from dvinv.runtime.processes import ALONE, Processes
 from dvinv.runtime.workdir import Workdir, open_workdir
-from dvinv.sharing import passed
 from dvinv.student import hints_of, student_of
 
 DRIVERS = {
@@ -33,7 +30,7 @@ DRIVERS = {
 }
 
 
-def check(config, processes: Processes = ALONE, workdir=None) -> Teacher:
+def check(config, workdir=None) -> Teacher:
     """Refuse what cannot be run, in a sentence, before a work directory is made or touched.
 
     Args:
@@ -44,16 +41,6 @@ def check(config, processes: Processes = ALONE, workdir=None) -> Teacher:
     """
     configuration.check(config)
     mesh = make_mesh(config.devices)
-    if config.bn_stats == 'global' and processes.count > 1 and not processes.joined:
-        raise DvinvError(
-            f"bn_stats is 'global', which splits one batch over the devices of all {processes.count} processes, but they "
-            "are not joined; start them by python -m dvinv.main, or choose bn_stats='device', where each makes its own."
-        )
-    if processes.joined and config.synthesis.method == 'adaptive':
-        raise DvinvError(
-            f"synthesis.method is 'adaptive', which with bn_stats='global' is for one process, but there are "
-            f"{processes.count}; choose bn_stats='device', where the batches of each round are shared, or --nodistributed."
-        )
     if config.pool and not Path(config.pool).is_dir():
         raise DvinvError(f'pool is {config.pool!r}, but there is no such folder.')
     images, batch_size = config.synthesis.images, config.synthesis.batch_size
@@ -63,7 +50,7 @@ def check(config, processes: Processes = ALONE, workdir=None) -> Teacher:
             f'synthesis.images is {images}, which batches of {batch_size} do not fill; choose a multiple, for '
             f'instance {max(1, images // batch_size) * batch_size}.'
         )
-    split = make_mesh(config.devices, processes.joined).size
+    split = make_mesh(config.devices, of_all=True).size
     if makes_images and config.bn_stats == 'global' and batch_size % split:
         raise DvinvError(
             f"synthesis.batch_size is {batch_size}, which {split} devices do not divide; with bn_stats='global' "
@@ -100,27 +87,22 @@ def check(config, processes: Processes = ALONE, workdir=None) -> Teacher:
     return to_invert
 
 
-def run(config, workdir, processes: Processes = ALONE) -> dict:
+def run(config, workdir) -> dict:
     """Run the config's tasks that `workdir` has no results of yet, or lost files of; returns all results, by task.
 
-    Args:
-      processes: that share the work directory. All but the leader only help with the batches, and return nothing.
+    Of several processes all call it, see `runtime.processes`.
 
     Raises:
       DvinvError: a user's mistake or a full disk, in a sentence. What was finished stays.
       SystemExit: SIGTERM came (where `preemption.install` was called). What was under way is saved.
     """
-    with told([getattr(workdir, 'path', workdir)], processes):
-        check(config, processes, workdir)
-        with contextlib.closing(open_workdir(workdir, config, processes)) as workdir:
-            if not processes.leader:
-                return worker.run(config, workdir)
-            for task in TASKS:
-                preemption.leave_if_asked()
-                if task in config.tasks and not _finished(task, config, workdir):
-                    run_task(task, config, workdir)
-            job.notify(passed(workdir))
-            return workdir.results
+    check(config, workdir)
+    with contextlib.closing(open_workdir(workdir, config)) as workdir:
+        for task in TASKS:
+            preemption.leave_if_asked()
+            if task in config.tasks and not _finished(task, config, workdir):
+                run_task(task, config, workdir)
+        return workdir.results
 
 
 def _finished(task: str, config, workdir: Workdir) -> bool:

@@ -8,6 +8,7 @@ from dvinv.data.pool import DamagedError, ImagePool
 from dvinv.errors import DvinvError
 from dvinv.inversion import Teacher
 from dvinv.runtime import preemption
+from dvinv.runtime.processes import decide
 from dvinv.runtime.progress import Progress
 from dvinv.runtime.workdir import Workdir
 
@@ -16,7 +17,7 @@ def open_pool(config, workdir: Workdir, teacher: Teacher) -> ImagePool:
     """The pool of this run: an existing one where the config names it."""
     if config.pool:
         return ImagePool(config.pool, teacher.digest())
-    return ImagePool(workdir.path / 'pool', teacher.digest(), ours=True, writer=workdir.processes.index)
+    return ImagePool(workdir.path / 'pool', teacher.digest(), ours=True)
 
 
 def finished_pool(config, workdir: Workdir, teacher: Teacher) -> ImagePool:
@@ -48,32 +49,32 @@ def controls_are_whole(config, workdir: Workdir, controls: Sequence[str]) -> boo
 
 
 def missing_batches(config, pool: ImagePool) -> list[int]:
-    """Numbers of the batches that the pool lacks."""
-    return sorted({*all_batches(config)} - {*pool.numbers()})
+    """Numbers of the batches that the pool lacks; of several processes, as process 0 sees it."""
+    return decide(lambda: sorted({*all_batches(config)} - {*pool.numbers()}), 'a list of the pool')
 
 
-def put_aside_damaged(pool: ImagePool, numbers: Sequence[int], look: Callable[[int], object], task: str) -> bool:
-    """Tell of the damaged ones among these batches of a pool of ours; they are missing then, to be made anew.
+def put_aside_damaged(pool: ImagePool, look: Callable[[int], object], task: str) -> None:
+    """Tell of the damaged batches of a pool of ours; they are missing then, to be made anew. Process 0 looks, of several.
 
     Args:
       look: `pool.notes`, which looks at the sidecar alone, or `pool.check`, which reads all.
       task: whose pool it is.
 
-    Returns:
-      Whether there were any.
-
     Raises:
       DvinvError: a batch was made from another teacher.
       SystemExit: SIGTERM came.
     """
-    found = False
-    with Progress(f'{task}: checking the pool', len(numbers), brief=True) as progress:
-        for done, number in enumerate(numbers, 1):
-            preemption.leave_if_asked()
-            try:
-                look(number)
-            except DamagedError as error:
-                found = True
-                print(f'{task}: {error.what}; it is put into {pool.folder / "quarantine"}, and made anew.', file=sys.stderr)
-            progress.update(done)
-    return found
+
+    def check() -> None:
+        numbers = pool.numbers()
+        with Progress(f'{task}: checking the pool', len(numbers), brief=True) as progress:
+            for done, number in enumerate(numbers, 1):
+                preemption.leave_if_asked(alone=True)
+                try:
+                    look(number)
+                except DamagedError as error:
+                    aside = pool.folder / 'quarantine'
+                    print(f'{task}: {error.what}; it is put into {aside}, and made anew.', file=sys.stderr)
+                progress.update(done)
+
+    decide(check, 'a check of the pool')

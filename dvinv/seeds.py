@@ -9,9 +9,7 @@ import ml_collections
 
 from dvinv import pipeline
 from dvinv.errors import DvinvError
-from dvinv.runtime import mistakes, versions
 from dvinv.runtime.files import write_atomic
-from dvinv.runtime.processes import ALONE, Processes
 from dvinv.runtime.progress import duration
 
 HEADLINES = {  # what is printed of the figures in results.json, as patterns; in the order of the tasks
@@ -24,12 +22,12 @@ HEADLINES = {  # what is printed of the figures in results.json, as patterns; in
 }
 
 
-def run(config, workdir, count: int, processes: Processes = ALONE) -> dict:
+def run(config, workdir, count: int) -> dict:
     """Run `config` with the seeds config.seed, config.seed + 1, ...; each in `workdir`/seed-S, resumable.
 
     Returns:
       {'seeds': [...], 'runs': [results of each], 'mean': {task: {figure: float}}, 'std': the same}, also written to
-      `workdir`/results.json by the leader. The deviation is the sample's (n - 1); None for one seed.
+      `workdir`/results.json. The deviation is the sample's (n - 1); None for one seed.
 
     Raises:
       DvinvError: `workdir` holds a single run or other seeds, or as for `pipeline.run`.
@@ -43,23 +41,17 @@ def run(config, workdir, count: int, processes: Processes = ALONE) -> dict:
             f'{workdir} holds {", ".join(sorted(others))}, which these --seeds do not ask for; choose another --workdir.'
         )
     folders = [Path(workdir) / f'seed-{seed}' for seed in seeds]
-    for folder in folders:  # the others may be at any of them, and hear that this process has come back
-        mistakes.take_back(folder, processes)
-        if processes.leader and folder.exists():
-            versions.record(folder)
     for i, seed in enumerate(seeds):
         one = ml_collections.ConfigDict(config)
         one.seed = seed
-        with mistakes.told(folders[i + 1 :], processes):
-            runs.append(pipeline.run(one, folders[i], processes))
+        runs.append(pipeline.run(one, folders[i]))
     summary = {
         'seeds': seeds,
         'runs': runs,
         'mean': _over(runs, statistics.fmean),
         'std': _over(runs, lambda values: statistics.stdev(values) if len(values) > 1 else None),
     }
-    if processes.leader:
-        write_atomic(Path(workdir) / 'results.json', (json.dumps(summary, indent=2, sort_keys=True) + '\n').encode())
+    write_atomic(Path(workdir) / 'results.json', (json.dumps(summary, indent=2, sort_keys=True) + '\n').encode())
     return summary
 
 

@@ -14,12 +14,11 @@ from dvinv.data.real import load_real
 from dvinv.evaluation import among_top, logits_of
 from dvinv.inversion import Teacher, make_feature_loss
 from dvinv.networks import Classifier
-from dvinv.pools import all_batches, controls_are_whole, missing_batches, open_pool, put_aside_damaged
+from dvinv.pools import controls_are_whole, missing_batches, open_pool, put_aside_damaged
 from dvinv.runtime import preemption
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.pictures import class_grid
 from dvinv.runtime.workdir import Workdir, open_workdir
-from dvinv.sharing import await_batches, drop_measurements
 from dvinv.student import student_of
 from dvinv.synthesizer import control_pool, fill_pool
 from dvinv.teacher import check_fits, load, load_verifier
@@ -33,7 +32,6 @@ def run(config, workdir) -> dict:
     pool = open_pool(config, workdir, teacher)
     if not config.pool:  # which is finished elsewhere
         _fill(config, workdir, teacher, pool)
-    drop_measurements(workdir)
     for control in config.synthesis.controls:
         control_pool(config, workdir, teacher, control, 'synthesis')
     _write_samples(workdir, pool)
@@ -45,28 +43,23 @@ def run(config, workdir) -> dict:
 
 
 def _fill(config, workdir: Workdir, teacher: Teacher, pool: ImagePool) -> None:
-    """Make what the pool lacks, together with the other processes, and what is damaged anew.
+    """Make what the pool lacks, and what is damaged anew.
 
-    The leader makes that alone, as the others may be gone. Not in a job, and not against a student that has learned on:
-    there whoever reads the images tells.
+    Not what is damaged of a pool that was made against a student, which has learned on: whoever reads the images tells.
     """
-    method, processes = config.synthesis.method, workdir.processes
+    method = config.synthesis.method
     if method == 'adaptive':
-        adaptive.fill_pool(config, workdir, teacher, pool, student_of(config, teacher), 'synthesis', method, processes)
+        adaptive.fill_pool(config, workdir, teacher, pool, student_of(config, teacher), 'synthesis', method)
         return
-    if processes.joined:
-        put_aside_damaged(pool, pool.numbers(), pool.check, 'synthesis')
-    fill_pool(config, workdir, teacher, pool, method, 'synthesis', method, processes)
-    await_batches(workdir, pool, all_batches(config), 'synthesis', method)
-    if not processes.joined and put_aside_damaged(pool, pool.numbers(), pool.check, 'synthesis'):
-        fill_pool(config, workdir, teacher, pool, method, 'synthesis', method)
+    put_aside_damaged(pool, pool.check, 'synthesis')
+    fill_pool(config, workdir, teacher, pool, method, 'synthesis', method)
 
 
 def _judge(pool: ImagePool, verifier: Classifier | None) -> dict:
     """Figures of the images of a finished pool; one shard at a time is in memory."""
     numbers, totals = pool.finished(), Counter()
     for number in numbers:
-        preemption.leave_if_asked()
+        preemption.leave_if_asked(alone=True)
         notes, shard = pool.notes(number), pool.read(number)
         labels = shard['labels']
         totals['images'] += len(labels)

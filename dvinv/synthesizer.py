@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import time
 from collections.abc import Callable
 
 import jax
@@ -14,15 +15,15 @@ from dvinv.data.pool import ImagePool
 from dvinv.evaluation import logits_of
 from dvinv.inversion import Inversion, Teacher, balanced_labels, make_feature_loss, make_inverter
 from dvinv.inversion.canvas import blank_canvas, make_paint
-from dvinv.orders import GO_ON, Group, orders_of
 from dvinv.pools import missing_batches, open_control, put_aside_damaged
-from dvinv.runtime import job
+from dvinv.runtime import preemption
 from dvinv.runtime.devices import make_mesh
-from dvinv.runtime.processes import ALONE, Processes
+from dvinv.runtime.processes import decide, is_primary, meet
 from dvinv.runtime.progress import Progress
 from dvinv.runtime.workdir import Workdir, plain
-from dvinv.sharing import called
 from dvinv.unfinished import UnfinishedBatches
+
+VOTE = 20  # dispatches between two looks of several processes at the clock of process 0, where they save a batch together
 
 
 def control_pool(config, workdir: Workdir, teacher: Teacher, method: str, task: str) -> ImagePool:
@@ -32,15 +33,15 @@ def control_pool(config, workdir: Workdir, teacher: Teacher, method: str, task: 
     return pool
 
 
-def abreast(config, devices: int, method: str = '', processes: Processes = ALONE) -> int:
-    """How many batches a process inverts side by side; `method` is the config's when empty."""
+def abreast(config, devices: int, method: str = '') -> int:
+    """How many batches a process with so many devices inverts side by side; `method` is the config's when empty."""
     group = config.synthesis
     if config.bn_stats == 'global':
         return 1
     # A competitor waits for its round: no more batches than that can be made at a time.
     adaptive = (method or group.method) == 'adaptive'
     at_a_time = group.batches_per_round if adaptive else group.images // group.batch_size
-    return min(devices, processes.most(at_a_time))
+    return min(devices, -(-at_a_time // jax.process_count()))
 
 
 class Synthesizer:
@@ -49,6 +50,9 @@ class Synthesizer:
     Batch i depends on the teacher, the config, fold_in(key(seed), i) and, where one competes, the student alone: not on
     devices, nor on kills. (A student that learned on several GPUs or TPUs differs by rounding from one that learned on one.)
     No real image is read here.
+
+    Of several processes all make the same calls. With `bn_stats` 'device' each inverts and writes batches of its own, a
+    batch a device; with 'global' all have a part in each batch, and process 0 writes it.
     """
 
     def __init__(
@@ -61,7 +65,6 @@ class Synthesizer:
         task: str,
         series: str,
         student_fn=None,
-        processes: Processes = ALONE,
     ):
         """Compiles nothing yet.
 
@@ -69,42 +72,33 @@ class Synthesizer:
           method: 'deepinversion', 'adaptive', 'prior_only' (no feature term) or 'noise' (the initial images themselves).
           task, series: what its metrics go by.
           student_fn: (variables, x) -> logits in eval mode, the competitor of 'adaptive'.
-          processes: that share the batches; `fill` is then called for this one's alone. Of a job, all take part in every
-            batch; the leader tells which, and keeps them.
 
         Raises:
           DvinvError: settings that do not fit the teacher, or a pool of another teacher.
         """
         settings = inversion_config(config, method)
-        mesh = make_mesh(config.devices, processes.joined)
-        self._orders = orders_of(processes, mesh, config.logging.checkpoint_minutes)
-        self._keeps = processes.writes
+        self._split = settings.bn_stats == 'global'
+        self._keeps = is_primary() or not self._split
         self._config, self._workdir, self._teacher, self._pool, self._method = config, workdir, teacher, pool, method
         self._task, self._series = task, series
-        self._abreast = abreast(config, mesh.size, method, processes)
+        self._abreast = abreast(config, make_mesh(config.devices).size, method)
         self._classes = np.asarray(config.synthesis.classes or range(teacher.num_classes), np.int32)
-        finished, missing = pool.numbers(), processes.share(missing_batches(config, pool))
+        missing = missing_batches(config, pool)
         self._unfinished = UnfinishedBatches(workdir.path / 'checkpoints' / f'{task}-{series}', teacher.digest())
-        for number in processes.share(finished) or finished[:1]:  # the leader reads all of them in the end
-            pool.notes(number)  # refuses another teacher's pool
-        finished = {*finished}
-        if self._keeps:
-            for number in processes.share(finished & {*self._unfinished.numbers()}):
-                self._unfinished.drop(number)  # killed between the two
-        if missing and self._keeps:
-            workdir.metrics.keep(task, series, lambda line: line['batch'] in finished)
+        decide(self._tidy, 'a look at the pool')
         self._paint = make_paint(settings.canvas, settings.contrast, teacher)
         if method == 'noise':
             self._invert = _make_noise(teacher, self._paint)
         else:
-            mesh = mesh if settings.bn_stats == 'global' else make_mesh(self._abreast)
+            mesh = make_mesh(config.devices, of_all=True) if self._split else make_mesh(self._abreast)
             self._invert = make_inverter(teacher, settings, mesh, student_fn)
         self._measure = make_feature_loss(teacher, settings.stages[-1])
         self._iterations = 0 if method == 'noise' else settings.iterations
         self._weights = dataclasses.asdict(settings.weights)
         self._seed_key = jax.random.key(config.seed)
         self._progress = Progress(f'{task}: {series}', len(missing) * max(1, self._iterations))
-        self._made = 0  # batches, since the start of this process
+        self._made = 0  # batches, since the start of the run
+        self._saved, self._pauses = time.monotonic(), 0
 
     def __enter__(self):
         return self
@@ -120,51 +114,80 @@ class Synthesizer:
           SystemExit: SIGTERM came. Batches that were under way are saved.
         """
         group = self._config.synthesis
-        for begun in self._orders.groups(self._groups(numbers, student_variables)):
-            mine = [number for number, _ in begun]
-            begun += begun[-1:] * (self._abreast - len(mine))  # every device has work; repeats are dropped
-            padded, states = zip(*begun, strict=True)
+        for batches, iterations in self._groups(numbers, student_variables):
+            preemption.leave_if_asked()
+            self._saved, own = time.monotonic(), self._own(batches)
+            # Every device has work, that all processes have as many dispatches; repeats are dropped.
+            padded = (own or batches[-1:]) + (own or batches)[-1:] * (self._abreast - max(1, len(own)))
             keys = jax.vmap(lambda i: jax.random.fold_in(self._seed_key, i))(np.asarray(padded))
             labels = np.stack([self._classes[balanced_labels(i, group.batch_size, len(self._classes))] for i in padded])
 
-            self._progress.pass_over(sum(state.iterations for state in states[: len(mine)] if state))
+            self._progress.pass_over(iterations * len(batches))
             inversion = self._invert(
                 keys,
                 labels,
                 student_variables,
-                functools.partial(self._report, len(mine)),
-                begun=states if all(states) else None,
-                pause=functools.partial(self._pause, mine, student_variables),
+                functools.partial(self._report, len(batches)),
+                begun=[self._unfinished.load(number, student_variables) for number in padded] if iterations else None,
+                pause=functools.partial(self._pause, own, student_variables),
             )
-            for row, number in enumerate(mine if self._keeps else ()):
-                lines = _lines(number, row, inversion.metrics, self._config.logging.iterations)
-                self._workdir.metrics.append(self._task, self._series, lines)
-                self._write(number, keys[row], labels[row], inversion.images[row], notes)
+            for row, number in enumerate(own if self._keeps else ()):
+                curve = _curve(row, inversion.metrics, self._config.logging.iterations)
+                self._write(number, keys[row], labels[row], inversion.images[row], {**notes, 'curve': curve})
                 self._unfinished.drop(number)
-            self._made += len(mine)
+            self._made += len(batches)
             self._progress.update(self._made * max(1, self._iterations))
+            self._workdir.tick(self._task)
+        meet(f'batches of {self._series}')
 
-    def _groups(self, numbers: list[int], student_variables) -> list[Group]:
-        """Batches to invert side by side, with their states where they were saved: all after equally many iterations."""
-        begun = [(number, self._unfinished.load(number, student_variables)) for number in numbers if self._keeps]
+    def _tidy(self) -> None:
+        """Refuses another teacher's pool, and drops saved states of finished batches: the run was killed between the two."""
+        finished = self._pool.numbers()
+        for number in finished:
+            self._pool.notes(number)
+        for number in {*finished} & {*self._unfinished.numbers()}:
+            self._unfinished.drop(number)
 
-        def iterations(entry):
-            return entry[1].iterations if entry[1] else 0
+    def _groups(self, numbers: list[int], student_variables) -> list[tuple[list[int], int]]:
+        """Batches to invert side by side, over all processes, and how many iterations of them are done: of all as many."""
 
-        groups = []
-        for _, alike in itertools.groupby(sorted(begun, key=iterations, reverse=True), iterations):
-            alike = [*alike]
-            groups += [alike[start : start + self._abreast] for start in range(0, len(alike), self._abreast)]
+        def begun() -> list[int]:
+            states = (self._unfinished.load(number, student_variables) for number in numbers)
+            return [state.iterations if state else 0 for state in states]
+
+        done = dict(zip(numbers, decide(begun, 'a look at batches under way'), strict=True))
+        size, groups = self._abreast * (1 if self._split else jax.process_count()), []
+        for iterations, same in itertools.groupby(sorted(numbers, key=done.get, reverse=True), done.get):
+            same = [*same]
+            groups += [(same[start : start + size], iterations) for start in range(0, len(same), size)]
         return groups
+
+    def _own(self, batches: list[int]) -> list[int]:
+        """Those of a group of batches that this process takes part in."""
+        return batches if self._split else batches[jax.process_index() * self._abreast :][: self._abreast]
 
     def _pause(self, numbers: list[int], student_variables, take: Callable) -> None:
         """Between two dispatches: save what is under way, now and then, and before leaving."""
-        order = self._orders.between()
-        if order != GO_ON:
+        leave = preemption.asked()
+        if leave or self._is_due():
             for number, batch in zip(numbers, take(), strict=False):  # repeats are dropped
                 if self._keeps:
                     self._unfinished.save(number, batch, student_variables)
-        self._orders.obeyed(order)
+            self._saved = time.monotonic()
+        if leave:
+            preemption.leave_if_asked()
+
+    def _is_due(self) -> bool:
+        """Whether what is under way is to be saved; where processes save a batch together, the same on all."""
+        minutes = self._config.logging.checkpoint_minutes
+        self._pauses += 1
+
+        def due() -> bool:
+            return bool(minutes) and time.monotonic() - self._saved >= 60 * minutes
+
+        if not self._split or jax.process_count() == 1:
+            return due()
+        return self._pauses % VOTE == 0 and decide(due, 'the clock')
 
     def _report(self, abreast: int, done: int, terms: dict) -> None:
         """Progress: `done` iterations of each of the `abreast` batches, after those of earlier ones."""
@@ -202,17 +225,14 @@ def fill_pool(
     method: str,
     task: str,
     series: str,
-    processes: Processes = ALONE,
 ) -> None:
-    """Make what the pool lacks of this process's batches, by a method without a competitor; for the arguments see there.
+    """Make what the pool lacks, by a method without a competitor; for the arguments see `Synthesizer`.
 
     A batch whose sidecar is damaged is lacking too; whether images are damaged tells who reads them.
     """
-    put_aside_damaged(pool, processes.share(pool.numbers()), pool.notes, task)
-    if missing := processes.share(missing_batches(config, pool)):
-        if processes.joined:
-            job.notify(called(workdir))  # the others come
-        with Synthesizer(config, workdir, teacher, pool, method, task, series, processes=processes) as synthesizer:
+    put_aside_damaged(pool, pool.notes, task)
+    if missing := missing_batches(config, pool):
+        with Synthesizer(config, workdir, teacher, pool, method, task, series) as synthesizer:
             synthesizer.fill(missing)
 
 
@@ -226,13 +246,10 @@ def _make_noise(teacher: Teacher, paint: Callable):
     return run
 
 
-def _lines(number: int, row: int, metrics: dict, every: int) -> list[dict]:
-    """metrics.jsonl lines of one batch: every so many iterations, and the last."""
+def _curve(row: int, metrics: dict, every: int) -> dict[str, list]:
+    """The terms of one batch, every so many iterations and at the last; {'step': iterations, term: its values there}."""
     if not metrics:
-        return []
+        return {}
     last = len(metrics['loss'][row]) - 1
-    return [
-        {'step': i, 'batch': number, **{term: float(values[row][i]) for term, values in metrics.items()}}
-        for i in range(last + 1)
-        if i % every == 0 or i == last
-    ]
+    steps = [i for i in range(last + 1) if i % every == 0 or i == last]
+    return {'step': steps, **{term: [float(values[row][i]) for i in steps] for term, values in metrics.items()}}

@@ -71,12 +71,7 @@ def planned_trainings(config, teacher: Teacher) -> list[PlannedTraining]:
 
 def complete(config, workdir: Workdir) -> bool:
     """Whether the networks of the finished task are still there: a damaged file is deleted by its owner."""
-    return all(workdir.network(name).exists() for name in ROLES if is_trained_here(name, config))
-
-
-def is_there(config, workdir: Workdir) -> bool:
-    """Whether `load` finds the teacher: it is given, or trained already."""
-    return not is_trained_here('teacher', config) or workdir.network('teacher').exists()
+    return all(workdir.has_network(name) for name in ROLES if is_trained_here(name, config))
 
 
 def load(config, workdir: Workdir | None) -> Teacher:

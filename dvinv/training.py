@@ -32,7 +32,8 @@ from dvinv.recipe import Recipe
 from dvinv.rounds import Rounds, chosen_images
 from dvinv.runtime import preemption
 from dvinv.runtime.checkpoints import Checkpoints
-from dvinv.runtime.devices import AXIS, make_mesh, platform_of, training_mesh
+from dvinv.runtime.devices import AXIS, make_mesh, place, platform_of, training_mesh
+from dvinv.runtime.processes import of_primary
 from dvinv.runtime.progress import Progress
 from dvinv.runtime.workdir import Workdir
 
@@ -230,7 +231,7 @@ class TrainStep:
         """
         self._mesh, self._everywhere = mesh, NamedSharding(mesh, P())
         self._lesson, self._module, self._image_shape = lesson, module, like.image_shape
-        self._frozen = jax.device_put(lesson.frozen, self._everywhere)
+        self._frozen = self.place(lesson.frozen)
         self._step = make_train_step(module, lesson, like)
         self.updates = updates or lesson.recipe.dispatch_length(platform_of(mesh))
         count, image_bytes = lesson.images, math.prod(like.image_shape)
@@ -249,7 +250,7 @@ class TrainStep:
 
     def place(self, tree):
         """Returns `tree` with its arrays on every device."""
-        return jax.device_put(tree, self._everywhere)
+        return place(tree, self._everywhere)
 
     def __call__(self, state: TrainState, chosen, key: jax.Array) -> tuple[TrainState, jax.Array]:
         """Makes the updates of one dispatch.
@@ -296,6 +297,7 @@ class TrainStep:
             self.function(several),
             donate_argnums=0,
             in_shardings=(everywhere, everywhere, split, everywhere, everywhere),
+            out_shardings=everywhere,
         )
 
 
@@ -341,8 +343,12 @@ class Training:
         self._lesson, self._seed, self._logging = lesson, seed, logging
         self._workdir, self._task, self._series = workdir, task, series
         self._train_step = TrainStep(module, lesson, like, mesh, lesson.dispatch_length(logging.every, platform_of(mesh)))
-        everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
-        self._reestimate = jax.jit(make_reestimate(module, lesson, like), in_shardings=(everywhere, split, everywhere))
+        everywhere, self._split = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
+        self._reestimate = jax.jit(
+            make_reestimate(module, lesson, like),
+            in_shardings=(everywhere, self._split, everywhere),
+            out_shardings=everywhere,
+        )
         self._checkpoints = Checkpoints(workdir.path / 'checkpoints' / series)
         key = jax.random.key(seed)
         state = self._train_step.initial_state(jax.random.fold_in(key, 0), start)
@@ -350,7 +356,7 @@ class Training:
         self._losses = self._checkpoints.notes().get('losses', [])  # since the last line of metrics
         self._line = None  # (step, losses) of a line of metrics that is yet to be written
         workdir.metrics.cut(task, series, self.step)
-        self._state, self._key = self._train_step.place((state, jax.random.fold_in(key, 1)))
+        self._state, self._key = self._train_step.place((of_primary(state), jax.random.fold_in(key, 1)))
         self._progress = Progress(f'{task}: {series}', recipe.updates, self.step)
 
     def __enter__(self):
@@ -444,7 +450,7 @@ class Training:
         for step in range(recipe.updates, recipe.updates + recipe.reestimate):
             preemption.leave_if_asked()
             rows = self._lesson.rows(self._seed, step)
-            self._state = self._reestimate(self._state, images[rows], self._key)
+            self._state = self._reestimate(self._state, place(images[rows], self._split), self._key)
         variables = self.variables
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables)):  # by the last update, which no loss saw
             raise DvinvError(
@@ -520,7 +526,7 @@ def learn(config, workdir: Workdir, learner: Learner, lesson: Lesson, images: Ar
       images: uint8 [N, H, W, C] to learn from; `labels`: int [N].
     """
     path = workdir.network(learner.name)
-    if not path.exists():
+    if not workdir.has_network(learner.name):
         with training_of(config, workdir, learner, lesson) as training:
             variables = training.finish(images, labels)
         save_network(path, variables, learner.about)

@@ -51,7 +51,7 @@ class UnfinishedBatches:
           DvinvError: the disk is full. The older file stands.
         """
         data = packed(batch, self._about(batch.iterations, student_variables))
-        write_atomic(self._path(number), hashlib.sha256(data).digest() + data)
+        write_atomic(self._path(number), hashlib.sha256(data).digest() + data, own=True)
 
     def load(self, number: int, student_variables=None) -> Unfinished | None:
         """Batch `number` as it was saved; None where it was not, or in vain."""

@@ -25,6 +25,7 @@ from dvinv.data.pool import ImagePool
 from dvinv.inversion import Teacher
 from dvinv.networks import create, load_network, module_of
 from dvinv.rounds import Rounds
+from dvinv.runtime.processes import is_primary
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.student import lesson_of as student_lesson
 from dvinv.student import student_of
@@ -70,7 +71,7 @@ def planned_trainings(config, teacher: Teacher) -> list[PlannedTraining]:
 def complete(config, workdir: Workdir) -> bool:
     """Whether the networks of the finished task are still there: a damaged network file is deleted by its owner."""
     last = len(config.continual.steps)
-    return all(workdir.network(name).exists() for name in names_of_networks(config, last))
+    return all(workdir.has_network(name) for name in names_of_networks(config, last))
 
 
 def learn_task(config, workdir: Workdir, steps: list[Step], like: Teacher, learned: dict[str, list[Teacher]]) -> None:
@@ -81,7 +82,7 @@ def learn_task(config, workdir: Workdir, steps: list[Step], like: Teacher, learn
     """
     number, chains = len(steps) - 1, chains_of(config)
     paths = {chain: workdir.network(name_of(config, chain, number)) for chain in chains}
-    lacking = [chain for chain, path in paths.items() if not path.exists()]
+    lacking = [chain for chain, path in paths.items() if not workdir.has_network(path.stem)]
     old = {chain: pool_of(config, workdir, chain, number, learned[chain][-1]) for chain in lacking if _dreams(chain, chains)}
     if 'replay' in lacking:
         old['replay'] = _union([training_images(step) for step in steps[:-1]])
@@ -109,7 +110,8 @@ def pool_of(config, workdir: Workdir, chain: str, number: int, current: Teacher)
     if method == 'adaptive':
         student = student_of(config, current, f'student_{name}', 'continual')
         adaptive.fill_pool(config, workdir, current, pool, student, *series)
-        shutil.rmtree(workdir.path / 'checkpoints' / student.name, ignore_errors=True)
+        if is_primary():
+            shutil.rmtree(workdir.path / 'checkpoints' / student.name, ignore_errors=True)
     else:
         fill_pool(config, workdir, current, pool, method, *series)
     return Split(pool.rows('images'), pool.rows('labels')[:])
@@ -122,7 +124,7 @@ def _union(splits: list[Split]) -> Split:
 def learn_jointly(config, workdir: Workdir, steps: list[Step], like: Teacher, first: Teacher) -> Teacher:
     """The control that sees all real images of all tasks at once, with as many updates as others have in all tasks."""
     path = workdir.network('joint')
-    if not path.exists():
+    if not workdir.has_network('joint'):
         recipe = recipe_of(config.continual)
         recipe = dataclasses.replace(recipe, updates=recipe.updates * (len(steps) - 1))
         images = _union([training_images(step) for step in steps])

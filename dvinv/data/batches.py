@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dvinv.runtime.devices import AXIS, platform_of
+from dvinv.runtime.devices import AXIS, place, platform_of
 
 RESIDENT_SHARE = 0.25  # of the free memory of a device: what images may take of it, so that most is left for the training
 
@@ -66,7 +66,7 @@ class ResidentBatches:
     def each(self, dispatches: Iterable[np.ndarray]) -> Iterator[jax.Array]:
         """Yields the row numbers, int32 [n, B] or [B], of every dispatch, on the devices."""
         for rows in dispatches:
-            yield jax.device_put(rows, NamedSharding(self._mesh, _split_batch(rows.ndim - 1)))
+            yield place(rows, NamedSharding(self._mesh, _split_batch(rows.ndim - 1)))
 
 
 class HostBatches:
@@ -103,17 +103,26 @@ class HostBatches:
                 yield ahead.result()
 
     def _read(self, rows: np.ndarray) -> tuple:
-        flat = rows.ravel()
+        """The part of the batches that lies on devices of this process, as an array over all of them."""
+        sharding = NamedSharding(self._mesh, _split_batch(rows.ndim - 1))
+        own = rows[..., _own_part(sharding, rows.shape)]
+        flat = own.ravel()
         images, labels = self._images[flat], self._labels[flat]
-        batch = images.reshape(*rows.shape, *images.shape[1:]), labels.reshape(rows.shape)
-        if platform_of(self._mesh) == 'cpu':
-            return batch
-        return tuple(jax.device_put(a, NamedSharding(self._mesh, _split_batch(rows.ndim - 1))) for a in batch)
+        batch = images.reshape(*own.shape, *images.shape[1:]), labels.reshape(own.shape)
+        if sharding.is_fully_addressable:
+            return batch if platform_of(self._mesh) == 'cpu' else jax.device_put(batch, sharding)
+        return tuple(jax.make_array_from_process_local_data(sharding, a, rows.shape + a.shape[rows.ndim :]) for a in batch)
 
 
 def _split_batch(axis: int) -> P:
     """Returns the spec that splits the axis of the images of a batch over the mesh."""
     return P(*[None] * axis, AXIS)
+
+
+def _own_part(sharding: NamedSharding, shape: tuple[int, ...]) -> slice:
+    """Returns which images of a batch, the last axis of `shape`, lie on devices of this process: neighbours."""
+    parts = [index[-1].indices(shape[-1]) for index in sharding.addressable_devices_indices_map(shape).values()]
+    return slice(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))
 
 
 def _write(arrays, new, start):

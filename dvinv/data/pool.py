@@ -41,16 +41,15 @@ class DamagedError(DvinvError):
 class ImagePool:
     """A pool in a folder. Bytes depend on the images alone, so equal runs make equal pools."""
 
-    def __init__(self, folder: Path, teacher_digest: str = '', ours: bool = False, writer: int = 0):
+    def __init__(self, folder: Path, teacher_digest: str = '', ours: bool = False):
         """No file is touched yet.
 
         Args:
           teacher_digest: of the teacher that must have made the images; '': any.
           ours: a damaged shard is put aside as soon as it is found, so that it counts as missing and is made anew.
-          writer: the number of this process, where several may write.
         """
         self.folder = Path(folder)
-        self._digest, self._ours, self._writer = teacher_digest, ours, f'.{writer}'
+        self._digest, self._ours = teacher_digest, ours
 
     def write(self, number: int, images: np.ndarray, labels: np.ndarray, logits: np.ndarray, notes: dict) -> None:
         """Add batch `number`, whole or not at all.
@@ -61,11 +60,10 @@ class ImagePool:
         buffer = io.BytesIO()
         np.savez(buffer, images=images.astype(np.uint8), labels=labels.astype(np.int32), logits=logits.astype(np.float32))
         path, data = self._shard(number), buffer.getvalue()
-        # Two processes may make one batch, where what was damaged is made anew: each writes the same bytes by itself.
-        write_atomic(path, data, self._writer)
+        write_atomic(path, data, own=True)
         sidecar = {'sha256': hashlib.sha256(data).hexdigest(), 'teacher': self._digest, 'images': len(labels), **notes}
         sidecar['notes_sha256'] = _checksum(sidecar)
-        write_atomic(path.with_suffix('.json'), _dumps(sidecar), self._writer)
+        write_atomic(path.with_suffix('.json'), _dumps(sidecar), own=True)
 
     def numbers(self) -> list[int]:
         """Numbers of the finished shards, ascending."""
@@ -125,7 +123,7 @@ class ImagePool:
         """
         numbers = self.finished()
         for number in numbers:
-            preemption.leave_if_asked()
+            preemption.leave_if_asked(alone=True)
             self.check(number)
         return Rows([self._shard(number) for number in numbers], name)
 

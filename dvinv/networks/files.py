@@ -19,11 +19,13 @@ from dvinv.networks.channels.module import Narrow
 from dvinv.networks.classifier import Classifier, apply_fn_of, flatten, unflatten
 from dvinv.networks.weights import MisfitError, agreement, count_classes, import_weights, read_state_dict, refuse_values
 from dvinv.runtime.files import write_atomic
+from dvinv.runtime.processes import meet
 
 
 def save_network(path: Path, variables, description: dict) -> None:
     """Write a network as one safetensors file; see `network_bytes`."""
     write_atomic(path, network_bytes(variables, description))
+    meet(f'{path} to be written')
 
 
 def network_bytes(variables, description: dict) -> bytes:

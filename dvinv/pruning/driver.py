@@ -31,6 +31,7 @@ from dvinv.pruning.latency import latency, measure_table, predicted
 from dvinv.pruning.removal import EXACT, Removal, refuse_unreachable, without_lowest
 from dvinv.rounds import Rounds
 from dvinv.runtime.files import write_atomic
+from dvinv.runtime.processes import decide
 from dvinv.runtime.progress import Progress
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.student import distillation_loss
@@ -103,7 +104,7 @@ def complete(config, workdir: Workdir) -> bool:
     by_images = (*DATA_FREE_CONTROLS, 'real')
     controls = (f'pruned_by_{name}' if name in by_images else name for name in config.pruning.controls)
     whole = controls_are_whole(config, workdir, config.pruning.controls)
-    return whole and all(workdir.network(name).exists() for name in ('pruned', *controls))
+    return whole and all(workdir.has_network(name) for name in ('pruned', *controls))
 
 
 def check(config, teacher: Teacher) -> None:
@@ -188,12 +189,13 @@ class Pruner:
         variables, done = self._variables, []
         for step in range(1, removal.steps + 1):
             path = self._workdir.network(name if step == removal.steps else f'{name}_{step}')
-            if competing or not path.exists():
+            there = self._workdir.has_network(path.stem)
+            if competing or not there:
                 learner = self._slimmed(path.stem, step, alive, variables, images, control)
             if competing:
                 pool = competition.images_against(self._config, self._workdir, self._teacher, learner)
                 images, labels = Joined(images, pool.rows('images')), Joined(labels, pool.rows('labels'))
-            if not path.exists():
+            if not there:
                 updates = self._config.pruning.updates if step == removal.steps else 0
                 updates += self._config.pruning.updates_per_step
                 if control == 'untuned' or not updates:
@@ -236,14 +238,21 @@ class Pruner:
         """What the network costs, by its units that are left."""
         return EXACT[measure](self._channels) if measure in EXACT else predicted(self._channels, self._table)
 
-    def _decided(self, name: str, decide: Callable[[], np.ndarray]) -> np.ndarray:
-        """The units left by `decide`, kept on disk before any learning: a checkpoint is of these, whatever rounding does."""
-        file = f'pruning/{name}.json'
-        kept = self._workdir.read_json(file, None)
-        if kept is None:
-            kept = self._channels.kept(decide())
-            write_atomic(self._workdir.path / file, (json.dumps(kept) + '\n').encode())
-        return self._channels.alive(kept)
+    def _decided(self, name: str, choose: Callable[[], np.ndarray]) -> np.ndarray:
+        """The units left by `choose`, kept on disk before any learning: a checkpoint is of these, whatever rounding does."""
+        return self._channels.alive(self._kept_in(f'pruning/{name}.json', lambda: self._channels.kept(choose())))
+
+    def _kept_in(self, name: str, compute: Callable[[], dict]) -> dict:
+        """What a JSON file of the work directory has, or what process 0 computes, who writes it there."""
+
+        def read_or_compute() -> dict:
+            value = self._workdir.read_json(name, None)
+            if value is None:
+                value = compute()
+                write_atomic(self._workdir.path / name, (json.dumps(value) + '\n').encode())
+            return value
+
+        return decide(read_or_compute, name)
 
     def _next(self, alive, variables: dict, images: Array, step: int, control: str) -> np.ndarray:
         """The units that are left after a step of those, bool [units], before it."""
@@ -295,12 +304,10 @@ class Pruner:
 
     def _latencies(self) -> dict:
         """The table of the work directory; a resumed run must remove what an undisturbed one would."""
-        batch_size = self._config.pruning.latency_batch
-        table = self._workdir.read_json('latency.json', None)
-        if table is None:
+
+        def measure() -> dict:
             with Progress('pruning: latencies', len(self._channels.products), 0) as progress:
-                table = measure_table(
-                    self._channels, batch_size, self.removal.multiple, lambda done, of: progress.update(done)
-                )
-            write_atomic(self._workdir.path / 'latency.json', (json.dumps(table) + '\n').encode())
-        return table
+                batch_size, multiple = self._config.pruning.latency_batch, self.removal.multiple
+                return measure_table(self._channels, batch_size, multiple, lambda done, of: progress.update(done))
+
+        return self._kept_in('latency.json', measure)

@@ -44,7 +44,7 @@ def run(config, workdir) -> dict:
     about = description(config, workdir)
     for setting in settings.settings:
         path = workdir.network(file_name(setting))
-        if not path.exists():
+        if not workdir.has_network(path.stem):
             bits = settings.bits(setting, network.layers)
             variables = ladder.variables(bits, *_chosen(settings), settings.correct)
             if setting in settings.distilled:
@@ -111,7 +111,7 @@ def check(config, teacher: Teacher) -> None:
 
 def complete(config, workdir: Workdir) -> bool:
     """Whether the networks of the finished task are still there: a damaged file is deleted by its owner."""
-    return all(workdir.network(file_name(setting)).exists() for setting in config.quantization.settings)
+    return all(workdir.has_network(file_name(setting)) for setting in config.quantization.settings)
 
 
 def file_name(setting: str) -> str:

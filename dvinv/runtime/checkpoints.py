@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 
 from dvinv.errors import DvinvError
 from dvinv.runtime.files import disk_full_told, sha256_of, write_atomic
+from dvinv.runtime.processes import decide, is_primary
 
 MARGIN = 2**20  # bytes that must be free beside the arrays of a checkpoint
 
@@ -29,9 +30,13 @@ class Checkpoints:
     def save(self, step: int, state, notes: dict | None = None) -> None:
         """Write `state` (a pytree of arrays) as that of `step`, with `notes` for JSON; then drop older ones.
 
+        Of several processes, which have the same state, process 0 alone writes.
+
         Raises:
           DvinvError: the disk is full. The older checkpoint stands.
         """
+        if not is_primary():
+            return
         target = self._folder / f'{step:09d}'
         self._sweep()
         try:
@@ -58,10 +63,9 @@ class Checkpoints:
         Raises:
           DvinvError: a file of it is missing or not the one that was written (named).
         """
-        steps = self._steps()
-        if not steps:
+        step = decide(lambda: max(self._steps(), default=None), 'a list of checkpoints')
+        if step is None:
             return None
-        step = steps[-1]
         folder, way_out = self._folder / f'{step:09d}', f'delete {self._folder} to train this network again from its start'
         try:
             files = json.loads(self._manifest(step).read_text())['sha256'].items()
@@ -104,7 +108,7 @@ class Checkpoints:
 
 
 def _checkpointer() -> ocp.StandardCheckpointer:
-    """Orbax's, for this process alone: in a job of several it would wait for the others."""
+    """Orbax's, for this process alone: it would have each of several write a part."""
     mine = jax.process_index()
     options = ocp.options.MultiprocessingOptions(primary_host=mine, active_processes={mine})
     return ocp.StandardCheckpointer(multiprocessing_options=options)

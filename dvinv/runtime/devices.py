@@ -59,16 +59,17 @@ def local_devices() -> list[jax.Device]:
 def training_mesh(mesh: Mesh) -> Mesh:
     """The mesh to train on: `mesh`, but one device where they are virtual ones that share the same CPU cores.
 
-    They would gain nothing, and a network trained on CPU would come to depend on their number.
+    They would gain nothing, and a network trained on CPU would come to depend on their number. Of several processes, these
+    devices of all.
     """
-    return make_mesh(1) if platform_of(mesh) == 'cpu' else mesh
+    return make_mesh(1 if platform_of(mesh) == 'cpu' else mesh.size, of_all=True)
 
 
-def make_mesh(count: int = 0, joined: bool = False) -> Mesh:
+def make_mesh(count: int = 0, of_all: bool = False) -> Mesh:
     """A mesh of the first `count` devices of this process (0: all of them).
 
     Args:
-      joined: so many devices of each process of the job.
+      of_all: so many devices of each process of the run, in the order of processes.
 
     Raises:
       DvinvError: fewer devices than asked for, a negative number, or processes with unlike numbers of devices.
@@ -81,7 +82,7 @@ def make_mesh(count: int = 0, joined: bool = False) -> Mesh:
             f'devices is {count}, but JAX sees only {len(devices)} ({devices[0].platform}); '
             'lower it, or 0 for all there are.'
         )
-    if joined:
+    if of_all and jax.process_count() > 1:
         counts = Counter(device.process_index for device in jax.devices())
         if min(counts.values()) < (count or max(counts.values())):
             raise DvinvError(

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dvinv.errors import DvinvError
+from dvinv.runtime.processes import is_primary
 
 
 @contextlib.contextmanager
@@ -26,20 +27,24 @@ def disk_full_told(path: Path):
         ) from error
 
 
-def write_atomic(path: Path, data: bytes | Iterable[bytes], writer: str = '') -> None:
+def write_atomic(path: Path, data: bytes | Iterable[bytes], own: bool = False) -> None:
     """Write `data` to `path`: after a kill or on a full disk the old file stands, or none, never a part.
+
+    Of several processes, which make the same calls, process 0 alone writes.
 
     Args:
       data: parts are taken one by one, and may come from the old file itself.
-      writer: who writes, where several may write the same file at the same time.
+      own: the file is this process's alone, and no other process writes it.
 
     Raises:
       DvinvError: the disk is full.
     """
+    if not (own or is_primary()):
+        return
     path = Path(path)
     with disk_full_told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f'.{path.name}{writer}.tmp')  # always the same, so that kills leave no heap of them
+        temporary = path.with_name(f'.{path.name}.tmp')  # always the same, so that kills leave no heap of them
         try:
             with open(temporary, 'wb') as file:
                 file.writelines([data] if isinstance(data, bytes) else data)

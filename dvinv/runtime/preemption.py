@@ -26,6 +26,9 @@ _asked = False
 _number = signal.SIGTERM  # which signal came first
 _looked = threading.Event()
 _bell = None  # what is sent there wakes the thread
+_points = 0  # at which several processes have asked for a signal
+_handed = False  # Ctrl-C, to JAX
+_agreed = False  # that all processes leave now
 
 
 def install(grace: float = GRACE) -> None:
@@ -46,29 +49,49 @@ def install(grace: float = GRACE) -> None:
     threading.Thread(target=_listen, args=(listening, grace), daemon=True).start()
 
 
-def ask() -> None:
-    """As if a SIGTERM came: it came to another process of the job."""
-    if not _asked and _bell is not None:
-        _bell.send(bytes([signal.SIGTERM]))
-    _note(signal.SIGTERM)
-
-
 def asked() -> bool:
-    """Whether a signal came."""
+    """Returns whether a signal came. Of several processes all get the same answer: each calls this at the same points."""
     if _asked and threading.current_thread() is threading.main_thread():
         _looked.set()
-    return _asked
+    return _asked_anywhere() if _several() else _asked
 
 
-def leave_if_asked() -> None:
+def leave_if_asked(alone: bool = False) -> None:
     """End the process, where a signal came and all is saved that is to be.
+
+    Args:
+      alone: the caller does what not all of several processes do, or not at the same points: only a single process leaves.
 
     Raises:
       SystemExit: with the status 143, or 130 after Ctrl-C.
     """
-    if asked():
+    if not (alone and _several()) and asked():
         say(f'{NAMES[_number]}: all is saved; the same command goes on from here.')
         raise SystemExit(128 + _number)
+
+
+def _several() -> bool:
+    """Returns whether this is one of several processes, without importing JAX for the answer."""
+    return 'jax' in sys.modules and sys.modules['jax'].distributed.is_initialized()
+
+
+def _asked_anywhere() -> bool:
+    """Returns whether a signal came to any of several processes, the same on all: JAX agrees on a point after it.
+
+    JAX has taken SIGTERM over when it joined the processes; Ctrl-C is handed to it as one.
+    """
+    global _points, _handed, _agreed
+    from jax.experimental import multihost_utils
+
+    if _asked and not _handed:
+        _handed = True
+        os.kill(os.getpid(), signal.SIGTERM)
+    if not _agreed:
+        _points += 1
+        _agreed = multihost_utils.reached_preemption_sync_point(_points)
+        if _agreed:
+            _note(signal.SIGTERM)
+    return _agreed
 
 
 def _note(number: int) -> None:

@@ -1,4 +1,4 @@
-"""Which packages make the images, under which settings. Others make other bits: the processes of one run must have the same.
+"""Which packages make the images, under which settings. Others make other bits.
 
 A run may go on under other packages, which is said, and differs in last bits. Settings of JAX that change random numbers or
 precision would make images of two kinds in one pool: under others than its own a run does not go on.
@@ -15,7 +15,7 @@ import jax
 
 import dvinv
 from dvinv.errors import DvinvError, listed
-from dvinv.runtime.files import state_of, write_atomic
+from dvinv.runtime.files import write_atomic
 
 PACKAGES = 'jax', 'jaxlib', 'flax', 'optax', 'numpy'
 SETTINGS = (  # of jax.config; the versions of JAX that lack one have no entry of it
@@ -61,7 +61,7 @@ def _value(setting) -> str:
 
 
 def refuse_other_settings(folder: Path) -> None:
-    """For the leader: refuse to go on with a run under other settings of JAX than it had.
+    """Refuse to go on with a run under other settings of JAX than it had.
 
     Raises:
       DvinvError: names the settings, and how to set them as they were.
@@ -82,7 +82,7 @@ def _assigned(name: str, values: dict) -> str:
 
 
 def record(folder: Path) -> None:
-    """For the leader: leave its versions in the work directory, and tell where a run goes on under others than it had."""
+    """Leave the versions in the work directory, and tell where a run goes on under others than it had."""
     if differing := differing_from(folder):
         print(
             f'This run goes on under other versions: {differing}. What is made from now on may differ from what would have '
@@ -92,13 +92,8 @@ def record(folder: Path) -> None:
     write_atomic(folder / FILE, (json.dumps(versions(), indent=2, sort_keys=True) + '\n').encode())
 
 
-def record_in(folder: Path) -> tuple | None:
-    """Which record of versions the leader left last, as the file system tells; None where it has left none."""
-    return state_of(folder / FILE)
-
-
 def differing_from(folder: Path, names: list[str] | None = None) -> str:
-    """'jax 0.10.2 there, 0.12.0 here' and so on, against the versions that the leader left; '' where nothing differs.
+    """'jax 0.10.2 there, 0.12.0 here' and so on, against the versions that the run left there; '' where nothing differs.
 
     Args:
       names: of the packages and settings to look at; None: all. Settings that are not recorded are passed over.
@@ -118,7 +113,7 @@ def differing_from(folder: Path, names: list[str] | None = None) -> str:
 
 
 def _recorded(folder: Path) -> dict:
-    """Returns what the leader left last; {} where it has left nothing that can be read."""
+    """Returns what the run left last; {} where there is nothing that can be read."""
     try:
         return dict(json.loads((folder / FILE).read_text()))
     except (FileNotFoundError, ValueError, TypeError):

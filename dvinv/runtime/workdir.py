@@ -3,23 +3,22 @@
     config.json  versions.json  results.json  metrics.jsonl  times.json  report.html
     checkpoints/  networks/  pool/  pools/  controls/  samples/  pruning/
 
-The same command resumes; another config is refused. Several processes share it: number 0, the leader, keeps all of it; the
-others add batches to the pool, and their measurements to files of their own that the leader gathers.
+The same command resumes; another config is refused. Of several processes all read it, and process 0 writes it; batches of
+images are written by the process that made them.
 """
 
 import json
 import time
 from pathlib import Path
 
+import filelock
 import ml_collections
 
 from dvinv.errors import DvinvError, listed
-from dvinv.runtime.claims import claim
 from dvinv.runtime.files import disk_full_told, write_atomic
 from dvinv.runtime.metrics import Metrics
-from dvinv.runtime.mistakes import Mistakes
-from dvinv.runtime.processes import ALONE, Processes
-from dvinv.runtime.versions import record, record_in, refuse_other_settings
+from dvinv.runtime.processes import decide, meet, refuse_differing
+from dvinv.runtime.versions import record, refuse_other_settings, versions
 
 # Keys that a resumed run may change, since no result depends on them (on verifiers and synthesis.controls the report alone,
 # made anew each time).
@@ -53,48 +52,47 @@ def _is_exempt(key: str) -> bool:
     return any(key == name or key.startswith((f'{name}.', f'{name}[')) for name in EXEMPT)
 
 
-def open_workdir(workdir, config, processes: Processes = ALONE) -> 'Workdir':
+def open_workdir(workdir, config) -> 'Workdir':
     """`workdir` itself where it is open already; else the folder of this path, opened."""
-    return workdir if isinstance(workdir, Workdir) else Workdir(workdir, config, processes)
+    return workdir if isinstance(workdir, Workdir) else Workdir(workdir, config)
 
 
 class Workdir:
-    """An open work directory; one process at a time, or several that share the work.
+    """An open work directory, of one run at a time.
 
     Attributes:
       path: the folder.
-      processes: which of them this one is.
-      metrics: this process's measurements.
-      mistakes: what it hears of the other processes.
-      leader_came: which of its records was here before this process was, see `versions.record_in`.
+      metrics: the measurements of trainings.
 
     Raises:
-      DvinvError: it holds a run with another config (names the keys) or under other settings of JAX, another process runs
-        in it, or its config.json is damaged.
+      DvinvError: it holds a run with another config (names the keys) or under other settings of JAX, another run is under
+        way in it, its config.json is damaged, or the processes of the run have different configs or versions.
     """
 
-    def __init__(self, path, config, processes: Processes = ALONE):
-        self.path, self.processes = Path(path), processes
-        self._claims = []
+    def __init__(self, path, config):
+        self.path = Path(path)
+        self._lock = filelock.FileLock(self.path / '.lock', timeout=0)
+        refuse_differing({**_flat(plain(config)), **versions()}, 'configs and versions')
+        decide(lambda: self._open(config), f'{self.path} to open')
+        self.metrics = Metrics(self.path / 'metrics.jsonl', on_append=self.tick)
+        self._times = self.read_json('times.json', {})
+        self._started, self._written = {}, 0.0
+
+    def _open(self, config) -> None:
+        """Locks the folder for this run, and writes down its config and versions."""
         try:
             self.refuse_other(config)
-            if processes.leader:
-                refuse_other_settings(self.path)
+            refuse_other_settings(self.path)
             with disk_full_told(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
-                self._claims = claim(self.path, processes)
+                self._lock.acquire()
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
             raise DvinvError(f'--workdir {self.path} cannot be written to ({error.strerror}); name another.') from error
+        except filelock.Timeout as error:
+            raise DvinvError(f'Another run is under way in {self.path}; wait, or choose another --workdir.') from error
         try:
-            name = 'metrics.jsonl' if processes.leader else f'metrics-{processes.index}.jsonl'
-            self.metrics = Metrics(self.path / name, on_append=self.tick)
-            self._times = self.read_json('times.json', {})
-            self._started, self._written = {}, 0.0
-            self.mistakes = Mistakes(self.path, processes)
-            self.leader_came = record_in(self.path)
-            if processes.leader:
-                write_atomic(self.path / 'config.json', _dumps(plain(config)))
-                record(self.path)
+            write_atomic(self.path / 'config.json', _dumps(plain(config)))
+            record(self.path)
         except BaseException:
             self.close()
             raise
@@ -137,6 +135,10 @@ class Workdir:
         """The file of a finished network."""
         return self.path / 'networks' / f'{name}.safetensors'
 
+    def has_network(self, name: str) -> bool:
+        """Whether the file of a finished network is there; of several processes, as process 0 sees it."""
+        return decide(self.network(name).exists, f'the network {name}')
+
     @property
     def results(self) -> dict:
         """Results of the finished tasks, by task."""
@@ -145,6 +147,7 @@ class Workdir:
     def add_results(self, task: str, results: dict) -> None:
         """Put a finished task's results beside the others'."""
         write_atomic(self.path / 'results.json', _dumps({**self.results, task: results}))
+        meet(f'results of {task}')
 
     def start_clock(self, task: str) -> None:
         """From now on time belongs to `task`, on top of what earlier, killed runs spent on it."""
@@ -163,9 +166,8 @@ class Workdir:
             self.wall_seconds(task)
 
     def close(self) -> None:
-        """Let other processes in."""
-        for file in self._claims:
-            file.close()
+        """Let other runs in."""
+        self._lock.release()
 
 
 def _dumps(tree) -> bytes:
