@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A config on a Cloud TPU slice of any number of hosts: one process a host, on the TPU chips of that host.
+# A config on a Cloud TPU slice of any number of hosts: one process a host, all of them one program on all chips.
 #
 #   NAME=dvinv ZONE=us-central2-b TYPE=v4-32 launch/tpu_pod.sh create
 #   NAME=dvinv ZONE=us-central2-b launch/tpu_pod.sh setup
@@ -7,13 +7,12 @@
 #   NAME=dvinv ZONE=us-central2-b launch/tpu_pod.sh delete
 #
 # WORKDIR must be a folder that all hosts see under one path: a Filestore (NFS) share, mounted by `setup` where NFS names
-# it (NFS=10.0.0.2:/share, at /mnt/dvinv). A bucket will not do: it has no locks.
+# it (NFS=10.0.0.2:/share, at /mnt/dvinv). A bucket will not do: it has no locks. Where a process dies, all end, and
+# launch/local.sh on each host starts its own again.
 # `run` holds an ssh connection to every host: start it in tmux, or on a machine that stays up. Where one breaks, the process
 # there ends at the next line it prints, within seconds, or a while later if the host is slow to notice. End `run` then; the
 # same command goes on from what was saved, and is refused for as long as a process of before is still running.
 # VERSION is the TPU software (default tpu-ubuntu2204-base), CREATE further flags of gcloud, such as --spot.
-# JOINED=1 with `run` makes one slice of all hosts, for bn_stats=global: one batch is split over all chips.
-# CHIPS is how the chips of a host are laid out (2,2,1 for v2 to v5p with four; 2,4,1 for eight).
 set -euo pipefail
 : "${NAME:?set NAME, the name of the TPU}" "${ZONE:?set ZONE, for instance us-central2-b}"
 SOURCE=$(cd "$(dirname "$0")/.." && pwd)
@@ -53,18 +52,10 @@ case "${1:-}" in
   run)
     [ "$#" -ge 3 ] || usage
     shift
-    # Each host is told by the metadata which one it is. The bounds make a slice of its own of each host: without them
-    # the TPU runtime would wait for all hosts, and one could not die and come back without the others.
-    bounds='export TPU_PROCESS_BOUNDS=1,1,1 TPU_CHIPS_PER_PROCESS_BOUNDS='"${CHIPS:-2,2,1}"' CLOUD_TPU_TASK_ID=0'
-    [ -z "${JOINED:-}" ] || bounds=:
     # shellcheck disable=SC2016  # expanded there
-    remote='metadata() { curl -sf -H Metadata-Flavor:Google "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"; }
-hosts=$(metadata worker-network-endpoints) && DVINV_PROCESS=$(metadata agent-worker-number) || exit 1
-export DVINV_PROCESS DVINV_PROCESSES=$(echo "$hosts" | tr , "\n" | grep -c .) PYTHON=$HOME/dvinv-env/bin/python
-export DVINV_COORDINATOR=$(echo "$hosts" | cut -d , -f 1 | cut -d : -f 3):8476
-'"$bounds"'
+    remote='export PYTHON=$HOME/dvinv-env/bin/python
 cd "$HOME/dvinv" && bash launch/local.sh'
-    everywhere "$remote$(printf ' %q' "$@")"
+    everywhere "$remote$(printf ' %q' "$@" --distributed)"
     ;;
   delete)
     "${tpu[@]}" delete "${there[@]}" --quiet

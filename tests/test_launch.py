@@ -1,6 +1,7 @@
 """The scripts in launch/, with recording stand-ins for Python, srun, scontrol and gcloud."""
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -75,47 +76,43 @@ def test_missing_arguments_are_told(tmp_path, arguments):
 
 
 def _started(tmp_path: Path, body: str, count: int = 3) -> subprocess.Popen:
-    """So many processes, of which each notes its number and how many there are; 0: one, as without -n."""
-    python = _stand_in(tmp_path, 'python', body, '$DVINV_PROCESS $DVINV_PROCESSES "$@"')
-    environment = {**os.environ, 'PYTHON': python, 'DELAY': '0'}
+    """So many stand-ins of Python, which know their number as $index; 0: one, as without -n."""
+    index = 'for word in "$@"; do case $word in --process_id=*) index=${word#*=};; esac; done\n'
+    python = _stand_in(tmp_path, 'python', index + body)
     several = ['-n', str(count)] if count else []
+    environment = {**os.environ, 'PYTHON': python, 'DELAY': '0'}
     return subprocess.Popen(['bash', SCRIPT, *several, *RUN], env=environment, stderr=subprocess.DEVNULL)
 
 
-def test_each_of_several_processes_knows_its_number(tmp_path):
+def test_several_processes_know_their_numbers_and_meet_at_one_port(tmp_path):
     assert _started(tmp_path, '').wait() == 0
-    assert sorted(_calls(tmp_path)) == [f'{index} 3 {CALL}' for index in range(3)]
+    before, after = CALL.split(' --config.seed')
+    port = re.search(r'--coordinator=127\.0\.0\.1:(\d+) ', _calls(tmp_path)[0])[1]
+    assert 20000 <= int(port) < 32000
+    assert sorted(_calls(tmp_path)) == [
+        f'{before} --coordinator=127.0.0.1:{port} --num_processes=3 --process_id={index} --config.seed{after}'
+        for index in range(3)
+    ]
 
 
-def test_several_processes_meet_at_one_port(tmp_path):
-    python = _stand_in(tmp_path, 'python', words='$DVINV_COORDINATOR')
-    environment = {**os.environ, 'PYTHON': python}
-    for given in ({}, {'DVINV_COORDINATOR': '10.0.0.2:9000'}):
-        subprocess.run(['bash', SCRIPT, '-n', '2', *RUN], env=environment | given, check=True)
-    free, again, *chosen = _calls(tmp_path)
-    assert free == again
-    assert 20000 <= int(free.removeprefix('127.0.0.1:')) < 32000
-    assert chosen == ['10.0.0.2:9000'] * 2
-
-
-def test_one_of_several_that_dies_comes_back_alone(tmp_path):
+def test_where_one_of_several_dies_all_come_back(tmp_path):
     died = tmp_path / 'died'
-    body = f'if [ $DVINV_PROCESS = 1 ] && [ ! -e {died} ]; then touch {died}; kill -KILL $$; fi'
+    body = f'[ -e {died} ] || {{ [ $index != 1 ] || {{ touch {died}; kill -KILL $$; }}; sleep 0.2; exit 75; }}'
     assert _started(tmp_path, body).wait() == 0
-    assert sorted(call[0] for call in _calls(tmp_path)) == ['0', '1', '1', '2']
+    assert sorted(call.split('--process_id=')[1][0] for call in _calls(tmp_path)) == [*'001122']
+
+
+def test_a_mistake_of_one_is_the_status_of_all(tmp_path):
+    assert _started(tmp_path, '[ $index = 2 ] && exit 1; sleep 0.1; exit 75').wait(20) == 1
+    assert len(_calls(tmp_path)) == 3
 
 
 WAITS = 'trap "exit 143" TERM; for i in $(seq 600); do sleep 0.05; done'
 
 
-def test_a_mistake_of_one_ends_all(tmp_path):
-    assert _started(tmp_path, f'[ $DVINV_PROCESS != 2 ] || {{ sleep 0.3; exit 1; }}\n{WAITS}').wait(20) == 1
-    assert len(_calls(tmp_path)) == 3
-
-
 @pytest.mark.parametrize('count', [0, 3], ids=['without -n', '-n 3'])
 def test_sigterm_reaches_all(tmp_path, count):
-    script = _started(tmp_path, f'{WAITS.split(";")[0]}; touch {tmp_path}/ready-$DVINV_PROCESS; {WAITS}', count)
+    script = _started(tmp_path, f'{WAITS.split(";")[0]}; touch {tmp_path}/ready-$index; {WAITS}', count)
     while len([*tmp_path.glob('ready-*')]) < max(1, count):
         time.sleep(0.01)
     script.send_signal(signal.SIGTERM)
@@ -126,8 +123,11 @@ def test_sigterm_reaches_all(tmp_path, count):
 # SLURM
 
 
-@pytest.mark.parametrize(('status', 'again', 'cpus'), [(0, False, 'unset'), (1, False, '8'), (143, True, '8')])
-def test_slurm_runs_local_sh_a_task_and_queues_again_what_was_ended(tmp_path, status, again, cpus):
+@pytest.mark.parametrize(
+    ('status', 'restarts', 'again', 'cpus'),
+    [(0, '0', False, 'unset'), (1, '0', False, '8'), (143, '9', True, '8'), (75, '4', True, '8'), (137, '5', False, '8')],
+)
+def test_slurm_runs_a_task_a_node_and_queues_again_what_was_ended(tmp_path, status, restarts, again, cpus):
     """A task has the CPUs that sbatch was asked for: srun takes them from SRUN_CPUS_PER_TASK."""
     for name in ('srun', 'scontrol'):
         words = f'{name} ${{SRUN_CPUS_PER_TASK-unset}} "$@"'
@@ -135,14 +135,14 @@ def test_slurm_runs_local_sh_a_task_and_queues_again_what_was_ended(tmp_path, st
     environment = {
         **os.environ,
         'PATH': f'{tmp_path}:{os.environ["PATH"]}',
-        'SLURM_SUBMIT_DIR': '/there',
         'SLURM_JOB_ID': '17',
+        'SLURM_RESTART_COUNT': restarts,
         **({'SLURM_CPUS_PER_TASK': '8'} if cpus == '8' else {}),
     }
     run = subprocess.run(['bash', LAUNCH / 'slurm.sbatch', *RUN], env=environment)
     assert run.returncode == status
     first, *more = _calls(tmp_path)
-    assert first == f'srun {cpus} --kill-on-bad-exit=0 bash /there/launch/local.sh {" ".join(RUN)}'
+    assert first == f'srun {cpus} --kill-on-bad-exit=1 python {CALL}'
     assert more == ([f'scontrol {cpus} requeue 17'] if again else [])
 
 
@@ -195,12 +195,9 @@ def test_a_pod_is_set_up_on_all_hosts(tmp_path):
     assert not any('mount' in call for call in _tpu(tmp_path, 'setup')[1])
 
 
-@pytest.mark.parametrize(
-    ('variables', 'bounds'), [({}, '1,1,1 2,2,1 0'), ({'CHIPS': '2,4,1'}, '1,1,1 2,4,1 0'), ({'JOINED': '1'}, '- - -')]
-)
-def test_each_host_of_a_pod_asks_who_it_is(tmp_path, variables, bounds):
-    """The command that the hosts are given, run here as the second of four."""
-    status, calls = _tpu(tmp_path, 'run', *RUN, **variables)
+def test_each_host_of_a_pod_runs_as_one_of_several(tmp_path):
+    """The command that the hosts are given, run here."""
+    status, calls = _tpu(tmp_path, 'run', *RUN)
     assert status == 0
     command = subprocess.run(['bash', '-c', f'set -- {calls[0]}; echo "${{@: -1}}"'], capture_output=True, text=True)
     remote = command.stdout.removeprefix('--command=')
@@ -209,18 +206,9 @@ def test_each_host_of_a_pod_asks_who_it_is(tmp_path, variables, bounds):
     for folder in ('dvinv/launch', 'dvinv-env/bin'):
         (home / folder).mkdir(parents=True)
     shutil.copy(SCRIPT, home / 'dvinv' / 'launch')
-    answers = 'case "$*" in *endpoints) echo a:8:10.0.0.2,b:8:10.0.0.3,c:8:10.0.0.4,d:8:10.0.0.5;; *number) echo 1;; esac'
-    _stand_in(tmp_path, 'curl', answers)
-    _stand_in(
-        home / 'dvinv-env' / 'bin',
-        'python',
-        '',
-        '$DVINV_PROCESS $DVINV_PROCESSES $DVINV_COORDINATOR '
-        '${TPU_PROCESS_BOUNDS--} ${TPU_CHIPS_PER_PROCESS_BOUNDS--} ${CLOUD_TPU_TASK_ID--} "$@"',
-    )
-    environment = {**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'HOME': str(home)}
-    subprocess.run(['bash', '-c', remote], env=environment, check=True)
-    assert _calls(home / 'dvinv-env' / 'bin') == [f'1 4 10.0.0.2:8476 {bounds} {CALL}']
+    _stand_in(home / 'dvinv-env' / 'bin', 'python')
+    subprocess.run(['bash', '-c', remote], env={**os.environ, 'HOME': str(home)}, check=True)
+    assert _calls(home / 'dvinv-env' / 'bin') == [f'{CALL} --distributed']
 
 
 @pytest.mark.parametrize('arguments', [(), ('run',), ('run', 'c.py'), ('burn',)])
