@@ -61,7 +61,7 @@ def run(config, workdir) -> None:
         method = pool.notes(pool.finished()[0])['config']['method']  # an existing pool's need not be the config's
         summary = _summary(results, *METHODS[method])
         pools = {'synthesized': pool, **_controls(workdir, teacher)}
-        sections.append(_synthesis(pools, method, results['synthesis'], workdir.metrics))
+        sections.append(_synthesis(pools, method, results['synthesis']))
         sections.append(_quality(config, workdir, teacher, pools))
     if 'distillation' in results:
         sections.append(_distillation(config, results, workdir.metrics))
@@ -132,7 +132,7 @@ def _tiles(results: dict) -> list[Tile]:
     return tiles
 
 
-def _synthesis(pools: dict[str, ImagePool], method: str, made: dict, metrics: Metrics) -> Section:
+def _synthesis(pools: dict[str, ImagePool], method: str, made: dict) -> Section:
     table = Table(
         ('', 'value'),
         [
@@ -150,7 +150,7 @@ def _synthesis(pools: dict[str, ImagePool], method: str, made: dict, metrics: Me
     )
     pictures = [_grid(pools['synthesized'], 'The first images of each class; rows are classes.', wide=True)]
     pictures += [_grid(pools[control], caption) for control, caption in CONTROLS.items() if control in pools]
-    charts = _inversions(method, made['rounds'], metrics)
+    charts = _inversions(method, made['rounds'], pools['synthesized'])
     return Section('Synthesis', tables=[table], charts=charts, pictures=pictures)
 
 
@@ -177,16 +177,16 @@ def _controls(workdir: Workdir, teacher: Teacher) -> dict[str, ImagePool]:
     return {name: pool for name, pool in pools.items() if pool.numbers()}
 
 
-def _inversions(method: str, rounds: int, metrics: Metrics) -> list[str]:
-    """Charts of what the inversions of this run told: nothing where the pool was there already, or is noise."""
-    curves = _curves(metrics.lines('synthesis', method), TERMS)
+def _inversions(method: str, rounds: int, pool: ImagePool) -> list[str]:
+    """Charts of the loss terms of a pool's batches: none of noise."""
+    curves = _curves(pool.measurements(), TERMS)
     if not any(steps for steps, _ in curves.values()):
         return []
     named = {TERMS[term]: curve for term, curve in curves.items()}
     charts = [_losses(named, 'Loss terms, mean over batches, before weighting', 'iteration', 'value')]
     if method == 'adaptive' and rounds > 1:
         last = max(step for steps, _ in curves.values() for step in steps)
-        ends = (line for line in metrics.lines('synthesis', method) if line['step'] == last)
+        ends = (line for line in pool.measurements() if line['step'] == last)
         named = {TERMS[term]: curve for term, curve in _curves(ends, ('feature', 'competition'), 'batch').items()}
         charts.append(_losses(named, 'Loss terms at the end of each batch, before weighting', 'batch', 'value'))
     return charts

@@ -74,6 +74,11 @@ def complete(config, workdir: Workdir) -> bool:
     return all(workdir.has_network(name) for name in ROLES if is_trained_here(name, config))
 
 
+def is_there(config, workdir: Workdir) -> bool:
+    """Whether `load` finds the teacher: it is given, or trained already."""
+    return not is_trained_here('teacher', config) or workdir.has_network('teacher')
+
+
 def load(config, workdir: Workdir | None) -> Teacher:
     """The teacher of a run: from the user's factory, from a weights file, or as the task `teacher` trained it.
 

@@ -8,6 +8,7 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
+from dvinv.runtime.claims import claim
 from smoke import flip, synthesis_config
 
 from dvinv import balanced_labels, pipeline
@@ -15,7 +16,6 @@ from dvinv.errors import DvinvError
 from dvinv.inversion import InversionConfig, Stage, make_inverter
 from dvinv.inversion.invert import Unfinished
 from dvinv.runtime import preemption
-from dvinv.runtime.claims import claim
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.processes import ALONE
 from dvinv.synthesizer import Synthesizer

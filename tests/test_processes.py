@@ -1,194 +1,321 @@
-"""Which of several processes this one is, and who may run in one work directory."""
+"""Several processes run one program: they start, decide, train, synthesize, stop and resume together."""
 
 import contextlib
-import itertools
-import types
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import ml_collections
 import numpy as np
 import pytest
+from smoke import lasting, smoke_config, synthesis_config
 
-from dvinv import sharing
+from dvinv import pipeline
+from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
-from dvinv.runtime import mistakes, versions, waiting
-from dvinv.runtime.claims import OccupiedError
-from dvinv.runtime.mistakes import told
-from dvinv.runtime.processes import ALONE, Processes, processes
-from dvinv.runtime.waiting import wait_for
+from dvinv.runtime import processes
+from dvinv.runtime.metrics import Metrics
 from dvinv.runtime.workdir import Workdir
 
-CONFIG = ml_collections.ConfigDict({'seed': 0})
-LEADER = Processes(0, 2)
+COUNT = 2
+# XLA splits some sums by the number of its threads, which are as many as there are devices or cores, or NPROC.
+THREADS = {'NPROC': '8'}
+FLAGS = (
+    '--config.verifier.network=',
+    '--config.distillation.controls=()',
+    '--config.synthesis.images=80',
+    '--config.teacher.network=small_convnet',
+    '--config.student.network=small_convnet',
+    '--config.student.width=0.25',
+    '--config.teacher.training.updates=40',
+    '--config.distillation.updates=40',
+)
+OFTEN = '--config.logging.checkpoint_minutes=1e-9'  # every dispatch is saved
+
+
+def _free_port():
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        return free.getsockname()[1]
+
+
+def _flags(index, port):
+    return f'--coordinator=127.0.0.1:{port}', f'--num_processes={COUNT}', f'--process_id={index}'
+
+
+@pytest.fixture
+def begin(start):
+    """`begin(workdir, *flags, devices=1)`: the processes of a run, process 0 first. None outlives the test."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(workdir, *flags, devices=1):
+            port, more = _free_port(), {**THREADS, 'JAX_NUM_CPU_DEVICES': str(devices)}
+            begun = []
+            for index in range(COUNT):
+                begun.append(stack.enter_context(start('--workdir', workdir, *_flags(index, port), *flags, more=more)))
+                stack.callback(begun[-1].kill)
+            return begun
+
+        yield begin
+
+
+def _until(path: Path, begun):
+    while not path.exists():
+        assert all(process.poll() is None for process in begun), [process.stderr.read() for process in begun]
+        time.sleep(0.002)
+
+
+def _ended(begun) -> tuple[list[int], list[str]]:
+    """(exit statuses, what was said) of processes at their end."""
+    said = [process.communicate()[1] for process in begun]
+    return [process.returncode for process in begun], said
+
+
+def test_processes_stop_resume_and_end_as_if_undisturbed(begin, start, tmp_path):
+    """SIGTERM to one while the teacher is trained; kill -9 of process 0 while images are made; then the end."""
+    run, undisturbed, one = tmp_path / 'run', tmp_path / 'undisturbed', tmp_path / 'one'
+    begun = begin(run, *FLAGS)
+    _until(run / 'checkpoints' / 'teacher' / '000000010.json', begun)
+    begun[1].send_signal(signal.SIGTERM)
+    statuses, said = _ended(begun)
+    assert statuses == [143, 143], said
+    assert all('SIGTERM: all is saved' in text for text in said)
+
+    begun = begin(run, *FLAGS, OFTEN)
+    _until(run / 'pool' / 'shard-000001.json', begun)
+    begun[0].kill()
+    statuses, said = _ended(begun)
+    assert statuses[1] not in (0, 1, 143)  # to be started again
+    assert 'Another process of the run has ended' in said[1] or 'another task died' in said[1]
+    kept = {path.name: path.stat().st_mtime_ns for path in (run / 'pool').glob('*.npz')}
+
+    statuses, said = _ended(begin(run, *FLAGS))
+    assert statuses == [0, 0], said
+    assert kept.items() <= {path.name: path.stat().st_mtime_ns for path in (run / 'pool').glob('*.npz')}.items()
+    assert _ended(begin(undisturbed, *FLAGS))[0] == [0, 0]
+    assert lasting(run) == lasting(undisturbed)
+
+    # One process with as many devices makes the same images of the same teacher.
+    flags = [*FLAGS, f'--config.teacher.weights={run}/networks/teacher.safetensors', "--config.tasks=('synthesis',)"]
+    with start('--workdir', one, *flags, more={**THREADS, 'JAX_NUM_CPU_DEVICES': '2'}) as process:
+        assert (process.communicate(), process.returncode)[1] == 0
+    for path in (one / 'pool').glob('*.npz'):
+        assert path.read_bytes() == (run / 'pool' / path.name).read_bytes()
+
+
+@pytest.mark.parametrize('method', ['deepinversion', 'adaptive'])
+def test_processes_split_a_batch_and_teach_together(begin, tmp_path, method):
+    """With bn_stats 'global' a batch lies on the devices of all; its images are those of one process but for rounding."""
+    run, changes = tmp_path / 'run', {'bn_stats': 'global', 'synthesis__images': 40, 'synthesis__method': method}
+    if method == 'adaptive':
+        changes |= {'synthesis__batches_per_round': 1, 'distillation__updates_per_round': 5}
+        changes |= {'student__network': 'small_convnet', 'student__width': 0.25, 'synthesis__weights__competition': 10.0}
+    names = {name.replace('__', '.'): value for name, value in changes.items()}
+    flags = [f'--config.{name}={value}' for name, value in names.items()]
+    flags += ['--config.teacher.factory=factories:own', *FLAGS[:2], "--config.tasks=('synthesis',)"]
+    statuses, said = _ended(begin(run, *flags, devices=2))
+    assert statuses == [0, 0], said
+    pipeline.run(synthesis_config(devices=4, **changes), tmp_path / 'one')
+    for number in range(2):
+        one, two = (ImagePool(tmp_path / name / 'pool').read(number) for name in ('one', 'run'))
+        np.testing.assert_array_equal(two['labels'], one['labels'])
+        # Adam divides by the size of a gradient that is rounded differently; hardly any pixel feels it.
+        difference = np.abs(two['images'].astype(int) - one['images'])
+        assert np.quantile(difference, 0.99) <= 1
+
+
+TRAINING = """
+import sys
+sys.path[:0] = [{tests!r}]
+import jax, numpy as np
+from smoke import smoke_config
+from dvinv.networks import Classifier, create
+from dvinv.recipe import Recipe
+from dvinv.rounds import Rounds
+from dvinv.runtime import processes
+from dvinv.runtime.devices import make_mesh
+from dvinv.teacher import supervised
+from dvinv.training import Lesson, TrainStep
+
+class Counted:
+    def __init__(self, array): self.array, self.read = array, []
+    def __getitem__(self, rows):
+        self.read.append(len(rows))
+        return self.array[rows]
+
+with processes.joined(None, *{joined!r}):
+    rng = np.random.default_rng(0)
+    images = Counted(rng.integers(0, 256, (64, 8, 8, 1), np.uint8))
+    labels = rng.integers(0, 10, 64).astype(np.int32)
+    like = Classifier(None, None, (8, 8, 1), 10, (0.5,), (0.5,))
+    recipe = Recipe(updates=5, batch_size=16, warmup=0)
+    step = TrainStep(create('small_convnet', 10, 0.25), Lesson(recipe, supervised(0.0), Rounds(64)), like, make_mesh(2, True))
+    state = step.place(step.initial_state(jax.random.key(0)))
+    step.batches.load(images, labels)
+    losses, key = [], step.place(jax.random.key(1))
+    for chosen in step.batches.each([np.arange(16, dtype=np.int32) + 8 * i for i in range(5)]):
+        state, loss = step(state, chosen, key)
+        losses.append(float(loss))
+    held = sum(shard.data.shape[0] for shard in chosen[0].addressable_shards) if {count} > 1 else 16
+    print(json.dumps({{'losses': losses, 'read': images.read, 'held': held}}))
+"""
+
+
+def test_each_process_reads_its_part_of_a_batch_and_the_losses_are_those_of_one():
+    def outputs(count):
+        port = _free_port()
+        found = []
+        for index in range(count):
+            joined = (f'127.0.0.1:{port}', count, index) if count > 1 else ()
+            code = 'import json\n' + TRAINING.format(tests=str(Path(__file__).parent), joined=joined, count=count)
+            environment = {**os.environ, **THREADS, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(4 // count)}
+            found.append(subprocess.Popen([sys.executable, '-c', code], env=environment, stdout=subprocess.PIPE, text=True))
+        return [json.loads(process.communicate()[0].splitlines()[-1]) for process in found]
+
+    first, second = outputs(2)
+    assert first['losses'] == second['losses']
+    assert first['read'] == second['read'] == [8] * 5
+    assert first['held'] == second['held'] == 8
+    (alone,) = outputs(1)
+    np.testing.assert_allclose(first['losses'], alone['losses'], rtol=1e-5)
+
+
+@pytest.mark.parametrize('index', [0, 1])
+def test_a_process_that_waits_in_vain_for_the_others_ends_with_a_sentence(index):
+    wait = f'processes.JOIN = 1\nwith processes.joined(None, "127.0.0.1:{_free_port()}", 2, {index}): pass'
+    ended = subprocess.run(
+        [sys.executable, '-c', f'from dvinv.runtime import processes\n{wait}'], capture_output=True, text=True
+    )
+    assert ended.returncode == processes.LOST
+    assert 'dvinv: Waited 1 s for all processes to start.' in ended.stderr
+
+
+# What needs no other process
+
+
 SLURM = {'SLURM_PROCID': '3', 'SLURM_STEP_NUM_TASKS': '4'}
-TPU = {'TPU_WORKER_ID': '1', 'TPU_WORKER_HOSTNAMES': '10.0.0.2,10.0.0.3'}
 
 
 @pytest.mark.parametrize(
     ('environment', 'expected'),
     [
-        ({}, ALONE),
-        ({'DVINV_PROCESS': '1', 'DVINV_PROCESSES': '3'}, Processes(1, 3)),
-        ({'DVINV_PROCESS': '0', 'DVINV_PROCESSES': '2', **SLURM}, Processes(0, 2)),
-        (SLURM, Processes(3, 4)),
-        ({'SLURM_PROCID': '0', 'SLURM_STEP_NUM_TASKS': '1'}, ALONE),
-        ({'SLURM_PROCID': '0', 'SLURM_NTASKS': '4'}, ALONE),  # the batch script itself: srun started nobody
-        (TPU, Processes(1, 2)),
-        ({'TPU_WORKER_ID': '0', 'TPU_WORKER_HOSTNAMES': 'localhost'}, ALONE),
+        ({}, False),
+        (SLURM, True),
+        ({'SLURM_PROCID': '0', 'SLURM_STEP_NUM_TASKS': '1'}, False),
+        ({'SLURM_PROCID': '0', 'SLURM_NTASKS': '4'}, False),  # the batch script itself: srun started nobody
+        ({'OMPI_COMM_WORLD_SIZE': '2'}, True),
+        ({'TPU_WORKER_HOSTNAMES': '10.0.0.2,10.0.0.3'}, True),
+        ({'TPU_WORKER_HOSTNAMES': 'localhost'}, False),
     ],
 )
-def test_the_environment_tells(environment, expected):
-    assert processes(None, environment) == expected
-    assert processes(False, environment) == ALONE
+def test_a_launcher_tells_that_there_are_several(monkeypatch, environment, expected):
+    for name in ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE', 'TPU_WORKER_HOSTNAMES'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert processes._several(None, '', 0, -1) == expected
+    assert not processes._several(False, '', 0, -1)
+    assert processes._several(True, '', 0, -1)
+    assert not processes._several(None, 'host:1', 1, 0)
 
 
 @pytest.mark.parametrize(
-    ('environment', 'message'),
+    ('environment', 'expected'),
     [
-        ({'DVINV_PROCESS': '1'}, 'DVINV_PROCESS is set, but DVINV_PROCESSES is not'),
-        ({'DVINV_PROCESSES': '2'}, 'DVINV_PROCESSES is set, but DVINV_PROCESS is not'),
-        ({'DVINV_PROCESS': '2', 'DVINV_PROCESSES': '2'}, 'DVINV_PROCESS is 2 and DVINV_PROCESSES makes 2 processes'),
-        ({'DVINV_PROCESS': '-1', 'DVINV_PROCESSES': '2'}, 'at least 0 and below their number'),
-        ({'DVINV_PROCESS': 'one', 'DVINV_PROCESSES': '2'}, "DVINV_PROCESS is 'one'; it must be a whole number"),
-        ({**TPU, 'TPU_WORKER_ID': '2'}, 'TPU_WORKER_ID is 2'),
+        ({}, True),
+        ({'SLURM_STEP_TASKS_PER_NODE': '1(x4)'}, True),
+        ({'SLURM_STEP_TASKS_PER_NODE': '4(x2)'}, False),
+        ({'OMPI_COMM_WORLD_LOCAL_SIZE': '8'}, False),
     ],
 )
-def test_an_environment_that_makes_no_sense_is_refused(environment, message):
+def test_one_process_a_host_has_all_devices(environment, expected):
+    assert processes._one_a_host(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        (('', 2, 0), "--coordinator is '', --num_processes 2 and --process_id 0; give all three"),
+        (('host:1', 0, 0), 'give all three'),
+        (('host:1', 2, -1), 'give all three'),
+        (('host', 2, 0), "--coordinator is 'host'; it must be host:port"),
+        (('host:1', 2, 2), '--process_id is 2, but --num_processes is 2'),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(flags, message):
     with pytest.raises(DvinvError, match=message):
-        processes(None, environment)
+        processes._several(None, *flags)
 
 
-def test_several_that_nobody_started_are_refused():
-    assert processes(True, SLURM) == Processes(3, 4)
-    with pytest.raises(DvinvError, match='--distributed was asked for, but nothing tells which'):
-        processes(True, {})
+def test_processes_that_jax_does_not_find_are_told(monkeypatch):
+    def initialize(*_, **__):
+        raise ValueError('coordinator_address should be defined.')
+
+    monkeypatch.setattr(processes.jax.distributed, 'initialize', initialize)
+    with pytest.raises(DvinvError, match='nothing tells JAX where they are'), processes.joined(True):
+        pass
 
 
-@pytest.mark.parametrize('count', [1, 2, 3, 20])
-def test_every_batch_is_made_by_one_process(count):
-    shares = [Processes(index, count).share(range(10)) for index in range(count)]
-    assert sorted(itertools.chain(*shares)) == [*range(10)]
-    assert max(map(len, shares)) == Processes(0, count).most(10)
+@pytest.fixture
+def second_of_two(monkeypatch):
+    """This process as number 1 of two; `said` are the values that process 0 broadcasts, in turn, as JSON knows them."""
+
+    def second_of_two(*said):
+        messages = [np.frombuffer(json.dumps(value).encode(), np.uint8) for value in said]
+        answers = iter([part for message in messages for part in (np.int32(len(message)), message)])
+        monkeypatch.setattr(processes.jax, 'process_count', lambda: 2)
+        monkeypatch.setattr(processes.jax, 'process_index', lambda: 1)
+        monkeypatch.setattr(processes.multihost_utils, 'broadcast_one_to_all', lambda value: next(answers))
+
+    return second_of_two
 
 
-# One work directory
-
-
-def refusal(path, mine):
-    with pytest.raises(DvinvError) as caught:
-        Workdir(path, CONFIG, mine)
-    return str(caught.value)
-
-
-def test_the_same_number_twice_and_another_count_are_refused(tmp_path):
-    leader, other = (Workdir(tmp_path, CONFIG, Processes(index, 3)) for index in range(2))
-    assert f'Another process 1 of 3 is running in {tmp_path}' in refusal(tmp_path, Processes(1, 3))
-    assert f'Another process is running in {tmp_path}' in refusal(tmp_path, Processes(0, 3))
-    assert f'A run of 3 processes is under way in {tmp_path}, and this one is of 4' in refusal(tmp_path, Processes(3, 4))
-    leader.close()
-    assert 'A run of 3 processes is under way' in refusal(tmp_path, ALONE)
-    other.close()
-    Workdir(tmp_path, CONFIG).close()
-    Workdir(tmp_path, CONFIG, Processes(1, 2)).close()
-
-
-def test_only_the_leader_writes_the_config(tmp_path):
-    Workdir(tmp_path, CONFIG, Processes(1, 2)).close()
-    assert not (tmp_path / 'config.json').exists()
-    Workdir(tmp_path, CONFIG, Processes(0, 2)).close()
-    with pytest.raises(DvinvError, match='another config: seed'):
-        Workdir(tmp_path, ml_collections.ConfigDict({'seed': 1}), Processes(1, 2))
-
-
-def test_who_comes_before_the_leader_with_another_config_is_refused_when_it_has_come(tmp_path, monkeypatch):
-    monkeypatch.setattr(waiting, 'POLL', 0.001)
-    other = ml_collections.ConfigDict({'seed': 1})
-    early = Workdir(tmp_path, other, Processes(1, 2))
-    Workdir(tmp_path, CONFIG, LEADER).close()
-    with contextlib.closing(early), pytest.raises(DvinvError, match=r'another config: seed \(0 there, 1 here\)'):
-        sharing.await_run(other, early)
-
-
-def fail(folder, mine, error):
-    with pytest.raises(type(error)), told([folder], mine):
-        raise error
-
-
-def test_who_waits_hears_of_a_mistake_in_another_process_but_not_of_an_old_one(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(waiting, 'POLL', 0.001)
-    fail(tmp_path, LEADER, DvinvError('The disk is full.'))
-    other = Workdir(tmp_path, CONFIG, Processes(1, 2))
-    looks = iter([False, False, True])
-    wait_for(other, lambda: next(looks), lambda: 'the teacher')
-    assert capsys.readouterr().err == 'process 1: waiting for the teacher\n'
-    fail(tmp_path, LEADER, RuntimeError('out of\nmemory'))
-    with pytest.raises(DvinvError, match=r'Process 0 has ended with a mistake: RuntimeError: out of memory$'):
-        wait_for(other, lambda: False, lambda: 'the teacher')
-    fail(tmp_path, LEADER, DvinvError('Process 2 has ended with a mistake: The disk is full.'))
-    with pytest.raises(DvinvError, match=r'^Process 2 has ended with a mistake: The disk is full\.'):
-        wait_for(other, lambda: False, lambda: 'the teacher')
-    Workdir(tmp_path, CONFIG, LEADER).close()  # came back: forgotten
-    assert other.mistakes.heard() == {}
-    other.close()
-
-
-def test_word_that_stays_is_of_a_process_that_came_first_and_failed(tmp_path, monkeypatch):
-    fail(tmp_path, Processes(1, 2), DvinvError('There is no teacher.npz.'))
-    leader = Workdir(tmp_path, CONFIG, LEADER)
-    assert leader.mistakes.heard() == {}
-    monkeypatch.setattr(mistakes, 'PATIENCE', 0.0)
-    assert leader.mistakes.heard() == {1: 'There is no teacher.npz.'}
-    leader.close()
-
-
-def test_nobody_is_told_of_who_is_alone_asked_to_leave_or_refused_as_a_second(tmp_path):
-    fail(tmp_path / 'alone', ALONE, DvinvError('no'))
-    fail(tmp_path / 'left', LEADER, SystemExit(143))
-    assert [*tmp_path.iterdir()] == []
-    leader = Workdir(tmp_path, CONFIG, LEADER)
-    fail(tmp_path, LEADER, OccupiedError('Another process is running.'))
-    fail(tmp_path, LEADER, DvinvError('what a second one runs into before it asks for its place'))
-    other = Workdir(tmp_path, CONFIG, Processes(1, 2))
-    assert other.mistakes.heard() == {}
-    assert not [*tmp_path.glob('.failed-*')]
-    for workdir in (leader, other):
-        workdir.close()
-
-
-def test_versions_that_are_not_the_leaders_are_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(waiting, 'POLL', 0.001)
-    here = versions.versions()
-    Workdir(tmp_path, CONFIG, LEADER).close()
-    monkeypatch.setattr(versions, 'versions', lambda: {**here, 'jax': '0.1'})
-    with contextlib.closing(Workdir(tmp_path, CONFIG, Processes(1, 2))) as early:
-        Workdir(tmp_path, CONFIG, LEADER).close()
-        assert f'goes on under other versions: jax {here["jax"]} there, 0.1 here' in capsys.readouterr().err
-        sharing.await_run(CONFIG, early)  # the leader came back with the same
-        monkeypatch.setattr(versions, 'versions', lambda: here)
-        with pytest.raises(DvinvError, match=rf'than those of process 1: jax 0\.1 there, {here["jax"]} here'):
-            sharing.await_run(CONFIG, early)
-    monkeypatch.setattr(mistakes, 'PATIENCE', 0.0)
-    late = Workdir(tmp_path, CONFIG, Processes(1, 2))
-    with contextlib.closing(late), pytest.raises(DvinvError, match='install the same versions everywhere'):
-        sharing.await_run(CONFIG, late)
-
-
-def test_looks_that_take_long_are_few_but_a_mistake_is_heard_at_once(tmp_path, monkeypatch):
-    now, looks = [0.0], []
-    other = Workdir(tmp_path, CONFIG, Processes(1, 2))
-
-    def look():
-        looks.append(now[0])
-        now[0] += 2.0
-        return False
-
-    def sleep(seconds):
-        now[0] += seconds
-        if len(looks) == 3 and now[0] > 50:
-            fail(tmp_path, LEADER, DvinvError('The disk is full.'))
-
-    monkeypatch.setattr(waiting, 'time', types.SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+def test_process_0_decides_for_all(second_of_two):
+    assert processes.decide(lambda: [1, 'a'], 'this') == [1, 'a']
+    second_of_two({'value': [2, 'b']}, {'error': 'The disk is full.'})
+    assert processes.decide(lambda: [1, 'a'], 'this') == [2, 'b']
     with pytest.raises(DvinvError, match='The disk is full'):
-        wait_for(other, look, lambda: 'the pool')
-    assert np.diff(looks) == pytest.approx(2.0 / waiting.SHARE, abs=waiting.POLL)
-    assert now[0] <= 50 + 2 * waiting.POLL
-    other.close()
+        processes.decide(lambda: None, 'this')
+
+
+def test_another_config_or_version_on_another_process_is_refused_by_name(second_of_two, monkeypatch):
+    second_of_two({'value': {'seed': 0, 'jax': '0.1', 'same': 1}})
+    monkeypatch.setattr(processes.multihost_utils, 'process_allgather', lambda mine: np.stack([mine + np.uint8(1), mine]))
+    with pytest.raises(DvinvError, match=r"differ: jax \('0\.1' in process 0, '0\.2' here\), seed \(0 in process 0, 1 here\)\."):
+        processes.refuse_differing({'seed': 1, 'jax': '0.2', 'same': 1}, 'configs and versions')
+
+
+def test_a_wait_that_takes_too_long_ends_the_process(capfd):
+    code = "with processes._time_limit('the clock', 0.1):\n import time; time.sleep(60)"
+    ended = subprocess.run([sys.executable, '-c', f'from dvinv.runtime import processes\n{code}'], capture_output=True)
+    assert ended.returncode == processes.LOST
+    assert b'Waited 0 s for the clock.' in ended.stderr
+
+
+def test_only_process_0_writes_files_of_the_run(second_of_two, tmp_path):
+    second_of_two()
+    Metrics(tmp_path / 'metrics.jsonl').append('teacher', 'teacher', [{'step': 1, 'loss': 0.5}])
+    processes_own = ImagePool(tmp_path / 'pool')
+    processes_own.write(0, np.zeros((1, 2, 2, 1)), np.zeros(1), np.zeros((1, 2)), {})
+    assert {path.name for path in tmp_path.rglob('*')} == {'pool', 'shard-000000.npz', 'shard-000000.json'}
+
+
+def test_two_runs_in_one_work_directory_are_refused(tmp_path):
+    config = ml_collections.ConfigDict({'seed': 0})
+    first = Workdir(tmp_path, config)
+    with pytest.raises(DvinvError, match=f'Another run is under way in {tmp_path}'):
+        Workdir(tmp_path, config)
+    first.close()
+    Workdir(tmp_path, config).close()
+
+
+def test_a_batch_that_all_devices_do_not_divide_is_refused(tmp_path):
+    with pytest.raises(DvinvError, match=r'synthesis.batch_size is 20, which 8 devices do not divide'):
+        pipeline.run(synthesis_config(bn_stats='global'), tmp_path)
+    with pytest.raises(DvinvError, match='batch'):
+        pipeline.run(smoke_config(devices=3, bn_stats='global', tasks=('synthesis',)), tmp_path)

@@ -143,7 +143,7 @@ def test_the_folder_of_several_seeds_is_no_work_directory(tmp_path):
 
 def test_a_second_process_is_refused_until_the_first_is_done(tmp_path):
     first = Workdir(tmp_path, config())
-    assert f'Another process is running in {tmp_path}' in refusal(tmp_path, config())
+    assert f'Another run is under way in {tmp_path}' in refusal(tmp_path, config())
     first.close()
     Workdir(tmp_path, config()).close()
 

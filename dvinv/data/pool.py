@@ -1,7 +1,8 @@
 """The image pool: synthesized images on disk, one numbered batch a shard.
 
     shard-000003.npz   images uint8 [B, H, W, C], labels int32 [B], logits float32 [B, K] of the stored pixels
-    shard-000003.json  sha256 of the npz, the teacher's digest, what the synthesizer noted, and a sha256 of all that
+    shard-000003.json  sha256 of the npz, the teacher's digest, what the synthesizer noted (the curves of the loss terms, too),
+                       and a sha256 of all that
     quarantine/        shards that were found damaged, for whoever wants to know why
 
 The sidecar is written last: a shard without one does not exist. Readable with nothing but numpy, also while it grows.
@@ -13,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -103,6 +105,13 @@ class ImagePool:
                 f'{self._digest[:12]}); use the teacher that made it, or another pool.'
             )
         return notes
+
+    def measurements(self) -> Iterator[dict]:
+        """Yields the loss terms of all batches, one sidecar at a time: {'batch', 'step' (an iteration), term: its value}."""
+        for number in self.numbers():
+            curve = self.notes(number).get('curve', {})
+            for values in zip(*curve.values(), strict=True):
+                yield {'batch': number, **dict(zip(curve, values, strict=True))}
 
     def read(self, number: int) -> dict[str, np.ndarray]:
         """{'images', 'labels', 'logits'} of a shard, checked against its sha256.
