@@ -3,7 +3,6 @@
 import functools
 import sys
 
-
 CLEAR = '\r\x1b[K'  # empties the line that the cursor of a terminal is in
 
 
