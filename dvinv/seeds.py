@@ -8,11 +8,15 @@ from pathlib import Path
 import ml_collections
 
 from dvinv import pipeline
-from dvinv.errors import DvinvError
+from dvinv.configuration import TASKS
+from dvinv.errors import DvinvError, listed, say
 from dvinv.runtime import mistakes, versions
+from dvinv.runtime.banner import done_already
 from dvinv.runtime.files import write_atomic
+from dvinv.runtime.page import Section, Table, Tile, percent, render
 from dvinv.runtime.processes import ALONE, Processes
 from dvinv.runtime.progress import duration
+from dvinv.runtime.workdir import holds_work, plain
 
 HEADLINES = {  # what is printed of the figures in results.json, as patterns; in the order of the tasks
     'teacher': ('test_accuracy', 'verifier_test_accuracy'),
@@ -29,16 +33,20 @@ def run(config, workdir, count: int, processes: Processes = ALONE) -> dict:
 
     Returns:
       {'seeds': [...], 'runs': [results of each], 'mean': {task: {figure: float}}, 'std': the same}, also written to
-      `workdir`/results.json by the leader. The deviation is the sample's (n - 1); None for one seed.
+      `workdir`/results.json by the leader, which makes a page of it where `report` is a task. The deviation is the
+      sample's (n - 1); None for one seed.
 
     Raises:
       DvinvError: `workdir` holds a single run or other seeds, or as for `pipeline.run`.
     """
     if (Path(workdir) / 'config.json').exists():
-        raise DvinvError(f'{workdir} holds a single run; choose another --workdir for several seeds.')
+        if holds_work(workdir):
+            raise DvinvError(f'{workdir} holds a single run; choose another --workdir for several seeds.')
+        if processes.leader:
+            (Path(workdir) / 'config.json').unlink(missing_ok=True)  # of one that ended before it made anything
     seeds, runs = [config.seed + i for i in range(count)], []
-    others = {folder.name for folder in Path(workdir).glob('seed-*')} - {f'seed-{seed}' for seed in seeds}
-    if others:
+    others = {folder.name for folder in Path(workdir).glob('seed-*') if holds_work(folder)}
+    if others := others - {f'seed-{seed}' for seed in seeds}:
         raise DvinvError(
             f'{workdir} holds {", ".join(sorted(others))}, which these --seeds do not ask for; choose another --workdir.'
         )
@@ -47,7 +55,13 @@ def run(config, workdir, count: int, processes: Processes = ALONE) -> dict:
         mistakes.take_back(folder, processes)
         if processes.leader and folder.exists():
             versions.record(folder)
+    tasks = [task for task in TASKS if task in config.tasks]
     for i, seed in enumerate(seeds):
+        if processes.leader:
+            done = ', '.join(done_already(folders[i], tasks))
+            say(
+                f'seed {seed}, {i + 1} of {count}, in {folders[i]}{f"; done already, not run again: {done}" if done else ""}'
+            )
         one = ml_collections.ConfigDict(config)
         one.seed = seed
         with mistakes.told(folders[i + 1 :], processes):
@@ -60,7 +74,39 @@ def run(config, workdir, count: int, processes: Processes = ALONE) -> dict:
     }
     if processes.leader:
         write_atomic(Path(workdir) / 'results.json', (json.dumps(summary, indent=2, sort_keys=True) + '\n').encode())
+        if 'report' in config.tasks:
+            write_atomic(Path(workdir) / 'report.html', _report(config, summary).encode())
     return summary
+
+
+def _report(config, summary: dict) -> str:
+    """Returns the page over all seeds: a table a task of its headline figures, and links to the pages of the seeds."""
+    seeds, sections, tiles = summary['seeds'], [], []
+    for task, patterns in HEADLINES.items():
+        mean, std = summary['mean'].get(task, {}), summary['std'].get(task, {})
+        if not (names := _headlines(mean, patterns)):
+            continue
+        rows = [
+            [(f'seed {seed}', f'seed-{seed}/report.html'), *(_flat(results[task])[name] for name in names)]
+            for seed, results in zip(seeds, summary['runs'], strict=True)
+        ]
+        rows = [['mean', *(mean[name] for name in names)], ['standard deviation', *(std[name] for name in names)], *rows]
+        columns = ['', *(name.replace('_', ' ') for name in names)]
+        sections.append(Section(task.capitalize(), tables=[Table(columns, rows, highlight=0)]))
+        if names[0].endswith('accuracy'):
+            spread = '' if std[names[0]] is None else f'± {percent(std[names[0]])}, '
+            tiles.append(
+                Tile(task.capitalize(), percent(mean[names[0]]), f'{spread}{names[0]}'.replace('_', ' '), mean[names[0]])
+            )
+    count = len(seeds)
+    return render(
+        f'{config.data.name or config.teacher.factory}: {count} seed{"s" if count > 1 else ""}',
+        f'The same config was run with the seeds {listed([*map(str, seeds)])}: everything that is drawn by chance differs. '
+        'Deviations are those of a sample (n - 1). Each seed has a report of its own; all figures are in results.json.',
+        tiles,
+        sections,
+        configuration=json.dumps(plain(config), indent=1, sort_keys=True),
+    )
 
 
 def _over(runs: list[dict], summarise) -> dict:
