@@ -67,7 +67,7 @@ def put_aside_damaged(pool: ImagePool, numbers: Sequence[int], look: Callable[[i
       SystemExit: SIGTERM came.
     """
     found = False
-    with Progress(f'{task}: checking the pool', len(numbers), brief=True) as progress:
+    with Progress(f'{task}: checking the pool', len(numbers), 'batches', brief=True) as progress:
         for done, number in enumerate(numbers, 1):
             preemption.leave_if_asked()
             try:
