@@ -96,6 +96,10 @@ def _parse(argv: list[str]) -> list[str]:
     if not any(argument.lstrip('-').startswith(('help', '?')) for argument in argv[1:]):
         # Now, as the config file, which the next line reads, takes a second or more to import what it needs.
         print(f'dvinv {dvinv.__version__} with JAX {version("jax")}', file=sys.stderr, flush=True)
+    if {'--helpfull', '-helpfull'} & {*argv}:
+        from dvinv.fields import described
+
+        print(f'{described()}\n')
     try:
         rest = flags.FLAGS(argv)
         if _CONFIG.value is None or not hasattr(_CONFIG.value, 'tasks'):

@@ -191,7 +191,7 @@ preemption.leave_if_asked()"""
         (signal.SIGTERM, LOOKS, 'SIGTERM: all is saved', ''),
         (signal.SIGTERM, SAVES, 'SIGTERM: all is saved', 'saved\n'),
         (signal.SIGINT, LOOKS, 'Ctrl-C: all is saved; the same command goes on from here.', ''),
-        (signal.SIGINT, f'preemption.install(0)\n{WAITS}', 'Ctrl-C: nothing was under way.', ''),
+        (signal.SIGINT, f'preemption.install(0)\n{WAITS}', 'Ctrl-C: this process ends at once.', ''),
     ],
 )
 def test_a_signal_ends_a_process_that_cannot_look_and_waits_for_one_that_saves(tmp_path, number, code, heard, out):

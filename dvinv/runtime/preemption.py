@@ -34,7 +34,7 @@ def install(grace: float = GRACE) -> None:
     Ctrl-C stays ignored where it is, as in what a shell starts in its background.
 
     Args:
-      grace: seconds after which the process ends where nobody looks at the note; 0: there is nothing yet to be saved.
+      grace: seconds after which the process ends where nobody looks at the note; 0: nothing is to be saved.
     """
     global _bell
     listening, bell = socket.socketpair()
@@ -98,7 +98,7 @@ def _listen(bell: socket.socket, grace: float) -> None:
 def _wait(grace: float) -> None:
     """Ends the process where the note is not looked at."""
     if not grace:
-        _end(f'{NAMES[_number]}: nothing was under way.')
+        _end(f'{NAMES[_number]}: this process ends at once.')
     patience = grace
     if _number == signal.SIGINT and grace > HINT and not _looked.wait(HINT):
         say('Ctrl-C: this process ends when it has saved what it is at; Ctrl-C again ends it at once.')

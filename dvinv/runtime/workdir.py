@@ -59,17 +59,17 @@ def _plain(value):
     return value
 
 
-def _flat(tree, prefix='') -> dict:
+def flat(tree, prefix='') -> dict:
     """{'a.b[0].c': leaf} of nested dicts and lists."""
     if isinstance(tree, dict):
-        return {k: v for key, item in tree.items() for k, v in _flat(item, f'{prefix}.{key}' if prefix else key).items()}
+        return {k: v for key, item in tree.items() for k, v in flat(item, f'{prefix}.{key}' if prefix else key).items()}
     if isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
-        return {k: v for i, item in enumerate(tree) for k, v in _flat(item, f'{prefix}[{i}]').items()}
+        return {k: v for i, item in enumerate(tree) for k, v in flat(item, f'{prefix}[{i}]').items()}
     return {prefix: tree}
 
 
 def _is_exempt(key: str) -> bool:
-    """Whether a key of `_flat` is one of `EXEMPT`, or within one."""
+    """Whether a key of `flat` is one of `EXEMPT`, or within one."""
     return any(key == name or key.startswith((f'{name}.', f'{name}[')) for name in EXEMPT)
 
 
@@ -141,7 +141,7 @@ class Workdir:
         old = self.read_json('config.json', None)
         if old is None:
             return []
-        mine, theirs = ({k: v for k, v in _flat(c).items() if not _is_exempt(k)} for c in (plain(config), old))
+        mine, theirs = ({k: v for k, v in flat(c).items() if not _is_exempt(k)} for c in (plain(config), old))
         absent = object()
         keys = sorted(k for k in {*mine, *theirs} if mine.get(k, absent) != theirs.get(k, absent))
         return [f'{k} ({theirs.get(k, "absent")!r} there, {mine.get(k, "absent")!r} here)' for k in keys]
