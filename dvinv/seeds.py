@@ -59,9 +59,8 @@ def run(config, workdir, count: int, processes: Processes = ALONE) -> dict:
     for i, seed in enumerate(seeds):
         if processes.leader:
             done = ', '.join(done_already(folders[i], tasks))
-            say(
-                f'seed {seed}, {i + 1} of {count}, in {folders[i]}{f"; done already, not run again: {done}" if done else ""}'
-            )
+            skipped = f'; done, not run again: {done}' if done else ''
+            say(f'seed {i + 1} of {count} (config.seed is {seed}), in {folders[i]}{skipped}')
         one = ml_collections.ConfigDict(config)
         one.seed = seed
         with mistakes.told(folders[i + 1 :], processes):
@@ -86,18 +85,15 @@ def _report(config, summary: dict) -> str:
         mean, std = summary['mean'].get(task, {}), summary['std'].get(task, {})
         if not (names := _headlines(mean, patterns)):
             continue
-        rows = [
-            [(f'seed {seed}', f'seed-{seed}/report.html'), *(_flat(results[task])[name] for name in names)]
-            for seed, results in zip(seeds, summary['runs'], strict=True)
-        ]
-        rows = [['mean', *(mean[name] for name in names)], ['standard deviation', *(std[name] for name in names)], *rows]
+        rows = [['mean', *_cells(names, mean)], ['standard deviation', *_cells(names, std)]]
+        for seed, results in zip(seeds, summary['runs'], strict=True):
+            rows.append([(f'seed {seed}', f'seed-{seed}/report.html'), *_cells(names, _flat(results[task]))])
         columns = ['', *(name.replace('_', ' ') for name in names)]
         sections.append(Section(task.capitalize(), tables=[Table(columns, rows, highlight=0)]))
         if names[0].endswith('accuracy'):
-            spread = '' if std[names[0]] is None else f'± {percent(std[names[0]])}, '
-            tiles.append(
-                Tile(task.capitalize(), percent(mean[names[0]]), f'{spread}{names[0]}'.replace('_', ' '), mean[names[0]])
-            )
+            accuracy, spread = mean[names[0]], std[names[0]]
+            note = '' if spread is None else f'± {percent(spread)}, '
+            tiles.append(Tile(task.capitalize(), percent(accuracy), f'{note}{names[0]}'.replace('_', ' '), accuracy))
     count = len(seeds)
     return render(
         f'{config.data.name or config.teacher.factory}: {count} seed{"s" if count > 1 else ""}',
@@ -107,6 +103,11 @@ def _report(config, summary: dict) -> str:
         sections,
         configuration=json.dumps(plain(config), indent=1, sort_keys=True),
     )
+
+
+def _cells(names: list[str], figures: dict) -> list[str | float | None]:
+    """Returns the figures of these names as a table shows them."""
+    return [percent(figures[name]) if name.endswith('accuracy') else figures[name] for name in names]
 
 
 def _over(runs: list[dict], summarise) -> dict:
