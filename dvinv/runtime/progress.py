@@ -80,7 +80,7 @@ class Progress:
     def _count(self) -> str:
         """Returns how much is done, and how long the rest takes where that is known."""
         text = f'{self._done:,}/{self._total:,} {self._unit}'
-        if self._paces:
+        if self._paces and self._done < self._total:
             return f'{text}, {duration(statistics.median(self._paces) * (self._total - self._done))} left'
         return f'{text}, compiling' if self._marked is None and self._unit in COMPILED else text
 
