@@ -1,13 +1,18 @@
 """python -m dvinv.main --config configs/digits.py --workdir DIR [--config.field=value ...] [--seeds N]"""
 
 import os
-import re
 import signal
 import sys
-from pathlib import Path
 
 if __name__ == '__main__' and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until `cli`: Ctrl-C would end an import with a traceback
+
+import ast
+import contextlib
+import difflib
+import re
+from importlib.metadata import version
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -53,10 +58,9 @@ _PROCESS_ID = flags.DEFINE_integer('process_id', -1, 'With --coordinator: which 
 
 def main(_) -> None:
     config = _CONFIG.value
-    # Imported late, so that a mistyped flag is answered at once, and what takes its time only after the banner.
+    # Imported late, so that a mistyped flag is answered at once; what takes longest only after the banner.
     import jax
 
-    print(f'dvinv {dvinv.__version__} with JAX {jax.__version__}', file=sys.stderr, flush=True)
     from dvinv.configuration import TASKS
     from dvinv.runtime.banner import announce
     from dvinv.runtime.compilation import keep_compiled
@@ -69,7 +73,6 @@ def main(_) -> None:
     set_cpu_devices(config.devices)
     keep_compiled()
     if _PLAN.value:
-        preemption.install(grace=0)  # nothing is to be saved
         from dvinv import plan
 
         print(plan.plan(config))
@@ -79,7 +82,7 @@ def main(_) -> None:
             announce(config, _WORKDIR.value, [task for task in TASKS if task in config.tasks], _SEEDS.value)
         from dvinv import pipeline, seeds
 
-        preemption.leave_if_asked()
+        preemption.install()
         if _SEEDS.value:
             figures = seeds.run(config, _WORKDIR.value, _SEEDS.value)
         else:
@@ -98,6 +101,13 @@ def _parse(argv: list[str]) -> list[str]:
                 f'An item of a tuple is named by its number in brackets, from 0: {argument[: start - 1]}[{found[1]}]'
                 f'{argument[end:]}. In a shell that takes brackets for patterns, quote it.'
             )
+    if not any(argument.lstrip('-').startswith(('help', '?')) for argument in argv[1:]):
+        # Now, as the config file, which the next line reads, takes a second or more to import what it needs.
+        print(f'dvinv {dvinv.__version__} with JAX {version("jax")}', file=sys.stderr, flush=True)
+    if {'--helpfull', '-helpfull'} & {*argv}:
+        from dvinv.fields import described
+
+        print(f'{described()}\n')
     try:
         rest = flags.FLAGS(argv)
         if _CONFIG.value is None or not hasattr(_CONFIG.value, 'tasks'):
@@ -107,7 +117,7 @@ def _parse(argv: list[str]) -> list[str]:
             raise DvinvError(
                 'A flag names a field of a tuple; say of which item, as in --config.synthesis.stages[0].iterations=5.'
             ) from error
-        raise DvinvError(f'The config has no such key or type: {" ".join(str(error.args[0]).split())}') from error
+        raise DvinvError(_unknown(error)) from error
     except IndexError as error:
         raise DvinvError(
             'A flag counts beyond the end of a tuple in the config, as --config.synthesis.stages[9] would; indices '
@@ -126,6 +136,16 @@ def _parse(argv: list[str]) -> list[str]:
     return rest
 
 
+def _unknown(error: Exception) -> str:
+    """Returns the sentence for an error of ml_collections, which quotes its own once more where it tells of a key."""
+    text = str(error.args[0])
+    with contextlib.suppress(ValueError, SyntaxError):
+        text = str(ast.literal_eval(text))
+    if found := re.fullmatch(r"""'(.+)'\s+Did you mean "(.+)" instead of ".+"\?""", text):
+        return f'The config has no field {found[1]!r}; did you mean {found[2]!r}? (--helpfull lists all fields.)'
+    return f'The config has no such field or type: {" ".join(text.split())} (--helpfull lists all fields.)'
+
+
 def _check_config_file(argv: list[str]) -> None:
     """Refuses a config file that is not there, or that is not one, with the names of those that are."""
     for argument, following in zip(argv[1:], [*argv[2:], ''], strict=True):
@@ -140,15 +160,14 @@ def _check_config_file(argv: list[str]) -> None:
         folder = Path('configs') if Path('configs').is_dir() else Path(__file__).parents[1] / 'configs'
         names = sorted(file.name for file in folder.glob('*.py'))
         known = f'{folder}/ has {listed(names, 30)}.' if names else 'name a Python file that has a function get_config.'
-        meant = f'{Path(path).stem}.py'
-        raise DvinvError(
-            f'There is no config file {path!r}; {f"did you mean {folder}/{meant}?" if meant in names else known}'
-        )
+        close = difflib.get_close_matches(f'{Path(path).stem}.py', names, 1)
+        meant = f'did you mean {folder}/{close[0]}? ' if close else ''
+        raise DvinvError(f'There is no config file {path!r}; {meant}{known}')
 
 
 def cli() -> None:
     """Run, and answer a user's mistake with one sentence and the exit status 1."""
-    preemption.install()
+    preemption.install(grace=0)
     try:
         app.run(main, flags_parser=_parse)
     except DvinvError as error:

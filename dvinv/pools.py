@@ -67,7 +67,7 @@ def put_aside_damaged(pool: ImagePool, look: Callable[[int], object], task: str)
 
     def check() -> None:
         numbers = pool.numbers()
-        with Progress(f'{task}: checking the pool', len(numbers), brief=True) as progress:
+        with Progress(f'{task}: checking the pool', len(numbers), 'batches', brief=True) as progress:
             for done, number in enumerate(numbers, 1):
                 preemption.leave_if_asked(alone=True)
                 try:

@@ -8,9 +8,14 @@ from pathlib import Path
 import ml_collections
 
 from dvinv import pipeline
-from dvinv.errors import DvinvError
+from dvinv.configuration import TASKS
+from dvinv.errors import DvinvError, listed, say
+from dvinv.runtime.banner import done_already
 from dvinv.runtime.files import write_atomic
+from dvinv.runtime.page import Section, Table, Tile, percent, render
+from dvinv.runtime.processes import is_primary
 from dvinv.runtime.progress import duration
+from dvinv.runtime.workdir import holds_work, plain
 
 HEADLINES = {  # what is printed of the figures in results.json, as patterns; in the order of the tasks
     'teacher': ('test_accuracy', 'verifier_test_accuracy'),
@@ -27,21 +32,30 @@ def run(config, workdir, count: int) -> dict:
 
     Returns:
       {'seeds': [...], 'runs': [results of each], 'mean': {task: {figure: float}}, 'std': the same}, also written to
-      `workdir`/results.json. The deviation is the sample's (n - 1); None for one seed.
+      `workdir`/results.json, and to a page where `report` is a task. The deviation is the sample's (n - 1); None for one
+      seed.
 
     Raises:
       DvinvError: `workdir` holds a single run or other seeds, or as for `pipeline.run`.
     """
     if (Path(workdir) / 'config.json').exists():
-        raise DvinvError(f'{workdir} holds a single run; choose another --workdir for several seeds.')
+        if holds_work(workdir):
+            raise DvinvError(f'{workdir} holds a single run; choose another --workdir for several seeds.')
+        if is_primary():
+            (Path(workdir) / 'config.json').unlink(missing_ok=True)  # of one that ended before it made anything
     seeds, runs = [config.seed + i for i in range(count)], []
-    others = {folder.name for folder in Path(workdir).glob('seed-*')} - {f'seed-{seed}' for seed in seeds}
-    if others:
+    others = {folder.name for folder in Path(workdir).glob('seed-*') if holds_work(folder)}
+    if others := others - {f'seed-{seed}' for seed in seeds}:
         raise DvinvError(
             f'{workdir} holds {", ".join(sorted(others))}, which these --seeds do not ask for; choose another --workdir.'
         )
     folders = [Path(workdir) / f'seed-{seed}' for seed in seeds]
+    tasks = [task for task in TASKS if task in config.tasks]
     for i, seed in enumerate(seeds):
+        if is_primary():
+            done = ', '.join(done_already(folders[i], tasks))
+            skipped = f'; done, not run again: {done}' if done else ''
+            say(f'seed {i + 1} of {count} (config.seed is {seed}), in {folders[i]}{skipped}')
         one = ml_collections.ConfigDict(config)
         one.seed = seed
         runs.append(pipeline.run(one, folders[i]))
@@ -52,7 +66,41 @@ def run(config, workdir, count: int) -> dict:
         'std': _over(runs, lambda values: statistics.stdev(values) if len(values) > 1 else None),
     }
     write_atomic(Path(workdir) / 'results.json', (json.dumps(summary, indent=2, sort_keys=True) + '\n').encode())
+    if 'report' in config.tasks:
+        write_atomic(Path(workdir) / 'report.html', _report(config, summary).encode())
     return summary
+
+
+def _report(config, summary: dict) -> str:
+    """Returns the page over all seeds: a table a task of its headline figures, and links to the pages of the seeds."""
+    seeds, sections, tiles = summary['seeds'], [], []
+    for task, patterns in HEADLINES.items():
+        mean, std = summary['mean'].get(task, {}), summary['std'].get(task, {})
+        if not (names := _headlines(mean, patterns)):
+            continue
+        rows = [['mean', *_cells(names, mean)], ['standard deviation', *_cells(names, std)]]
+        for seed, results in zip(seeds, summary['runs'], strict=True):
+            rows.append([(f'seed {seed}', f'seed-{seed}/report.html'), *_cells(names, _flat(results[task]))])
+        columns = ['', *(name.replace('_', ' ') for name in names)]
+        sections.append(Section(task.capitalize(), tables=[Table(columns, rows, highlight=0)]))
+        if names[0].endswith('accuracy'):
+            accuracy, spread = mean[names[0]], std[names[0]]
+            note = '' if spread is None else f'± {percent(spread)}, '
+            tiles.append(Tile(task.capitalize(), percent(accuracy), f'{note}{names[0]}'.replace('_', ' '), accuracy))
+    count = len(seeds)
+    return render(
+        f'{config.data.name or config.teacher.factory}: {count} seed{"s" if count > 1 else ""}',
+        f'The same config was run with the seeds {listed([*map(str, seeds)])}: everything that is drawn by chance differs. '
+        'Deviations are those of a sample (n - 1). Each seed has a report of its own; all figures are in results.json.',
+        tiles,
+        sections,
+        configuration=json.dumps(plain(config), indent=1, sort_keys=True),
+    )
+
+
+def _cells(names: list[str], figures: dict) -> list[str | float | None]:
+    """Returns the figures of these names as a table shows them."""
+    return [percent(figures[name]) if name.endswith('accuracy') else figures[name] for name in names]
 
 
 def _over(runs: list[dict], summarise) -> dict:

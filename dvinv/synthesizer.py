@@ -15,7 +15,7 @@ from dvinv.data.pool import ImagePool
 from dvinv.evaluation import logits_of
 from dvinv.inversion import Inversion, Teacher, balanced_labels, make_feature_loss, make_inverter
 from dvinv.inversion.canvas import blank_canvas, make_paint
-from dvinv.pools import missing_batches, open_control, put_aside_damaged
+from dvinv.pools import all_batches, missing_batches, open_control, put_aside_damaged
 from dvinv.runtime import preemption
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.processes import decide, is_primary, meet
@@ -96,8 +96,10 @@ class Synthesizer:
         self._iterations = 0 if method == 'noise' else settings.iterations
         self._weights = dataclasses.asdict(settings.weights)
         self._seed_key = jax.random.key(config.seed)
-        self._progress = Progress(f'{task}: {series}', len(missing) * max(1, self._iterations))
-        self._made = 0  # batches, since the start of the run
+        batches = len(all_batches(config))
+        each, unit = (self._iterations, 'iterations') if self._iterations else (1, 'batches')
+        self._made = batches - len(missing)  # batches that are finished
+        self._progress = Progress(f'{task}: {series}', batches * each, unit, self._made * each)
         self._saved, self._pauses = time.monotonic(), 0
 
     def __enter__(self):

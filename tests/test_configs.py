@@ -142,6 +142,6 @@ def test_a_config_of_two_resolutions_runs_on_larger_images_to_its_report(command
     assert status == 0, err
     with np.load(run / 'pool' / 'shard-000000.npz') as shard:
         assert shard['images'].shape == (4, size, size, 3)
-    assert [json.loads(line)['step'] for line in (run / 'metrics.jsonl').read_text().splitlines()] == [0, 1, 2, 3]
+    assert json.loads((run / 'pool' / 'shard-000000.json').read_text())['curve']['step'] == [0, 1, 2, 3]
     assert list(json.loads((run / 'quality.json').read_text())) == ['synthesized', 'noise']
     assert 'Loss terms, mean over batches' in (run / 'report.html').read_text()

@@ -154,7 +154,8 @@ with processes.joined(None, *{joined!r}):
     labels = rng.integers(0, 10, 64).astype(np.int32)
     like = Classifier(None, None, (8, 8, 1), 10, (0.5,), (0.5,))
     recipe = Recipe(updates=5, batch_size=16, warmup=0)
-    step = TrainStep(create('small_convnet', 10, 0.25), Lesson(recipe, supervised(0.0), Rounds(64)), like, make_mesh(2, True))
+    lesson = Lesson(recipe, supervised(0.0), Rounds(64))
+    step = TrainStep(create('small_convnet', 10, 0.25), lesson, like, make_mesh(0, of_all=True))
     state = step.place(step.initial_state(jax.random.key(0)))
     step.batches.load(images, labels)
     losses, key = [], step.place(jax.random.key(1))
@@ -286,7 +287,9 @@ def test_process_0_decides_for_all(second_of_two):
 def test_another_config_or_version_on_another_process_is_refused_by_name(second_of_two, monkeypatch):
     second_of_two({'value': {'seed': 0, 'jax': '0.1', 'same': 1}})
     monkeypatch.setattr(processes.multihost_utils, 'process_allgather', lambda mine: np.stack([mine + np.uint8(1), mine]))
-    with pytest.raises(DvinvError, match=r"differ: jax \('0\.1' in process 0, '0\.2' here\), seed \(0 in process 0, 1 here\)\."):
+    with pytest.raises(
+        DvinvError, match=r"differ: jax \('0\.1' in process 0, '0\.2' here\), seed \(0 in process 0, 1 here\)\."
+    ):
         processes.refuse_differing({'seed': 1, 'jax': '0.2', 'same': 1}, 'configs and versions')
 
 

@@ -35,27 +35,23 @@ TERMS = ('cross-entropy', 'feature loss', 'total variation')
 def report_of(tmp_path):
     """`report_of(method, rounds=1, pool='', figures={}, made={}, **changes)`: the page of a run whose results are made up.
 
-    A pool of one batch from the teacher factories:own; a line of metrics at the start and at the end of two batches.
+    A pool of two batches from the teacher factories:own, with their loss terms at the start and at the end.
     """
 
     def report_of(method, rounds=1, pool='', figures=(), made=(), **changes):
         none = {'verifier__network': '', 'distillation__controls': ()}
         config = smoke_config(teacher__factory='factories:own', pool=pool, **{**none, **changes})
-        config.synthesis.update(method='deepinversion' if pool else method, images=config.synthesis.batch_size)
+        config.synthesis.update(method='deepinversion' if pool else method, images=2 * config.synthesis.batch_size)
         images, labels = numbered([0, 1], size=8)
         stored = ImagePool(pool or tmp_path / 'run' / 'pool', factories.own().digest())
-        stored.write(0, images, labels, np.zeros((2, 10)), {'config': {'method': method}})
         terms = {'loss': 3.0, 'cross_entropy': 1.0, 'feature': 2.0, 'total_variation': 3.0, 'l2': 4.0}
         if method == 'adaptive':
             terms['competition'] = 0.5
+        for batch in range(2):
+            curve = {term: [value / (step + batch + 1) for step in (0, 4)] for term, value in terms.items()}
+            curve = {} if method == 'noise' else {'step': [0, 4], **curve}
+            stored.write(batch, images, labels, np.zeros((2, 10)), {'config': {'method': method}, 'curve': curve})
         with contextlib.closing(Workdir(tmp_path / 'run', config)) as workdir:
-            if method != 'noise' and not pool:
-                for batch in (1, 0):  # one that was lost stands last
-                    lines = [
-                        {'step': step, 'batch': batch, **{term: value / (step + batch + 1) for term, value in terms.items()}}
-                        for step in (0, 4)
-                    ]
-                    workdir.metrics.append('synthesis', method, lines)
             workdir.metrics.append('distillation', 'student', [{'step': 20, 'loss': 1.0}])
             seconds = {'wall_seconds': 1.0}
             workdir.add_results('teacher', TEACHER | seconds)

@@ -1,8 +1,8 @@
 """The image pool: synthesized images on disk, one numbered batch a shard.
 
     shard-000003.npz   images uint8 [B, H, W, C], labels int32 [B], logits float32 [B, K] of the stored pixels
-    shard-000003.json  sha256 of the npz, the teacher's digest, what the synthesizer noted (the curves of the loss terms, too),
-                       and a sha256 of all that
+    shard-000003.json  sha256 of the npz, the teacher's digest, what the synthesizer noted (curves of the loss terms
+                       among it), and a sha256 of all that
     quarantine/        shards that were found damaged, for whoever wants to know why
 
 The sidecar is written last: a shard without one does not exist. Readable with nothing but numpy, also while it grows.

@@ -306,7 +306,7 @@ class Pruner:
         """The table of the work directory; a resumed run must remove what an undisturbed one would."""
 
         def measure() -> dict:
-            with Progress('pruning: latencies', len(self._channels.products), 0) as progress:
+            with Progress('pruning: latencies', len(self._channels.products), 'layers') as progress:
                 batch_size, multiple = self._config.pruning.latency_batch, self.removal.multiple
                 return measure_table(self._channels, batch_size, multiple, lambda done, of: progress.update(done))
 

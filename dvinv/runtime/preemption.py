@@ -20,7 +20,7 @@ from dvinv.errors import say
 NAMES = {signal.SIGTERM: 'SIGTERM', signal.SIGINT: 'Ctrl-C'}
 GRACE = 20.0  # seconds until somebody has looked at the note; where Kubernetes and SLURM wait for 30 before SIGKILL
 SAVING = 10  # times as long, from one look at the note to the next or to the end: to save takes its time
-HINT = 1.0  # seconds after Ctrl-C until it is said how to end at once
+HINT = 3.0  # seconds after Ctrl-C until it is said how to end at once
 
 _asked = False
 _number = signal.SIGTERM  # which signal came first
@@ -37,15 +37,16 @@ def install(grace: float = GRACE) -> None:
     Ctrl-C stays ignored where it is, as in what a shell starts in its background.
 
     Args:
-      grace: seconds after which the process ends where nobody looks at the note.
+      grace: seconds after which the process ends where nobody looks at the note; 0: nothing is to be saved.
     """
     global _bell
-    listening, _bell = socket.socketpair()
-    _bell.setblocking(False)
+    listening, bell = socket.socketpair()
+    bell.setblocking(False)
+    signal.set_wakeup_fd(bell.fileno(), warn_on_full_buffer=False)  # Python's handler in C writes the signal's number there
+    _bell = bell  # lets go of an earlier one
     for number in NAMES:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda came, frame: _note(came))
-    signal.set_wakeup_fd(_bell.fileno(), warn_on_full_buffer=False)  # Python's handler in C writes the signal's number there
     threading.Thread(target=_listen, args=(listening, grace), daemon=True).start()
 
 
@@ -119,6 +120,8 @@ def _listen(bell: socket.socket, grace: float) -> None:
 
 def _wait(grace: float) -> None:
     """Ends the process where the note is not looked at."""
+    if not grace:
+        _end(f'{NAMES[_number]}: this process ends at once.')
     patience = grace
     if _number == signal.SIGINT and grace > HINT and not _looked.wait(HINT):
         say('Ctrl-C: this process ends when it has saved what it is at; Ctrl-C again ends it at once.')
@@ -126,9 +129,8 @@ def _wait(grace: float) -> None:
     while _looked.wait(patience):
         _looked.clear()
         patience = SAVING * grace
-    _end(
-        f'{NAMES[_number]}: this process is in a long computation and ends now; the same command goes on from what was saved.'
-    )
+    name = NAMES[_number]
+    _end(f'{name}: this process is in a long computation and ends now; the same command goes on from what was saved.')
 
 
 def _end(sentence: str) -> None:

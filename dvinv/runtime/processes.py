@@ -1,8 +1,8 @@
 """Several processes that run one program: each makes the same calls, on meshes of the devices of all (SPMD).
 
 JAX's own engine joins them (`jax.distributed`): under SLURM, Open MPI and on Cloud TPU it finds out which process this is,
-elsewhere flags say so. They see one file system. Process 0 writes the files of the run and takes the decisions that depend on
-files, clocks or rounding; `decide` hands these to all. A process that dies ends the others, and the same command resumes.
+elsewhere flags say so. They see one file system. Process 0 writes the files of the run, and takes the decisions that depend
+on files, clocks or rounding; `decide` hands these to all. A process that dies ends the others; the same command resumes.
 """
 
 import contextlib
@@ -146,9 +146,7 @@ def _several(distributed: bool | None, coordinator: str, count: int, index: int)
             'under SLURM, Open MPI and on Cloud TPU.'
         )
     if not re.fullmatch(r'.+:\d+', coordinator):
-        raise DvinvError(
-            f'--coordinator is {coordinator!r}; it must be the host and a free port of process 0: 10.0.0.2:8476.'
-        )
+        raise DvinvError(f'--coordinator is {coordinator!r}; it must be host:port, with a free port.')
     if index >= count:
         raise DvinvError(f'--process_id is {index}, but --num_processes is {count}; the first counts from 0.')
     return count > 1

@@ -24,6 +24,26 @@ from dvinv.runtime.versions import record, refuse_other_settings, versions
 # made anew each time).
 EXEMPT = ('tasks', 'devices', 'logging', 'verifiers', 'synthesis.controls')
 
+# What a run makes, but for its records: until one of these is there, a folder may get another config.
+MADE = (
+    'results.json',
+    'latency.json',
+    'checkpoints',
+    'networks',
+    'pool',
+    'pools',
+    'controls',
+    'samples',
+    'pruning',
+)
+
+
+def holds_work(folder: Path) -> bool:
+    """Whether a run has made something in this folder; one that was refused, or ended before, has not."""
+    places = (Path(folder) / name for name in MADE)
+    paths = (path for place in places for path in (place, *place.rglob('*')))
+    return any(path.is_file() and not path.name.startswith('.') for path in paths)
+
 
 def plain(config) -> dict:
     """A config as nested dicts, lists and scalars, as JSON knows them."""
@@ -38,17 +58,17 @@ def _plain(value):
     return value
 
 
-def _flat(tree, prefix='') -> dict:
+def flat(tree, prefix='') -> dict:
     """{'a.b[0].c': leaf} of nested dicts and lists."""
     if isinstance(tree, dict):
-        return {k: v for key, item in tree.items() for k, v in _flat(item, f'{prefix}.{key}' if prefix else key).items()}
+        return {k: v for key, item in tree.items() for k, v in flat(item, f'{prefix}.{key}' if prefix else key).items()}
     if isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
-        return {k: v for i, item in enumerate(tree) for k, v in _flat(item, f'{prefix}[{i}]').items()}
+        return {k: v for i, item in enumerate(tree) for k, v in flat(item, f'{prefix}[{i}]').items()}
     return {prefix: tree}
 
 
 def _is_exempt(key: str) -> bool:
-    """Whether a key of `_flat` is one of `EXEMPT`, or within one."""
+    """Whether a key of `flat` is one of `EXEMPT`, or within one."""
     return any(key == name or key.startswith((f'{name}.', f'{name}[')) for name in EXEMPT)
 
 
@@ -65,14 +85,15 @@ class Workdir:
       metrics: the measurements of trainings.
 
     Raises:
-      DvinvError: it holds a run with another config (names the keys) or under other settings of JAX, another run is under
-        way in it, its config.json is damaged, or the processes of the run have different configs or versions.
+      DvinvError: it holds a run that has made something with another config (names the keys) or under other settings of
+        JAX, another run is under way in it, its config.json is damaged, or the processes of the run have different configs
+        or versions.
     """
 
     def __init__(self, path, config):
         self.path = Path(path)
         self._lock = filelock.FileLock(self.path / '.lock', timeout=0)
-        refuse_differing({**_flat(plain(config)), **versions()}, 'configs and versions')
+        refuse_differing({**flat(plain(config)), **versions()}, 'configs and versions')
         decide(lambda: self._open(config), f'{self.path} to open')
         self.metrics = Metrics(self.path / 'metrics.jsonl', on_append=self.tick)
         self._times = self.read_json('times.json', {})
@@ -81,8 +102,10 @@ class Workdir:
     def _open(self, config) -> None:
         """Locks the folder for this run, and writes down its config and versions."""
         try:
-            self.refuse_other(config)
-            refuse_other_settings(self.path)
+            if begun := holds_work(self.path):
+                self.refuse_other(config)
+                refuse_other_settings(self.path)
+            self._refuse_seeds()
             with disk_full_told(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock.acquire()
@@ -91,6 +114,9 @@ class Workdir:
         except filelock.Timeout as error:
             raise DvinvError(f'Another run is under way in {self.path}; wait, or choose another --workdir.') from error
         try:
+            if not begun and self._differing(config):
+                for name in ('metrics.jsonl', 'times.json'):  # of an earlier start, under a config that goes now
+                    (self.path / name).unlink(missing_ok=True)
             write_atomic(self.path / 'config.json', _dumps(plain(config)))
             record(self.path)
         except BaseException:
@@ -103,23 +129,27 @@ class Workdir:
         Raises:
           DvinvError: names the keys that differ.
         """
-        config = plain(config)
+        if differing := self._differing(config):
+            raise DvinvError(
+                f'{self.path} holds a run with another config: {listed(differing, 8)}. Choose another --workdir, or repeat '
+                'the settings of that run to resume it.'
+            )
+
+    def _differing(self, config) -> list[str]:
+        """Returns the keys, with both values, in which a config is not the one in here; none where there is no config."""
         old = self.read_json('config.json', None)
         if old is None:
-            if any(self.path.glob('seed-*/config.json')):
-                raise DvinvError(
-                    f'{self.path} holds the runs of several seeds; repeat --seeds to resume them, or choose '
-                    'another --workdir.'
-                )
-            return
-        mine, theirs = ({k: v for k, v in _flat(c).items() if not _is_exempt(k)} for c in (config, old))
+            return []
+        mine, theirs = ({k: v for k, v in flat(c).items() if not _is_exempt(k)} for c in (plain(config), old))
         absent = object()
-        differing = sorted(k for k in {*mine, *theirs} if mine.get(k, absent) != theirs.get(k, absent))
-        if differing:
-            shown = [f'{k} ({theirs.get(k, "absent")!r} there, {mine.get(k, "absent")!r} here)' for k in differing]
+        keys = sorted(k for k in {*mine, *theirs} if mine.get(k, absent) != theirs.get(k, absent))
+        return [f'{k} ({theirs.get(k, "absent")!r} there, {mine.get(k, "absent")!r} here)' for k in keys]
+
+    def _refuse_seeds(self) -> None:
+        """Refuses a folder in which the runs of several seeds have their folders."""
+        if not (self.path / 'config.json').exists() and any(map(holds_work, self.path.glob('seed-*'))):
             raise DvinvError(
-                f'{self.path} holds a run with another config: {listed(shown, 8)}. Choose another --workdir, or repeat '
-                'the settings of that run to resume it.'
+                f'{self.path} holds the runs of several seeds; repeat --seeds to resume them, or choose another --workdir.'
             )
 
     def read_json(self, name: str, default):
