@@ -5,14 +5,14 @@
 
     python benchmarks/kill_test.py --kills 0 --ints 10
 
-Runs the config once, undisturbed, in one process. Then, for each kill, starts it in a fresh work directory, ends it with
+Runs the config once, undisturbed. Then, for each kill, starts it in a fresh work directory, ends it with
 SIGKILL (SIGTERM for --terms, SIGINT, as of Ctrl-C, for --ints) at a random moment, runs the same command again to its end,
 and compares everything that lasts: pool, controls, networks, samples, metrics.jsonl, and results.json without what is
 measured in seconds. No run may leave a traceback.
 
-With several processes a run goes on while one of them, drawn by lot, is ended and started again, and so forth until the run
-ends; further runs follow until all kills are spent. Beside the end, every shard is watched: none may go, and none may be
-written again. Other flags are the run's.
+Several processes are started by `launch/local.sh -n`: one of them, drawn by lot, is ended, with which all end, and the script
+starts all again; and so forth until the run ends. Further runs follow until all kills are spent. Beside the end, every shard
+is watched: none may go, and none may be written again. Other flags are the run's.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from pathlib import Path
 
 FOLDERS = ('pool', 'pools', 'controls', 'networks', 'samples')
 MEASURED = ('wall_seconds', 'latency_ratio')  # never the same twice
+SCRIPT = Path(__file__).parents[1] / 'launch' / 'local.sh'
 NAMES = {signal.SIGKILL: 'killed', signal.SIGTERM: 'terminated', signal.SIGINT: 'interrupted'}
 
 
@@ -48,19 +49,19 @@ def main() -> None:
         moments.shuffle(signals)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # runs would inherit that it is ignored, as in the background
     with tempfile.TemporaryDirectory(prefix='dvinv-kills-') as folder:
-        runs = Runs(['--config', arguments.config, *flags], Path(folder))
+        runs = Runs(arguments.config, flags, Path(folder), arguments.processes)
         runs.whole('warm')  # fills the compilation cache: all others then take equally long
         begin = time.monotonic()
         runs.whole('whole')
         duration, expected = time.monotonic() - begin, lasting(runs.folder / 'whole')
-        print(f'undisturbed, one process: {duration:.0f} s', flush=True)
+        print(f'undisturbed: {duration:.0f} s', flush=True)
         if differing := differences(expected, lasting(runs.folder / 'warm')):
             sys.exit(f'Two undisturbed runs differ already: {", ".join(differing)}')
         test = one_by_one if arguments.processes == 1 else together
-        sys.exit(not test(runs, signals, moments, duration, expected, arguments.processes))
+        sys.exit(not test(runs, signals, moments, duration, expected))
 
 
-def one_by_one(runs: 'Runs', signals: list, moments: random.Random, duration: float, expected: dict, _: int) -> bool:
+def one_by_one(runs: 'Runs', signals: list, moments: random.Random, duration: float, expected: dict) -> bool:
     """Each signal in a run of its own; whether all were identical to `expected`."""
     identical = 0
     for kill, number in enumerate(signals, 1):
@@ -84,30 +85,38 @@ def one_by_one(runs: 'Runs', signals: list, moments: random.Random, duration: fl
     return identical == len(signals)
 
 
-def together(runs: 'Runs', signals: list, moments: random.Random, duration: float, expected: dict, count: int) -> bool:
+def together(runs: 'Runs', signals: list, moments: random.Random, duration: float, expected: dict) -> bool:
     """All signals over as few runs of several processes as it takes; whether all were identical to `expected`."""
     left, run, identical, faults = [*enumerate(signals, 1)], 0, 0, 0
     while left:
         run += 1
         name, seen = f'run-{run}', {}
-        processes = {index: runs.start(name, index, count) for index in range(count)}
+        script = runs.start(name)
         due = time.monotonic() + moments.uniform(0, duration / 2)
-        while processes:
+        while True:
             time.sleep(0.05)
             faults += watch(runs.folder / name / 'pool', seen)
-            for index, process in [*processes.items()]:
-                if process.poll() is not None:
-                    runs.check(process, name)
-                    del processes[index]
+            if script.poll() is not None:
+                if script.returncode == 0:
+                    break
+                runs.refuse_mistakes(script, name)
+                script = runs.start(name)  # it has had enough of attempts
+            processes = runs.processes(name)
             if left and processes and time.monotonic() >= due:
                 (kill, number), victim = left.pop(0), moments.choice(sorted(processes))
-                ended = runs.end(processes[victim], number)
-                print(f'{kill:3} process {victim} {ended}, {done(runs.folder / name)}', flush=True)
-                processes[victim] = runs.start(name, victim, count)
+                os.kill(processes[victim], number)
+                begin = time.monotonic()
+                while {*runs.processes(name).values()} & {*processes.values()} and script.poll() is None:
+                    time.sleep(0.05)
+                took, state = time.monotonic() - begin, done(runs.folder / name)
+                print(f'{kill:3} process {victim} {NAMES[number]}, all ended after {took:.1f} s, {state}', flush=True)
                 due = time.monotonic() + moments.uniform(0, duration / 2)
         differing = differences(expected, lasting(runs.folder / name))
         identical += not differing
         print(f'{name}: {f"differs: {differing}" if differing else "identical"}, {len(seen)} shards', flush=True)
+        for line in (runs.folder / f'{name}.log').read_text().splitlines():
+            if line.startswith('attempt '):
+                print(f'    {line}', flush=True)
     print(f'{identical} of {run} runs identical after {len(signals)} signals; {faults} shards lost or written twice')
     return identical == run and not faults
 
@@ -126,17 +135,29 @@ def watch(pool: Path, seen: dict) -> int:
 class Runs:
     """Runs with the same flags, in folders of one folder."""
 
-    def __init__(self, flags: list[str], folder: Path):
-        self._flags, self.folder = flags, folder
+    def __init__(self, config: str, flags: list[str], folder: Path, count: int):
+        self._config, self._flags, self.folder, self._count = config, flags, folder, count
 
-    def start(self, name: str, index: int = 0, count: int = 1) -> subprocess.Popen:
-        """A process of the run in `folder`/`name`."""
-        command = [sys.executable, '-m', 'dvinv.main', *self._flags, '--workdir', str(self.folder / name)]
-        environment = {**os.environ, 'XDG_CACHE_HOME': str(self.folder / 'cache')}
-        if count > 1:
-            environment |= {'DVINV_PROCESS': str(index), 'DVINV_PROCESSES': str(count)}
+    def start(self, name: str) -> subprocess.Popen:
+        """The run in `folder`/`name`; of several processes, the script that starts them."""
+        workdir, python = str(self.folder / name), [sys.executable, '-m', 'dvinv.main']
+        command = [*python, '--config', self._config, '--workdir', workdir, *self._flags]
+        if self._count > 1:
+            command = ['bash', str(SCRIPT), '-n', str(self._count), self._config, workdir, *self._flags]
+        more = {'XDG_CACHE_HOME': str(self.folder / 'cache'), 'PYTHON': sys.executable, 'DELAY': '0'}
         with open(self.folder / f'{name}.log', 'ab') as log:
-            return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **more})
+
+    def processes(self, name: str) -> dict[int, int]:
+        """{number of a process: its id in the system} of those that run in `folder`/`name` now."""
+        found = {}
+        for entry in Path('/proc').glob('[0-9]*/cmdline'):
+            with contextlib.suppress(OSError):
+                words = entry.read_bytes().decode(errors='replace').split('\0')
+                if str(self.folder / name) in words and 'dvinv.main' in words:
+                    number = next(word for word in words if word.startswith('--process_id='))
+                    found[int(number.partition('=')[2])] = int(entry.parent.name)
+        return found
 
     def whole(self, name: str) -> None:
         """Run to the end."""
@@ -148,6 +169,11 @@ class Runs:
         """Stop everything where a process has failed."""
         if process.returncode:
             sys.exit(f'The run {name} failed:\n{(self.folder / f"{name}.log").read_text()}')
+
+    def refuse_mistakes(self, process: subprocess.Popen, name: str) -> None:
+        """Stop everything where a run has ended with a mistake, and not because it was ended."""
+        if process.returncode == 1:
+            self.check(process, name)
 
     def end(self, process: subprocess.Popen, number: signal.Signals) -> str:
         """Send the signal, and tell what came of it."""
