@@ -10,8 +10,8 @@ SIGKILL (SIGTERM for --terms, SIGINT, as of Ctrl-C, for --ints) at a random mome
 and compares everything that lasts: pool, controls, networks, samples, metrics.jsonl, and results.json without what is
 measured in seconds. No run may leave a traceback.
 
-Several processes are started by `launch/local.sh -n`: one of them, drawn by lot, is ended, with which all end, and the script
-starts all again; and so forth until the run ends. Further runs follow until all kills are spent. Beside the end, every shard
+Several processes are started by `launch/local.sh -n`. One of them, drawn by lot, is ended, and with it all; the script
+starts all again, and so forth until the run ends. Further runs follow until all kills are spent. Beside the end, every shard
 is watched: none may go, and none may be written again. Other flags are the run's.
 """
 

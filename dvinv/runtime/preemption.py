@@ -45,7 +45,8 @@ def install(grace: float = GRACE) -> None:
     signal.set_wakeup_fd(bell.fileno(), warn_on_full_buffer=False)  # Python's handler in C writes the signal's number there
     _bell = bell  # lets go of an earlier one
     for number in NAMES:
-        if signal.getsignal(number) is not signal.SIG_IGN:
+        taken = number == signal.SIGTERM and _several()  # by JAX, which tells all processes
+        if signal.getsignal(number) is not signal.SIG_IGN and not taken:
             signal.signal(number, lambda came, frame: _note(came))
     threading.Thread(target=_listen, args=(listening, grace), daemon=True).start()
 
