@@ -15,8 +15,8 @@ bfloat16. What each part costs, by `--plan`:
 
 `:paper` has the budget of the paper: a teacher of 200 epochs, 500 batches of 256 images in 250 rounds, 2,000 iterations each
 with the published settings, 48,750 updates. The paper: teacher 95.42, student 93.26 (91.43 without the competition of the
-student). Measured on an H200, on CIFAR-10 as JPEG: the teacher 90.39 in a minute; the students are not measured yet. `:smoke`
-shrinks the run to seconds.
+student). Measured on an H200, on CIFAR-10 as JPEG: the teacher 90.39 in a minute; the students are not measured yet.
+`:smoke` shrinks the run to seconds.
 """
 
 import ml_collections

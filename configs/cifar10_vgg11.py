@@ -11,9 +11,9 @@ student of the paper: `--config.student.network=cifar_resnet18`. What each part 
 | PFLOP of `:paper` | 9.2 | 626 | 15.3 | 650 | 1,505 |
 
 `:paper` has the budget of the paper: as there, with 1,000 batches, four a round. The paper: teacher 92.34, student 90.78
-(84.16 without the competition of the student), ResNet-18 90.36 (83.82). Measured on an H200, trained and scored on CIFAR-10 as
-JPEG, one seed: teacher 88.02 in half a minute, student 86.48 (83.84 without the competition) in two minutes. `:smoke` shrinks
-the run to seconds.
+(84.16 without the competition of the student), ResNet-18 90.36 (83.82). Measured on an H200, trained and scored on CIFAR-10
+as JPEG, one seed: teacher 88.02 in half a minute, student 86.48 (83.84 without the competition) in two minutes. `:smoke`
+shrinks the run to seconds.
 """
 
 import runpy

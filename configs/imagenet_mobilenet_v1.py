@@ -13,8 +13,8 @@ The report has noise beside the pictures; `--config.synthesis.controls="('noise'
 feature term too (DeepDream), which takes as long again.
 
 One batch of 64 classes drawn once (`synthesis.classes`), split over all devices; 2,000 iterations at 112 px, then 1,000 at
-224. On a CPU 4 images a device are quickest: `--config.devices=16`. On one H200, with `synthesis.precision=bfloat16` and batches
-of 84, an image takes a tenth of a second. `:short` is the same with 600 and 200 iterations, 20 minutes; `:spectrum` is
+224. On a CPU 4 images a device are quickest: `--config.devices=16`. On one H200, with `synthesis.precision=bfloat16` and
+batches of 84, an image takes a tenth of a second. `:short` is the same with 600 and 200 iterations, 20 minutes; `:spectrum` is
 `:short` with Adam moving the pictures' spectrum, by half the steps: statistics three times as near, clear outlines, harsh
 colours. `:smoke` shrinks the run to seconds.
 """
