@@ -6,10 +6,8 @@ import json
 import math
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
-import ml_collections
 import numpy as np
 import pytest
 from golden.drawn import draw_images, draw_state
@@ -29,10 +27,8 @@ from dvinv.networks.vision_transformer import VisionTransformer
 from dvinv.networks.weights import import_weights
 from dvinv.recipe import Recipe
 from dvinv.rounds import Rounds
-from dvinv.runtime.devices import make_mesh
-from dvinv.runtime.workdir import Workdir
 from dvinv.student import staged_loss
-from dvinv.training import Lesson, Training
+from dvinv.training import Lesson, initial_state, make_train_step
 
 PARAMETERS = {  # for 1,000 classes, as torchvision and timm publish them
     'vit_b_16': 86_567_656,
@@ -269,7 +265,7 @@ def test_the_task_teacher_trains_them_and_no_other_takes_them(one_block, tmp_pat
         teacher.load(config(tasks=('synthesis',), teacher__weights=str(tmp_path / 'run/networks/teacher.safetensors')), None)
 
 
-def test_a_vision_transformer_learns_the_answers_and_a_stage_of_another_network(one_block, tmp_path):
+def test_a_vision_transformer_learns_the_answers_and_a_stage_of_another_network(one_block):
     module, student = create('small_resnet', 3, 0.125), create('small_vit', 3, 0.25)
     own = from_linen(module, trained_variables(module), image_shape=IMAGE_SHAPE, mean=MEAN, std=STD)
     pairs = choose_hints('auto', student, own).pairs
@@ -278,10 +274,10 @@ def test_a_vision_transformer_learns_the_answers_and_a_stage_of_another_network(
     staged = staged_forward(student, own, pairs, 0.5, 'cpu')
     projections = initial_projections(jax.random.key(0), pairs)
     lesson = Lesson(recipe, staged_loss(3.0, 1.0), Rounds(20), own.variables, forward=staged, auxiliary=projections)
-    images = np.random.default_rng(1).integers(0, 256, (20, *IMAGE_SHAPE), dtype=np.uint8)
-    workdir, logging = Workdir(tmp_path / 'run', ml_collections.ConfigDict()), SimpleNamespace(every=2, checkpoint_every=99)
-    with Training(student, lesson, own, 3, make_mesh(1), workdir, 'distillation', 'student', logging) as training:
-        training.finish(images, np.zeros(20, np.int32))
-    workdir.close()
-    losses = [line['loss'] for line in workdir.metrics.lines('distillation', 'student')]
+    images, labels = np.random.default_rng(1).integers(0, 256, (20, *IMAGE_SHAPE), dtype=np.uint8), np.zeros(20, np.int32)
+    step, losses = jax.jit(make_train_step(student, lesson, own), compiler_options=QUICKLY), []
+    state = initial_state(recipe, trained_variables(student), projections)
+    for _ in range(recipe.updates):
+        state, loss = step(state, images, labels, lesson.frozen, jax.random.key(0))
+        losses.append(float(loss))
     assert losses[-1] < 0.9 * losses[0]

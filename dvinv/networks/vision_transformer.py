@@ -89,6 +89,7 @@ class VisionTransformer(nn.Module):
     depth: int = 12  # blocks
     patch: int = 16  # pixels, height and width
     head: int = 64  # channels of an attention head
+    spread: float = 0.02  # deviation of the positions before training
     pooling: str = 'token'  # what is classified: 'token', one that is put before those of the patches; or 'mean', of these
 
     @property
@@ -112,7 +113,7 @@ class VisionTransformer(nn.Module):
                 f'{grid[0] * self.patch}x{grid[1] * self.patch} have {math.prod(grid)}; give it images of the size that it '
                 'was trained with, or read its weights for this size (image_shape), which resamples them.'
             )
-        positions = self.param('pos_embed', nn.initializers.truncated_normal(0.02), shape)
+        positions = self.param('pos_embed', nn.initializers.truncated_normal(self.spread), shape)
         x = x + (positions if prefix else positions.reshape(1, *grid, self.channels))
         for block in range(self.depth):
             x = Block(self.head, name=f'blocks_{block}')(x)
