@@ -130,9 +130,10 @@ NETWORKS: dict[str, Network] = {
         {'block': Bottleneck, 'stem': imagenet_stem, 'norm': group_norm},
         pixels=IMAGENET_PIXELS,
     ),
+    'vit_b_16': Network(VisionTransformer, IMAGENET, {'channels': 768}, rounding=in_heads(64)),  # timm's take other pixels
     **{
         name: Network(VisionTransformer, IMAGENET, {'channels': channels}, rounding=in_heads(64), pixels=IMAGENET_PIXELS)
-        for name, channels in (('vit_b_16', 768), ('deit_tiny', 192), ('deit_small', 384))
+        for name, channels in (('deit_tiny', 192), ('deit_small', 384))
     },
     'convnext_tiny': Network(
         ConvNeXt, IMAGENET, {'channels': (96, 192, 384, 768)}, {'blocks': (3, 3, 9, 3)}, pixels=IMAGENET_PIXELS
