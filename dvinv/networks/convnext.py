@@ -1,7 +1,7 @@
 """The ConvNeXt of Liu et al. (arXiv 2201.03545): depthwise 7x7 convolutions, LayerNorm, GELU, layer scale.
 
-Submodules' paths spell the keys of timm's state dicts ('stages_0/blocks_0/conv_dw' is `stages.0.blocks.0.conv_dw`); those of
-torchvision and of the authors have the same network under other names.
+Submodules' paths spell the keys of timm's state dicts ('stages_0/blocks_0/conv_dw' is `stages.0.blocks.0.conv_dw`);
+torchvision and the authors have the same network under other names.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ SMALLEST = 32  # height and width that the stem and three strides leave one pixe
 
 
 def torchvision_names(blocks: Sequence[int]) -> dict[str, str]:
-    """{a submodule, or a variable, in timm: in torchvision}, whose list has stem, stages and what lies between in turn."""
+    """Returns {a submodule or variable in timm: in torchvision}, which lists stem, stages and the layers between in turn."""
     inside = {'conv_dw': 'block.0', 'norm': 'block.2', 'mlp.fc1': 'block.3', 'mlp.fc2': 'block.5', 'gamma': 'layer_scale'}
     names = {'stem.0': 'features.0.0', 'stem.1': 'features.0.1', 'head.norm': 'classifier.0', 'head.fc': 'classifier.2'}
     for stage, count in enumerate(blocks):
@@ -28,7 +28,7 @@ def torchvision_names(blocks: Sequence[int]) -> dict[str, str]:
 
 
 def authors_names(blocks: Sequence[int]) -> dict[str, str]:
-    """The same for the authors' own repository."""
+    """Returns the same for the authors' repository."""
     inside = {'conv_dw': 'dwconv', 'norm': 'norm', 'mlp.fc1': 'pwconv1', 'mlp.fc2': 'pwconv2', 'gamma': 'gamma'}
     names = {
         **{f'stem.{layer}': f'downsample_layers.0.{layer}' for layer in range(2)},
@@ -94,12 +94,12 @@ class ConvNeXt(nn.Module):
 
     @property
     def aliases(self) -> tuple[dict[str, str], ...]:
-        """What torchvision and the authors call its parts."""
+        """Returns what torchvision and the authors call its parts."""
         return torchvision_names(self.blocks), authors_names(self.blocks)
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Raises DvinvError for a picture that is too small."""
+        """Computes logits; raises DvinvError for images that are too small."""
         height, width = x.shape[1:3]
         if min(height, width) < SMALLEST:
             raise DvinvError(f'A ConvNeXt takes images of {SMALLEST}x{SMALLEST} or larger, not {height}x{width}.')

@@ -22,7 +22,7 @@ def batch_norm(train: bool, name: str, epsilon: float = 1e-5) -> nn.BatchNorm:
 
 
 def group_norm(train: bool, name: str, groups: int = 32):
-    """GroupNorm with PyTorch's epsilon, of so many groups, or the most below that divide the channels; x -> x."""
+    """Returns GroupNorm with PyTorch's epsilon, x -> x, in gcd(groups, channels) groups."""
 
     def normalise(x: jax.Array) -> jax.Array:
         own = math.gcd(groups, x.shape[-1])
@@ -32,7 +32,7 @@ def group_norm(train: bool, name: str, groups: int = 32):
 
 
 def layer_norm(name: str) -> nn.LayerNorm:
-    """LayerNorm over the channels with the epsilon of vision transformers and ConvNeXts."""
+    """Returns LayerNorm over the channels with the epsilon of vision transformers and ConvNeXts."""
     return nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, name=name)
 
 

@@ -1,8 +1,8 @@
 """Vision transformers (Dosovitskiy et al., arXiv 2010.11929; DeiT, arXiv 2012.12877): pre-norm blocks, learned positions.
 
 Submodules' paths spell the keys of timm's state dicts ('blocks_0/attn/qkv' is `blocks.0.attn.qkv`). torchvision has the same
-network under other names. Published ones classify by a token of their own; small ones here by the mean over the patches,
-which also keeps the tokens in the places of an image, [B, h, w, C], where they can be compared with those of other networks.
+network under other names. Published ones classify by an additional token, the small ones here by the mean over the patches.
+The tokens then stay in the places of an image, [B, h, w, C], as a stage that can be compared with that of another network.
 """
 
 import math
@@ -18,7 +18,7 @@ from dvinv.networks.torch_layers import Mlp, layer_norm
 
 
 def torchvision_names(depth: int, first: str = 'mlp.0', second: str = 'mlp.3') -> dict[str, str]:
-    """{a submodule, or a variable, in timm: in torchvision}; `first` and `second` are the layers inside a block's MLP."""
+    """Returns {a submodule or variable in timm: in torchvision}; `first` and `second` are the layers of a block's MLP."""
     inside = {
         'norm1': 'ln_1',
         'norm2': 'ln_2',
@@ -94,12 +94,12 @@ class VisionTransformer(nn.Module):
 
     @property
     def aliases(self) -> tuple[dict[str, str], ...]:
-        """What torchvision calls its parts, in two of its versions: published weights have the names of the older."""
+        """Returns what two versions of torchvision call its parts: published weights have the names of the older one."""
         return torchvision_names(self.depth), torchvision_names(self.depth, 'mlp.linear_1', 'mlp.linear_2')
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Raises DvinvError for pictures of another size than the positions are of, or that patches do not fill."""
+        """Computes logits; raises DvinvError for images that patches do not fill, or of another size than the positions."""
         grid, prefix = self._grid(x.shape[1:3]), int(self.pooling == 'token')
         shape = 1, prefix + math.prod(grid), self.channels
         x = PatchEmbed(self.channels, self.patch, name='patch_embed')(x)
@@ -140,7 +140,7 @@ class VisionTransformer(nn.Module):
         return arrays | {path: np.concatenate([positions[:, :prefix], resampled], axis=1)}
 
     def _grid(self, size) -> tuple[int, int]:
-        """How many patches there are in rows and columns of a picture of this (height, width)."""
+        """Returns the rows and columns of patches in images of this size; raises DvinvError if patches do not fill it."""
         height, width = size
         if height % self.patch or width % self.patch or not height * width:
             raise DvinvError(
