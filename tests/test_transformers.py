@@ -157,6 +157,7 @@ def test_a_network_of_several_repositories_is_the_same(name):
         ('deit_tiny', {'dist_token': np.zeros((1, 1, 192))}, r'left over dist_token\.'),
         ('deit_tiny', {'cls_token': None}, r'lack cls_token\.'),
         ('deit_tiny', {'pos_embed': np.zeros((1, 196, 192))}, r'other shapes than expected have pos_embed \(1, 196, 192\)'),
+        ('deit_tiny', {'pos_embed': np.zeros((2, 50, 192))}, r'shapes than expected have pos_embed \(2, 50, 192\)'),
         ('deit_tiny', {'cls_token': np.full((1, 1, 192), np.nan)}, r'Of the 192 numbers in cls_token, 192 are NaN'),
         (
             'vit_b_16',

@@ -144,7 +144,7 @@ NETWORKS: dict[str, Network] = {
             shape,
             {'channels': channels},
             {'depth': depth},
-            {'patch': patch, 'head': 16, 'pooling': 'mean', 'spread': 0.5},
+            {'patch': patch, 'head': 16, 'spread': 0.5, 'token': False},
             rounding=in_heads(16),
         )
         for name, shape, channels, depth, patch in (('small_vit', DIGITS, 64, 4, 2), ('cifar_vit', CIFAR, 192, 6, 4))

@@ -90,7 +90,7 @@ class VisionTransformer(nn.Module):
     patch: int = 16  # pixels, height and width
     head: int = 64  # channels of an attention head
     spread: float = 0.02  # deviation of the positions before training
-    pooling: str = 'token'  # what is classified: 'token', one that is put before those of the patches; or 'mean', of these
+    token: bool = True  # an additional token, put before those of the patches, is classified; else the mean of these
 
     @property
     def aliases(self) -> tuple[dict[str, str], ...]:
@@ -100,12 +100,12 @@ class VisionTransformer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Computes logits; raises DvinvError for images that patches do not fill, or of another size than the positions."""
-        grid, prefix = self._grid(x.shape[1:3]), int(self.pooling == 'token')
+        grid, prefix = self._grid(x.shape[1:3]), int(self.token)
         shape = 1, prefix + math.prod(grid), self.channels
         x = PatchEmbed(self.channels, self.patch, name='patch_embed')(x)
         if prefix:
-            token = self.param('cls_token', nn.initializers.zeros, (1, 1, self.channels))
-            x = jnp.concatenate([jnp.tile(token, (len(x), 1, 1)), x.reshape(len(x), -1, self.channels)], axis=1)
+            first = self.param('cls_token', nn.initializers.zeros, (1, 1, self.channels))
+            x = jnp.concatenate([jnp.tile(first, (len(x), 1, 1)), x.reshape(len(x), -1, self.channels)], axis=1)
         learned = self.get_variable('params', 'pos_embed')
         if learned is not None and learned.shape[1] != shape[1]:
             raise DvinvError(
@@ -121,17 +121,18 @@ class VisionTransformer(nn.Module):
         return nn.Dense(self.num_classes, name='head')(x[:, 0] if prefix else x.mean((1, 2)))
 
     def adapt(self, arrays: dict[str, np.ndarray], image_shape, source: str) -> dict[str, np.ndarray]:
-        """Returns the variables by path, with the positions resampled where they are of another square grid of patches.
+        """Returns the variables by path, with the positions resampled where they are of another square number of patches.
 
         As timm does it: bicubic, smoothed where there are fewer than before. The token that is no patch keeps its own.
 
         Args:
           source: what the line that says so calls the weights.
         """
-        path, prefix, grid = 'params/pos_embed', int(self.pooling == 'token'), self._grid(image_shape[:2])
+        path, prefix, grid = 'params/pos_embed', int(self.token), self._grid(image_shape[:2])
         positions = arrays[path]
-        before = math.isqrt(max(0, positions.shape[1] - prefix)) if positions.ndim == 3 else 0
-        if before < 1 or before**2 + prefix != positions.shape[1] or (before, before) == grid:
+        count = positions.shape[1] - prefix if positions.ndim == 3 and len(positions) == 1 else 0
+        before = math.isqrt(max(0, count))
+        if count < 1 or before**2 != count or count == math.prod(grid):
             return arrays
         channels = positions.shape[2]
         square = positions[0, prefix:].reshape(before, before, channels).astype(np.float32)
