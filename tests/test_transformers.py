@@ -250,20 +250,21 @@ def test_they_are_no_teachers(name):
 
 def test_the_task_teacher_trains_them_and_no_other_takes_them(one_block, tmp_path):
     def config(**changes):
-        config = smoke_config(teacher__network='small_vit', verifier__network='small_vit', devices=1, **changes)
-        config.verifier.training = config.teacher.training  # which is compiled once
-        return config
+        return smoke_config(**{'teacher__network': 'small_vit', 'verifier__network': '', 'devices': 1, **changes})
 
     with pytest.raises(DvinvError, match='VisionTransformer has no running statistics'):
         pipeline.check(config(tasks=('teacher', 'synthesis')))
     figures = pipeline.run(config(tasks=('teacher',)), tmp_path / 'run')['teacher']
     assert 0 < figures['test_accuracy'] <= 1
-    assert 0 < figures['verifier_test_accuracy'] <= 1
-    variables, about = load_network(tmp_path / 'run' / 'networks' / 'teacher.safetensors')
+    file = tmp_path / 'run' / 'networks' / 'teacher.safetensors'
+    variables, about = load_network(file)
     assert about['network'] == 'small_vit'
     assert figures['parameters'] == sum(leaf.size for leaf in flatten(variables).values())
     with pytest.raises(DvinvError, match='VisionTransformer has no running statistics'):
-        teacher.load(config(tasks=('synthesis',), teacher__weights=str(tmp_path / 'run/networks/teacher.safetensors')), None)
+        teacher.load(config(tasks=('synthesis',), teacher__weights=str(file)), None)
+    judge = {'verifier__network': 'small_vit', 'verifier__weights': str(file)}
+    verifier = teacher.load_verifier(config(**judge), None, teacher.load(config(teacher__factory='factories:own'), None))
+    assert verifier.parameters == figures['parameters']
 
 
 def test_a_vision_transformer_learns_the_answers_and_a_stage_of_another_network(one_block):
