@@ -13,8 +13,9 @@ from dvinv.data.dataset import RealData
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError, listed
 from dvinv.evaluation import accuracy, flops
+from dvinv.inversion.tap import running_statistics
 from dvinv.inversion.teacher import Teacher, trusted_linen
-from dvinv.networks import Classifier, create, load_classifier, read_classifier, shapes_of
+from dvinv.networks import Classifier, classifier_of, create, load_classifier, read_classifier, shapes_of
 from dvinv.networks.classifier import check_finite
 from dvinv.rounds import Rounds
 from dvinv.runtime.workdir import Workdir, open_workdir
@@ -79,7 +80,7 @@ def is_there(config, workdir: Workdir) -> bool:
     return not is_trained_here('teacher', config) or workdir.network('teacher').exists()
 
 
-def load(config, workdir: Workdir | None) -> Teacher:
+def load(config, workdir: Workdir | None) -> Teacher | Classifier:
     """The teacher of a run: from the user's factory, from a weights file, or as the task `teacher` trained it.
 
     Raises:
@@ -88,7 +89,19 @@ def load(config, workdir: Workdir | None) -> Teacher:
     group = config.teacher
     if group.factory:
         return _from_factory(group.factory)
-    module, variables, about = read(config, workdir)
+    return _to_invert(config, *read(config, workdir))
+
+
+def _to_invert(config, module, variables, about: dict) -> Teacher | Classifier:
+    """Returns the `Teacher` of a Linen module with its variables and the description of `networks.save_network`.
+
+    Where the task `teacher` is the only one, and inverts nothing, a network without running statistics is a `Classifier`.
+
+    Raises:
+      DvinvError: it cannot be inverted.
+    """
+    if {*config.tasks} <= {'teacher'} and not running_statistics(variables):
+        return classifier_of(module, variables, about)
     return trusted_linen(module, variables, image_shape=about['image_shape'], mean=about['mean'], std=about['std'])
 
 
@@ -171,7 +184,7 @@ def check_fits(teacher: Classifier, data: RealData) -> None:
         )
 
 
-def check(config) -> Teacher:
+def check(config) -> Teacher | Classifier:
     """Refuse, before anything is written, a teacher that could not be inverted or does not fit the data.
 
     Returns:
@@ -199,7 +212,8 @@ def check(config) -> Teacher:
             )
         module = create(group.network, data.num_classes, group.width)
         mean, std = _pixels(config, data)
-        teacher = trusted_linen(module, shapes_of(module, shape), image_shape=shape, mean=mean, std=std)
+        about = {'image_shape': shape, 'num_classes': data.num_classes, 'mean': mean, 'std': std}
+        teacher = _to_invert(config, module, shapes_of(module, shape), about)
     else:
         teacher = load(config, None)
         if not config.teacher.factory:
