@@ -117,7 +117,8 @@ def _parse(argv: list[str]) -> list[str]:
         ) from error
     except (flags.Error, OSError, SyntaxError, ValueError) as error:  # ml_collections raises ValueError for a bad path
         # Of a config file that fails, absl's message holds a traceback; its last line says what was wrong.
-        reason = str(error).strip().splitlines()[-1].strip()
+        reason = re.sub('^Configuration is not .* to load: ', 'The config file fails: ', str(error).strip().splitlines()[-1])
+        reason = re.sub(r'\[Errno \d+\] ', '', reason).strip()
         raise DvinvError(f'{reason} (--helpfull lists all flags.)') from error
     if len(rest) > 1:
         raise DvinvError(f'Nothing is known to be done with the argument {rest[1]!r}; flags start with --.')

@@ -115,6 +115,13 @@ def test_a_mistyped_command_is_told(parse, argv, words):
     assert '\\' not in message
 
 
+@pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
+def test_a_config_file_that_fails_is_told(parse, tmp_path):
+    (tmp_path / 'config.py').write_text("def get_config(): return open('/no/such/file')")
+    words = "The config file fails: No such file or directory: '/no/such/file'"
+    assert parse('--workdir', 'w', '--config', str(tmp_path / 'config.py')).startswith(words)
+
+
 def test_an_unknown_key_ends_the_process_with_one_line(command, tmp_path):
     answer = command('--workdir', tmp_path / 'run', '--config.synthesis.imagse=3')
     assert check_told(answer, 'imagse', "did you mean 'images'").count('\n') == 2  # a line of versions comes first
