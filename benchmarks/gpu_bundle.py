@@ -38,7 +38,6 @@ INSTALLED_THERE = {
     'safetensors',
     'scikit-learn',
     'scipy',
-    'tqdm',
     'typing-extensions',
 }
 NOT_NEEDED = {'tensorflow-datasets', 'importlib-resources'}

@@ -3,9 +3,12 @@
     python benchmarks/kill_test.py --config configs/digits.py:smoke --kills 10
     python benchmarks/kill_test.py --processes 2 --kills 20 --terms 5 --config.synthesis.images=320
 
+    python benchmarks/kill_test.py --kills 0 --ints 10
+
 Runs the config once, undisturbed, in one process. Then, for each kill, starts it in a fresh work directory, ends it with
-SIGKILL (or SIGTERM, for --terms) at a random moment, runs the same command again to its end, and compares everything that
-lasts: pool, controls, networks, samples, metrics.jsonl, and results.json without what is measured in seconds.
+SIGKILL (SIGTERM for --terms, SIGINT, as of Ctrl-C, for --ints) at a random moment, runs the same command again to its end,
+and compares everything that lasts: pool, controls, networks, samples, metrics.jsonl, and results.json without what is
+measured in seconds. No run may leave a traceback.
 
 With several processes a run goes on while one of them, drawn by lot, is ended and started again, and so forth until the run
 ends; further runs follow until all kills are spent. Beside the end, every shard is watched: none may go, and none may be
@@ -26,7 +29,7 @@ from pathlib import Path
 
 FOLDERS = ('pool', 'pools', 'controls', 'networks', 'samples')
 MEASURED = ('wall_seconds', 'latency_ratio')  # never the same twice
-NAMES = {signal.SIGKILL: 'killed', signal.SIGTERM: 'terminated'}
+NAMES = {signal.SIGKILL: 'killed', signal.SIGTERM: 'terminated', signal.SIGINT: 'interrupted'}
 
 
 def main() -> None:
@@ -35,13 +38,15 @@ def main() -> None:
     parser.add_argument('--config', default='configs/digits.py:smoke')
     parser.add_argument('--kills', type=int, default=10)
     parser.add_argument('--terms', type=int, default=0, help='SIGTERM instead of SIGKILL, so often')
+    parser.add_argument('--ints', type=int, default=0, help='SIGINT instead of SIGKILL, so often')
     parser.add_argument('--processes', type=int, default=1)
     parser.add_argument('--seed', type=int, default=0, help='of the moments')
     arguments, flags = parser.parse_known_args()
     moments = random.Random(arguments.seed)
-    signals = [signal.SIGKILL] * arguments.kills + [signal.SIGTERM] * arguments.terms
-    if arguments.terms:
+    signals = [signal.SIGKILL] * arguments.kills + [signal.SIGTERM] * arguments.terms + [signal.SIGINT] * arguments.ints
+    if arguments.terms or arguments.ints:
         moments.shuffle(signals)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # runs would inherit that it is ignored, as in the background
     with tempfile.TemporaryDirectory(prefix='dvinv-kills-') as folder:
         runs = Runs(['--config', arguments.config, *flags], Path(folder))
         runs.whole('warm')  # fills the compilation cache: all others then take equally long
@@ -68,6 +73,8 @@ def one_by_one(runs: 'Runs', signals: list, moments: random.Random, duration: fl
         else:
             ended = 'had ended'
         state = done(runs.folder / name)
+        if 'Traceback' in (log := (runs.folder / f'{name}.log').read_text()):
+            sys.exit(f'Kill {kill} left a traceback:\n{log}')
         runs.whole(name)
         differing = differences(expected, lasting(runs.folder / name))
         identical += not differing
@@ -147,9 +154,9 @@ class Runs:
         begin = time.monotonic()
         process.send_signal(number)
         status = process.wait()
-        if number == signal.SIGTERM and status not in (0, 143, -number):  # -15: it had not come to main yet
-            sys.exit(f'After SIGTERM a process ended with status {status}.')
-        took = f' (status {status} after {time.monotonic() - begin:.1f} s)' if number == signal.SIGTERM else ''
+        if number != signal.SIGKILL and status not in (0, 128 + number, -number):  # the last: it had not come to main yet
+            sys.exit(f'After {number.name} a process ended with status {status}.')
+        took = '' if number == signal.SIGKILL else f' (status {status} after {time.monotonic() - begin:.1f} s)'
         return f'{NAMES[number]}{took}' if status else 'had ended'
 
 

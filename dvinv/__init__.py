@@ -1,6 +1,21 @@
 """dvinv: DeepInversion in JAX and Flax. From a trained network alone: images, and with them smaller networks."""
 
+from typing import TYPE_CHECKING
+
 __version__ = '0.1.0'
+
+if TYPE_CHECKING:  # what `__getattr__` gives, for those who read types without running anything
+    from dvinv.errors import DvinvError as DvinvError
+    from dvinv.inversion import PRESETS as PRESETS
+    from dvinv.inversion import InversionConfig as InversionConfig
+    from dvinv.inversion import Stage as Stage
+    from dvinv.inversion import Teacher as Teacher
+    from dvinv.inversion import Weights as Weights
+    from dvinv.inversion import balanced_labels as balanced_labels
+    from dvinv.inversion import from_linen as from_linen
+    from dvinv.inversion import from_nnx as from_nnx
+    from dvinv.inversion import invert as invert
+    from dvinv.loading import load as load
 
 _EXPORTS = {
     'DvinvError': 'dvinv.errors',
@@ -16,6 +31,11 @@ _EXPORTS = {
     'load': 'dvinv.loading',
 }
 __all__ = list(_EXPORTS)
+
+
+def __dir__() -> list[str]:
+    """List the names that are imported on first use too, for tab completion."""
+    return sorted({*globals(), *__all__} - {'TYPE_CHECKING'})
 
 
 def __getattr__(name: str):

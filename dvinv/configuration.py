@@ -23,7 +23,7 @@ CONTROLLED = ('synthesis', 'distillation', 'pruning', 'quantization')  # tasks w
 def base_config(preset: str) -> ml_collections.ConfigDict:
     """All fields with their defaults; synthesis as in the preset of this name (see `dvinv.inversion.presets`)."""
     config = ml_collections.ConfigDict()
-    config.seed = 0
+    config.seed = 0  # of all that is drawn by chance
     # Run in the order of TASKS; one alone by --config.tasks="('teacher',)".
     config.tasks = ('teacher', 'synthesis', 'distillation', 'report')
     config.devices = 0  # how many; 0: all. On CPU, this many virtual ones (0: one a core)

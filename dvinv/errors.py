@@ -3,6 +3,8 @@
 import functools
 import sys
 
+CLEAR = '\r\x1b[K'  # empties the line that the cursor of a terminal is in
+
 
 class DvinvError(Exception):
     """A user's mistake or a full disk, told in one sentence: what is wrong, the value, the way out.
@@ -22,8 +24,8 @@ def in_a_line(error: Exception) -> str:
 
 
 def say(sentence: str) -> None:
-    """Prints a sentence to stderr."""
-    print(f'dvinv: {sentence}', file=sys.stderr, flush=True)
+    """Prints a sentence to stderr; on a terminal, over the bar that may stand there."""
+    print(f'{CLEAR if sys.stderr.isatty() else ""}dvinv: {sentence}', file=sys.stderr, flush=True)
 
 
 @functools.cache

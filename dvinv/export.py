@@ -7,6 +7,7 @@ from pathlib import Path
 from dvinv.data.export import to_folders, to_npz, to_tfds
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
+from dvinv.runtime import preemption
 
 FORMATS = {'folders': to_folders, 'tfds': to_tfds, 'npz': to_npz}
 
@@ -30,6 +31,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
+    preemption.install(grace=0)
     try:
         main(sys.argv[1:])
     except DvinvError as error:

@@ -1,12 +1,23 @@
 """python -m dvinv.main --config configs/digits.py --workdir DIR [--config.field=value ...] [--seeds N]"""
 
-import re
+import os
+import signal
 import sys
+
+if __name__ == '__main__' and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until `cli`: Ctrl-C would end an import with a traceback
+
+import ast
+import contextlib
+import difflib
+import re
+from importlib.metadata import version
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+import dvinv
 from dvinv.errors import DvinvError, listed
 from dvinv.runtime import preemption
 
@@ -39,11 +50,11 @@ _DISTRIBUTED = flags.DEFINE_bool(
 
 def main(_) -> None:
     config = _CONFIG.value
-    preemption.install()
-    # Imported late, so that a mistyped flag is answered at once.
+    # Imported late, so that a mistyped flag is answered at once; what takes longest only after the banner.
     import jax
 
-    from dvinv import pipeline, plan, seeds
+    from dvinv.configuration import TASKS
+    from dvinv.runtime.banner import announce
     from dvinv.runtime.compilation import keep_compiled
     from dvinv.runtime.devices import set_cpu_devices
     from dvinv.runtime.job import job
@@ -54,15 +65,22 @@ def main(_) -> None:
     set_cpu_devices(config.devices)
     keep_compiled()
     if _PLAN.value:
+        from dvinv import plan
+
         print(plan.plan(config))
         return
     with job(_DISTRIBUTED.value, config.bn_stats) as mine:
+        if mine.leader:
+            announce(config, _WORKDIR.value, [task for task in TASKS if task in config.tasks], _SEEDS.value)
+        from dvinv import pipeline, seeds
+
+        preemption.install()
         if _SEEDS.value:
             figures = seeds.run(config, _WORKDIR.value, _SEEDS.value, mine)
         else:
             figures = {'runs': [pipeline.run(config, _WORKDIR.value, mine)]}
     if mine.leader:
-        print(seeds.table(figures))
+        print(seeds.table(figures, _WORKDIR.value))
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -75,6 +93,13 @@ def _parse(argv: list[str]) -> list[str]:
                 f'An item of a tuple is named by its number in brackets, from 0: {argument[: start - 1]}[{found[1]}]'
                 f'{argument[end:]}. In a shell that takes brackets for patterns, quote it.'
             )
+    if not any(argument.lstrip('-').startswith(('help', '?')) for argument in argv[1:]):
+        # Now, as the config file, which the next line reads, takes a second or more to import what it needs.
+        print(f'dvinv {dvinv.__version__} with JAX {version("jax")}', file=sys.stderr, flush=True)
+    if {'--helpfull', '-helpfull'} & {*argv}:
+        from dvinv.fields import described
+
+        print(f'{described()}\n')
     try:
         rest = flags.FLAGS(argv)
         if _CONFIG.value is None or not hasattr(_CONFIG.value, 'tasks'):
@@ -84,7 +109,7 @@ def _parse(argv: list[str]) -> list[str]:
             raise DvinvError(
                 'A flag names a field of a tuple; say of which item, as in --config.synthesis.stages[0].iterations=5.'
             ) from error
-        raise DvinvError(f'The config has no such key or type: {" ".join(str(error.args[0]).split())}') from error
+        raise DvinvError(_unknown(error)) from error
     except IndexError as error:
         raise DvinvError(
             'A flag counts beyond the end of a tuple in the config, as --config.synthesis.stages[9] would; indices '
@@ -92,7 +117,8 @@ def _parse(argv: list[str]) -> list[str]:
         ) from error
     except (flags.Error, OSError, SyntaxError, ValueError) as error:  # ml_collections raises ValueError for a bad path
         # Of a config file that fails, absl's message holds a traceback; its last line says what was wrong.
-        reason = str(error).strip().splitlines()[-1].strip()
+        reason = re.sub('^Configuration is not .* to load: ', 'The config file fails: ', str(error).strip().splitlines()[-1])
+        reason = re.sub(r'\[Errno \d+\] ', '', reason).strip()
         raise DvinvError(f'{reason} (--helpfull lists all flags.)') from error
     if len(rest) > 1:
         raise DvinvError(f'Nothing is known to be done with the argument {rest[1]!r}; flags start with --.')
@@ -101,6 +127,16 @@ def _parse(argv: list[str]) -> list[str]:
     if _SEEDS.value < 0:
         raise DvinvError(f'--seeds is {_SEEDS.value}; it must be at least 1, or 0 for a single run.')
     return rest
+
+
+def _unknown(error: Exception) -> str:
+    """Returns the sentence for an error of ml_collections, which quotes its own once more where it tells of a key."""
+    text = str(error.args[0])
+    with contextlib.suppress(ValueError, SyntaxError):
+        text = str(ast.literal_eval(text))
+    if found := re.fullmatch(r"""'(.+)'\s+Did you mean "(.+)" instead of ".+"\?""", text):
+        return f'The config has no field {found[1]!r}; did you mean {found[2]!r}? (--helpfull lists all fields.)'
+    return f'The config has no such field or type: {" ".join(text.split())} (--helpfull lists all fields.)'
 
 
 def _check_config_file(argv: list[str]) -> None:
@@ -117,14 +153,14 @@ def _check_config_file(argv: list[str]) -> None:
         folder = Path('configs') if Path('configs').is_dir() else Path(__file__).parents[1] / 'configs'
         names = sorted(file.name for file in folder.glob('*.py'))
         known = f'{folder}/ has {listed(names, 30)}.' if names else 'name a Python file that has a function get_config.'
-        meant = f'{Path(path).stem}.py'
-        raise DvinvError(
-            f'There is no config file {path!r}; {f"did you mean {folder}/{meant}?" if meant in names else known}'
-        )
+        close = difflib.get_close_matches(f'{Path(path).stem}.py', names, 1)
+        meant = f'did you mean {folder}/{close[0]}? ' if close else ''
+        raise DvinvError(f'There is no config file {path!r}; {meant}{known}')
 
 
 def cli() -> None:
     """Run, and answer a user's mistake with one sentence and the exit status 1."""
+    preemption.install(grace=0)
     try:
         app.run(main, flags_parser=_parse)
     except DvinvError as error:

@@ -10,7 +10,7 @@ from dvinv.configuration import TASKS
 from dvinv.continual import check as continual_check
 from dvinv.continual import driver as continual
 from dvinv.data.real import load_real
-from dvinv.errors import DvinvError
+from dvinv.errors import DvinvError, say
 from dvinv.inversion import Teacher, check_labels, check_resolutions
 from dvinv.pruning import driver as pruning
 from dvinv.quantization import driver as quantization
@@ -124,7 +124,11 @@ def run(config, workdir, processes: Processes = ALONE) -> dict:
 
 
 def _finished(task: str, config, workdir: Workdir) -> bool:
-    return task != 'report' and task in workdir.results and DRIVERS[task].complete(config, workdir)
+    if task == 'report' or task not in workdir.results:
+        return False
+    if not (complete := DRIVERS[task].complete(config, workdir)):
+        say(f'{task} has results, but not all of its files are there: it runs again.')
+    return complete
 
 
 def run_task(task: str, config, workdir: Workdir) -> None:

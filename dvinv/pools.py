@@ -1,11 +1,10 @@
 """Which pool a run makes or is given, and what it lacks."""
 
-import sys
 from collections.abc import Callable, Sequence
 
 from dvinv.configuration import DATA_FREE_CONTROLS
 from dvinv.data.pool import DamagedError, ImagePool
-from dvinv.errors import DvinvError
+from dvinv.errors import DvinvError, say
 from dvinv.inversion import Teacher
 from dvinv.runtime import preemption
 from dvinv.runtime.progress import Progress
@@ -67,13 +66,13 @@ def put_aside_damaged(pool: ImagePool, numbers: Sequence[int], look: Callable[[i
       SystemExit: SIGTERM came.
     """
     found = False
-    with Progress(f'{task}: checking the pool', len(numbers), brief=True) as progress:
+    with Progress(f'{task}: checking the pool', len(numbers), 'batches', brief=True) as progress:
         for done, number in enumerate(numbers, 1):
             preemption.leave_if_asked()
             try:
                 look(number)
             except DamagedError as error:
                 found = True
-                print(f'{task}: {error.what}; it is put into {pool.folder / "quarantine"}, and made anew.', file=sys.stderr)
+                say(f'{task}: {error.what}; it is put into {pool.folder / "quarantine"}, and made anew.')
             progress.update(done)
     return found

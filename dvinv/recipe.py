@@ -13,15 +13,15 @@ from dvinv.inversion.settings import PRECISIONS
 class Recipe:
     """How a network is trained; a group of the config, field for field."""
 
-    updates: int
-    batch_size: int
-    learning_rate: float
+    updates: int  # of the weights, by a batch each
+    batch_size: int  # images
+    learning_rate: float  # the highest, after the warm-up
     optimiser: str = 'adam'  # 'adam' (with decoupled weight decay) or 'sgd' (Nesterov momentum .9)
     schedule: str = 'cosine'  # 'cosine' (to 0) or 'step' (times .1 after each of `milestones`)
     milestones: tuple[float, ...] = (0.4, 0.8)  # shares of `updates`
     warmup: int = 0  # updates of linear warm-up
     clip_norm: float = 0.0  # a gradient of a larger norm is shortened to it; 0: never
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # decoupled for 'adam', a part of the gradient for 'sgd'
     shift: int = 0  # pixels; random crops of a picture padded with black
     flip: bool = False  # a coin an image
     noise: float = 0.0  # deviation, up to, of Gaussian noise an image, for pixels in [0, 1]

@@ -1,5 +1,6 @@
 """A config over several seeds: mean and standard deviation of every figure, and the table that is printed."""
 
+import fnmatch
 import json
 import statistics
 from pathlib import Path
@@ -7,10 +8,30 @@ from pathlib import Path
 import ml_collections
 
 from dvinv import pipeline
-from dvinv.errors import DvinvError
+from dvinv.configuration import TASKS
+from dvinv.errors import DvinvError, listed, say
 from dvinv.runtime import mistakes, versions
+from dvinv.runtime.banner import done_already
 from dvinv.runtime.files import write_atomic
+from dvinv.runtime.page import Section, Table, Tile, percent, render
 from dvinv.runtime.processes import ALONE, Processes
+from dvinv.runtime.progress import duration
+from dvinv.runtime.workdir import holds_work, plain
+
+HEADLINES = {  # what is printed of the figures in results.json, as patterns; in the order of the tasks
+    'teacher': ('test_accuracy', 'verifier_test_accuracy'),
+    'synthesis': ('images', 'verifier_accuracy', 'feature_loss_last', 'feature_loss_real'),
+    'distillation': (
+        'test_accuracy',
+        '*_agreement',
+        'real_test_accuracy',
+        'prior_only_test_accuracy',
+        'noise_test_accuracy',
+    ),
+    'pruning': ('test_accuracy', '*_agreement', 'unpruned_test_accuracy', 'flops_ratio', 'parameters_ratio'),
+    'continual': ('test_accuracy', 'finetune_test_accuracy', 'replay_test_accuracy', 'joint_test_accuracy'),
+    'quantization': ('float_test_accuracy', 'w*a*.test_accuracy', 'w*a*_agreement'),
+}
 
 
 def run(config, workdir, count: int, processes: Processes = ALONE) -> dict:
@@ -18,16 +39,20 @@ def run(config, workdir, count: int, processes: Processes = ALONE) -> dict:
 
     Returns:
       {'seeds': [...], 'runs': [results of each], 'mean': {task: {figure: float}}, 'std': the same}, also written to
-      `workdir`/results.json by the leader. The deviation is the sample's (n - 1); None for one seed.
+      `workdir`/results.json by the leader, which makes a page of it where `report` is a task. The deviation is the
+      sample's (n - 1); None for one seed.
 
     Raises:
       DvinvError: `workdir` holds a single run or other seeds, or as for `pipeline.run`.
     """
     if (Path(workdir) / 'config.json').exists():
-        raise DvinvError(f'{workdir} holds a single run; choose another --workdir for several seeds.')
+        if holds_work(workdir):
+            raise DvinvError(f'{workdir} holds a single run; choose another --workdir for several seeds.')
+        if processes.leader:
+            (Path(workdir) / 'config.json').unlink(missing_ok=True)  # of one that ended before it made anything
     seeds, runs = [config.seed + i for i in range(count)], []
-    others = {folder.name for folder in Path(workdir).glob('seed-*')} - {f'seed-{seed}' for seed in seeds}
-    if others:
+    others = {folder.name for folder in Path(workdir).glob('seed-*') if holds_work(folder)}
+    if others := others - {f'seed-{seed}' for seed in seeds}:
         raise DvinvError(
             f'{workdir} holds {", ".join(sorted(others))}, which these --seeds do not ask for; choose another --workdir.'
         )
@@ -36,7 +61,12 @@ def run(config, workdir, count: int, processes: Processes = ALONE) -> dict:
         mistakes.take_back(folder, processes)
         if processes.leader and folder.exists():
             versions.record(folder)
+    tasks = [task for task in TASKS if task in config.tasks]
     for i, seed in enumerate(seeds):
+        if processes.leader:
+            done = ', '.join(done_already(folders[i], tasks))
+            skipped = f'; done, not run again: {done}' if done else ''
+            say(f'seed {i + 1} of {count} (config.seed is {seed}), in {folders[i]}{skipped}')
         one = ml_collections.ConfigDict(config)
         one.seed = seed
         with mistakes.told(folders[i + 1 :], processes):
@@ -49,7 +79,41 @@ def run(config, workdir, count: int, processes: Processes = ALONE) -> dict:
     }
     if processes.leader:
         write_atomic(Path(workdir) / 'results.json', (json.dumps(summary, indent=2, sort_keys=True) + '\n').encode())
+        if 'report' in config.tasks:
+            write_atomic(Path(workdir) / 'report.html', _report(config, summary).encode())
     return summary
+
+
+def _report(config, summary: dict) -> str:
+    """Returns the page over all seeds: a table a task of its headline figures, and links to the pages of the seeds."""
+    seeds, sections, tiles = summary['seeds'], [], []
+    for task, patterns in HEADLINES.items():
+        mean, std = summary['mean'].get(task, {}), summary['std'].get(task, {})
+        if not (names := _headlines(mean, patterns)):
+            continue
+        rows = [['mean', *_cells(names, mean)], ['standard deviation', *_cells(names, std)]]
+        for seed, results in zip(seeds, summary['runs'], strict=True):
+            rows.append([(f'seed {seed}', f'seed-{seed}/report.html'), *_cells(names, _flat(results[task]))])
+        columns = ['', *(name.replace('_', ' ') for name in names)]
+        sections.append(Section(task.capitalize(), tables=[Table(columns, rows, highlight=0)]))
+        if names[0].endswith('accuracy'):
+            accuracy, spread = mean[names[0]], std[names[0]]
+            note = '' if spread is None else f'± {percent(spread)}, '
+            tiles.append(Tile(task.capitalize(), percent(accuracy), f'{note}{names[0]}'.replace('_', ' '), accuracy))
+    count = len(seeds)
+    return render(
+        f'{config.data.name or config.teacher.factory}: {count} seed{"s" if count > 1 else ""}',
+        f'The same config was run with the seeds {listed([*map(str, seeds)])}: everything that is drawn by chance differs. '
+        'Deviations are those of a sample (n - 1). Each seed has a report of its own; all figures are in results.json.',
+        tiles,
+        sections,
+        configuration=json.dumps(plain(config), indent=1, sort_keys=True),
+    )
+
+
+def _cells(names: list[str], figures: dict) -> list[str | float | None]:
+    """Returns the figures of these names as a table shows them."""
+    return [percent(figures[name]) if name.endswith('accuracy') else figures[name] for name in names]
 
 
 def _over(runs: list[dict], summarise) -> dict:
@@ -77,18 +141,32 @@ def _flat(figures: dict) -> dict:
     return flat
 
 
-def table(summary: dict) -> str:
-    """The figures as lines of text, with the standard deviation where there are several seeds."""
+def table(summary: dict, workdir) -> str:
+    """The headline figures in the order of the tasks, the time, and where all else is, as lines of text.
+
+    Args:
+      summary: {'runs': [results of each seed]} at least; figures have a standard deviation where it has them, under 'std'.
+      workdir: the path of the work directory.
+    """
     runs = summary['runs']
     mean, std = _over(runs, statistics.fmean), summary.get('std', {})
     lines = []
-    for task, figures in mean.items():
-        for figure, value in figures.items():
+    for task, patterns in HEADLINES.items():
+        for figure in _headlines(mean.get(task, {}), patterns):
             spread = std.get(task, {}).get(figure)
-            lines.append(
-                f'{task:14}{figure:28}{_short(value):>12}' + (f' +- {_short(spread)}' if spread is not None else '')
-            )
+            deviation = '' if spread is None else f' +- {_short(spread)}'
+            lines.append(f'{task:14}{figure:28}{_short(mean[task][figure]):>12}{deviation}')
+    seconds = sum(figures['wall_seconds'] for results in runs for figures in results.values())
+    lines.append(f'{"time":14}{duration(seconds)}')
+    for name, what in (('report.html', 'report'), ('results.json', 'all figures')):
+        if (Path(workdir) / name).exists():
+            lines.append(f'{what:14}{Path(workdir) / name}')
     return '\n'.join(lines)
+
+
+def _headlines(figures: dict, patterns: tuple[str, ...]) -> list[str]:
+    """Returns the names of figures that match, pattern by pattern."""
+    return [name for pattern in patterns for name in figures if fnmatch.fnmatchcase(name, pattern)]
 
 
 def _short(value: float) -> str:

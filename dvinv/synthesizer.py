@@ -15,7 +15,7 @@ from dvinv.evaluation import logits_of
 from dvinv.inversion import Inversion, Teacher, balanced_labels, make_feature_loss, make_inverter
 from dvinv.inversion.canvas import blank_canvas, make_paint
 from dvinv.orders import GO_ON, Group, orders_of
-from dvinv.pools import missing_batches, open_control, put_aside_damaged
+from dvinv.pools import all_batches, missing_batches, open_control, put_aside_damaged
 from dvinv.runtime import job
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.processes import ALONE, Processes
@@ -103,8 +103,10 @@ class Synthesizer:
         self._iterations = 0 if method == 'noise' else settings.iterations
         self._weights = dataclasses.asdict(settings.weights)
         self._seed_key = jax.random.key(config.seed)
-        self._progress = Progress(f'{task}: {series}', len(missing) * max(1, self._iterations))
-        self._made = 0  # batches, since the start of this process
+        share = len(processes.share(all_batches(config)))
+        each, unit = (self._iterations, 'iterations') if self._iterations else (1, 'batches')
+        self._made = share - len(missing)  # batches that are finished
+        self._progress = Progress(f'{task}: {series}', share * each, unit, self._made * each)
 
     def __enter__(self):
         return self

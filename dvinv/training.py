@@ -351,7 +351,7 @@ class Training:
         self._line = None  # (step, losses) of a line of metrics that is yet to be written
         workdir.metrics.cut(task, series, self.step)
         self._state, self._key = self._train_step.place((state, jax.random.fold_in(key, 1)))
-        self._progress = Progress(f'{task}: {series}', recipe.updates, self.step)
+        self._progress = Progress(task if task == series else f'{task}: {series}', recipe.updates, 'updates', self.step)
 
     def __enter__(self):
         return self

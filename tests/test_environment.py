@@ -1,6 +1,9 @@
 """Where dvinv is started: from any folder, without a home, without a device, beside others' flags, on Windows."""
 
+import ast
 import os
+import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -11,10 +14,13 @@ import pytest
 from absl import flags
 
 import dvinv
-from dvinv import main
+from dvinv import fields, main
+from dvinv.__main__ import cli
+from dvinv.configuration import base_config
 from dvinv.errors import DvinvError, say_once
-from dvinv.runtime import compilation
+from dvinv.runtime import banner, compilation
 from dvinv.runtime.devices import make_mesh
+from dvinv.runtime.workdir import flat, plain
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,6 +39,57 @@ def test_an_editable_install_wins_over_the_folder_of_the_clone(tmp_path):
         [sys.executable, '-c', code], cwd=tmp_path, env=environment, text=True, capture_output=True, check=True
     )
     assert answer.stdout.split() == [dvinv.__version__, str(tmp_path / 'dvinv' / 'dvinv' / '__init__.py')]
+
+
+def test_the_command_sees_modules_of_the_working_folder(monkeypatch, tmp_path):
+    """As `python -m dvinv.main` does; under -P neither."""
+    run = []
+    monkeypatch.setattr(runpy, 'run_module', lambda name, run_name, alter_sys: run.append((name, run_name, sys.path[0])))
+    monkeypatch.setattr(sys, 'path', ['bin', *sys.path])
+    monkeypatch.chdir(tmp_path)
+    cli()
+    cli()
+    assert run == [('dvinv.main', '__main__', str(tmp_path))] * 2
+    assert sys.path.count(str(tmp_path)) == 1
+    script = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['scripts']['dvinv']
+    assert script == f'{cli.__module__}:{cli.__name__}'
+
+
+def test_public_names_are_listed_and_have_types():
+    assert {*dvinv.__all__} <= {*dir(dvinv)}
+    tree = ast.parse((ROOT / 'dvinv' / '__init__.py').read_text())
+    typed = {
+        alias.asname: node.module
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for node in block.body
+        for alias in node.names
+    }
+    assert typed == dvinv._EXPORTS
+    data = tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['setuptools']['package-data']
+    assert all((ROOT / 'dvinv' / name).is_file() for name in data['dvinv'])
+    assert data['dvinv'] == ['py.typed']
+
+
+def test_every_field_is_listed_with_its_comment():
+    """The comments stand in the sources of the base config and of the classes that groups are made of."""
+    text = fields.described()
+    for flag, comment in (
+        ('seed=0', 'of all that is drawn by chance'),
+        ('data.train_path=', 'of the training images (npz, folders)'),
+        ('teacher.training.optimiser=', "'adam' (with decoupled weight decay)"),
+        ('teacher.mean=()', 'For pixels in [0, 1]; (): of the weights file'),
+        ('synthesis.stages[0].jitter=', "pixels, at this stage's resolution"),
+        ('synthesis.weights.feature=', 'BatchNorm moments against running statistics'),
+        ('pruning.steps=5', 'in which it is reached'),
+        ('continual.steps=()', 'A dict a task: the fields of the group `data` in which it differs from it;'),
+        ('quantization.ranges=', "'minmax', 'percentile' or 'mse'"),
+    ):
+        assert re.search(rf'--config\.{re.escape(flag)}.*\n    {re.escape(comment)}', text), flag
+    config = base_config('digits')
+    names = {name for name, _, _ in fields.fields()}
+    assert {name.split('[')[0] for name in names} == {name.split('[')[0] for name in flat(plain(config))}
+    assert sum(bool(comment) for _, comment, _ in fields.fields()) > 0.7 * len(names)
 
 
 # The user
@@ -98,6 +155,50 @@ def test_a_device_that_is_not_there_is_told(monkeypatch, error, platforms):
     try:
         with pytest.raises(DvinvError, match=f"JAX_PLATFORMS is '{platforms}', but JAX cannot use .* set JAX_PLATFORMS=cpu"):
             make_mesh()
+    finally:
+        jax.config.update('jax_platforms', before)
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """`machine(vendor, kind, smi)`: what is on the PCI bus, and the answer of nvidia-smi; None: it is not installed."""
+
+    def machine(vendor='', kind='', smi=None):
+        monkeypatch.setattr(banner, 'PCI', tmp_path)
+        monkeypatch.setattr(banner.shutil, 'which', lambda name: smi is not None or None)
+        monkeypatch.setattr(banner.subprocess, 'run', lambda command, **_: subprocess.CompletedProcess(command, 0, smi, ''))
+        monkeypatch.setattr(banner, 'PLUGINS', ('no_such_plugin',))
+        if vendor:
+            (tmp_path / '0000:00:04.0').mkdir()
+            (tmp_path / '0000:00:04.0' / 'vendor').write_text(f'{vendor}\n')
+            (tmp_path / '0000:00:04.0' / 'class').write_text(f'{kind}\n')
+
+    return machine
+
+
+@pytest.mark.parametrize(
+    ('there', 'name'),
+    [
+        ({}, ''),
+        ({'smi': 'No devices were found\n'}, ''),
+        ({'smi': 'GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)\n'}, 'NVIDIA H100 80GB HBM3'),
+        ({'vendor': '0x10de', 'kind': '0x030200'}, 'NVIDIA, at 0000:00:04.0 of the PCI bus'),
+        ({'vendor': '0x10de', 'kind': '0x040300'}, ''),  # its sound
+        ({'vendor': '0x1af4', 'kind': '0x030000'}, ''),  # the graphics of a virtual machine
+    ],
+)
+def test_a_gpu_that_is_not_used_is_told(monkeypatch, machine, there, name):
+    machine(**there)
+    before = jax.config.jax_platforms
+    try:
+        jax.config.update('jax_platforms', '')
+        expected = f"A GPU is there but not used ({name}): install JAX for it, as by pip install 'jax[cuda12]'"
+        assert banner.unused_gpu().startswith(expected) if name else banner.unused_gpu() == ''
+        jax.config.update('jax_platforms', 'cpu')
+        assert banner.unused_gpu() == (f"A GPU is there but not used ({name}): JAX_PLATFORMS is 'cpu'." if name else '')
+        jax.config.update('jax_platforms', '')
+        monkeypatch.setattr(banner, 'PLUGINS', ('json',))
+        assert ('although JAX for CUDA is installed' in banner.unused_gpu()) == bool(name)
     finally:
         jax.config.update('jax_platforms', before)
 

@@ -158,9 +158,19 @@ def test_what_makes_no_network_cannot_be_loaded(finished, tmp_path):
 def test_the_same_command_does_nothing_again(run, command):
     before = {path: path.stat().st_mtime_ns for name in MODIFIED for path in [run / name, *(run / name).rglob('*')]}
     status, out, err = command('--workdir', run)
-    assert (status, err) == (0, '')
+    assert status == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
+    banner = [f'dvinv {dvinv.__version__} with JAX {jax.__version__}', '  devices  8 virtual devices of the CPU']
+    banner += [
+        '  tasks    teacher, synthesis, distillation, report',
+        '  done     teacher, synthesis, distillation: not run again',
+    ]
+    lines = [line.partition(' (')[0] for line in err.splitlines() if line[:11].strip() or 'not used' not in line]
+    assert lines == [*banner, f'  report   {run / "report.html"}']
+    tasks = [line.split()[0] for line in out.splitlines()]
+    assert tasks == ['teacher'] * 2 + ['synthesis'] * 4 + ['distillation'] * 4 + ['time', 'report', 'all']
     assert re.search(r'^distillation +test_accuracy +\d\.\d+$', out, re.M)
+    assert out.splitlines()[-2].split() == ['report', str(run / 'report.html')]
 
 
 def test_what_was_damaged_is_made_again_as_the_sentences_say(run):
@@ -291,7 +301,7 @@ def test_a_run_without_any_real_data_leaves_scores_open(tmp_path):
 # Seeds
 
 
-def test_several_seeds_give_mean_and_deviation(finished, tmp_path):
+def test_several_seeds_give_mean_and_deviation(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / 'runs' / 'seed-0')
     config = smoke_config(**TEACHER_ALONE)
     summary = seeds.run(config, tmp_path / 'runs', 2)
@@ -302,19 +312,30 @@ def test_several_seeds_give_mean_and_deviation(finished, tmp_path):
     assert a != b
     assert summary['mean']['teacher']['test_accuracy'] == pytest.approx((a + b) / 2)
     assert summary['std']['teacher']['test_accuracy'] == pytest.approx(abs(a - b) / 2**0.5)
-    assert re.search(r'^teacher +test_accuracy +0\.\d+ \+- 0\.\d+$', seeds.table(summary), re.M)
+    assert re.search(r'^teacher +test_accuracy +0\.\d+ \+- 0\.\d+$', seeds.table(summary, tmp_path), re.M)
+    said = capsys.readouterr().err
+    assert f'seed 1 of 2 (config.seed is 0), in {tmp_path / "runs" / "seed-0"}; done, not run again: teacher\n' in said
+    assert f'seed 2 of 2 (config.seed is 1), in {tmp_path / "runs" / "seed-1"}\n' in said
+    page = seeds._report(config, summary)
+    rows = re.findall(r'<tr[^>]*><td class="words">(.*?)</td><td>', page)
+    links = [f'<a href="seed-{seed}/report.html">seed {seed}</a>' for seed in (0, 1)]
+    assert rows == ['mean', 'standard deviation', *links]
+    assert f'<strong>{50 * (a + b):.1f}%</strong>' in page
 
 
 def test_the_flag_seeds_prints_the_table(finished, command, tmp_path):
     shutil.copytree(finished, tmp_path / 'runs' / 'seed-0')
     status, out, err = command('--workdir', tmp_path / 'runs', '--seeds', 1)
-    assert (status, err) == (0, '')
+    assert status == 0, err
+    assert 'seed 1 of 1 (config.seed is 0)' in err
     assert re.search(r'^teacher +test_accuracy +0\.\d+$', out, re.M)
     assert results(tmp_path / 'runs')['std']['teacher']['test_accuracy'] is None
 
 
 def test_seeds_that_were_not_asked_for_are_refused(tmp_path):
-    (tmp_path / 'seed-7').mkdir()
+    for name in ('seed-7', 'seed-8'):
+        (tmp_path / name).mkdir()
+    (tmp_path / 'seed-7' / 'results.json').write_text('{}')  # in seed-8 nothing was made
     with pytest.raises(DvinvError, match='holds seed-7, which these --seeds do not ask for'):
         seeds.run(smoke_config(), tmp_path, 2)
 

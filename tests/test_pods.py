@@ -190,4 +190,5 @@ def test_of_several_seeds_the_leader_writes_the_summary(tmp_path, monkeypatch):
         assert not (tmp_path / 'results.json').exists()
         seeds.run(smoke_config(), tmp_path, 2, Processes(index, 2))
     assert (tmp_path / 'results.json').exists()
+    assert (tmp_path / 'report.html').exists()
     assert asked == [(f'seed-{seed}', Processes(index, 2)) for index in (1, 0) for seed in (0, 1)]

@@ -1,5 +1,6 @@
-"""SIGTERM in the middle of batches: what is under way is saved, and goes on to the bit."""
+"""SIGTERM and Ctrl-C in the middle of batches: what is under way is saved, and goes on to the bit."""
 
+import signal
 import socket
 import subprocess
 import sys
@@ -160,6 +161,17 @@ def test_minutes_below_zero_are_refused(tmp_path):
 WAITS = """import ctypes; c = ctypes.CDLL(None); mutex = ctypes.create_string_buffer(256)
 c.pthread_mutex_init(mutex, None); c.pthread_mutex_lock(mutex); print("ready", flush=True); c.pthread_mutex_lock(mutex)"""
 LOOKS = 'import time; print("ready", flush=True)\nwhile True: preemption.leave_if_asked(); time.sleep(0.01)'
+
+
+def started(folder, code, grace=0.5, first=''):
+    """A process that runs `first`, then `code` after `preemption.install`."""
+    begin = f'{first}from pathlib import Path\nfrom dvinv.runtime import preemption\npreemption.HINT = 0.2\n'
+    begin += 'from dvinv.runtime.claims import claim\nfrom dvinv.runtime.processes import ALONE\n'
+    begin += f'preemption.install(grace={grace})\n'
+    command = [sys.executable, '-c', begin + code.replace('{folder!r}', repr(str(folder)))]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
 SAVES = """import time; print("ready", flush=True)
 while not preemption.asked(): time.sleep(0.01)
 time.sleep(1.5); print("saved", flush=True)
@@ -167,27 +179,46 @@ preemption.leave_if_asked()"""
 
 
 @pytest.mark.parametrize(
-    ('code', 'heard', 'out'),
+    ('number', 'code', 'heard', 'out'),
     [
-        (WAITS, 'is in a long computation and ends now', ''),
+        (signal.SIGTERM, WAITS, 'is in a long computation and ends now', ''),
         (
+            signal.SIGTERM,
             f'held = claim(Path({{folder!r}}), ALONE)\npreemption.ask()\n{WAITS}',
             'is in a long computation and ends now',
             '',
         ),
-        (LOOKS, 'all is saved', ''),
-        (SAVES, 'all is saved', 'saved\n'),
+        (signal.SIGTERM, LOOKS, 'SIGTERM: all is saved', ''),
+        (signal.SIGTERM, SAVES, 'SIGTERM: all is saved', 'saved\n'),
+        (signal.SIGINT, LOOKS, 'Ctrl-C: all is saved; the same command goes on from here.', ''),
+        (signal.SIGINT, f'preemption.install(0)\n{WAITS}', 'Ctrl-C: this process ends at once.', ''),
     ],
 )
-def test_sigterm_ends_a_process_that_cannot_look_and_waits_for_one_that_saves(tmp_path, code, heard, out):
-    begin = 'from pathlib import Path\nfrom dvinv.runtime import preemption\nfrom dvinv.runtime.claims import claim\n'
-    begin += 'from dvinv.runtime.processes import ALONE\npreemption.install(grace=0.5)\n'
-    command = [sys.executable, '-c', begin + code.replace('{folder!r}', repr(str(tmp_path)))]
-    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+def test_a_signal_ends_a_process_that_cannot_look_and_waits_for_one_that_saves(tmp_path, number, code, heard, out):
+    with started(tmp_path, code) as process:
         assert process.stdout.readline() == 'ready\n'
-        process.terminate()
+        process.send_signal(number)
         answer = process.communicate(timeout=20)
-    assert (process.returncode, answer[0]) == (143, out)
+    assert (process.returncode, answer[0]) == (128 + number, out)
     assert heard in answer[1]
+    assert answer[1].count('\n') == 1
     for file in claim(tmp_path, ALONE):  # what it held is free
         file.close()
+
+
+def test_a_second_ctrl_c_ends_a_process_at_once(tmp_path):
+    with started(tmp_path, WAITS, grace=60.0) as process:
+        assert process.stdout.readline() == 'ready\n'
+        process.send_signal(signal.SIGINT)
+        assert 'Ctrl-C again ends it at once' in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        answer = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert answer[1].startswith('dvinv: Ctrl-C again: this process ends at once')
+
+
+def test_ctrl_c_stays_ignored_where_it_is(tmp_path):
+    """A shell starts so what runs in its background."""
+    code = 'import signal; print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)'
+    with started(tmp_path, code, first='import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n') as process:
+        assert process.stdout.read() == 'True\n'

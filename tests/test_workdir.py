@@ -10,7 +10,7 @@ import pytest
 from dvinv.errors import DvinvError
 from dvinv.runtime import versions
 from dvinv.runtime import workdir as workdir_module
-from dvinv.runtime.workdir import Workdir
+from dvinv.runtime.workdir import Workdir, holds_work
 
 
 def config(**changes):
@@ -25,6 +25,12 @@ def config(**changes):
             **changes,
         }
     )
+
+
+def begun(path):
+    """A run has made something in this folder."""
+    (path / 'networks').mkdir()
+    (path / 'networks' / 'teacher.safetensors').touch()
 
 
 def refusal(path, config):
@@ -42,6 +48,7 @@ def files(path):
 
 def test_another_config_is_refused_and_its_keys_named(tmp_path):
     Workdir(tmp_path, config()).close()
+    begun(tmp_path)
     before = files(tmp_path)
     message = refusal(tmp_path, config(seed=1, stages=(ml_collections.ConfigDict({'iterations': 6}),)))
     assert 'seed (0 there, 1 here)' in message
@@ -53,6 +60,7 @@ def test_another_config_is_refused_and_its_keys_named(tmp_path):
 
 def test_a_key_that_only_one_config_has_is_named(tmp_path):
     Workdir(tmp_path, config()).close()
+    begun(tmp_path)
     assert "pool ('absent' there, 'x' here)" in refusal(tmp_path, config(pool='x'))
 
 
@@ -68,6 +76,7 @@ def test_a_key_that_only_one_config_has_is_named(tmp_path):
 )
 def test_a_run_does_not_go_on_under_settings_of_jax_that_change_its_images(tmp_path, name, value, words):
     Workdir(tmp_path, config()).close()
+    begun(tmp_path)
     before, usual = files(tmp_path), getattr(jax.config, name)
     jax.config.update(name, value)
     try:
@@ -103,11 +112,13 @@ def test_flags_of_xla_that_change_bits_are_said(tmp_path, capsys, monkeypatch):
 
 def test_many_differing_keys_are_counted(tmp_path):
     Workdir(tmp_path, config(**{f'k{i}': 0 for i in range(12)})).close()
+    begun(tmp_path)
     assert 'and 4 more' in refusal(tmp_path, config(**{f'k{i}': 1 for i in range(12)}))
 
 
 def test_what_no_result_depends_on_may_change(tmp_path):
     Workdir(tmp_path, config()).close()
+    begun(tmp_path)
     verifiers = ({'network': 'resnet32', 'weights': 'w.npz'},)
     changes = {'tasks': ('synthesis', 'report'), 'devices': 8, 'logging': {'every': 7}, 'verifiers': verifiers}
     Workdir(tmp_path, config(synthesis={'controls': ('noise',)}, **changes)).close()  # older runs have no such key
@@ -119,6 +130,7 @@ def test_what_no_result_depends_on_may_change(tmp_path):
 @pytest.mark.parametrize('name', ['config.json', 'times.json', 'results.json'])
 def test_a_damaged_file_is_named(tmp_path, name):
     Workdir(tmp_path, config()).close()
+    begun(tmp_path)
     (tmp_path / name).write_text('{"seed": 0')
     with pytest.raises(DvinvError, match=rf'{name} is damaged'), contextlib.closing(Workdir(tmp_path, config())) as workdir:
         workdir.results  # noqa: B018
@@ -133,9 +145,28 @@ def test_a_file_is_no_work_directory(tmp_path, name):
 
 def test_the_folder_of_several_seeds_is_no_work_directory(tmp_path):
     (tmp_path / 'seed-0').mkdir()
-    (tmp_path / 'seed-0' / 'config.json').write_text('{}')
+    (tmp_path / 'seed-0' / 'results.json').write_text('{}')
     assert 'holds the runs of several seeds' in refusal(tmp_path, config())
     assert [path.name for path in tmp_path.iterdir()] == ['seed-0']
+
+
+@pytest.mark.parametrize('left', ['', 'pool/.shard-000000.npz.tmp', 'metrics.jsonl', 'notes.txt'])
+def test_a_start_that_made_nothing_does_not_lock_its_folder(tmp_path, left):
+    first = Workdir(tmp_path, config())
+    first.start_clock('teacher')
+    first.wall_seconds('teacher')
+    first.close()
+    if left:
+        (tmp_path / left).parent.mkdir(exist_ok=True)
+        (tmp_path / left).write_text('{"task": "teacher", "series": "teacher", "step": 5}\n')
+    assert not holds_work(tmp_path)
+    with contextlib.closing(Workdir(tmp_path, config(seed=1))) as workdir:
+        assert workdir.read_json('config.json', None)['seed'] == 1
+        assert not [*workdir.metrics.lines('teacher', 'teacher')]
+        assert workdir.read_json('times.json', None) is None
+        workdir.add_results('teacher', {})
+    assert holds_work(tmp_path)
+    assert 'seed (1 there, 2 here)' in refusal(tmp_path, config(seed=2))
 
 
 # Lock

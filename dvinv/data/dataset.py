@@ -3,7 +3,6 @@
 import dataclasses
 
 import numpy as np
-from sklearn.model_selection import train_test_split
 
 from dvinv.errors import DvinvError
 
@@ -42,6 +41,8 @@ class Split:
         Raises:
           DvinvError: too few images to have every class in both parts.
         """
+        from sklearn.model_selection import train_test_split  # late: it takes a second
+
         try:
             parts = train_test_split(np.arange(len(self.labels)), test_size=held_out, stratify=self.labels, random_state=0)
         except ValueError as error:

@@ -113,7 +113,7 @@ def _pictures(pool: ImagePool, what: str) -> Iterator[tuple[str, np.ndarray, int
 
 def _shards(pool: ImagePool, numbers: list[int], what: str) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """(number, arrays) of each of these shards, with progress."""
-    with Progress(f'export: {what}', len(numbers)) as progress:
+    with Progress(f'export: {what}', len(numbers), 'batches') as progress:
         for done, number in enumerate(numbers, 1):
             yield number, pool.read(number)
             progress.update(done)

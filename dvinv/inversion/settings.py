@@ -17,8 +17,8 @@ PRECISIONS = ('float32', 'bfloat16')
 class Stage:
     """A stretch of iterations at one resolution; Adam starts anew with each."""
 
-    iterations: int
-    learning_rate: float
+    iterations: int  # each changes all images of a batch
+    learning_rate: float  # the highest, after the warm-up
     resolution: int = 0  # height in pixels of what the teacher sees, at most the image's; 0: the image's own
     schedule: str = 'cosine'  # 'cosine' (to 0) or 'constant'
     warmup: int = 0  # iterations of linear warm-up from 0

@@ -298,7 +298,7 @@ class Pruner:
         batch_size = self._config.pruning.latency_batch
         table = self._workdir.read_json('latency.json', None)
         if table is None:
-            with Progress('pruning: latencies', len(self._channels.products), 0) as progress:
+            with Progress('pruning: latencies', len(self._channels.products), 'layers') as progress:
                 table = measure_table(
                     self._channels, batch_size, self.removal.multiple, lambda done, of: progress.update(done)
                 )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from urllib.parse import quote
 
 from PIL import Image
 
@@ -32,7 +33,7 @@ h1 { margin: 0 0 1rem; font-size: clamp(1.75rem, 4.6vw, 2.7rem); font-weight: 65
 h2 { margin: 0 0 .6rem; font-size: 1.4rem; font-weight: 620; letter-spacing: -.012em; line-height: 1.25; }
 .summary, .text { max-width: 46rem; } .summary { font-size: 1.08rem; } .text { color: var(--muted); }
 nav { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; margin-top: 1.4rem; font-size: .92rem; }
-nav a { color: var(--accent); text-decoration: none; } nav a:hover { text-decoration: underline; }
+td a, nav a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .9rem; margin: 2.2rem 0 0; }
 .tiles div, .plot, .picture .grid, .table { background: var(--surface); border: 1px solid var(--line);
   border-radius: 12px; }
@@ -91,8 +92,9 @@ class Table:
     """A table whose first column holds names and whose others hold figures."""
 
     columns: Sequence[str]
-    rows: Sequence[Sequence[str | int | float | None]]
-    """Each as long as `columns`. Numbers are shown by `number`; None and NaN are an en dash."""
+    rows: Sequence[Sequence[str | int | float | tuple[str, str] | None]]
+    """Each as long as `columns`. Numbers are shown by `number`; None and NaN are an en dash; (text, path relative to the
+    page) is a link."""
     caption: str = ''
     highlight: int | None = None
     """The row that the others are compared with, from 0."""
@@ -235,7 +237,7 @@ def _section(index: int, section: Section) -> str:
 
 def _table(table: Table) -> str:
     def cells(tag, values):
-        shown = [escape(value if isinstance(value, str) else number(value)) for value in values]
+        shown = [_cell(value) for value in values]
         kinds = [' class="words"' if column < table.text_columns else '' for column in range(len(shown))]
         return ''.join(f'<{tag}{kind}>{text}</{tag}>' for kind, text in zip(kinds, shown, strict=True))
 
@@ -248,6 +250,13 @@ def _table(table: Table) -> str:
     caption = f'<caption>{escape(table.caption)}</caption>' if table.caption else ''
     head = f'<thead><tr>{cells("th", table.columns)}</tr></thead>'
     return f'<div class="table"><table>{caption}{head}<tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _cell(value: str | float | tuple[str, str] | None) -> str:
+    if isinstance(value, tuple):
+        text, path = value
+        return f'<a href="{escape(quote(path))}">{escape(text)}</a>'
+    return escape(value if isinstance(value, str) else number(value))
 
 
 def _picture(picture: Picture) -> str:

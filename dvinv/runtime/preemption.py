@@ -1,12 +1,12 @@
-"""SIGTERM: the machine is wanted by somebody else. The run saves what it is at, and ends.
+"""SIGTERM and Ctrl-C: the machine is wanted for something else. The run saves what it is at, and ends.
 
 The signal only leaves a note. Loops look at it between two dispatches, where all is whole, save, and leave with the exit
-status 143, as if the signal had ended them.
+status 143 (130 after Ctrl-C), as if the signal had ended them.
 
 Python hears of a signal between two of its own instructions, so not while XLA compiles, which can take minutes. A thread
-hears of it at once, and where the loops do not look at the note for `GRACE` seconds, it ends the process as it is. Nothing
-that was saved is lost: files are written atomically, and locks end with their process. Code that keeps Python's lock is out
-of its reach.
+hears of it at once, and where the loops do not look at the note for `GRACE` seconds, or at a second Ctrl-C, it ends the
+process as it is. Nothing that was saved is lost: files are written atomically, and locks end with their process. Code that
+keeps Python's lock is out of its reach.
 """
 
 import os
@@ -15,76 +15,103 @@ import socket
 import sys
 import threading
 
-STATUS = 128 + signal.SIGTERM
+from dvinv.errors import say
+
+NAMES = {signal.SIGTERM: 'SIGTERM', signal.SIGINT: 'Ctrl-C'}
 GRACE = 20.0  # seconds until somebody has looked at the note; where Kubernetes and SLURM wait for 30 before SIGKILL
 SAVING = 10  # times as long, from one look at the note to the next or to the end: to save takes its time
+HINT = 3.0  # seconds after Ctrl-C until it is said how to end at once
 
 _asked = False
+_number = signal.SIGTERM  # which signal came first
 _looked = threading.Event()
 _bell = None  # what is sent there wakes the thread
 
 
 def install(grace: float = GRACE) -> None:
-    """From now on SIGTERM leaves a note instead of ending the process. For main alone: a library leaves signals be.
+    """From now on the signals leave a note instead of ending the process. For main alone: a library leaves signals be.
+
+    Ctrl-C stays ignored where it is, as in what a shell starts in its background.
 
     Args:
-      grace: seconds after which the process ends where nobody looks at the note.
+      grace: seconds after which the process ends where nobody looks at the note; 0: nothing is to be saved.
     """
     global _bell
-
-    def note(number, frame):
-        global _asked
-        _asked = True
-
-    listening, _bell = socket.socketpair()
-    _bell.setblocking(False)
-    signal.signal(signal.SIGTERM, note)
-    signal.set_wakeup_fd(_bell.fileno(), warn_on_full_buffer=False)  # Python's handler in C writes the signal's number there
+    listening, bell = socket.socketpair()
+    bell.setblocking(False)
+    signal.set_wakeup_fd(bell.fileno(), warn_on_full_buffer=False)  # Python's handler in C writes the signal's number there
+    _bell = bell  # lets go of an earlier one
+    for number in NAMES:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda came, frame: _note(came))
     threading.Thread(target=_listen, args=(listening, grace), daemon=True).start()
 
 
 def ask() -> None:
     """As if a SIGTERM came: it came to another process of the job."""
-    global _asked
     if not _asked and _bell is not None:
         _bell.send(bytes([signal.SIGTERM]))
-    _asked = True
+    _note(signal.SIGTERM)
 
 
 def asked() -> bool:
-    """Whether a SIGTERM came."""
+    """Whether a signal came."""
     if _asked and threading.current_thread() is threading.main_thread():
         _looked.set()
     return _asked
 
 
 def leave_if_asked() -> None:
-    """End the process, where a SIGTERM came and all is saved that is to be.
+    """End the process, where a signal came and all is saved that is to be.
 
     Raises:
-      SystemExit: with the status 143.
+      SystemExit: with the status 143, or 130 after Ctrl-C.
     """
     if asked():
-        print('dvinv: SIGTERM: all is saved; the same command goes on from here.', file=sys.stderr, flush=True)
-        raise SystemExit(STATUS)
+        say(f'{NAMES[_number]}: all is saved; the same command goes on from here.')
+        raise SystemExit(128 + _number)
+
+
+def _note(number: int) -> None:
+    """Leaves the note; the signal that came first stays on it."""
+    global _asked, _number
+    if not _asked:
+        _number, _asked = signal.Signals(number), True
 
 
 def _listen(bell: socket.socket, grace: float) -> None:
-    """Leaves the note at SIGTERM, and ends the process where it is not looked at."""
-    global _asked
-    while signal.SIGTERM not in (rung := bell.recv(64)):  # another signal that has a handler
-        if not rung:  # `install` was called again
-            bell.close()
-            return
-    _asked = True
+    """Leaves the note at the first signal, and ends the process at a second Ctrl-C."""
+    came = False
+    while rung := bell.recv(64):
+        for number in rung:
+            if number not in NAMES:  # another signal that has a handler
+                continue
+            if came and number == signal.SIGINT:
+                _end('Ctrl-C again: this process ends at once; the same command goes on from what was saved.')
+            if not came:
+                came = True
+                _note(number)
+                threading.Thread(target=_wait, args=(grace,), daemon=True).start()
+    bell.close()  # `install` was called again
+
+
+def _wait(grace: float) -> None:
+    """Ends the process where the note is not looked at."""
+    if not grace:
+        _end(f'{NAMES[_number]}: this process ends at once.')
     patience = grace
+    if _number == signal.SIGINT and grace > HINT and not _looked.wait(HINT):
+        say('Ctrl-C: this process ends when it has saved what it is at; Ctrl-C again ends it at once.')
+        patience -= HINT
     while _looked.wait(patience):
         _looked.clear()
         patience = SAVING * grace
-    print(
-        'dvinv: SIGTERM: this process is in a long computation and ends now; the same command goes on from what was saved.',
-        file=sys.stderr,
-        flush=True,
-    )
+    name = NAMES[_number]
+    _end(f'{name}: this process is in a long computation and ends now; the same command goes on from what was saved.')
+
+
+def _end(sentence: str) -> None:
+    """Ends the process as it is, with the status of the signal that came first."""
+    say(sentence)
     sys.stdout.flush()
-    os._exit(STATUS)
+    os._exit(128 + _number)

@@ -1,10 +1,19 @@
 """Progress with a time of arrival: a bar on a terminal, plain lines elsewhere."""
 
+import collections
+import os
+import shutil
+import statistics
 import sys
 import time
 from collections.abc import Callable
 
-from tqdm import tqdm
+from dvinv.errors import CLEAR
+
+BAR = 20  # characters that a bar has at least, where the terminal is not narrower than 80
+DRAWN = 0.1  # seconds between two drawings of a bar
+PACES = 50  # so many last stretches tell the speed
+COMPILED = 'iterations', 'updates'  # work in these begins with a compilation
 
 
 class Progress:
@@ -18,53 +27,93 @@ class Progress:
         self,
         title: str,
         total: int,
+        unit: str,
         done: int = 0,
         every: float = 10.0,
         brief: bool = False,
         stream=None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._title, self._total, self._first, self._done = title, total, done, done
+        """Args: `unit`: what is counted, in the plural; `done`: so many were done before this process."""
+        self._title, self._total, self._unit, self._done, self._skipped = title, total, unit, done, done
         self._every, self._brief, self._stream, self._clock = every, brief, stream or sys.stderr, clock
         self._start = self._last = clock()
-        terminal = getattr(self._stream, 'isatty', lambda: False)()
-        self._bar = (
-            tqdm(total=total, initial=done, desc=title, file=self._stream, dynamic_ncols=True, leave=False)
-            if terminal
-            else None
-        )
+        self._marked = None  # when the count last went up
+        self._paces = collections.deque(maxlen=PACES)  # seconds per unit
+        self._terminal = getattr(self._stream, 'isatty', lambda: False)()
+        if self._terminal and not brief:
+            self._draw({})
 
     def pass_over(self, count: int) -> None:
         """Of what the next update tells, so much was done before this process: it took none of the time."""
-        self._first += count
-        if self._bar is not None:
-            self._bar.initial += count
+        self._done += count
+        self._skipped += count
 
     def update(self, done: int, **values: float) -> None:
-        """Now `done` of the total; `values` are shown beside it."""
-        note = ' '.join(f'{name} {value:.4g}' for name, value in values.items())
-        if self._bar is not None:
-            self._bar.set_postfix_str(note, refresh=False)
-            self._bar.update(done - self._done)
-        self._done = done
+        """Now `done` of the total; `values` are shown beside it, as far as there is room."""
         now = self._clock()
-        if self._bar is None and now - self._last >= self._every:
+        if self._skipped:
+            self._print(f'goes on after {self._skipped:,} of {self._total:,} {self._unit}')
+            self._skipped = 0
+        if done > self._done:
+            # What comes before the first count is compilation; of a later one the median takes no notice.
+            if self._marked is not None:
+                self._paces.append((now - self._marked) / (done - self._done))
+            self._marked, self._done = now, done
+        if now - self._last >= (DRAWN if self._terminal else self._every) or (self._terminal and done >= self._total):
             self._last = now
-            left = (now - self._start) / max(1, done - self._first) * (self._total - done)
-            self._print(f'{done}/{self._total}, {duration(left)} left  {note}')
+            if self._terminal:
+                self._draw(values)
+            else:
+                self._print(', '.join([self._count(), *_terms(values)]))
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *_):
-        if self._bar is not None:
-            self._bar.close()
         seconds = self._clock() - self._start
         if kind is None and self._done >= self._total and not (self._brief and seconds < self._every):
-            self._print(f'done, {self._total} in {duration(seconds)}')
+            self._print(f'done, {self._total:,} {self._unit} in {duration(seconds)}')
+        elif self._terminal:
+            print(CLEAR, end='', file=self._stream, flush=True)
+
+    def _count(self) -> str:
+        """Returns how much is done, and how long the rest takes where that is known."""
+        text = f'{self._done:,}/{self._total:,} {self._unit}'
+        if self._paces and self._done < self._total:
+            return f'{text}, {duration(statistics.median(self._paces) * (self._total - self._done))} left'
+        return f'{text}, compiling' if self._marked is None and self._unit in COMPILED else text
+
+    def _draw(self, values: dict[str, float]) -> None:
+        """Draws the bar over what stands in its line; the cursor is left at the line's start, for what is printed next."""
+        width = _columns(self._stream) - 1
+        title, text = self._title, self._count()
+        if len(title) + BAR + len(text) + 2 > width:
+            title = '…' + title[len(title) - max(0, width - BAR - len(text) - 3) :]
+        for term in _terms(values):
+            if len(title) + BAR + len(text) + len(term) + 4 > width:
+                break
+            text += f', {term}'
+        room = max(0, width - len(title) - len(text) - 2)
+        full = round(room * min(1.0, self._done / max(1, self._total)))
+        bar = '█' * full + '░' * (room - full)
+        print(f'{CLEAR}{f"{title} {bar} {text}"[:width]}', end='\r', file=self._stream, flush=True)
 
     def _print(self, text: str) -> None:
-        print(f'{self._title}: {text}'.rstrip(), file=self._stream, flush=True)
+        print(f'{CLEAR if self._terminal else ""}{self._title}: {text}', file=self._stream, flush=True)
+
+
+def _terms(values: dict[str, float]) -> list[str]:
+    """Returns the values with their names, the loss first."""
+    return [f'{name.replace("_", " ")} {values[name]:.4g}' for name in sorted(values, key=lambda name: name != 'loss')]
+
+
+def _columns(stream) -> int:
+    """Returns how wide the terminal is."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return shutil.get_terminal_size().columns
 
 
 def duration(seconds: float) -> str:

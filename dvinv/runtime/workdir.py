@@ -25,6 +25,26 @@ from dvinv.runtime.versions import record, record_in, refuse_other_settings
 # made anew each time).
 EXEMPT = ('tasks', 'devices', 'logging', 'verifiers', 'synthesis.controls')
 
+# What a run makes, but for its records: until one of these is there, a folder may get another config.
+MADE = (
+    'results.json',
+    'latency.json',
+    'checkpoints',
+    'networks',
+    'pool',
+    'pools',
+    'controls',
+    'samples',
+    'pruning',
+)
+
+
+def holds_work(folder: Path) -> bool:
+    """Whether a run has made something in this folder; one that was refused, or ended before, has not."""
+    places = (Path(folder) / name for name in MADE)
+    paths = (path for place in places for path in (place, *place.rglob('*')))
+    return any(path.is_file() and not path.name.startswith('.') for path in paths)
+
 
 def plain(config) -> dict:
     """A config as nested dicts, lists and scalars, as JSON knows them."""
@@ -39,17 +59,17 @@ def _plain(value):
     return value
 
 
-def _flat(tree, prefix='') -> dict:
+def flat(tree, prefix='') -> dict:
     """{'a.b[0].c': leaf} of nested dicts and lists."""
     if isinstance(tree, dict):
-        return {k: v for key, item in tree.items() for k, v in _flat(item, f'{prefix}.{key}' if prefix else key).items()}
+        return {k: v for key, item in tree.items() for k, v in flat(item, f'{prefix}.{key}' if prefix else key).items()}
     if isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
-        return {k: v for i, item in enumerate(tree) for k, v in _flat(item, f'{prefix}[{i}]').items()}
+        return {k: v for i, item in enumerate(tree) for k, v in flat(item, f'{prefix}[{i}]').items()}
     return {prefix: tree}
 
 
 def _is_exempt(key: str) -> bool:
-    """Whether a key of `_flat` is one of `EXEMPT`, or within one."""
+    """Whether a key of `flat` is one of `EXEMPT`, or within one."""
     return any(key == name or key.startswith((f'{name}.', f'{name}[')) for name in EXEMPT)
 
 
@@ -69,23 +89,28 @@ class Workdir:
       leader_came: which of its records was here before this process was, see `versions.record_in`.
 
     Raises:
-      DvinvError: it holds a run with another config (names the keys) or under other settings of JAX, another process runs
-        in it, or its config.json is damaged.
+      DvinvError: it holds a run that has made something with another config (names the keys) or under other settings of
+        JAX, another process runs in it, or its config.json is damaged.
     """
 
     def __init__(self, path, config, processes: Processes = ALONE):
         self.path, self.processes = Path(path), processes
         self._claims = []
         try:
-            self.refuse_other(config)
-            if processes.leader:
-                refuse_other_settings(self.path)
+            if begun := holds_work(self.path):
+                self.refuse_other(config)
+                if processes.leader:
+                    refuse_other_settings(self.path)
+            self._refuse_seeds()
             with disk_full_told(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._claims = claim(self.path, processes)
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
             raise DvinvError(f'--workdir {self.path} cannot be written to ({error.strerror}); name another.') from error
         try:
+            if processes.leader and not begun and self._differing(config):
+                for name in ('metrics.jsonl', 'times.json'):  # of an earlier start, under a config that goes now
+                    (self.path / name).unlink(missing_ok=True)
             name = 'metrics.jsonl' if processes.leader else f'metrics-{processes.index}.jsonl'
             self.metrics = Metrics(self.path / name, on_append=self.tick)
             self._times = self.read_json('times.json', {})
@@ -105,23 +130,27 @@ class Workdir:
         Raises:
           DvinvError: names the keys that differ.
         """
-        config = plain(config)
+        if differing := self._differing(config):
+            raise DvinvError(
+                f'{self.path} holds a run with another config: {listed(differing, 8)}. Choose another --workdir, or repeat '
+                'the settings of that run to resume it.'
+            )
+
+    def _differing(self, config) -> list[str]:
+        """Returns the keys, with both values, in which a config is not the one in here; none where there is no config."""
         old = self.read_json('config.json', None)
         if old is None:
-            if any(self.path.glob('seed-*/config.json')):
-                raise DvinvError(
-                    f'{self.path} holds the runs of several seeds; repeat --seeds to resume them, or choose '
-                    'another --workdir.'
-                )
-            return
-        mine, theirs = ({k: v for k, v in _flat(c).items() if not _is_exempt(k)} for c in (config, old))
+            return []
+        mine, theirs = ({k: v for k, v in flat(c).items() if not _is_exempt(k)} for c in (plain(config), old))
         absent = object()
-        differing = sorted(k for k in {*mine, *theirs} if mine.get(k, absent) != theirs.get(k, absent))
-        if differing:
-            shown = [f'{k} ({theirs.get(k, "absent")!r} there, {mine.get(k, "absent")!r} here)' for k in differing]
+        keys = sorted(k for k in {*mine, *theirs} if mine.get(k, absent) != theirs.get(k, absent))
+        return [f'{k} ({theirs.get(k, "absent")!r} there, {mine.get(k, "absent")!r} here)' for k in keys]
+
+    def _refuse_seeds(self) -> None:
+        """Refuses a folder in which the runs of several seeds have their folders."""
+        if not (self.path / 'config.json').exists() and any(map(holds_work, self.path.glob('seed-*'))):
             raise DvinvError(
-                f'{self.path} holds a run with another config: {listed(shown, 8)}. Choose another --workdir, or repeat '
-                'the settings of that run to resume it.'
+                f'{self.path} holds the runs of several seeds; repeat --seeds to resume them, or choose another --workdir.'
             )
 
     def read_json(self, name: str, default):

@@ -7,8 +7,6 @@ two sides of a sum, what a convolution makes and the next one takes), and pins t
 import dataclasses
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +41,9 @@ class Ties:
 
     def units(self) -> np.ndarray:
         """The unit of each atom, int [atoms]: those of one unit go together."""
+        from scipy.sparse import coo_array  # late: every run imports this module, and few prune
+        from scipy.sparse.csgraph import connected_components
+
         first, second = (
             np.concatenate([np.zeros(0, int), *sides]) for sides in (*zip(*self._tied, strict=True),) or ((), ())
         )
