@@ -22,5 +22,6 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     config = digits(arg or 'fast')
     config.tasks = ('teacher', 'synthesis', 'quantization', 'report')
     if arg != 'smoke':
+        config.quantization.update(settings=('w8a8', 'w4a4', 'w2a4', 'w2a2'), distilled=('w2a4', 'w2a2'))
         config.quantization.training.update(updates=400, warmup=40, learning_rate=1e-3, shift=1, noise=0.1)
     return config

@@ -2,7 +2,7 @@
 
 from dvinv.quantization.settings import SETTING, bits_of
 from dvinv.runtime.charts import line_chart
-from dvinv.runtime.page import Section, Table, percent
+from dvinv.runtime.page import Section, Table, Tile, percent
 
 RUNGS = {  # figure -> what it is called
     'no_images_test_accuracy': 'no images',
@@ -15,6 +15,20 @@ RUNGS = {  # figure -> what it is called
     'unequalised_test_accuracy': 'not equalised',
 }
 FINAL = 'the network in the file'
+
+
+def smallest(figures: dict) -> str:
+    """Returns the setting with the fewest bytes among the figures of the task."""
+    return min((name for name in figures if SETTING.fullmatch(name)), key=lambda setting: figures[setting]['bytes'])
+
+
+def quantization_tile(figures: dict) -> Tile:
+    """The headline's figure."""
+    setting = smallest(figures)
+    accuracy, ratio = figures[setting]['test_accuracy'], percent(figures[setting]['bytes_ratio'], 0)
+    if accuracy is None:
+        return Tile(setting, ratio, "of the float network's bytes")
+    return Tile(setting, percent(accuracy), f'real test accuracy in {ratio} of the bytes', accuracy)
 
 
 def quantization_section(figures: dict) -> Section:
@@ -58,4 +72,9 @@ def quantization_section(figures: dict) -> Section:
         line_chart(by_bits, 'Accuracy against bits of a weight', 'bits', 'real test accuracy'),
         line_chart({FINAL: by_size}, 'Accuracy against the size of the file', 'megabytes', 'real test accuracy'),
     ]
-    return Section('Quantization', tables=[files, ladder], charts=charts)
+    least = figures[smallest(figures)]
+    text = f'In {smallest(figures)} the network takes {percent(least["bytes_ratio"])} of its bytes'
+    if least['test_accuracy'] is not None:
+        text += f' and reads {percent(least["test_accuracy"])} of the real test images right, in float32 '
+        text += percent(figures['float_test_accuracy'])
+    return Section('Quantization', f'{text}.', tables=[files, ladder], charts=charts)
