@@ -93,11 +93,19 @@ def class_section(found: dict, names: dict[str, str], class_names: Sequence[str]
                 text_columns=2,
             )
         )
-    text = (
-        'Of the images that the teacher puts into the class of a row, a matrix has the shares, in per cent, that the other '
+    text = ' '.join(
+        f'The {names[name]} agrees with the teacher on {percent(_agreed(found["confusion"][name]))} of the real test images.'
+        for name in networks
     )
-    text += 'network puts into the class of each column.'
-    return Section('Class by class', text if charts else '', tables, charts)
+    if charts:
+        text += '\n\nA row of a matrix is of the images that the teacher puts into this class, and has the shares, in per '
+        text += 'cent, that the other network puts into each.'
+    return Section('Class by class', text, tables, charts)
+
+
+def _agreed(pairs: list[list[int]]) -> float:
+    """Returns the share of images that both put into one class."""
+    return sum(count for first, second, count in pairs if first == second) / sum(count for *_, count in pairs)
 
 
 def _matrix(pairs: list[list[int]], labels: list[int], name: str, class_names: Sequence[str]) -> str:

@@ -86,7 +86,7 @@ def run(config, workdir) -> None:
     if 'pruning' in results:
         sections.append(pruning_section(workdir, results['pruning']))
     if 'continual' in results:
-        sections.append(continual_section(config, workdir, results['continual'], names))
+        sections.append(continual_section(config, workdir, results['continual']))
         summary = _summary_of_tasks(results['continual'], summary if 'synthesis' in results else '')
     if 'quantization' in results:
         sections.append(quantization_section(results['quantization']))
@@ -354,7 +354,7 @@ def _networks(results: dict) -> Section:
             Table(
                 ('Network', 'parameters', 'FLOPs an image', 'real test accuracy'),
                 rows,
-                caption=('' if tested is None else f'{tested:,} real test images; ') + 'Two FLOPs a multiply-add.',
+                caption=('' if tested is None else f'{tested:,} real test images. ') + 'Two FLOPs a multiply-add.',
             ),
             Table(('Task', 'seconds'), times, caption='Wall time, compilation included.'),
         ],

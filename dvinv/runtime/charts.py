@@ -88,7 +88,7 @@ def _chart(panels: list[dict], title: str, x_label: str, y_label: str, log_y: bo
     for log, lines in panels:
         ys = np.concatenate([y[~np.isnan(y)] for _, y in lines.values()])
         low, high = _limits(np.log10(ys) if log else ys, padding=0.05)
-        axes.append((low, high, _log_ticks(low, high) if log else _linear_ticks(low, high, round(height / 42))))
+        axes.append((low, high, _log_ticks(low, high, height // 24) if log else _linear_ticks(low, high, height // 42)))
 
     alone = len(panels) == 1 and y_label
     legend = _legend([*panels[0][1]]) if alone else []
@@ -199,12 +199,12 @@ def _linear_ticks(low: float, high: float, about: int) -> list[tuple[float, str]
     return [(value, f'{value:,.{max(0, -exponent)}f}') for value in values]
 
 
-def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
+def _log_ticks(low: float, high: float, most: int = 8) -> list[tuple[float, str]]:
     """Ticks for an axis over the exponents [low, high] of ten: decades, or 1-2-5, or round values, as room allows."""
     low, high = max(low, -307.0), min(high, 307.0)  # what a float can tell, with room for 5 times as much
-    stride = max(1, math.ceil((high - low) / 6))
+    stride = max(1, math.ceil((high - low) / min(6, most)))
     decades = range(math.ceil(low), math.floor(high) + 1)
-    if len(decades) >= 3:
+    if len(decades) >= min(3, most // 2):
         return [(10.0**exponent, _plain(10.0**exponent)) for exponent in decades if exponent % stride == 0]
     steps = [m * 10.0**e for e in range(math.floor(low), math.floor(high) + 1) for m in (1, 2, 5)]
     inside = [value for value in steps if low <= math.log10(value) <= high]

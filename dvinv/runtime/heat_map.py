@@ -26,13 +26,14 @@ def heat_map(
       One `<svg>` element.
     """
     left = round(24 + 6.6 * max((len(_cut(name, 'row')) for name in row_names), default=0))
-    width = max(520, left + CELL[0] * len(column_names))
+    needed = left + CELL[0] * len(column_names)
+    width = max(520, needed)
     height = TOP + CELL[1] * len(rows) + 8
     muted = 'style="fill:var(--muted,#6b7280)"'
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {width} {height}" role="img"',
         # Narrower, its figures could not be read: the page lets it scroll.
-        f'style="min-width:{0.7 * width:.0f}px;max-width:{1.2 * width:.0f}px"',
+        f'style="min-width:{0.7 * needed:.0f}px;max-width:{1.2 * width:.0f}px"',
         f'aria-label="{escape(title)}" font-family="inherit" font-size="12" fill="currentColor">',
         f'<text class="chart-title" x="0" y="16" font-size="14" font-weight="600">{escape(title)}</text>',
     ]

@@ -17,6 +17,7 @@ from PIL import Image
 from dvinv.runtime.pictures import class_grid, name_of, png_data_uri, shown_classes
 
 UNKNOWN = '–'
+NARROW = 4  # columns of a table that a phone has room for, and that has another or a chart beside it
 NOTHING = 1e-6  # times the largest of a column: what is less is rounding
 
 # Numbers of a column line up through tabular figures; charts take their colours from the same variables.
@@ -40,7 +41,7 @@ h2 { margin: 0 0 .6rem; font-size: 1.4rem; font-weight: 620; letter-spacing: -.0
 nav { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; margin-top: 1.4rem; font-size: .92rem; }
 nav a { color: var(--accent); text-decoration: none; } nav a:hover { text-decoration: underline; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .9rem; margin: 2.2rem 0 0; }
-.tiles div, .plot, .picture .grid, .table { background: var(--surface); border: 1px solid var(--line);
+.tiles div, .plot, .picture .grid, .table { background-color: var(--surface); border: 1px solid var(--line);
   border-radius: 12px; }
 .tiles div { padding: 1rem 1.1rem; } .tiles dd { margin: 0; } .tiles dt { font-size: .86rem; color: var(--muted); }
 .tiles strong { display: block; font-size: 1.8rem; font-weight: 620; line-height: 1.35; letter-spacing: -.02em;
@@ -49,12 +50,12 @@ nav a { color: var(--accent); text-decoration: none; } nav a:hover { text-decora
 .bar span { display: block; height: 100%; border-radius: 2px; background: var(--accent); }
 .note { display: block; font-size: .8rem; line-height: 1.4; color: var(--muted); }
 section { margin-top: 3rem; padding-top: 2.2rem; border-top: 1px solid var(--line); }
-.table { margin: 1.4rem 0 0; overflow: hidden; }
-.scroll { overflow-x: auto; scrollbar-width: thin; background:
+.table { margin: 1.4rem 0 0; overflow: hidden; position: relative; }
+.scroll, .plot { overflow-x: auto; scrollbar-width: thin; background:
   linear-gradient(to right, var(--surface) 1.5rem, transparent) 0 0 / 3rem 100% no-repeat local,
   linear-gradient(to left, var(--surface) 1.5rem, transparent) 100% 0 / 3rem 100% no-repeat local,
   linear-gradient(to right, var(--shade), transparent) 0 0 / 1rem 100% no-repeat scroll,
-  linear-gradient(to left, var(--shade), transparent) 100% 0 / 1rem 100% no-repeat scroll; }
+  linear-gradient(to left, var(--shade), transparent) 100% 0 / 1rem 100% no-repeat scroll var(--surface); }
 table { width: 100%; border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 figcaption { font-size: .86rem; line-height: 1.5; color: var(--muted); padding: .6rem .2rem 0; max-width: 46rem; }
 .table figcaption { padding: .8rem 1.1rem .2rem; max-width: 60rem; }
@@ -67,7 +68,7 @@ td { white-space: nowrap; } th { font-size: .82rem; font-weight: 600; color: var
 figure { margin: 0; min-width: 0; } .wide { margin-top: 1.4rem; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.4rem;
   margin-top: 1.4rem; align-items: start; } .columns > :only-child { max-width: 42rem; }
-.plot { padding: 1.1rem 1.1rem .7rem; overflow-x: auto; }
+.columns .table { margin: 0; } .plot { padding: 1.1rem 1.1rem .7rem; }
 .chart { display: block; width: 100%; height: auto; overflow: visible; }
 .chart .hit:hover { opacity: 1; }
 .picture .grid { display: flex; justify-content: center; gap: .7rem; padding: .9rem; }
@@ -86,13 +87,16 @@ pre { margin: .8rem 0 0; padding: 1rem 1.1rem; overflow-x: auto; font: .82rem/1.
 .facts { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1.4rem; margin: 0 0 1.2rem; }
 .facts dt { font-weight: 600; } .facts dd { margin: 0; overflow-wrap: anywhere; } .facts a { color: var(--accent); }
 code { font: .92em ui-monospace, monospace; }
-@media (max-width: 44rem) { .chart { font-size: 16px; } .chart .chart-title { font-size: 19px; }
-  .tiles { grid-template-columns: 1fr 1fr; } .plot { padding: .9rem .8rem .5rem; } th, td { padding: .5rem .8rem; }
+@media (max-width: 44rem) { .chart { font-size: 16px; } .chart .chart-title { font-size: 17px; }
+  .tiles { grid-template-columns: 1fr 1fr; } .plot { padding: .9rem .8rem .5rem; }
+  table { font-size: .88rem; } th { font-size: .76rem; } th, td { padding: .5rem .5rem; }
+  .table figcaption, td:first-child, th:first-child { padding-left: .9rem; }
+  td:last-child, th:last-child { padding-right: .9rem; }
   .facts { grid-template-columns: 1fr; gap: .1rem; } .facts dd { margin-bottom: .5rem; }
   .picture .rows b { max-width: 4.5rem; }
-  .stack thead { position: absolute; clip-path: inset(50%); } .stack tr, .stack td { display: block; }
+  .stack thead { display: none; } .stack tr, .stack td { display: block; }
   .stack tr { padding: .5rem 0; border-top: 1px solid var(--line); } .stack .main { background: var(--tint); }
-  .stack td { display: flex; justify-content: space-between; gap: 1rem; padding: .15rem .9rem; border: 0; }
+  table.stack td { display: flex; justify-content: space-between; gap: 1rem; padding: .15rem .9rem; border: 0; }
   .stack td::before { content: attr(data-name); color: var(--muted); font-weight: 400; text-align: left; }
   .stack td:first-child { font-weight: 600; } .stack td:first-child::before { content: none; } }
 @media print { section, figure, .table { break-inside: avoid; } }
@@ -281,15 +285,16 @@ def _tile(tile: Tile) -> str:
 def _section(index: int, section: Section) -> str:
     charts = ''.join(f'<figure class="plot">{chart}</figure>' for chart in section.charts if chart)
     wide = ''.join(_picture(picture) for picture in section.pictures if picture.wide)
+    tables = ''.join(_table(table) for table in section.tables if len(table.columns) <= NARROW)
     narrow = ''.join(_picture(picture) for picture in section.pictures if not picture.wide)
     parts = [
         f'<section id="s{index}">',
         f'<h2>{escape(section.heading)}</h2>',
         f'<div class="text">{_paragraphs(section.text)}</div>' if section.text else '',
-        *(_table(table) for table in section.tables),
+        *(_table(table) for table in section.tables if len(table.columns) > NARROW),
         wide,
         f'<div class="columns">{narrow}</div>' if narrow else '',
-        f'<div class="columns">{charts}</div>' if charts else '',
+        f'<div class="columns">{tables}{charts}</div>' if tables or charts else '',
         '</section>',
     ]
     return '\n'.join(part for part in parts if part)
@@ -315,7 +320,7 @@ def _table(table: Table) -> str:
         name = f' data-name="{escape(table.columns[column])}"' if tag == 'td' and stacked else ''
         return f'<{tag}{kind}{name}>{escape(value if isinstance(value, str) else number(value))}</{tag}>'
 
-    stacked = len(columns) > 3
+    stacked = len(columns) > NARROW
     kind = ' class="stack many"' if len(columns) > 6 else ' class="stack"' if stacked else ''
     rows = []
     for index in kept_rows:
