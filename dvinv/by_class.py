@@ -103,6 +103,18 @@ def class_section(found: dict, names: dict[str, str], class_names: Sequence[str]
     return Section('Class by class', text, tables, charts)
 
 
+def agreement_table(shares: Sequence[float | None], class_names: Sequence[str]) -> Table:
+    """Returns the table of the shares, a class each, of images that student and teacher put into one class."""
+    known = [label for label, share in enumerate(shares) if share is not None]
+    shown = known if len(known) <= MOST_CLASSES else sorted(known, key=lambda label: shares[label])[:MOST_CLASSES]
+    which = '' if shown == known else f', of {len(known)} classes the {MOST_CLASSES} where it is lowest'
+    return Table(
+        ('Class', 'agrees with the teacher'),
+        [[name_of(label, class_names), percent(shares[label])] for label in shown],
+        caption=f'On synthesized images that no student learned from{which}.',
+    )
+
+
 def _agreed(pairs: list[list[int]]) -> float:
     """Returns the share of images that both put into one class."""
     return sum(count for first, second, count in pairs if first == second) / sum(count for *_, count in pairs)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 
-from dvinv.by_class import class_section, compare
+from dvinv.by_class import agreement_table, class_section, compare
 from dvinv.configuration import TASKS, is_trained_here
 from dvinv.continual.section import continual_section, continual_tiles
 from dvinv.data.dataset import RealData
@@ -16,15 +16,14 @@ from dvinv.inversion import Teacher
 from dvinv.networks import load_classifier
 from dvinv.networks.quantized.network import load_quantized
 from dvinv.pools import finished_pool, open_control
-from dvinv.pruning.section import pruning_section, pruning_tile
+from dvinv.pruning.section import pruning_section, pruning_sentence, pruning_tile
 from dvinv.quality import evenly, figures_of_sets, quality_table
-from dvinv.quantization.section import quantization_section, quantization_tile, smallest
+from dvinv.quantization.section import quantization_section, quantization_sentence, quantization_tile, smallest
 from dvinv.runtime import provenance
 from dvinv.runtime.charts import line_chart, line_panels
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.metrics import Metrics
 from dvinv.runtime.page import Picture, Section, Table, Tile, class_picture, number, percent, render
-from dvinv.runtime.pictures import shown_classes
 from dvinv.runtime.workdir import Workdir, open_workdir, plain
 from dvinv.teacher import is_there, load, load_verifier
 from dvinv.verifiers import load_others, refuse_chance
@@ -72,24 +71,26 @@ def run(config, workdir) -> None:
     workdir = open_workdir(workdir, config)
     results, data = workdir.results, load_real(config.data)
     names = (data.class_names if data else ()) or tuple(config.data.class_names)
-    summary, sections = 'No images have been synthesized yet.', []
+    summary, sections = [], []
     if 'synthesis' in results:
         teacher = load(config, workdir)
         pool = finished_pool(config, workdir, teacher)
         method = pool.notes(pool.finished()[0])['config']['method']  # an existing pool's need not be the config's
-        summary = _summary(results, *METHODS[method])
+        summary.append(_summary(results, *METHODS[method]))
         pools = {'synthesized': pool, **_controls(workdir, teacher)}
         sections.append(_synthesis(pools, method, results['synthesis'], workdir.metrics, data, names))
         sections.append(_quality(config, workdir, teacher, pools))
     if 'distillation' in results:
-        sections.append(_distillation(config, results, workdir.metrics))
+        sections.append(_distillation(config, results, workdir.metrics, names))
     if 'pruning' in results:
         sections.append(pruning_section(workdir, results['pruning']))
+        summary.append(pruning_sentence(results['pruning']))
     if 'continual' in results:
         sections.append(continual_section(config, workdir, results['continual']))
-        summary = _summary_of_tasks(results['continual'], summary if 'synthesis' in results else '')
+        summary.append(_summary_of_tasks(results['continual']))
     if 'quantization' in results:
         sections.append(quantization_section(results['quantization']))
+        summary.append(quantization_sentence(results['quantization']))
     if data and (section := _classes(config, workdir, data, names)):
         sections.append(section)
     if 'teacher' in results:
@@ -97,7 +98,7 @@ def run(config, workdir) -> None:
         sections.append(_networks(results))
     page = render(
         _title(config, results),
-        summary,
+        '\n\n'.join(summary) or 'No images have been synthesized yet.',
         _tiles(results),
         sections,
         configuration=json.dumps(plain(config), indent=1, sort_keys=True),
@@ -151,9 +152,9 @@ def _summary(results: dict, name: str, how: str) -> str:
     )
 
 
-def _summary_of_tasks(found: dict, before: str) -> str:
+def _summary_of_tasks(found: dict) -> str:
     return (
-        f'{before}\n\nIn {found["tasks"]} tasks a network learned ever more classes, and saw no real image of an old one '
+        f'In {found["tasks"]} tasks a network learned ever more classes, and saw no real image of an old one '
         f'again: what it was to remember it recalled itself. It reads {percent(found["test_accuracy"])} of the real test '
         f'images of all classes right; after fine-tuning alone it would be {percent(found["finetune_test_accuracy"])}, with '
         f'real images of the old classes {percent(found["replay_test_accuracy"])}.'
@@ -202,9 +203,9 @@ def _synthesis(
     per_class = PER_CLASS_BESIDE if real else PER_CLASS
     pictures = [_grid(pools['synthesized'], 'Synthesized: the first images of each class.', names, per_class, wide=not real)]
     if real:
-        shown = shown_classes(pools['synthesized'].rows('labels')[:])
+        like = pools['synthesized'].rows('labels')[:]
         caption = 'Real images of the same classes, for comparison. No synthesized pixel depends on them.'
-        pictures.append(class_picture(real.images, real.labels, caption, names, per_class, shown))
+        pictures.append(class_picture(real.images, real.labels, caption, names, per_class, like))
     pictures += [_grid(pools[control], caption, names, per_class) for control, caption in others.items()]
     charts = _inversions(method, made['rounds'], metrics)
     return Section('Synthesis', text, tables=[table], charts=charts, pictures=pictures)
@@ -248,7 +249,7 @@ def _inversions(method: str, rounds: int, metrics: Metrics) -> list[str]:
     return charts
 
 
-def _distillation(config, results: dict, metrics: Metrics) -> Section:
+def _distillation(config, results: dict, metrics: Metrics, names: tuple[str, ...]) -> Section:
     taught = results['distillation']
     students = {name: STUDENTS[name] for name in STUDENTS if name == 'student' or name in config.distillation.controls}
     rows = [
@@ -274,6 +275,8 @@ def _distillation(config, results: dict, metrics: Metrics) -> Section:
     if stages:
         header = 'Resolution', 'teacher', 'student', 'projection'
         tables.append(Table(header, stages, caption='Stages after which student and teacher are compared.'))
+    if shares := taught.get('held_out_class_agreement'):
+        tables.append(agreement_table(shares, names))
     text = f"The student has {taught['parameters_ratio']:.2f} of the teacher's parameters and learned from it alone"
     text += _and_reads(taught['test_accuracy'], results.get('teacher', {}).get('test_accuracy'), 'the teacher')
     return Section('Distillation', text, tables=[table, *tables], charts=[chart, *charts])

@@ -87,7 +87,7 @@ def _charts(page):
 def test_the_page_tells_the_method_and_its_terms(report_of, method, words, terms):
     page = report_of(method)
     assert f'40 images were synthesized {words}' in page
-    assert f'<caption>40 images, synthesized {words.split(", without any")[0]}.</caption>' in page
+    assert f'<figcaption>40 images, synthesized {words.split(", without any")[0]}.</figcaption>' in page
     charts = _charts(page)
     assert charts.pop('Loss terms, mean over batches, before weighting', None) == terms
     assert [title.split(',')[0] for title in charts] == ['Distillation loss']
@@ -114,6 +114,60 @@ def test_an_existing_pool_is_told_by_its_own_method(report_of, tmp_path):
     assert [title.split(',')[0] for title in _charts(page)] == ['Distillation loss']
 
 
+def test_the_page_names_the_network_the_command_and_the_files(report_of, tmp_path, monkeypatch):
+    monkeypatch.setattr('sys.argv', ['/x/dvinv/main.py', '--config', 'c.py'])
+    (tmp_path / 'run' / 'networks').mkdir(parents=True)
+    (tmp_path / 'run' / 'networks' / 'other one.safetensors').write_bytes(bytes(20_000))
+    page = report_of('deepinversion', data__class_names=())
+    assert '<h1>factories:own on digits: a student from images of the network alone</h1>' in page
+    facts = dict(re.findall('<dt>(.*?)</dt><dd>(.*?)</dd>', page[page.index('<dl class="facts">') :]))
+    assert {*facts} == {'Made', 'Command', 'Device', 'Versions', 'Time', 'Networks', 'Figures'}
+    assert (facts['Command'], facts['Time']) == (
+        'python -m dvinv.main --config c.py',
+        '3 s for all tasks, compilation included',
+    )
+    assert facts['Networks'] == '<a href="networks/other%20one.safetensors">other one (0.02 MB)</a>'
+    assert '<a href="by_class.json">' in facts['Figures']
+
+
+def test_every_task_has_its_sentence(report_of):
+    page = report_of('deepinversion')
+    texts = dict(re.findall('<h2>(.*?)</h2>\n<div class="text"><p>(.*?)</p>', page))
+    assert texts['Synthesis'] == 'The teacher takes 100.0% of the 40 images for their class.'
+    assert texts['Distillation'].startswith('The student has 0.50 of the teacher')
+    assert texts['Distillation'].endswith('it reads 80.0% of the real test images right, the teacher 90.0%.')
+    assert texts['Teacher'].startswith(
+        'factories:own, of 9 parameters, came from the function factories:own; it reads 90.0%'
+    )
+
+
+def test_real_images_stand_beside_synthesized_ones(report_of):
+    captions = re.findall('<figcaption>(.*?)</figcaption></figure>', report_of('deepinversion'))
+    assert captions[0].startswith('Synthesized: the first images of each class.')
+    assert captions[1].startswith('Real images of the same classes, for comparison.')
+
+
+def test_without_data_nothing_empty_is_shown(report_of):
+    none = {'test_accuracy': None}
+    made = {'feature_loss_real': None, 'verifier_accuracy': None}
+    figures = {**none, 'held_out_class_agreement': [0.5, 1.0]}
+    page = report_of('deepinversion', made=made, figures=figures, data__name='', data__class_names=('ant', 'bee'))
+    assert '<h1>factories:own: a student' in page
+    assert re.findall('<dt>([^<]*)</dt><dd><strong>', page) == ['Teacher', 'Feature loss']
+    assert 'from 9</span>' in page
+    assert 'row by row: ant, bee.' in page
+    assert '<td class="words">bee</td><td>100.0%</td>' in page
+    assert 'Class by class' not in page
+    assert 'Real images' not in page
+
+
+@pytest.mark.parametrize(
+    ('seconds', 'told'), [(0.4, '0 s'), (59.6, '1 min 0 s'), (194, '3 min 14 s'), (3600 * 5 + 61, '5 h 1 min')]
+)
+def test_times_have_two_units(seconds, told):
+    assert report._duration(seconds) == told
+
+
 def test_without_a_verifier_the_page_tells_why_it_has_no_figures_of_quality(report_of):
     assert '<h2>Quality</h2>\n<div class="text"><p>The config names no verifier' in report_of('noise')
 
@@ -136,7 +190,8 @@ def test_the_curve_by_image_count_shows_what_was_measured(report_of):
     page = report_of('adaptive', figures=figures.items(), distillation__counts=(1024, 40, 256, 7))
     assert _charts(page)['Student accuracy against image count'] == ['Student']
     assert re.findall(r'<title>Student: (\S+) at (\S+)</title>', page) == [('0.5', '256'), ('0.75', '1,024')]
-    assert re.findall(r'<td class="words">([\d,]+)</td><td>([\d.%]+)</td>', page) == [('256', '50.0%'), ('1,024', '75.0%')]
+    found = re.findall(r'<td class="words">([\d,]+)</td><td>([\d.%]+)</td></tr>', page)
+    assert found == [('256', '50.0%'), ('1,024', '75.0%')]
 
 
 @pytest.mark.parametrize('counts', [(), (20, 40)])

@@ -72,9 +72,14 @@ def quantization_section(figures: dict) -> Section:
         line_chart(by_bits, 'Accuracy against bits of a weight', 'bits', 'real test accuracy'),
         line_chart({FINAL: by_size}, 'Accuracy against the size of the file', 'megabytes', 'real test accuracy'),
     ]
-    least = figures[smallest(figures)]
-    text = f'In {smallest(figures)} the network takes {percent(least["bytes_ratio"])} of its bytes'
-    if least['test_accuracy'] is not None:
-        text += f' and reads {percent(least["test_accuracy"])} of the real test images right, in float32 '
-        text += percent(figures['float_test_accuracy'])
-    return Section('Quantization', f'{text}.', tables=[files, ladder], charts=charts)
+    return Section('Quantization', quantization_sentence(figures), tables=[files, ladder], charts=charts)
+
+
+def quantization_sentence(figures: dict) -> str:
+    """Returns the result in a sentence."""
+    setting = smallest(figures)
+    text, score = f'In {setting} the network takes {percent(figures[setting]["bytes_ratio"])} of its bytes', ''
+    if (accuracy := figures[setting]['test_accuracy']) is not None:
+        score = f' and reads {percent(accuracy)} of the real test images right, in float32 '
+        score += percent(figures['float_test_accuracy'])
+    return f'{text}{score}.'

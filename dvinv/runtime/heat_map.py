@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 CELL, TOP = (56, 32), 64  # view-box units, CSS pixels at natural width
-LONGEST = {'row': 18, 'column': 8}  # characters of a name that fit
+LONGEST = {'row': 18, 'column': 7}  # characters of a name that fit
 
 
 def heat_map(

@@ -18,7 +18,8 @@ from dvinv.runtime.pictures import class_grid, name_of, png_data_uri, shown_clas
 
 UNKNOWN = '–'
 NARROW = 4  # columns of a table that a phone has room for, and that has another or a chart beside it
-NOTHING = 1e-6  # times the largest of a column: what is less is rounding
+FEW = 2  # images of a class, for which a row would be nearly empty
+LEAST = 0.0001  # of what is shown as a figure
 
 # Numbers of a column line up through tabular figures; charts take their colours from the same variables.
 STYLESHEET = """
@@ -32,7 +33,7 @@ STYLESHEET = """
 html { scroll-behavior: smooth; -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.6 system-ui, "Segoe UI", sans-serif; }
 main { max-width: 76rem; margin: 0 auto; padding: clamp(1.75rem, 6vw, 4.5rem) clamp(1rem, 4vw, 2.5rem) 3rem; }
-p { margin: 0 0 .8em; } p:last-child { margin-bottom: 0; }
+h1, h2 { overflow-wrap: anywhere; } p { margin: 0 0 .8em; } p:last-child { margin-bottom: 0; }
 .eyebrow { font-size: .78rem; font-weight: 600; letter-spacing: .12em; text-transform: uppercase; color: var(--accent); }
 h1 { margin: 0 0 1rem; font-size: clamp(1.75rem, 4.6vw, 2.7rem); font-weight: 650; line-height: 1.15;
   letter-spacing: -.022em; text-wrap: balance; }
@@ -85,12 +86,12 @@ summary { cursor: pointer; font-weight: 600; } details { margin-bottom: 1rem; }
 pre { margin: .8rem 0 0; padding: 1rem 1.1rem; overflow-x: auto; font: .82rem/1.55 ui-monospace, monospace;
   color: var(--ink); background: var(--surface); border: 1px solid var(--line); border-radius: 12px; }
 .facts { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1.4rem; margin: 0 0 1.2rem; }
-.facts dt { font-weight: 600; } .facts dd { margin: 0; overflow-wrap: anywhere; } .facts a { color: var(--accent); }
+.facts dt { font-weight: 600; } .facts dd { margin: 0; overflow-wrap: anywhere; } .facts a, td a { color: var(--accent); }
 code { font: .92em ui-monospace, monospace; }
 @media (max-width: 44rem) { .chart { font-size: 16px; } .chart .chart-title { font-size: 17px; }
   .tiles { grid-template-columns: 1fr 1fr; } .plot { padding: .9rem .8rem .5rem; }
   table { font-size: .88rem; } th { font-size: .76rem; } th, td { padding: .5rem .5rem; }
-  .table figcaption, td:first-child, th:first-child { padding-left: .9rem; }
+  .table figcaption, td:first-child, th:first-child, .many .words { padding-left: .9rem; }
   td:last-child, th:last-child { padding-right: .9rem; }
   .facts { grid-template-columns: 1fr; gap: .1rem; } .facts dd { margin-bottom: .5rem; }
   .picture .rows b { max-width: 4.5rem; }
@@ -122,9 +123,9 @@ class Table:
     """A table whose first column holds names and whose others hold figures."""
 
     columns: Sequence[str]
-    rows: Sequence[Sequence[str | int | float | None]]
+    rows: Sequence[Sequence[str | int | float | tuple[str, str] | None]]
     """Each as long as `columns`. Numbers are shown by `number`; None and NaN are an en dash, and a row or a column of
-    these alone is left out. What is next to nothing beside the largest of its column is a 0."""
+    these alone is left out; (text, path relative to the page) is a link."""
     caption: str = ''
     highlight: int | None = None
     """The row that the others are compared with, from 0."""
@@ -163,14 +164,19 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def number(value: float | None) -> str:
-    """Whole numbers in full with separators, others to four significant digits; None and NaN as an en dash."""
+    """Whole numbers in full with separators, others to four significant digits; None and NaN as an en dash.
+
+    What is above 0 but next to nothing is '<0.0001', what is below it (a rounded difference) '0'.
+    """
     if value is None or math.isnan(value):
         return UNKNOWN
     if isinstance(value, int):
         return f'{value:,}'
-    if 1e-4 <= abs(value) < 1e6:
+    if LEAST <= abs(value) < 1e6:
         shown = f'{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}'
         return shown.rstrip('0').rstrip('.') if '.' in shown else shown
+    if 0 < abs(value) < LEAST:
+        return f'<{LEAST}' if value > 0 else '0'
     return f'{value:.3g}'
 
 
@@ -180,18 +186,33 @@ def class_picture(
     caption: str,
     class_names: Sequence[str],
     per_class: int,
-    classes: Sequence[int] = (),
+    beside: np.ndarray | None = None,
     wide: bool = False,
 ) -> Picture:
-    """Returns a grid with a row a class, and its name before it.
+    """Returns a grid with a row a class, and its name before it; of classes with few images, one each, side by side.
 
     Args:
-      images, labels, per_class, classes: see `pictures.class_grid`.
+      images, labels, per_class: see `pictures.class_grid`.
       class_names: in the order of labels; (): numbers stand for them.
+      beside: labels of another set of images, for the places of its grid; None: `labels`.
     """
-    classes = classes or shown_classes(labels)
-    names = [name_of(label, class_names) for label in classes]
-    return Picture(class_grid(images, labels, per_class, classes=classes), caption, names, wide)
+    placed = np.asarray(labels if beside is None else beside)
+    classes, counts = np.unique(placed, return_counts=True)
+    if counts.max() > FEW or len(classes) == 1:
+        classes = shown_classes(placed)
+        names = [name_of(label, class_names) for label in classes]
+        return Picture(class_grid(images, labels, per_class, classes=classes), caption, names, wide)
+    columns = (per_class + 1) // 2
+    classes = shown_classes(placed, 8 * columns)
+    first = [np.flatnonzero(np.asarray(labels) == label)[:1] for label in classes]
+    places = np.array([place for place, found in enumerate(first) if len(found)], int)
+    grid = class_grid(
+        images[np.concatenate(first)], places // columns, columns, classes=[*range(-(-len(classes) // columns))]
+    )
+    names = ', '.join(name_of(classes[place], class_names) for place in places)
+    same = beside is not None and len(places) == len(classes)
+    which = 'in the same places' if same else f'row by row: {names}'
+    return Picture(grid, f'{caption} One a class, {which}.', wide=wide)
 
 
 def render(
@@ -259,7 +280,7 @@ def _facts(facts: Mapping[str, str | Sequence[tuple[str, str]]]) -> str:
     def shown(value):
         if isinstance(value, str):
             return escape(value)
-        return ', '.join(f'<a href="{escape(quote(path))}">{escape(text)}</a>' for text, path in value)
+        return ', '.join(map(_cell, value))
 
     items = ''.join(f'<dt>{escape(name)}</dt><dd>{shown(value)}</dd>' for name, value in facts.items() if value)
     return f'<dl class="facts">{items}</dl>'
@@ -311,14 +332,11 @@ def _table(table: Table) -> str:
     columns = [i for i in range(len(table.columns)) if i in texts or any(_is_known(table.rows[row][i]) for row in kept_rows)]
     if not kept_rows:
         return ''
-    largest = {i: max((abs(row[i]) for row in table.rows if _is_float(row[i])), default=0) for i in columns}
 
     def cell(tag, column, value):
-        if _is_float(value) and abs(value) < NOTHING * largest[column]:
-            value = 0
         kind = ' class="words"' if column in texts else ''
         name = f' data-name="{escape(table.columns[column])}"' if tag == 'td' and stacked else ''
-        return f'<{tag}{kind}{name}>{escape(value if isinstance(value, str) else number(value))}</{tag}>'
+        return f'<{tag}{kind}{name}>{_cell(value)}</{tag}>'
 
     stacked = len(columns) > NARROW
     kind = ' class="stack many"' if len(columns) > 6 else ' class="stack"' if stacked else ''
@@ -332,12 +350,15 @@ def _table(table: Table) -> str:
     return f'<figure class="table">{caption}<div class="scroll" tabindex="0">{body}</div></figure>'
 
 
-def _is_float(value) -> bool:
-    return not isinstance(value, str | int) and value is not None and math.isfinite(value)
-
-
 def _is_known(value) -> bool:
-    return value is not None and value != UNKNOWN and (isinstance(value, str) or not math.isnan(value))
+    return value is not None and value != UNKNOWN and (isinstance(value, str | tuple) or not math.isnan(value))
+
+
+def _cell(value: str | float | tuple[str, str] | None) -> str:
+    if isinstance(value, tuple):
+        text, path = value
+        return f'<a href="{escape(quote(path))}">{escape(text)}</a>'
+    return escape(value if isinstance(value, str) else number(value))
 
 
 def _picture(picture: Picture) -> str:
