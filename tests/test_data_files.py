@@ -437,7 +437,10 @@ def prepared(tmp_path_factory):
 
 def test_prepared_data_are_read(prepared):
     data = load_real(Source('cifar10', str(prepared)))
-    assert data.num_classes == 10
+    assert (data.num_classes, data.class_names) == (
+        10,
+        ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'),
+    )
     for split, count in ((data.train, 20), (data.test, 10)):
         assert (split.images.dtype, split.labels.dtype) == (np.uint8, np.int32)
         order = np.argsort(split.images[:, 0, 0, 0])  # TFDS shuffles
@@ -490,7 +493,10 @@ def test_shared_cifar(real_data):
     data = load_real(source)
     assert data.test.images.shape == (1000, 32, 32, 3)
     assert data.train.images.shape == (4000, 32, 32, 3)
-    assert data.num_classes == 10
+    assert (data.num_classes, data.class_names) == (
+        10,
+        ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'),
+    )
     assert data.test.labels[:5].tolist() == [3, 8, 8, 0, 6]
 
 
