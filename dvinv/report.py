@@ -274,7 +274,7 @@ def _distillation(config, results: dict, metrics: Metrics, names: tuple[str, ...
     tables, charts = _by_image_count(config.distillation.counts, taught)
     if stages:
         header = 'Resolution', 'teacher', 'student', 'projection'
-        tables.append(Table(header, stages, caption='Stages after which student and teacher are compared.'))
+        tables.append(Table(header, stages, caption='Stages after which student and teacher are compared.', text_columns=4))
     if shares := taught.get('held_out_class_agreement'):
         tables.append(agreement_table(shares, names))
     text = f"The student has {taught['parameters_ratio']:.2f} of the teacher's parameters and learned from it alone"
@@ -319,8 +319,11 @@ def _classes(config, workdir: Workdir, data: RealData, names: tuple[str, ...]) -
         path = workdir.network(f'quantized_{setting}')
         if path.exists():
             networks[path.stem], titles[path.stem] = load_quantized(path, teacher), f'network of {setting}'
-    found = compare(teacher, networks, data.test)
-    write_atomic(workdir.path / 'by_class.json', (json.dumps(found) + '\n').encode())
+    digests = {name: network.digest() for name, network in {'teacher': teacher, **networks}.items()}
+    found = workdir.read_json('by_class.json', {})
+    if found.get('networks') != digests:  # else a finished run's report is made anew
+        found = {'networks': digests, **compare(teacher, networks, data.test)}
+        write_atomic(workdir.path / 'by_class.json', (json.dumps(found) + '\n').encode())
     return class_section(found, titles, names)
 
 

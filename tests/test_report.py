@@ -13,6 +13,9 @@ from tiny import numbered, saved
 from dvinv import report
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
+from dvinv.pruning.section import pruning_sentence
+from dvinv.quantization.section import quantization_section, quantization_tile
+from dvinv.runtime.page import render
 from dvinv.runtime.workdir import Workdir
 
 TEACHER = {'test_accuracy': 0.9, 'verifier_test_accuracy': None, 'test_images': 360, 'parameters': 9, 'flops': 9}
@@ -130,6 +133,15 @@ def test_the_page_names_the_network_the_command_and_the_files(report_of, tmp_pat
     assert '<a href="by_class.json">' in facts['Figures']
 
 
+def test_a_report_that_is_made_anew_compares_classes_once(report_of, monkeypatch):
+    first = report_of('deepinversion')
+    monkeypatch.setattr(report, 'compare', None)
+    matrices = [
+        page[page.index('<h2>Class by class') : page.index('<h2>Teacher')] for page in (first, report_of('deepinversion'))
+    ]
+    assert matrices[0] == matrices[1]
+
+
 def test_every_task_has_its_sentence(report_of):
     page = report_of('deepinversion')
     texts = dict(re.findall('<h2>(.*?)</h2>\n<div class="text"><p>(.*?)</p>', page))
@@ -159,6 +171,44 @@ def test_without_data_nothing_empty_is_shown(report_of):
     assert '<td class="words">bee</td><td>100.0%</td>' in page
     assert 'Class by class' not in page
     assert 'Real images' not in page
+
+
+def _quantized(score, **others):
+    figures = {'test_accuracy': score, 'test_agreement': score, 'test_kl': score, 'mse_test_accuracy': score}
+    of = {'bytes': 10, 'bytes_ratio': 0.1, 'distilled': False, **figures}
+    return {'w2a2': of, 'w2a4': of, 'w8a8': {**of, 'bytes': 40}, 'float_bytes': 100, 'float_test_accuracy': score, **others}
+
+
+def test_a_quantization_has_its_tile_its_sentence_and_a_place_a_setting():
+    section, tile = quantization_section(_quantized(0.5)), quantization_tile(_quantized(0.5))
+    assert (
+        section.text
+        == 'In w2a2 the network takes 10.0% of its bytes and reads 50.0% of the real test images right, in float32 50.0%.'
+    )
+    assert (tile.label, tile.value, tile.note) == ('w2a2', '50.0%', 'real test accuracy in 10% of the bytes')
+    assert re.findall(r'<title>real images: \S+ at (\S+)</title>', section.charts[0]) == []
+    assert re.findall(r'<title>pool, least error: \S+ at (\S+)</title>', section.charts[0]) == ['2', '3', '8']
+
+
+def test_a_quantization_without_data_shows_bytes_alone():
+    section, tile = quantization_section(_quantized(None)), quantization_tile(_quantized(None))
+    page = render('t', 's', [tile], [section])
+    assert '–' not in page
+    assert '<svg' not in page
+    assert section.text == 'In w2a2 the network takes 10.0% of its bytes.'
+    assert '<strong>10%</strong>' in page
+
+
+@pytest.mark.parametrize(
+    ('score', 'told'),
+    [
+        (0.9, 'the network reads 90.0% of the real test images right, 95.0% before.'),
+        (None, 'the network was fine-tuned on synthesized images alone.'),
+    ],
+)
+def test_a_pruning_has_its_sentence(score, told):
+    found = {'flops_ratio': 0.5, 'parameters_ratio': 0.25, 'test_accuracy': score, 'unpruned_test_accuracy': 0.95}
+    assert pruning_sentence(found) == f'With 50% of its FLOPs and 25% of its parameters left, {told}'
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ pre { margin: .8rem 0 0; padding: 1rem 1.1rem; overflow-x: auto; font: .82rem/1.
 .facts { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1.4rem; margin: 0 0 1.2rem; }
 .facts dt { font-weight: 600; } .facts dd { margin: 0; overflow-wrap: anywhere; } .facts a, td a { color: var(--accent); }
 code { font: .92em ui-monospace, monospace; }
-@media (max-width: 44rem) { .chart { font-size: 16px; } .chart .chart-title { font-size: 17px; }
+@media (max-width: 44rem) { .chart:not(.dense) { font-size: 16px; } .chart .chart-title { font-size: 17px; }
   .tiles { grid-template-columns: 1fr 1fr; } .plot { padding: .9rem .8rem .5rem; }
   table { font-size: .88rem; } th { font-size: .76rem; } th, td { padding: .5rem .5rem; }
   .table figcaption, td:first-child, th:first-child, .many .words { padding-left: .9rem; }
