@@ -77,7 +77,7 @@ def continual_section(config, workdir: Workdir, found: dict) -> Section:
 
 def _real(config, names: Sequence[str]) -> list[Picture]:
     data = load_real(config.data)
-    caption = 'Real images of the first classes, for comparison; the network did not see them again.'
+    caption = 'Real test images of the first classes, for comparison.'
     return [class_picture(data.test.images, data.test.labels, caption, names, PER_CLASS)] if data else []
 
 

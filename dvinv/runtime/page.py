@@ -63,7 +63,8 @@ figcaption { font-size: .86rem; line-height: 1.5; color: var(--muted); padding: 
 th, td { padding: .55rem 1.1rem; text-align: right; border-top: 1px solid var(--line); }
 td { white-space: nowrap; } th { font-size: .82rem; font-weight: 600; color: var(--muted); border-top: 0;
   vertical-align: bottom; line-height: 1.35; }
-.words { text-align: left; white-space: normal; } .many th, .many td { padding-left: .7rem; padding-right: .7rem; }
+.words { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
+.many th, .many td { padding-left: .7rem; padding-right: .7rem; }
 .many .words { min-width: 8rem; padding-left: 1.1rem; } td:last-child, th:last-child { padding-right: 1.1rem; }
 .main td { background: var(--tint); font-weight: 600; }
 figure { margin: 0; min-width: 0; } .wide { margin-top: 1.4rem; }
