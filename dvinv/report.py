@@ -11,7 +11,7 @@ from dvinv.continual.section import continual_section, continual_tiles
 from dvinv.data.dataset import RealData
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
-from dvinv.evaluation import accuracy
+from dvinv.evaluation import accuracy, flops
 from dvinv.inversion import Teacher
 from dvinv.networks import load_classifier
 from dvinv.networks.quantized.network import load_quantized
@@ -95,7 +95,7 @@ def run(config, workdir) -> None:
         sections.append(section)
     if 'teacher' in results:
         sections.append(_teacher(config, results['teacher'], workdir.metrics))
-        sections.append(_networks(results))
+        sections.append(_networks(config, workdir))
     page = render(
         _title(config, results),
         '\n\n'.join(summary) or 'No images have been synthesized yet.',
@@ -344,14 +344,20 @@ def _teacher(config, found: dict, metrics: Metrics) -> Section:
     return Section('Teacher', text, charts=[chart])
 
 
-def _networks(results: dict) -> Section:
-    teacher, student = results['teacher'], results.get('distillation', {})
+def _networks(config, workdir: Workdir) -> Section:
+    results = workdir.results
+    teacher, student, pruned = (results.get(task) for task in ('teacher', 'distillation', 'pruning'))
     rows = [
         ['Teacher', teacher['parameters'], teacher['flops'], percent(teacher['test_accuracy'])],
-        ['Verifier', None, None, percent(teacher['verifier_test_accuracy'])],
     ]
     if student:
-        rows.insert(1, ['Student', student['parameters'], student['flops'], percent(student['test_accuracy'])])
+        rows.append(['Student', student['parameters'], student['flops'], percent(student['test_accuracy'])])
+    if pruned:
+        cost = round(pruned['flops_ratio'] * teacher['flops'])
+        rows.append(['Pruned network', pruned['parameters'], cost, percent(pruned['test_accuracy'])])
+    if teacher['verifier_test_accuracy'] is not None and (config.verifier.weights or workdir.network('verifier').exists()):
+        verifier = load_verifier(config, workdir, load(config, workdir))
+        rows.append(['Verifier', verifier.parameters, flops(verifier), percent(teacher['verifier_test_accuracy'])])
     times = [[task, results[task]['wall_seconds']] for task in TASKS if task in results]
     tested = teacher['test_images']
     return Section(

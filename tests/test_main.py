@@ -126,6 +126,7 @@ def test_the_report_is_one_page_that_needs_no_other_file(finished):
     assert page.count('<img') == 4
     assert page.count('</h2>\n<div class="text"><p>') == page.count('</h2>') - 2  # of Quality and of Networks and time
     assert 'Teacher (rows) and student (columns)' in page
+    assert '–' not in page.split('<details')[0]
     assert len(json.loads((finished / 'by_class.json').read_text())['accuracy']['student']) == 10
     quality = json.loads((finished / 'quality.json').read_text())
     assert list(quality) == ['synthesized', 'prior_only', 'noise', 'real']
