@@ -144,8 +144,11 @@ def _summary(results: dict, name: str, how: str) -> str:
     made, taught = results['synthesis'], results.get('distillation')
     verdict = 'was sure of them' if made['teacher_accuracy'] > 0.5 else 'leaned towards their class'
     text = f'{made["images"]:,} images were synthesized by {name}, without any data: {how.format(verdict)}.'
-    if taught is None or taught['test_accuracy'] is None:
+    if taught is None:
         return text
+    if taught['test_accuracy'] is None:
+        agreement = taught.get('held_out_agreement')
+        return text + ('' if agreement is None else f'\n\nA student that learned from them {_agrees(agreement)}')
     return (
         f'{text}\n\nA student that never saw a real image learned from them, and reads '
         f'{percent(taught["test_accuracy"])} of the real test images right.'
@@ -278,8 +281,16 @@ def _distillation(config, results: dict, metrics: Metrics, names: tuple[str, ...
     if shares := taught.get('held_out_class_agreement'):
         tables.append(agreement_table(shares, names))
     text = f"The student has {taught['parameters_ratio']:.2f} of the teacher's parameters and learned from it alone"
-    text += _and_reads(taught['test_accuracy'], results.get('teacher', {}).get('test_accuracy'), 'the teacher')
+    if (agreement := taught.get('held_out_agreement')) is not None:
+        text += f'; it {_agrees(agreement)}'
+    else:
+        text += _and_reads(taught['test_accuracy'], results.get('teacher', {}).get('test_accuracy'), 'the teacher')
     return Section('Distillation', text, tables=[table, *tables], charts=[chart, *charts])
+
+
+def _agrees(agreement: float) -> str:
+    """Returns the end of a sentence about a student that is compared with the teacher without real images."""
+    return f'puts {percent(agreement)} of the images that it did not learn from into the class that the teacher does.'
 
 
 def _and_reads(score: float | None, other: float | None, name: str) -> str:
