@@ -272,7 +272,7 @@ def _distillation(config, results: dict, metrics: Metrics, names: tuple[str, ...
         f"teacher's), {taught['updates']:,} updates each{hints}; last update, never the best.",
     )
     curves = {label: _curves(metrics.lines('distillation', name), ['loss'])['loss'] for name, label in students.items()}
-    title = f'Distillation loss, T² KL to the teacher{" and hints" if hints else ""} on its own images'
+    title = f'Distillation loss, T² KL{" and hints" if hints else " to the teacher"} on its own images'
     chart = _losses(curves, title, 'update', 'loss')
     tables, charts = _by_image_count(config.distillation.counts, taught)
     if stages:

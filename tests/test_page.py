@@ -104,6 +104,7 @@ def test_a_wide_table_is_stacked_on_a_phone_under_the_names_of_its_columns():
     assert '<td data-name="c">2</td>' in wide
     assert wide.index('<figcaption>long') < wide.index('<div class="scroll"') < wide.index('<table class="stack"')
     assert 'data-name="' not in _render(Table('abcd', [['x', 1, 2, 3]]))
+    assert 'data-name="' in _render(Table('abc', [['long', 'text', 'everywhere']], text_columns=3))
 
 
 def test_charts_without_a_line_are_left_out():

@@ -258,7 +258,7 @@ def test_no_curve_without_figures(report_of, counts):
 def test_hints_are_told_where_there_were_some(report_of, hinted):
     page = report_of('noise', figures={'hinted_layers': hinted})
     assert ('with hints from 19 BatchNorm layers of the teacher; last update' in page) == bool(hinted)
-    assert ('T² KL to the teacher and hints on its own images' in page) == bool(hinted)
+    assert ('T² KL and hints on its own images' in page) == bool(hinted)
     assert ('and hints' in page) == bool(hinted)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from dvinv.runtime.pictures import class_grid, name_of, png_data_uri, shown_classes
 
 UNKNOWN = '–'
-NARROW = 4  # columns of a table that a phone has room for, and that has another or a chart beside it
+NARROW = 4  # columns of a table that a phone has room for, two of text at most, and that has a chart beside it
 FEW = 2  # images of a class, for which a row would be nearly empty
 LEAST = 0.0001  # of what is shown as a figure
 
@@ -63,7 +63,7 @@ figcaption { font-size: .86rem; line-height: 1.5; color: var(--muted); padding: 
 th, td { padding: .55rem 1.1rem; text-align: right; border-top: 1px solid var(--line); }
 td { white-space: nowrap; } th { font-size: .82rem; font-weight: 600; color: var(--muted); border-top: 0;
   vertical-align: bottom; line-height: 1.35; }
-.words { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
+.words { text-align: left; white-space: normal; min-width: 6rem; } td.words { overflow-wrap: anywhere; }
 .many th, .many td { padding-left: .7rem; padding-right: .7rem; }
 .many .words { min-width: 8rem; padding-left: 1.1rem; } td:last-child, th:last-child { padding-right: 1.1rem; }
 .main td { background: var(--tint); font-weight: 600; }
@@ -91,7 +91,7 @@ pre { margin: .8rem 0 0; padding: 1rem 1.1rem; overflow-x: auto; font: .82rem/1.
 code { font: .92em ui-monospace, monospace; }
 @media (max-width: 44rem) { .chart:not(.dense) { font-size: 16px; } .chart .chart-title { font-size: 17px; }
   .tiles { grid-template-columns: 1fr 1fr; } .plot { padding: .9rem .8rem .5rem; }
-  table { font-size: .88rem; } th { font-size: .76rem; } th, td { padding: .5rem .5rem; }
+  table { font-size: .88rem; } th { font-size: .76rem; } th, td { padding: .5rem .4rem; }
   .table figcaption, td:first-child, th:first-child, .many .words { padding-left: .9rem; }
   td:last-child, th:last-child { padding-right: .9rem; }
   .facts { grid-template-columns: 1fr; gap: .1rem; } .facts dd { margin-bottom: .5rem; }
@@ -307,19 +307,23 @@ def _tile(tile: Tile) -> str:
 def _section(index: int, section: Section) -> str:
     charts = ''.join(f'<figure class="plot">{chart}</figure>' for chart in section.charts if chart)
     wide = ''.join(_picture(picture) for picture in section.pictures if picture.wide)
-    tables = ''.join(_table(table) for table in section.tables if len(table.columns) <= NARROW)
+    tables = ''.join(_table(table) for table in section.tables if _is_narrow(table))
     narrow = ''.join(_picture(picture) for picture in section.pictures if not picture.wide)
     parts = [
         f'<section id="s{index}">',
         f'<h2>{escape(section.heading)}</h2>',
         f'<div class="text">{_paragraphs(section.text)}</div>' if section.text else '',
-        *(_table(table) for table in section.tables if len(table.columns) > NARROW),
+        *(_table(table) for table in section.tables if not _is_narrow(table)),
         wide,
         f'<div class="columns">{narrow}</div>' if narrow else '',
         f'<div class="columns">{tables}{charts}</div>' if tables or charts else '',
         '</section>',
     ]
     return '\n'.join(part for part in parts if part)
+
+
+def _is_narrow(table: Table) -> bool:
+    return len(table.columns) <= NARROW and table.text_columns <= 2
 
 
 def _table(table: Table) -> str:
@@ -339,7 +343,7 @@ def _table(table: Table) -> str:
         name = f' data-name="{escape(table.columns[column])}"' if tag == 'td' and stacked else ''
         return f'<{tag}{kind}{name}>{_cell(value)}</{tag}>'
 
-    stacked = len(columns) > NARROW
+    stacked = not _is_narrow(table)
     kind = ' class="stack many"' if len(columns) > 6 else ' class="stack"' if stacked else ''
     rows = []
     for index in kept_rows:
