@@ -99,7 +99,8 @@ code { font: .92em ui-monospace, monospace; }
   .stack thead { display: none; } .stack tr, .stack td { display: block; }
   .stack tr { padding: .5rem 0; border-top: 1px solid var(--line); } .stack .main { background: var(--tint); }
   table.stack td { display: flex; justify-content: space-between; gap: 1rem; padding: .15rem .9rem; border: 0; }
-  .stack td::before { content: attr(data-name); color: var(--muted); font-weight: 400; text-align: left; }
+  .stack td::before { content: attr(data-name); color: var(--muted); font-weight: 400; text-align: left;
+  overflow-wrap: normal; }
   .stack td:first-child { font-weight: 600; } .stack td:first-child::before { content: none; } }
 @media print { section, figure, .table { break-inside: avoid; } }
 """
@@ -307,16 +308,18 @@ def _tile(tile: Tile) -> str:
 def _section(index: int, section: Section) -> str:
     charts = ''.join(f'<figure class="plot">{chart}</figure>' for chart in section.charts if chart)
     wide = ''.join(_picture(picture) for picture in section.pictures if picture.wide)
+    first = next((i for i, table in enumerate(section.tables) if _is_narrow(table)), len(section.tables))
     tables = ''.join(_table(table) for table in section.tables if _is_narrow(table))
     narrow = ''.join(_picture(picture) for picture in section.pictures if not picture.wide)
     parts = [
         f'<section id="s{index}">',
         f'<h2>{escape(section.heading)}</h2>',
         f'<div class="text">{_paragraphs(section.text)}</div>' if section.text else '',
-        *(_table(table) for table in section.tables if not _is_narrow(table)),
+        *map(_table, section.tables[:first]),
         wide,
         f'<div class="columns">{narrow}</div>' if narrow else '',
         f'<div class="columns">{tables}{charts}</div>' if tables or charts else '',
+        *(_table(table) for table in section.tables[first:] if not _is_narrow(table)),
         '</section>',
     ]
     return '\n'.join(part for part in parts if part)
