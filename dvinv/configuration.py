@@ -37,7 +37,8 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
             'train_path': '',  # of the training images (npz, folders); '': none, then nothing may be trained on real ones
             'image_size': 0,  # pixels that images (not TFDS ones) are scaled and cut to; 0: they have one size
             'classes': (),  # numbers of these alone, the others as if they were not there; (): all
-            'class_names': (),  # of the class folders, in the order of labels; (): see dvinv.data.folders
+            # Of the class folders, in the order of labels; (): see dvinv.data.folders. Without data, for the report alone.
+            'class_names': (),
             'validation': False,  # score on a held-out fifth of the training split instead of the test split
         }
     )

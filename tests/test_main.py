@@ -119,11 +119,18 @@ def test_logits_in_the_pool_are_those_of_the_stored_pixels(finished):
 def test_the_report_is_one_page_that_needs_no_other_file(finished):
     page = (finished / 'report.html').read_text().replace('xmlns="http://www.w3.org/2000/svg"', '')
     assert not re.search(r'https?://|url\(|@import|<script|<link', page)
-    assert all(source.startswith(('data:image/png;base64,', '#')) for source in re.findall(r'(?:src|href)="([^"]*)"', page))
-    assert page.count('<img') == 3
+    assert all(source.startswith('data:image/png;base64,') for source in re.findall(r'src="([^"]*)"', page))
+    links = [link for link in re.findall(r'href="([^"]*)"', page) if not link.startswith('#')]
+    assert 'networks/student.safetensors' in links
+    assert all((finished / link).exists() for link in links)
+    assert page.count('<img') == 4
+    assert page.count('</h2>\n<div class="text"><p>') == page.count('</h2>') - 2  # of Quality and of Networks and time
+    assert 'Teacher (rows) and student (columns)' in page
+    assert '–' not in page.split('<details')[0]
+    assert len(json.loads((finished / 'by_class.json').read_text())['accuracy']['student']) == 10
     quality = json.loads((finished / 'quality.json').read_text())
     assert list(quality) == ['synthesized', 'prior_only', 'noise', 'real']
-    assert quality['real']['frechet_distance'] == pytest.approx(0, abs=1e-3)
+    assert quality['real']['frechet_distance'] == 0
     assert quality['noise']['frechet_distance'] > 0
     assert 'Fréchet distance' in page
     assert f'{100 * results(finished)["distillation"]["test_accuracy"]:.1f}%' in page
@@ -296,6 +303,7 @@ def test_a_run_without_any_real_data_leaves_scores_open(tmp_path):
     assert scores == [None] * 4
     page = (tmp_path / 'run' / 'report.html').read_text()
     assert 'None' not in page.split('<details')[0]
+    assert '–' not in page.split('<details')[0]
 
 
 # Seeds

@@ -1,6 +1,6 @@
 """The work directory of a run: its config, results, lock and clock.
 
-    config.json  versions.json  results.json  metrics.jsonl  times.json  report.html
+    config.json  versions.json  results.json  metrics.jsonl  times.json  quality.json  by_class.json  report.html
     checkpoints/  networks/  pool/  pools/  controls/  samples/  pruning/
 
 The same command resumes; another config is refused. Several processes share it: number 0, the leader, keeps all of it; the
