@@ -12,13 +12,13 @@ from dvinv.configuration import rounds_of
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
 from dvinv.inversion import Teacher
-from dvinv.networks import apply_fn_of, create, load_network, save_network
+from dvinv.networks import apply_fn_of, load_network, save_network
 from dvinv.pools import all_batches, missing_batches
 from dvinv.runtime.processes import ALONE, Processes
 from dvinv.runtime.waiting import wait_for
 from dvinv.runtime.workdir import Workdir
 from dvinv.sharing import await_batches
-from dvinv.student import lesson_of, print_hints
+from dvinv.student import lesson_of, module_of_student, print_hints
 from dvinv.synthesizer import Synthesizer
 from dvinv.training import Learner, training_of
 
@@ -82,7 +82,7 @@ def fill_share(config, workdir: Workdir, teacher: Teacher, pool: ImagePool) -> N
     missing = processes.share(missing_batches(config, pool))
     if not missing:
         return
-    student_fn = apply_fn_of(create(config.student.network, teacher.num_classes, config.student.width))
+    student_fn = apply_fn_of(module_of_student(config, teacher))
     with Synthesizer(
         config, workdir, teacher, pool, 'adaptive', 'synthesis', 'adaptive', student_fn=student_fn, processes=processes
     ) as synthesizer:

@@ -7,8 +7,9 @@ import ml_collections
 
 from dvinv.continual.settings import Continual
 from dvinv.errors import DvinvError
+from dvinv.factories import of_teacher
 from dvinv.hints import KINDS
-from dvinv.inversion import PRESETS, InversionConfig, Stage, Weights
+from dvinv.inversion import PRESETS, InversionConfig, Stage, Teacher, Weights
 from dvinv.pruning.removal import Removal
 from dvinv.quantization.settings import QuantizationSettings
 from dvinv.recipe import Recipe
@@ -64,7 +65,9 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
     }
     config.teacher = ml_collections.ConfigDict(
         {
-            'factory': '',  # 'module:function' that returns a dvinv.Teacher; or network and weights:
+            # 'module:function' that returns a dvinv.Teacher, or a Flax module (it may take num_classes, and rngs for an NNX
+            # model), which is trained here, or read from `weights` that dvinv wrote; else network and weights:
+            'factory': '',
             'network': 'small_resnet',
             'width': 1.0,
             'weights': '',  # path of a network file, or of weights that others published; trained when empty
@@ -91,6 +94,7 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
     config.verifiers = ()
     config.student = ml_collections.ConfigDict(
         {
+            'factory': '',  # 'module:function' that returns a Flax module, as of the teacher; '': by network and width
             'network': 'small_resnet',
             'width': 1.0,
             'inherit': False,  # start from the teacher's weights in the layers that both have, by name, depth and shape
@@ -259,7 +263,9 @@ def quantization_of(config) -> QuantizationSettings:
 def is_trained_here(name: str, config) -> bool:
     """Whether the task teacher trains this network, 'teacher' or 'verifier'."""
     group = config[name]
-    return bool(group.network) and not group.weights and not group.get('factory', '')
+    if group.get('factory', ''):
+        return not group.weights and not isinstance(of_teacher(config), Teacher)
+    return bool(group.network) and not group.weights
 
 
 def makes_images(config) -> bool:

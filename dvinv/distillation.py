@@ -5,7 +5,7 @@ from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
 from dvinv.evaluation import flops
 from dvinv.inversion import Teacher
-from dvinv.networks import Classifier, module_of
+from dvinv.networks import Classifier
 from dvinv.pools import controls_are_whole, finished_pool
 from dvinv.rounds import Rounds
 from dvinv.runtime.workdir import Workdir, open_workdir
@@ -66,7 +66,7 @@ def run(config, workdir) -> dict:
 
 def planned_trainings(config, teacher: Teacher) -> list[PlannedTraining]:
     """Returns the trainings of the task, for `--plan`: the student's, and as many again as there are others to compare."""
-    module, lesson = module_of(student_of(config, teacher).about), lesson_of(config, teacher, rounds_of(config))
+    module, lesson = student_of(config, teacher).module, lesson_of(config, teacher, rounds_of(config))
     others = len(config.distillation.counts) + len(config.distillation.controls) if 'distillation' in config.tasks else 0
     return [PlannedTraining('student', module, lesson, teacher, 1 + others, teacher)]
 
