@@ -11,6 +11,7 @@ from pathlib import Path
 from dvinv.configuration import rounds_of
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
+from dvinv.held_out import learned_rows
 from dvinv.inversion import Teacher
 from dvinv.networks import apply_fn_of, load_network, save_network
 from dvinv.pools import all_batches, missing_batches
@@ -67,7 +68,7 @@ def fill_pool(
                     'command again: the student learns again up to there, and the batch is made anew.'
                 )
             if training.step < start:
-                training.advance(pool.rows('images'), pool.rows('labels'), start)
+                training.advance(*(learned_rows(config, pool.rows(name)) for name in ('images', 'labels')), start)
             if lacking:
                 if processes.count > 1:
                     save_network(_snapshot(workdir, number), training.variables, {})

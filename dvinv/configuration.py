@@ -30,6 +30,9 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
     config.devices = 0  # how many; 0: all. On CPU, this many virtual ones (0: one a core)
     config.bn_stats = 'device'  # 'device': each inverts batches of its own; 'global': one batch is split over all
     config.pool = ''  # path of an existing pool, used instead of synthesizing one
+    # Share of the pool that nothing learns from where there are no real data (data.name=''): networks are compared with the
+    # teacher on it; 0: none, and no scores.
+    config.held_out = 0.0625
 
     config.data = ml_collections.ConfigDict(
         {
@@ -246,7 +249,19 @@ def rounds_of(config) -> Rounds:
     group = config.synthesis
     batches = group.images // group.batch_size
     per_round = group.batches_per_round or batches
-    return Rounds(per_round * group.batch_size, batches // per_round, max(1, config.distillation.updates_per_round))
+    size, held_out = held_out_of_round(config)
+    return Rounds(size - held_out, batches // per_round, max(1, config.distillation.updates_per_round))
+
+
+def held_out_of_round(config, images: int = 0) -> tuple[int, int]:
+    """Returns how many images come to the student in a round, and how many of them are held out; see `dvinv.held_out`.
+
+    Args:
+      images: of an existing pool, which comes in one round; 0: as the config makes them.
+    """
+    group = config.synthesis
+    size = images or (group.batches_per_round or group.images // group.batch_size) * group.batch_size
+    return size, 0 if config.data.name else int(config.held_out * size)
 
 
 def recipe_of(group) -> Recipe:
@@ -314,6 +329,8 @@ def check(config) -> None:
             raise DvinvError(f'tasks names {task!r}; choose among {", ".join(TASKS)}.')
     if not 0 <= config.seed < 2**27:  # seeds of trainings are 16 times as large, and 32 bits wide
         raise DvinvError(f'seed is {config.seed}; it must be between 0 and {2**27 - 1}.')
+    if not 0 <= config.held_out <= 0.5:
+        raise DvinvError(f'held_out is {config.held_out}; it is a share of the pool, from 0 to 0.5.')
     if config.synthesis.method not in METHODS:
         raise DvinvError(f'synthesis.method is {config.synthesis.method!r}; choose one of {", ".join(METHODS)}.')
     for name, least in (('images', 1), ('batch_size', 2)):
@@ -393,10 +410,17 @@ def _check_distillation(config) -> None:
     if not 0 <= group.graft <= 1:
         raise DvinvError(f'distillation.graft is {group.graft}; it is a probability, from 0 to 1.')
     for count in group.counts:
-        if type(count) is not int or not 1 <= count <= (count if config.pool else config.synthesis.images):
+        if type(count) is not int or not 1 <= count <= (count if config.pool else _learned(config)):
             raise DvinvError(
-                f'distillation.counts names {count!r}; give whole numbers from 1 to the {config.synthesis.images} images.'
+                f'distillation.counts names {count!r}; give whole numbers from 1 to the {_learned(config)} images that are '
+                'learned from.'
             )
+
+
+def _learned(config) -> int:
+    """Returns how many images of the run's own pool are learned from."""
+    images, (size, held_out) = config.synthesis.images, held_out_of_round(config)
+    return images - held_out * (images // max(1, size))
 
 
 def _check_logging(group) -> None:

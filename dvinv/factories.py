@@ -60,7 +60,7 @@ def network_of(source, num_classes: int | None, name: str):
     """
     make = None
     if _makes(source):
-        function, takes = source, inspect.signature(source).parameters
+        function, takes = source, _arguments(source)
         if 'num_classes' in takes and num_classes is None:
             raise DvinvError(
                 f"{name} takes num_classes, which the data tell, but data.name is ''; name a data set, or return a network "
@@ -90,10 +90,18 @@ def _makes(source) -> bool:
     return inspect.isfunction(source) or inspect.isclass(source) or isinstance(source, functools.partial)
 
 
+def _arguments(source) -> dict[str, inspect.Parameter]:
+    """Returns what a function or class is called with; of a class not by its own signature, which NNX hides."""
+    parameters = dict(inspect.signature(source.__init__ if inspect.isclass(source) else source).parameters)
+    if inspect.isclass(source):
+        del parameters[next(iter(parameters))]  # self
+    return parameters
+
+
 def _parameters(field: str, name: str) -> tuple[str, ...]:
     """Returns the names of the arguments of a function, if it needs no others than it is given."""
     source = _imported(field, name)
-    parameters = inspect.signature(source).parameters if _makes(source) else {}
+    parameters = _arguments(source) if _makes(source) else {}
     for parameter in parameters.values():
         needed = parameter.default is parameter.empty and parameter.kind not in (
             parameter.VAR_POSITIONAL,

@@ -19,6 +19,7 @@ from dvinv.configuration import DATA_FREE_CONTROLS, check_count, recipe_of
 from dvinv.data.joined import Joined
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
+from dvinv.held_out import HeldOut, learned_rows
 from dvinv.inversion import Teacher
 from dvinv.inversion.execution import in_precision
 from dvinv.inversion.tap import find_statistics
@@ -53,7 +54,7 @@ def run(config, workdir) -> dict:
     teacher = load(config, workdir)
     pool = finished_pool(config, workdir, teacher)
     pruner, controls = Pruner(config, workdir, teacher), config.pruning.controls
-    images, labels = pool.rows('images'), pool.rows('labels')
+    images, labels = (learned_rows(config, pool.rows(name)) for name in ('images', 'labels'))
     networks = {'pruned': pruner.prune('pruned', images, labels, competing=config.pruning.adaptive_batches > 0)}
     for control in ('untuned', 'magnitude', 'random'):
         if control in controls:
@@ -61,10 +62,12 @@ def run(config, workdir) -> dict:
     for control in DATA_FREE_CONTROLS:
         if control in controls:
             lesser = control_pool(config, workdir, teacher, control, 'pruning')
-            networks[control] = pruner.prune(f'pruned_by_{control}', lesser.rows('images'), lesser.rows('labels'))
+            rows = [learned_rows(config, lesser.rows(name)) for name in ('images', 'labels')]
+            networks[control] = pruner.prune(f'pruned_by_{control}', *rows)
     data = load_real(config.data)
     if 'real' in controls:
         networks['real'] = pruner.prune('pruned_by_real', data.train.images, data.train.labels)
+    held_out = HeldOut(config, teacher, pool)
     whole, pruned = test_accuracy(teacher, data), networks['pruned']
     scores = [test_accuracy(step.network, data) for step in pruned]
     write_atomic(
@@ -77,6 +80,7 @@ def run(config, workdir) -> dict:
             f'{control}_test_accuracy': test_accuracy(networks[control][-1].network, data) if control in networks else None
             for control in CONTROLS
         },
+        **held_out.beside({name: steps[-1].network for name, steps in networks.items()}, 'pruned'),
         **pruner.ratios(pruned[-1]),
         'parameters': pruned[-1].network.parameters,
         'images': len(labels) + pruner.adaptive_images,

@@ -24,6 +24,8 @@ from dvinv.runtime.versions import record, record_in, refuse_other_settings
 # Keys that a resumed run may change, since no result depends on them (on verifiers and synthesis.controls the report alone,
 # made anew each time).
 EXEMPT = ('tasks', 'devices', 'logging', 'verifiers', 'synthesis.controls')
+# Keys that earlier versions did not have, with the values by which such a run goes on as it was.
+ADDED = {'student.factory': '', 'held_out': 0.0}
 
 
 def plain(config) -> dict:
@@ -116,6 +118,9 @@ class Workdir:
             return
         mine, theirs = ({k: v for k, v in _flat(c).items() if not _is_exempt(k)} for c in (config, old))
         absent = object()
+        if config['data']['name']:  # then nothing is held out
+            mine['held_out'] = theirs['held_out'] = 0.0
+        mine, theirs = ADDED | mine, ADDED | theirs
         differing = sorted(k for k in {*mine, *theirs} if mine.get(k, absent) != theirs.get(k, absent))
         if differing:
             shown = [f'{k} ({theirs.get(k, "absent")!r} there, {mine.get(k, "absent")!r} here)' for k in differing]
