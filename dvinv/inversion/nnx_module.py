@@ -81,6 +81,7 @@ class NnxModule:
         graph, noise, notes, arguments = self._programs[train]
         key = (rngs or {}).get('dropout')
         keys = [_noise(leaf, key, number) for number, leaf in enumerate(noise.values())]
+        variables = jax.tree.map(jnp.asarray, variables)  # NNX would write new statistics into arrays of NumPy
         model = nnx_tap.merged(graph, self._paths, variables, dict(zip(noise, keys, strict=True)))
         notes.calls = Counter()
         logits, heard = nnx.capture(model, nnx_tap.Heard)(x, **arguments)
