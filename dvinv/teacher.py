@@ -12,7 +12,7 @@ from dvinv.data.real import load_real
 from dvinv.errors import DvinvError, listed
 from dvinv.evaluation import accuracy, flops
 from dvinv.factories import of_teacher
-from dvinv.inversion.modules import check_trainable
+from dvinv.inversion.modules import check_trainable, trained_part
 from dvinv.inversion.teacher import Teacher, teacher_of, trusted_linen
 from dvinv.networks import Classifier, create, load_classifier, load_network, read_classifier, shapes_of
 from dvinv.networks.classifier import check_finite, flatten
@@ -139,7 +139,7 @@ def _read_own(config, workdir: Workdir | None):
     own, group = of_teacher(config), config.teacher
     if isinstance(own, Teacher):
         about = {name: getattr(own, name) for name in ('num_classes', 'image_shape', 'mean', 'std')}
-        return own.module, own.variables, {'network': '', 'width': 1.0, **about}
+        return own.module, trained_part(own.variables), {'network': '', 'width': 1.0, **about}
     path = _file(config, workdir, 'teacher')
     variables, about = load_network(path)
     if group.weights:

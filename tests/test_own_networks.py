@@ -41,6 +41,7 @@ class ByArgument(nn.Module):
     @nn.compact
     def __call__(self, x, deterministic: bool = True):
         x = nn.Conv(4, (3, 3))(x)
+        self.sow('intermediates', 'convolved', x)
         x = nn.relu(nn.BatchNorm(use_running_average=deterministic, momentum=0.9)(x))
         return nn.Dense(self.num_classes)(nn.Dropout(0.5, deterministic=deterministic)(x.mean((1, 2))))
 
@@ -62,6 +63,7 @@ class Nnx(nnx.Module):
     def __init__(self, num_classes, rngs):
         self.conv, self.norm = nnx.Conv(IMAGE_SHAPE[-1], 4, (3, 3), rngs=rngs), nnx.BatchNorm(4, momentum=0.9, rngs=rngs)
         self.dropout, self.head = nnx.Dropout(0.5, rngs=rngs), nnx.Linear(4, num_classes, rngs=rngs)
+        self.train = False  # hides the method
 
     def __call__(self, x):
         return self.head(self.dropout(nnx.relu(self.norm(self.conv(x))).mean((1, 2))))

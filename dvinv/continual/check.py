@@ -12,7 +12,7 @@ from dvinv.continual.stream import steps_of, test_images, training_images
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
 from dvinv.inversion import Teacher
-from dvinv.inversion.modules import LinenModule, with_classes
+from dvinv.inversion.modules import LinenModule, trained_part, with_classes
 from dvinv.networks.classifier import flatten
 from dvinv.runtime.devices import make_mesh, training_mesh
 from dvinv.teacher import check_changeable
@@ -72,7 +72,8 @@ def _check_network(config, teacher: Teacher, settings) -> None:
     check_changeable(config, teacher)
     blank = network_of(config, teacher, teacher.num_classes)
     ours, theirs = (
-        {path: tuple(np.shape(leaf)) for path, leaf in flatten(network.variables).items()} for network in (blank, teacher)
+        {path: tuple(np.shape(leaf)) for path, leaf in flatten(trained_part(network.variables)).items()}
+        for network in (blank, teacher)
     )
     if ours != theirs:
         raise DvinvError(

@@ -23,6 +23,7 @@ from dvinv.continual.stream import Step, steps_of, training_images
 from dvinv.data.dataset import Split
 from dvinv.data.pool import ImagePool
 from dvinv.inversion import Teacher
+from dvinv.inversion.modules import trained_part
 from dvinv.networks import load_network
 from dvinv.rounds import Rounds
 from dvinv.runtime.workdir import Workdir, open_workdir
@@ -41,7 +42,8 @@ def run(config, workdir) -> dict:
     teacher = load(config, workdir)
     steps = steps_of(config, teacher)
     alike = [network_of(config, teacher, step.first + step.classes) for step in steps]
-    learned = {chain: [dataclasses.replace(alike[0], variables=teacher.variables)] for chain in chains_of(config)}
+    first = dataclasses.replace(alike[0], variables=trained_part(teacher.variables))
+    learned = {chain: [first] for chain in chains_of(config)}
     for number in range(1, len(steps)):
         learn_task(config, workdir, steps[: number + 1], alike[number], learned)
     if 'joint' in config.continual.controls:

@@ -38,6 +38,11 @@ def in_training(arguments: Mapping) -> dict:
     return {name: not value if name in EVAL_MODE else value for name, value in arguments.items()}
 
 
+def trained_part(variables: Mapping) -> dict:
+    """Returns the collections `TRAINED` of a network's variables; sown ones, for instance, are none of it."""
+    return {name: variables[name] for name in TRAINED if name in variables}
+
+
 def unboxed(node):
     """Returns nested dicts of nested mappings, without Flax's boxes: `unbox` would shard under a mesh of the caller."""
     if isinstance(node, Mapping):
@@ -82,7 +87,7 @@ class LinenModule:
 
     def init(self, key: jax.Array, x, train: bool = False) -> dict:
         """Returns random variables, those of the collections `TRAINED`."""
-        return {name: tree for name, tree in self.initial(key, x).items() if name in TRAINED}
+        return trained_part(self.initial(key, x))
 
     def initial(self, key: jax.Array, x) -> dict:
         """Returns random variables of all collections."""
@@ -186,7 +191,7 @@ def check_trainable(module, image_shape, num_classes: int, name: str, from_scrat
     x = jax.ShapeDtypeStruct((2, *image_shape), np.float32)
     try:
         variables = jax.eval_shape(module.initial, jax.random.key(0), x)
-        kept = {collection: tree for collection, tree in variables.items() if collection in TRAINED}
+        kept = trained_part(variables)
         logits = jax.eval_shape(lambda v, x: module.apply(v, x, train=False), variables, x)
     except DvinvError:
         raise

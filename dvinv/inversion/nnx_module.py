@@ -14,7 +14,7 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 from dvinv.inversion import nnx_tap
-from dvinv.inversion.modules import TRAINED, in_training
+from dvinv.inversion.modules import in_training, trained_part
 from dvinv.inversion.tap import PRIVATE, SOWN, STATISTICS, find_statistics, whole_input
 from dvinv.networks.classifier import flatten, unflatten
 
@@ -45,14 +45,19 @@ class NnxModule:
         self.label, self.head, self.outputs = type(model).__name__, head, outputs
         self._make, self.arguments = make, arguments
         self.model = nnx_tap.in_eval_mode(model)
-        self._paths = nnx_tap.paths_of(self.model)
-        self._programs = {train: self._program(train) for train in (False, True)}
+        self._paths, self._programs = nnx_tap.paths_of(self.model), {}
 
     def _program(self, train: bool):
+        """Returns what `_made` does, made once."""
+        if train not in self._programs:
+            self._programs[train] = self._made(train)
+        return self._programs[train]
+
+    def _made(self, train: bool):
         """Returns (static graph, {path of a random key or count: its shape and dtype}, notes, arguments) of a mode."""
         model = nnx.clone(self.model)
-        if train:
-            model.train()
+        if train:  # an attribute may have the method's name
+            model.train() if callable(model.train) else nnx.Module.train(model)
         places = find_statistics(nnx_tap.variables_of(model))
         _, _, noise = nnx_tap.split(model)
         notes = nnx_tap.listen(model, places, whole_input)
@@ -60,7 +65,7 @@ class NnxModule:
 
     def init(self, key: jax.Array, x, train: bool = False) -> dict:
         """Returns random variables where the user's function takes rngs, else those of its model."""
-        return {name: tree for name, tree in self.initial(key, x).items() if name in TRAINED}
+        return trained_part(self.initial(key, x))
 
     def initial(self, key: jax.Array, x) -> dict:
         """Returns such variables of all collections."""
@@ -78,7 +83,7 @@ class NnxModule:
 
     def apply(self, variables, x, train: bool = False, mutable=False, rngs: Mapping | None = None):
         """Returns logits [B, K]; with `mutable`, a pair of them and the collections that changed, as Linen's does."""
-        graph, noise, notes, arguments = self._programs[train]
+        graph, noise, notes, arguments = self._program(train)
         key = (rngs or {}).get('dropout')
         keys = [_noise(leaf, key, number) for number, leaf in enumerate(noise.values())]
         variables = jax.tree.map(jnp.asarray, variables)  # NNX would write new statistics into arrays of NumPy
