@@ -188,7 +188,7 @@ def test_a_killed_student_of_ones_own_ends_with_the_bits_of_an_undisturbed_one(i
     logging = SimpleNamespace(every=2, checkpoint_every=2)
     pixels, labels = like.to_uint8(images), np.zeros(6, np.int32)
 
-    workdirs = {name: Workdir(tmp_path / name, {'data': {'name': ''}}) for name in ('whole', 'killed')}
+    workdirs = {name: Workdir(tmp_path / name, {}) for name in ('whole', 'killed')}
 
     def begin(name):
         return Training(module, lesson, like, 0, make_mesh(1), workdirs[name], 'distillation', 'student', logging)

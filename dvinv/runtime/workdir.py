@@ -118,7 +118,7 @@ class Workdir:
             return
         mine, theirs = ({k: v for k, v in _flat(c).items() if not _is_exempt(k)} for c in (config, old))
         absent = object()
-        if config['data']['name']:  # then nothing is held out
+        if mine.get('data.name'):  # then nothing is held out
             mine['held_out'] = theirs['held_out'] = 0.0
         mine, theirs = ADDED | mine, ADDED | theirs
         differing = sorted(k for k in {*mine, *theirs} if mine.get(k, absent) != theirs.get(k, absent))
