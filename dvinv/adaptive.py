@@ -11,14 +11,15 @@ from pathlib import Path
 from dvinv.configuration import rounds_of
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
+from dvinv.held_out import learned_rows
 from dvinv.inversion import Teacher
-from dvinv.networks import apply_fn_of, create, load_network, save_network
+from dvinv.networks import apply_fn_of, load_network, save_network
 from dvinv.pools import all_batches, missing_batches
 from dvinv.runtime.processes import ALONE, Processes
 from dvinv.runtime.waiting import wait_for
 from dvinv.runtime.workdir import Workdir
 from dvinv.sharing import await_batches
-from dvinv.student import lesson_of, print_hints
+from dvinv.student import lesson_of, module_of_student, print_hints
 from dvinv.synthesizer import Synthesizer
 from dvinv.training import Learner, training_of
 
@@ -67,7 +68,7 @@ def fill_pool(
                     'command again: the student learns again up to there, and the batch is made anew.'
                 )
             if training.step < start:
-                training.advance(pool.rows('images'), pool.rows('labels'), start)
+                training.advance(*(learned_rows(config, pool.rows(name)) for name in ('images', 'labels')), start)
             if lacking:
                 if processes.count > 1:
                     save_network(_snapshot(workdir, number), training.variables, {})
@@ -82,7 +83,7 @@ def fill_share(config, workdir: Workdir, teacher: Teacher, pool: ImagePool) -> N
     missing = processes.share(missing_batches(config, pool))
     if not missing:
         return
-    student_fn = apply_fn_of(create(config.student.network, teacher.num_classes, config.student.width))
+    student_fn = apply_fn_of(module_of_student(config, teacher))
     with Synthesizer(
         config, workdir, teacher, pool, 'adaptive', 'synthesis', 'adaptive', student_fn=student_fn, processes=processes
     ) as synthesizer:

@@ -7,8 +7,9 @@ import ml_collections
 
 from dvinv.continual.settings import Continual
 from dvinv.errors import DvinvError
+from dvinv.factories import of_teacher
 from dvinv.hints import KINDS
-from dvinv.inversion import PRESETS, InversionConfig, Stage, Weights
+from dvinv.inversion import PRESETS, InversionConfig, Stage, Teacher, Weights
 from dvinv.pruning.removal import Removal
 from dvinv.quantization.settings import QuantizationSettings
 from dvinv.recipe import Recipe
@@ -29,6 +30,9 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
     config.devices = 0  # how many; 0: all. On CPU, this many virtual ones (0: one a core)
     config.bn_stats = 'device'  # 'device': each inverts batches of its own; 'global': one batch is split over all
     config.pool = ''  # path of an existing pool, used instead of synthesizing one
+    # Share of the pool that nothing learns from where there are no real data (data.name=''): networks are compared with the
+    # teacher on it; 0: none, and no scores.
+    config.held_out = 0.0625
 
     config.data = ml_collections.ConfigDict(
         {
@@ -65,7 +69,9 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
     }
     config.teacher = ml_collections.ConfigDict(
         {
-            'factory': '',  # 'module:function' that returns a dvinv.Teacher; or network and weights:
+            # 'module:function' that returns a dvinv.Teacher, or a Flax module (it may take num_classes, and rngs for an NNX
+            # model), which is trained here, or read from `weights` that dvinv wrote; else network and weights:
+            'factory': '',
             'network': 'small_resnet',
             'width': 1.0,
             'weights': '',  # path of a network file, or of weights that others published; trained when empty
@@ -92,6 +98,7 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
     config.verifiers = ()
     config.student = ml_collections.ConfigDict(
         {
+            'factory': '',  # 'module:function' that returns a Flax module, as of the teacher; '': by network and width
             'network': 'small_resnet',
             'width': 1.0,
             'inherit': False,  # start from the teacher's weights in the layers that both have, by name, depth and shape
@@ -243,7 +250,19 @@ def rounds_of(config) -> Rounds:
     group = config.synthesis
     batches = group.images // group.batch_size
     per_round = group.batches_per_round or batches
-    return Rounds(per_round * group.batch_size, batches // per_round, max(1, config.distillation.updates_per_round))
+    size, held_out = held_out_of_round(config)
+    return Rounds(size - held_out, batches // per_round, max(1, config.distillation.updates_per_round))
+
+
+def held_out_of_round(config, images: int = 0) -> tuple[int, int]:
+    """Returns how many images come to the student in a round, and how many of them are held out; see `dvinv.held_out`.
+
+    Args:
+      images: of an existing pool, which comes in one round; 0: as the config makes them.
+    """
+    group = config.synthesis
+    size = images or (group.batches_per_round or group.images // group.batch_size) * group.batch_size
+    return size, 0 if config.data.name else int(config.held_out * size)
 
 
 def recipe_of(group) -> Recipe:
@@ -260,7 +279,9 @@ def quantization_of(config) -> QuantizationSettings:
 def is_trained_here(name: str, config) -> bool:
     """Whether the task teacher trains this network, 'teacher' or 'verifier'."""
     group = config[name]
-    return bool(group.network) and not group.weights and not group.get('factory', '')
+    if group.get('factory', ''):
+        return not group.weights and not isinstance(of_teacher(config), Teacher)
+    return bool(group.network) and not group.weights
 
 
 def makes_images(config) -> bool:
@@ -309,6 +330,8 @@ def check(config) -> None:
             raise DvinvError(f'tasks names {task!r}; choose among {", ".join(TASKS)}.')
     if not 0 <= config.seed < 2**27:  # seeds of trainings are 16 times as large, and 32 bits wide
         raise DvinvError(f'seed is {config.seed}; it must be between 0 and {2**27 - 1}.')
+    if not 0 <= config.held_out <= 0.5:
+        raise DvinvError(f'held_out is {config.held_out}; it is a share of the pool, from 0 to 0.5.')
     if config.synthesis.method not in METHODS:
         raise DvinvError(f'synthesis.method is {config.synthesis.method!r}; choose one of {", ".join(METHODS)}.')
     for name, least in (('images', 1), ('batch_size', 2)):
@@ -388,10 +411,17 @@ def _check_distillation(config) -> None:
     if not 0 <= group.graft <= 1:
         raise DvinvError(f'distillation.graft is {group.graft}; it is a probability, from 0 to 1.')
     for count in group.counts:
-        if type(count) is not int or not 1 <= count <= (count if config.pool else config.synthesis.images):
+        if type(count) is not int or not 1 <= count <= (count if config.pool else _learned(config)):
             raise DvinvError(
-                f'distillation.counts names {count!r}; give whole numbers from 1 to the {config.synthesis.images} images.'
+                f'distillation.counts names {count!r}; give whole numbers from 1 to the {_learned(config)} images that are '
+                'learned from.'
             )
+
+
+def _learned(config) -> int:
+    """Returns how many images of the run's own pool are learned from."""
+    images, (size, held_out) = config.synthesis.images, held_out_of_round(config)
+    return images - held_out * (images // max(1, size))
 
 
 def _check_logging(group) -> None:

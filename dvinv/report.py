@@ -169,7 +169,10 @@ def _tiles(results: dict) -> list[Tile]:
     tiles += continual_tiles(results['continual']) if 'continual' in results else []
     tiles += [quantization_tile(results['quantization'])] if 'quantization' in results else []
     if taught := results.get('distillation'):
-        tiles.append(Tile('Student', percent(taught['test_accuracy']), 'real test accuracy', taught['test_accuracy']))
+        if (agreement := taught.get('held_out_agreement')) is not None:
+            tiles.append(Tile('Student', percent(agreement), 'agrees with the teacher, images unseen', agreement))
+        else:
+            tiles.append(Tile('Student', percent(taught['test_accuracy']), 'real test accuracy', taught['test_accuracy']))
     if teacher := results.get('teacher'):
         tiles.append(Tile('Teacher', percent(teacher['test_accuracy']), 'real test accuracy', teacher['test_accuracy']))
     if made := results.get('synthesis'):
@@ -261,15 +264,23 @@ def _distillation(config, results: dict, metrics: Metrics, names: tuple[str, ...
     ]
     if 'teacher' in results:
         rows.append(['The teacher itself', percent(results['teacher']['test_accuracy'])])
+    held_out = taught.get('held_out_images')
+    if held_out:  # there are no real images to score on
+        rows = [
+            [label, percent(taught.get(f'{prefix}held_out_agreement')), number(taught.get(f'{prefix}held_out_kl'))]
+            for name, label in students.items()
+            for prefix in ('' if name == 'student' else f'{name}_',)
+        ]
     layers, stages = taught.get('hinted_layers'), taught.get('hinted_stages')
     hints = f', with hints from {layers} BatchNorm layers of the teacher' if layers else ''
     hints = f', with hints from {len(stages)} stages of the teacher' if stages else hints
     table = Table(
-        ('Student distilled from', 'real test accuracy'),
+        ('Student distilled from', *(('agrees with the teacher', 'KL') if held_out else ('real test accuracy',))),
         rows,
         highlight=0,
         caption=f'The same student ({taught["parameters"]:,} parameters, {taught["parameters_ratio"]:.2f} of the '
-        f"teacher's), {taught['updates']:,} updates each{hints}; last update, never the best.",
+        f"teacher's), {taught['updates']:,} updates each{hints}; last update, never the best."
+        + (f' Compared on {held_out:,} synthesized images that no student learned from.' if held_out else ''),
     )
     curves = {label: _curves(metrics.lines('distillation', name), ['loss'])['loss'] for name, label in students.items()}
     title = f'Distillation loss, T² KL{" and hints" if hints else " to the teacher"} on its own images'

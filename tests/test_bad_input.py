@@ -256,7 +256,7 @@ ADAPTIVE = {
         ({'teacher__factory': 'factories:missing'}, ["'factories:missing'", 'cannot be imported']),
         ({'teacher__factory': 'no_such_module:teacher'}, ["'no_such_module:teacher'", 'cannot be imported']),
         ({'teacher__factory': 'factories'}, ["'factories'", "must be 'module:function'"]),
-        ({'teacher__factory': 'factories:no_teacher'}, ['returned a TinyNet', 'dvinv.from_linen']),
+        ({'teacher__factory': 'factories:no_teacher'}, ['returned a dict', 'dvinv.from_linen']),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path, changes, words):

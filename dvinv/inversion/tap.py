@@ -27,7 +27,7 @@ import numpy as np
 from dvinv.errors import DvinvError, in_a_line, listed, say
 from dvinv.inversion.losses import EPSILON, pmean
 from dvinv.networks.channels.flat import flat_program
-from dvinv.networks.classifier import join_names
+from dvinv.networks.classifier import join_names, name_of
 
 PRIVATE = 'dvinv_tap'  # the collection that is sown into
 STATISTICS = 'batch_stats'  # Flax's collection of running statistics; the second choice for sowing
@@ -318,7 +318,7 @@ class LinenTap(Tap):
     def __init__(self, module: nn.Module, variables, example, call_kwargs: dict):
         """See `Tap`."""
         self._module = module
-        super().__init__(type(module).__name__, variables, example, call_kwargs)
+        super().__init__(name_of(module), variables, example, call_kwargs)
 
     def apply_fn(self, variables, x):
         """Logits [B, K] of normalised images x [B, H, W, C], in eval mode."""

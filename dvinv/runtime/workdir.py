@@ -24,6 +24,8 @@ from dvinv.runtime.versions import record, record_in, refuse_other_settings
 # Keys that a resumed run may change, since no result depends on them (on verifiers and synthesis.controls the report alone,
 # made anew each time).
 EXEMPT = ('tasks', 'devices', 'logging', 'verifiers', 'synthesis.controls')
+# Keys that earlier versions did not have, with the values by which such a run goes on as it was.
+ADDED = {'student.factory': '', 'held_out': 0.0}
 
 # What a run makes, but for its records: until one of these is there, a folder may get another config.
 MADE = (
@@ -143,6 +145,9 @@ class Workdir:
             return []
         mine, theirs = ({k: v for k, v in flat(c).items() if not _is_exempt(k)} for c in (plain(config), old))
         absent = object()
+        if mine.get('data.name'):  # then nothing is held out
+            mine['held_out'] = theirs['held_out'] = 0.0
+        mine, theirs = ADDED | mine, ADDED | theirs
         keys = sorted(k for k in {*mine, *theirs} if mine.get(k, absent) != theirs.get(k, absent))
         return [f'{k} ({theirs.get(k, "absent")!r} there, {mine.get(k, "absent")!r} here)' for k in keys]
 
