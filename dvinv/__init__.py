@@ -10,6 +10,7 @@ _EXPORTS = {
     'Teacher': 'dvinv.inversion',
     'Weights': 'dvinv.inversion',
     'balanced_labels': 'dvinv.inversion',
+    'feature_loss': 'dvinv.inversion',
     'from_linen': 'dvinv.inversion',
     'from_nnx': 'dvinv.inversion',
     'invert': 'dvinv.inversion',
