@@ -25,10 +25,7 @@ from dvinv.networks.classifier import Classifier
 KINDS = ('pixels', 'spectrum')
 SCALES = ('network', 'common')
 COMMON = 0.5, 0.25  # mean and std of pixels in [0, 1]
-NORMALISED = (
-    0.02,
-    0.6,
-)  # the least and largest std of pixels in [0, 1] that a network was normalised with; elsewhere 1/255, 1
+NORMALISED = 0.02, 0.6  # least and largest std of normalised pixels, in [0, 1]; of raw ones it is 1/255 or 1
 SHARED = 0.85  # the part of the variance that the channels have in common
 
 

@@ -75,8 +75,8 @@ def _fast(preset: str, main: float, **stage) -> InversionConfig:
 PRESETS['digits_fast'] = _fast('digits', main=1.0, iterations=25)
 PRESETS['cifar10_fast'] = _fast('cifar10_crop', main=0.02, iterations=20, learning_rate=0.3)
 
-# For networks of which nothing but the size of their images is known, see `preset_for`: whether they were trained on mirrored
-# images is not, so none are mirrored, and noise and shifts ask for shapes that survive them.
+# For networks of users, see `preset_for`. They may not have been trained on mirrored images, so none are mirrored; noise and
+# shifts ask for shapes that survive them.
 _OWN_STAGE = {'beta1': 0.5, 'beta2': 0.9, 'augmentation': 'crop'}
 PRESETS['8px'] = InversionConfig(
     stages=(Stage(iterations=100, learning_rate=0.4, jitter=1, noise=0.2, **_OWN_STAGE),),
@@ -110,7 +110,7 @@ PRESETS['224px'] = InversionConfig(
 
 
 def preset_for(image_shape: tuple[int, int, int]) -> str:
-    """Returns the name of the preset for images of this shape, by the shorter side, which is 8, 32, 128 or 224 pixels or so."""
+    """Returns the name of the preset for images of this shape, by the number of pixels of the shorter side."""
     height, width, _ = image_shape
     size = min(height, width)
     return next(name for name, least in (('224px', 192), ('128px', 80), ('32px', 24), ('8px', 0)) if size >= least)

@@ -186,9 +186,9 @@ class Tap(abc.ABC):
           logits: finds the logits in what it returns; None: these are the logits.
 
         Raises:
-          DvinvError: variables that are not all there, no running statistics, not in eval mode, wrong input shape, no logits of two classes or more, or layers
-            out of reach (named). What is left out instead, since it is not used in eval mode or is not in Flax's own place,
-            is printed to stderr.
+          DvinvError: incomplete variables, no running statistics, not in eval mode, wrong input shape, no logits of two
+            classes or more, or layers out of reach (named). What is left out instead, since it is not used in eval mode or
+            is not in Flax's own place, is printed to stderr.
         """
         self._name, self._kwargs, self._places = (name := type(network).__name__), call_kwargs, find_statistics(variables)
         call = inspect.signature(type(network).__call__) if callable(network) else inspect.Signature()
@@ -236,7 +236,8 @@ class Tap(abc.ABC):
         self._places = {layer: self._places[layer] for layer in self.layers}
 
     def _refuse_incomplete(self, variables, example) -> None:
-        """Refuses variables without some of the network's parameters or running statistics. An NNX model has all of its."""
+        """Refuses variables without some of the network's parameters or running statistics."""
+        return  # an NNX model has all of its
 
     def _is_of_flax(self, layer: str) -> bool:
         mean, variance = self._places[layer]
@@ -326,7 +327,7 @@ class Tap(abc.ABC):
         return {p.name: p.default for p in named if p.name not in self._kwargs}
 
     def _call_hint(self) -> str:
-        """Returns a sentence that names what the network must be called with besides, after a space; '' for nothing."""
+        """Returns the end of a sentence, which names what the network must be called with besides x; '' for nothing."""
         needed = [name for name, default in self._arguments().items() if default is inspect.Parameter.empty]
         values = ', '.join(f'{name!r}: ...' for name in needed)
         return (
