@@ -2,11 +2,11 @@
 
     python benchmarks/own_networks.py --data ../shared/data
 
-A small Flax network with BatchNorm and, as a verifier, one of another architecture and seed are trained here for each of: the
-8x8 digits inside scikit-learn, the same enlarged to 32x32, and, where the folder `--data` has `cifar10_train_jpeg.npz`, its
-first 6,000 images. Then `dvinv.invert(teacher, labels)` makes 50 images, and so does the older recipe: 500 iterations by steps
-of .1, jitter 2, default weights. All feature losses are on the view of the default's last stage, that of real images too.
-`--cache FOLDER` keeps the trained networks.
+A small Flax network with BatchNorm and, as a verifier, one of another architecture and seed are trained here for each of:
+the 8x8 digits inside scikit-learn, the same enlarged to 32x32, and, where the folder `--data` has
+`cifar10_train_jpeg.npz`, its first 6,000 images. Then `dvinv.invert(teacher, labels)` makes 50 images, and so does the older
+recipe: 500 iterations by steps of .1, jitter 2, default weights. All feature losses are on the view of the default's last
+stage, that of real images too. `--cache FOLDER` keeps the trained networks, and the pictures.
 """
 
 import argparse
