@@ -366,7 +366,7 @@ def test_logits_are_picked_from_what_a_model_returns():
             return super().__call__(x), x
 
     pictures = {'image_shape': IMAGE_SHAPE, 'mean': MEAN, 'std': STD}
-    with pytest.raises(DvinvError, match=r"It takes phase as well; .* call_kwargs=\{'phase': \.\.\.\}"):
+    with pytest.raises(DvinvError, match=r"It takes phase beside x; .* call_kwargs=\{'phase': \.\.\.\}"):
         from_nnx(Both(nnx.Rngs(0)), **pictures)
     with pytest.raises(DvinvError, match=r'logits=lambda out: out\[0\]'):
         from_nnx(Both(nnx.Rngs(0)), **pictures, call_kwargs={'phase': 0})

@@ -370,7 +370,7 @@ def _without(variables, *path):
     ('module', 'variables', 'options', 'sentence'),
     [
         (Switched(), SWITCHED, {'call_kwargs': {}}, r"call_kwargs, for instance \{'learns': False, 'is_train': False\}"),
-        (Phased(), SWITCHED, {}, r"It takes phase as well; give the value of eval mode: call_kwargs=\{'phase': \.\.\.\}\."),
+        (Phased(), SWITCHED, {}, r"It takes phase beside x; give the value of eval mode: call_kwargs=\{'phase': \.\.\.\}\."),
         (Switched(), _without(SWITCHED, 'batch_stats'), {}, 'incomplete: .* batch_stats/inner/BatchNorm_0/mean, '),
         (
             Switched(),
