@@ -26,6 +26,7 @@ _EXPORTS = {
     'Weights': 'dvinv.inversion',
     'base_config': 'dvinv.configuration',
     'balanced_labels': 'dvinv.inversion',
+    'feature_loss': 'dvinv.inversion',
     'from_linen': 'dvinv.inversion',
     'from_nnx': 'dvinv.inversion',
     'invert': 'dvinv.inversion',

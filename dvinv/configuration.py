@@ -2,14 +2,16 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import ml_collections
+from ml_collections import config_dict
 
 from dvinv.continual.settings import Continual
 from dvinv.errors import DvinvError
 from dvinv.factories import of_teacher
 from dvinv.hints import KINDS
-from dvinv.inversion import PRESETS, InversionConfig, Stage, Teacher, Weights
+from dvinv.inversion import PRESETS, InversionConfig, Stage, Teacher, Weights, preset_for
 from dvinv.pruning.removal import Removal
 from dvinv.quantization.settings import QuantizationSettings
 from dvinv.recipe import Recipe
@@ -21,8 +23,11 @@ DATA_FREE_CONTROLS = ('noise', 'prior_only')
 CONTROLLED = ('synthesis', 'distillation', 'pruning', 'quantization')  # tasks with `controls` that learn from other images
 
 
-def base_config(preset: str) -> ml_collections.ConfigDict:
-    """All fields with their defaults; synthesis as in the preset of this name (see `dvinv.inversion.presets`)."""
+def base_config(preset: str = '') -> ml_collections.ConfigDict:
+    """All fields with their defaults; synthesis as in the preset of this name (see `dvinv.inversion.presets`).
+
+    '': as in that for images of the teacher's size. Its fields are None until `settle` fills them; what is set stays.
+    """
     config = ml_collections.ConfigDict()
     config.seed = 0  # of all that is drawn by chance
     # Run in the order of TASKS; one alone by --config.tasks="('teacher',)".
@@ -112,7 +117,7 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
             'classes': (),  # numbers of the classes that images are made of, in turn; (): all
             'batches_per_round': 0,  # so many join the pool every distillation.updates_per_round; 0: all before the first
             'controls': (),  # lesser methods that `images` are made by too, for the report: 'noise', 'prior_only'
-            **_fields(PRESETS[preset]),
+            **(_fields(PRESETS[preset]) if preset else _open_fields()),
         }
     )
     config.distillation = ml_collections.ConfigDict(
@@ -180,6 +185,8 @@ def shrink(config, width: float = 0.25) -> None:
         config.continual.steps = ({'classes': (4, 5, 6)}, {'classes': (7, 8, 9)})[: len(config.continual.steps)]
     config.bn_stats = 'device'  # 20 images are not divided by any number of devices
     config.synthesis.update(images=40, batch_size=20, classes=(), precision='float32')
+    if config.synthesis.stages is None:
+        config.synthesis.stages = _fields(PRESETS[preset_for((8, 8, 1))])['stages']
     largest = max(stage.resolution for stage in config.synthesis.stages)
     for stage in config.synthesis.stages:
         resolution = stage.resolution and stage.resolution * config.data.image_size // largest
@@ -197,6 +204,33 @@ def _fields(preset: InversionConfig) -> dict:
     del fields['bn_stats']
     fields['stages'] = tuple(ml_collections.ConfigDict(stage) for stage in fields['stages'])
     return fields
+
+
+def _open_fields() -> dict:
+    """The fields of a preset that is yet to be chosen: None, of their types, but for those that say how to compute it."""
+    fields, first = _fields(PRESETS['32px']), next(iter(PRESETS.values()))
+    fields['weights'] = {name: config_dict.placeholder(float) for name in fields['weights']}
+    for name in fields.keys() - {'weights', 'precision', 'recompute', 'iterations_per_dispatch'}:
+        fields[name] = config_dict.placeholder(type(getattr(first, name)))
+    return fields
+
+
+def settle(config, image_shape: Callable[[], tuple[int, int, int]]) -> bool:
+    """Fills those fields of `config.synthesis` that are None from the preset for images of the teacher's size.
+
+    Args:
+      image_shape: returns (H, W, C); called where it matters.
+
+    Returns:
+      Whether the stages were chosen here.
+    """
+    group = config.synthesis
+    if None not in (*group.values(), *group.weights.values()):
+        return False
+    chosen, preset = group.stages is None, _fields(PRESETS[preset_for(image_shape())])
+    for given, defaults in ((group.weights, preset.pop('weights')), (group, preset)):
+        given.update({name: value for name, value in defaults.items() if given[name] is None})
+    return chosen
 
 
 def _stage(index: int, entry) -> Stage:
@@ -242,6 +276,7 @@ def inversion_config(config, method: str = '') -> InversionConfig:
         group.precision,
         group.recompute,
         group.iterations_per_dispatch,
+        group.pixel_scale,
     )
 
 

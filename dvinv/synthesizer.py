@@ -13,7 +13,7 @@ from dvinv.configuration import inversion_config
 from dvinv.data.pool import ImagePool
 from dvinv.evaluation import logits_of
 from dvinv.inversion import Inversion, Teacher, balanced_labels, make_feature_loss, make_inverter
-from dvinv.inversion.canvas import blank_canvas, make_paint
+from dvinv.inversion.canvas import blank_canvas, in_scale, make_paint
 from dvinv.orders import GO_ON, Group, orders_of
 from dvinv.pools import all_batches, missing_batches, open_control, put_aside_damaged
 from dvinv.runtime import job
@@ -93,7 +93,8 @@ class Synthesizer:
                 self._unfinished.drop(number)  # killed between the two
         if missing and self._keeps:
             workdir.metrics.keep(task, series, lambda line: line['batch'] in finished)
-        self._paint = make_paint(settings.canvas, settings.contrast, teacher)
+        scale = in_scale(settings.pixel_scale, teacher)
+        self._paint = make_paint(settings.canvas, settings.contrast, teacher, scale)
         if method == 'noise':
             self._invert = _make_noise(teacher, self._paint)
         else:

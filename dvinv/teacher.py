@@ -114,6 +114,14 @@ def _to_invert(config, module, variables, about: dict) -> Teacher | Classifier:
     return trusted_linen(module, variables, image_shape=about['image_shape'], mean=about['mean'], std=about['std'])
 
 
+def image_shape(config) -> tuple[int, int, int]:
+    """(H, W, C) of the run's teacher, whether it is trained already or not."""
+    if not is_trained_here('teacher', config) and (config.teacher.factory or config.teacher.network):
+        return load(config, None).image_shape
+    data = load_real(config.data)
+    return data.image_shape if data else check(config).image_shape  # which refuses it
+
+
 def own_module(config, teacher: Teacher):
     """Returns the user's network of `teacher`; None: it is one of dvinv's, known by its name."""
     return teacher.module if config.teacher.factory else None

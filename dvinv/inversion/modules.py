@@ -23,7 +23,10 @@ from dvinv.networks.classifier import flatten, join_names
 from dvinv.networks.registry import shapes_of
 
 # Names by which networks say "eval mode", and the value that says so.
-EVAL_MODE = {'train': False, 'training': False, 'is_training': False, 'deterministic': True, 'use_running_average': True}
+EVAL_MODE = {
+    **dict.fromkeys(('train', 'training', 'is_train', 'is_training', 'train_mode'), False),
+    **dict.fromkeys(('deterministic', 'use_running_average', 'inference', 'is_inference', 'eval_mode', 'is_eval'), True),
+}
 TRAINED = ('params', STATISTICS)  # the collections that are trained, checkpointed and saved
 
 

@@ -107,16 +107,16 @@ def listen(model: nnx.Module, places: dict, hear: Callable) -> '_Notes':
 class NnxTap(Tap):
     """The tap of an NNX model: the layers that own running statistics become subclasses of themselves that sow."""
 
-    def __init__(self, model: nnx.Module, variables, example, call_kwargs: dict):
+    def __init__(self, model: nnx.Module, variables, example, call_kwargs: dict, logits: Callable | None = None):
         """See `Tap`. `model` is in eval mode, `variables` are its; it is taken over, so it must be a clone."""
-        name, places = type(model).__name__, find_statistics(variables)
+        places = find_statistics(variables)
         self._graph, _, self._noise = split(model)
         self._paths = paths_of(model)
         self._listening = {}  # {hear: (graph, notes)}: a graph each, for what is traced inside may be cached by its graph
         for hear in (shifted_moments, whole_input):
             notes = listen(model, places, hear)
             self._listening[hear] = nnx.graphdef(model), notes
-        super().__init__(name, variables, example, call_kwargs)
+        super().__init__(model, variables, example, call_kwargs, logits)
         self._check_silence(variables, example)
 
     def apply_fn(self, variables, x):
@@ -125,15 +125,16 @@ class NnxTap(Tap):
 
     def _logits(self, variables, x, noise=None):
         # What the network itself may sow goes nowhere: it is captured, and not kept.
-        return nnx.capture(self._model(self._graph, variables, noise))(x, **self._kwargs)
+        returned = nnx.capture(self._model(self._graph, variables, noise))(x, **self._kwargs)
+        return self._pick(returned)
 
     def _listen(self, variables, x, calls: Counter, hear: Callable):
         graph, notes = self._listening[hear]
         notes.calls = calls
-        logits, sown = nnx.capture(self._model(graph, variables), Heard)(x, **self._kwargs)
+        returned, sown = nnx.capture(self._model(graph, variables), Heard)(x, **self._kwargs)
         if notes.learning:
             raise self._in_training(*LEARNS)
-        return logits, {join_names(path[:-1]): heard for path, heard in values(sown).items()}
+        return self._pick(returned), {join_names(path[:-1]): heard for path, heard in values(sown).items()}
 
     def _model(self, graph, variables, noise=None) -> nnx.Module:
         """The network with these weights, and with any random keys: its logits do not depend on them."""

@@ -26,26 +26,39 @@ class Teacher(Classifier):
     module: Any = None  # with `init`, and `apply` with `train`, as of a Linen module: what pruning and others train
 
 
-def from_linen(module, variables, *, image_shape, mean=None, std=None, call_kwargs: dict | None = None) -> Teacher:
+def from_linen(
+    module,
+    variables,
+    *,
+    image_shape,
+    mean=None,
+    std=None,
+    call_kwargs: dict | None = None,
+    logits: Callable | None = None,
+) -> Teacher:
     """A Teacher from any Flax Linen module, unmodified.
 
     Args:
-      module: takes x [B, H, W, C] and returns logits [B, K].
+      module: takes x [B, H, W, C] and returns logits [B, K], or what `logits` finds them in.
       variables: {'params': ..., 'batch_stats': ...} of the trained network; they are copied to the host.
       image_shape: (H, W, C).
       mean, std: one number a channel, or one for all, for pixels in [0, 1].
       call_kwargs: what puts the module in eval mode; found from its signature (`train`, `deterministic`, ...) when None.
+      logits: takes what the module returns and gives the logits, where it returns more: `lambda out: out[0]` of a tuple.
 
     Raises:
       DvinvError: the network has no BatchNorm, or one out of reach of the tap, or does not take such images; its weights are
         not finite, or quantized; or its answers are not those of a classifier (see `contract.check_answers`).
     """
-    teacher = trusted_linen(module, variables, image_shape=image_shape, mean=mean, std=std, call_kwargs=call_kwargs)
+    pictures = {'image_shape': image_shape, 'mean': mean, 'std': std}
+    teacher = trusted_linen(module, variables, **pictures, call_kwargs=call_kwargs, logits=logits)
     check_answers(teacher, type(module).__name__)
     return dataclasses.replace(teacher, module=trainable(module, call_kwargs))
 
 
-def trusted_linen(module, variables, *, image_shape, mean, std, call_kwargs: dict | None = None) -> Teacher:
+def trusted_linen(
+    module, variables, *, image_shape, mean, std, call_kwargs: dict | None = None, logits: Callable | None = None
+) -> Teacher:
     """As `from_linen`, but does not run the module: of dvinv's own networks, it is known that they answer with logits."""
     if isinstance(module, type):
         raise DvinvError(
@@ -62,19 +75,22 @@ def trusted_linen(module, variables, *, image_shape, mean, std, call_kwargs: dic
             'cannot be captured; pass the NNX model itself, with its weights, to dvinv.from_nnx(model, ...).'
         )
     pictures, variables = _pictures(image_shape, mean, std), _on_host(variables, type(module).__name__)
-    return _teacher(LinenTap, module, variables, *pictures, call_kwargs, module)
+    return _teacher(LinenTap, module, variables, *pictures, call_kwargs, logits, module)
 
 
-def from_nnx(model, *, image_shape, mean=None, std=None, call_kwargs: dict | None = None) -> Teacher:
+def from_nnx(
+    model, *, image_shape, mean=None, std=None, call_kwargs: dict | None = None, logits: Callable | None = None
+) -> Teacher:
     """A Teacher from any Flax NNX model, unmodified: a clone of it is put in eval mode and frozen as it is now.
 
     Its `variables` are nested dicts as of a Linen module, {'params': ..., 'batch_stats': ...}; what is neither nnx.Param nor
     nnx.BatchStat nor a random key is in 'others'.
 
     Args:
-      model: takes x [B, H, W, C] and returns logits [B, K].
+      model: takes x [B, H, W, C] and returns logits [B, K], or what `logits` finds them in.
       image_shape, mean, std: see `from_linen`.
       call_kwargs: what its `__call__` takes beside x in eval mode, over and above `model.eval()`; see `from_linen`.
+      logits: see `from_linen`.
 
     Raises:
       DvinvError: see `from_linen`.
@@ -91,7 +107,8 @@ def from_nnx(model, *, image_shape, mean=None, std=None, call_kwargs: dict | Non
     pictures, name = _pictures(image_shape, mean, std), type(model).__name__
     model = nnx_tap.in_eval_mode(model)
     variables = _on_host(nnx_tap.variables_of(model), name)
-    teacher = _teacher(nnx_tap.NnxTap, model, variables, *pictures, call_kwargs, trainable(model, call_kwargs))
+    own = trainable(model, call_kwargs)
+    teacher = _teacher(nnx_tap.NnxTap, model, variables, *pictures, call_kwargs, logits, own)
     check_answers(teacher, name)
     return teacher
 
@@ -196,11 +213,11 @@ def _on_host(variables, name: str) -> dict:
     return {'params': {}} | unflatten(flat)
 
 
-def _teacher(make_tap, network, variables, image_shape, mean, std, call_kwargs, module) -> Teacher:
+def _teacher(make_tap, network, variables, image_shape, mean, std, call_kwargs, logits, module) -> Teacher:
     if call_kwargs is None:
         call_kwargs = eval_arguments(network)
     example = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
-    tap = make_tap(network, variables, example, call_kwargs)
+    tap = make_tap(network, variables, example, call_kwargs, logits)
     num_classes = jax.eval_shape(tap.apply_fn, variables, example).shape[-1]
     return Teacher(
         tap.apply_fn, variables, image_shape, num_classes, mean, std, tap, tap.features, running_statistics, module
