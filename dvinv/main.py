@@ -96,7 +96,7 @@ def _parse(argv: list[str]) -> list[str]:
         if 'field "stages" is None' in reason:
             raise DvinvError(
                 'The stages are chosen by the size of the images, so a flag cannot set a field of one; give '
-                'all of them, as in --config.synthesis.stages="({\'iterations\': 200, \'learning_rate\': 0.4},)", or name a '
+                "all of them, as in --config.synthesis.stages=\"({'iterations': 200, 'learning_rate': 0.4},)\", or name a "
                 "preset in the config file: base_config('32px')."
             ) from error
         raise DvinvError(f'{reason} (--helpfull lists all flags.)') from error
