@@ -20,12 +20,15 @@ from dvinv.pruning.section import pruning_section, pruning_sentence, pruning_til
 from dvinv.quality import evenly, figures_of_sets, quality_table
 from dvinv.quantization.section import quantization_section, quantization_sentence, quantization_tile, smallest
 from dvinv.runtime import provenance
+from dvinv.runtime.banner import device_names
 from dvinv.runtime.charts import line_chart, line_panels
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.metrics import Metrics
 from dvinv.runtime.page import Picture, Section, Table, Tile, class_picture, number, percent, render
+from dvinv.runtime.progress import duration
 from dvinv.runtime.workdir import Workdir, open_workdir, plain
-from dvinv.teacher import is_there, load, load_verifier
+from dvinv.student import student_of
+from dvinv.teacher import is_there, load, load_verifier, own_module
 from dvinv.verifiers import load_others, refuse_chance
 
 PER_CLASS, PER_CLASS_BESIDE = 16, 10  # images in a row of a grid that has the whole width, or another beside it
@@ -123,21 +126,12 @@ def _facts(workdir: Workdir, results: dict) -> dict:
     return {
         'Made': f'{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}',
         'Command': provenance.command(),
-        'Device': provenance.devices(),
+        'Device': device_names(config.devices),
         'Versions': provenance.packages(),
-        'Time': _duration(seconds) + ' for all tasks, compilation included' if seconds else '',
+        'Time': duration(seconds) + ' for all tasks, compilation included' if seconds else '',
         'Networks': [(f'{file.stem} ({file.stat().st_size / 1e6:.2f} MB)', f'networks/{file.name}') for file in networks],
         'Figures': [(file.name, file.name) for file in files],
     }
-
-
-def _duration(seconds: float) -> str:
-    """Returns a time in the two largest units that it has."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    parts = [(hours, 'h'), (minutes, 'min'), (seconds, 's')]
-    first = next((index for index, (count, _) in enumerate(parts) if count), 2)
-    return ' '.join(f'{count} {unit}' for count, unit in parts[first : first + 2])
 
 
 def _summary(results: dict, name: str, how: str) -> str:
@@ -335,7 +329,8 @@ def _classes(config, workdir: Workdir, data: RealData, names: tuple[str, ...]) -
     teacher, networks, titles = load(config, workdir), {}, {}
     for name, (file, title) in COMPARED.items():
         if name in workdir.results and workdir.network(file).exists():
-            networks[file], titles[file] = load_classifier(workdir.network(file)), title
+            own = student_of(config, teacher).own if name == 'distillation' else own_module(config, teacher)
+            networks[file], titles[file] = load_classifier(workdir.network(file), own), title
     if 'quantization' in workdir.results:
         setting = smallest(workdir.results['quantization'])
         path = workdir.network(f'quantized_{setting}')

@@ -75,6 +75,7 @@ def parse(monkeypatch):
 
 
 SMOKE = ('--config', 'configs/digits.py:smoke')
+OWN = ('--config', 'tests/own_config.py')
 
 
 @pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')  # ml_collections reads config files by it
@@ -87,6 +88,7 @@ SMOKE = ('--config', 'configs/digits.py:smoke')
         (('--workdir', 'w', *SMOKE, '--config.teacher.training.learning_rate=high'), ['learning_rate=high', 'float']),
         (('--workdir', 'w', *SMOKE, '--config.synthesis.stages[0].iterations=x'), ['stages[0].iterations=x', 'int']),
         (('--workdir', 'w', *SMOKE, '--config.synthesis.stages[4].iterations=5'), ['beyond the end of a tuple']),
+        (('--workdir', 'w', *OWN, '--config.synthesis.stages[0].iterations=5'), ['give all of them', "base_config('32px')"]),
         (SMOKE, ['--workdir is missing']),
         (('--workdir', 'w', *SMOKE, '--seeds', '-1'), ['--seeds is -1', 'at least 1']),
         (('--workdir', 'w', *SMOKE, '--sedes', '3'), ["Unknown command line flag 'sedes'", 'Did you mean: seeds']),

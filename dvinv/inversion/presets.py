@@ -84,7 +84,7 @@ PRESETS['8px'] = InversionConfig(
     prior_on='image',
 )
 PRESETS['32px'] = InversionConfig(
-    stages=(Stage(iterations=200, learning_rate=0.8, jitter=3, noise=0.1, **_OWN_STAGE),),
+    stages=(Stage(iterations=200, learning_rate=0.8, jitter=3, noise=0.05, **_OWN_STAGE),),
     weights=Weights(feature=0.3, total_variation=2e-3, competition=1.0),
     canvas='spectrum',
     contrast=1.0,
