@@ -105,7 +105,7 @@ def run(config, workdir) -> None:
         _tiles(results),
         sections,
         configuration=json.dumps(plain(config), indent=1, sort_keys=True),
-        facts=_facts(workdir, results),
+        facts=_facts(config, workdir, results),
     )
     write_atomic(workdir.path / 'report.html', page.encode())
 
@@ -118,7 +118,7 @@ def _title(config, results: dict) -> str:
     return (group.factory or group.network) + (f' on {data}' if data else '') + (f': {what[-1]}' if what else '')
 
 
-def _facts(workdir: Workdir, results: dict) -> dict:
+def _facts(config, workdir: Workdir, results: dict) -> dict:
     """Returns how the run came about, and its files."""
     seconds = sum(results[task]['wall_seconds'] for task in TASKS if task in results)
     networks = sorted((workdir.path / 'networks').glob('*.safetensors'))

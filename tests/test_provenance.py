@@ -20,7 +20,6 @@ def test_the_command_can_be_given_again(monkeypatch, argv, told):
     assert provenance.command() == told
 
 
-def test_the_device_and_the_packages_are_named():
-    assert provenance.devices().startswith('CPU (')
+def test_the_packages_are_named():
     assert 'dvinv 0' in provenance.packages()
     assert 'Python 3.' in provenance.packages()

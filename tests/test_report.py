@@ -214,13 +214,6 @@ def test_a_pruning_has_its_sentence(score, told):
     assert pruning_sentence(found) == f'With 50% of its FLOPs and 25% of its parameters left, {told}'
 
 
-@pytest.mark.parametrize(
-    ('seconds', 'told'), [(0.4, '0 s'), (59.6, '1 min 0 s'), (194, '3 min 14 s'), (3600 * 5 + 61, '5 h 1 min')]
-)
-def test_times_have_two_units(seconds, told):
-    assert report._duration(seconds) == told
-
-
 def test_without_a_verifier_the_page_tells_why_it_has_no_figures_of_quality(report_of):
     assert '<h2>Quality</h2>\n<div class="text"><p>The config names no verifier' in report_of('noise')
 
