@@ -24,11 +24,14 @@ _EXPORTS = {
     'Stage': 'dvinv.inversion',
     'Teacher': 'dvinv.inversion',
     'Weights': 'dvinv.inversion',
+    'base_config': 'dvinv.configuration',
     'balanced_labels': 'dvinv.inversion',
+    'feature_loss': 'dvinv.inversion',
     'from_linen': 'dvinv.inversion',
     'from_nnx': 'dvinv.inversion',
     'invert': 'dvinv.inversion',
     'load': 'dvinv.loading',
+    'run': 'dvinv.pipeline',
 }
 __all__ = list(_EXPORTS)
 

@@ -8,6 +8,7 @@ after the last round is the task `distillation`'s, where the student is that one
 from dvinv.configuration import rounds_of
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
+from dvinv.held_out import learned_rows
 from dvinv.inversion import Teacher
 from dvinv.pools import missing_batches
 from dvinv.runtime.workdir import Workdir
@@ -54,6 +55,6 @@ def fill_pool(
                     'command again: the student learns again up to there, and the batch is made anew.'
                 )
             if training.step < start:
-                training.advance(pool.rows('images'), pool.rows('labels'), start)
+                training.advance(*(learned_rows(config, pool.rows(name)) for name in ('images', 'labels')), start)
             if lacking:
                 synthesizer.fill(lacking, training.variables, round=number, student_updates=start)

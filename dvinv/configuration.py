@@ -2,13 +2,16 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import ml_collections
+from ml_collections import config_dict
 
 from dvinv.continual.settings import Continual
 from dvinv.errors import DvinvError
+from dvinv.factories import of_teacher
 from dvinv.hints import KINDS
-from dvinv.inversion import PRESETS, InversionConfig, Stage, Weights
+from dvinv.inversion import PRESETS, InversionConfig, Stage, Teacher, Weights, preset_for
 from dvinv.pruning.removal import Removal
 from dvinv.quantization.settings import QuantizationSettings
 from dvinv.recipe import Recipe
@@ -20,8 +23,11 @@ DATA_FREE_CONTROLS = ('noise', 'prior_only')
 CONTROLLED = ('synthesis', 'distillation', 'pruning', 'quantization')  # tasks with `controls` that learn from other images
 
 
-def base_config(preset: str) -> ml_collections.ConfigDict:
-    """All fields with their defaults; synthesis as in the preset of this name (see `dvinv.inversion.presets`)."""
+def base_config(preset: str = '') -> ml_collections.ConfigDict:
+    """All fields with their defaults; synthesis as in the preset of this name (see `dvinv.inversion.presets`).
+
+    '': as in that for images of the teacher's size. Its fields are None until `settle` fills them; what is set stays.
+    """
     config = ml_collections.ConfigDict()
     config.seed = 0  # of all that is drawn by chance
     # Run in the order of TASKS; one alone by --config.tasks="('teacher',)".
@@ -29,6 +35,9 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
     config.devices = 0  # how many; 0: all. On CPU, this many virtual ones (0: one a core)
     config.bn_stats = 'device'  # 'device': each inverts batches of its own; 'global': one batch is split over all
     config.pool = ''  # path of an existing pool, used instead of synthesizing one
+    # Share of the pool that nothing learns from where there are no real data (data.name=''): networks are compared with the
+    # teacher on it; 0: none, and no scores.
+    config.held_out = 0.0625
 
     config.data = ml_collections.ConfigDict(
         {
@@ -37,7 +46,8 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
             'train_path': '',  # of the training images (npz, folders); '': none, then nothing may be trained on real ones
             'image_size': 0,  # pixels that images (not TFDS ones) are scaled and cut to; 0: they have one size
             'classes': (),  # numbers of these alone, the others as if they were not there; (): all
-            'class_names': (),  # of the class folders, in the order of labels; (): see dvinv.data.folders
+            # Of the class folders, in the order of labels; (): see dvinv.data.folders. Without data, for the report alone.
+            'class_names': (),
             'validation': False,  # score on a held-out fifth of the training split instead of the test split
         }
     )
@@ -64,7 +74,9 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
     }
     config.teacher = ml_collections.ConfigDict(
         {
-            'factory': '',  # 'module:function' that returns a dvinv.Teacher; or network and weights:
+            # 'module:function' that returns a dvinv.Teacher, or a Flax module (it may take num_classes, and rngs for an NNX
+            # model), which is trained here, or read from `weights` that dvinv wrote; else network and weights:
+            'factory': '',
             'network': 'small_resnet',
             'width': 1.0,
             'weights': '',  # path of a network file, or of weights that others published; trained when empty
@@ -91,6 +103,7 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
     config.verifiers = ()
     config.student = ml_collections.ConfigDict(
         {
+            'factory': '',  # 'module:function' that returns a Flax module, as of the teacher; '': by network and width
             'network': 'small_resnet',
             'width': 1.0,
             'inherit': False,  # start from the teacher's weights in the layers that both have, by name, depth and shape
@@ -104,7 +117,7 @@ def base_config(preset: str) -> ml_collections.ConfigDict:
             'classes': (),  # numbers of the classes that images are made of, in turn; (): all
             'batches_per_round': 0,  # so many join the pool every distillation.updates_per_round; 0: all before the first
             'controls': (),  # lesser methods that `images` are made by too, for the report: 'noise', 'prior_only'
-            **_fields(PRESETS[preset]),
+            **(_fields(PRESETS[preset]) if preset else _open_fields()),
         }
     )
     config.distillation = ml_collections.ConfigDict(
@@ -172,6 +185,8 @@ def shrink(config, width: float = 0.25) -> None:
         config.continual.steps = ({'classes': (4, 5, 6)}, {'classes': (7, 8, 9)})[: len(config.continual.steps)]
     config.bn_stats = 'device'  # 20 images are not divided by any number of devices
     config.synthesis.update(images=40, batch_size=20, classes=(), precision='float32')
+    if config.synthesis.stages is None:
+        config.synthesis.stages = _fields(PRESETS[preset_for((8, 8, 1))])['stages']
     largest = max(stage.resolution for stage in config.synthesis.stages)
     for stage in config.synthesis.stages:
         resolution = stage.resolution and stage.resolution * config.data.image_size // largest
@@ -189,6 +204,33 @@ def _fields(preset: InversionConfig) -> dict:
     del fields['bn_stats']
     fields['stages'] = tuple(ml_collections.ConfigDict(stage) for stage in fields['stages'])
     return fields
+
+
+def _open_fields() -> dict:
+    """The fields of a preset that is yet to be chosen: None, of their types, but for those that say how to compute it."""
+    fields, first = _fields(PRESETS['32px']), next(iter(PRESETS.values()))
+    fields['weights'] = {name: config_dict.placeholder(float) for name in fields['weights']}
+    for name in fields.keys() - {'weights', 'precision', 'recompute', 'iterations_per_dispatch'}:
+        fields[name] = config_dict.placeholder(type(getattr(first, name)))
+    return fields
+
+
+def settle(config, image_shape: Callable[[], tuple[int, int, int]]) -> bool:
+    """Fills those fields of `config.synthesis` that are None from the preset for images of the teacher's size.
+
+    Args:
+      image_shape: returns (H, W, C); called where it matters.
+
+    Returns:
+      Whether the stages were chosen here.
+    """
+    group = config.synthesis
+    if None not in (*group.values(), *group.weights.values()):
+        return False
+    chosen, preset = group.stages is None, _fields(PRESETS[preset_for(image_shape())])
+    for given, defaults in ((group.weights, preset.pop('weights')), (group, preset)):
+        given.update({name: value for name, value in defaults.items() if given[name] is None})
+    return chosen
 
 
 def _stage(index: int, entry) -> Stage:
@@ -234,6 +276,7 @@ def inversion_config(config, method: str = '') -> InversionConfig:
         group.precision,
         group.recompute,
         group.iterations_per_dispatch,
+        group.pixel_scale,
     )
 
 
@@ -242,7 +285,19 @@ def rounds_of(config) -> Rounds:
     group = config.synthesis
     batches = group.images // group.batch_size
     per_round = group.batches_per_round or batches
-    return Rounds(per_round * group.batch_size, batches // per_round, max(1, config.distillation.updates_per_round))
+    size, held_out = held_out_of_round(config)
+    return Rounds(size - held_out, batches // per_round, max(1, config.distillation.updates_per_round))
+
+
+def held_out_of_round(config, images: int = 0) -> tuple[int, int]:
+    """Returns how many images come to the student in a round, and how many of them are held out; see `dvinv.held_out`.
+
+    Args:
+      images: of an existing pool, which comes in one round; 0: as the config makes them.
+    """
+    group = config.synthesis
+    size = images or (group.batches_per_round or group.images // group.batch_size) * group.batch_size
+    return size, 0 if config.data.name else int(config.held_out * size)
 
 
 def recipe_of(group) -> Recipe:
@@ -259,7 +314,9 @@ def quantization_of(config) -> QuantizationSettings:
 def is_trained_here(name: str, config) -> bool:
     """Whether the task teacher trains this network, 'teacher' or 'verifier'."""
     group = config[name]
-    return bool(group.network) and not group.weights and not group.get('factory', '')
+    if group.get('factory', ''):
+        return not group.weights and not isinstance(of_teacher(config), Teacher)
+    return bool(group.network) and not group.weights
 
 
 def makes_images(config) -> bool:
@@ -308,6 +365,8 @@ def check(config) -> None:
             raise DvinvError(f'tasks names {task!r}; choose among {", ".join(TASKS)}.')
     if not 0 <= config.seed < 2**27:  # seeds of trainings are 16 times as large, and 32 bits wide
         raise DvinvError(f'seed is {config.seed}; it must be between 0 and {2**27 - 1}.')
+    if not 0 <= config.held_out <= 0.5:
+        raise DvinvError(f'held_out is {config.held_out}; it is a share of the pool, from 0 to 0.5.')
     if config.synthesis.method not in METHODS:
         raise DvinvError(f'synthesis.method is {config.synthesis.method!r}; choose one of {", ".join(METHODS)}.')
     for name, least in (('images', 1), ('batch_size', 2)):
@@ -387,10 +446,17 @@ def _check_distillation(config) -> None:
     if not 0 <= group.graft <= 1:
         raise DvinvError(f'distillation.graft is {group.graft}; it is a probability, from 0 to 1.')
     for count in group.counts:
-        if type(count) is not int or not 1 <= count <= (count if config.pool else config.synthesis.images):
+        if type(count) is not int or not 1 <= count <= (count if config.pool else _learned(config)):
             raise DvinvError(
-                f'distillation.counts names {count!r}; give whole numbers from 1 to the {config.synthesis.images} images.'
+                f'distillation.counts names {count!r}; give whole numbers from 1 to the {_learned(config)} images that are '
+                'learned from.'
             )
+
+
+def _learned(config) -> int:
+    """Returns how many images of the run's own pool are learned from."""
+    images, (size, held_out) = config.synthesis.images, held_out_of_round(config)
+    return images - held_out * (images // max(1, size))
 
 
 def _check_logging(group) -> None:

@@ -4,8 +4,9 @@ from dvinv.configuration import DATA_FREE_CONTROLS, rounds_of
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
 from dvinv.evaluation import flops
+from dvinv.held_out import HeldOut, learned_rows
 from dvinv.inversion import Teacher
-from dvinv.networks import Classifier, module_of
+from dvinv.networks import Classifier
 from dvinv.pools import controls_are_whole, finished_pool
 from dvinv.rounds import Rounds
 from dvinv.runtime.workdir import Workdir, open_workdir
@@ -23,12 +24,12 @@ def run(config, workdir) -> dict:
     workdir = open_workdir(workdir, config)
     teacher, rounds = load(config, workdir), rounds_of(config)
     pool = finished_pool(config, workdir, teacher)
-    images, labels = pool.rows('images'), pool.rows('labels')
+    images, labels = (learned_rows(config, pool.rows(name)) for name in ('images', 'labels'))
     if config.pool:
         rounds = Rounds(len(labels))  # it is there from the start
     for count in config.distillation.counts:
         if count > len(labels):
-            raise DvinvError(f'distillation.counts names {count}, but the pool has {len(labels)} images.')
+            raise DvinvError(f'distillation.counts names {count}, but the pool has {len(labels)} images to learn from.')
     hints = hints_of(config, teacher)
     if config.synthesis.method != 'adaptive' and not workdir.has_network('student'):
         print_hints(config, teacher)
@@ -39,7 +40,7 @@ def run(config, workdir) -> dict:
     for control in DATA_FREE_CONTROLS:
         if control in config.distillation.controls:
             lesser = control_pool(config, workdir, teacher, control, 'distillation')
-            rows = lesser.rows('images'), lesser.rows('labels')
+            rows = [learned_rows(config, lesser.rows(name)) for name in ('images', 'labels')]
             come = Rounds(len(rows[1])) if config.pool else rounds
             students[control] = distil(config, workdir, teacher, *rows, come, control)
 
@@ -47,12 +48,14 @@ def run(config, workdir) -> dict:
     if 'real' in config.distillation.controls:
         train = data.train
         students['real'] = distil(config, workdir, teacher, train.images, train.labels, Rounds(len(train.labels)), 'real')
+    held_out = HeldOut(config, teacher, pool)
     scores = {name: test_accuracy(student, data) for name, student in students.items()}
     student = students['student']
     return {
         'test_accuracy': scores['student'],
         **{f'{control}_test_accuracy': scores.get(control) for control in (*DATA_FREE_CONTROLS, 'real')},
         **{f'test_accuracy_of_{count}_images': scores[f'student_of_{count}'] for count in config.distillation.counts},
+        **held_out.beside(students, 'student'),
         'parameters': student.parameters,
         'parameters_ratio': student.parameters / teacher.parameters,
         'flops': flops(student),
@@ -66,7 +69,7 @@ def run(config, workdir) -> dict:
 
 def planned_trainings(config, teacher: Teacher) -> list[PlannedTraining]:
     """Returns the trainings of the task, for `--plan`: the student's, and as many again as there are others to compare."""
-    module, lesson = module_of(student_of(config, teacher).about), lesson_of(config, teacher, rounds_of(config))
+    module, lesson = student_of(config, teacher).module, lesson_of(config, teacher, rounds_of(config))
     others = len(config.distillation.counts) + len(config.distillation.controls) if 'distillation' in config.tasks else 0
     return [PlannedTraining('student', module, lesson, teacher, 1 + others, teacher)]
 

@@ -3,8 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from dvinv.errors import DvinvError
-from dvinv.networks import Classifier, load_classifier
+import numpy as np
+
+from dvinv.errors import DvinvError, listed
+from dvinv.factories import network_of
+from dvinv.inversion import Teacher
+from dvinv.inversion.modules import with_classes
+from dvinv.networks import Classifier, load_classifier, load_network, module_of, shapes_of
+from dvinv.networks.classifier import flatten
 from dvinv.networks.quantized.network import load_quantized
 
 # task -> the network file that it ends with
@@ -17,7 +23,7 @@ RESULTS = {
 }
 
 
-def load(workdir, task: str, setting: str = '', *, teacher: Classifier | None = None) -> tuple[Callable, dict]:
+def load(workdir, task: str, setting: str = '', *, teacher: Classifier | None = None, module=None) -> tuple[Callable, dict]:
     """(apply_fn, variables) of the network that `task` made in `workdir`.
 
     `apply_fn(variables, x)` gives logits [B, K] of normalised images x [B, H, W, C], in eval mode. The file itself,
@@ -27,6 +33,8 @@ def load(workdir, task: str, setting: str = '', *, teacher: Classifier | None = 
       setting: of the task quantization, for instance 'w8a8'; '': the one whose file is smallest.
       teacher: that was quantized, where it is a user's own network (teacher.factory) instead of one of dvinv.networks: the
         file has its weights in few bits, but not its program. Not needed otherwise.
+      module: the network of other tasks, where it is a user's own (teacher.factory, student.factory): a Flax module, Linen
+        or NNX, or the function or class that gives it; the whole one of a pruned network, and with any number of classes.
 
     Raises:
       DvinvError: no such task, or it has not finished there, or the file is damaged.
@@ -42,8 +50,21 @@ def load(workdir, task: str, setting: str = '', *, teacher: Classifier | None = 
             f'{workdir} has no teacher of its own: either the task teacher has not finished there, or the teacher came from '
             'elsewhere (teacher.weights, teacher.factory in config.json); dvinv.networks.read_classifier reads weights.'
         )
-    network = load_classifier(path)
+    network = load_classifier(path, module if module is None else _own(module, path))
     return network.apply_fn, network.variables
+
+
+def _own(source, path: Path):
+    """Returns the user's network of the file `path`, with as many classes."""
+    variables, about = load_network(path)
+    network = network_of(source, about['num_classes'], 'module')
+    network = network.module if isinstance(network, Teacher) else network
+    whole = with_classes(network, about['image_shape'], about['num_classes'])
+    expected = shapes_of(module_of(about, whole), about['image_shape'])
+    ours, theirs = ({name: np.shape(leaf) for name, leaf in flatten(tree).items()} for tree in (expected, variables))
+    if differing := sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name)):
+        raise DvinvError(f'{path} holds other weights than this module has: {listed(differing, 3)} differ; give its own.')
+    return whole
 
 
 def _quantized(folder: Path, setting: str) -> Path:

@@ -125,7 +125,15 @@ def _parse(argv: list[str]) -> list[str]:
         ) from error
     except (flags.Error, OSError, SyntaxError, ValueError) as error:  # ml_collections raises ValueError for a bad path
         # Of a config file that fails, absl's message holds a traceback; its last line says what was wrong.
-        reason = str(error).strip().splitlines()[-1].strip()
+        reason = str(error).strip().splitlines()[-1]
+        if 'field "stages" is None' in reason:
+            raise DvinvError(
+                'The stages are chosen by the size of the images, so a flag cannot set a field of one; give '
+                "all of them, as in --config.synthesis.stages=\"({'iterations': 200, 'learning_rate': 0.4},)\", or name a "
+                "preset in the config file: base_config('32px')."
+            ) from error
+        reason = re.sub('^Configuration is not .* to load: ', 'The config file fails: ', reason)
+        reason = re.sub(r'\[Errno \d+\] ', '', reason).strip()
         raise DvinvError(f'{reason} (--helpfull lists all flags.)') from error
     if len(rest) > 1:
         raise DvinvError(f'Nothing is known to be done with the argument {rest[1]!r}; flags start with --.')

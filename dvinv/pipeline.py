@@ -11,7 +11,7 @@ from dvinv.continual import check as continual_check
 from dvinv.continual import driver as continual
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError, say
-from dvinv.inversion import Teacher, check_labels, check_resolutions
+from dvinv.inversion import Teacher, check_labels, check_resolutions, takes_resolutions
 from dvinv.pruning import driver as pruning
 from dvinv.quantization import driver as quantization
 from dvinv.runtime import preemption
@@ -37,8 +37,9 @@ def check(config, workdir=None) -> Teacher:
       workdir: the path of one where some of it may be done already.
 
     Returns:
-      The teacher, with shapes for weights where it is yet to be trained.
+      The teacher, with shapes for weights where it is yet to be trained. `config` has all its fields then.
     """
+    chosen = configuration.settle(config, lambda: teacher.image_shape(config))
     configuration.check(config)
     mesh = make_mesh(config.devices)
     if config.pool and not Path(config.pool).is_dir():
@@ -70,6 +71,10 @@ def check(config, workdir=None) -> Teacher:
     to_invert = teacher.check(config)
     if makes_images or 'synthesis' in config.tasks:
         settings = configuration.inversion_config(config)
+        if chosen and not takes_resolutions(to_invert, settings):
+            for stage in config.synthesis.stages:
+                stage.resolution = 0
+            settings = configuration.inversion_config(config)
         settings.check(to_invert.image_shape)
         check_resolutions(to_invert, settings)
     if makes_images:

@@ -20,11 +20,12 @@ from dvinv.errors import DvinvError
 from dvinv.evaluation import flops
 from dvinv.inversion import Stage, Teacher, balanced_labels
 from dvinv.inversion.programs import Programs
-from dvinv.networks import Classifier, apply_fn_of, create, shapes_of
+from dvinv.networks import Classifier, apply_fn_of, shapes_of
 from dvinv.pruning import driver as pruning
 from dvinv.quantization import driver as quantization
 from dvinv.runtime.devices import make_mesh, platform_of, training_mesh
 from dvinv.runtime.progress import duration
+from dvinv.student import module_of_student
 from dvinv.synthesizer import abreast
 from dvinv.training import PlannedTraining, TrainStep
 
@@ -248,7 +249,7 @@ def plan_synthesis(config, teacher: Teacher, pools: float = 1.0) -> tuple[Synthe
     """
     group, student = config.synthesis, None
     if group.method == 'adaptive':
-        module = create(config.student.network, teacher.num_classes, config.student.width)
+        module = module_of_student(config, teacher)
         weights = _arrays(shapes_of(module, teacher.image_shape))
         student = dataclasses.replace(teacher, apply_fn=apply_fn_of(module), variables=weights)
 

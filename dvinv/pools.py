@@ -1,11 +1,10 @@
 """Which pool a run makes or is given, and what it lacks."""
 
-import sys
 from collections.abc import Callable, Sequence
 
 from dvinv.configuration import DATA_FREE_CONTROLS
 from dvinv.data.pool import DamagedError, ImagePool
-from dvinv.errors import DvinvError
+from dvinv.errors import DvinvError, say
 from dvinv.inversion import Teacher
 from dvinv.runtime import preemption
 from dvinv.runtime.processes import decide
@@ -74,7 +73,7 @@ def put_aside_damaged(pool: ImagePool, look: Callable[[int], object], task: str)
                     look(number)
                 except DamagedError as error:
                     aside = pool.folder / 'quarantine'
-                    print(f'{task}: {error.what}; it is put into {aside}, and made anew.', file=sys.stderr)
+                    say(f'{task}: {error.what}; it is put into {aside}, and made anew.')
                 progress.update(done)
 
     decide(check, 'a check of the pool')

@@ -74,10 +74,19 @@ def figures(images: Judgement, real: Judgement | None = None) -> dict:
     return {
         **recognised(images),
         'inception_score': inception_score(images.logits),
-        'frechet_distance': frechet_distance(images.features, real.features) if real else None,
-        'kernel_distance': kernel_distance(images.features, real.features) if real else None,
+        **distances(images, real),
         'spread': spread(images.features, images.labels),
         'nearest': nearest(images.features),
+    }
+
+
+def distances(images: Judgement, real: Judgement | None) -> dict:
+    """The distances to real images: None without these, 0 of them to themselves, where estimates have an error."""
+    if real is None or images is real:
+        return dict.fromkeys(('frechet_distance', 'kernel_distance'), None if real is None else 0.0)
+    return {
+        'frechet_distance': frechet_distance(images.features, real.features),
+        'kernel_distance': kernel_distance(images.features, real.features),
     }
 
 

@@ -2,27 +2,36 @@
 
 import json
 from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
 
-from dvinv.configuration import TASKS
+from dvinv.by_class import agreement_table, class_section, compare
+from dvinv.configuration import TASKS, is_trained_here
 from dvinv.continual.section import continual_section, continual_tiles
+from dvinv.data.dataset import RealData
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
-from dvinv.evaluation import accuracy
+from dvinv.evaluation import accuracy, flops
 from dvinv.inversion import Teacher
+from dvinv.networks import load_classifier
+from dvinv.networks.quantized.network import load_quantized
 from dvinv.pools import finished_pool, open_control
-from dvinv.pruning.section import pruning_section, pruning_tile
+from dvinv.pruning.section import pruning_section, pruning_sentence, pruning_tile
 from dvinv.quality import evenly, figures_of_sets, quality_table
-from dvinv.quantization.section import quantization_section
-from dvinv.runtime.charts import line_chart
+from dvinv.quantization.section import quantization_section, quantization_sentence, quantization_tile, smallest
+from dvinv.runtime import provenance
+from dvinv.runtime.banner import device_names
+from dvinv.runtime.charts import line_chart, line_panels
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.metrics import Metrics
-from dvinv.runtime.page import Picture, Section, Table, Tile, number, percent, render
-from dvinv.runtime.pictures import class_grid, shown_classes
+from dvinv.runtime.page import Picture, Section, Table, Tile, class_picture, number, percent, render
+from dvinv.runtime.progress import duration
 from dvinv.runtime.workdir import Workdir, open_workdir, plain
-from dvinv.teacher import load, load_verifier
+from dvinv.student import student_of
+from dvinv.teacher import is_there, load, load_verifier, own_module
 from dvinv.verifiers import load_others, refuse_chance
 
-PER_CLASS = 16  # images in a row of the grid
+PER_CLASS, PER_CLASS_BESIDE = 16, 10  # images in a row of a grid that has the whole width, or another beside it
 MOST_SCORED = 500  # real images that tell whether a verifier recognises anything
 TERMS = {
     'cross_entropy': 'cross-entropy',
@@ -42,6 +51,16 @@ METHODS = {  # name, and what it does; the braces take how far the network went 
     'noise': ('drawing noise', 'every inversion starts from it, and nothing was optimised'),
 }
 CONTROLS = {'prior_only': 'Made without the feature term.', 'noise': 'Noise: where every image starts.'}
+HEADLINES = {  # of the task that a run ends with
+    'teacher': 'a trained network',
+    'synthesis': 'images from the network alone',
+    'distillation': 'a student from images of the network alone',
+    'pruning': 'a smaller network without data',
+    'continual': 'new classes, old ones from memory',
+    'quantization': 'few bits without data',
+}
+FILES = 'results.json', 'config.json', 'versions.json', 'metrics.jsonl', 'quality.json', 'by_class.json', 'pruning.json'
+COMPARED = {'distillation': ('student', 'student'), 'pruning': ('pruned', 'pruned network')}  # task: its file, in words
 STUDENTS = {
     'student': 'Synthesized images',
     'real': 'Real training images (upper control)',
@@ -53,53 +72,86 @@ STUDENTS = {
 def run(config, workdir) -> None:
     """Write report.html; tasks that have not run are left out of it."""
     workdir = open_workdir(workdir, config)
-    results = workdir.results
-    summary, sections = 'No images have been synthesized yet.', []
+    results, data = workdir.results, load_real(config.data)
+    names = (data.class_names if data else ()) or tuple(config.data.class_names)
+    summary, sections = [], []
     if 'synthesis' in results:
         teacher = load(config, workdir)
         pool = finished_pool(config, workdir, teacher)
         method = pool.notes(pool.finished()[0])['config']['method']  # an existing pool's need not be the config's
-        summary = _summary(results, *METHODS[method])
+        summary.append(_summary(results, *METHODS[method]))
         pools = {'synthesized': pool, **_controls(workdir, teacher)}
-        sections.append(_synthesis(pools, method, results['synthesis']))
+        sections.append(_synthesis(pools, method, results['synthesis'], data, names))
         sections.append(_quality(config, workdir, teacher, pools))
     if 'distillation' in results:
-        sections.append(_distillation(config, results, workdir.metrics))
+        sections.append(_distillation(config, results, workdir.metrics, names))
     if 'pruning' in results:
         sections.append(pruning_section(workdir, results['pruning']))
+        summary.append(pruning_sentence(results['pruning']))
     if 'continual' in results:
         sections.append(continual_section(config, workdir, results['continual']))
-        summary = _summary_of_tasks(results['continual'], summary if 'synthesis' in results else '')
+        summary.append(_summary_of_tasks(results['continual']))
     if 'quantization' in results:
         sections.append(quantization_section(results['quantization']))
+        summary.append(quantization_sentence(results['quantization']))
+    if data and (section := _classes(config, workdir, data, names)):
+        sections.append(section)
     if 'teacher' in results:
-        sections.append(_networks(results))
-    text = json.dumps(plain(config), indent=1, sort_keys=True)
+        sections.append(_teacher(config, results['teacher'], workdir.metrics))
+        sections.append(_networks(config, workdir))
     page = render(
-        f'{config.data.name or config.teacher.factory}: images from a network alone',
-        summary,
+        _title(config, results),
+        '\n\n'.join(summary) or 'No images have been synthesized yet.',
         _tiles(results),
         sections,
-        configuration=text,
+        configuration=json.dumps(plain(config), indent=1, sort_keys=True),
+        facts=_facts(config, workdir, results),
     )
     write_atomic(workdir.path / 'report.html', page.encode())
+
+
+def _title(config, results: dict) -> str:
+    """Returns the headline: the network, its data, and what the last task made of them."""
+    group, path = config.teacher, Path(config.data.path)
+    data = path.stem if config.data.name in ('npz', 'folders') else config.data.name
+    what = [headline for task, headline in HEADLINES.items() if task in results]
+    return (group.factory or group.network) + (f' on {data}' if data else '') + (f': {what[-1]}' if what else '')
+
+
+def _facts(config, workdir: Workdir, results: dict) -> dict:
+    """Returns how the run came about, and its files."""
+    seconds = sum(results[task]['wall_seconds'] for task in TASKS if task in results)
+    networks = sorted((workdir.path / 'networks').glob('*.safetensors'))
+    files = [(workdir.path / name) for name in FILES if (workdir.path / name).exists()]
+    return {
+        'Made': f'{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}',
+        'Command': provenance.command(),
+        'Device': device_names(config.devices),
+        'Versions': provenance.packages(),
+        'Time': duration(seconds) + ' for all tasks, compilation included' if seconds else '',
+        'Networks': [(f'{file.stem} ({file.stat().st_size / 1e6:.2f} MB)', f'networks/{file.name}') for file in networks],
+        'Figures': [(file.name, file.name) for file in files],
+    }
 
 
 def _summary(results: dict, name: str, how: str) -> str:
     made, taught = results['synthesis'], results.get('distillation')
     verdict = 'was sure of them' if made['teacher_accuracy'] > 0.5 else 'leaned towards their class'
     text = f'{made["images"]:,} images were synthesized by {name}, without any data: {how.format(verdict)}.'
-    if taught is None or taught['test_accuracy'] is None:
+    if taught is None:
         return text
+    if taught['test_accuracy'] is None:
+        agreement = taught.get('held_out_agreement')
+        return text + ('' if agreement is None else f'\n\nA student that learned from them {_agrees(agreement)}')
     return (
         f'{text}\n\nA student that never saw a real image learned from them, and reads '
         f'{percent(taught["test_accuracy"])} of the real test images right.'
     )
 
 
-def _summary_of_tasks(found: dict, before: str) -> str:
+def _summary_of_tasks(found: dict) -> str:
     return (
-        f'{before}\n\nIn {found["tasks"]} tasks a network learned ever more classes, and saw no real image of an old one '
+        f'In {found["tasks"]} tasks a network learned ever more classes, and saw no real image of an old one '
         f'again: what it was to remember it recalled itself. It reads {percent(found["test_accuracy"])} of the real test '
         f'images of all classes right; after fine-tuning alone it would be {percent(found["finetune_test_accuracy"])}, with '
         f'real images of the old classes {percent(found["replay_test_accuracy"])}.'
@@ -109,30 +161,25 @@ def _summary_of_tasks(found: dict, before: str) -> str:
 def _tiles(results: dict) -> list[Tile]:
     tiles = [pruning_tile(results['pruning'])] if 'pruning' in results else []
     tiles += continual_tiles(results['continual']) if 'continual' in results else []
+    tiles += [quantization_tile(results['quantization'])] if 'quantization' in results else []
     if taught := results.get('distillation'):
-        tiles.append(Tile('Student', percent(taught['test_accuracy']), 'real test accuracy', taught['test_accuracy']))
+        if (agreement := taught.get('held_out_agreement')) is not None:
+            tiles.append(Tile('Student', percent(agreement), 'agrees with the teacher, images unseen', agreement))
+        else:
+            tiles.append(Tile('Student', percent(taught['test_accuracy']), 'real test accuracy', taught['test_accuracy']))
     if teacher := results.get('teacher'):
         tiles.append(Tile('Teacher', percent(teacher['test_accuracy']), 'real test accuracy', teacher['test_accuracy']))
     if made := results.get('synthesis'):
-        tiles.append(
-            Tile(
-                'Verifier',
-                percent(made['verifier_accuracy']),
-                'of the images, judged independently',
-                made['verifier_accuracy'],
-            )
-        )
-        tiles.append(
-            Tile(
-                'Feature loss',
-                number(made['feature_loss_last']),
-                f'from {number(made["feature_loss_first"])}; real images {number(made["feature_loss_real"])}',
-            )
-        )
+        share, real = made['verifier_accuracy'], made['feature_loss_real']
+        tiles.append(Tile('Verifier', percent(share), 'of the images, judged independently', share))
+        note = f'from {number(made["feature_loss_first"])}' + ('' if real is None else f'; real images {number(real)}')
+        tiles.append(Tile('Feature loss', number(made['feature_loss_last']), note))
     return tiles
 
 
-def _synthesis(pools: dict[str, ImagePool], method: str, made: dict) -> Section:
+def _synthesis(
+    pools: dict[str, ImagePool], method: str, made: dict, data: RealData | None, names: tuple[str, ...]
+) -> Section:
     table = Table(
         ('', 'value'),
         [
@@ -148,10 +195,20 @@ def _synthesis(pools: dict[str, ImagePool], method: str, made: dict) -> Section:
         ],
         caption=f'{made["images"]:,} images, synthesized by {METHODS[method][0]}.',
     )
-    pictures = [_grid(pools['synthesized'], 'The first images of each class; rows are classes.', wide=True)]
-    pictures += [_grid(pools[control], caption) for control, caption in CONTROLS.items() if control in pools]
+    verified = made['verifier_accuracy']
+    text = f'The teacher takes {percent(made["teacher_accuracy"])} of the {made["images"]:,} images for their class'
+    text += f', a verifier that had no part in making them {percent(verified)}.' if verified is not None else '.'
+    others = {control: caption for control, caption in CONTROLS.items() if control in pools}
+    real = data and (data.train or data.test)
+    per_class = PER_CLASS_BESIDE if real else PER_CLASS
+    pictures = [_grid(pools['synthesized'], 'Synthesized: the first images of each class.', names, per_class, wide=not real)]
+    if real:
+        like = pools['synthesized'].rows('labels')[:]
+        caption = 'Real images of the same classes, for comparison. No synthesized pixel depends on them.'
+        pictures.append(class_picture(real.images, real.labels, caption, names, per_class, like))
+    pictures += [_grid(pools[control], caption, names, per_class) for control, caption in others.items()]
     charts = _inversions(method, made['rounds'], pools['synthesized'])
-    return Section('Synthesis', tables=[table], charts=charts, pictures=pictures)
+    return Section('Synthesis', text, tables=[table], charts=charts, pictures=pictures)
 
 
 def _quality(config, workdir: Workdir, teacher: Teacher, pools: dict[str, ImagePool]) -> Section:
@@ -183,16 +240,16 @@ def _inversions(method: str, rounds: int, pool: ImagePool) -> list[str]:
     if not any(steps for steps, _ in curves.values()):
         return []
     named = {TERMS[term]: curve for term, curve in curves.items()}
-    charts = [_losses(named, 'Loss terms, mean over batches, before weighting', 'iteration', 'value')]
+    charts = [line_panels(named, 'Loss terms, mean over batches, before weighting', 'iteration', log_y=True)]
     if method == 'adaptive' and rounds > 1:
         last = max(step for steps, _ in curves.values() for step in steps)
         ends = (line for line in pool.measurements() if line['step'] == last)
         named = {TERMS[term]: curve for term, curve in _curves(ends, ('feature', 'competition'), 'batch').items()}
-        charts.append(_losses(named, 'Loss terms at the end of each batch, before weighting', 'batch', 'value'))
+        charts.append(line_panels(named, 'Loss terms at the end of each batch, before weighting', 'batch', log_y=True))
     return charts
 
 
-def _distillation(config, results: dict, metrics: Metrics) -> Section:
+def _distillation(config, results: dict, metrics: Metrics, names: tuple[str, ...]) -> Section:
     taught = results['distillation']
     students = {name: STUDENTS[name] for name in STUDENTS if name == 'student' or name in config.distillation.controls}
     rows = [
@@ -201,24 +258,53 @@ def _distillation(config, results: dict, metrics: Metrics) -> Section:
     ]
     if 'teacher' in results:
         rows.append(['The teacher itself', percent(results['teacher']['test_accuracy'])])
+    held_out = taught.get('held_out_images')
+    if held_out:  # there are no real images to score on
+        rows = [
+            [label, percent(taught.get(f'{prefix}held_out_agreement')), number(taught.get(f'{prefix}held_out_kl'))]
+            for name, label in students.items()
+            for prefix in ('' if name == 'student' else f'{name}_',)
+        ]
     layers, stages = taught.get('hinted_layers'), taught.get('hinted_stages')
     hints = f', with hints from {layers} BatchNorm layers of the teacher' if layers else ''
     hints = f', with hints from {len(stages)} stages of the teacher' if stages else hints
     table = Table(
-        ('Student distilled from', 'real test accuracy'),
+        ('Student distilled from', *(('agrees with the teacher', 'KL') if held_out else ('real test accuracy',))),
         rows,
         highlight=0,
         caption=f'The same student ({taught["parameters"]:,} parameters, {taught["parameters_ratio"]:.2f} of the '
-        f"teacher's), {taught['updates']:,} updates each{hints}; last update, never the best.",
+        f"teacher's), {taught['updates']:,} updates each{hints}; last update, never the best."
+        + (f' Compared on {held_out:,} synthesized images that no student learned from.' if held_out else ''),
     )
     curves = {label: _curves(metrics.lines('distillation', name), ['loss'])['loss'] for name, label in students.items()}
-    title = f'Distillation loss, T² KL to the teacher{" and hints" if hints else ""} on its own images'
+    title = f'Distillation loss, T² KL{" and hints" if hints else " to the teacher"} on its own images'
     chart = _losses(curves, title, 'update', 'loss')
     tables, charts = _by_image_count(config.distillation.counts, taught)
     if stages:
         header = 'Resolution', 'teacher', 'student', 'projection'
-        tables.append(Table(header, stages, caption='Stages after which student and teacher are compared.'))
-    return Section('Distillation', tables=[table, *tables], charts=[chart, *charts])
+        tables.append(Table(header, stages, caption='Stages after which student and teacher are compared.', text_columns=4))
+    if shares := taught.get('held_out_class_agreement'):
+        tables.append(agreement_table(shares, names))
+    text = f"The student has {taught['parameters_ratio']:.2f} of the teacher's parameters and learned from it alone"
+    if (agreement := taught.get('held_out_agreement')) is not None:
+        text += f'; it {_agrees(agreement)}'
+    else:
+        text += _and_reads(taught['test_accuracy'], results.get('teacher', {}).get('test_accuracy'), 'the teacher')
+    return Section('Distillation', text, tables=[table, *tables], charts=[chart, *charts])
+
+
+def _agrees(agreement: float) -> str:
+    """Returns the end of a sentence about a student that is compared with the teacher without real images."""
+    return f'puts {percent(agreement)} of the images that it did not learn from into the class that the teacher does.'
+
+
+def _and_reads(score: float | None, other: float | None, name: str) -> str:
+    """Returns the end of a sentence about a network: its accuracy and another's, as far as they are known."""
+    if score is None:
+        return '.'
+    return f'; it reads {percent(score)} of the real test images right' + (
+        '.' if other is None else f', {name} {percent(other)}.'
+    )
 
 
 def _by_image_count(counts: tuple[int, ...], taught: dict) -> tuple[list[Table], list[str]]:
@@ -236,35 +322,76 @@ def _by_image_count(counts: tuple[int, ...], taught: dict) -> tuple[list[Table],
     return [table], [line_chart(curve, 'Student accuracy against image count', 'images', 'real test accuracy', log_x=True)]
 
 
-def _networks(results: dict) -> Section:
-    teacher, student = results['teacher'], results.get('distillation', {})
+def _classes(config, workdir: Workdir, data: RealData, names: tuple[str, ...]) -> Section | None:
+    """The networks of the run class by class; the figures go into by_class.json too. None before there is a teacher."""
+    if not is_there(config, workdir):
+        return None
+    teacher, networks, titles = load(config, workdir), {}, {}
+    for name, (file, title) in COMPARED.items():
+        if name in workdir.results and workdir.network(file).exists():
+            own = student_of(config, teacher).own if name == 'distillation' else own_module(config, teacher)
+            networks[file], titles[file] = load_classifier(workdir.network(file), own), title
+    if 'quantization' in workdir.results:
+        setting = smallest(workdir.results['quantization'])
+        path = workdir.network(f'quantized_{setting}')
+        if path.exists():
+            networks[path.stem], titles[path.stem] = load_quantized(path, teacher), f'network of {setting}'
+    digests = {name: network.digest() for name, network in {'teacher': teacher, **networks}.items()}
+    found = workdir.read_json('by_class.json', {})
+    if found.get('networks') != digests:  # else a finished run's report is made anew
+        found = {'networks': digests, **compare(teacher, networks, data.test)}
+        write_atomic(workdir.path / 'by_class.json', (json.dumps(found) + '\n').encode())
+    return class_section(found, titles, names)
+
+
+def _teacher(config, found: dict, metrics: Metrics) -> Section:
+    """Where the teacher comes from, what it scores, and how it was trained if it was trained here."""
+    group = config.teacher
+    name = group.factory or group.network
+    source = f'was read from {group.weights}' if group.weights else f'came from the function {group.factory}'
+    if trained := is_trained_here('teacher', config):
+        source = f'was trained here in {group.training.updates:,} updates'
+    text = f'{name}, of {found["parameters"]:,} parameters, {source}'
+    text += _and_reads(found['test_accuracy'], found['verifier_test_accuracy'], 'the verifier')
+    curves = {}
+    if trained:
+        for role in ('teacher', 'verifier'):
+            curves[role.capitalize()] = _curves(metrics.lines('teacher', role), ['loss'])['loss']
+    chart = _losses(curves, 'Loss of the trainings on real images', 'update', 'cross-entropy')
+    return Section('Teacher', text, charts=[chart])
+
+
+def _networks(config, workdir: Workdir) -> Section:
+    results = workdir.results
+    teacher, student, pruned = (results.get(task) for task in ('teacher', 'distillation', 'pruning'))
     rows = [
         ['Teacher', teacher['parameters'], teacher['flops'], percent(teacher['test_accuracy'])],
-        ['Verifier', None, None, percent(teacher['verifier_test_accuracy'])],
     ]
     if student:
-        rows.insert(1, ['Student', student['parameters'], student['flops'], percent(student['test_accuracy'])])
-    times = Table(
-        ('Task', 'seconds'),
-        [[task, results[task]['wall_seconds']] for task in TASKS if task in results],
-        caption='Wall time, compilation included.',
-    )
+        rows.append(['Student', student['parameters'], student['flops'], percent(student['test_accuracy'])])
+    if pruned:
+        cost = round(pruned['flops_ratio'] * teacher['flops'])
+        rows.append(['Pruned network', pruned['parameters'], cost, percent(pruned['test_accuracy'])])
+    if teacher['verifier_test_accuracy'] is not None and (config.verifier.weights or workdir.network('verifier').exists()):
+        verifier = load_verifier(config, workdir, load(config, workdir))
+        rows.append(['Verifier', verifier.parameters, flops(verifier), percent(teacher['verifier_test_accuracy'])])
+    times = [[task, results[task]['wall_seconds']] for task in TASKS if task in results]
+    tested = teacher['test_images']
     return Section(
         'Networks and time',
         tables=[
             Table(
                 ('Network', 'parameters', 'FLOPs an image', 'real test accuracy'),
                 rows,
-                caption=f'{number(teacher["test_images"])} real test images; two FLOPs a multiply-add.',
+                caption=('' if tested is None else f'{tested:,} real test images. ') + 'Two FLOPs a multiply-add.',
             ),
-            times,
+            Table(('Task', 'seconds'), times, caption='Wall time, compilation included.'),
         ],
     )
 
 
-def _grid(pool: ImagePool, caption: str, wide: bool = False) -> Picture:
-    labels = pool.rows('labels')[:]
-    return Picture(class_grid(pool.rows('images'), labels, PER_CLASS), caption, shown_classes(labels), wide)
+def _grid(pool: ImagePool, caption: str, names: tuple[str, ...], per_class: int, wide: bool = False) -> Picture:
+    return class_picture(pool.rows('images'), pool.rows('labels')[:], caption, names, per_class, wide=wide)
 
 
 def _curves(lines: Iterable[dict], values: Iterable[str], x: str = 'step') -> dict[str, tuple[list, list]]:

@@ -20,10 +20,16 @@ from dvinv.runtime.workdir import holds_work, plain
 HEADLINES = {  # what is printed of the figures in results.json, as patterns; in the order of the tasks
     'teacher': ('test_accuracy', 'verifier_test_accuracy'),
     'synthesis': ('images', 'verifier_accuracy', 'feature_loss_last', 'feature_loss_real'),
-    'distillation': ('test_accuracy', 'agreement', 'real_test_accuracy', 'prior_only_test_accuracy', 'noise_test_accuracy'),
-    'pruning': ('test_accuracy', 'unpruned_test_accuracy', 'flops_ratio', 'parameters_ratio'),
+    'distillation': (
+        'test_accuracy',
+        '*_agreement',
+        'real_test_accuracy',
+        'prior_only_test_accuracy',
+        'noise_test_accuracy',
+    ),
+    'pruning': ('test_accuracy', '*_agreement', 'unpruned_test_accuracy', 'flops_ratio', 'parameters_ratio'),
     'continual': ('test_accuracy', 'finetune_test_accuracy', 'replay_test_accuracy', 'joint_test_accuracy'),
-    'quantization': ('float_test_accuracy', 'w*a*.test_accuracy'),
+    'quantization': ('float_test_accuracy', 'w*a*.test_accuracy', 'w*a*_agreement'),
 }
 
 

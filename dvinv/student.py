@@ -1,5 +1,7 @@
 """The student: what it is taught by the teacher, and when its images come. One lesson for all students that are compared."""
 
+import dataclasses
+import functools
 import sys
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -7,13 +9,15 @@ from types import MappingProxyType
 import jax
 import jax.numpy as jnp
 
+from dvinv import factories
 from dvinv.configuration import recipe_of
 from dvinv.divergence import divergence
-from dvinv.errors import DvinvError
+from dvinv.errors import DvinvError, say
 from dvinv.graph.projections import initial_projections
 from dvinv.hints import Hints, choose_hints, layer_error, staged_forward
 from dvinv.inversion import Teacher
 from dvinv.inversion.execution import in_precision
+from dvinv.inversion.modules import check_trainable
 from dvinv.networks import create, shapes_of
 from dvinv.networks.inheritance import inherited
 from dvinv.rounds import Rounds
@@ -31,16 +35,16 @@ def student_of(config, teacher: Teacher, name: str = 'student', task: str = 'dis
     Raises:
       DvinvError: it should start from weights of the teacher, and no layer fits.
     """
-    start = None
+    start, own = None, module_of_student(config, teacher) if config.student.factory else None
     if config.student.inherit:
-        module = _module_of(config, teacher)
+        module = module_of_student(config, teacher)
         start = inherited(teacher.variables, shapes_of(module, teacher.image_shape))
         if not start:
             raise DvinvError(
                 'student.inherit is True, but no layer of the student has name and shapes of one of the teacher; set '
                 'student.inherit=False, or choose a student of the same family and width.'
             )
-    return Learner(task, name, config.student, teacher, ROLE, start=start)
+    return Learner(task, name, config.student, teacher, ROLE, start=start, own=own)
 
 
 def lesson_of(config, teacher: Teacher, rounds: Rounds) -> Lesson:
@@ -50,7 +54,7 @@ def lesson_of(config, teacher: Teacher, rounds: Rounds) -> Lesson:
     if not hints.pairs:
         loss = distillation_loss(teacher, group.temperature, group.hint, hints.layers, decay=group.hint_decay)
         return Lesson(recipe, loss, rounds, teacher.variables)
-    module = _module_of(config, teacher)
+    module = module_of_student(config, teacher)
     platform = platform_of(make_mesh(config.devices))
     return Lesson(
         recipe,
@@ -62,9 +66,33 @@ def lesson_of(config, teacher: Teacher, rounds: Rounds) -> Lesson:
     )
 
 
-def _module_of(config, teacher: Teacher):
-    """Returns the Linen module of the run's student of `teacher`."""
+def module_of_student(config, teacher: Teacher):
+    """Returns the run's student of `teacher`: a Linen module that takes x and `train`, or what has its `init` and `apply`.
+
+    Raises:
+      DvinvError: there is no such network, or it cannot be trained here.
+    """
+    if config.student.factory:
+        return _own_student(config.student.factory, teacher.image_shape, teacher.num_classes)
     return create(config.student.network, teacher.num_classes, config.student.width)
+
+
+@functools.cache
+def _own_student(factory: str, image_shape: tuple[int, int, int], num_classes: int):
+    module = factories.of_student(factory, num_classes)
+    check_trainable(module, image_shape, num_classes, f'The network of student.factory {factory!r}')
+    return module
+
+
+def say_larger(config, teacher: Teacher) -> None:
+    """Says, before anything is made, that the student has more parameters than `teacher`, if it has."""
+    shapes = shapes_of(module_of_student(config, teacher), teacher.image_shape)
+    student = dataclasses.replace(teacher, variables=shapes)
+    if student.parameters > teacher.parameters:
+        say(
+            f'The student has {student.parameters:,} parameters, more than the teacher ({teacher.parameters:,}); a smaller '
+            'one is named by student.network, student.width or student.factory.'
+        )
 
 
 def hints_of(config, teacher: Teacher) -> Hints:
@@ -75,7 +103,7 @@ def hints_of(config, teacher: Teacher) -> Hints:
     """
     if not config.distillation.hint:
         return Hints()
-    module = _module_of(config, teacher)
+    module = module_of_student(config, teacher)
     return choose_hints(config.distillation.hints, module, teacher)
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from dvinv import adaptive
-from dvinv.configuration import inversion_config, rounds_of
+from dvinv.configuration import inversion_config, is_trained_here, rounds_of
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
 from dvinv.evaluation import among_top, logits_of
@@ -89,16 +89,16 @@ def complete(config, workdir: Workdir) -> bool:
 def _real_feature_loss(config, teacher: Teacher, pool: ImagePool) -> float | None:
     """R_feature of real training batches of the pool's batch size, under the teacher's own augmentation.
 
-    That is `config.teacher.training`'s, also where the weights come from elsewhere; for a factory's teacher, the last
-    stage's. None without real training images. For reference only, computed when the pool is finished: nothing that makes
-    images sees it.
+    That is `config.teacher.training`'s, also where the weights come from elsewhere; for a Teacher that a factory returned,
+    the last stage's. None without real training images. For reference only, computed when the pool is finished: nothing
+    that makes images sees it.
     """
     data = load_real(config.data)
     if data is None or data.train is None:
         return None
     check_fits(teacher, data)
     stage = inversion_config(config).stages[-1]
-    if not config.teacher.factory:
+    if not config.teacher.factory or is_trained_here('teacher', config):
         recipe = config.teacher.training
         stage = dataclasses.replace(stage, augmentation='crop', jitter=recipe.shift, flip=recipe.flip, noise=recipe.noise)
     measure = make_feature_loss(teacher, stage)

@@ -14,7 +14,7 @@ from dvinv.configuration import inversion_config
 from dvinv.data.pool import ImagePool
 from dvinv.evaluation import logits_of
 from dvinv.inversion import Inversion, Teacher, balanced_labels, make_feature_loss, make_inverter
-from dvinv.inversion.canvas import blank_canvas, make_paint
+from dvinv.inversion.canvas import blank_canvas, in_scale, make_paint
 from dvinv.pools import all_batches, missing_batches, open_control, put_aside_damaged
 from dvinv.runtime import preemption
 from dvinv.runtime.devices import make_mesh
@@ -86,7 +86,8 @@ class Synthesizer:
         missing = missing_batches(config, pool)
         self._unfinished = UnfinishedBatches(workdir.path / 'checkpoints' / f'{task}-{series}', teacher.digest())
         decide(self._tidy, 'a look at the pool')
-        self._paint = make_paint(settings.canvas, settings.contrast, teacher)
+        scale = in_scale(settings.pixel_scale, teacher)
+        self._paint = make_paint(settings.canvas, settings.contrast, teacher, scale)
         if method == 'noise':
             self._invert = _make_noise(teacher, self._paint)
         else:

@@ -1,7 +1,5 @@
 """The task `teacher`: the network that is inverted and the verifier that judges the images, trained or read, then scored."""
 
-import functools
-import importlib
 from pathlib import Path
 
 import jax
@@ -13,14 +11,20 @@ from dvinv.data.dataset import RealData
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError, listed
 from dvinv.evaluation import accuracy, flops
-from dvinv.inversion.teacher import Teacher, trusted_linen
-from dvinv.networks import Classifier, create, load_classifier, read_classifier, shapes_of
-from dvinv.networks.classifier import check_finite
+from dvinv.factories import of_teacher
+from dvinv.inversion.modules import check_trainable, trained_part
+from dvinv.inversion.tap import running_statistics
+from dvinv.inversion.teacher import Teacher, teacher_of, trusted_linen
+from dvinv.networks import Classifier, classifier_of, create, load_classifier, load_network, read_classifier, shapes_of
+from dvinv.networks.classifier import check_finite, flatten
+from dvinv.networks.files import refuse_other
 from dvinv.rounds import Rounds
 from dvinv.runtime.workdir import Workdir, open_workdir
+from dvinv.student import say_larger
 from dvinv.training import Learner, Lesson, PlannedTraining, learn
 from dvinv.verifiers import check_alike, load_others, print_pixels, read_verifier, refuse_chance
 
+MEASURED = 10_000  # images, at most, of which the mean and std of pixels are taken
 ROLES = {'teacher': 1, 'verifier': 2}
 
 
@@ -64,7 +68,8 @@ def planned_trainings(config, teacher: Teacher) -> list[PlannedTraining]:
     for name in ROLES:
         if is_trained_here(name, config):
             group, count = config[name], len(load_real(config.data).train.labels)
-            module = create(group.network, teacher.num_classes, group.width)
+            own = own_module(config, teacher) if name == 'teacher' else None
+            module = create(group.network, teacher.num_classes, group.width) if own is None else own
             trainings.append(PlannedTraining(name, module, _lesson_of(group, count), teacher))
     return trainings
 
@@ -79,7 +84,7 @@ def is_there(config, workdir: Workdir) -> bool:
     return not is_trained_here('teacher', config) or workdir.has_network('teacher')
 
 
-def load(config, workdir: Workdir | None) -> Teacher:
+def load(config, workdir: Workdir | None) -> Teacher | Classifier:
     """The teacher of a run: from the user's factory, from a weights file, or as the task `teacher` trained it.
 
     Raises:
@@ -87,31 +92,59 @@ def load(config, workdir: Workdir | None) -> Teacher:
     """
     group = config.teacher
     if group.factory:
-        return _from_factory(group.factory)
-    module, variables, about = read(config, workdir)
+        teacher = of_teacher(config)
+        if not isinstance(teacher, Teacher):
+            module, variables, about = read(config, workdir)
+            return teacher_of(module, variables, **{name: about[name] for name in ('image_shape', 'mean', 'std')})
+        check_finite(teacher.variables, f'teacher.factory {group.factory!r}')  # it may have been changed since it was made
+        return teacher
+    return _to_invert(config, *read(config, workdir))
+
+
+def _to_invert(config, module, variables, about: dict) -> Teacher | Classifier:
+    """Returns the `Teacher` of a Linen module with its variables and the description of `networks.save_network`.
+
+    Where the task `teacher` is the only one, and inverts nothing, a network without running statistics is a `Classifier`.
+
+    Raises:
+      DvinvError: it cannot be inverted.
+    """
+    if {*config.tasks} <= {'teacher'} and not running_statistics(variables):
+        return classifier_of(module, variables, about)
     return trusted_linen(module, variables, image_shape=about['image_shape'], mean=about['mean'], std=about['std'])
 
 
-def module_of_teacher(config, data: RealData | None):
-    """The Linen module of the run's teacher, whether it is trained already or not.
+def image_shape(config) -> tuple[int, int, int]:
+    """(H, W, C) of the run's teacher, whether it is trained already or not."""
+    if not is_trained_here('teacher', config) and (config.teacher.factory or config.teacher.network):
+        return load(config, None).image_shape
+    data = load_real(config.data)
+    return data.image_shape if data else check(config).image_shape  # which refuses it
+
+
+def own_module(config, teacher: Teacher):
+    """Returns the user's network of `teacher`; None: it is one of dvinv's, known by its name."""
+    return teacher.module if config.teacher.factory else None
+
+
+def check_changeable(config, teacher: Teacher) -> None:
+    """Refuses a user's network that is to be changed and trained on, as pruning and continual learning do, and cannot be.
 
     Raises:
-      DvinvError: it comes from a factory, whose module is not known.
+      DvinvError: see `check_trainable`; or its function made the Teacher without telling the module.
     """
-    group = config.teacher
-    if group.factory:
-        raise DvinvError(
-            f'teacher.factory is {group.factory!r}, and of what a factory returns the module is not known, which this task '
-            'changes; name a network of dvinv.networks by teacher.network and its weights by teacher.weights.'
-        )
-    if is_trained_here('teacher', config):
-        return create(group.network, data.num_classes, group.width)
-    return read(config, None)[0]
+    if config.teacher.factory:
+        name = f'The network of teacher.factory {config.teacher.factory!r}'
+        if teacher.module is None:
+            raise DvinvError(f'{name} is not known; return what dvinv.from_linen or dvinv.from_nnx makes, which keep it.')
+        check_trainable(teacher.module, teacher.image_shape, teacher.num_classes, name, from_scratch=False)
 
 
 def read(config, workdir: Workdir | None):
     """(module, variables, description) of the run's teacher, as `networks.read_classifier` gives them."""
     group, given = config.teacher, {}
+    if group.factory:
+        return _read_own(config, workdir)
     if group.weights:  # else the file is of this run, and so are the settings that it was made with
         given = {'mean': tuple(group.mean), 'std': tuple(group.std), 'image_shape': group.image_shape, 'width': group.width}
     return read_classifier(_file(config, workdir, 'teacher'), group.network, field='teacher.network', **given)
@@ -119,12 +152,31 @@ def read(config, workdir: Workdir | None):
 
 def description(config, workdir: Workdir) -> dict:
     """What the teacher's network file would tell of it, see `networks.save_network`; 'network' is '' for a user's own."""
-    group = config.teacher
-    if group.factory:
-        teacher = load(config, workdir)
-        about = {name: getattr(teacher, name) for name in ('num_classes', 'image_shape', 'mean', 'std')}
-        return {'network': '', 'width': 1.0, **about}
     return read(config, workdir)[2]
+
+
+def _read_own(config, workdir: Workdir | None):
+    """Returns what `read` does, for `teacher.factory`."""
+    own, group = of_teacher(config), config.teacher
+    if isinstance(own, Teacher):
+        about = {name: getattr(own, name) for name in ('num_classes', 'image_shape', 'mean', 'std')}
+        return own.module, trained_part(own.variables), {'network': '', 'width': 1.0, **about}
+    path = _file(config, workdir, 'teacher')
+    variables, about = load_network(path)
+    if group.weights:
+        given = {'mean': tuple(group.mean), 'std': tuple(group.std), 'image_shape': group.image_shape}
+        refuse_other(path, 'teacher.', about, given)
+    ours, theirs = (
+        {name: tuple(np.shape(leaf)) for name, leaf in flatten(tree).items()}
+        for tree in (shapes_of(own, about['image_shape']), variables)
+    )
+    if ours != theirs:
+        differing = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
+        raise DvinvError(
+            f'{path} holds other weights than the network of teacher.factory {group.factory!r} has: {listed(differing, 3)} '
+            'differ; give the weights of this network, or another --workdir if it was changed.'
+        )
+    return own, variables, about
 
 
 def load_verifier(config, workdir: Workdir | None, teacher: Teacher) -> Classifier | None:
@@ -171,7 +223,7 @@ def check_fits(teacher: Classifier, data: RealData) -> None:
         )
 
 
-def check(config) -> Teacher:
+def check(config) -> Teacher | Classifier:
     """Refuse, before anything is written, a teacher that could not be inverted or does not fit the data.
 
     Returns:
@@ -197,9 +249,15 @@ def check(config) -> Teacher:
                 f'teacher.image_shape is {tuple(group.image_shape)}, but the teacher is trained here, on images of '
                 f'{tuple(shape)}; leave it out, or scale these by data.image_size.'
             )
-        module = create(group.network, data.num_classes, group.width)
         mean, std = _pixels(config, data)
-        teacher = trusted_linen(module, shapes_of(module, shape), image_shape=shape, mean=mean, std=std)
+        if group.factory:
+            module = of_teacher(config)
+            check_trainable(module, shape, data.num_classes, f'The network of teacher.factory {group.factory!r}')
+            teacher = teacher_of(module, shapes_of(module, shape), image_shape=shape, mean=mean, std=std)
+        else:
+            module = create(group.network, data.num_classes, group.width)
+            about = {'image_shape': shape, 'num_classes': data.num_classes, 'mean': mean, 'std': std}
+            teacher = _to_invert(config, module, shapes_of(module, shape), about)
     else:
         teacher = load(config, None)
         if not config.teacher.factory:
@@ -222,7 +280,9 @@ def check(config) -> Teacher:
     if judges(config) or 'report' in config.tasks:
         load_others(config, teacher, say=True)
     if trains_student(config):
-        _check_takes('student', config.student, teacher)
+        if not config.student.factory:
+            _check_takes('student', config.student, teacher)
+        say_larger(config, teacher)
     return teacher
 
 
@@ -264,7 +324,8 @@ def supervised(label_smoothing: float):
 def _train(name: str, config, workdir: Workdir, data: RealData, like: Classifier) -> None:
     """Teach teacher or verifier the labels of the real training images."""
     group, train = config[name], data.train
-    learner = Learner('teacher', name, group, like, ROLES[name])
+    own = of_teacher(config) if name == 'teacher' and group.factory else None
+    learner = Learner('teacher', name, group, like, ROLES[name], own=own)
     learn(config, workdir, learner, _lesson_of(group, len(train.labels)), train.images, train.labels)
 
 
@@ -282,27 +343,6 @@ def _file(config, workdir: Workdir | None, name: str) -> Path:
     return path
 
 
-@functools.cache
-def _from_factory(name: str) -> Teacher:
-    """What the user's 'module:function' returns."""
-    module, _, function = name.partition(':')
-    try:
-        factory = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise DvinvError(
-            f"teacher.factory is {name!r}, which cannot be imported ({error}); it must be 'module:function' on "
-            'the Python path.'
-        ) from error
-    teacher = factory()
-    if not isinstance(teacher, Teacher):
-        raise DvinvError(
-            f'teacher.factory {name!r} returned a {type(teacher).__name__}; it must return a dvinv.Teacher, as '
-            'dvinv.from_linen and dvinv.from_nnx make.'
-        )
-    check_finite(teacher.variables, f'teacher.factory {name!r}')  # it may have been changed since it was made
-    return teacher
-
-
 def _blank(config, data: RealData) -> Classifier:
     """What a network trained here will be, without weights."""
     return Classifier(None, None, data.image_shape, data.num_classes, *_pixels(config, data))
@@ -311,4 +351,9 @@ def _blank(config, data: RealData) -> Classifier:
 def _pixels(config, data: RealData) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Returns the mean and std of a teacher that is trained here."""
     half = (0.5,) * data.image_shape[-1]
-    return tuple(config.teacher.mean) or half, tuple(config.teacher.std) or half
+    usual = half, half
+    if config.teacher.factory:  # as users do; with the others 0.5 came first, and stays
+        rows = np.unique(np.linspace(0, len(data.train.labels) - 1, MEASURED).astype(int))
+        pixels = data.train.images[rows].reshape(-1, len(half)) / 255
+        usual = tuple(tuple(round(float(v), 4) for v in values) for values in (pixels.mean(0), pixels.std(0)))
+    return tuple(config.teacher.mean) or usual[0], tuple(config.teacher.std) or usual[1]

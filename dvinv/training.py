@@ -472,6 +472,7 @@ class Learner:
       part: of a network that learns in several trainings, which one this is; each shuffles anew.
       start: variables that it goes on from (see `Training`); None: random ones.
       kept: the channels that are left of a pruned network (see `networks.channels.Narrow`).
+      own: the user's network (see `inversion.modules`) that learns instead of `network`; None: that does.
     """
 
     task: str
@@ -482,13 +483,20 @@ class Learner:
     part: int = 0
     start: dict | None = None
     kept: dict[str, tuple[int, ...]] | None = None
+    own: Any = None
 
     @property
     def about(self) -> dict:
         """Its description, as `networks.save_network` takes it."""
         about = {field: getattr(self.like, field) for field in ('num_classes', 'image_shape', 'mean', 'std')}
         pruned = {'kept': self.kept} if self.kept else {}
-        return {'network': self.network.network, 'width': self.network.width, **about, **pruned}
+        network = {'network': '', 'width': 1.0} if self.own is not None else dict(self.network.items())
+        return {'network': network['network'], 'width': network['width'], **about, **pruned}
+
+    @property
+    def module(self):
+        """The network: a Linen module that takes x and `train`, or what has its `init` and `apply`."""
+        return module_of(self.about, self.own)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -516,7 +524,7 @@ def training_of(config, workdir: Workdir, learner: Learner, lesson: Lesson) -> T
     if learner.part:
         seed = int(np.random.SeedSequence([seed, learner.part]).generate_state(1)[0])
     where = workdir, learner.task, learner.name, config.logging
-    return Training(module_of(learner.about), lesson, learner.like, seed, mesh, *where, learner.start)
+    return Training(learner.module, lesson, learner.like, seed, mesh, *where, learner.start)
 
 
 def learn(config, workdir: Workdir, learner: Learner, lesson: Lesson, images: Array, labels: Array) -> Classifier:
@@ -530,7 +538,7 @@ def learn(config, workdir: Workdir, learner: Learner, lesson: Lesson, images: Ar
         with training_of(config, workdir, learner, lesson) as training:
             variables = training.finish(images, labels)
         save_network(path, variables, learner.about)
-    return load_classifier(path)
+    return load_classifier(path, learner.own)
 
 
 def _floats(losses: list) -> list[float]:

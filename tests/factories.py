@@ -99,5 +99,20 @@ def standardised():
 
 
 def no_teacher():
-    """What is no teacher at all."""
-    return TinyNet()
+    """What is no network at all."""
+    return {}
+
+
+def module(num_classes):
+    """A network that is yet to be trained."""
+    return TinyNet(num_classes=num_classes)
+
+
+def ten_classes():
+    """The same, of so many classes whatever the data."""
+    return TinyNet(num_classes=10)
+
+
+def needs_more(num_classes, depth):
+    """A function that asks for what nobody gives."""
+    return TinyNet(num_classes=num_classes, channels=(4,) * depth)

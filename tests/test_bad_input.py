@@ -75,6 +75,7 @@ def parse(monkeypatch):
 
 
 SMOKE = ('--config', 'configs/digits.py:smoke')
+OWN = ('--config', 'tests/own_config.py')
 
 
 @pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')  # ml_collections reads config files by it
@@ -87,6 +88,7 @@ SMOKE = ('--config', 'configs/digits.py:smoke')
         (('--workdir', 'w', *SMOKE, '--config.teacher.training.learning_rate=high'), ['learning_rate=high', 'float']),
         (('--workdir', 'w', *SMOKE, '--config.synthesis.stages[0].iterations=x'), ['stages[0].iterations=x', 'int']),
         (('--workdir', 'w', *SMOKE, '--config.synthesis.stages[4].iterations=5'), ['beyond the end of a tuple']),
+        (('--workdir', 'w', *OWN, '--config.synthesis.stages[0].iterations=5'), ['give all of them', "base_config('32px')"]),
         (SMOKE, ['--workdir is missing']),
         (('--workdir', 'w', *SMOKE, '--seeds', '-1'), ['--seeds is -1', 'at least 1']),
         (('--workdir', 'w', *SMOKE, '--sedes', '3'), ["Unknown command line flag 'sedes'", 'Did you mean: seeds']),
@@ -113,6 +115,13 @@ def test_a_mistyped_command_is_told(parse, argv, words):
     assert all(word in message for word in words), message
     assert 'Errno' not in message
     assert '\\' not in message
+
+
+@pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
+def test_a_config_file_that_fails_is_told(parse, tmp_path):
+    (tmp_path / 'config.py').write_text("def get_config(): return open('/no/such/file')")
+    words = "The config file fails: No such file or directory: '/no/such/file'"
+    assert parse('--workdir', 'w', '--config', str(tmp_path / 'config.py')).startswith(words)
 
 
 def test_an_unknown_key_ends_the_process_with_one_line(command, tmp_path):
@@ -249,7 +258,7 @@ ADAPTIVE = {
         ({'teacher__factory': 'factories:missing'}, ["'factories:missing'", 'cannot be imported']),
         ({'teacher__factory': 'no_such_module:teacher'}, ["'no_such_module:teacher'", 'cannot be imported']),
         ({'teacher__factory': 'factories'}, ["'factories'", "must be 'module:function'"]),
-        ({'teacher__factory': 'factories:no_teacher'}, ['returned a TinyNet', 'dvinv.from_linen']),
+        ({'teacher__factory': 'factories:no_teacher'}, ['returned a dict', 'dvinv.from_linen']),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path, changes, words):

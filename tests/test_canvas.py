@@ -2,13 +2,18 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, trained_variables
 
-from dvinv.inversion import PRESETS, InversionConfig, Stage, Weights, invert
-from dvinv.inversion.canvas import blank_canvas, make_paint
+from dvinv.errors import DvinvError
+from dvinv.inversion import PRESETS, InversionConfig, Stage, Weights, feature_loss, invert
+from dvinv.inversion.canvas import blank_canvas, in_scale, make_paint, rescaled
+from dvinv.inversion.step import InversionState, make_step
+from dvinv.inversion.teacher import trusted_linen
 from dvinv.networks import Classifier
 
 SHAPE = (32, 24, 3)
@@ -103,3 +108,67 @@ def test_an_inversion_through_the_spectrum_ends_in_pixels_that_the_teacher_takes
 def test_the_presets_say_which():
     assert PRESETS['cifar10_crop'].canvas == 'spectrum'
     assert PRESETS['cifar10_paper'].canvas == PRESETS['digits'].canvas == 'pixels'
+
+
+class Twin(TinyNet):
+    """A TinyNet for pixels of another scale: it takes `std` times what a TinyNet takes, plus `mean`."""
+
+    mean: tuple = ()
+    std: tuple = ()
+
+    @nn.compact
+    def __call__(self, x):
+        return super().__call__((x - jnp.array(self.mean)) / jnp.array(self.std))
+
+
+def twin(mean, std):
+    """A teacher that answers as `tiny_teacher` does, for pixels that are normalised by `mean` and `std`."""
+    old, new = (np.float64(values) for values in ((MEAN, STD), (mean, std)))
+    module = Twin(mean=tuple((old[0] - new[0]) / new[1]), std=tuple(old[1] / new[1]))
+    return trusted_linen(module, trained_variables(TinyNet()), image_shape=IMAGE_SHAPE, mean=mean, std=std)
+
+
+@pytest.mark.parametrize('canvas', ['pixels', 'spectrum'])
+def test_networks_for_pixels_of_any_scale_give_the_same_images(teacher, canvas):
+    weights = Weights(feature=0.3, first_bn_multiplier=2.0, total_variation=1e-2, l2=1e-2)
+    stage = Stage(4, 0.2, augmentation='crop', jitter=1, noise=0.1)
+    config, labels = InversionConfig((stage,), weights, canvas=canvas), np.arange(6, dtype=np.int32) % teacher.num_classes
+
+    def begun(teacher):
+        canvas, key = blank_canvas(jax.random.key(3), 6, IMAGE_SHAPE)
+        state = InversionState(canvas, stage.optimiser().init(canvas), jnp.zeros((), jnp.int32), key)
+        step = jax.jit(make_step(teacher, config, stage), compiler_options={'xla_backend_optimization_level': 0})
+        for _ in range(2):
+            state, terms = step(state, labels, teacher.variables, None)
+        paint = make_paint(config.canvas, config.contrast, teacher, in_scale(config.pixel_scale, teacher))
+        return np.asarray(paint(state.canvas)) * np.float32(teacher.std) + np.float32(teacher.mean), terms
+
+    images, terms = begun(teacher)
+    other, others = begun(twin((0, 0.1), (1 / 255, 2.0)))
+    np.testing.assert_allclose(other, images, atol=1e-3)
+    for term, value in terms.items():
+        np.testing.assert_allclose(others[term], value, rtol=1e-3, err_msg=term)
+
+
+def test_normalised_pixels_keep_their_scale_in_the_published_presets_and_raw_ones_do_not(teacher):
+    assert in_scale('network', teacher) is teacher
+    raw = dataclasses.replace(teacher, mean=(0.0, 0.0), std=(1 / 255,) * 2)
+    assert (
+        in_scale('network', raw) == in_scale('common', raw) == in_scale('common', dataclasses.replace(raw, std=(1.0, 1.0)))
+    )
+    x = np.random.default_rng(0).normal(size=(2, *IMAGE_SHAPE)).astype(np.float32)
+    scale = in_scale('common', teacher)
+    pixels = x * np.float32(STD) + np.float32(MEAN)
+    np.testing.assert_allclose(rescaled(x, teacher, scale), (pixels - 0.5) / 0.25, rtol=1e-4, atol=1e-5)
+    assert rescaled(x, teacher, teacher) is x
+
+
+def test_the_settings_and_the_key_may_be_left_out(teacher, monkeypatch):
+    monkeypatch.setitem(PRESETS, '8px', dataclasses.replace(PRESETS['8px'], stages=(Stage(1, 0.1),)))
+    first = invert(teacher, [0, 1, 2])
+    np.testing.assert_array_equal(first.images, invert(teacher, [0, 1, 2], '8px', jax.random.key(0)).images)
+    pixels = teacher.to_uint8(first.images)
+    loss = feature_loss(teacher, pixels)
+    assert loss == pytest.approx(first.metrics['feature'][0], rel=0.3)
+    with pytest.raises(DvinvError, match=r'shape \(3, 8, 8\); the network takes \[B, 8, 8, 2\]'):
+        feature_loss(teacher, pixels[..., 0])

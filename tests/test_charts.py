@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from dvinv.runtime.charts import LARGEST, MAX_BUCKETS, MAX_DOTS, line_chart
+from dvinv.runtime.charts import LARGEST, MAX_BUCKETS, MAX_DOTS, PANEL_HEIGHT, line_chart, line_panels
 
 HOSTILE = '<script src="x">&\'</script>'
 
@@ -47,16 +47,47 @@ def _ticks(svg):
 )
 def test_any_values_make_a_well_formed_chart_of_finite_coordinates(y, log_y, log_x):
     svg = line_chart({'loss': (list(range(len(y))), y)}, 't', 'x', 'y', log_y, log_x)
+    if not np.isfinite(np.array(y, float)).any():
+        assert not svg
+        return
     ElementTree.fromstring(svg)
     assert not re.search(r'\b(nan|inf)\b', svg)
     for points in _points(svg):
         assert np.all((points >= 0) & (points <= 520))
 
 
-def test_no_series_says_so():
-    svg = line_chart({}, 't', 'x', 'y', log_y=True)
+@pytest.mark.parametrize('series', [{}, {'a': ([], [])}, {'a': ([1, 2], [None, None])}])
+def test_nothing_is_drawn_of_no_points(series):
+    assert line_chart(series, 't', 'x', 'y', log_y=True) == line_panels(series, 't', 'x', log_y=True) == ''
+
+
+def test_panels_have_an_axis_each_so_that_small_values_are_seen():
+    series = {'small': ([0, 5, 10], [0.01, 0.02, 0.03]), 'large': ([0, 5, 10], [900.0, 950.0, 1000.0]), 'none': ([], [])}
+    svg = line_panels(series, 'terms', 'iteration')
     ElementTree.fromstring(svg)
-    assert 'no data' in svg
+    small, large = _points(svg)
+    for points in (small, large):
+        np.testing.assert_allclose(points[0, 1] - points[2, 1], PANEL_HEIGHT / 1.1, atol=0.2)  # less 5% at both ends
+    assert small[:, 1].max() < large[:, 1].min()
+    np.testing.assert_array_equal(small[:, 0], large[:, 0])
+    assert re.findall(r'<tspan dx="6">([^<]*)<', svg) == ['small', 'large']
+    assert 'series-1' in svg
+    assert 'series-2' in svg
+    assert _ticks(svg) == ['0', '2', '4', '6', '8', '10']  # the x axis, once
+
+
+def test_a_panel_that_has_no_place_on_a_log_axis_has_a_linear_one():
+    svg = line_panels({'loss': ([0, 1], [1.0, 100.0]), 'zero': ([0, 1], [0.0, -1.0])}, 't', 'x', log_y=True)
+    assert [len(points) for points in _points(svg)] == [2, 2]
+    assert 'not shown' not in svg
+
+
+@pytest.mark.parametrize('decades', [0.5, 2, 4, 12, 40])
+def test_a_panel_has_room_for_its_ticks(decades):
+    svg = line_panels({'a': ([0, 1], [1.0, 10.0**decades])}, 't', 'x', log_y=True)
+    heights = sorted(float(y) for y in re.findall(r'<text x="[\d.]+" y="([\d.]+)" text-anchor="end"', svg))
+    assert 1 <= len(heights) <= 6
+    assert np.all(np.diff(heights) >= 11)
 
 
 def test_a_gap_breaks_the_line_and_leaves_a_lone_point_visible():

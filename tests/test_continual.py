@@ -343,7 +343,6 @@ def test_the_report_shows_what_each_task_left_of_the_others(undisturbed, data):
         ({'data__classes': (0, 1, 2)}, ["teacher's head has 4 classes, but data has 3", 'data.classes']),
         ({'teacher__width': 0.5}, ['teacher.width is 0.5, but', 'write teacher.width=0.125']),
         ({'teacher__width': 1.0}, ['not the small_convnet of width 1.0', 'cannot grow a head']),
-        ({'teacher__factory': 'factories:own', 'data__classes': ()}, ["factory is 'factories:own'", 'network and weights']),
         ({'continual__loss': 'ewc'}, ["continual.loss is 'ewc'", 'deepinversion, always_be_dreaming']),
         ({'continual__controls': ('deepinversion',)}, ["controls names 'deepinversion'", 'finetune, lwf_mc']),
         (

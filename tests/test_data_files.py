@@ -146,6 +146,11 @@ def test_classes_are_those_named_or_those_of_both_files(tmp_path):
     assert load_real(Source('npz', named)).num_classes == 5
     assert load_real(Source('npz', plain, named)).num_classes == 5
     assert load_real(Source('npz', plain)).num_classes == 3
+    assert (
+        load_real(Source('npz', named)).class_names == load_real(Source('npz', plain, named)).class_names == tuple('abcde')
+    )
+    assert load_real(Source('npz', named, classes=(2, 0))).class_names == ('c', 'a')
+    assert load_real(Source('npz', plain)).class_names == ()
     assert load_real(Source('npz', plain, more)).num_classes == 7
     sentence = f'The class_names of {named} are those of the labels 0 to 4, but the highest label is 6.'
     assert refusal('npz', named, more) == refusal('npz', more, named) == sentence
@@ -320,7 +325,7 @@ def test_labels_of_folders(names, class_names, labels, by_position):
 def test_folders_named_by_numbers_are_the_classes_of_these_numbers(tmp_path):
     path = write_folders(tmp_path / 'test', classes=['0', '10', '2'])
     data = load_real(Source('folders', path))
-    assert (data.num_classes, data.by_position) == (11, False)
+    assert (data.num_classes, data.by_position, data.class_names) == (11, False, ())
     for number, label in enumerate((0, 10, 2)):
         np.testing.assert_array_equal(data.test.images[data.test.labels == label], images(3) + 40 * number)
     chosen = load_real(Source('folders', path, classes=(10, 2)))
@@ -335,7 +340,9 @@ def test_numbered_folders_need_not_be_the_same_to_train_and_to_score(tmp_path):
 
 def test_class_names_that_do_not_fit_are_refused(tmp_path):
     path = write_folders(tmp_path / 'test')
-    assert load_real(Source('folders', path, class_names=('bee', 'cat', 'ant'))).test.labels.tolist() == [2] * 3 + [0] * 3
+    data = load_real(Source('folders', path, class_names=('bee', 'cat', 'ant')))
+    assert (data.test.labels.tolist(), data.class_names) == ([2] * 3 + [0] * 3, ('bee', 'cat', 'ant'))
+    assert load_real(Source('folders', path)).class_names == ('ant', 'bee')
     assert 'the folders ant, bee, which data.class_names does not name' in refusal('folders', path, class_names=('cat',))
     assert "data.class_names is ('ant', 'ant'); it must be different" in refusal('folders', path, class_names=('ant', 'ant'))
     assert "data.class_names is ('ant',), but the data set 'digits' takes none" in refusal('digits', class_names=('ant',))
@@ -416,6 +423,7 @@ def prepared(tmp_path_factory):
             """The real one's name, version and features, other pictures."""
 
             def _split_generators(self, manager):
+                self.info.features['label'].names = list('abcdefghij')  # as the real one does
                 return {'train': self._generate_examples(20), 'test': self._generate_examples(10)}
 
             def _generate_examples(self, count):
@@ -430,7 +438,7 @@ def prepared(tmp_path_factory):
 
 def test_prepared_data_are_read(prepared):
     data = load_real(Source('cifar10', str(prepared)))
-    assert data.num_classes == 10
+    assert (data.num_classes, data.class_names) == (10, tuple('abcdefghij'))
     for split, count in ((data.train, 20), (data.test, 10)):
         assert (split.images.dtype, split.labels.dtype) == (np.uint8, np.int32)
         order = np.argsort(split.images[:, 0, 0, 0])  # TFDS shuffles

@@ -24,7 +24,7 @@ EVERY_TERM = Weights(feature=0.3, first_bn_multiplier=2.0, total_variation=1e-2,
 
 
 def _config(*stages, **fields):
-    return InversionConfig(stages or (Stage(2, 0.1),), **fields)
+    return InversionConfig(stages or (Stage(2, 0.1),), **{'pixel_scale': 'network', **fields})
 
 
 def _flat_batch(teacher, stage, config, **others):

@@ -235,3 +235,20 @@ def test_a_student_that_agrees_with_its_teacher_has_nothing_to_learn():
     value, gradient = jax.value_and_grad(_distil(3.0))(_logits(14), _logits(14))
     np.testing.assert_allclose(value, 0, atol=1e-6)
     np.testing.assert_allclose(gradient, 0, atol=1e-6)
+
+
+def test_a_first_layer_of_raw_pixels_is_in_units_of_its_deviation():
+    rng = np.random.default_rng(0)
+    moments, statistics = ({name: tuple(rng.uniform(0.5, 2, (2, 4))) for name in ('first', 'second')} for _ in range(2))
+
+    def scaled(layers, by):
+        (mean, variance), second = layers['first'], layers['second']
+        return {'first': (by * mean, by**2 * variance), 'second': second}
+
+    plain, raw, rawer = (losses.feature_terms(scaled(moments, by), scaled(statistics, by)) for by in (1, 64, 255))
+    deviation = np.sqrt(statistics['first'][1].mean())
+    np.testing.assert_allclose(raw['first'], rawer['first'], rtol=1e-5)
+    mean, variance = (np.linalg.norm(moments['first'][i] - statistics['first'][i]) for i in (0, 1))
+    np.testing.assert_allclose(plain['first'], mean + variance, rtol=1e-5)
+    np.testing.assert_allclose(raw['first'], mean / deviation + variance / deviation**2, rtol=1e-5)
+    np.testing.assert_allclose([raw['second'], rawer['second']], [plain['second']] * 2)

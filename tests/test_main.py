@@ -115,11 +115,18 @@ def test_logits_in_the_pool_are_those_of_the_stored_pixels(finished):
 def test_the_report_is_one_page_that_needs_no_other_file(finished):
     page = (finished / 'report.html').read_text().replace('xmlns="http://www.w3.org/2000/svg"', '')
     assert not re.search(r'https?://|url\(|@import|<script|<link', page)
-    assert all(source.startswith(('data:image/png;base64,', '#')) for source in re.findall(r'(?:src|href)="([^"]*)"', page))
-    assert page.count('<img') == 3
+    assert all(source.startswith('data:image/png;base64,') for source in re.findall(r'src="([^"]*)"', page))
+    links = [link for link in re.findall(r'href="([^"]*)"', page) if not link.startswith('#')]
+    assert 'networks/student.safetensors' in links
+    assert all((finished / link).exists() for link in links)
+    assert page.count('<img') == 4
+    assert page.count('</h2>\n<div class="text"><p>') == page.count('</h2>') - 2  # of Quality and of Networks and time
+    assert 'Teacher (rows) and student (columns)' in page
+    assert '–' not in page.split('<details')[0]
+    assert len(json.loads((finished / 'by_class.json').read_text())['accuracy']['student']) == 10
     quality = json.loads((finished / 'quality.json').read_text())
     assert list(quality) == ['synthesized', 'prior_only', 'noise', 'real']
-    assert quality['real']['frechet_distance'] == pytest.approx(0, abs=1e-3)
+    assert quality['real']['frechet_distance'] == 0
     assert quality['noise']['frechet_distance'] > 0
     assert 'Fréchet distance' in page
     assert f'{100 * results(finished)["distillation"]["test_accuracy"]:.1f}%' in page
@@ -292,6 +299,7 @@ def test_a_run_without_any_real_data_leaves_scores_open(tmp_path):
     assert scores == [None] * 4
     page = (tmp_path / 'run' / 'report.html').read_text()
     assert 'None' not in page.split('<details')[0]
+    assert '–' not in page.split('<details')[0]
 
 
 # Seeds
@@ -299,7 +307,7 @@ def test_a_run_without_any_real_data_leaves_scores_open(tmp_path):
 
 def test_several_seeds_give_mean_and_deviation(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / 'runs' / 'seed-0')
-    config = smoke_config(tasks=('teacher', 'report'))
+    config = smoke_config(**TEACHER_ALONE)
     summary = seeds.run(config, tmp_path / 'runs', 2)
     first, second = (results(tmp_path / 'runs' / f'seed-{seed}') for seed in (0, 1))
     assert summary == json.loads((tmp_path / 'runs' / 'results.json').read_text())
@@ -312,12 +320,11 @@ def test_several_seeds_give_mean_and_deviation(finished, tmp_path, capsys):
     said = capsys.readouterr().err
     assert f'seed 1 of 2 (config.seed is 0), in {tmp_path / "runs" / "seed-0"}; done, not run again: teacher\n' in said
     assert f'seed 2 of 2 (config.seed is 1), in {tmp_path / "runs" / "seed-1"}\n' in said
-    page = (tmp_path / 'runs' / 'report.html').read_text()
+    page = seeds._report(config, summary)
     rows = re.findall(r'<tr[^>]*><td class="words">(.*?)</td><td>', page)
     links = [f'<a href="seed-{seed}/report.html">seed {seed}</a>' for seed in (0, 1)]
     assert rows == ['mean', 'standard deviation', *links]
     assert f'<strong>{50 * (a + b):.1f}%</strong>' in page
-    assert (tmp_path / 'runs' / 'seed-1' / 'report.html').exists()
 
 
 def test_the_flag_seeds_prints_the_table(finished, command, tmp_path):

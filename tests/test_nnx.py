@@ -358,3 +358,17 @@ def test_either_door_names_the_other():
         _teacher(TinyNet())
     with pytest.raises(DvinvError, match='a Twin is none; an NNX model goes to dvinv\\.from_nnx'):
         from_linen(_model(Twin), {}, **PICTURES)
+
+
+def test_logits_are_picked_from_what_a_model_returns():
+    class Both(Twin):
+        def __call__(self, x, phase):
+            return super().__call__(x), x
+
+    pictures = {'image_shape': IMAGE_SHAPE, 'mean': MEAN, 'std': STD}
+    with pytest.raises(DvinvError, match=r"It takes phase beside x; .* call_kwargs=\{'phase': \.\.\.\}"):
+        from_nnx(Both(nnx.Rngs(0)), **pictures)
+    with pytest.raises(DvinvError, match=r'logits=lambda out: out\[0\]'):
+        from_nnx(Both(nnx.Rngs(0)), **pictures, call_kwargs={'phase': 0})
+    teacher = from_nnx(Both(nnx.Rngs(0)), **pictures, call_kwargs={'phase': 0}, logits=lambda out: out[0])
+    assert teacher.apply_fn(teacher.variables, np.zeros((2, *IMAGE_SHAPE), np.float32)).shape == (2, teacher.num_classes)

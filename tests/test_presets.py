@@ -1,8 +1,11 @@
-"""The presets carry the published settings."""
+"""The presets carry the published settings; one is chosen by the images' size where none is named."""
 
 import pytest
+from smoke import smoke_config
 
-from dvinv import PRESETS
+from dvinv import PRESETS, pipeline
+from dvinv.configuration import base_config, inversion_config, settle
+from dvinv.inversion import preset_for
 
 # The published settings: (iterations, resolution, jitter) a stage, then betas, bounds of the learning rate, and so on.
 IMAGENET = {
@@ -92,3 +95,49 @@ def test_presets_are_the_published_settings(name):
         weights.competition,
     ) == (1, *(row[field] for field in ('feature', 'first', 'tv', 'l2', 'competition')))
     assert (preset.total_variation, preset.l2, preset.prior_on) == ('l2', row['norm'], 'view')
+
+
+@pytest.mark.parametrize(
+    ('shape', 'name'),
+    [
+        ((4, 4, 1), '8px'),
+        ((8, 8, 1), '8px'),
+        ((28, 28, 1), '32px'),
+        ((64, 48, 13), '32px'),
+        ((128, 8, 3), '8px'),
+        ((96, 160, 3), '128px'),
+        ((224, 224, 3), '224px'),
+        ((600, 400, 3), '224px'),
+    ],
+)
+def test_a_preset_is_chosen_by_the_shorter_side(shape, name):
+    assert preset_for(shape) == name
+    PRESETS[name].check(shape)
+
+
+def test_a_config_without_a_preset_is_filled_by_image_size_and_what_is_set_stays():
+    config = base_config()
+    config.synthesis.weights.feature = 3.0
+    config.synthesis.precision = 'bfloat16'
+    assert settle(config, lambda: (32, 32, 3))
+    settings = inversion_config(config)
+    assert settings.stages == PRESETS['32px'].stages
+    assert (settings.weights.feature, settings.weights.total_variation, settings.precision) == (3.0, 2e-3, 'bfloat16')
+    assert not settle(config, None)  # asks for no shape where there is nothing to fill
+    config = base_config()
+    config.synthesis.stages = ({'iterations': 5, 'learning_rate': 0.1},)
+    assert not settle(config, lambda: (8, 8, 1))
+    assert inversion_config(config).weights == PRESETS['8px'].weights
+
+
+def test_a_named_preset_is_not_touched():
+    config = base_config('cifar10_crop')
+    assert not settle(config, None)
+    assert inversion_config(config) == PRESETS['cifar10_crop']
+
+
+def test_a_run_asks_the_teacher_for_the_size():
+    config = smoke_config(teacher__factory='factories:own', verifier__network='', distillation__controls=())
+    config.synthesis.update({name: value for name, value in base_config().synthesis.items() if name in ('stages', 'canvas')})
+    pipeline.check(config)
+    assert inversion_config(config).stages == PRESETS['8px'].stages

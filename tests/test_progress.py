@@ -92,7 +92,7 @@ def test_a_bar_of_a_wide_terminal_has_the_terms_and_says_that_it_compiles(monkey
     stream = Terminal()
     with Progress('synthesis', 4, 'updates', stream=stream) as progress:
         assert '0/4 updates, compiling' in stream.getvalue()
-        progress.update(4, loss=1.0, cross_entropy=2.0)
+        progress.update(4, cross_entropy=2.0, loss=1.0)
     assert '4/4 updates, loss 1, cross entropy 2' in stream.getvalue()
     assert re.search(r'synthesis: done, 4 updates in \d s\n$', stream.getvalue())
 

@@ -160,12 +160,6 @@ def test_what_cannot_be_pruned_as_asked_is_refused(tmp_path, changes, words):
     assert not (tmp_path / 'run').exists()
 
 
-def test_a_factorys_network_is_refused(tmp_path):
-    config = smoke_config(tasks=('pruning',), teacher__factory='factories:own', verifier__network='')
-    with pytest.raises(DvinvError, match=r"teacher\.factory is 'factories:own'.*the module is not known"):
-        pipeline.run(config, tmp_path / 'run')
-
-
 def test_fewer_channels_never_cost_more_however_noisy_the_table():
     channels = find_channels(TinyNet(), IMAGE_SHAPE)
     widths, noise = [[1, 2, 4], [1, 2, 5]], np.random.default_rng(0)

@@ -313,7 +313,7 @@ def test_neither_controls_nor_scores_change_the_network(quantized, given, tmp_pa
 
 def test_the_report_draws_accuracy_against_bits_and_megabytes(quantized):
     page = render('t', 's', sections=[quantization_section(quantized[1])])
-    for words in ('w4a4, distilled', 'against bits of a weight', 'against the size of the file', 'not equalised'):
+    for words in ('w4a4, distilled', 'Accuracy against bits', 'against the size of the file', 'not equalised'):
         assert words in page
 
 

@@ -13,6 +13,9 @@ from tiny import numbered, saved
 from dvinv import report
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
+from dvinv.pruning.section import pruning_sentence
+from dvinv.quantization.section import quantization_section, quantization_tile
+from dvinv.runtime.page import render
 from dvinv.runtime.workdir import Workdir
 
 TEACHER = {'test_accuracy': 0.9, 'verifier_test_accuracy': None, 'test_images': 360, 'parameters': 9, 'flops': 9}
@@ -83,7 +86,7 @@ def _charts(page):
 def test_the_page_tells_the_method_and_its_terms(report_of, method, words, terms):
     page = report_of(method)
     assert f'40 images were synthesized {words}' in page
-    assert f'<caption>40 images, synthesized {words.split(", without any")[0]}.</caption>' in page
+    assert f'<figcaption>40 images, synthesized {words.split(", without any")[0]}.</figcaption>' in page
     charts = _charts(page)
     assert charts.pop('Loss terms, mean over batches, before weighting', None) == terms
     assert [title.split(',')[0] for title in charts] == ['Distillation loss']
@@ -110,6 +113,103 @@ def test_an_existing_pool_is_told_by_its_own_method(report_of, tmp_path):
     assert 'competition' in _charts(page)['Loss terms, mean over batches, before weighting']
 
 
+def test_the_page_names_the_network_the_command_and_the_files(report_of, tmp_path, monkeypatch):
+    monkeypatch.setattr('sys.argv', ['/x/dvinv/main.py', '--config', 'c.py'])
+    (tmp_path / 'run' / 'networks').mkdir(parents=True)
+    (tmp_path / 'run' / 'networks' / 'other one.safetensors').write_bytes(bytes(20_000))
+    page = report_of('deepinversion', data__class_names=())
+    assert '<h1>factories:own on digits: a student from images of the network alone</h1>' in page
+    facts = dict(re.findall('<dt>(.*?)</dt><dd>(.*?)</dd>', page[page.index('<dl class="facts">') :]))
+    assert {*facts} == {'Made', 'Command', 'Device', 'Versions', 'Time', 'Networks', 'Figures'}
+    assert (facts['Command'], facts['Time']) == (
+        'python -m dvinv.main --config c.py',
+        '3 s for all tasks, compilation included',
+    )
+    assert facts['Networks'] == '<a href="networks/other%20one.safetensors">other one (0.02 MB)</a>'
+    assert '<a href="by_class.json">' in facts['Figures']
+
+
+def test_a_report_that_is_made_anew_compares_classes_once(report_of, monkeypatch):
+    first = report_of('deepinversion')
+    monkeypatch.setattr(report, 'compare', None)
+    matrices = [
+        page[page.index('<h2>Class by class') : page.index('<h2>Teacher')] for page in (first, report_of('deepinversion'))
+    ]
+    assert matrices[0] == matrices[1]
+
+
+def test_every_task_has_its_sentence(report_of):
+    page = report_of('deepinversion')
+    texts = dict(re.findall('<h2>(.*?)</h2>\n<div class="text"><p>(.*?)</p>', page))
+    assert texts['Synthesis'] == 'The teacher takes 100.0% of the 40 images for their class.'
+    assert texts['Distillation'].startswith('The student has 0.50 of the teacher')
+    assert texts['Distillation'].endswith('it reads 80.0% of the real test images right, the teacher 90.0%.')
+    assert texts['Teacher'].startswith(
+        'factories:own, of 9 parameters, came from the function factories:own; it reads 90.0%'
+    )
+
+
+def test_real_images_stand_beside_synthesized_ones(report_of):
+    captions = re.findall('<figcaption>(.*?)</figcaption></figure>', report_of('deepinversion'))
+    assert captions[0].startswith('Synthesized: the first images of each class.')
+    assert captions[1].startswith('Real images of the same classes, for comparison.')
+
+
+def test_without_data_nothing_empty_is_shown(report_of):
+    none = {'test_accuracy': None}
+    made = {'feature_loss_real': None, 'verifier_accuracy': None}
+    figures = {**none, 'held_out_agreement': 0.75, 'held_out_class_agreement': [0.5, 1.0]}
+    page = report_of('deepinversion', made=made, figures=figures, data__name='', data__class_names=('ant', 'bee'))
+    assert '<h1>factories:own: a student' in page
+    assert re.findall('<dt>([^<]*)</dt><dd><strong>', page) == ['Teacher', 'Feature loss']
+    assert 'from 9</span>' in page
+    assert 'row by row: ant, bee.' in page
+    told = 'puts 75.0% of the images that it did not learn from into the class that the teacher does.'
+    assert f'<p>A student that learned from them {told}</p>' in page
+    assert f'learned from it alone; it {told}</p>' in page
+    assert '<td class="words">bee</td><td>100.0%</td>' in page
+    assert 'Class by class' not in page
+    assert 'Real images' not in page
+
+
+def _quantized(score, **others):
+    figures = {'test_accuracy': score, 'test_agreement': score, 'test_kl': score, 'mse_test_accuracy': score}
+    of = {'bytes': 10, 'bytes_ratio': 0.1, 'distilled': False, **figures}
+    return {'w2a2': of, 'w2a4': of, 'w8a8': {**of, 'bytes': 40}, 'float_bytes': 100, 'float_test_accuracy': score, **others}
+
+
+def test_a_quantization_has_its_tile_its_sentence_and_a_place_a_setting():
+    section, tile = quantization_section(_quantized(0.5)), quantization_tile(_quantized(0.5))
+    assert (
+        section.text
+        == 'In w2a2 the network takes 10.0% of its bytes and reads 50.0% of the real test images right, in float32 50.0%.'
+    )
+    assert (tile.label, tile.value, tile.note) == ('w2a2', '50.0%', 'real test accuracy in 10% of the bytes')
+    assert re.findall(r'<title>real images: \S+ at (\S+)</title>', section.charts[0]) == []
+    assert re.findall(r'<title>pool, least error: \S+ at (\S+)</title>', section.charts[0]) == ['2', '3', '8']
+
+
+def test_a_quantization_without_data_shows_bytes_alone():
+    section, tile = quantization_section(_quantized(None)), quantization_tile(_quantized(None))
+    page = render('t', 's', [tile], [section])
+    assert '–' not in page
+    assert '<svg' not in page
+    assert section.text == 'In w2a2 the network takes 10.0% of its bytes.'
+    assert '<strong>10%</strong>' in page
+
+
+@pytest.mark.parametrize(
+    ('score', 'told'),
+    [
+        (0.9, 'the network reads 90.0% of the real test images right, 95.0% before.'),
+        (None, 'the network was fine-tuned on synthesized images alone.'),
+    ],
+)
+def test_a_pruning_has_its_sentence(score, told):
+    found = {'flops_ratio': 0.5, 'parameters_ratio': 0.25, 'test_accuracy': score, 'unpruned_test_accuracy': 0.95}
+    assert pruning_sentence(found) == f'With 50% of its FLOPs and 25% of its parameters left, {told}'
+
+
 def test_without_a_verifier_the_page_tells_why_it_has_no_figures_of_quality(report_of):
     assert '<h2>Quality</h2>\n<div class="text"><p>The config names no verifier' in report_of('noise')
 
@@ -132,7 +232,8 @@ def test_the_curve_by_image_count_shows_what_was_measured(report_of):
     page = report_of('adaptive', figures=figures.items(), distillation__counts=(1024, 40, 256, 7))
     assert _charts(page)['Student accuracy against image count'] == ['Student']
     assert re.findall(r'<title>Student: (\S+) at (\S+)</title>', page) == [('0.5', '256'), ('0.75', '1,024')]
-    assert re.findall(r'<td class="words">([\d,]+)</td><td>([\d.%]+)</td>', page) == [('256', '50.0%'), ('1,024', '75.0%')]
+    found = re.findall(r'<td class="words">([\d,]+)</td><td>([\d.%]+)</td></tr>', page)
+    assert found == [('256', '50.0%'), ('1,024', '75.0%')]
 
 
 @pytest.mark.parametrize('counts', [(), (20, 40)])
@@ -146,7 +247,7 @@ def test_no_curve_without_figures(report_of, counts):
 def test_hints_are_told_where_there_were_some(report_of, hinted):
     page = report_of('noise', figures={'hinted_layers': hinted})
     assert ('with hints from 19 BatchNorm layers of the teacher; last update' in page) == bool(hinted)
-    assert ('T² KL to the teacher and hints on its own images' in page) == bool(hinted)
+    assert ('T² KL and hints on its own images' in page) == bool(hinted)
     assert ('and hints' in page) == bool(hinted)
 
 

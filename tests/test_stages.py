@@ -31,6 +31,10 @@ EXPECTED = {
     'inception_v3': [149, 147, 73, 71, 35, 17, 8],
     'squeezenet1_1': [111, 55, 27, 13],
     **{name: [8, 4] for name in ('small_resnet', 'small_convnet')},  # what is merely pooled to 2x2 is no stage
+    'convnext_tiny': [56, 28, 14, 7],
+    'small_vit': [4],  # its tokens stay in the places of an image; with a token of their own, after the patches they do not
+    'cifar_vit': [8],
+    'deit_tiny': [14],
 }
 
 
@@ -46,7 +50,7 @@ def _images(name):
     return jax.ShapeDtypeStruct((2, *image_shape(name)), jnp.float32)
 
 
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize('name', sorted(NETWORKS.keys() - {'vit_b_16', 'deit_small', 'resnet50_gn'}))  # of others' build
 def test_every_network_has_the_stages_of_its_family(name):
     module = create(name, 10, 0.125)
     stages = find_stages(_in_eval_mode(module), shapes_of(module, image_shape(name)), _images(name))

@@ -333,3 +333,77 @@ def test_images_of_another_shape_are_refused_in_a_sentence():
 @pytest.mark.parametrize('module', [Moody(), Moody(0.5), TinyNet()], ids=str)
 def test_eval_mode_is_found_from_the_signature(module):
     assert _teacher(module).num_classes in (2, 3)
+
+
+class Switched(TinyNet):
+    """A network with an argument of eval mode that has no usual name, and answers in a tuple or a dict."""
+
+    answer: str = ''
+
+    @nn.compact
+    def __call__(self, x, learns: bool = True, *, is_train: bool = True):
+        z = TinyNet(self.num_classes, name='inner')(x, train=learns and is_train)
+        return {'': z, 'tuple': (x, z), 'dict': {'features': x, 'logits': z}}[self.answer]
+
+
+class Phased(nn.Module):
+    """A network that must be told its mode."""
+
+    @nn.compact
+    def __call__(self, x, phase, depth=2):
+        return TinyNet()(x, train=phase == 'train')
+
+
+SWITCHED = trained_variables(Switched())
+PICTURES = {'image_shape': IMAGE_SHAPE, 'mean': MEAN, 'std': STD}
+
+
+def _without(variables, *path):
+    """The variables without one of their dicts."""
+    first, *rest = path
+    return {
+        k: (_without(v, *rest) if rest else None) if k == first else v for k, v in variables.items() if rest or k != first
+    }
+
+
+@pytest.mark.parametrize(
+    ('module', 'variables', 'options', 'sentence'),
+    [
+        (Switched(), SWITCHED, {'call_kwargs': {}}, r"call_kwargs, for instance \{'learns': False, 'is_train': False\}"),
+        (Phased(), SWITCHED, {}, r"It takes phase beside x; give the value of eval mode: call_kwargs=\{'phase': \.\.\.\}\."),
+        (Switched(), _without(SWITCHED, 'batch_stats'), {}, 'incomplete: .* batch_stats/inner/BatchNorm_0/mean, '),
+        (
+            Switched(),
+            _without(SWITCHED, 'batch_stats', 'inner', 'BatchNorm_1'),
+            {},
+            'incomplete: they do not have batch_stats/inner/BatchNorm_1/mean, batch_stats/inner/BatchNorm_1/var. Pass all',
+        ),
+        (Switched(), _without(SWITCHED, 'params', 'inner', 'Dense_0'), {}, 'do not have params/inner/Dense_0/bias, '),
+        (
+            Switched(answer='tuple'),
+            SWITCHED,
+            {},
+            r'which of these are the logits: logits=lambda out: out\[1\], for instance',
+        ),
+        (Switched(answer='dict'), SWITCHED, {}, r"logits: logits=lambda out: out\['logits'\], for instance"),
+        (Switched(answer='dict'), SWITCHED, {'logits': lambda out: out['z']}, 'cannot be applied .* KeyError'),
+    ],
+    ids=range(8),
+)
+def test_what_is_missing_is_named(module, variables, options, sentence):
+    with pytest.raises(DvinvError, match=sentence):
+        from_linen(module, variables, **PICTURES, **options)
+
+
+@pytest.mark.parametrize(
+    ('answer', 'logits'),
+    [('', None), ('tuple', lambda out: out[1]), ('dict', lambda out: out['logits'])],
+    ids=('', 'tuple', 'dict'),
+)
+def test_logits_are_picked_from_what_a_network_returns(answer, logits):
+    module = Switched(answer=answer)
+    teacher = from_linen(module, SWITCHED, **PICTURES, call_kwargs={'learns': False, 'is_train': False}, logits=logits)
+    x = np.random.default_rng(0).normal(size=(3, *IMAGE_SHAPE)).astype(np.float32)
+    expected = TinyNet().apply({name: tree['inner'] for name, tree in SWITCHED.items()}, x)
+    for answers in (teacher.apply_fn(SWITCHED, x), teacher.tap(SWITCHED, x)[0], teacher.features(SWITCHED, x)[0]):
+        np.testing.assert_allclose(answers, expected, rtol=1e-5, atol=1e-5)

@@ -12,8 +12,10 @@ from dvinv.continual.stream import steps_of, test_images, training_images
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
 from dvinv.inversion import Teacher
+from dvinv.inversion.modules import LinenModule, trained_part, with_classes
 from dvinv.networks.classifier import flatten
 from dvinv.runtime.devices import make_mesh, training_mesh
+from dvinv.teacher import check_changeable
 
 
 def check(config, teacher: Teacher, workdir=None) -> None:
@@ -26,7 +28,7 @@ def check(config, teacher: Teacher, workdir=None) -> None:
     Raises:
       DvinvError: names the field, its value and the way out.
     """
-    settings, recipe, group = settings_of(config), recipe_of(config.continual), config.teacher
+    settings, recipe = settings_of(config), recipe_of(config.continual)
     settings.check()
     recipe.check('continual')
     devices = training_mesh(make_mesh(config.devices)).size
@@ -39,10 +41,6 @@ def check(config, teacher: Teacher, workdir=None) -> None:
     if not settings.steps:
         raise DvinvError("continual.steps is empty; name what is to be learned, ({'classes': (5, 6)},) for instance.")
     for value, what in (
-        (
-            group.factory,
-            f'teacher.factory is {group.factory!r}, but a head is grown by teacher.network and weights; give these.',
-        ),
         (config.pool, f'pool is {config.pool!r}, but tasks make pools of their own; leave it out.'),
         (config.synthesis.classes, 'synthesis.classes is set, but tasks make images of all classes so far; leave it out.'),
     ):
@@ -71,15 +69,19 @@ def _is_there(workdir, name: str) -> bool:
 
 def _check_network(config, teacher: Teacher, settings) -> None:
     """Refuse a teacher whose head does not match its data or config, and a head that a loss cannot take."""
+    check_changeable(config, teacher)
     blank = network_of(config, teacher, teacher.num_classes)
     ours, theirs = (
-        {path: tuple(np.shape(leaf)) for path, leaf in flatten(network.variables).items()} for network in (blank, teacher)
+        {path: tuple(np.shape(leaf)) for path, leaf in flatten(trained_part(network.variables)).items()}
+        for network in (blank, teacher)
     )
     if ours != theirs:
         raise DvinvError(
             f'The teacher is not the {config.teacher.network} of width {config.teacher.width} that the config tells, so it '
             'cannot grow a head; set teacher.network and teacher.width to those of its weights.'
         )
+    if config.teacher.factory:
+        with_classes(teacher.module, teacher.image_shape, teacher.num_classes + 1)  # refuses a head that cannot grow
     data = load_real(config.data)
     if data is not None and data.num_classes != teacher.num_classes:
         raise DvinvError(
@@ -87,10 +89,15 @@ def _check_network(config, teacher: Teacher, settings) -> None:
             'classes by data.classes, what is to be learned by continual.steps, or give teacher.weights of another network.'
         )
     if 'always_be_dreaming' in (settings.loss, *settings.controls):
+        if config.teacher.factory and not isinstance(teacher.module, LinenModule):
+            raise DvinvError(
+                "The loss 'always_be_dreaming' listens to the head, which it can in a Linen module, and the network of "
+                f"teacher.factory {config.teacher.factory!r} is an NNX model; choose 'deepinversion'."
+            )
         head = head_path(config, teacher)
         kernel = flatten(blank.variables['params'])[f'{head}/kernel']
         if kernel.ndim != 2:
             raise DvinvError(
-                f"The head of {config.teacher.network} ({head}) is no dense layer, as the loss 'always_be_dreaming' wants; "
-                "choose 'deepinversion'."
+                f'The head of {config.teacher.factory or config.teacher.network} ({head}) is no dense layer, as the '
+                "loss 'always_be_dreaming' wants; choose 'deepinversion'."
             )

@@ -23,14 +23,15 @@ from dvinv.continual.stream import Step, steps_of, training_images
 from dvinv.data.dataset import Split
 from dvinv.data.pool import ImagePool
 from dvinv.inversion import Teacher
-from dvinv.networks import create, load_network, module_of
+from dvinv.inversion.modules import trained_part
+from dvinv.networks import load_network
 from dvinv.rounds import Rounds
 from dvinv.runtime.processes import is_primary
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.student import lesson_of as student_lesson
 from dvinv.student import student_of
 from dvinv.synthesizer import fill_pool
-from dvinv.teacher import load
+from dvinv.teacher import load, own_module
 from dvinv.training import Learner, Lesson, PlannedTraining, learn
 
 ROLE = 4  # see `training.Learner`; one for all networks, that compared ones start alike
@@ -42,7 +43,8 @@ def run(config, workdir) -> dict:
     teacher = load(config, workdir)
     steps = steps_of(config, teacher)
     alike = [network_of(config, teacher, step.first + step.classes) for step in steps]
-    learned = {chain: [dataclasses.replace(alike[0], variables=teacher.variables)] for chain in chains_of(config)}
+    first = dataclasses.replace(alike[0], variables=trained_part(teacher.variables))
+    learned = {chain: [first] for chain in chains_of(config)}
     for number in range(1, len(steps)):
         learn_task(config, workdir, steps[: number + 1], alike[number], learned)
     if 'joint' in config.continual.controls:
@@ -54,7 +56,7 @@ def run(config, workdir) -> dict:
 def planned_trainings(config, teacher: Teacher) -> list[PlannedTraining]:
     """Returns the trainings of the task, for `--plan`: of the last task's networks, which have the most classes."""
     steps = steps_of(config, teacher)
-    module = create(config.teacher.network, steps[-1].first + steps[-1].classes, config.teacher.width)
+    module = network_of(config, teacher, steps[-1].first + steps[-1].classes).module
     loss_fn, head = loss_of(config, config.continual.loss, teacher)
     rounds = Rounds(config.synthesis.images)
     lesson = Lesson(recipe_of(config.continual), loss_fn, rounds, teacher.variables, rounds, head)
@@ -62,7 +64,7 @@ def planned_trainings(config, teacher: Teacher) -> list[PlannedTraining]:
     trainings = [PlannedTraining('continual', module, lesson, teacher, networks, teacher)]
     if config.synthesis.method == 'adaptive':  # a student for every pool, which is not kept
         pools = 1 + (len(steps) - 2) * sum(_dreams(chain, chains_of(config)) for chain in chains_of(config))
-        student = module_of(student_of(config, teacher).about)
+        student = student_of(config, teacher).module
         lesson = student_lesson(config, teacher, rounds_of(config))
         trainings.append(PlannedTraining('student', student, lesson, teacher, pools, teacher))
     return trainings
@@ -90,10 +92,14 @@ def learn_task(config, workdir: Workdir, steps: list[Step], like: Teacher, learn
     for chain in lacking:
         current = learned[chain][-1]
         lesson, images, labels = lesson_of(config, chains[chain], current, new, old.get(chain))
-        learner = Learner('continual', paths[chain].stem, config.teacher, like, ROLE, start=current.variables)
-        learn(config, workdir, learner, lesson, images, labels)
+        learn(config, workdir, _learner(config, paths[chain].stem, like, current), lesson, images, labels)
     for chain, path in paths.items():
         learned[chain].append(dataclasses.replace(like, variables=load_network(path)[0]))
+
+
+def _learner(config, name: str, like: Teacher, before: Teacher) -> Learner:
+    """Returns the network `name`, which is to be like `like`, and goes on from `before`."""
+    return Learner('continual', name, config.teacher, like, ROLE, start=before.variables, own=own_module(config, like))
 
 
 def _dreams(chain: str, chains: dict[str, str]) -> bool:
@@ -129,6 +135,6 @@ def learn_jointly(config, workdir: Workdir, steps: list[Step], like: Teacher, fi
         recipe = dataclasses.replace(recipe, updates=recipe.updates * (len(steps) - 1))
         images = _union([training_images(step) for step in steps])
         lesson = Lesson(recipe, loss_of(config, 'joint', first)[0], Rounds(len(images.labels)))
-        learner = Learner('continual', 'joint', config.teacher, like, ROLE, start=first.variables)
+        learner = _learner(config, 'joint', like, first)
         learn(config, workdir, learner, lesson, images.images, images.labels)
     return dataclasses.replace(like, variables=load_network(path)[0])

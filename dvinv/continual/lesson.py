@@ -18,17 +18,23 @@ from dvinv.data.dataset import Split
 from dvinv.data.joined import Joined
 from dvinv.inversion import Teacher, from_linen
 from dvinv.inversion.execution import in_precision
+from dvinv.inversion.modules import with_classes
+from dvinv.inversion.teacher import teacher_of
 from dvinv.networks import create, shapes_of
 from dvinv.networks.head import head_of
 from dvinv.rounds import Rounds
+from dvinv.teacher import own_module
 from dvinv.training import Lesson
 
 
 def network_of(config, teacher: Teacher, num_classes: int) -> Teacher:
     """The teacher's network with so many classes; with shapes for weights."""
+    own, pixels = own_module(config, teacher), {'mean': teacher.mean, 'std': teacher.std}
+    if own is not None:
+        module = with_classes(own, teacher.image_shape, num_classes)
+        return teacher_of(module, shapes_of(module, teacher.image_shape), image_shape=teacher.image_shape, **pixels)
     module = create(config.teacher.network, num_classes, config.teacher.width)
-    shapes = shapes_of(module, teacher.image_shape)
-    return from_linen(module, shapes, image_shape=teacher.image_shape, mean=teacher.mean, std=teacher.std)
+    return from_linen(module, shapes_of(module, teacher.image_shape), image_shape=teacher.image_shape, **pixels)
 
 
 def lesson_of(config, loss: str, current: Teacher, new: Split, old: Split | None) -> tuple:
@@ -72,5 +78,7 @@ def loss_of(config, name: str, old: Teacher) -> tuple[Callable, str]:
 
 def head_path(config, teacher: Teacher) -> str:
     """The path of the last layer of the teacher's network."""
-    group = config.teacher
+    group, own = config.teacher, own_module(config, teacher)
+    if own is not None:
+        return with_classes(own, teacher.image_shape, teacher.num_classes + 1).head
     return head_of(lambda classes: create(group.network, classes, group.width), teacher.image_shape)

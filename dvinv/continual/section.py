@@ -1,11 +1,15 @@
 """The part of the report that tells of the task `continual`."""
 
+from collections.abc import Sequence
+
 from dvinv.continual.chains import MAIN
+from dvinv.continual.stream import class_names_of, steps_of
 from dvinv.data.pool import ImagePool
+from dvinv.data.real import load_real
 from dvinv.runtime.heat_map import heat_map
-from dvinv.runtime.page import Picture, Section, Table, Tile, percent
-from dvinv.runtime.pictures import class_grid, shown_classes
+from dvinv.runtime.page import Picture, Section, Table, Tile, class_picture, percent
 from dvinv.runtime.workdir import Workdir
+from dvinv.teacher import load
 
 PER_CLASS = 12  # images in a row of a grid
 LOSSES = {
@@ -38,6 +42,7 @@ def continual_tiles(found: dict) -> list[Tile]:
 
 def continual_section(config, workdir: Workdir, found: dict) -> Section:
     """Table, accuracy matrices, and the first images of each task's pool."""
+    names = class_names_of(steps_of(config, load(config, workdir)))
     labels = {MAIN: LOSSES[config.continual.loss], **CONTROLS}
     chains = [MAIN, *(control for control in config.continual.controls)]
     figures = ('test_accuracy', 'old_test_accuracy', 'new_test_accuracy', 'average_accuracy', 'forgetting')
@@ -53,23 +58,30 @@ def continual_section(config, workdir: Workdir, found: dict) -> Section:
         f'{found["updates"]:,} updates each but for the first. Forgetting: the best earlier accuracy on a task less the '
         'last one, mean over tasks.',
     )
-    names = [f'task {task}' for task in range(found['tasks'])]
+    tasks = [f'task {task}' for task in range(found['tasks'])]
     charts = []
     for chain in chains:
         matrix = found['accuracy_matrix'][chain]
         known = [(f'after task {task}', row) for task, row in enumerate(matrix) if row]
-        charts.append(heat_map([row for _, row in known], labels[chain], [name for name, _ in known], names))
+        charts.append(heat_map([row for _, row in known], labels[chain], [name for name, _ in known], tasks))
     return Section(
         'Continual learning',
-        text='Rows of a matrix: after which task. Columns: on which task, in per cent, among all classes known by then.',
+        text=f'After {found["tasks"]} tasks the network reads {percent(found["test_accuracy"])} of the real test images '
+        f'right, of the classes before the last task {percent(found["old_test_accuracy"])}.\n\n'
+        'Rows of a matrix: after which task. Columns: on which task, in per cent, among all classes known by then.',
         tables=[table],
         charts=charts,
-        pictures=[_grid(workdir, task) for task in range(1, found['tasks'])],
+        pictures=[*(_grid(workdir, task, names) for task in range(1, found['tasks'])), *_real(config, names)],
     )
 
 
-def _grid(workdir: Workdir, task: int) -> Picture:
+def _real(config, names: Sequence[str]) -> list[Picture]:
+    data = load_real(config.data)
+    caption = 'Real test images of the first classes, for comparison.'
+    return [class_picture(data.test.images, data.test.labels, caption, names, PER_CLASS)] if data else []
+
+
+def _grid(workdir: Workdir, task: int, names: Sequence[str]) -> Picture:
     pool = ImagePool(workdir.path / 'pools' / f'{task}')
-    labels = pool.rows('labels')[:]
     caption = f'Synthesized before task {task}: the old classes as the network recalled them; rows are classes.'
-    return Picture(class_grid(pool.rows('images'), labels, PER_CLASS), caption, shown_classes(labels))
+    return class_picture(pool.rows('images'), pool.rows('labels')[:], caption, names, PER_CLASS)

@@ -90,6 +90,15 @@ def steps_of(config, teacher: Classifier) -> list[Step]:
     return steps
 
 
+def class_names_of(steps: list[Step]) -> list[str]:
+    """Returns the names of all classes in the order of the network's labels: numbers where the data have no names."""
+    names = []
+    for step in steps:
+        known = _scored(step.source, step.field).class_names
+        names += [known[label] if label < len(known) else str(step.first + label) for label in range(step.classes)]
+    return names
+
+
 def training_images(step: Step) -> Split:
     """The real images of a task, to learn from; labels are the network's.
 

@@ -61,12 +61,14 @@ class RealData:
     Attributes:
       by_position: the labels are positions among names that do not tell the classes of a network, so a network that fits
         has exactly `num_classes`.
+      class_names: of all classes in the order of their labels, for people; (): none are known.
     """
 
     train: Split | None
     test: Split
     num_classes: int
     by_position: bool = False
+    class_names: tuple[str, ...] = ()
 
     @property
     def classes_without_images(self) -> tuple[list[int], int]:

@@ -35,7 +35,8 @@ def read(source: Source) -> RealData:
         )
     num_classes = len(source.class_names) or max(labels.values()) + 1
     splits = (files and _split(files, labels, source.image_size) for files in (train, test))
-    return RealData(*splits, num_classes, by_position)
+    names = source.class_names or (tuple(sorted(labels, key=labels.get)) if by_position else ())
+    return RealData(*splits, num_classes, by_position, names)
 
 
 def labels_of(names: list[str], class_names: tuple[str, ...], path: str) -> tuple[dict[str, int], bool]:

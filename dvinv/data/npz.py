@@ -55,7 +55,8 @@ def read(source: Source) -> RealData:
         raise DvinvError(
             f'The class_names of {path} are those of the labels 0 to {named - 1}, but the highest label is {highest}.'
         )
-    return RealData(train, test, named or max(highest + 1, classes, more))
+    class_names = tuple(names or train_names)
+    return RealData(train, test, named or max(highest + 1, classes, more), class_names=class_names)
 
 
 def _read(path: str, image_size: int) -> tuple[Split, list[str], int]:

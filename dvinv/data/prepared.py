@@ -42,7 +42,9 @@ def read(source: Source) -> RealData:
             f"{folder} has the features {', '.join(features)}; it must have 'image', and 'label' of classes; delete it, and "
             f'{way_out}'
         )
-    return RealData(_split(train, folder), _split(test, folder), features['label'].num_classes)
+    label = features['label']
+    names = tuple(getattr(label, 'names', ()))
+    return RealData(_split(train, folder), _split(test, folder), label.num_classes, class_names=names)
 
 
 def _split(examples: list[dict], folder) -> Split:

@@ -54,7 +54,8 @@ def _of_classes(data: RealData, classes: tuple[int, ...]) -> RealData:
     train, test = (split and split.of_classes(classes) for split in (data.train, data.test))
     if not len(test.labels):
         raise DvinvError(f'Of the classes {classes} there is no image to score on; name others.')
-    return dataclasses.replace(data, train=train, test=test, num_classes=len(classes))
+    names = tuple(data.class_names[label] for label in classes) if data.class_names else ()
+    return dataclasses.replace(data, train=train, test=test, num_classes=len(classes), class_names=names)
 
 
 @functools.lru_cache(maxsize=1)  # before classes are chosen: a data set that comes in tasks is read once

@@ -9,11 +9,13 @@ from dvinv.inversion.invert import (
     balanced_labels,
     check_labels,
     check_resolutions,
+    feature_loss,
     invert,
     make_feature_loss,
     make_inverter,
+    takes_resolutions,
 )
-from dvinv.inversion.presets import PRESETS
+from dvinv.inversion.presets import PRESETS, preset_for
 from dvinv.inversion.settings import InversionConfig, Stage, Weights
 from dvinv.inversion.teacher import Teacher, from_linen, from_nnx
 
@@ -27,9 +29,12 @@ __all__ = [
     'balanced_labels',
     'check_labels',
     'check_resolutions',
+    'feature_loss',
     'from_linen',
     'from_nnx',
     'invert',
     'make_feature_loss',
     'make_inverter',
+    'preset_for',
+    'takes_resolutions',
 ]

@@ -1,6 +1,8 @@
 """What the optimiser moves, and the images that it stands for.
 
-'pixels' (paper): the canvas is the image, in normalised space, white noise at first.
+'pixels' (paper): the canvas is the image, in normalised space, white noise at first. The normalised space is the network's
+own; that of a network that takes pixels as they are, from 0 to 255 say, would make first noise nearly black and steps of
+Adam invisible, so there, and with `pixel_scale = 'common'` everywhere, it is one for all networks (see `in_scale`).
 
 'spectrum': the canvas is white noise too, but it is painted: every frequency gets the amplitude that it has in natural
 pictures, 1/frequency (Field, 1987), the colours are mixed as they are there, and a sigmoid keeps the pixels between black
@@ -10,6 +12,7 @@ fine ones little, and brightness and colour vary from image to image as in real 
 (Preconditioning by frequency is known from feature visualization: Olah, Mordvintsev and Schubert, 2017.)
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -20,6 +23,9 @@ import numpy as np
 from dvinv.networks.classifier import Classifier
 
 KINDS = ('pixels', 'spectrum')
+SCALES = ('network', 'common')
+COMMON = 0.5, 0.25  # mean and std of pixels in [0, 1]
+NORMALISED = 0.02, 0.6  # least and largest std of normalised pixels, in [0, 1]; of raw ones it is 1/255 or 1
 SHARED = 0.85  # the part of the variance that the channels have in common
 
 
@@ -30,16 +36,36 @@ def blank_canvas(key: jax.Array, batch_size: int, image_shape) -> tuple[jax.Arra
     return jax.random.normal(canvas_key, (batch_size, *image_shape), jnp.float32), step_key
 
 
-def make_paint(kind: str, contrast: float, classifier: Classifier) -> Callable:
+def in_scale(kind: str, classifier: Classifier) -> Classifier:
+    """Returns `classifier` with the mean and std that canvases of 'pixels' and priors are in, by `kind`, one of `SCALES`."""
+    least, most = NORMALISED
+    if kind == 'network' and all(least <= deviation <= most for deviation in classifier.std):
+        return classifier
+    mean, std = ((value,) * classifier.image_shape[-1] for value in COMMON)
+    return dataclasses.replace(classifier, mean=mean, std=std)
+
+
+def rescaled(x: jax.Array, old: Classifier, new: Classifier) -> jax.Array:
+    """Images [B, H, W, C] that are normalised for `old`, normalised for `new`; the same array where these are alike."""
+    if (old.mean, old.std) == (new.mean, new.std):
+        return x
+    (old_mean, old_std), (new_mean, new_std) = (np.asarray((c.mean, c.std), np.float64) for c in (old, new))
+    scale, shift = old_std / new_std, (old_mean - new_mean) / new_std
+    # Expanded, for users who let JAX refuse implicit rank promotion.
+    return x * scale.astype(np.float32)[None, None, None] + shift.astype(np.float32)[None, None, None]
+
+
+def make_paint(kind: str, contrast: float, classifier: Classifier, scale: Classifier | None = None) -> Callable:
     """`canvas -> images`, both [B, H, W, C] float32, the images normalised.
 
     Args:
       kind: one of `KINDS`.
       contrast: of the first images of 'spectrum': the deviation of what the sigmoid takes.
       classifier: tells the images' shape, and how pixels in [0, 1] are normalised.
+      scale: tells how those of a canvas of 'pixels' are, see `in_scale`; None: in the same way.
     """
     if kind == 'pixels':
-        return lambda canvas: canvas
+        return lambda canvas: rescaled(canvas, scale or classifier, classifier)
     height, width, channels = classifier.image_shape
     # One constant array: XLA folds products of constants differently for one and for several devices.
     amplitudes = np.float32(contrast) * _amplitudes(height, width)[None, ..., None]

@@ -8,8 +8,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dvinv.errors import DvinvError
-from dvinv.inversion.losses import feature_loss, feature_terms
+from dvinv.inversion import losses
 from dvinv.inversion.objective import view
+from dvinv.inversion.presets import PRESETS, preset_for
 from dvinv.inversion.programs import programs_of
 from dvinv.inversion.settings import InversionConfig, Stage
 from dvinv.inversion.teacher import Teacher
@@ -39,6 +40,15 @@ def check_resolutions(teacher: Teacher, config: InversionConfig) -> None:
                 f'stages[{i}].resolution is {stage.resolution}, but the network cannot take images of that size: {reason} '
                 'Choose 0, for the full image.'
             ) from error
+
+
+def takes_resolutions(teacher: Teacher, config: InversionConfig) -> bool:
+    """Whether the network takes images of the resolutions of all stages: one that flattens them takes a single one."""
+    try:
+        check_resolutions(teacher, config)
+    except DvinvError:
+        return False
+    return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +163,8 @@ def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student
 def invert(
     teacher: Teacher,
     labels,
-    config: InversionConfig,
-    key: jax.Array | int,
+    config: InversionConfig | str | None = None,
+    key: jax.Array | int = 0,
     *,
     student_fn: Callable | None = None,
     student_variables=None,
@@ -164,6 +174,7 @@ def invert(
 
     Args:
       labels: int [B], one image each.
+      config: the settings, or the name of one of `PRESETS`; None: the preset for images of this size, see `preset_for`.
       key: of this batch, a random key or the integer that seeds one. The same key, labels and config give the same images.
       student_fn, student_variables: the competitor of Adaptive DeepInversion, in eval mode; None for plain DeepInversion.
       mesh: devices for `bn_stats = 'global'` (default: all); a single batch is inverted on one device in `device` mode.
@@ -175,8 +186,7 @@ def invert(
       DvinvError: labels out of range, settings that do not fit the images, a batch that the devices do not divide, or a
         loss that is not a number (names the step and the term).
     """
-    if not isinstance(config, InversionConfig):
-        raise DvinvError(f'config is {config!r}; it must be a dvinv.inversion.InversionConfig, or one of its PRESETS.')
+    config = _settings(config, teacher)
     labels, (key, kind) = np.asarray(labels), _key_data(key)
     check_labels(labels, teacher.num_classes)
     mesh = (mesh or make_mesh()) if config.bn_stats == 'global' else make_mesh(1)
@@ -185,6 +195,23 @@ def invert(
         run = make_inverter(teacher, config, mesh, student_fn)
         result = run(jax.random.wrap_key_data(key[None], impl=kind), labels[None], student_variables)
     return Inversion(result.images[0], {term: values[0] for term, values in result.metrics.items()})
+
+
+def _settings(config, teacher: Teacher) -> InversionConfig:
+    """Returns the settings that the argument `config` of `invert` stands for."""
+    if config is None:
+        preset = PRESETS[preset_for(teacher.image_shape)]
+        if takes_resolutions(teacher, preset):
+            return preset
+        return dataclasses.replace(preset, stages=tuple(dataclasses.replace(stage, resolution=0) for stage in preset.stages))
+    if isinstance(config, str) and config in PRESETS:
+        return PRESETS[config]
+    if not isinstance(config, InversionConfig):
+        raise DvinvError(
+            f'config is {config!r}; it must be a dvinv.InversionConfig, or the name of a preset: {", ".join(PRESETS)}. '
+            'Without one, the preset is chosen by the size of the images.'
+        )
+    return config
 
 
 def _key_data(key) -> tuple[np.ndarray, str]:
@@ -209,9 +236,32 @@ def make_feature_loss(teacher: Teacher, stage: Stage):
     def measure(variables, images, key):
         _, shown = view(teacher, stage, images, key)
         _, moments = tap(variables, shown)
-        return feature_loss(feature_terms(moments, teacher.statistics(variables)))
+        return losses.feature_loss(losses.feature_terms(moments, teacher.statistics(variables)))
 
     return measure
+
+
+def feature_loss(teacher: Teacher, images, config: InversionConfig | str | None = None, key: jax.Array | int = 0) -> float:
+    """How far the BatchNorm inputs of a batch are from the running statistics, of synthesized images or of real ones.
+
+    A batch of real images is the measure of what can be reached; compare batches of one size, since small ones are further.
+
+    Args:
+      images: pixels uint8 [B, H, W, C], or normalised floats, as `Inversion.images`.
+      config: see `invert`; the images are shifted, and so on, as in its last stage.
+      key: draws these shifts.
+
+    Raises:
+      DvinvError: images of another shape than the teacher's.
+    """
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[1:] != tuple(teacher.image_shape) or not len(images):
+        shape = ', '.join(map(str, teacher.image_shape))
+        raise DvinvError(f'The images have the shape {images.shape}; the network takes [B, {shape}].')
+    stage, (key, kind) = _settings(config, teacher).stages[-1], _key_data(key)
+    with jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):
+        x = teacher.normalise(images) if images.dtype == np.uint8 else images.astype(np.float32)
+        return float(make_feature_loss(teacher, stage)(teacher.variables, x, jax.random.wrap_key_data(key, impl=kind)))
 
 
 def _stage_of(config: InversionConfig, iteration: int) -> Stage:

@@ -12,6 +12,7 @@ import optax
 
 # Inside every square root: an un-squared L2 norm has a NaN gradient at zero in JAX.
 EPSILON = 1e-12
+LARGE = 8.0  # running deviation of a first layer, of its channels together, above which it is that of pixels up to 255
 LOG_ZERO = -1e30  # stands for log 0
 
 
@@ -46,12 +47,21 @@ def feature_terms(moments: dict, statistics: dict) -> dict:
       statistics: {layer: (running mean, running variance)}, the same shapes.
 
     Returns:
-      {layer: scalar, or [...] where a lifted transform stacked several layers into one}. Not divided by channels.
+      {layer: scalar, or [...] where a lifted transform stacked several layers into one}. Not divided by channels. The first
+      layer's is in units of its running deviation where that is above `LARGE`: of a network that learned from pixels of 0
+      to 255, its values are as large as the pixels, and would outweigh all other layers and the class.
     """
-    return {
-        layer: safe_norm(mean - statistics[layer][0], -1) + safe_norm(variance - statistics[layer][1], -1)
-        for layer, (mean, variance) in moments.items()
-    }
+    units = {}
+    if moments:
+        first = next(iter(moments))
+        deviation = jnp.sqrt(jnp.mean(statistics[first][1].astype(jnp.float32), -1))
+        units[first] = jnp.where(deviation > LARGE, deviation, 1.0)
+
+    def term(layer, mean, variance):
+        unit, (running_mean, running_variance) = units.get(layer, 1.0), statistics[layer]
+        return safe_norm(mean - running_mean, -1) / unit + safe_norm(variance - running_variance, -1) / jnp.square(unit)
+
+    return {layer: term(layer, mean, variance) for layer, (mean, variance) in moments.items()}
 
 
 def feature_loss(terms: dict, first_bn_multiplier: float = 1.0) -> jax.Array:

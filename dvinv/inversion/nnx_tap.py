@@ -62,7 +62,7 @@ def in_eval_mode(model: nnx.Module) -> nnx.Module:
 
 def variables_of(model: nnx.Module) -> dict:
     """The model's arrays as nested dicts, {'params': ..., 'batch_stats': ...}, and 'others' where there are any."""
-    _, groups, _ = _split(model)
+    _, groups, _ = split(model)
     return {
         name: unflatten_dict({tuple(map(str, path)): value for path, value in flat.items()})
         for name, flat in groups.items()
@@ -70,37 +70,53 @@ def variables_of(model: nnx.Module) -> dict:
     }
 
 
-def _split(model: nnx.Module):
+def split(model: nnx.Module):
     """(static graph, {group: {path: array}}, {path of a random key or count: its shape and dtype})."""
     graph, noise, *groups = nnx.split(model, nnx.RngState, *GROUPS.values())
-    noise = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in _values(noise).items()}
-    return graph, dict(zip(GROUPS, map(_values, groups), strict=True)), noise
+    noise = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in values(noise).items()}
+    return graph, dict(zip(GROUPS, map(values, groups), strict=True)), noise
 
 
-def _values(state) -> dict:
+def values(state) -> dict:
     """{path: value} of an NNX state."""
     return {path: leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for path, leaf in nnx.to_flat_state(state)}
+
+
+def paths_of(model: nnx.Module) -> list[tuple[str, tuple]]:
+    """(group, path) of each of the model's variables."""
+    return [(group, path) for group, flat in split(model)[1].items() for path in flat]
+
+
+def merged(graph, paths: list[tuple[str, tuple]], variables, noise: dict) -> nnx.Module:
+    """The network of a static graph with weights as of `variables_of`, at `paths`, and random keys, {path: array}."""
+    weights = {path: functools.reduce(operator.getitem, map(str, path), variables[group]) for group, path in paths}
+    return nnx.merge(graph, nnx.from_flat_state(weights | noise))
+
+
+def listen(model: nnx.Module, places: dict, hear: Callable) -> '_Notes':
+    """Gives ears to the layers of `model` that own the running statistics at `places`; returns their notes."""
+    notes = _Notes(hear, {layer: mean[-1] for layer, (mean, _) in places.items()})
+    for path, module in [*nnx.iter_modules(model)]:
+        if (layer := join_names(path)) in places:
+            if not hasattr(module, 'dvinv_notes'):
+                module.__class__ = _listening(type(module))
+            module.dvinv_notes = (layer, notes)
+    return notes
 
 
 class NnxTap(Tap):
     """The tap of an NNX model: the layers that own running statistics become subclasses of themselves that sow."""
 
-    def __init__(self, model: nnx.Module, variables, example, call_kwargs: dict):
+    def __init__(self, model: nnx.Module, variables, example, call_kwargs: dict, logits: Callable | None = None):
         """See `Tap`. `model` is in eval mode, `variables` are its; it is taken over, so it must be a clone."""
-        name, places = type(model).__name__, find_statistics(variables)
-        self._graph, groups, self._noise = _split(model)
-        self._paths = [(group, path) for group, flat in groups.items() for path in flat]
-        owners = {join_names(path): module for path, module in nnx.iter_modules(model)}
-        owners = {layer: module for layer, module in owners.items() if layer in places}
-        for module in owners.values():
-            module.__class__ = _listening(type(module))
+        places = find_statistics(variables)
+        self._graph, _, self._noise = split(model)
+        self._paths = paths_of(model)
         self._listening = {}  # {hear: (graph, notes)}: a graph each, for what is traced inside may be cached by its graph
         for hear in (shifted_moments, whole_input):
-            notes = _Notes(hear, {layer: mean[-1] for layer, (mean, _) in places.items()})
-            for layer, module in owners.items():
-                module.dvinv_notes = (layer, notes)
+            notes = listen(model, places, hear)
             self._listening[hear] = nnx.graphdef(model), notes
-        super().__init__(name, variables, example, call_kwargs)
+        super().__init__(model, variables, example, call_kwargs, logits)
         self._check_silence(variables, example)
 
     def apply_fn(self, variables, x):
@@ -109,21 +125,21 @@ class NnxTap(Tap):
 
     def _logits(self, variables, x, noise=None):
         # What the network itself may sow goes nowhere: it is captured, and not kept.
-        return nnx.capture(self._model(self._graph, variables, noise))(x, **self._kwargs)
+        returned = nnx.capture(self._model(self._graph, variables, noise))(x, **self._kwargs)
+        return self._pick(returned)
 
     def _listen(self, variables, x, calls: Counter, hear: Callable):
         graph, notes = self._listening[hear]
         notes.calls = calls
-        logits, sown = nnx.capture(self._model(graph, variables), Heard)(x, **self._kwargs)
+        returned, sown = nnx.capture(self._model(graph, variables), Heard)(x, **self._kwargs)
         if notes.learning:
             raise self._in_training(*LEARNS)
-        return logits, {join_names(path[:-1]): heard for path, heard in _values(sown).items()}
+        return self._pick(returned), {join_names(path[:-1]): heard for path, heard in values(sown).items()}
 
     def _model(self, graph, variables, noise=None) -> nnx.Module:
         """The network with these weights, and with any random keys: its logits do not depend on them."""
         noise = noise or [jnp.zeros(leaf.shape, leaf.dtype) for leaf in self._noise.values()]
-        weights = {path: functools.reduce(operator.getitem, map(str, path), variables[group]) for group, path in self._paths}
-        return nnx.merge(graph, nnx.from_flat_state(weights | dict(zip(self._noise, noise, strict=True))))
+        return merged(graph, self._paths, variables, dict(zip(self._noise, noise, strict=True)))
 
     def _check_silence(self, variables, example) -> None:
         """Refuse a network whose logits depend on random keys: mapped over keys alone, logits must not be mapped."""

@@ -3,6 +3,7 @@
 import jax
 
 from dvinv.inversion.augmentation import scaled_down
+from dvinv.inversion.canvas import in_scale, rescaled
 from dvinv.inversion.losses import (
     L2,
     TOTAL_VARIATION,
@@ -46,7 +47,7 @@ def objective(
     """
     scaled, shown = view(teacher, stage, images, key, axis)
     logits, moments = teacher.tap(variables, shown, axis)
-    smooth = shown if config.prior_on == 'view' else scaled
+    smooth = rescaled(shown if config.prior_on == 'view' else scaled, teacher, in_scale(config.pixel_scale, teacher))
     weights = config.weights
     terms = {
         'cross_entropy': (weights.main, cross_entropy(logits, labels, axis)),

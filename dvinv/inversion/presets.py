@@ -14,16 +14,21 @@ PRESETS = {
         stages=(Stage(iterations=100, learning_rate=0.4, beta1=0.5, beta2=0.9, augmentation='crop', jitter=1, noise=0.1),),
         weights=Weights(feature=0.3, total_variation=1e-3),
         prior_on='image',
+        pixel_scale='network',
     ),
     # CIFAR-10 as in the paper; batches of 256.
     'cifar10_paper': InversionConfig(
         stages=(Stage(learning_rate=0.05, **_CIFAR_STAGE),),
         weights=Weights(feature=10.0, total_variation=2.5e-5, l2=3e-8, competition=10.0),
         l2='batch',
+        pixel_scale='network',
     ),
     # The authors' later settings for better-looking CIFAR images.
     'cifar10_better': InversionConfig(
-        stages=(Stage(learning_rate=0.1, **_CIFAR_STAGE),), weights=Weights(feature=10.0, total_variation=1e-3), l2='batch'
+        stages=(Stage(learning_rate=0.1, **_CIFAR_STAGE),),
+        weights=Weights(feature=10.0, total_variation=1e-3),
+        l2='batch',
+        pixel_scale='network',
     ),
     # CIFAR-10, the teacher shown what it was trained on (padded random crops, mirrored, each image its own), Adam moving the
     # spectrum of the pictures: few iterations, and images that another network, and an eye, recognises.
@@ -32,6 +37,7 @@ PRESETS = {
         weights=Weights(feature=0.3, total_variation=2e-3, competition=1.0),
         canvas='spectrum',
         prior_on='image',
+        pixel_scale='network',
     ),
     # ImageNet, multi-resolution: 2,000 iterations at 112 px, then 1,000 at 224 px; batches of 84.
     'imagenet_multires': InversionConfig(
@@ -40,16 +46,19 @@ PRESETS = {
             Stage(iterations=1000, resolution=224, jitter=30, **_IMAGENET_STAGE),
         ),
         weights=Weights(first_bn_multiplier=10.0, **_IMAGENET_WEIGHTS),
+        pixel_scale='network',
     ),
     # ImageNet, one stage of 2,000 iterations at 224 px; batches of 84.
     'imagenet_2k': InversionConfig(
         stages=(Stage(iterations=2000, jitter=30, **_IMAGENET_STAGE),),
         weights=Weights(first_bn_multiplier=10.0, **_IMAGENET_WEIGHTS),
+        pixel_scale='network',
     ),
     # ImageNet as in the paper: 20,000 iterations; batches of 152 a GPU.
     'imagenet_20k': InversionConfig(
         stages=(Stage(iterations=20000, learning_rate=0.05, schedule='constant', jitter=30, flip=True, clip=False),),
         weights=Weights(feature=0.01, total_variation=1e-4, l2=0.0, competition=0.2),
+        pixel_scale='network',
     ),
 }
 
@@ -65,3 +74,44 @@ def _fast(preset: str, main: float, **stage) -> InversionConfig:
 # For students, not for the eye, in a quarter of the iterations, and in a hundredth of the paper's.
 PRESETS['digits_fast'] = _fast('digits', main=1.0, iterations=25)
 PRESETS['cifar10_fast'] = _fast('cifar10_crop', main=0.02, iterations=20, learning_rate=0.3)
+
+# For networks of users, see `preset_for`. They may not have been trained on mirrored images, so none are mirrored; noise and
+# shifts ask for shapes that survive them.
+_OWN_STAGE = {'beta1': 0.5, 'beta2': 0.9, 'augmentation': 'crop'}
+PRESETS['8px'] = InversionConfig(
+    stages=(Stage(iterations=100, learning_rate=0.4, jitter=1, noise=0.2, **_OWN_STAGE),),
+    weights=Weights(feature=0.5, total_variation=2e-3, competition=1.0),
+    prior_on='image',
+)
+PRESETS['32px'] = InversionConfig(
+    stages=(Stage(iterations=200, learning_rate=0.8, jitter=3, noise=0.05, **_OWN_STAGE),),
+    weights=Weights(feature=0.3, total_variation=2e-3, competition=1.0),
+    canvas='spectrum',
+    contrast=1.0,
+    prior_on='image',
+)
+PRESETS['128px'] = InversionConfig(
+    stages=(
+        Stage(iterations=300, learning_rate=0.1, resolution=64, jitter=8, warmup=50, **_OWN_STAGE),
+        Stage(iterations=200, learning_rate=0.1, jitter=16, warmup=50, **_OWN_STAGE),
+    ),
+    weights=Weights(feature=0.1, total_variation=1e-3, competition=1.0),
+    canvas='spectrum',
+    prior_on='image',
+)
+# As measured on MobileNetV1 (configs/imagenet_mobilenet_v1.py:spectrum).
+PRESETS['224px'] = InversionConfig(
+    stages=(
+        Stage(iterations=600, learning_rate=0.1, resolution=112, jitter=15, warmup=50, beta1=0.5, beta2=0.9),
+        Stage(iterations=200, learning_rate=0.1, jitter=30, warmup=50, beta1=0.5, beta2=0.9),
+    ),
+    weights=Weights(feature=0.01, first_bn_multiplier=10.0, total_variation=5e-5, l2=5e-6, competition=0.2),
+    canvas='spectrum',
+)
+
+
+def preset_for(image_shape: tuple[int, int, int]) -> str:
+    """Returns the name of the preset for images of this shape, by the number of pixels of the shorter side."""
+    height, width, _ = image_shape
+    size = min(height, width)
+    return next(name for name, least in (('224px', 192), ('128px', 80), ('32px', 24), ('8px', 0)) if size >= least)

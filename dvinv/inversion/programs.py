@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dvinv.inversion.canvas import blank_canvas, make_paint
+from dvinv.inversion.canvas import blank_canvas, in_scale, make_paint
 from dvinv.inversion.execution import executed
 from dvinv.inversion.settings import InversionConfig, Stage
 from dvinv.inversion.step import InversionState, make_chunk, make_step
@@ -58,7 +58,9 @@ class Programs:
         self._config, self._mesh, self._split = config, mesh, config.bn_stats == 'global'
         self._mapped = (_over_one_batch if self._split else _over_batches)(mesh)
         self._begin, self._restart, self.advance = map(functools.cache, (self._begin, self._restart, self._advance))
-        self._finish = self._mapped(make_paint(config.canvas, config.contrast, teacher))
+        self._finish = self._mapped(
+            make_paint(config.canvas, config.contrast, teacher, in_scale(config.pixel_scale, teacher))
+        )
         self.dispatch = config.iterations_per_dispatch or (1 if platform == 'cpu' else 100)
         self.variables = self.everywhere(teacher.variables)
         self.checked = False

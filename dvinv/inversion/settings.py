@@ -8,6 +8,7 @@ import optax
 from dvinv.errors import DvinvError
 from dvinv.inversion.augmentation import Augmentation
 from dvinv.inversion.canvas import KINDS as CANVASES
+from dvinv.inversion.canvas import SCALES
 from dvinv.inversion.losses import L2, TOTAL_VARIATION
 
 PRECISIONS = ('float32', 'bfloat16')
@@ -78,6 +79,9 @@ class InversionConfig:
     precision: str = 'float32'  # of the networks' forward and backward pass; 'bfloat16' for GPU and TPU. Losses: float32
     recompute: int = 0  # to save memory, the stretches of a network of which only the ends are kept; 0: keep everything
     iterations_per_dispatch: int = 0  # 0: 1 on CPU, where XLA runs convolutions in a loop body 10 times slower; else 100
+    # What steps and first noise of 'pixels', and priors, are measured in: pixels of mean .5 and std .25 for any network
+    # ('common'), or, where that network takes normalised pixels, in its own mean and std ('network': paper).
+    pixel_scale: str = 'common'
 
     @property
     def iterations(self) -> int:
@@ -96,6 +100,7 @@ class InversionConfig:
             raise DvinvError(f'contrast is {self.contrast}; it must be above 0, or no step would change a picture.')
         _one_of('l2', self.l2, L2)
         _one_of('prior_on', self.prior_on, ('view', 'image'))
+        _one_of('pixel_scale', self.pixel_scale, SCALES)
         _one_of('bn_stats', self.bn_stats, ('device', 'global'))
         _one_of('precision', self.precision, PRECISIONS)
         _at_least('recompute', self.recompute, 0)

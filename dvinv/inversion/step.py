@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dvinv.inversion.canvas import make_paint
+from dvinv.inversion.canvas import in_scale, make_paint
 from dvinv.inversion.objective import objective
 from dvinv.inversion.settings import InversionConfig, Stage
 from dvinv.inversion.teacher import Teacher
@@ -35,8 +35,9 @@ def make_step(teacher: Teacher, config: InversionConfig, stage: Stage, student_f
     *before* the update.
     """
     optimiser = stage.optimiser()
-    low, high = (bound[None, None, None] for bound in teacher.valid_range)  # [1, 1, 1, C]: JAX may refuse to promote ranks
-    paint = make_paint(config.canvas, config.contrast, teacher)
+    scale = in_scale(config.pixel_scale, teacher)
+    low, high = (bound[None, None, None] for bound in scale.valid_range)  # [1, 1, 1, C]: JAX may refuse to promote ranks
+    paint = make_paint(config.canvas, config.contrast, teacher, scale)
 
     def step(state: InversionState, labels, variables, student_variables):
         def loss_fn(canvas):

@@ -13,6 +13,7 @@ features. `LinenTap` is here, `NnxTap` in nnx_tap.py.
 
 import abc
 import contextlib
+import functools
 import inspect
 import re
 from collections import Counter
@@ -27,7 +28,7 @@ import numpy as np
 from dvinv.errors import DvinvError, in_a_line, listed, say
 from dvinv.inversion.losses import EPSILON, pmean
 from dvinv.networks.channels.flat import flat_program
-from dvinv.networks.classifier import join_names
+from dvinv.networks.classifier import join_names, name_of
 
 PRIVATE = 'dvinv_tap'  # the collection that is sown into
 STATISTICS = 'batch_stats'  # Flax's collection of running statistics; the second choice for sowing
@@ -174,23 +175,28 @@ class Tap(abc.ABC):
 
     ways = (None,)  # what may be sown into, first choice first
 
-    def __init__(self, name: str, variables, example, call_kwargs: dict):
+    def __init__(self, network, variables, example, call_kwargs: dict, logits: Callable | None):
         """Finds, without computing anything, the way of tapping that reaches every layer with running statistics.
 
         Args:
-          name: what the sentences call the network.
+          network: a module or model; the sentences call it by the name of its class.
           variables: its variables (arrays or shapes), with `batch_stats`.
           example: the shape and dtype of an input, a `jax.ShapeDtypeStruct`.
           call_kwargs: what it takes beside x in eval mode, for instance {'train': False}.
+          logits: finds the logits in what it returns; None: these are the logits.
 
         Raises:
-          DvinvError: no running statistics, not in eval mode, wrong input shape, no logits of two classes or more, or layers
-            out of reach (named). What is left out instead, since it is not used in eval mode or is not in Flax's own place,
-            is printed to stderr.
+          DvinvError: incomplete variables, no running statistics, not in eval mode, wrong input shape, no logits of two
+            classes or more, or layers out of reach (named). What is left out instead, since it is not used in eval mode or
+            is not in Flax's own place, is printed to stderr.
         """
-        self._name, self._kwargs, self._places = name, call_kwargs, find_statistics(variables)
+        self._name, self._kwargs, self._places = (name := name_of(network)), call_kwargs, find_statistics(variables)
+        call = inspect.signature(type(network).__call__) if callable(network) else inspect.Signature()
+        self._parameters = [*call.parameters.values()][2:]  # after the network itself and x
+        self._pick = logits or (lambda returned: returned)
         wanted = running_statistics(variables)
         if not wanted:
+            self._refuse_incomplete(variables, example)
             raise DvinvError(
                 f'{name} has no running statistics (nothing under batch_stats has a mean and a '
                 'variance), so there is nothing to match; DeepInversion needs a network with BatchNorm.'
@@ -228,6 +234,10 @@ class Tap(abc.ABC):
         if others := [*foreign, *unpaired_statistics(variables)]:
             say(f'{name} has {listed(others)}, named as running statistics, but no layer is known to use them: left out.')
         self._places = {layer: self._places[layer] for layer in self.layers}
+
+    def _refuse_incomplete(self, variables, example) -> None:
+        """Refuses variables without some of the network's parameters or running statistics."""
+        return  # an NNX model has all of its
 
     def _is_of_flax(self, layer: str) -> bool:
         mean, variance = self._places[layer]
@@ -286,13 +296,15 @@ class Tap(abc.ABC):
         except flax.errors.InvalidRngError as error:
             raise self._in_training(*DRAWS) from error
         except Exception as error:
+            self._refuse_incomplete(variables, example)
             raise DvinvError(
                 f'{self._name} cannot be applied to images of shape {shape} with {self._kwargs}: {in_a_line(error)}'
+                f'{self._call_hint()}'
             ) from error
         if getattr(logits, 'ndim', None) != 2:
             raise DvinvError(
                 f'{self._name} must return logits [B, K]; for images of shape {shape} it returns '
-                f'{jax.tree.map(lambda a: tuple(a.shape), logits)}. Wrap it in a module that returns the logits alone.'
+                f'{jax.tree.map(lambda a: getattr(a, "shape", a), logits)}. {_way_out(logits)}'
             )
         if not jnp.issubdtype(logits.dtype, jnp.floating):
             raise DvinvError(f'{self._name} returns {logits.dtype} numbers; logits must be floating-point numbers.')
@@ -303,10 +315,36 @@ class Tap(abc.ABC):
             )
 
     def _in_training(self, symptom: str, remedy: dict) -> DvinvError:
+        flags = {name: not default for name, default in self._arguments().items() if isinstance(default, bool)}
         return DvinvError(
-            f'{self._name} {symptom}, so it is not in eval mode: pass call_kwargs, for instance {remedy} '
+            f'{self._name} {symptom}, so it is not in eval mode: pass call_kwargs, for instance {flags or remedy} '
             f'(now {self._kwargs}).'
         )
+
+    def _arguments(self) -> dict:
+        """{name: default, or `inspect.Parameter.empty`} of what the network takes beside x and `call_kwargs`."""
+        named = [p for p in self._parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        return {p.name: p.default for p in named if p.name not in self._kwargs}
+
+    def _call_hint(self) -> str:
+        """Returns the end of a sentence, which names what the network must be called with besides x; '' for nothing."""
+        needed = [name for name, default in self._arguments().items() if default is inspect.Parameter.empty]
+        values = ', '.join(f'{name!r}: ...' for name in needed)
+        return (
+            f'. It takes {listed(needed)} beside x; give the value of eval mode: call_kwargs={{{values}}}.' if needed else ''
+        )
+
+
+def _way_out(returned) -> str:
+    """Returns how the logits [B, K] can be found in what a network returned."""
+    found = [
+        path
+        for path, leaf in jax.tree_util.tree_leaves_with_path(returned)
+        if getattr(leaf, 'ndim', None) == 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    if not found or not found[0]:
+        return 'Wrap it in a module that returns the logits alone.'
+    return f'Say which of these are the logits: logits=lambda out: out{jax.tree_util.keystr(found[0])}, for instance.'
 
 
 class LinenTap(Tap):
@@ -315,19 +353,31 @@ class LinenTap(Tap):
     # Lifted transforms (nn.scan, nn.vmap) silently drop collections that they were not told of, but carry batch_stats.
     ways = (PRIVATE, STATISTICS)
 
-    def __init__(self, module: nn.Module, variables, example, call_kwargs: dict):
+    def __init__(self, module: nn.Module, variables, example, call_kwargs: dict, logits: Callable | None = None):
         """See `Tap`."""
         self._module = module
-        super().__init__(type(module).__name__, variables, example, call_kwargs)
+        super().__init__(module, variables, example, call_kwargs, logits)
+
+    def _refuse_incomplete(self, variables, example) -> None:
+        try:
+            whole = jax.eval_shape(functools.partial(self._module.init, **self._kwargs), jax.random.key(0), example)
+        except Exception:  # the user's network runs; where it fails, another sentence tells why
+            return
+        expected, there = (_non_intermediates(tree) for tree in (whole, variables))
+        if missing := [join_names(p) for p in expected if p[0] in ('params', STATISTICS) and p not in there]:
+            raise DvinvError(
+                f'The variables of {self._name} are incomplete: they do not have {listed(missing, 4)}. Pass all that '
+                "module.init returned, as they are after training: {'params': ..., 'batch_stats': ...}."
+            )
 
     def apply_fn(self, variables, x):
         """Logits [B, K] of normalised images x [B, H, W, C], in eval mode."""
-        return self._module.apply(variables, x, **self._kwargs)
+        return self._pick(self._module.apply(variables, x, **self._kwargs))
 
     def _listen(self, variables, x, calls: Counter, hear: Callable):
         with LISTENING(hear), _sowing(self._way, calls, hear, self._places):
-            logits, sown = self._module.apply(variables, x, mutable=[self._way], **self._kwargs)
-        return logits, _heard(sown, self._way)
+            returned, sown = self._module.apply(variables, x, mutable=[self._way], **self._kwargs)
+        return self._pick(returned), _heard(sown, self._way)
 
 
 def features_in_training(module: nn.Module, variables, x, rngs: dict, head: str = ''):

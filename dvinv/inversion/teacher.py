@@ -1,10 +1,9 @@
 """The Teacher: all that the rest of dvinv knows of a network. Whatever has these fields is invertible."""
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping
+from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,11 +11,9 @@ import numpy as np
 
 from dvinv.errors import DvinvError, listed
 from dvinv.inversion.contract import check_answers
+from dvinv.inversion.modules import LinenModule, eval_arguments, trainable, unboxed
 from dvinv.inversion.tap import LinenTap, running_statistics
 from dvinv.networks.classifier import Classifier, check_finite, check_normalisation, flatten, unflatten
-
-# Names by which networks say "eval mode", and the value that says so.
-EVAL_MODE = {'train': False, 'training': False, 'is_training': False, 'deterministic': True, 'use_running_average': True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,28 +23,42 @@ class Teacher(Classifier):
     tap: Callable  # (variables, x, axis=None) -> (logits, {layer: (input mean, input variance)}), layers in forward order
     features: Callable  # (variables, x) -> (logits, {layer: its BatchNorm inputs, one a call}), layers in forward order
     statistics: Callable  # (variables) -> {layer: (running mean, running variance)}
+    module: Any = None  # with `init`, and `apply` with `train`, as of a Linen module: what pruning and others train
 
 
-def from_linen(module, variables, *, image_shape, mean=None, std=None, call_kwargs: dict | None = None) -> Teacher:
+def from_linen(
+    module,
+    variables,
+    *,
+    image_shape,
+    mean=None,
+    std=None,
+    call_kwargs: dict | None = None,
+    logits: Callable | None = None,
+) -> Teacher:
     """A Teacher from any Flax Linen module, unmodified.
 
     Args:
-      module: takes x [B, H, W, C] and returns logits [B, K].
+      module: takes x [B, H, W, C] and returns logits [B, K], or what `logits` finds them in.
       variables: {'params': ..., 'batch_stats': ...} of the trained network; they are copied to the host.
       image_shape: (H, W, C).
       mean, std: one number a channel, or one for all, for pixels in [0, 1].
       call_kwargs: what puts the module in eval mode; found from its signature (`train`, `deterministic`, ...) when None.
+      logits: takes what the module returns and gives the logits, where it returns more: `lambda out: out[0]` of a tuple.
 
     Raises:
       DvinvError: the network has no BatchNorm, or one out of reach of the tap, or does not take such images; its weights are
         not finite, or quantized; or its answers are not those of a classifier (see `contract.check_answers`).
     """
-    teacher = trusted_linen(module, variables, image_shape=image_shape, mean=mean, std=std, call_kwargs=call_kwargs)
+    pictures = {'image_shape': image_shape, 'mean': mean, 'std': std}
+    teacher = trusted_linen(module, variables, **pictures, call_kwargs=call_kwargs, logits=logits)
     check_answers(teacher, type(module).__name__)
-    return teacher
+    return dataclasses.replace(teacher, module=trainable(module, call_kwargs))
 
 
-def trusted_linen(module, variables, *, image_shape, mean, std, call_kwargs: dict | None = None) -> Teacher:
+def trusted_linen(
+    module, variables, *, image_shape, mean, std, call_kwargs: dict | None = None, logits: Callable | None = None
+) -> Teacher:
     """As `from_linen`, but does not run the module: of dvinv's own networks, it is known that they answer with logits."""
     if isinstance(module, type):
         raise DvinvError(
@@ -64,19 +75,22 @@ def trusted_linen(module, variables, *, image_shape, mean, std, call_kwargs: dic
             'cannot be captured; pass the NNX model itself, with its weights, to dvinv.from_nnx(model, ...).'
         )
     pictures, variables = _pictures(image_shape, mean, std), _on_host(variables, type(module).__name__)
-    return _teacher(LinenTap, module, variables, *pictures, call_kwargs)
+    return _teacher(LinenTap, module, variables, *pictures, call_kwargs, logits, module)
 
 
-def from_nnx(model, *, image_shape, mean=None, std=None, call_kwargs: dict | None = None) -> Teacher:
+def from_nnx(
+    model, *, image_shape, mean=None, std=None, call_kwargs: dict | None = None, logits: Callable | None = None
+) -> Teacher:
     """A Teacher from any Flax NNX model, unmodified: a clone of it is put in eval mode and frozen as it is now.
 
     Its `variables` are nested dicts as of a Linen module, {'params': ..., 'batch_stats': ...}; what is neither nnx.Param nor
     nnx.BatchStat nor a random key is in 'others'.
 
     Args:
-      model: takes x [B, H, W, C] and returns logits [B, K].
+      model: takes x [B, H, W, C] and returns logits [B, K], or what `logits` finds them in.
       image_shape, mean, std: see `from_linen`.
       call_kwargs: what its `__call__` takes beside x in eval mode, over and above `model.eval()`; see `from_linen`.
+      logits: see `from_linen`.
 
     Raises:
       DvinvError: see `from_linen`.
@@ -92,8 +106,28 @@ def from_nnx(model, *, image_shape, mean=None, std=None, call_kwargs: dict | Non
     nnx_tap.refuse_bridged(model)
     pictures, name = _pictures(image_shape, mean, std), type(model).__name__
     model = nnx_tap.in_eval_mode(model)
-    teacher = _teacher(nnx_tap.NnxTap, model, _on_host(nnx_tap.variables_of(model), name), *pictures, call_kwargs)
+    variables = _on_host(nnx_tap.variables_of(model), name)
+    own = trainable(model, call_kwargs)
+    teacher = _teacher(nnx_tap.NnxTap, model, variables, *pictures, call_kwargs, logits, own)
     check_answers(teacher, name)
+    return teacher
+
+
+def teacher_of(module, variables, *, image_shape, mean, std) -> Teacher:
+    """A Teacher from a user's network as `modules.trainable` returns it, with these variables (arrays or shapes).
+
+    Raises:
+      DvinvError: see `from_linen`.
+    """
+    pictures, variables = _pictures(image_shape, mean, std), _on_host(variables, module.label)
+    if isinstance(module, LinenModule):
+        teacher = _teacher(LinenTap, module, variables, *pictures, {'train': False}, module)
+    else:
+        from dvinv.inversion import nnx_tap
+
+        model = nnx_tap.in_eval_mode(module.model)
+        teacher = _teacher(nnx_tap.NnxTap, model, variables, *pictures, module.arguments, module)
+    check_answers(teacher, module.label)
     return teacher
 
 
@@ -162,7 +196,7 @@ def _on_host(variables, name: str) -> dict:
     # A leaf may be a tuple, of what the network sowed in `init`.
     flat = {
         path: jax.tree.map(lambda one, path=path: copied(path, one), leaf)
-        for path, leaf in flatten(_unboxed(variables)).items()
+        for path, leaf in flatten(unboxed(variables)).items()
         if leaf is not None
     }
     parameters = {path: leaf for path, leaf in flat.items() if path.startswith('params/')}
@@ -179,18 +213,12 @@ def _on_host(variables, name: str) -> dict:
     return {'params': {}} | unflatten(flat)
 
 
-def _unboxed(node):
-    """Returns nested dicts of nested mappings, without Flax's boxes: `unbox` would shard under a mesh of the caller."""
-    if isinstance(node, Mapping):
-        return {name: _unboxed(child) for name, child in node.items()}
-    return jax.tree.leaves(node)[0] if isinstance(node, flax.core.meta.AxisMetadata) else node
-
-
-def _teacher(make_tap, network, variables, image_shape, mean, std, call_kwargs) -> Teacher:
+def _teacher(make_tap, network, variables, image_shape, mean, std, call_kwargs, logits, module) -> Teacher:
     if call_kwargs is None:
-        parameters = inspect.signature(network.__call__).parameters if callable(network) else {}
-        call_kwargs = {name: value for name, value in EVAL_MODE.items() if name in parameters}
+        call_kwargs = eval_arguments(network)
     example = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
-    tap = make_tap(network, variables, example, call_kwargs)
+    tap = make_tap(network, variables, example, call_kwargs, logits)
     num_classes = jax.eval_shape(tap.apply_fn, variables, example).shape[-1]
-    return Teacher(tap.apply_fn, variables, image_shape, num_classes, mean, std, tap, tap.features, running_statistics)
+    return Teacher(
+        tap.apply_fn, variables, image_shape, num_classes, mean, std, tap, tap.features, running_statistics, module
+    )

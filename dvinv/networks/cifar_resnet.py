@@ -4,13 +4,14 @@ Semantics and names are those of the published PyTorch weights: submodules' path
 ('layer1_0/conv1' is `layer1.0.conv1`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dvinv.networks.residual import residual_features
+from dvinv.networks.residual import BasicBlock, residual_features, small_stem
+from dvinv.networks.torch_layers import batch_norm
 
 
 def option_a(x: jax.Array, channels: int, stride: int, train: bool) -> jax.Array:
@@ -25,8 +26,10 @@ class CifarResNet(nn.Module):
     num_classes: int
     blocks: int  # a stage: n
     channels: Sequence[int] = (16, 32, 64)  # a stage
+    norm: Callable = batch_norm  # (train, name) -> a layer
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        x = residual_features(x, train, (self.blocks,) * len(self.channels), self.channels, option_a)
+        blocks = (self.blocks,) * len(self.channels)
+        x = residual_features(x, train, blocks, self.channels, option_a, BasicBlock, small_stem, self.norm)
         return nn.Dense(self.num_classes, name='linear')(x)

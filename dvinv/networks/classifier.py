@@ -70,6 +70,11 @@ def apply_fn_of(module) -> Callable:
     return lambda variables, x: module.apply(variables, x, train=False)
 
 
+def name_of(module) -> str:
+    """What sentences call a module: its class, or that of the user's within."""
+    return getattr(module, 'label', type(module).__name__)
+
+
 def cast_floats(tree, dtype):
     """Returns `tree` with its floating-point arrays in `dtype`."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)

@@ -62,19 +62,27 @@ def load_network(path: Path) -> tuple[dict, dict]:
     return unflatten(tensors), about
 
 
-def load_classifier(path: Path) -> Classifier:
-    """A `Classifier` from a network file."""
+def load_classifier(path: Path, own=None) -> Classifier:
+    """A `Classifier` from a network file; for `own` see `module_of`."""
     variables, about = load_network(path)
-    return classifier_of(module_of(about), variables, about)
+    return classifier_of(module_of(about, own), variables, about)
 
 
-def module_of(about: dict) -> nn.Module:
+def module_of(about: dict, own=None) -> nn.Module:
     """The Linen module of a network with the description of `save_network`.
 
+    Args:
+      own: the user's whole network, with the calls of a Linen module that takes x and `train`; None: one of dvinv's.
+
     Raises:
-      DvinvError: no network has this name.
+      DvinvError: no network has this name, or it is a user's and not given.
     """
-    module = registry.create(about['network'], about['num_classes'], about['width'])
+    if own is None and not about['network']:
+        raise DvinvError(
+            'The file holds the weights of a network of your own, which is not among those of dvinv; give the Flax module, '
+            'or the function that returns it: dvinv.load(..., module=module).'
+        )
+    module = own if own is not None else registry.create(about['network'], about['num_classes'], about['width'])
     return Narrow(module, {layer: tuple(left) for layer, left in about['kept'].items()}) if about.get('kept') else module
 
 
@@ -119,7 +127,7 @@ def read_classifier(
         refuse_values({variable: variable for variable in arrays}, arrays)
         if about['network'] != network:
             raise DvinvError(f'{path} holds a {about["network"]}, but {field} is {network}.')
-        _refuse_other(path, group, about, {'mean': mean, 'std': std, 'image_shape': image_shape, 'width': width})
+        refuse_other(path, group, about, {'mean': mean, 'std': std, 'image_shape': image_shape, 'width': width})
         return module_of(about), variables, about
     image_shape = tuple(image_shape or registry.image_shape(network))
     state = read_state_dict(path)
@@ -174,7 +182,7 @@ def _template(name: str, width: float) -> dict:
     return flatten(registry.shapes_of(registry.create(name, 1, width), registry.image_shape(name)))
 
 
-def _refuse_other(path: Path, group: str, about: dict, given: dict) -> None:
+def refuse_other(path: Path, group: str, about: dict, given: dict) -> None:
     """Refuses what is `given` (but for what is empty, and the usual width) where the file's description has other values."""
     for name, value in given.items():
         if not value or (name == 'width' and value == 1):

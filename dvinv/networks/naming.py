@@ -9,13 +9,14 @@ Gluon      resnet0_layer1_0_conv1_weight   resnet0_layer1_0_bn1_running_mean
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
 from dvinv.errors import DvinvError, listed
 
-# Flax's names of leaves, and theirs. Keras has two for a kernel, and others for what BatchNorm has.
+# Flax's names of leaves, and theirs; other leaves have the same name everywhere. Keras has two for a kernel, and others for
+# what layers that normalise have.
 PYTORCH = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias', 'mean': 'running_mean', 'var': 'running_var'}
 KERAS = {'kernel': ('kernel', 'depthwise_kernel'), 'bias': ('bias',)}
 KERAS_BATCH_NORM = {'scale': ('gamma',), 'bias': ('beta',), 'mean': ('moving_mean',), 'var': ('moving_variance',)}
@@ -29,14 +30,18 @@ AVERAGED = re.compile(r'(^|[._])(ema|averaged?|shadow|swa)([._]|$)')  # in the n
 
 
 def find_keys(
-    paths: Collection[str], keys: Collection[str], aliases: Mapping[str, str], counted: bool = True
+    paths: Collection[str],
+    keys: Collection[str],
+    aliases: Mapping[str, str] | Sequence[Mapping[str, str]],
+    counted: bool = True,
 ) -> dict[str, str]:
     """{path: the key that it goes by}; one that is not among `keys` is spelled as most of the others are.
 
     Args:
       paths: of a network's variables in Flax.
       keys: those of a file; Keras's have slashes, PyTorch's have dots, Gluon's have neither and one prefix.
-      aliases: {name of a submodule, or its whole path with dots: what other PyTorch repositories call it}.
+      aliases: {name of a submodule, or its whole path with dots, or that of a variable: what other PyTorch repositories call
+        it}; where there are several repositories, one such mapping for each.
       counted: '_1' in the name of a submodule is the place in a list, which PyTorch spells '.1'.
     """
     keras, prefix = any('/' in key for key in keys), _gluon_prefix(keys)
@@ -46,9 +51,11 @@ def find_keys(
         names = {path: _layer_keys(path, paths, '_', GLUON, GLUON_BATCH_NORM) for path in paths}
         spellings = {path: [prefix + key for key in mine] for path, mine in names.items()}
     else:
-        spellings = {path: _torch_keys(path, aliases, counted) for path in paths}
-        if sum(other in keys for _, other in spellings.values()) > sum(usual in keys for usual, _ in spellings.values()):
-            spellings = {path: mine[::-1] for path, mine in spellings.items()}
+        several = (aliases,) if isinstance(aliases, Mapping) else aliases
+        spellings = {path: _torch_keys(path, several, counted) for path in paths}
+        found = [sum(key in keys for key in same) for same in zip(*spellings.values(), strict=True)]
+        most = found.index(max(found))
+        spellings = {path: [every[most], *every] for path, every in spellings.items()}
     return {path: next((key for key in mine if key in keys), mine[0]) for path, mine in spellings.items()}
 
 
@@ -108,12 +115,15 @@ def unwrapped(keys: Collection[str], find: Callable[[Collection[str]], dict[str,
     return Unwrapped(found[best], tuple(name for name in keys if name not in own))
 
 
-def to_flax_layout(key: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def to_flax_layout(path: str, key: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """OIHW to HWIO and [out, in] to [in, out]; Keras's depthwise [H, W, C, M], for C groups, to [H, W, 1, C * M].
 
     Where Flax has a dense layer, of a `shape` of two axes, and PyTorch a convolution of the whole picture, OIHW to
-    [I * H * W, O].
+    [I * H * W, O]. What is no kernel, by its `path` in Flax, is laid out alike everywhere, but for axes of length 1.
     """
+    if not path.endswith('/kernel'):
+        same = [length for length in tensor.shape if length > 1] == [length for length in shape if length > 1]
+        return tensor.reshape(shape) if same else tensor
     depthwise = tensor.ndim == len(shape) == 4 and shape[2] == 1  # Keras 3 has the same name for all kernels
     if key.endswith('/depthwise_kernel') or ('/' in key and depthwise and tensor.shape != shape):
         return tensor.reshape(*tensor.shape[:2], 1, -1)
@@ -124,19 +134,26 @@ def to_flax_layout(key: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.n
     return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
 
 
-def _torch_keys(path: str, aliases: Mapping[str, str], counted: bool) -> list[str]:
+def _torch_keys(path: str, aliases: Sequence[Mapping[str, str]], counted: bool) -> list[str]:
     """'params/layer2_0/downsample_1/scale' -> ['layer2.0.downsample.1.weight', 'layer2.0.shortcut.1.weight']."""
     *modules, leaf = path.split('/')[1:]
-    usual = re.sub(r'_(\d+)', r'.\1', '.'.join(modules)) if counted else '.'.join(modules)
-    other = aliases.get(usual) or '.'.join(aliases.get(name, name) for name in usual.split('.'))
-    return [f'{module}.{PYTORCH[leaf]}' for module in (usual, other)]
+    module = re.sub(r'_(\d+)', r'.\1', '.'.join(modules)) if counted else '.'.join(modules)
+    leaf = PYTORCH.get(leaf, leaf)
+    usual = f'{module}.{leaf}' if module else leaf
+    others = []
+    for names in aliases:
+        other = names.get(module) or '.'.join(names.get(name, name) for name in module.split('.'))
+        others.append(names.get(usual) or (f'{other}.{leaf}' if module else leaf))
+    return [usual, *others]
 
 
 def _layer_keys(path: str, paths: Collection[str], separator: str, leaves: dict, batch_norm: dict) -> list[str]:
     """'params/conv1/kernel' -> ['conv1/kernel', 'conv1/depthwise_kernel']; 'params/bn1/bias' -> ['bn1/beta']."""
     *modules, leaf = path.split('/')[1:]
-    names = batch_norm if f'batch_stats/{"/".join(modules)}/mean' in paths else leaves
-    return [separator.join([*modules, name]) for name in names[leaf]]
+    layer = '/'.join(modules)
+    normalises = f'batch_stats/{layer}/mean' in paths or f'params/{layer}/scale' in paths
+    names = (batch_norm if normalises else leaves).get(leaf, (leaf,))
+    return [separator.join([*modules, name]) for name in names]
 
 
 def _gluon_prefix(keys: Collection[str]) -> str:

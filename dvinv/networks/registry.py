@@ -11,6 +11,7 @@ import numpy as np
 
 from dvinv.errors import DvinvError
 from dvinv.networks.cifar_resnet import CifarResNet
+from dvinv.networks.convnext import ConvNeXt
 from dvinv.networks.inception_v3 import InceptionV3
 from dvinv.networks.mobilenet_v1 import MobileNetV1, TimmMobileNetV1
 from dvinv.networks.mobilenet_v2 import LAST, MobileNetV2, in_eighths
@@ -18,7 +19,9 @@ from dvinv.networks.residual import BasicBlock, Bottleneck, imagenet_stem
 from dvinv.networks.resnet import ResNet
 from dvinv.networks.small import SmallConvNet, SmallResNet
 from dvinv.networks.squeezenet import SqueezeNet
+from dvinv.networks.torch_layers import group_norm
 from dvinv.networks.vgg import VGG, ImageNetVGG
+from dvinv.networks.vision_transformer import VisionTransformer, in_heads
 from dvinv.networks.wide_resnet import WideResNet
 
 
@@ -112,6 +115,40 @@ NETWORKS: dict[str, Network] = {
     'squeezenet1_1': Network(
         SqueezeNet, IMAGENET, {'channels': (64, 16, 16, 32, 32, 48, 48, 64, 64)}, pixels=IMAGENET_PIXELS
     ),
+    'resnet20_gn': Network(
+        CifarResNet,
+        CIFAR,
+        {'channels': (16, 32, 64)},
+        {'blocks': 3},
+        {'norm': functools.partial(group_norm, groups=8)},
+    ),
+    'resnet50_gn': Network(
+        ResNet,
+        IMAGENET,
+        {'channels': RESNET},
+        {'blocks': BLOCKS[50]},
+        {'block': Bottleneck, 'stem': imagenet_stem, 'norm': group_norm},
+        pixels=IMAGENET_PIXELS,
+    ),
+    'vit_b_16': Network(VisionTransformer, IMAGENET, {'channels': 768}, rounding=in_heads(64)),  # timm's take other pixels
+    **{
+        name: Network(VisionTransformer, IMAGENET, {'channels': channels}, rounding=in_heads(64), pixels=IMAGENET_PIXELS)
+        for name, channels in (('deit_tiny', 192), ('deit_small', 384))
+    },
+    'convnext_tiny': Network(
+        ConvNeXt, IMAGENET, {'channels': (96, 192, 384, 768)}, {'blocks': (3, 3, 9, 3)}, pixels=IMAGENET_PIXELS
+    ),
+    **{
+        name: Network(
+            VisionTransformer,
+            shape,
+            {'channels': channels},
+            {'depth': depth},
+            {'patch': patch, 'head': 16, 'spread': 0.5, 'token': False},
+            rounding=in_heads(16),
+        )
+        for name, shape, channels, depth, patch in (('small_vit', DIGITS, 64, 4, 2), ('cifar_vit', CIFAR, 192, 6, 4))
+    },
     'small_resnet': Network(SmallResNet, DIGITS, {'channels': (32, 64), 'hidden': 64}),
     'small_convnet': Network(SmallConvNet, DIGITS, {'channels': (32, 64), 'hidden': 128}),
 }

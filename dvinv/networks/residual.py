@@ -8,14 +8,14 @@ import jax
 from dvinv.networks.torch_layers import batch_norm, conv
 
 
-def small_stem(x: jax.Array, channels: int, train: bool) -> jax.Array:
+def small_stem(x: jax.Array, channels: int, train: bool, norm: Callable = batch_norm) -> jax.Array:
     """CIFAR's: one 3x3 convolution; x [B, H, W, C] -> [B, H, W, channels]."""
-    return nn.relu(batch_norm(train, 'bn1')(conv(channels, 3, name='conv1')(x)))
+    return nn.relu(norm(train, 'bn1')(conv(channels, 3, name='conv1')(x)))
 
 
-def imagenet_stem(x: jax.Array, channels: int, train: bool) -> jax.Array:
+def imagenet_stem(x: jax.Array, channels: int, train: bool, norm: Callable = batch_norm) -> jax.Array:
     """ImageNet's: a 7x7 convolution and a max-pooling, which halve the picture each; to [B, ~H / 4, ~W / 4, channels]."""
-    x = nn.relu(batch_norm(train, 'bn1')(conv(channels, 7, 2, name='conv1')(x)))
+    x = nn.relu(norm(train, 'bn1')(conv(channels, 7, 2, name='conv1')(x)))
     return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
 
 
@@ -25,11 +25,12 @@ class BasicBlock(nn.Module):
     channels: int
     stride: int
     shortcut: Callable  # (x, channels, stride, train) -> x, of the block's output shape
+    norm: Callable = batch_norm  # (train, name) -> a layer
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        y = nn.relu(batch_norm(train, 'bn1')(conv(self.channels, 3, self.stride, name='conv1')(x)))
-        y = batch_norm(train, 'bn2')(conv(self.channels, 3, name='conv2')(y))
+        y = nn.relu(self.norm(train, 'bn1')(conv(self.channels, 3, self.stride, name='conv1')(x)))
+        y = self.norm(train, 'bn2')(conv(self.channels, 3, name='conv2')(y))
         return nn.relu(y + self.shortcut(x, self.channels, self.stride, train))
 
 
@@ -42,13 +43,14 @@ class Bottleneck(nn.Module):
     channels: int
     stride: int
     shortcut: Callable  # (x, channels, stride, train) -> x, of the block's output shape
+    norm: Callable = batch_norm  # (train, name) -> a layer
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         outputs = 4 * self.channels
-        y = nn.relu(batch_norm(train, 'bn1')(conv(self.channels, 1, name='conv1')(x)))
-        y = nn.relu(batch_norm(train, 'bn2')(conv(self.channels, 3, self.stride, name='conv2')(y)))
-        y = batch_norm(train, 'bn3')(conv(outputs, 1, name='conv3')(y))
+        y = nn.relu(self.norm(train, 'bn1')(conv(self.channels, 1, name='conv1')(x)))
+        y = nn.relu(self.norm(train, 'bn2')(conv(self.channels, 3, self.stride, name='conv2')(y)))
+        y = self.norm(train, 'bn3')(conv(outputs, 1, name='conv3')(y))
         return nn.relu(y + self.shortcut(x, outputs, self.stride, train))
 
 
@@ -60,14 +62,15 @@ def residual_features(
     shortcut: Callable,
     block: type[nn.Module] = BasicBlock,
     stem: Callable = small_stem,
+    norm: Callable = batch_norm,
 ) -> jax.Array:
     """[B, F] of x [B, H, W, C]: the stem, then so many blocks a stage, each stage but the first halving the size; the mean.
 
     To be called in a module's compact method: submodules 'conv1', 'bn1', 'layer1_0', ... become its own.
     """
-    x = stem(x, channels[0], train)
+    x = stem(x, channels[0], train, norm)
     for stage, (count, width) in enumerate(zip(blocks, channels, strict=True), 1):
         for index in range(count):
             stride = 2 if stage > 1 and index == 0 else 1
-            x = block(width, stride, shortcut, name=f'layer{stage}_{index}')(x, train)
+            x = block(width, stride, shortcut, norm, name=f'layer{stage}_{index}')(x, train)
     return x.mean((1, 2))

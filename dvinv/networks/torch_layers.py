@@ -1,5 +1,7 @@
 """Layers with PyTorch's semantics, for the networks whose published weights come from there."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,34 @@ def conv(channels: int, size: int, stride: int = 1, *, groups: int = 1, bias: bo
 def batch_norm(train: bool, name: str, epsilon: float = 1e-5) -> nn.BatchNorm:
     """BatchNorm with PyTorch's epsilon and momentum (its .1 is Flax's .9)."""
     return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=epsilon, name=name)
+
+
+def group_norm(train: bool, name: str, groups: int = 32):
+    """Returns GroupNorm with PyTorch's epsilon, x -> x, in gcd(groups, channels) groups."""
+
+    def normalise(x: jax.Array) -> jax.Array:
+        own = math.gcd(groups, x.shape[-1])
+        return nn.GroupNorm(num_groups=own, epsilon=1e-5, use_fast_variance=False, name=name)(x)
+
+    return normalise
+
+
+def layer_norm(name: str) -> nn.LayerNorm:
+    """Returns LayerNorm over the channels with the epsilon of vision transformers and ConvNeXts."""
+    return nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, name=name)
+
+
+class Mlp(nn.Module):
+    """A dense layer of `inner` channels, the exact GELU, a dense layer back to the channels of x [B, ..., C]."""
+
+    inner: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = nn.Dense(self.inner, kernel_init=nn.initializers.xavier_uniform(), name='fc1')(x)
+        return nn.Dense(x.shape[-1], kernel_init=nn.initializers.xavier_uniform(), name='fc2')(
+            nn.gelu(wide, approximate=False)
+        )
 
 
 def adaptive_mean(x: jax.Array, size: int) -> jax.Array:

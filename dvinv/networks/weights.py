@@ -32,7 +32,8 @@ def import_weights(module: nn.Module, image_shape, state: dict[str, np.ndarray],
     """The variables, float32 numpy arrays, of `module` for images [H, W, C] from PyTorch's, Keras's or Gluon's tensors.
 
     Submodules' paths spell the keys, as `naming` tells; a `module.aliases` has other names of theirs, and a `module.unused`
-    what keys begin with that are left aside. What wrappers put before the keys is left out, and said once.
+    what keys begin with that are left aside. `module.adapt(arrays, image_shape, source)`, where there is one, changes what
+    depends on the size of images. What wrappers put before the keys is left out, and said once.
 
     Args:
       source: what that line calls the weights.
@@ -46,7 +47,9 @@ def import_weights(module: nn.Module, image_shape, state: dict[str, np.ndarray],
     names = found.names
     _refuse_integers({names[key]: state[names[key]] for key in keys.values() if key in names})
     _refuse_misfits(type(module).__name__, [*state], found, {*keys.values()})
-    arrays = {path: to_flax_layout(key, state[names[key]], template[path].shape) for path, key in keys.items()}
+    arrays = {path: to_flax_layout(path, key, state[names[key]], template[path].shape) for path, key in keys.items()}
+    if adapt := getattr(module, 'adapt', None):
+        arrays = adapt(arrays, image_shape, source)
     _refuse_shapes(type(module).__name__, {names[key]: (arrays[path], template[path]) for path, key in keys.items()}, state)
     with np.errstate(over='ignore'):  # what float32 has no number for is refused below
         arrays = {path: array.astype(np.float32) for path, array in arrays.items()}
@@ -76,7 +79,7 @@ def agreement(module: nn.Module, template: dict, state: dict[str, np.ndarray]) -
         return share, False
     differing = set()
     for path, key in keys.items():
-        shape, wanted = to_flax_layout(key, state[names[key]], template[path].shape).shape, template[path].shape
+        shape, wanted = to_flax_layout(path, key, state[names[key]], template[path].shape).shape, template[path].shape
         if shape != wanted:
             differing.add(path.rpartition('/')[0] if shape[:-1] == wanted[:-1] and wanted[-1] == 1 else path)
     return share, len(differing) <= 1 and not differing & keys.keys()  # the head alone
@@ -93,7 +96,7 @@ def count_classes(build: Callable[[int], nn.Module], image_shape, state: dict[st
     names = found.names
     for path, key in keys.items():
         if few[path].shape != many[path].shape and key in names and np.ndim(state[names[key]]) == few[path].ndim:
-            return to_flax_layout(key, state[names[key]], few[path].shape).shape[-1]
+            return to_flax_layout(path, key, state[names[key]], few[path].shape).shape[-1]
     return 1
 
 

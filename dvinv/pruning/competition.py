@@ -9,7 +9,7 @@ import numpy as np
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
 from dvinv.inversion import Teacher
-from dvinv.networks import apply_fn_of, module_of
+from dvinv.networks import apply_fn_of
 from dvinv.pools import missing_batches
 from dvinv.runtime.workdir import Workdir
 from dvinv.synthesizer import Synthesizer
@@ -45,7 +45,7 @@ def images_against(config, workdir: Workdir, teacher: Teacher, learner: Learner)
     config, name = config_of_step(config, learner.role, learner.part), f'pruned_{learner.part}'
     pool = ImagePool(workdir.path / 'pools' / name, teacher.digest(), ours=True)
     if missing := missing_batches(config, pool):
-        student_fn = apply_fn_of(module_of(learner.about))
+        student_fn = apply_fn_of(learner.module)
         with Synthesizer(
             config, workdir, teacher, pool, 'adaptive', 'pruning', f'images_{name}', student_fn=student_fn
         ) as synthesizer:

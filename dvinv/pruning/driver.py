@@ -19,11 +19,14 @@ from dvinv.configuration import DATA_FREE_CONTROLS, check_count, recipe_of
 from dvinv.data.joined import Joined
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
+from dvinv.held_out import HeldOut, learned_rows
 from dvinv.inversion import Teacher
 from dvinv.inversion.execution import in_precision
+from dvinv.inversion.tap import find_statistics
 from dvinv.networks import Classifier, load_classifier, load_network, save_network
 from dvinv.networks.channels import Narrow, find_channels
 from dvinv.networks.channels.cost import Cost
+from dvinv.networks.classifier import join_names
 from dvinv.pools import controls_are_whole, finished_pool
 from dvinv.pruning import competition
 from dvinv.pruning.importance import Importance
@@ -36,7 +39,7 @@ from dvinv.runtime.progress import Progress
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.student import distillation_loss
 from dvinv.synthesizer import control_pool
-from dvinv.teacher import load, module_of_teacher, read, test_accuracy
+from dvinv.teacher import check_changeable, load, own_module, read, test_accuracy
 from dvinv.training import Array, Learner, Lesson, PlannedTraining, learn
 
 ROLE = 5  # see `training.Learner`
@@ -52,7 +55,7 @@ def run(config, workdir) -> dict:
     teacher = load(config, workdir)
     pool = finished_pool(config, workdir, teacher)
     pruner, controls = Pruner(config, workdir, teacher), config.pruning.controls
-    images, labels = pool.rows('images'), pool.rows('labels')
+    images, labels = (learned_rows(config, pool.rows(name)) for name in ('images', 'labels'))
     networks = {'pruned': pruner.prune('pruned', images, labels, competing=config.pruning.adaptive_batches > 0)}
     for control in ('untuned', 'magnitude', 'random'):
         if control in controls:
@@ -60,10 +63,12 @@ def run(config, workdir) -> dict:
     for control in DATA_FREE_CONTROLS:
         if control in controls:
             lesser = control_pool(config, workdir, teacher, control, 'pruning')
-            networks[control] = pruner.prune(f'pruned_by_{control}', lesser.rows('images'), lesser.rows('labels'))
+            rows = [learned_rows(config, lesser.rows(name)) for name in ('images', 'labels')]
+            networks[control] = pruner.prune(f'pruned_by_{control}', *rows)
     data = load_real(config.data)
     if 'real' in controls:
         networks['real'] = pruner.prune('pruned_by_real', data.train.images, data.train.labels)
+    held_out = HeldOut(config, teacher, pool)
     whole, pruned = test_accuracy(teacher, data), networks['pruned']
     scores = [test_accuracy(step.network, data) for step in pruned]
     write_atomic(
@@ -76,6 +81,7 @@ def run(config, workdir) -> dict:
             f'{control}_test_accuracy': test_accuracy(networks[control][-1].network, data) if control in networks else None
             for control in CONTROLS
         },
+        **held_out.beside({name: steps[-1].network for name, steps in networks.items()}, 'pruned'),
         **pruner.ratios(pruned[-1]),
         'parameters': pruned[-1].network.parameters,
         'images': len(labels) + pruner.adaptive_images,
@@ -88,10 +94,7 @@ def planned_trainings(config, teacher: Teacher) -> list[PlannedTraining]:
     """Returns the trainings of the task, for `--plan`: of whole networks, so pruned ones will take less."""
     group = config.pruning
     updates = group.steps * group.updates_per_step + group.updates
-    recipe, module = (
-        dataclasses.replace(recipe_of(group), updates=updates),
-        module_of_teacher(config, load_real(config.data)),
-    )
+    recipe, module = dataclasses.replace(recipe_of(group), updates=updates), teacher.module
     layers = teacher.tap.layers if group.hint else ()
     loss = distillation_loss(in_precision(teacher, group.precision), group.temperature, group.hint, layers)
     lesson = Lesson(recipe, loss, Rounds(config.synthesis.images), teacher.variables)
@@ -132,7 +135,8 @@ def check(config, teacher: Teacher) -> None:
     for control in group.controls:
         if control not in CONTROLS:
             raise DvinvError(f'pruning.controls names {control!r}; choose among {", ".join(CONTROLS)}.')
-    module = module_of_teacher(config, load_real(config.data))
+    check_changeable(config, teacher)
+    module = teacher.module
     if isinstance(module, Narrow):
         raise DvinvError(
             f'teacher.weights is {config.teacher.weights!r}, a network that has lost channels; prune a whole one.'
@@ -166,6 +170,7 @@ class Pruner:
         self.removal = removal_of(config)
         self._config, self._workdir, self._teacher = config, workdir, teacher
         module, self._variables, self._about = read(config, workdir)
+        self._own = own_module(config, teacher)
         self._channels = find_channels(module, teacher.image_shape, tuple(self.removal.protected))
         self._importance = Importance(module, teacher, self._channels)
         self._table = self._latencies() if self.removal.needs_latency else None
@@ -204,7 +209,7 @@ class Pruner:
                     learn(self._config, self._workdir, learner, self._lesson(learner, updates, len(labels)), images, labels)
             variables, about = load_network(path)
             alive = self._channels.alive(about.get('kept', {}))
-            done.append(Pruned(load_classifier(path), alive))
+            done.append(Pruned(load_classifier(path, self._own), alive))
         return done
 
     def ratios(self, pruned: Pruned) -> dict[str, float | None]:
@@ -287,15 +292,15 @@ class Pruner:
         left = self._decided(name, lambda: self._next(alive, variables, images, step, control))
         kept, start = self._channels.kept(left), self._channels.sliced(left, self._channels.restored(alive, variables))
         network = ml_collections.ConfigDict({field: self._about[field] for field in ('network', 'width')})
-        return Learner('pruning', name, network, self._teacher, ROLE, step, start, kept)
+        return Learner('pruning', name, network, self._teacher, ROLE, step, start, kept, self._own)
 
     def _lesson(self, learner: Learner, updates: int, count: int) -> Lesson:
         group, alive = self._config.pruning, self._channels.alive(learner.kept)
-        recipe = dataclasses.replace(recipe_of(group), updates=updates)
+        recipe, means = dataclasses.replace(recipe_of(group), updates=updates), find_statistics(self._channels.shapes)
         left = {
             layer: np.flatnonzero(self._channels.there(units, alive))
             for layer in self._teacher.tap.layers
-            if (units := self._channels.axes[f'batch_stats/{layer}/mean'][-1]) is not None
+            if (units := self._channels.axes[join_names(means[layer][0])][-1]) is not None
         }
         layers = self._teacher.tap.layers if group.hint else ()
         teacher = in_precision(self._teacher, group.precision)

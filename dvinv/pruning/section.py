@@ -49,7 +49,17 @@ def pruning_section(workdir: Workdir, found: dict) -> Section:
             {layer: tuple(widths) for layer, widths in story['widths'].items()}, 'Channels that layers make', 'channels'
         ),
     ]
-    return Section('Pruning', tables=[scores, costs], charts=charts)
+    return Section('Pruning', pruning_sentence(found), tables=[scores, costs], charts=charts)
+
+
+def pruning_sentence(found: dict) -> str:
+    """Returns the result in a sentence."""
+    flops, parameters = (percent(found[name], 0) for name in ('flops_ratio', 'parameters_ratio'))
+    text = f'With {flops} of its FLOPs and {parameters} of its parameters '
+    if found['test_accuracy'] is None:
+        return f'{text}left, the network was fine-tuned on synthesized images alone.'
+    before = percent(found['unpruned_test_accuracy'])
+    return f'{text}left, the network reads {percent(found["test_accuracy"])} of the real test images right, {before} before.'
 
 
 def pruning_tile(found: dict) -> Tile:

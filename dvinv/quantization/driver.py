@@ -8,6 +8,7 @@ import numpy as np
 from dvinv.configuration import quantization_of, recipe_of
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
+from dvinv.held_out import HeldOut, learned_rows
 from dvinv.inversion import Teacher
 from dvinv.inversion.execution import in_precision
 from dvinv.networks.files import network_bytes
@@ -58,14 +59,17 @@ def run(config, workdir) -> dict:
             data.train.images if control == 'real' else control_pool(config, workdir, teacher, 'noise', TASK).rows('images')
         )
         ladder = ladder.beside(control, on_images(network, teacher, _evenly(images, settings.images)))
+    held_out = pool and HeldOut(config, teacher, pool)
     unequalised = _observed(config, teacher, plain, pool) if settings.equalise else None
     scores, float_bytes = Scores(teacher, data), len(network_bytes(teacher.variables, about))
     figures = {}
     for setting in settings.settings:
         path = workdir.network(file_name(setting))
         size = path.stat().st_size
+        quantized = load_quantized(path, teacher)
         figures[setting] = {
-            **scores.figures(load_quantized(path, teacher)),
+            **scores.figures(quantized),
+            **(held_out.beside({setting: quantized}, setting) if held_out else {}),
             'bytes': size,
             'bytes_ratio': size / float_bytes,
             'distilled': setting in settings.distilled,
@@ -129,13 +133,13 @@ def _observed(config, teacher: Teacher, network: Folded, pool: ImagePool | None)
     key, count = jax.random.fold_in(jax.random.key(config.seed), ROLE), config.quantization.images
     seen = {'no_images': on_statistics(network, teacher, key)}
     if count:
-        seen['pool'] = on_images(network, teacher, _evenly(pool.rows('images'), count))
+        seen['pool'] = on_images(network, teacher, _evenly(learned_rows(config, pool.rows('images')), count))
     return Ladder(network, seen)
 
 
 def _distil(config, workdir: Workdir, teacher: Teacher, network: Folded, variables: dict, pool: ImagePool, setting: str):
     """The variables after quantization-aware distillation: the float teacher's answers on the pool's images."""
-    images, labels = pool.rows('images'), pool.rows('labels')
+    images, labels = (learned_rows(config, pool.rows(name)) for name in ('images', 'labels'))
     module, lesson = _training(config, teacher, network, variables, len(labels))
     seed, mesh = 16 * config.seed + ROLE, training_mesh(make_mesh(config.devices))
     with Training(module, lesson, teacher, seed, mesh, workdir, TASK, setting, config.logging) as training:

@@ -2,7 +2,7 @@
 
 from dvinv.quantization.settings import SETTING, bits_of
 from dvinv.runtime.charts import line_chart
-from dvinv.runtime.page import Section, Table, percent
+from dvinv.runtime.page import Section, Table, Tile, percent
 
 RUNGS = {  # figure -> what it is called
     'no_images_test_accuracy': 'no images',
@@ -15,6 +15,22 @@ RUNGS = {  # figure -> what it is called
     'unequalised_test_accuracy': 'not equalised',
 }
 FINAL = 'the network in the file'
+
+
+def smallest(figures: dict) -> str:
+    """Returns the setting with the fewest bytes among the figures of the task."""
+    return min(
+        (name for name in figures if SETTING.fullmatch(name)), key=lambda setting: (figures[setting]['bytes'], setting)
+    )
+
+
+def quantization_tile(figures: dict) -> Tile:
+    """The headline's figure."""
+    setting = smallest(figures)
+    accuracy, ratio = figures[setting]['test_accuracy'], percent(figures[setting]['bytes_ratio'], 0)
+    if accuracy is None:
+        return Tile(setting, ratio, "of the float network's bytes")
+    return Tile(setting, percent(accuracy), f'real test accuracy in {ratio} of the bytes', accuracy)
 
 
 def quantization_section(figures: dict) -> Section:
@@ -32,7 +48,10 @@ def quantization_section(figures: dict) -> Section:
         ]
         for setting, of in ((setting, figures[setting]) for setting in settings)
     ]
-    rows.append(['float32', f'{megabytes:.3f}', '1', percent(figures['float_test_accuracy']), percent(1.0), 0])
+    score = figures['float_test_accuracy']
+    rows.append(
+        ['float32', f'{megabytes:.3f}', '1', percent(score), *((percent(1.0), 0) if score is not None else (None, None))]
+    )
     files = Table(
         ('Network', 'MB', 'of the float file', 'real test accuracy', 'agrees with float', 'KL to float'),
         rows,
@@ -45,8 +64,9 @@ def quantization_section(figures: dict) -> Section:
         [[label, *(percent(figures[setting].get(name)) for setting in settings)] for name, label in shown.items()],
         caption='Real test accuracy by calibration alone, before any learning.',
     )
+    bits = {setting: sum(bits_of(setting)) / 2 for setting in sorted(settings, key=lambda setting: sum(bits_of(setting)))}
     by_bits = {
-        label: ([bits_of(s)[0] for s in settings], [figures[s].get(name) for s in settings])
+        label: ([*bits.values()], [figures[setting].get(name) for setting in bits])
         for name, label in {'test_accuracy': FINAL, **shown}.items()
         if name not in ('minmax_test_accuracy', 'percentile_test_accuracy', 'uncorrected_test_accuracy')
     }
@@ -55,7 +75,17 @@ def quantization_section(figures: dict) -> Section:
         [*(figures[s]['test_accuracy'] for s in settings), figures['float_test_accuracy']],
     )
     charts = [
-        line_chart(by_bits, 'Accuracy against bits of a weight', 'bits', 'real test accuracy'),
+        line_chart(by_bits, 'Accuracy against bits', 'bits, mean of weights and inputs', 'real test accuracy'),
         line_chart({FINAL: by_size}, 'Accuracy against the size of the file', 'megabytes', 'real test accuracy'),
     ]
-    return Section('Quantization', tables=[files, ladder], charts=charts)
+    return Section('Quantization', quantization_sentence(figures), tables=[files, ladder], charts=charts)
+
+
+def quantization_sentence(figures: dict) -> str:
+    """Returns the result in a sentence."""
+    setting = smallest(figures)
+    text, score = f'In {setting} the network takes {percent(figures[setting]["bytes_ratio"])} of its bytes', ''
+    if (accuracy := figures[setting]['test_accuracy']) is not None:
+        score = f' and reads {percent(accuracy)} of the real test images right, in float32 '
+        score += percent(figures['float_test_accuracy'])
+    return f'{text}{score}.'

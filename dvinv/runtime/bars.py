@@ -23,7 +23,8 @@ def bars_left(rows: Mapping[str, tuple[float, float]], title: str, unit: str) ->
     scale = (WIDTH - left - 90) / longest
     height = TOP + ROW * len(rows) + 8
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {WIDTH} {height}" role="img"',
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart dense" viewBox="0 0 {WIDTH} {height}" role="img"',
+        f'style="min-width:{0.9 * WIDTH:.0f}px"',  # narrower, its names could not be read: the page lets it scroll
         f'aria-label="{escape(title)}" font-family="inherit" font-size="11" fill="currentColor">',
         f'<text class="chart-title" x="0" y="16" font-size="14" font-weight="600">{escape(title)}</text>',
     ]

@@ -15,6 +15,7 @@ import numpy as np
 # View-box units; one unit is one CSS pixel when the chart is shown at its natural width.
 WIDTH = 520
 PLOT_HEIGHT = 210
+PANEL_HEIGHT = 96  # of each of several
 RIGHT = 16
 # More points than this cannot be told apart at this width.
 MAX_BUCKETS = 240
@@ -47,37 +48,57 @@ def line_chart(
         Where no value is positive the axis is linear after all.
 
     Returns:
-      One `<svg>` element.
+      One `<svg>` element; '' where no series has a point.
     """
     lines = {name: _clean(name, *xy) for name, xy in series.items()}
-    log_y = log_y and any(np.any(y >= 1 / LARGEST) for _, y in lines.values())
-    log_x = log_x and any(np.any(x >= 1 / LARGEST) for x, _ in lines.values())
-    hidden = 0
-    for name, (x, y) in lines.items():
-        homeless = ~np.isnan(y) & ((log_y & (y < 1 / LARGEST)) | (log_x & (x < 1 / LARGEST)))
-        hidden += int(np.sum(homeless))
-        lines[name] = x, np.where(homeless, np.nan, y)
-    seen = [~np.isnan(y) for _, y in lines.values()]
-    xs = np.concatenate([x[s] for (x, _), s in zip(lines.values(), seen, strict=True)] or [np.zeros(0)])
-    ys = np.concatenate([y[s] for (_, y), s in zip(lines.values(), seen, strict=True)] or [np.zeros(0)])
+    return _chart([lines], title, x_label, y_label, log_y, log_x, PLOT_HEIGHT)
 
+
+def line_panels(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, x_label: str, log_y: bool = False
+) -> str:
+    """Draws each series in a panel of its own, one below the other, over one x axis: for values of different size.
+
+    Args:
+      series, title, x_label: see `line_chart`. Series without a point are left out.
+      log_y: logarithmic y axes, see `line_chart`.
+
+    Returns:
+      One `<svg>` element; '' where no series has a point.
+    """
+    lines = {name: _clean(name, *xy) for name, xy in series.items()}
+    panels = [{name: xy} for name, xy in lines.items() if np.any(~np.isnan(xy[1]))]
+    return _chart(panels, title, x_label, '', log_y, False, PANEL_HEIGHT)
+
+
+def _chart(panels: list[dict], title: str, x_label: str, y_label: str, log_y: bool, log_x: bool, height: int) -> str:
+    """Returns one `<svg>` of panels over one x axis: {name: (x, y)} each, with gaps as NaN; '' where nothing is drawn.
+
+    A single panel has a legend and `y_label`; of several, each has the names of its series above it.
+    """
+    log_x = log_x and any(np.any(x >= 1 / LARGEST) for lines in panels for x, _ in lines.values())
+    panels, hidden = _on_axes(panels, log_y, log_x)
+    xs = [x[~np.isnan(y)] for _, lines in panels for x, y in lines.values()]
+    xs = np.concatenate([*xs, np.zeros(0)])
+    if not len(xs):
+        return ''
     x_low, x_high = _limits(np.log10(xs) if log_x else xs, padding=0.0)
-    y_low, y_high = _limits(np.log10(ys) if log_y else ys, padding=0.05)
     x_ticks = _log_ticks(x_low, x_high) if log_x else _linear_ticks(x_low, x_high, 6)
-    y_ticks = _log_ticks(y_low, y_high) if log_y else _linear_ticks(y_low, y_high, 5)
-    if not len(ys):  # Figures on an axis without a line would look like data.
-        x_ticks, y_ticks = [], []
+    axes = []
+    for log, lines in panels:
+        ys = np.concatenate([y[~np.isnan(y)] for _, y in lines.values()])
+        low, high = _limits(np.log10(ys) if log else ys, padding=0.05)
+        axes.append((low, high, _log_ticks(low, high, height // 24) if log else _linear_ticks(low, high, height // 42)))
 
-    legend = _legend(list(lines))
+    alone = len(panels) == 1 and y_label
+    legend = _legend([*panels[0][1]]) if alone else []
     top = 34 + 19 * len(legend)
-    bottom = top + PLOT_HEIGHT
-    left = 38 + 7.5 * max((len(label) for _, label in y_ticks), default=0)
+    step = height + (0 if alone else 34)
+    bottom = top + step * len(panels)
+    left = (38 if alone else 20) + 7.5 * max(len(label) for *_, ticks in axes for _, label in ticks)
 
     def across(x):
         return left + ((np.log10(x) if log_x else x) - x_low) / (x_high - x_low) * (WIDTH - RIGHT - left)
-
-    def down(y):
-        return bottom - ((np.log10(y) if log_y else y) - y_low) / (y_high - y_low) * PLOT_HEIGHT
 
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {WIDTH} {bottom + 48}" role="img"',
@@ -86,32 +107,58 @@ def line_chart(
         *(f'<text x="0" y="{38 + 19 * row}">{spans}</text>' for row, spans in enumerate(legend)),
     ]
     muted = 'style="fill:var(--muted,#6b7280)"'
-    for value, label in y_ticks:
-        y = down(value)
-        out.append(f'<path d="M{left:.1f} {y:.1f}H{WIDTH - RIGHT}" style="stroke:var(--grid,#8884)"/>')
-        out.append(f'<text x="{left - 8:.1f}" y="{y + 4:.1f}" text-anchor="end" {muted}>{label}</text>')
-    out.append(f'<path d="M{left:.1f} {bottom}H{WIDTH - RIGHT}" style="stroke:var(--muted,#6b7280)"/>')
+    index = 0
+    for number, ((log, lines), (low, high, ticks)) in enumerate(zip(panels, axes, strict=True)):
+        below = top + step * (number + 1)
+
+        def down(y, log=log, low=low, high=high, below=below):
+            return below - ((np.log10(y) if log else y) - low) / (high - low) * height
+
+        if not alone:
+            names = _legend([*lines], index)[0]
+            out.append(f'<text x="0" y="{below - height - 10}">{names}</text>')
+        for value, label in ticks:
+            y = down(value)
+            out.append(f'<path d="M{left:.1f} {y:.1f}H{WIDTH - RIGHT}" style="stroke:var(--grid,#8884)"/>')
+            out.append(f'<text x="{left - 8:.1f}" y="{y + 4:.1f}" text-anchor="end" {muted}>{label}</text>')
+        out.append(f'<path d="M{left:.1f} {below}H{WIDTH - RIGHT}" style="stroke:var(--muted,#6b7280)"/>')
+        for name, (x, y) in lines.items():
+            out.append(_line(index, name, *_thin(x, y), across, down))
+            index += 1
     for value, label in x_ticks:
         x = across(value)
         out.append(f'<path d="M{x:.1f} {bottom}v4" style="stroke:var(--muted,#6b7280)"/>')
         out.append(f'<text x="{x:.1f}" y="{bottom + 19}" text-anchor="middle" {muted}>{label}</text>')
-    middle_x, middle_y = (left + WIDTH - RIGHT) / 2, top + PLOT_HEIGHT / 2
-    x_label, y_label = (
-        escape(label) + (', log scale' if log else '') for label, log in ((x_label, log_x), (y_label, log_y))
-    )
+    middle_x, middle_y = (left + WIDTH - RIGHT) / 2, top + height / 2
+    x_label = escape(x_label) + (', log scale' if log_x else '')
     out.append(f'<text x="{middle_x:.1f}" y="{bottom + 40}" text-anchor="middle" {muted}>{x_label}</text>')
-    out.append(f'<text transform="translate(12 {middle_y:.1f}) rotate(-90)" text-anchor="middle" {muted}>{y_label}</text>')
+    if alone:
+        y_label = escape(y_label) + (', log scale' if panels[0][0] else '')
+        out.append(
+            f'<text transform="translate(12 {middle_y:.1f}) rotate(-90)" text-anchor="middle" {muted}>{y_label}</text>'
+        )
     if hidden:
         out.append(
             f'<text x="{WIDTH - RIGHT}" y="{bottom + 40}" text-anchor="end" font-size="11" {muted}>'
             f'{hidden:,} value{"s" if hidden > 1 else ""} ≤ 0 not shown</text>'
         )
-    if not len(ys):
-        out.append(f'<text x="{middle_x:.1f}" y="{middle_y:.1f}" text-anchor="middle" {muted}>no data</text>')
-    for index, (name, (x, y)) in enumerate(lines.items()):
-        out.append(_line(index, name, *_thin(x, y), across, down))
     out.append('</svg>')
     return '\n'.join(out)
+
+
+def _on_axes(panels: list[dict], log_y: bool, log_x: bool) -> tuple[list[tuple[bool, dict]], int]:
+    """Returns ([(whether a panel's y axis is logarithmic, its lines with gaps where an axis has no place)], how many)."""
+    placed, hidden = [], 0
+    for lines in panels:
+        log = log_y and any(np.any(y >= 1 / LARGEST) for _, y in lines.values())
+        kept = {}
+        for name, (x, y) in lines.items():
+            homeless = ~np.isnan(y) & ((log & (y < 1 / LARGEST)) | (log_x & (x < 1 / LARGEST)))
+            hidden += int(np.sum(homeless))
+            kept[name] = x, np.where(homeless, np.nan, y)
+        if any(np.any(~np.isnan(y)) for _, y in kept.values()):
+            placed.append((log, kept))
+    return placed, hidden
 
 
 def _clean(name, x, y) -> tuple[np.ndarray, np.ndarray]:
@@ -152,12 +199,12 @@ def _linear_ticks(low: float, high: float, about: int) -> list[tuple[float, str]
     return [(value, f'{value:,.{max(0, -exponent)}f}') for value in values]
 
 
-def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
+def _log_ticks(low: float, high: float, most: int = 8) -> list[tuple[float, str]]:
     """Ticks for an axis over the exponents [low, high] of ten: decades, or 1-2-5, or round values, as room allows."""
     low, high = max(low, -307.0), min(high, 307.0)  # what a float can tell, with room for 5 times as much
-    stride = max(1, math.ceil((high - low) / 6))
+    stride = max(1, math.ceil((high - low) / min(6, most)))
     decades = range(math.ceil(low), math.floor(high) + 1)
-    if len(decades) >= 3:
+    if len(decades) >= min(3, most // 2):
         return [(10.0**exponent, _plain(10.0**exponent)) for exponent in decades if exponent % stride == 0]
     steps = [m * 10.0**e for e in range(math.floor(low), math.floor(high) + 1) for m in (1, 2, 5)]
     inside = [value for value in steps if low <= math.log10(value) <= high]
@@ -195,10 +242,14 @@ def _dashed(index: int) -> bool:
     return index // len(_FALLBACK_COLOURS) % 2 == 1
 
 
-def _legend(names: list[str]) -> list[str]:
-    """Rows of `<tspan>`s. They flow within a row, so a page may enlarge the type without anything overlapping."""
+def _legend(names: list[str], first: int = 0) -> list[str]:
+    """Rows of `<tspan>`s. They flow within a row, so a page may enlarge the type without anything overlapping.
+
+    Args:
+      first: index of the first name's colour.
+    """
     rows, used = [], WIDTH
-    for index, name in enumerate(names):
+    for index, name in enumerate(names, first):
         width = 36 + 8 * len(name)
         if used + width > WIDTH:
             rows.append('')

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-CELL, LEFT, TOP = (56, 32), 96, 64  # view-box units, CSS pixels at natural width
+CELL, TOP = (56, 32), 64  # view-box units, CSS pixels at natural width
+LONGEST = {'row': 18, 'column': 7}  # characters of a name that fit
 
 
 def heat_map(
@@ -19,29 +20,33 @@ def heat_map(
     Args:
       rows: from the top; those that are shorter than `column_names` end in empty places.
       title: stands above; about 60 characters fit where there are some columns.
-      row_names, column_names: in short.
+      row_names, column_names: in short; longer ones are cut, and whole when pointed at.
 
     Returns:
       One `<svg>` element.
     """
-    width = max(520, LEFT + CELL[0] * len(column_names))
+    left = round(24 + 6.6 * max((len(_cut(name, 'row')) for name in row_names), default=0))
+    needed = left + CELL[0] * len(column_names)
+    width = max(520, needed)
     height = TOP + CELL[1] * len(rows) + 8
     muted = 'style="fill:var(--muted,#6b7280)"'
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {width} {height}" role="img"',
+        # Narrower, its figures could not be read: the page lets it scroll.
+        f'style="min-width:{0.7 * needed:.0f}px;max-width:{1.2 * width:.0f}px"',
         f'aria-label="{escape(title)}" font-family="inherit" font-size="12" fill="currentColor">',
         f'<text class="chart-title" x="0" y="16" font-size="14" font-weight="600">{escape(title)}</text>',
     ]
     for column, name in enumerate(column_names):
-        x = LEFT + CELL[0] * (column + 0.5)
-        out.append(f'<text x="{x:.1f}" y="{TOP - 8}" text-anchor="middle" {muted}>{escape(name)}</text>')
+        x = left + CELL[0] * (column + 0.5)
+        out.append(f'<text x="{x:.1f}" y="{TOP - 8}" text-anchor="middle" {muted}>{_named(name, "column")}</text>')
     for row, (name, shares) in enumerate(zip(row_names, rows, strict=True)):
         y = TOP + CELL[1] * row
-        out.append(f'<text x="{LEFT - 10}" y="{y + 20}" text-anchor="end" {muted}>{escape(name)}</text>')
+        out.append(f'<text x="{left - 10}" y="{y + 20}" text-anchor="end" {muted}>{_named(name, "row")}</text>')
         for column, share in enumerate(shares):
             if share is None:
                 continue
-            x = LEFT + CELL[0] * column
+            x = left + CELL[0] * column
             opacity = 0.06 + 0.64 * min(1.0, max(0.0, share))  # never so dark that the figure on it could not be read
             told = f'{name}, {column_names[column]}: {100 * share:.1f}%'
             out.append(
@@ -50,3 +55,12 @@ def heat_map(
             )
             out.append(f'<text x="{x + CELL[0] / 2:.1f}" y="{y + 20}" text-anchor="middle">{100 * share:.1f}</text>')
     return '\n'.join([*out, '</svg>'])
+
+
+def _cut(name: str, of: str) -> str:
+    return name if len(name) <= LONGEST[of] else name[: LONGEST[of] - 1] + '…'
+
+
+def _named(name: str, of: str) -> str:
+    cut = _cut(name, of)
+    return escape(cut) if cut == name else f'{escape(cut)}<title>{escape(name)}</title>'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -24,6 +25,11 @@ def shown_classes(labels: np.ndarray, max_classes: int = 20) -> list[int]:
     if len(present) > max_classes:
         present = present[np.linspace(0, len(present) - 1, max_classes).round().astype(int)]
     return [int(label) for label in present]
+
+
+def name_of(label: int, class_names: Sequence[str]) -> str:
+    """Returns what a class is called: its number where no name is known."""
+    return class_names[label] if label < len(class_names) else str(label)
 
 
 def visible(pixels: np.ndarray) -> np.ndarray:
@@ -48,6 +54,7 @@ def class_grid(
     max_classes: int = 20,
     gap: int = 4,
     width: int = 900,
+    classes: Sequence[int] = (),
 ) -> Image.Image:
     """Lays images out with one row a class (ascending) and the first `per_class` images of the class as columns.
 
@@ -59,6 +66,7 @@ def class_grid(
       gap: pixels between neighbours.
       width: pixels the grid is about to have. Small images grow by a whole factor with nearest neighbour, so that a
         pixel stays a square; images too large for it shrink by a whole factor with a mean.
+      classes: labels of the rows, from the top; (): see `shown_classes`. Rows of absent ones are transparent.
 
     Returns:
       A picture of mode LA or RGBA. Gaps, and cells of a class with fewer images, are transparent, so the grid suits
@@ -72,7 +80,7 @@ def class_grid(
     if not len(images) or per_class < 1:
         raise ValueError(f'A grid of {len(images)} images with {per_class} columns is empty; give one or more.')
 
-    classes = shown_classes(labels, max_classes)
+    classes = classes or shown_classes(labels, max_classes)
     room = (width - gap * (per_class - 1)) / per_class
     height_in, width_in = visible(np.empty(images.shape[1:], np.uint8)).shape[:2]
     grow = max(1, int(room // width_in))

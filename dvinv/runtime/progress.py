@@ -104,8 +104,8 @@ class Progress:
 
 
 def _terms(values: dict[str, float]) -> list[str]:
-    """Returns the values with their names."""
-    return [f'{name.replace("_", " ")} {value:.4g}' for name, value in values.items()]
+    """Returns the values with their names, the loss first."""
+    return [f'{name.replace("_", " ")} {values[name]:.4g}' for name in sorted(values, key=lambda name: name != 'loss')]
 
 
 def _columns(stream) -> int:

@@ -1,6 +1,6 @@
 """The work directory of a run: its config, results, lock and clock.
 
-    config.json  versions.json  results.json  metrics.jsonl  times.json  report.html
+    config.json  versions.json  results.json  metrics.jsonl  times.json  quality.json  by_class.json  report.html
     checkpoints/  networks/  pool/  pools/  controls/  samples/  pruning/
 
 The same command resumes; another config is refused. Of several processes all read it, and process 0 writes it; batches of
@@ -23,6 +23,8 @@ from dvinv.runtime.versions import record, refuse_other_settings, versions
 # Keys that a resumed run may change, since no result depends on them (on verifiers and synthesis.controls the report alone,
 # made anew each time).
 EXEMPT = ('tasks', 'devices', 'logging', 'verifiers', 'synthesis.controls')
+# Keys that earlier versions did not have, with the values by which such a run goes on as it was.
+ADDED = {'student.factory': '', 'held_out': 0.0}
 
 # What a run makes, but for its records: until one of these is there, a folder may get another config.
 MADE = (
@@ -142,6 +144,9 @@ class Workdir:
             return []
         mine, theirs = ({k: v for k, v in flat(c).items() if not _is_exempt(k)} for c in (plain(config), old))
         absent = object()
+        if mine.get('data.name'):  # then nothing is held out
+            mine['held_out'] = theirs['held_out'] = 0.0
+        mine, theirs = ADDED | mine, ADDED | theirs
         keys = sorted(k for k in {*mine, *theirs} if mine.get(k, absent) != theirs.get(k, absent))
         return [f'{k} ({theirs.get(k, "absent")!r} there, {mine.get(k, "absent")!r} here)' for k in keys]
 

@@ -1,6 +1,7 @@
 """A pruned network as an ordinary Linen module."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import flax
 import flax.linen as nn
@@ -19,12 +20,14 @@ class Narrow(nn.Module):
       DvinvError: `kept` names no layers or channels of this network, or some that can only go together with others.
     """
 
-    network: nn.Module  # takes x and `train`
+    network: Any  # a Linen module that takes x and `train`, or what has its `init` and `apply`
     kept: Mapping[str, tuple[int, ...]]  # {a layer that has lost channels: which of those that it makes are left}
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        network = self.network.clone(parent=None, _deep_clone=True)  # no part of this module, which has its own variables
+        network = self.network
+        if isinstance(network, nn.Module):
+            network = network.clone(parent=None, _deep_clone=True)  # no part of this module, which has its own variables
         channels = find_channels(network, x.shape[1:])
         alive = channels.alive(self.kept)
         if self.is_initializing():

@@ -13,7 +13,7 @@ from dvinv.errors import DvinvError, listed
 from dvinv.networks.channels.flat import flat_program
 from dvinv.networks.channels.rules import Product, follow
 from dvinv.networks.channels.ties import Pin, Ties
-from dvinv.networks.classifier import flatten, unflatten
+from dvinv.networks.classifier import flatten, name_of, unflatten
 from dvinv.networks.registry import shapes_of
 
 STAYS = -1  # the unit of places that cannot be removed
@@ -153,7 +153,7 @@ def _found(module: nn.Module, image_shape: tuple[int, ...], protected: tuple[str
     for output in program.outputs:
         for axis in labels.get(output, ()):
             if axis is not None:
-                ties.pin(axis, Pin('the logits', type(module).__name__))
+                ties.pin(axis, Pin('the logits', name_of(module)))
     pins = ties.pins()
     unit = ties.units()
     layers = {path.removeprefix('params/').rpartition('/')[0]: axes[-1] for path, axes in atoms.items() if _makes(path)}
@@ -171,7 +171,7 @@ def _found(module: nn.Module, image_shape: tuple[int, ...], protected: tuple[str
     renumbered = np.full(len(stays), STAYS)
     renumbered[removable] = np.arange(len(removable))
     if not len(removable):
-        raise DvinvError(f'No channel of {type(module).__name__} can be removed{_because(pins)}.')
+        raise DvinvError(f'No channel of {name_of(module)} can be removed{_because(pins)}.')
 
     def units_of(some: np.ndarray) -> np.ndarray | None:
         mine = renumbered[unit[some]]

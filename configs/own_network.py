@@ -1,0 +1,72 @@
+"""A template for a network of your own: images from it, and a student of your own that learns from them.
+
+    python -m dvinv.main --config configs/own_network.py --workdir runs/own_network
+
+As it stands it trains a small Linen CNN on the digits inside scikit-learn, makes 512 images from it alone and teaches them
+to a student with a quarter of its parameters: a minute or two on a CPU. Copy the file and put your own in; what may stand
+where is said beside it. `:smoke` shrinks the run to seconds.
+"""
+
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+import ml_collections
+
+from dvinv.configuration import base_config, shrink
+
+sys.path.append(str(Path(__file__).parent))  # 'own_network:teacher' is this file; any other module on Python's path will do
+
+
+class Net(nn.Module):
+    """Any Flax network with BatchNorm, Linen or NNX, will do: x [B, H, W, C] to logits [B, classes]."""
+
+    num_classes: int
+    channels: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        for channels in self.channels:
+            x = nn.Conv(channels, (3, 3), use_bias=False)(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        return nn.Dense(self.num_classes)(x.mean((1, 2)))
+
+
+def teacher(num_classes):
+    """An untrained network, which the task `teacher` trains on the data below; of NNX a function that takes rngs too.
+
+    Of a trained one return a Teacher, without arguments; image_shape, mean and std below are then not needed:
+
+        return dvinv.from_linen(Net(10, (32, 64)), variables, image_shape=(8, 8, 1), mean=[0.3], std=[0.37])
+    """
+    return Net(num_classes, (32, 64))
+
+
+def student(num_classes):
+    """The network that learns from the images; it need not be like the teacher."""
+    return Net(num_classes, (16, 32))
+
+
+def get_config(arg: str = '') -> ml_collections.ConfigDict:
+    """The config; `arg` is '' or 'smoke'."""
+    config = base_config('digits_fast')  # 'cifar10_crop' for pictures of 28 to 64 pixels; others: dvinv.PRESETS
+    config.teacher.factory, config.student.factory = 'own_network:teacher', 'own_network:student'
+    # Data: 'npz' or 'folders' with data.path and data.train_path are your own, see the README. None at all, for a Teacher:
+    # config.data.name = config.verifier.network = '', and no 'real' in distillation.controls; agreement with the teacher on
+    # images that are held out then takes the place of test accuracy.
+    config.data.name = 'digits'
+    # Of pixels in [0, 1], one number a channel; () is: of the training images. The shape of images is that of the data.
+    config.teacher.mean, config.teacher.std = (), ()
+    config.synthesis.update(images=512, batch_size=256)
+    # How teacher, verifier (a second network that judges the images) and student are trained; more in the base config.
+    augmentation = {'shift': 1, 'noise': 0.1}  # pixels, and in units of std; 'flip': True for pictures of things
+    config.teacher.training.update(updates=400, batch_size=64, learning_rate=5e-3, warmup=40, **augmentation)
+    config.verifier.training.update(updates=400, batch_size=64, learning_rate=2e-3, warmup=40, **augmentation)
+    config.distillation.update(updates=400, batch_size=64, learning_rate=1e-2, warmup=40, **augmentation)
+    config.distillation.controls = ('noise',)  # the same student on noise; 'prior_only', 'real' tell more and take longer
+    if arg == 'smoke':
+        shrink(config)
+    elif arg:
+        raise ValueError(f'This config knows the argument smoke, not {arg!r}')
+    return config

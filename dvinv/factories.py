@@ -1,0 +1,126 @@
+"""Networks that a config names by 'module:function': what the user's own functions return."""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+
+from dvinv.data.real import load_real
+from dvinv.errors import DvinvError
+from dvinv.inversion import Teacher
+from dvinv.inversion.modules import trainable
+
+
+def of_teacher(config):
+    """Returns what `teacher.factory` gives: a Teacher, or a network that is yet to be trained, as `trainable` returns it.
+
+    Raises:
+      DvinvError: it cannot be imported, takes other arguments, or returns something else.
+    """
+    name, field = config.teacher.factory, 'teacher.factory'
+    data = load_real(config.data) if 'num_classes' in _parameters(field, name) else None
+    return built(field, name, data.num_classes if data else None)
+
+
+def of_student(name: str, num_classes: int):
+    """Returns the network that the function `name` of `student.factory` gives, as `trainable` returns it.
+
+    Raises:
+      DvinvError: see `of_teacher`.
+    """
+    network = built('student.factory', name, num_classes)
+    if isinstance(network, Teacher):
+        raise DvinvError(
+            f'student.factory {name!r} returned a dvinv.Teacher; return the Flax module itself, which is trained here.'
+        )
+    return network
+
+
+@functools.cache
+def built(field: str, name: str, num_classes: int | None = None):
+    """Returns what the function `name`, 'module:function', returns: a Teacher as it is, else a `trainable` network.
+
+    Args:
+      field: of the config, that names the function.
+      num_classes: what it is given where it takes an argument of this name; None: that is not known.
+    """
+    _parameters(field, name)
+    return network_of(_imported(field, name), num_classes, f'{field} {name!r}')
+
+
+def network_of(source, num_classes: int | None, name: str):
+    """Returns a Teacher as it is, else the `trainable` network of a Flax module, or of a function or class that gives one.
+
+    Args:
+      source: a function may take `num_classes`, and for an NNX model `rngs` (nnx.Rngs).
+      name: what sentences call it.
+
+    Raises:
+      DvinvError: it is, or returns, something else.
+    """
+    make = None
+    if _makes(source):
+        function, takes = source, _arguments(source)
+        if 'num_classes' in takes and num_classes is None:
+            raise DvinvError(
+                f"{name} takes num_classes, which the data tell, but data.name is ''; name a data set, or return a network "
+                'of so many classes without the argument.'
+            )
+        given = {'num_classes': num_classes} if 'num_classes' in takes else {}
+        if 'rngs' in takes:
+            from flax import nnx  # here, as in modules.py
+
+            make = functools.partial(function, **given)
+            source = make(rngs=nnx.Rngs(0))
+        else:
+            source = function(**given)
+    if isinstance(source, Teacher):
+        return source
+    network = trainable(source, make=make and (lambda rngs: make(rngs=rngs)))
+    if network is None:
+        raise DvinvError(
+            f'{name} returned a {type(source).__name__}; it must return a dvinv.Teacher, as dvinv.from_linen and '
+            'dvinv.from_nnx make, or a Flax module, Linen or NNX, that is to be trained here.'
+        )
+    return network
+
+
+def _makes(source) -> bool:
+    """Whether a network is made by calling `source`."""
+    return inspect.isfunction(source) or inspect.isclass(source) or isinstance(source, functools.partial)
+
+
+def _arguments(source) -> dict[str, inspect.Parameter]:
+    """Returns what a function or class is called with; of a class not by its own signature, which NNX hides."""
+    parameters = dict(inspect.signature(source.__init__ if inspect.isclass(source) else source).parameters)
+    if inspect.isclass(source):
+        del parameters[next(iter(parameters))]  # self
+    return parameters
+
+
+def _parameters(field: str, name: str) -> tuple[str, ...]:
+    """Returns the names of the arguments of a function, if it needs no others than it is given."""
+    source = _imported(field, name)
+    parameters = _arguments(source) if _makes(source) else {}
+    for parameter in parameters.values():
+        needed = parameter.default is parameter.empty and parameter.kind not in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        )
+        if needed and parameter.name not in ('num_classes', 'rngs'):
+            raise DvinvError(
+                f'{field} {name!r} takes the argument {parameter.name!r}; it is given num_classes, and rngs for an NNX '
+                'model, where it takes them, and nothing else.'
+            )
+    return tuple(parameters)
+
+
+@functools.cache
+def _imported(field: str, name: str) -> Callable:
+    module, _, function = name.partition(':')
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise DvinvError(
+            f"{field} is {name!r}, which cannot be imported ({error}); it must be 'module:function' on the Python path."
+        ) from error

@@ -1,0 +1,225 @@
+"""A user's network behind the calls that training makes: `init`, and `apply` with `train`, as of a Linen module.
+
+The networks of dvinv are Linen modules that take x and `train`. A user's module may say eval mode by another argument or by
+a field, and an NNX model says it by `train()` and `eval()` (nnx_module.py). Variables and their paths stay those of the
+module itself.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+
+import flax
+import flax.linen as nn
+import jax
+import numpy as np
+
+from dvinv.errors import DvinvError, in_a_line, listed
+from dvinv.inversion.tap import PRIVATE, STATISTICS, features_in_training
+from dvinv.networks.classifier import flatten, join_names
+from dvinv.networks.registry import shapes_of
+
+# Names by which networks say "eval mode", and the value that says so.
+EVAL_MODE = {
+    **dict.fromkeys(('train', 'training', 'is_train', 'is_training', 'train_mode'), False),
+    **dict.fromkeys(('deterministic', 'use_running_average', 'inference', 'is_inference', 'eval_mode', 'is_eval'), True),
+}
+TRAINED = ('params', STATISTICS)  # the collections that are trained, checkpointed and saved
+
+
+def eval_arguments(network) -> dict[str, bool]:
+    """Returns what puts a network in eval mode, {'train': False} for instance, from the signature of its `__call__`."""
+    parameters = inspect.signature(network.__call__).parameters if callable(network) else {}
+    return {name: value for name, value in EVAL_MODE.items() if name in parameters}
+
+
+def in_training(arguments: Mapping) -> dict:
+    """Returns arguments of eval mode with those that say so turned to training."""
+    return {name: not value if name in EVAL_MODE else value for name, value in arguments.items()}
+
+
+def trained_part(variables: Mapping) -> dict:
+    """Returns the collections `TRAINED` of a network's variables; sown ones, for instance, are none of it."""
+    return {name: variables[name] for name in TRAINED if name in variables}
+
+
+def unboxed(node):
+    """Returns nested dicts of nested mappings, without Flax's boxes: `unbox` would shard under a mesh of the caller."""
+    if isinstance(node, Mapping):
+        return {name: unboxed(child) for name, child in node.items()}
+    return jax.tree.leaves(node)[0] if isinstance(node, flax.core.meta.AxisMetadata) else node
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LinenModule:
+    """A user's Linen module with the calls of one that takes x and `train`.
+
+    Attributes:
+      module: as the user made it.
+      arguments: that put it in eval mode, over and above x.
+      head: path of a layer that has `outputs` outputs, whatever the module says; '': none.
+    """
+
+    module: nn.Module
+    arguments: Mapping
+    head: str = ''
+    outputs: int = 0
+
+    @property
+    def label(self) -> str:
+        """What sentences call the network."""
+        return type(self.module).__name__
+
+    @functools.cached_property
+    def _modes(self) -> dict[bool, tuple[nn.Module, dict]]:
+        """{whether it trains: (the module, its arguments)}."""
+        fields = {field.name for field in dataclasses.fields(self.module)} & EVAL_MODE.keys() - self.arguments.keys()
+        evaluating = {name: EVAL_MODE[name] for name in fields if isinstance(getattr(self.module, name), bool | None)}
+        return {
+            train: (self.module.clone(**change(evaluating)) if evaluating else self.module, change(self.arguments))
+            for train, change in ((False, dict), (True, in_training))
+        }
+
+    @property
+    def switches(self) -> bool:
+        """Whether anything tells the module that it trains."""
+        return self._modes[False] != self._modes[True]
+
+    def init(self, key: jax.Array, x, train: bool = False) -> dict:
+        """Returns random variables, those of the collections `TRAINED`."""
+        return trained_part(self.initial(key, x))
+
+    def initial(self, key: jax.Array, x) -> dict:
+        """Returns random variables of all collections."""
+        module, arguments = self._modes[False]
+        with self._with_outputs():
+            return {'params': {}} | unboxed(module.init(key, x, **arguments))
+
+    def apply(self, variables, x, train: bool = False, mutable=False, rngs: Mapping | None = None):
+        """Returns logits [B, K]; with `mutable`, a pair of them and the collections that changed, as Linen's does."""
+        module, arguments = self._modes[train]
+        if rngs and 'dropout' in rngs:
+            rngs = {'params': jax.random.fold_in(rngs['dropout'], 2), **rngs}  # for streams of other names
+        with self._with_outputs():
+            return module.apply(variables, x, mutable=mutable, rngs=rngs, **arguments)
+
+    def with_outputs(self, path: str, outputs: int) -> 'LinenModule':
+        """Returns the network with so many outputs of the layer at `path`."""
+        return dataclasses.replace(self, head=path, outputs=outputs)
+
+    @contextlib.contextmanager
+    def _with_outputs(self):
+        """While open, the head has as many outputs as it is to have."""
+
+        def intercept(call, args, kwargs, context):
+            module = context.module
+            if context.method_name == '__call__' and join_names(module.path) == self.head:
+                object.__setattr__(module, 'features', self.outputs)  # of this call's copy; a module is frozen otherwise
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(intercept) if self.head else contextlib.nullcontext():
+            yield
+
+
+def trainable(network, arguments: Mapping | None = None, make: Callable | None = None):
+    """Returns a Flax module of the user's with the calls of a Linen module that takes x and `train`; None: it is none.
+
+    Args:
+      network: a Linen module or an NNX model.
+      arguments: that put it in eval mode; None: see `eval_arguments`.
+      make: rngs -> another such NNX model, with random weights; None: `init` gives those of the model.
+    """
+    arguments = eval_arguments(network) if arguments is None else arguments
+    if isinstance(network, nn.Module):
+        return LinenModule(network, arguments)
+    if 'flax.nnx' not in sys.modules:  # to import it takes a third of a second that no other run should pay
+        return None
+    from dvinv.inversion import nnx_module
+
+    return nnx_module.NnxModule(network, arguments, make) if nnx_module.is_model(network) else None
+
+
+def with_classes(module, image_shape, num_classes: int):
+    """Returns a user's `trainable` network with `num_classes` classes: its head, found by shapes, has as many outputs.
+
+    Raises:
+      DvinvError: no layer is found that has an output a class.
+    """
+    if module.head:
+        return module.with_outputs(module.head, num_classes)
+    classes = _outputs(module, image_shape)
+    if classes == num_classes:
+        return module
+    shapes = {path: leaf.shape for path, leaf in flatten(shapes_of(module, image_shape)['params']).items()}
+    layers = [
+        path.removesuffix('/kernel') for path, shape in shapes.items() if path.endswith('/kernel') and shape[-1] == classes
+    ]
+    for layer in reversed(layers):
+        wider = module.with_outputs(layer, classes + 1)
+        try:
+            outputs, wide = _outputs(wider, image_shape), flatten(shapes_of(wider, image_shape)['params'])
+        except Exception:  # others depend on this layer of the user's network; Flax and JAX raise many kinds
+            continue
+        changed = {path.rpartition('/')[0] for path in shapes if wide[path].shape != shapes[path]}
+        if outputs == classes + 1 and changed == {layer}:
+            return module.with_outputs(layer, num_classes)
+    raise DvinvError(
+        f'The head of {module.label}, which is to grow from {classes} to {num_classes} classes, is not found: no layer '
+        'has an output a class and alone is of this size. End the network with a dense layer (nn.Dense, nnx.Linear) that '
+        'returns the logits.'
+    )
+
+
+def _outputs(module, image_shape) -> int:
+    x = jax.ShapeDtypeStruct((2, *image_shape), np.float32)
+    return jax.eval_shape(lambda v, x: module.apply(v, x, train=False), shapes_of(module, image_shape), x).shape[-1]
+
+
+def check_trainable(module, image_shape, num_classes: int, name: str, from_scratch: bool = True) -> None:
+    """Refuses a user's `trainable` network that training could not carry; found out by shapes alone.
+
+    Args:
+      num_classes: that its logits must be of.
+      name: what sentences call it.
+      from_scratch: whether its BatchNorm statistics are yet to be found.
+
+    Raises:
+      DvinvError: it does not take such images, returns other logits, cannot be run in train mode, has variables besides
+        params and batch_stats, or BatchNorms that cannot be told to train.
+    """
+    shape = 'x'.join(map(str, image_shape))
+    x = jax.ShapeDtypeStruct((2, *image_shape), np.float32)
+    try:
+        variables = jax.eval_shape(module.initial, jax.random.key(0), x)
+        kept = trained_part(variables)
+        logits = jax.eval_shape(lambda v, x: module.apply(v, x, train=False), variables, x)
+    except DvinvError:
+        raise
+    except Exception as error:  # the user's network runs; Flax and JAX raise many kinds here
+        raise DvinvError(f'{name} cannot take images of {shape}: {in_a_line(error)}') from error
+    if getattr(logits, 'shape', None) != (2, num_classes):
+        found = jax.tree.map(lambda leaf: leaf.shape, logits)
+        raise DvinvError(
+            f'{name} must return logits [B, {num_classes}], a class each; for 2 images of {shape} it returns {found}. A '
+            'function that takes num_classes is given their number.'
+        )
+    others = [collection for collection in variables if collection not in (*TRAINED, 'intermediates', PRIVATE)]
+    if any(jax.tree.leaves(variables[collection]) for collection in others):
+        raise DvinvError(
+            f"{name} keeps variables in {listed(others)}, and a network that is trained here has those of 'params' and "
+            "'batch_stats' alone (of NNX: nnx.Param and nnx.BatchStat); make constants of the others."
+        )
+    if from_scratch and kept.get(STATISTICS) and not module.switches:
+        raise DvinvError(
+            f'{name} has BatchNorm layers, but nothing tells them that it trains; give its __call__ an argument train (or '
+            f'{listed([*EVAL_MODE][1:])}), and pass it on: nn.BatchNorm(use_running_average=not train).'
+        )
+    try:
+        jax.eval_shape(functools.partial(features_in_training, module), kept, x, {'dropout': jax.random.key(0)})
+    except DvinvError:
+        raise
+    except Exception as error:
+        raise DvinvError(f'{name} cannot be run in train mode: {in_a_line(error)}') from error

@@ -1,0 +1,115 @@
+"""An NNX model behind the calls of a Linen module that takes x and `train`; see modules.py.
+
+The model is split into a static graph for each mode and variables, {'params': ..., 'batch_stats': ...}, as `nnx_tap` does;
+the layers with running statistics sow their inputs as those of Linen do under `inversion.tap`.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import flax
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.traverse_util import unflatten_dict
+
+from dvinv.inversion import nnx_tap
+from dvinv.inversion.modules import in_training, trained_part
+from dvinv.inversion.tap import PRIVATE, SOWN, STATISTICS, find_statistics, whole_input
+from dvinv.networks.classifier import flatten, unflatten
+
+
+def is_model(network) -> bool:
+    """Whether `network` is an NNX model."""
+    return isinstance(network, nnx.Module)
+
+
+class NnxModule:
+    """A user's NNX model with the calls of a Linen module that takes x and `train`.
+
+    Attributes:
+      label: what sentences call the network.
+      head: path of a layer that has `outputs` outputs, whatever the model says; '': none.
+      switches: whether anything tells the network that it trains; always.
+    """
+
+    switches = True
+
+    def __init__(self, model: nnx.Module, arguments: Mapping, make: Callable | None, head: str = '', outputs: int = 0):
+        """See `modules.trainable`; the model is left as it is.
+
+        Raises:
+          DvinvError: it is a Linen module in an NNX wrapper.
+        """
+        nnx_tap.refuse_bridged(model)
+        self.label, self.head, self.outputs = type(model).__name__, head, outputs
+        self._make, self.arguments = make, arguments
+        self.model = nnx_tap.in_eval_mode(model)
+        self._paths, self._programs = nnx_tap.paths_of(self.model), {}
+
+    def _program(self, train: bool):
+        """Returns what `_made` does, made once."""
+        if train not in self._programs:
+            self._programs[train] = self._made(train)
+        return self._programs[train]
+
+    def _made(self, train: bool):
+        """Returns (static graph, {path of a random key or count: its shape and dtype}, notes, arguments) of a mode."""
+        model = nnx.clone(self.model)
+        if train:  # an attribute may have the method's name
+            model.train() if callable(model.train) else nnx.Module.train(model)
+        places = find_statistics(nnx_tap.variables_of(model))
+        _, _, noise = nnx_tap.split(model)
+        notes = nnx_tap.listen(model, places, whole_input)
+        return nnx.graphdef(model), noise, notes, in_training(self.arguments) if train else dict(self.arguments)
+
+    def init(self, key: jax.Array, x, train: bool = False) -> dict:
+        """Returns random variables where the user's function takes rngs, else those of its model."""
+        return trained_part(self.initial(key, x))
+
+    def initial(self, key: jax.Array, x) -> dict:
+        """Returns such variables of all collections."""
+        variables = nnx_tap.variables_of(self._make(nnx.Rngs(key)) if self._make else self.model)
+        if not self.head:
+            return variables
+        flat = flatten(variables)
+        for name in ('kernel', 'bias'):
+            path = f'params/{self.head}/{name}'
+            if path in flat:
+                shape, dtype = (*flat[path].shape[:-1], self.outputs), flat[path].dtype
+                draw = jax.nn.initializers.lecun_normal() if name == 'kernel' else jax.nn.initializers.zeros
+                flat[path] = draw(jax.random.fold_in(key, 1), shape, dtype)
+        return unflatten(flat)
+
+    def apply(self, variables, x, train: bool = False, mutable=False, rngs: Mapping | None = None):
+        """Returns logits [B, K]; with `mutable`, a pair of them and the collections that changed, as Linen's does."""
+        graph, noise, notes, arguments = self._program(train)
+        key = (rngs or {}).get('dropout')
+        keys = [_noise(leaf, key, number) for number, leaf in enumerate(noise.values())]
+        variables = jax.tree.map(jnp.asarray, variables)  # NNX would write new statistics into arrays of NumPy
+        model = nnx_tap.merged(graph, self._paths, variables, dict(zip(noise, keys, strict=True)))
+        notes.calls = Counter()
+        logits, heard = nnx.capture(model, nnx_tap.Heard)(x, **arguments)
+        if mutable is False:
+            return logits
+        changed = {}
+        if flax.core.scope.in_filter(mutable, STATISTICS):
+            after = nnx_tap.values(nnx.state(model, nnx.BatchStat))
+            own = {path for group, path in self._paths if group == STATISTICS}
+            changed[STATISTICS] = unflatten_dict({tuple(map(str, path)): after[path] for path in after if path in own})
+        if flax.core.scope.in_filter(mutable, PRIVATE):
+            heard = {(*map(str, path[:-1]), SOWN): calls for path, calls in nnx_tap.values(heard).items()}
+            changed[PRIVATE] = unflatten_dict(heard)
+        return logits, changed
+
+    def with_outputs(self, path: str, outputs: int) -> 'NnxModule':
+        """Returns the network with so many outputs of the layer at `path`."""
+        return NnxModule(self.model, self.arguments, self._make, path, outputs)
+
+
+def _noise(leaf, key: jax.Array | None, number: int) -> jax.Array:
+    """Returns a random key from `key`, or zeros where it is None or `leaf` is a count."""
+    if key is None or not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    key = jax.random.fold_in(key, number)
+    return jax.random.split(key, leaf.shape) if leaf.shape else key

@@ -1,0 +1,112 @@
+"""The ConvNeXt of Liu et al. (arXiv 2201.03545): depthwise 7x7 convolutions, LayerNorm, GELU, layer scale.
+
+Submodules' paths spell the keys of timm's state dicts ('stages_0/blocks_0/conv_dw' is `stages.0.blocks.0.conv_dw`);
+torchvision and the authors have the same network under other names.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+
+from dvinv.errors import DvinvError
+from dvinv.networks.torch_layers import Mlp, conv, layer_norm
+
+SMALLEST = 32  # height and width that the stem and three strides leave one pixel of
+
+
+def torchvision_names(blocks: Sequence[int]) -> dict[str, str]:
+    """Returns {a submodule or variable in timm: in torchvision}, which lists stem, stages and the layers between in turn."""
+    inside = {'conv_dw': 'block.0', 'norm': 'block.2', 'mlp.fc1': 'block.3', 'mlp.fc2': 'block.5', 'gamma': 'layer_scale'}
+    names = {'stem.0': 'features.0.0', 'stem.1': 'features.0.1', 'head.norm': 'classifier.0', 'head.fc': 'classifier.2'}
+    for stage, count in enumerate(blocks):
+        names |= {f'stages.{stage}.downsample.{layer}': f'features.{2 * stage}.{layer}' for layer in range(2)}
+        for block in range(count):
+            here, there = f'stages.{stage}.blocks.{block}', f'features.{2 * stage + 1}.{block}'
+            names |= {f'{here}.{name}': f'{there}.{other}' for name, other in inside.items()}
+    return names
+
+
+def authors_names(blocks: Sequence[int]) -> dict[str, str]:
+    """Returns the same for the authors' repository."""
+    inside = {'conv_dw': 'dwconv', 'norm': 'norm', 'mlp.fc1': 'pwconv1', 'mlp.fc2': 'pwconv2', 'gamma': 'gamma'}
+    names = {
+        **{f'stem.{layer}': f'downsample_layers.0.{layer}' for layer in range(2)},
+        'head.norm': 'norm',
+        'head.fc': 'head',
+    }
+    for stage, count in enumerate(blocks):
+        names |= {f'stages.{stage}.downsample.{layer}': f'downsample_layers.{stage}.{layer}' for layer in range(2)}
+        for block in range(count):
+            names |= {f'stages.{stage}.blocks.{block}.{a}': f'stages.{stage}.{block}.{b}' for a, b in inside.items()}
+    return names
+
+
+class Block(nn.Module):
+    """Depthwise 7x7, LayerNorm, an MLP of 4 times the channels, scaled a channel; plus x.
+
+    While it trains, whole branches are left out for some images (stochastic depth).
+    """
+
+    drop: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        channels = x.shape[-1]
+        y = layer_norm('norm')(conv(channels, 7, groups=channels, bias=True, name='conv_dw')(x))
+        y = Mlp(4 * channels, name='mlp')(y) * self.param('gamma', nn.initializers.constant(1e-6), (channels,))
+        return x + nn.Dropout(self.drop, broadcast_dims=(1, 2, 3), deterministic=not train)(y)
+
+
+class Stage(nn.Module):
+    """So many blocks; but for the first stage, LayerNorm and a convolution that halves the picture come before them."""
+
+    channels: int
+    drops: Sequence[float]  # a block
+    halves: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        if self.halves:
+            x = nn.Conv(self.channels, (2, 2), (2, 2), 'VALID', name='downsample_1')(layer_norm('downsample_0')(x))
+        for block, drop in enumerate(self.drops):
+            x = Block(drop, name=f'blocks_{block}')(x, train)
+        return x
+
+
+class Head(nn.Module):
+    """LayerNorm and a dense layer."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(self.num_classes, name='fc')(layer_norm('norm')(x))
+
+
+class ConvNeXt(nn.Module):
+    """x [B, 224, 224, 3] -> logits [B, K]; of other pictures too, from 32x32 up, as the head gets the mean over space."""
+
+    num_classes: int
+    blocks: Sequence[int] = (3, 3, 9, 3)  # a stage
+    channels: Sequence[int] = (96, 192, 384, 768)  # a stage
+    drop: float = 0.1  # probability of leaving out the last block's branch; from 0 in the first, it rises evenly
+
+    @property
+    def aliases(self) -> tuple[dict[str, str], ...]:
+        """Returns what torchvision and the authors call its parts."""
+        return torchvision_names(self.blocks), authors_names(self.blocks)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Computes logits; raises DvinvError for images that are too small."""
+        height, width = x.shape[1:3]
+        if min(height, width) < SMALLEST:
+            raise DvinvError(f'A ConvNeXt takes images of {SMALLEST}x{SMALLEST} or larger, not {height}x{width}.')
+        x = layer_norm('stem_1')(nn.Conv(self.channels[0], (4, 4), (4, 4), 'VALID', name='stem_0')(x))
+        before, last = 0, max(1, sum(self.blocks) - 1)
+        for stage, (count, channels) in enumerate(zip(self.blocks, self.channels, strict=True)):
+            drops = tuple(self.drop * (before + block) / last for block in range(count))
+            x = Stage(channels, drops, stage > 0, name=f'stages_{stage}')(x, train)
+            before += count
+        return Head(self.num_classes, name='head')(x.mean((1, 2)))

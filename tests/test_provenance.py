@@ -1,0 +1,25 @@
+"""How a run came about, in words."""
+
+import pytest
+
+from dvinv.runtime import provenance
+
+
+@pytest.mark.parametrize(
+    ('argv', 'told'),
+    [
+        (['/x/dvinv/main.py', '--config', 'configs/digits.py:fast'], 'python -m dvinv.main --config configs/digits.py:fast'),
+        (['/usr/bin/dvinv', "--config.tasks=('teacher',)"], "dvinv '--config.tasks=('\"'\"'teacher'\"'\"',)'"),
+        (['/y/ipykernel_launcher.py', '-f', 'kernel.json'], ''),
+        (['/other/main.py'], ''),
+        ([], ''),
+    ],
+)
+def test_the_command_can_be_given_again(monkeypatch, argv, told):
+    monkeypatch.setattr('sys.argv', argv)
+    assert provenance.command() == told
+
+
+def test_the_packages_are_named():
+    assert 'dvinv 0' in provenance.packages()
+    assert 'Python 3.' in provenance.packages()
