@@ -50,7 +50,7 @@ def student(num_classes):
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
     """The config; `arg` is '' or 'smoke'."""
-    config = base_config('digits_fast')  # 'cifar10_crop' for pictures of 28 to 64 pixels; others: dvinv.PRESETS
+    config = base_config()  # settings of the synthesis by the size of the images; or by a name of dvinv.PRESETS
     config.teacher.factory, config.student.factory = 'own_network:teacher', 'own_network:student'
     # Data: 'npz' or 'folders' with data.path and data.train_path are your own, see the README. None at all, for a Teacher:
     # config.data.name = config.verifier.network = '', and no 'real' in distillation.controls; agreement with the teacher on

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 __version__ = '0.1.0'
 
 if TYPE_CHECKING:  # what `__getattr__` gives, for those who read types without running anything
+    from dvinv.configuration import base_config as base_config
     from dvinv.errors import DvinvError as DvinvError
     from dvinv.inversion import PRESETS as PRESETS
     from dvinv.inversion import InversionConfig as InversionConfig
@@ -12,10 +13,12 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for those who read types without 
     from dvinv.inversion import Teacher as Teacher
     from dvinv.inversion import Weights as Weights
     from dvinv.inversion import balanced_labels as balanced_labels
+    from dvinv.inversion import feature_loss as feature_loss
     from dvinv.inversion import from_linen as from_linen
     from dvinv.inversion import from_nnx as from_nnx
     from dvinv.inversion import invert as invert
     from dvinv.loading import load as load
+    from dvinv.pipeline import run as run
 
 _EXPORTS = {
     'DvinvError': 'dvinv.errors',

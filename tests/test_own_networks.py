@@ -338,3 +338,10 @@ def test_a_module_that_is_to_be_trained_needs_data():
         teacher.check(smoke_config(teacher__factory='factories:ten_classes', data__name='', verifier__network=''))
     with pytest.raises(DvinvError, match='takes num_classes, which the data tell'):
         teacher.check(smoke_config(teacher__factory='factories:module', data__name='', verifier__network=''))
+
+
+def test_a_teacher_of_more_than_logits_is_trained_on_by_these_alone():
+    pictures = {'image_shape': IMAGE_SHAPE, 'mean': 0.5, 'std': 0.5}
+    like = from_linen(Pair(), variables_of(own(Pair)), logits=lambda out: out[0], **pictures)
+    check_trainable(like.module, IMAGE_SHAPE, 3, 'it')
+    assert [*find_channels(like.module, IMAGE_SHAPE).layers] == ['Conv_0', 'Conv_1']

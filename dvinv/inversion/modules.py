@@ -61,12 +61,14 @@ class LinenModule:
       module: as the user made it.
       arguments: that put it in eval mode, over and above x.
       head: path of a layer that has `outputs` outputs, whatever the module says; '': none.
+      pick: finds the logits in what the module returns; None: these are the logits.
     """
 
     module: nn.Module
     arguments: Mapping
     head: str = ''
     outputs: int = 0
+    pick: Callable | None = None
 
     @property
     def label(self) -> str:
@@ -104,7 +106,9 @@ class LinenModule:
         if rngs and 'dropout' in rngs:
             rngs = {'params': jax.random.fold_in(rngs['dropout'], 2), **rngs}  # for streams of other names
         with self._with_outputs():
-            return module.apply(variables, x, mutable=mutable, rngs=rngs, **arguments)
+            returned = module.apply(variables, x, mutable=mutable, rngs=rngs, **arguments)
+        pick = self.pick or (lambda returned: returned)
+        return pick(returned) if mutable is False else (pick(returned[0]), returned[1])
 
     def with_outputs(self, path: str, outputs: int) -> 'LinenModule':
         """Returns the network with so many outputs of the layer at `path`."""
@@ -124,22 +128,23 @@ class LinenModule:
             yield
 
 
-def trainable(network, arguments: Mapping | None = None, make: Callable | None = None):
+def trainable(network, arguments: Mapping | None = None, make: Callable | None = None, pick: Callable | None = None):
     """Returns a Flax module of the user's with the calls of a Linen module that takes x and `train`; None: it is none.
 
     Args:
       network: a Linen module or an NNX model.
       arguments: that put it in eval mode; None: see `eval_arguments`.
       make: rngs -> another such NNX model, with random weights; None: `init` gives those of the model.
+      pick: finds the logits in what it returns; None: these are the logits.
     """
     arguments = eval_arguments(network) if arguments is None else arguments
     if isinstance(network, nn.Module):
-        return LinenModule(network, arguments)
+        return LinenModule(network, arguments, pick=pick)
     if 'flax.nnx' not in sys.modules:  # to import it takes a third of a second that no other run should pay
         return None
     from dvinv.inversion import nnx_module
 
-    return nnx_module.NnxModule(network, arguments, make) if nnx_module.is_model(network) else None
+    return nnx_module.NnxModule(network, arguments, make, pick) if nnx_module.is_model(network) else None
 
 
 def with_classes(module, image_shape, num_classes: int):

@@ -35,7 +35,15 @@ class NnxModule:
 
     switches = True
 
-    def __init__(self, model: nnx.Module, arguments: Mapping, make: Callable | None, head: str = '', outputs: int = 0):
+    def __init__(
+        self,
+        model: nnx.Module,
+        arguments: Mapping,
+        make: Callable | None,
+        pick: Callable | None,
+        head: str = '',
+        outputs: int = 0,
+    ):
         """See `modules.trainable`; the model is left as it is.
 
         Raises:
@@ -43,7 +51,7 @@ class NnxModule:
         """
         nnx_tap.refuse_bridged(model)
         self.label, self.head, self.outputs = type(model).__name__, head, outputs
-        self._make, self.arguments = make, arguments
+        self._make, self.pick, self.arguments = make, pick, arguments
         self.model = nnx_tap.in_eval_mode(model)
         self._paths, self._programs = nnx_tap.paths_of(self.model), {}
 
@@ -89,7 +97,8 @@ class NnxModule:
         variables = jax.tree.map(jnp.asarray, variables)  # NNX would write new statistics into arrays of NumPy
         model = nnx_tap.merged(graph, self._paths, variables, dict(zip(noise, keys, strict=True)))
         notes.calls = Counter()
-        logits, heard = nnx.capture(model, nnx_tap.Heard)(x, **arguments)
+        returned, heard = nnx.capture(model, nnx_tap.Heard)(x, **arguments)
+        logits = self.pick(returned) if self.pick else returned
         if mutable is False:
             return logits
         changed = {}
@@ -104,7 +113,7 @@ class NnxModule:
 
     def with_outputs(self, path: str, outputs: int) -> 'NnxModule':
         """Returns the network with so many outputs of the layer at `path`."""
-        return NnxModule(self.model, self.arguments, self._make, path, outputs)
+        return NnxModule(self.model, self.arguments, self._make, self.pick, path, outputs)
 
 
 def _noise(leaf, key: jax.Array | None, number: int) -> jax.Array:

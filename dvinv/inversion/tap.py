@@ -179,7 +179,7 @@ class Tap(abc.ABC):
         """Finds, without computing anything, the way of tapping that reaches every layer with running statistics.
 
         Args:
-          network: a module or model; the sentences call it by the name of its class.
+          network: a module or model; for what the sentences call it see `name_of`.
           variables: its variables (arrays or shapes), with `batch_stats`.
           example: the shape and dtype of an input, a `jax.ShapeDtypeStruct`.
           call_kwargs: what it takes beside x in eval mode, for instance {'train': False}.

@@ -53,7 +53,7 @@ def from_linen(
     pictures = {'image_shape': image_shape, 'mean': mean, 'std': std}
     teacher = trusted_linen(module, variables, **pictures, call_kwargs=call_kwargs, logits=logits)
     check_answers(teacher, type(module).__name__)
-    return dataclasses.replace(teacher, module=trainable(module, call_kwargs))
+    return dataclasses.replace(teacher, module=trainable(module, call_kwargs, pick=logits))
 
 
 def trusted_linen(
@@ -106,8 +106,7 @@ def from_nnx(
     nnx_tap.refuse_bridged(model)
     pictures, name = _pictures(image_shape, mean, std), type(model).__name__
     model = nnx_tap.in_eval_mode(model)
-    variables = _on_host(nnx_tap.variables_of(model), name)
-    own = trainable(model, call_kwargs)
+    variables, own = _on_host(nnx_tap.variables_of(model), name), trainable(model, call_kwargs, pick=logits)
     teacher = _teacher(nnx_tap.NnxTap, model, variables, *pictures, call_kwargs, logits, own)
     check_answers(teacher, name)
     return teacher
@@ -121,12 +120,12 @@ def teacher_of(module, variables, *, image_shape, mean, std) -> Teacher:
     """
     pictures, variables = _pictures(image_shape, mean, std), _on_host(variables, module.label)
     if isinstance(module, LinenModule):
-        teacher = _teacher(LinenTap, module, variables, *pictures, {'train': False}, module)
+        teacher = _teacher(LinenTap, module, variables, *pictures, {'train': False}, None, module)
     else:
         from dvinv.inversion import nnx_tap
 
         model = nnx_tap.in_eval_mode(module.model)
-        teacher = _teacher(nnx_tap.NnxTap, model, variables, *pictures, module.arguments, module)
+        teacher = _teacher(nnx_tap.NnxTap, model, variables, *pictures, module.arguments, module.pick, module)
     check_answers(teacher, module.label)
     return teacher
 
