@@ -15,7 +15,8 @@ from dvinv.inversion import Teacher, check_labels, check_resolutions, takes_reso
 from dvinv.pruning import driver as pruning
 from dvinv.quantization import driver as quantization
 from dvinv.runtime import preemption
-from dvinv.runtime.devices import make_mesh, training_mesh
+from dvinv.runtime.devices import make_mesh, platform_of, training_mesh
+from dvinv.runtime.processes import is_primary
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.student import hints_of, student_of
 
@@ -57,6 +58,9 @@ def check(config, workdir=None) -> Teacher:
             f"synthesis.batch_size is {batch_size}, which {split} devices do not divide; with bn_stats='global' "
             'one batch is split over all devices: choose a multiple of their number.'
         )
+    idle = split - images // batch_size if makes_images and config.bn_stats == 'device' else 0
+    if idle > 0 and is_primary() and (split > mesh.size or platform_of(mesh) != 'cpu'):  # virtual devices share their cores
+        say(f'There are {images // batch_size} batches, one a device, so {idle} of {split} devices are idle in synthesis.')
     for name, group in configuration.trainings_of(config).items():
         recipe = configuration.recipe_of(group)
         recipe.check(name)

@@ -89,6 +89,7 @@ def test_a_run_of_before_goes_on_as_it_was(tmp_path):
         folder = tmp_path / (name or 'free')
         folder.mkdir(exist_ok=True)
         (folder / 'config.json').write_text(json.dumps(old))
+        (folder / 'results.json').write_text('{}')
         if words:
             with pytest.raises(DvinvError, match='another config: held_out'):
                 Workdir(folder, config)

@@ -1,7 +1,6 @@
 """A student that starts from weights of its teacher."""
 
 import jax
-import ml_collections
 import numpy as np
 import pytest
 from tiny import IMAGE_SHAPE, TinyNet, trained_variables
@@ -74,7 +73,7 @@ def test_what_is_not_inherited_is_drawn():
 
 def test_a_student_that_nothing_fits_is_refused():
     config = base_config('digits')
-    config.student = ml_collections.ConfigDict({'network': 'small_convnet', 'width': 0.25, 'inherit': True})
+    config.student.update(network='small_convnet', width=0.25, inherit=True)
     module = create('small_resnet', 10)
     variables = trained_variables(module, (8, 8, 1))
     teacher = from_linen(module, variables, image_shape=(8, 8, 1), mean=(0.5,), std=(0.5,))

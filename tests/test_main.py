@@ -263,7 +263,7 @@ def test_controls_stand_beside_any_pool_without_a_student(finished, tmp_path):
     assert again['synthesis'] == {**figures['synthesis'], 'wall_seconds': again['synthesis']['wall_seconds']}
     assert json.loads((workdir / 'quality.json').read_text()) == json.loads((finished / 'quality.json').read_text())
     page = (workdir / 'report.html').read_text()
-    rows = re.findall(r'<tr><td class="words">([^<]*)', page[page.index('<h2>Quality') :])
+    rows = re.findall(r'<tr><td class="words"[^>]*>([^<]*)', page[page.index('<h2>Quality') :])
     assert rows[:4] == ['Synthesized images', 'Without the feature term', 'Noise', 'Real images']
     made, expected = ({path.name: path.read_bytes() for path in run.glob('controls/*/*')} for run in (workdir, finished))
     assert made == expected

@@ -33,7 +33,7 @@ FLAGS = (
     '--config.student.network=small_convnet',
     '--config.student.width=0.25',
     '--config.teacher.training.updates=40',
-    '--config.distillation.updates=40',
+    '--config.distillation.updates=10',
 )
 OFTEN = '--config.logging.checkpoint_minutes=1e-9'  # every dispatch is saved
 
@@ -122,11 +122,15 @@ def test_processes_split_a_batch_and_teach_together(begin, tmp_path, method):
     assert statuses == [0, 0], said
     pipeline.run(synthesis_config(devices=4, **changes), tmp_path / 'one')
     for number in range(2):
-        one, two = (ImagePool(tmp_path / name / 'pool').read(number) for name in ('one', 'run'))
+        pools = [ImagePool(tmp_path / name / 'pool') for name in ('one', 'run')]
+        one, two = (pool.read(number) for pool in pools)
         np.testing.assert_array_equal(two['labels'], one['labels'])
-        # Adam divides by the size of a gradient that is rounded differently; hardly any pixel feels it.
+        # Adam divides by the size of a gradient that is rounded differently; hardly any pixel feels it. A student that learned
+        # with other rounding, against which later batches are made, adds its own.
         difference = np.abs(two['images'].astype(int) - one['images'])
-        assert np.quantile(difference, 0.99) <= 1
+        assert np.quantile(difference, 0.99 if method == 'deepinversion' else 0.9) <= 1
+        losses = [pool.notes(number)['curve']['loss'] for pool in pools]
+        np.testing.assert_allclose(*losses, rtol=1e-3 if method == 'deepinversion' else 1e-2)
 
 
 TRAINING = """
@@ -153,7 +157,7 @@ with processes.joined(None, *{joined!r}):
     images = Counted(rng.integers(0, 256, (64, 8, 8, 1), np.uint8))
     labels = rng.integers(0, 10, 64).astype(np.int32)
     like = Classifier(None, None, (8, 8, 1), 10, (0.5,), (0.5,))
-    recipe = Recipe(updates=5, batch_size=16, warmup=0)
+    recipe = Recipe(updates=5, batch_size=16, learning_rate=0.01, warmup=0)
     lesson = Lesson(recipe, supervised(0.0), Rounds(64))
     step = TrainStep(create('small_convnet', 10, 0.25), lesson, like, make_mesh(0, of_all=True))
     state = step.place(step.initial_state(jax.random.key(0)))
@@ -176,7 +180,9 @@ def test_each_process_reads_its_part_of_a_batch_and_the_losses_are_those_of_one(
             code = 'import json\n' + TRAINING.format(tests=str(Path(__file__).parent), joined=joined, count=count)
             environment = {**os.environ, **THREADS, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(4 // count)}
             found.append(subprocess.Popen([sys.executable, '-c', code], env=environment, stdout=subprocess.PIPE, text=True))
-        return [json.loads(process.communicate()[0].splitlines()[-1]) for process in found]
+        said = [process.communicate()[0] for process in found]
+        assert [process.returncode for process in found] == [0] * count, said
+        return [json.loads(next(line for line in text.splitlines() if line.startswith('{'))) for text in said]
 
     first, second = outputs(2)
     assert first['losses'] == second['losses']

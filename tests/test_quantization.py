@@ -304,7 +304,7 @@ def test_the_task_ends_with_files_that_load(quantized, given):
 
 
 def test_neither_controls_nor_scores_change_the_network(quantized, given, tmp_path):
-    fewer = {'data__name': '', 'quantization__settings': ('w4a4',), 'quantization__controls': ()}
+    fewer = {'data__name': '', 'held_out': 0.0, 'quantization__settings': ('w4a4',), 'quantization__controls': ()}
     figures = pipeline.run(smoke_config(**{**given, **fewer}), tmp_path / 'run')['quantization']
     assert figures['w4a4']['test_accuracy'] is figures['w4a4']['no_images_test_accuracy'] is None
     ours, theirs = (folder / 'networks' / 'quantized_w4a4.safetensors' for folder in (tmp_path / 'run', quantized[0]))

@@ -161,7 +161,7 @@ def test_without_data_nothing_empty_is_shown(report_of):
     figures = {**none, 'held_out_agreement': 0.75, 'held_out_class_agreement': [0.5, 1.0]}
     page = report_of('deepinversion', made=made, figures=figures, data__name='', data__class_names=('ant', 'bee'))
     assert '<h1>factories:own: a student' in page
-    assert re.findall('<dt>([^<]*)</dt><dd><strong>', page) == ['Teacher', 'Feature loss']
+    assert re.findall('<dt>([^<]*)</dt><dd><strong>', page) == ['Student', 'Teacher', 'Feature loss']
     assert 'from 9</span>' in page
     assert 'row by row: ant, bee.' in page
     told = 'puts 75.0% of the images that it did not learn from into the class that the teacher does.'
