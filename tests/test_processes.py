@@ -125,8 +125,8 @@ def test_processes_split_a_batch_and_teach_together(begin, tmp_path, method):
         pools = [ImagePool(tmp_path / name / 'pool') for name in ('one', 'run')]
         one, two = (pool.read(number) for pool in pools)
         np.testing.assert_array_equal(two['labels'], one['labels'])
-        # Adam divides by the size of a gradient that is rounded differently; hardly any pixel feels it. A student that learned
-        # with other rounding, against which later batches are made, adds its own.
+        # Adam divides by the size of a gradient that is rounded differently; hardly any pixel feels it. A student that
+        # learned with other rounding, against which later batches are made, adds its own.
         difference = np.abs(two['images'].astype(int) - one['images'])
         assert np.quantile(difference, 0.99 if method == 'deepinversion' else 0.9) <= 1
         losses = [pool.notes(number)['curve']['loss'] for pool in pools]
