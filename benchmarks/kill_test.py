@@ -144,7 +144,7 @@ class Runs:
         command = [*python, '--config', self._config, '--workdir', workdir, *self._flags]
         if self._count > 1:
             command = ['bash', str(SCRIPT), '-n', str(self._count), self._config, workdir, *self._flags]
-        more = {'XDG_CACHE_HOME': str(self.folder / 'cache'), 'PYTHON': sys.executable, 'DELAY': '0'}
+        more = {'XDG_CACHE_HOME': str(self.folder / 'cache'), 'PYTHON': sys.executable, 'DELAY': '0', 'PATIENCE': '10'}
         with open(self.folder / f'{name}.log', 'ab') as log:
             return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **more})
 

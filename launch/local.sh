@@ -33,16 +33,6 @@ stop() {
 }
 trap stop TERM INT
 
-# Wait for a child to its end: bash returns from wait when a signal comes.
-wait_for() {
-  local status
-  while :; do
-    wait "$1"
-    status=$?
-    kill -0 "$1" 2>/dev/null || return "$status"
-  done
-}
-
 # A port that nobody listens on, below those that the system gives away.
 free_port() {
   local port=$((20000 + RANDOM % 12000))
@@ -52,9 +42,10 @@ free_port() {
   echo "$port"
 }
 
-# All processes, to their end. Returns the first status that is a mistake's (1), else the highest.
+# All processes, to their end. Returns the status of a mistake (1) if there is one, else the highest. Where one has died, the
+# others end by themselves, or are ended a minute later: one may be waiting for it to start.
 run() {
-  local index status result=0 address=
+  local index child status deadline='' result=0 address=
   [ "$count" -eq 1 ] || address=127.0.0.1:$(free_port)
   children=()
   for ((index = 0; index < count; index++)); do
@@ -63,14 +54,23 @@ run() {
     children+=("$!")
   done
   [ -z "$stopped" ] || stop  # the signal was faster
-  for child in "${children[@]}"; do
-    wait_for "$child"
-    status=$?
-    if [ "$result" -ne 1 ] && { [ "$status" -eq 1 ] || [ "$status" -gt "$result" ]; }; then
-      result=$status
-    fi
+  while [ "${#children[@]}" -gt 0 ]; do
+    sleep 0.1
+    for index in "${!children[@]}"; do
+      child=${children[index]}
+      if kill -0 "$child" 2>/dev/null; then
+        [ -z "$deadline" ] || [ "$SECONDS" -lt "$deadline" ] || kill -KILL "$child"
+        continue
+      fi
+      wait "$child"
+      status=$?
+      unset "children[index]"
+      [ "$status" -eq 0 ] || : "${deadline:=$((SECONDS + ${PATIENCE:-60}))}"
+      if [ "$result" -ne 1 ] && { [ "$status" -eq 1 ] || [ "$status" -gt "$result" ]; }; then
+        result=$status
+      fi
+    done
   done
-  children=()
   return "$result"
 }
 

@@ -102,6 +102,13 @@ def test_where_one_of_several_dies_all_come_back(tmp_path):
     assert sorted(call.split('--process_id=')[1][0] for call in _calls(tmp_path)) == [*'001122']
 
 
+def test_one_that_waits_for_a_dead_one_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setenv('PATIENCE', '0')
+    died = tmp_path / 'died'
+    body = f'[ -e {died} ] || {{ [ $index != 1 ] || {{ touch {died}; kill -KILL $$; }}; sleep 60; }}'
+    assert _started(tmp_path, body).wait(20) == 0
+
+
 def test_a_mistake_of_one_is_the_status_of_all(tmp_path):
     assert _started(tmp_path, '[ $index = 2 ] && exit 1; sleep 0.1; exit 75').wait(20) == 1
     assert len(_calls(tmp_path)) == 3
