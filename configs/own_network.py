@@ -38,6 +38,8 @@ def teacher(num_classes):
 
     Of a trained one return a Teacher, without arguments; image_shape, mean and std below are then not needed:
 
+        template = Net(10, (32, 64)).init(jax.random.key(0), np.zeros((1, 8, 8, 1)))
+        variables = flax.serialization.from_bytes(template, Path('net.msgpack').read_bytes())  # of to_bytes(variables)
         return dvinv.from_linen(Net(10, (32, 64)), variables, image_shape=(8, 8, 1), mean=[0.3], std=[0.37])
     """
     return Net(num_classes, (32, 64))
@@ -64,6 +66,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     config.teacher.training.update(updates=400, batch_size=64, learning_rate=5e-3, warmup=40, **augmentation)
     config.verifier.training.update(updates=400, batch_size=64, learning_rate=2e-3, warmup=40, **augmentation)
     config.distillation.update(updates=400, batch_size=64, learning_rate=1e-2, warmup=40, **augmentation)
+    # A student of real use wants more: hints from the teacher's stages, and thousands of images and updates.
+    # config.distillation.update(hint=100.0, learning_rate=0.1, clip_norm=30.0, updates=5000); synthesis.images=5120
     config.distillation.controls = ('noise',)  # the same student on noise; 'prior_only', 'real' tell more and take longer
     if arg == 'smoke':
         shrink(config)

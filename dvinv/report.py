@@ -141,8 +141,7 @@ def _summary(results: dict, name: str, how: str) -> str:
     if taught is None:
         return text
     if taught['test_accuracy'] is None:
-        agreement = taught.get('held_out_agreement')
-        return text + ('' if agreement is None else f'\n\nA student that learned from them {_agrees(agreement)}')
+        return text + (f'\n\nA student that learned from them {_agrees(taught)}' if taught.get('held_out_images') else '')
     return (
         f'{text}\n\nA student that never saw a real image learned from them, and reads '
         f'{percent(taught["test_accuracy"])} of the real test images right.'
@@ -164,7 +163,7 @@ def _tiles(results: dict) -> list[Tile]:
     tiles += [quantization_tile(results['quantization'])] if 'quantization' in results else []
     if taught := results.get('distillation'):
         if (agreement := taught.get('held_out_agreement')) is not None:
-            tiles.append(Tile('Student', percent(agreement), 'agrees with the teacher, images unseen', agreement))
+            tiles.append(Tile('Student', percent(agreement), 'agrees with the teacher, synthesized images', agreement))
         else:
             tiles.append(Tile('Student', percent(taught['test_accuracy']), 'real test accuracy', taught['test_accuracy']))
     if teacher := results.get('teacher'):
@@ -286,16 +285,19 @@ def _distillation(config, results: dict, metrics: Metrics, names: tuple[str, ...
     if shares := taught.get('held_out_class_agreement'):
         tables.append(agreement_table(shares, names))
     text = f"The student has {taught['parameters_ratio']:.2f} of the teacher's parameters and learned from it alone"
-    if (agreement := taught.get('held_out_agreement')) is not None:
-        text += f'; it {_agrees(agreement)}'
+    if taught.get('held_out_images'):
+        text += f'; it {_agrees(taught)}'
     else:
         text += _and_reads(taught['test_accuracy'], results.get('teacher', {}).get('test_accuracy'), 'the teacher')
     return Section('Distillation', text, tables=[table, *tables], charts=[chart, *charts])
 
 
-def _agrees(agreement: float) -> str:
+def _agrees(taught: dict) -> str:
     """Returns the end of a sentence about a student that is compared with the teacher without real images."""
-    return f'puts {percent(agreement)} of the images that it did not learn from into the class that the teacher does.'
+    return (
+        f'agrees with the teacher on {percent(taught["held_out_agreement"])} of {taught["held_out_images"]:,} synthesized '
+        'images that it did not learn from. How many real images it reads right only real images can tell: often far fewer.'
+    )
 
 
 def _and_reads(score: float | None, other: float | None, name: str) -> str:

@@ -33,6 +33,7 @@ def read(path, *arguments):
 def test_the_config_can_be_run_where_its_data_are(path):
     config = read(path)
     assert config == read(path, '')
+    configuration.settle(config, lambda: image_shape(config.teacher.network))
     configuration.check(config)
     assert config.synthesis.images % config.synthesis.batch_size == 0
     assert config.data.name in ('', *DATA_SETS)  # '': it needs none

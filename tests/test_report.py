@@ -158,15 +158,15 @@ def test_real_images_stand_beside_synthesized_ones(report_of):
 def test_without_data_nothing_empty_is_shown(report_of):
     none = {'test_accuracy': None}
     made = {'feature_loss_real': None, 'verifier_accuracy': None}
-    figures = {**none, 'held_out_agreement': 0.75, 'held_out_class_agreement': [0.5, 1.0]}
+    figures = {**none, 'held_out_images': 4, 'held_out_agreement': 0.75, 'held_out_class_agreement': [0.5, 1.0]}
     page = report_of('deepinversion', made=made, figures=figures, data__name='', data__class_names=('ant', 'bee'))
     assert '<h1>factories:own: a student' in page
     assert re.findall('<dt>([^<]*)</dt><dd><strong>', page) == ['Student', 'Teacher', 'Feature loss']
     assert 'from 9</span>' in page
     assert 'row by row: ant, bee.' in page
-    told = 'puts 75.0% of the images that it did not learn from into the class that the teacher does.'
-    assert f'<p>A student that learned from them {told}</p>' in page
-    assert f'learned from it alone; it {told}</p>' in page
+    told = 'agrees with the teacher on 75.0% of 4 synthesized images that it did not learn from.'
+    assert f'<p>A student that learned from them {told} How many real images' in page
+    assert f'learned from it alone; it {told} How many real images' in page
     assert '<td class="words">bee</td><td>100.0%</td>' in page
     assert 'Class by class' not in page
     assert 'Real images' not in page
