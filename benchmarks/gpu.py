@@ -15,8 +15,8 @@ file whenever it has a figure, so that one that fails, hangs or is killed loses 
 
 4. At once, while the machine is still held, give the command of step 2 again, with as many `--minutes` as are left: finished
 items are skipped, runs continue where they were ended (`runs/gpu` in the checkout has them). On a fresh machine, copy the
-fetched JSON files into `.gpu_bundle/previous` first, which travels too: finished items are skipped there as well, unfinished
-runs start again, with a newly trained teacher.
+fetched JSON files into `.gpu_bundle/previous` first, which travels too, or name their folder by `--previous` (`results/gpu`
+has those that are landed): finished items are skipped there as well, unfinished runs start again, with a new teacher.
 
 Rehearse all of it on a CPU, in toy sizes and a few minutes; without PyTorch its figures are null, with that reason:
 
