@@ -3,8 +3,8 @@
     python -m dvinv.main --config configs/own_network.py --workdir runs/own_network
 
 As it stands it trains a small Linen CNN on the digits inside scikit-learn, makes 512 images from it alone and teaches them
-to a student with a quarter of its parameters: a minute or two on a CPU. Copy the file and put your own in; what may stand
-where is said beside it. `:smoke` shrinks the run to seconds.
+to a student with a quarter of its parameters: a minute or two on a CPU. Copy the file and put your own in; comments
+say what each place takes. `:smoke` shrinks the run to seconds.
 """
 
 import sys

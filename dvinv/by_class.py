@@ -10,6 +10,7 @@ import numpy as np
 from dvinv.data.dataset import Split
 from dvinv.evaluation import logits_of
 from dvinv.networks import Classifier
+from dvinv.quality import evenly
 from dvinv.runtime.heat_map import heat_map
 from dvinv.runtime.page import Section, Table, percent
 from dvinv.runtime.pictures import name_of
@@ -23,14 +24,14 @@ def compare(teacher: Classifier, networks: dict[str, Classifier], test: Split) -
 
     Args:
       networks: {name: network}, of the teacher's classes.
-      test: real images, of which at most `MOST` are looked at.
+      test: real images; at most `MOST` are scored.
 
     Returns:
       'images': how many were looked at; 'classes': the labels that they have; 'test_images': how many of each; 'accuracy':
       {name: a share a class}, of 'teacher' too; 'confusion': {name: [[class by the teacher, class by the network, images]]},
       the most frequent first.
     """
-    rows = np.linspace(0, len(test.labels) - 1, min(len(test.labels), MOST)).round().astype(int)
+    rows = evenly(len(test.labels), MOST)
     images, labels = test.images[rows], np.asarray(test.labels[rows])
     answers = {name: logits_of(network, images).argmax(1) for name, network in {'teacher': teacher, **networks}.items()}
     classes, counts = np.unique(labels, return_counts=True)

@@ -18,6 +18,7 @@ from dvinv.networks.quantized.learning import QuantizedModule, learned, module_o
 from dvinv.networks.quantized.network import load_quantized, products_in_bfloat16, save_quantized, simulated
 from dvinv.networks.quantized.observing import on_images, on_statistics
 from dvinv.pools import finished_pool
+from dvinv.quality import evenly
 from dvinv.quantization.ladder import Ladder, Scores, rungs
 from dvinv.rounds import Rounds
 from dvinv.runtime.devices import make_mesh, training_mesh
@@ -160,4 +161,4 @@ def _training(config, teacher: Teacher, network: Folded, variables: dict, count:
 
 def _evenly(images, most: int) -> np.ndarray:
     """At most so many of the images, evenly spaced."""
-    return images[np.unique(np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(int))]
+    return images[np.unique(evenly(len(images), most))]
