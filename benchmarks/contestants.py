@@ -212,7 +212,7 @@ class Dvinv:
     def start(self) -> dict:
         """Returns what another contestant needs to take the same first step; compiles no step."""
         offset, mirrored = self._view()
-        return {'images': np.array(self._state.canvas), 'labels': self._labels, 'offset': offset, 'mirrored': mirrored}
+        return {'images': np.array(self._state.parameters), 'labels': self._labels, 'offset': offset, 'mirrored': mirrored}
 
     def first(self) -> dict:
         """Compiles and runs the first dispatch.

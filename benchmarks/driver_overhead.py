@@ -66,7 +66,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def measure(arguments: argparse.Namespace, folder: Path) -> list[tuple[float, float]]:
     """(seconds a step of a synthesis, of the bare program), a pair each; a pair 0, which compiles, is left out."""
-    from dvinv.configuration import base_config
+    from dvinv.config import default_config
     from dvinv.networks import image_shape
     from dvinv.pools import open_pool
     from dvinv.runtime.workdir import Workdir
@@ -74,7 +74,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[tuple[float, fl
 
     task = Task(arguments.network, arguments.batch, 0, arguments.width, '', arguments.devices, 'float32')
     teacher, _ = teacher_of(task)
-    config = base_config(SETTINGS[image_shape(task.network)[0]][0])
+    config = default_config(SETTINGS[image_shape(task.network)[0]][0])
     config.devices = task.devices
     config.synthesis.update(images=(arguments.pairs + 1) * task.devices * task.batch, batch_size=task.batch)
     config.synthesis.stages[0].update(iterations=arguments.iterations, warmup=0)
@@ -104,8 +104,8 @@ def make_bare(config, teacher):
     """`(number of a batch) -> seconds a step` of the compiled program alone, as the driver calls it."""
     import jax
     import numpy as np
-
     from dvinv.configuration import inversion_config
+
     from dvinv.inversion import balanced_labels
     from dvinv.inversion.programs import Programs
     from dvinv.runtime.devices import make_mesh

@@ -62,7 +62,7 @@ class DvinvTraining:
         set_up_jax(1, pair.platform, cached=pair.platform == 'cpu')
         import jax
 
-        from dvinv.configuration import base_config
+        from dvinv.config import default_config
         from dvinv.inversion import from_linen
         from dvinv.networks import create, shapes_of
         from dvinv.networks.classifier import flatten, unflatten
@@ -71,7 +71,7 @@ class DvinvTraining:
         from dvinv.student import lesson_of
         from dvinv.training import TrainStep
 
-        config, shape = base_config('cifar10_crop'), (SIZE, SIZE, 3)
+        config, shape = default_config('cifar10_crop'), (SIZE, SIZE, 3)
         config.student.update(network=pair.student, width=pair.width)
         config.distillation.update(**_recipe(pair), precision=pair.precision)
         modules = [create(network, CLASSES, pair.width) for network in (pair.teacher, pair.student)]
@@ -188,7 +188,7 @@ def _recipe(pair: Pair) -> dict:
     return {
         'updates': 10**6,
         'batch_size': pair.batch,
-        'optimiser': 'sgd',
+        'optimizer': 'sgd',
         'learning_rate': 0.01,
         'weight_decay': 5e-4,
         'shift': 4,

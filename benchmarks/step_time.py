@@ -4,7 +4,7 @@
     python benchmarks/step_time.py --network resnet20 --batch 64 [--rounds 9] [--devices N] [--weights FILE] [--alone]
     python benchmarks/step_time.py --network resnet20 --sweep
 
-All three have the same network, weights, images, losses and optimiser; loss, terms and pixel gradient of the first step are
+All three have the same network, weights, images, losses and optimizer; loss, terms and pixel gradient of the first step are
 compared before anything is timed. One batch is split over dvinv's virtual CPU devices (bn_stats='global'), so its loss is
 PyTorch's. Each contestant has a process of its own and sleeps while it is not its turn. Ratios are medians over rounds, with
 the interval that holds the median with 95% confidence. The last line is a JSON object. `--alone` leaves PyTorch out.

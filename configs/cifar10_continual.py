@@ -19,18 +19,18 @@ seconds.
 
 import ml_collections
 
-from dvinv.configuration import base_config, shrink
+from dvinv.config import default_config, shrink
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
     """The config; `arg` is '', 'digits' or 'smoke'."""
-    config = base_config('cifar10_fast')
+    config = default_config('cifar10_fast')
     config.tasks = ('teacher', 'continual', 'report')
     config.data.name = 'cifar10'
     config.teacher.update(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     config.verifier.network = ''
     config.distillation.controls = ()
-    sgd = {'optimiser': 'sgd', 'weight_decay': 5e-4, 'shift': 4, 'flip': True}
+    sgd = {'optimizer': 'sgd', 'weight_decay': 5e-4, 'shift': 4, 'flip': True}
     if arg == 'digits':
         config.teacher.network = 'resnet20'
         config.continual.steps = ({'name': 'digits', 'image_size': 32},)

@@ -20,13 +20,13 @@ choices is worth is in benchmarks/RESULTS.md.
 
 import ml_collections
 
-from dvinv.configuration import base_config, shrink
+from dvinv.config import default_config, shrink
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
     """The config; `arg` is '', 'pictures', 'paper' or 'smoke'."""
-    config = base_config({'pictures': 'cifar10_crop', 'paper': 'cifar10_paper'}.get(arg, 'cifar10_fast'))
-    sgd = {'optimiser': 'sgd', 'learning_rate': 0.1, 'weight_decay': 5e-4, 'shift': 4, 'flip': True}
+    config = default_config({'pictures': 'cifar10_crop', 'paper': 'cifar10_paper'}.get(arg, 'cifar10_fast'))
+    sgd = {'optimizer': 'sgd', 'learning_rate': 0.1, 'weight_decay': 5e-4, 'shift': 4, 'flip': True}
     config.data.name = 'cifar10'
     config.teacher.update(network='resnet20', mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     config.verifier.network = 'resnet32'

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import ml_collections
 
-from dvinv.configuration import shrink
+from dvinv.config import shrink
 
 resnet20 = runpy.run_path(str(Path(__file__).with_name('cifar10_resnet20.py')))['get_config']
 
@@ -27,12 +27,14 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     config = resnet20()
     config.tasks = ('teacher', 'synthesis', 'pruning', 'report')
     taught = {
-        field: config.distillation[field] for field in ('optimiser', 'weight_decay', 'shift', 'flip', 'clip_norm', 'hint')
+        field: config.distillation[field] for field in ('optimizer', 'weight_decay', 'shift', 'flip', 'clip_norm', 'hint')
     }
-    config.pruning.update(left=0.63, steps=4, eta=0.05, cost='flops', importance_batches=40, controls=('untuned',), **taught)
+    config.pruning.update(
+        target_ratio=0.63, steps=4, eta=0.05, cost='flops', importance_batches=40, controls=('untuned',), **taught
+    )
     config.pruning.update(updates=2500, updates_per_step=150, batch_size=16, learning_rate=0.02, warmup=20)
     if arg == '71':
-        config.pruning.update(left=0.29, steps=8, eta=0.3)
+        config.pruning.update(target_ratio=0.29, steps=8, eta=0.3)
     elif arg == 'smoke':
         shrink(config)
     elif arg:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import ml_collections
 
-from dvinv.configuration import base_config, shrink
+from dvinv.config import default_config, shrink
 
 
 class Student(NamedTuple):
@@ -51,10 +51,10 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     """The config; `arg` is '', 'smoke' or one of `STUDENTS`."""
     if arg not in ('', 'smoke', *STUDENTS):
         raise ValueError(f'This config knows the arguments {", ".join(STUDENTS)} and smoke, not {arg!r}')
-    config = base_config('cifar10_fast')
+    config = default_config('cifar10_fast')
     student = STUDENTS.get(arg, STUDENTS['resnet20'])
     teacher, verifier = ('resnet32', 'resnet20') if arg in ('', 'smoke', 'resnet20') else ('resnet20', 'resnet32')
-    sgd = {'optimiser': 'sgd', 'learning_rate': 0.1, 'weight_decay': 5e-4, 'shift': 4, 'flip': True}
+    sgd = {'optimizer': 'sgd', 'learning_rate': 0.1, 'weight_decay': 5e-4, 'shift': 4, 'flip': True}
     config.data.name = 'cifar10'
     config.teacher.update(network=teacher, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     config.verifier.network = verifier

@@ -11,22 +11,22 @@ iterations: about as good to learn from, less good to look at. `:smoke` shrinks 
 
 import ml_collections
 
-from dvinv.configuration import base_config, shrink
+from dvinv.config import default_config, shrink
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
     """The config; `arg` is '', 'fast' or 'smoke'."""
-    config = base_config('digits_fast' if arg == 'fast' else 'digits')
+    config = default_config('digits_fast' if arg == 'fast' else 'digits')
     config.teacher.mean, config.teacher.std = (0.3053,), (0.3761,)  # of the training pixels
     # Noise makes the teacher's statistics, and so the images, those of robust features: the verifier's share of agreement
     # rose from .7 to .97 with it.
     augmentation = {'shift': 1, 'noise': 0.1}
-    optimiser = {'batch_size': 64, 'weight_decay': 5e-4}
-    config.teacher.training.update(updates=500, learning_rate=5e-3, warmup=50, **optimiser, **augmentation)
-    config.verifier.training.update(updates=600, learning_rate=2e-3, warmup=60, **optimiser, **augmentation)
+    optimizer = {'batch_size': 64, 'weight_decay': 5e-4}
+    config.teacher.training.update(updates=500, learning_rate=5e-3, warmup=50, **optimizer, **augmentation)
+    config.verifier.training.update(updates=600, learning_rate=2e-3, warmup=60, **optimizer, **augmentation)
     config.student.width = 0.5
     config.synthesis.update(images=1024, batch_size=512)
-    config.distillation.update(updates=400, learning_rate=3e-2, warmup=40, **optimiser, **augmentation)
+    config.distillation.update(updates=400, learning_rate=3e-2, warmup=40, **optimizer, **augmentation)
     config.logging.checkpoint_every = 200
     if arg == 'smoke':
         shrink(config)

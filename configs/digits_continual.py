@@ -13,17 +13,17 @@ images replayed .990; about 90 s on two busy CPU cores, with all controls. `:smo
 
 import ml_collections
 
-from dvinv.configuration import base_config, shrink
+from dvinv.config import default_config, shrink
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
     """The config; `arg` is '', 'twos' or 'smoke'."""
-    config = base_config('digits_fast')
+    config = default_config('digits_fast')
     config.tasks = ('teacher', 'continual', 'report')
     config.teacher.mean, config.teacher.std = (0.3053,), (0.3761,)  # of the training pixels of all digits
     augmentation = {'shift': 1, 'noise': 0.1}
-    optimiser = {'batch_size': 64, 'weight_decay': 5e-4}
-    config.teacher.training.update(updates=300, learning_rate=5e-3, warmup=30, **optimiser, **augmentation)
+    optimizer = {'batch_size': 64, 'weight_decay': 5e-4}
+    config.teacher.training.update(updates=300, learning_rate=5e-3, warmup=30, **optimizer, **augmentation)
     config.verifier.network = ''
     config.distillation.controls = ()
     if arg == 'twos':
@@ -33,7 +33,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
         config.data.classes = (0, 1, 2, 3, 4)
         config.continual.steps = ({'classes': (5, 6, 7, 8, 9)},)
     config.synthesis.update(images=512, batch_size=256)
-    config.continual.update(updates=150, learning_rate=2e-3, warmup=15, **{**optimiser, 'batch_size': 128}, **augmentation)
+    config.continual.update(updates=150, learning_rate=2e-3, warmup=15, **{**optimizer, 'batch_size': 128}, **augmentation)
     config.continual.controls = ('finetune', 'lwf_mc', 'always_be_dreaming', 'replay', 'joint')
     if arg == 'twos':
         config.continual.update(updates=300, warmup=30, features=0.3)

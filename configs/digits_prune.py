@@ -13,7 +13,7 @@ from pathlib import Path
 
 import ml_collections
 
-from dvinv.configuration import shrink
+from dvinv.config import shrink
 
 digits = runpy.run_path(str(Path(__file__).with_name('digits.py')))['get_config']
 

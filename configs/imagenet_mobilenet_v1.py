@@ -22,14 +22,14 @@ colours. `:smoke` shrinks the run to seconds.
 import ml_collections
 import numpy as np
 
-from dvinv.configuration import base_config, shrink
+from dvinv.config import default_config, shrink
 
 CLASSES = tuple(sorted(np.random.default_rng(0).permutation(1000)[:64].tolist()))
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
-    """The config; `arg` is '', 'short', 'spectrum' or 'smoke'."""
-    config = base_config('imagenet_multires')
+    """The config; `arg` is '', 'short', 'fourier' or 'smoke'."""
+    config = default_config('imagenet_multires')
     config.tasks = ('teacher', 'synthesis', 'report')
     config.bn_stats = 'global'
     config.data.name = ''
@@ -38,11 +38,11 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     config.synthesis.update(images=64, batch_size=64, classes=CLASSES)
     config.synthesis.controls = ('noise',)
     config.distillation.controls = ()
-    if arg in ('short', 'spectrum'):
+    if arg in ('short', 'fourier'):
         for stage, iterations in zip(config.synthesis.stages, (600, 200), strict=True):
             stage.update(iterations=iterations, warmup=50)
-        if arg == 'spectrum':
-            config.synthesis.canvas = 'spectrum'
+        if arg == 'fourier':
+            config.synthesis.parameterization = 'fourier'
             for stage in config.synthesis.stages:
                 stage.learning_rate = 0.1
     elif arg == 'smoke':

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import ml_collections
 
-from dvinv.configuration import shrink
+from dvinv.config import shrink
 
 mobilenet = runpy.run_path(str(Path(__file__).with_name('imagenet_mobilenet_v1.py')))['get_config']
 
@@ -23,8 +23,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     """The config; `arg` is '' or 'smoke'."""
     config = mobilenet('short')
     config.tasks = ('teacher', 'synthesis', 'pruning', 'report')
-    config.pruning.update(measure='filters', left=0.8, steps=2, latency_batch=1, controls=('untuned',))
-    config.pruning.update(optimiser='sgd', learning_rate=1e-3, batch_size=16, updates=100, updates_per_step=20, flip=True)
+    config.pruning.update(measure='filters', target_ratio=0.8, steps=2, latency_batch=1, controls=('untuned',))
+    config.pruning.update(optimizer='sgd', learning_rate=1e-3, batch_size=16, updates=100, updates_per_step=20, flip=True)
     config.pruning.update(hint=10.0, clip_norm=10.0)
     if arg == 'smoke':
         shrink(config)

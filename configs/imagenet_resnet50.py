@@ -17,14 +17,14 @@ Larger images: `--config.teacher.image_shape="(288, 288, 3)"`, and stages of any
 
 import ml_collections
 
-from dvinv.configuration import base_config, shrink
+from dvinv.config import default_config, shrink
 
 EPOCHS = {'': 90, 'mixup': 250}
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
     """The config; `arg` is '', 'mixup' or 'smoke'."""
-    config = base_config('imagenet_multires')
+    config = default_config('imagenet_multires')
     config.data.name = ''
     config.teacher.update(network='resnet50', mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     config.verifier.network = ''
@@ -34,7 +34,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     config.distillation.update(
         updates=EPOCHS.get(arg, 90) * epoch,
         batch_size=1024,
-        optimiser='sgd',
+        optimizer='sgd',
         learning_rate=1.024,
         warmup=5 * epoch,
         weight_decay=5e-5,

@@ -13,7 +13,7 @@ from pathlib import Path
 import flax.linen as nn
 import ml_collections
 
-from dvinv.configuration import base_config, shrink
+from dvinv.config import default_config, shrink
 
 sys.path.append(str(Path(__file__).parent))  # 'own_network:teacher' is this file; any other module on Python's path will do
 
@@ -52,7 +52,7 @@ def student(num_classes):
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
     """The config; `arg` is '' or 'smoke'."""
-    config = base_config()  # settings of the synthesis by the size of the images; or by a name of dvinv.PRESETS
+    config = default_config()  # settings of the synthesis by the size of the images; or by a name of dvinv.PRESETS
     config.teacher.factory, config.student.factory = 'own_network:teacher', 'own_network:student'
     # Data: 'npz' or 'folders' with data.path and data.train_path are your own, see the README. None at all, for a Teacher:
     # config.data.name = config.verifier.network = '', and no 'real' in distillation.controls; agreement with the teacher on

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 __version__ = '0.1.0'
 
 if TYPE_CHECKING:  # what `__getattr__` gives, for those who read types without running anything
-    from dvinv.configuration import base_config as base_config
+    from dvinv.config import PRESETS as PRESETS
+    from dvinv.config import InversionConfig as InversionConfig
+    from dvinv.config import Stage as Stage
+    from dvinv.config import Weights as Weights
+    from dvinv.config import default_config as default_config
     from dvinv.errors import DvinvError as DvinvError
-    from dvinv.inversion import PRESETS as PRESETS
-    from dvinv.inversion import InversionConfig as InversionConfig
-    from dvinv.inversion import Stage as Stage
     from dvinv.inversion import Teacher as Teacher
-    from dvinv.inversion import Weights as Weights
     from dvinv.inversion import balanced_labels as balanced_labels
     from dvinv.inversion import feature_loss as feature_loss
     from dvinv.inversion import from_linen as from_linen
@@ -22,13 +22,13 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for those who read types without 
 
 _EXPORTS = {
     'DvinvError': 'dvinv.errors',
-    'InversionConfig': 'dvinv.inversion',
-    'PRESETS': 'dvinv.inversion',
-    'Stage': 'dvinv.inversion',
+    'InversionConfig': 'dvinv.config',
+    'PRESETS': 'dvinv.config',
+    'Stage': 'dvinv.config',
     'Teacher': 'dvinv.inversion',
-    'Weights': 'dvinv.inversion',
-    'base_config': 'dvinv.configuration',
+    'Weights': 'dvinv.config',
     'balanced_labels': 'dvinv.inversion',
+    'default_config': 'dvinv.config',
     'feature_loss': 'dvinv.inversion',
     'from_linen': 'dvinv.inversion',
     'from_nnx': 'dvinv.inversion',

@@ -5,28 +5,20 @@ compete with that student, and only then does it learn on, from the new images f
 after the last round is the task `distillation`'s, where the student is that one's.
 """
 
-from dvinv.configuration import rounds_of
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
 from dvinv.held_out import learned_rows
 from dvinv.inversion import Teacher
 from dvinv.pools import missing_batches
-from dvinv.runtime.workdir import Workdir
+from dvinv.rounds import rounds_of
+from dvinv.run import Run
 from dvinv.student import lesson_of, print_hints
 from dvinv.synthesizer import Synthesizer
 from dvinv.training import Learner, training_of
 
 
-def fill_pool(
-    config,
-    workdir: Workdir,
-    teacher: Teacher,
-    pool: ImagePool,
-    student: Learner,
-    task: str,
-    series: str,
-) -> None:
-    """Make the batches that the pool lacks, in rounds, and teach the student in between.
+def fill_pool(run: Run, teacher: Teacher, pool: ImagePool, student: Learner, task: str, series: str) -> None:
+    """Makes the batches that are missing from the pool, in rounds, and trains the student in between.
 
     Args:
       student: see `student.student_of`; its checkpoints stay.
@@ -35,14 +27,15 @@ def fill_pool(
     Raises:
       DvinvError: a batch is missing from a round that the student has left behind.
     """
-    missing, rounds, per_round = missing_batches(config, pool), rounds_of(config), config.synthesis.batches_per_round
+    settings = run.settings.synthesis
+    missing, rounds, per_round = missing_batches(settings, pool), rounds_of(run.settings), settings.batches_per_round
     if not missing:
         return
-    lesson = lesson_of(config, teacher, rounds)
-    print_hints(config, teacher)
+    lesson = lesson_of(run, teacher, rounds)
+    print_hints(run, teacher)
     with (
-        training_of(config, workdir, student, lesson) as training,
-        Synthesizer(config, workdir, teacher, pool, 'adaptive', task, series, student_fn=training.apply_fn) as synthesizer,
+        training_of(run, student, lesson) as training,
+        Synthesizer(run, teacher, pool, 'adaptive', task, series, student_fn=training.apply_fn) as synthesizer,
     ):
         for number in range(rounds.count):
             lacking = [batch for batch in range(number * per_round, (number + 1) * per_round) if batch in missing]
@@ -51,10 +44,10 @@ def fill_pool(
                 raise DvinvError(
                     f'Batch {lacking[0]} is missing from {pool.folder}. It was made against the student at update '
                     f'{start}, which has learned on to update {training.step}; delete '
-                    f'{workdir.path / "checkpoints" / student.name} and {workdir.network(student.name)}, and run the '
-                    'command again: the student learns again up to there, and the batch is made anew.'
+                    f'{run.workdir.path / "checkpoints" / student.name} and {run.workdir.network(student.name)}, and run '
+                    'the command again: the student learns again up to there, and the batch is made anew.'
                 )
             if training.step < start:
-                training.advance(*(learned_rows(config, pool.rows(name)) for name in ('images', 'labels')), start)
+                training.advance(*(learned_rows(run.settings, pool.rows(name)) for name in ('images', 'labels')), start)
             if lacking:
                 synthesizer.fill(lacking, training.variables, round=number, student_updates=start)

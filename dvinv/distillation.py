@@ -1,87 +1,97 @@
 """The task `distillation`: a student learns from the teacher's answers on synthesized images; controls learn beside it."""
 
-from dvinv.configuration import DATA_FREE_CONTROLS, rounds_of
-from dvinv.data.real import load_real
+from dvinv import student, synthesizer
+from dvinv.config import DATA_FREE_CONTROLS
 from dvinv.errors import DvinvError
-from dvinv.evaluation import flops
+from dvinv.evaluation import flops, test_accuracy
 from dvinv.held_out import HeldOut, learned_rows
-from dvinv.inversion import Teacher
 from dvinv.networks import Classifier
 from dvinv.pools import controls_are_whole, finished_pool
-from dvinv.rounds import Rounds
-from dvinv.runtime.workdir import Workdir, open_workdir
+from dvinv.rounds import Rounds, rounds_of
+from dvinv.run import Run
 from dvinv.student import hints_of, lesson_of, print_hints, student_of
 from dvinv.synthesizer import control_pool
-from dvinv.teacher import load, test_accuracy
 from dvinv.training import Array, PlannedTraining, learn
 
 
-def run(config, workdir) -> dict:
-    """Distil the student and its controls, then score them on the real test images; returns the figures.
+def validate(run: Run) -> None:
+    """Validates the student, and that its controls have images, before anything is written.
+
+    Raises:
+      DvinvError: names the field, its value and the way out.
+    """
+    run.validate_real_control('distillation')
+    run.once(student.validate)
+    if {*DATA_FREE_CONTROLS} & {*run.settings.distillation.controls}:
+        run.once(synthesizer.validate)
+
+
+def run(run: Run) -> dict:
+    """Distils the student and its controls, then scores them on the real test images; returns the figures.
 
     Real data come in when every data-free student is finished: first for the upper control, then for the scores.
     """
-    workdir = open_workdir(workdir, config)
-    teacher, rounds = load(config, workdir), rounds_of(config)
-    pool = finished_pool(config, workdir, teacher)
-    images, labels = (learned_rows(config, pool.rows(name)) for name in ('images', 'labels'))
-    if config.pool:
+    settings, teacher, rounds = run.settings.distillation, run.teacher, rounds_of(run.settings)
+    pool = finished_pool(run)
+    images, labels = (learned_rows(run.settings, pool.rows(name)) for name in ('images', 'labels'))
+    if run.settings.pool:
         rounds = Rounds(len(labels))  # it is there from the start
-    for count in config.distillation.counts:
+    for count in settings.counts:
         if count > len(labels):
             raise DvinvError(f'distillation.counts names {count}, but the pool has {len(labels)} images to learn from.')
-    hints = hints_of(config, teacher)
-    if config.synthesis.method != 'adaptive' and not workdir.has_network('student'):
-        print_hints(config, teacher)
-    students = {'student': distil(config, workdir, teacher, images, labels, rounds, 'student')}
-    for count in config.distillation.counts:
+    hints = hints_of(run, teacher)
+    if run.settings.synthesis.method != 'adaptive' and not run.workdir.has_network('student'):
+        print_hints(run, teacher)
+    students = {'student': distil(run, images, labels, rounds, 'student')}
+    for count in settings.counts:
         name = f'student_of_{count}'
-        students[name] = distil(config, workdir, teacher, images, labels, Rounds(count), name)
+        students[name] = distil(run, images, labels, Rounds(count), name)
     for control in DATA_FREE_CONTROLS:
-        if control in config.distillation.controls:
-            lesser = control_pool(config, workdir, teacher, control, 'distillation')
-            rows = [learned_rows(config, lesser.rows(name)) for name in ('images', 'labels')]
-            come = Rounds(len(rows[1])) if config.pool else rounds
-            students[control] = distil(config, workdir, teacher, *rows, come, control)
+        if control in settings.controls:
+            lesser = control_pool(run, control, 'distillation')
+            rows = [learned_rows(run.settings, lesser.rows(name)) for name in ('images', 'labels')]
+            students[control] = distil(run, *rows, Rounds(len(rows[1])) if run.settings.pool else rounds, control)
 
-    data = load_real(config.data)
-    if 'real' in config.distillation.controls:
-        train = data.train
-        students['real'] = distil(config, workdir, teacher, train.images, train.labels, Rounds(len(train.labels)), 'real')
-    held_out = HeldOut(config, teacher, pool)
+    data = run.data
+    if 'real' in settings.controls:
+        students['real'] = distil(run, data.train.images, data.train.labels, Rounds(len(data.train.labels)), 'real')
+    held_out = HeldOut(run.settings, teacher, pool)
     scores = {name: test_accuracy(student, data) for name, student in students.items()}
     student = students['student']
     return {
         'test_accuracy': scores['student'],
         **{f'{control}_test_accuracy': scores.get(control) for control in (*DATA_FREE_CONTROLS, 'real')},
-        **{f'test_accuracy_of_{count}_images': scores[f'student_of_{count}'] for count in config.distillation.counts},
+        **{f'test_accuracy_of_{count}_images': scores[f'student_of_{count}'] for count in settings.counts},
         **held_out.beside(students, 'student'),
         'parameters': student.parameters,
         'parameters_ratio': student.parameters / teacher.parameters,
         'flops': flops(student),
         'images': len(labels),
-        'updates': config.distillation.updates,
+        'updates': settings.updates,
         'hints': hints.kind,
         'hinted_layers': len(hints.layers),
         'hinted_stages': hints.rows(),
     }
 
 
-def planned_trainings(config, teacher: Teacher) -> list[PlannedTraining]:
+def planned_trainings(run: Run) -> list[PlannedTraining]:
     """Returns the trainings of the task, for `--plan`: the student's, and as many again as there are others to compare."""
-    module, lesson = student_of(config, teacher).module, lesson_of(config, teacher, rounds_of(config))
-    others = len(config.distillation.counts) + len(config.distillation.controls) if 'distillation' in config.tasks else 0
-    return [PlannedTraining('student', module, lesson, teacher, 1 + others, teacher)]
+    settings, teacher = run.settings.distillation, run.planned_teacher
+    lesson = lesson_of(run, teacher, rounds_of(run.settings))
+    others = len(settings.counts) + len(settings.controls) if 'distillation' in run.settings.tasks else 0
+    return [PlannedTraining('student', run.student_module(teacher), lesson, teacher, 1 + others, teacher)]
 
 
-def complete(config, workdir: Workdir) -> bool:
+def complete(run: Run) -> bool:
     """Whether student and controls' images are still there: what is damaged is deleted by its owner."""
-    whole = controls_are_whole(config, workdir, config.distillation.controls)
-    return whole and workdir.has_network('student')
+    return controls_are_whole(run, run.settings.distillation.controls) and run.workdir.has_network('student')
 
 
-def distil(
-    config, workdir: Workdir, teacher: Teacher, images: Array, labels: Array, rounds: Rounds, name: str
-) -> Classifier:
-    """A student taught by `teacher` on `images` uint8 [N, H, W, C] that come in `rounds`; all compared ones start alike."""
-    return learn(config, workdir, student_of(config, teacher, name), lesson_of(config, teacher, rounds), images, labels)
+def distil(run: Run, images: Array, labels: Array, rounds: Rounds, name: str) -> Classifier:
+    """Returns a student of the run's teacher; all that are compared start alike.
+
+    Args:
+      images: uint8 [N, H, W, C] to learn from, which come in `rounds`; `labels`: int [N].
+      name: of the network's file.
+    """
+    return learn(run, student_of(run, run.teacher, name), lesson_of(run, run.teacher, rounds), images, labels)

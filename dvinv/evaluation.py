@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dvinv.data.dataset import RealData
+from dvinv.errors import DvinvError
 from dvinv.networks.classifier import Classifier
 from dvinv.networks.features import with_features
 from dvinv.networks.suited import suited_to
@@ -55,6 +57,37 @@ def top_accuracy(logits: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
 def accuracy(network: Classifier, images: np.ndarray, labels: np.ndarray) -> float:
     """The share (0 to 1) of images uint8 [N, H, W, C] that `network` puts into their class."""
     return top_accuracy(logits_of(network, images), labels)
+
+
+def test_accuracy(network: Classifier, data: RealData | None) -> float | None:
+    """Returns the share of the real test images that `network` puts into their class; None without real data."""
+    if data is None:
+        return None
+    validate_fits(network, data)
+    return accuracy(network, data.test.images, data.test.labels)
+
+
+def validate_fits(network: Classifier, data: RealData) -> None:
+    """Validates that `network`, a teacher or one with its classes, takes the pictures and classes of a data set.
+
+    Raises:
+      DvinvError: names both shapes, or the classes.
+    """
+    if tuple(network.image_shape) != tuple(data.image_shape):
+        taken, given = ('x'.join(map(str, shape)) for shape in (network.image_shape, data.image_shape))
+        raise DvinvError(f'The teacher takes images of {taken} (height x width x channels), but the data set has {given}.')
+    if data.by_position and data.num_classes != network.num_classes:
+        raise DvinvError(
+            f'The data set has folders of {data.num_classes} classes, but the teacher knows {network.num_classes}, and the '
+            'names of the folders do not tell which these are; give data.class_names, the names of all classes in the order '
+            "of the teacher's, or name the folders by the numbers of their classes, from 0."
+        )
+    highest = max(int(split.labels.max()) for split in (data.train, data.test) if split)
+    if highest >= network.num_classes:
+        raise DvinvError(
+            f'The data set has the label {highest}, but the teacher knows {network.num_classes} classes, 0 to '
+            f'{network.num_classes - 1}.'
+        )
 
 
 def flops(network: Classifier) -> int:

@@ -5,21 +5,22 @@ import importlib
 import inspect
 from collections.abc import Callable
 
-from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
 from dvinv.inversion import Teacher
 from dvinv.inversion.modules import trainable
 
 
-def of_teacher(config):
-    """Returns what `teacher.factory` gives: a Teacher, or a network that is yet to be trained, as `trainable` returns it.
+def of_teacher(name: str, num_classes: Callable[[], int | None]):
+    """Returns what the function `name` of `teacher.factory` gives: a Teacher, or a network that is yet to be trained.
+
+    Args:
+      num_classes: returns that of the real data, None where there are none; called where the function takes it.
 
     Raises:
       DvinvError: it cannot be imported, takes other arguments, or returns something else.
     """
-    name, field = config.teacher.factory, 'teacher.factory'
-    data = load_real(config.data) if 'num_classes' in _parameters(field, name) else None
-    return built(field, name, data.num_classes if data else None)
+    field = 'teacher.factory'
+    return built(field, name, num_classes() if 'num_classes' in _parameters(field, name) else None)
 
 
 def of_student(name: str, num_classes: int):
@@ -36,7 +37,6 @@ def of_student(name: str, num_classes: int):
     return network
 
 
-@functools.cache
 def built(field: str, name: str, num_classes: int | None = None):
     """Returns what the function `name`, 'module:function', returns: a Teacher as it is, else a `trainable` network.
 
@@ -115,7 +115,6 @@ def _parameters(field: str, name: str) -> tuple[str, ...]:
     return tuple(parameters)
 
 
-@functools.cache
 def _imported(field: str, name: str) -> Callable:
     module, _, function = name.partition(':')
     try:

@@ -7,7 +7,7 @@ out.
 
 import numpy as np
 
-from dvinv.configuration import held_out_of_round
+from dvinv.config import Settings
 from dvinv.data.chosen import Chosen
 from dvinv.data.pool import ImagePool
 from dvinv.divergence import divergence
@@ -18,15 +18,16 @@ from dvinv.runtime import preemption
 FIGURES = ('held_out_agreement', 'held_out_kl', 'held_out_class_agreement')
 
 
-def learned_rows(config, array):
+def learned_rows(settings: Settings, array):
     """Returns the rows of a pool's array (all of it, or of the rounds that there are) that networks learn from."""
-    first, held = _parts(config, len(array))
+    first, held = _parts(settings, len(array))
     return Chosen(array, first) if len(held) else array
 
 
-def _parts(config, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _parts(settings: Settings, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the numbers of the images of a pool that are learned from, and of those that are held out, ascending."""
-    size, held = held_out_of_round(config, count if config.pool else 0)
+    size = count if settings.pool else settings.round_images  # an existing pool comes in one round
+    held = settings.held_out_of(size)
     rows = np.arange(count)
     last = rows % size >= size - held
     return rows[~last], rows[last]
@@ -39,10 +40,10 @@ class HeldOut:
       count: how many there are.
     """
 
-    def __init__(self, config, teacher: Classifier, pool: ImagePool):
+    def __init__(self, settings: Settings, teacher: Classifier, pool: ImagePool):
         """Runs the teacher on them."""
         images, labels = pool.rows('images'), pool.rows('labels')
-        _, rows = _parts(config, len(labels))
+        _, rows = _parts(settings, len(labels))
         self.count, self._classes = len(rows), teacher.num_classes
         if self.count:
             preemption.leave_if_asked()

@@ -57,11 +57,10 @@ _PROCESS_ID = flags.DEFINE_integer('process_id', -1, 'With --coordinator: which 
 
 
 def main(_) -> None:
-    config = _CONFIG.value
     # Imported late, so that a mistyped flag is answered at once; what takes longest only after the banner.
     import jax
 
-    from dvinv.configuration import TASKS
+    from dvinv.config import TASKS, parse
     from dvinv.runtime.banner import announce
     from dvinv.runtime.compilation import keep_compiled
     from dvinv.runtime.devices import set_cpu_devices
@@ -70,23 +69,24 @@ def main(_) -> None:
     jax.config.update('jax_numpy_rank_promotion', 'allow')  # whatever the environment says, which is for other code
     jax.config.update('jax_numpy_dtype_promotion', 'standard')
     logging.set_verbosity(logging.FATAL)  # Orbax tells much of every checkpoint, and of a full disk with a traceback
-    set_cpu_devices(config.devices)
+    settings = parse(_CONFIG.value)
+    set_cpu_devices(settings.devices)
     keep_compiled()
     if _PLAN.value:
         from dvinv import plan
 
-        print(plan.plan(config))
+        print(plan.plan(settings))
         return
     with joined(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
         if is_primary():
-            announce(config, _WORKDIR.value, [task for task in TASKS if task in config.tasks], _SEEDS.value)
+            announce(settings, _WORKDIR.value, [task for task in TASKS if task in settings.tasks], _SEEDS.value)
         from dvinv import pipeline, seeds
 
         preemption.install()
         if _SEEDS.value:
-            figures = seeds.run(config, _WORKDIR.value, _SEEDS.value)
+            figures = seeds.run(settings, _WORKDIR.value, _SEEDS.value)
         else:
-            figures = {'runs': [pipeline.run(config, _WORKDIR.value)]}
+            figures = {'runs': [pipeline.run(settings, _WORKDIR.value)]}
         if is_primary():
             print(seeds.table(figures, _WORKDIR.value))
 
@@ -105,7 +105,7 @@ def _parse(argv: list[str]) -> list[str]:
         # Now, as the config file, which the next line reads, takes a second or more to import what it needs.
         print(f'dvinv {dvinv.__version__} with JAX {version("jax")}', file=sys.stderr, flush=True)
     if {'--helpfull', '-helpfull'} & {*argv}:
-        from dvinv.fields import described
+        from dvinv.config.documentation import described
 
         print(f'{described()}\n')
     try:
@@ -130,7 +130,7 @@ def _parse(argv: list[str]) -> list[str]:
             raise DvinvError(
                 'The stages are chosen by the size of the images, so a flag cannot set a field of one; give '
                 "all of them, as in --config.synthesis.stages=\"({'iterations': 200, 'learning_rate': 0.4},)\", or name a "
-                "preset in the config file: base_config('32px')."
+                "preset in the config file: default_config('32px')."
             ) from error
         reason = re.sub('^Configuration is not .* to load: ', 'The config file fails: ', reason)
         reason = re.sub(r'\[Errno \d+\] ', '', reason).strip()

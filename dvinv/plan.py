@@ -11,32 +11,22 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from dvinv import distillation, pipeline, teacher
-from dvinv.configuration import TASKS, inversion_config
-from dvinv.continual import driver as continual
+from dvinv import pipeline
+from dvinv.config import CONTINUAL_LOSSES, TASKS, Settings, Stage
 from dvinv.continual.chains import chains_of
-from dvinv.continual.settings import LOSSES
 from dvinv.errors import DvinvError
 from dvinv.evaluation import flops
-from dvinv.inversion import Stage, Teacher, balanced_labels
+from dvinv.inversion import Teacher, balanced_labels
 from dvinv.inversion.programs import Programs
 from dvinv.networks import Classifier, apply_fn_of, shapes_of
-from dvinv.pruning import driver as pruning
-from dvinv.quantization import driver as quantization
-from dvinv.runtime.devices import make_mesh, platform_of, training_mesh
+from dvinv.run import Run
+from dvinv.runtime.devices import make_mesh, platform_of
 from dvinv.runtime.progress import duration
-from dvinv.student import module_of_student
 from dvinv.synthesizer import abreast
 from dvinv.training import PlannedTraining, TrainStep
 
 TIMED_SECONDS = 1.0  # how long steps are timed, at least; and three dispatches of them
-DRIVERS = {
-    'teacher': teacher,
-    'distillation': distillation,
-    'pruning': pruning,
-    'continual': continual,
-    'quantization': quantization,
-}
+PLANNED = ('teacher', 'distillation', 'pruning', 'continual', 'quantization')  # tasks that train networks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,63 +195,64 @@ def plan(config) -> Plan:
     """Measures what the tasks of `config` cost. Networks to be trained have zeros for weights: they cost the same.
 
     Raises:
-      DvinvError: what `pipeline.check` refuses, or a config that optimizes no image and trains no network.
+      DvinvError: what `pipeline.validated` refuses, or a config that optimizes no image and trains no network.
     """
-    teacher, mesh = pipeline.check(config), training_mesh(make_mesh(config.devices))
-    teacher = dataclasses.replace(teacher, variables=_arrays(teacher.variables))
-    pools = _pools(config)
-    synthesis, compile_seconds = plan_synthesis(config, teacher, pools) if pools else (None, 0.0)
-    tasks = [task for task in TASKS if task in config.tasks and task in DRIVERS]
-    if config.synthesis.method == 'adaptive' and 'synthesis' in config.tasks and 'distillation' not in tasks:
+    run = pipeline.validated(config)
+    settings, mesh, teacher = run.settings, run.training_mesh, run.planned_teacher
+    run.planned_teacher = teacher = dataclasses.replace(teacher, variables=_arrays(teacher.variables))
+    pools = _pools(settings)
+    synthesis, compile_seconds = plan_synthesis(run, teacher, pools) if pools else (None, 0.0)
+    tasks = [task for task in TASKS if task in settings.tasks and task in PLANNED]
+    if settings.synthesis.method == 'adaptive' and 'synthesis' in settings.tasks and 'distillation' not in tasks:
         tasks.append('distillation')  # its student learns while images are made
-    jobs = [job for task in tasks for job in DRIVERS[task].planned_trainings(config, teacher)]
+    jobs = [job for task in tasks for job in pipeline.MODULES[task].planned_trainings(run)]
     if not (synthesis or jobs):
-        what = f'pool is {config.pool!r}' if config.pool else f'synthesis.method is {config.synthesis.method!r}'
+        what = f'pool is {settings.pool!r}' if settings.pool else f'synthesis.method is {settings.synthesis.method!r}'
         raise DvinvError(f'{what} and no task trains a network: there is nothing to plan.')
     trainings = []
     for job in jobs:
-        training, seconds = plan_training(job, config.logging.every, mesh)
+        training, seconds = plan_training(job, settings.logging.every, mesh)
         trainings.append(training)
         compile_seconds += seconds
     return Plan(synthesis, tuple(trainings), _devices(mesh.size, platform_of(mesh)), compile_seconds)
 
 
-def _pools(config) -> float:
+def _pools(settings: Settings) -> float:
     """Returns how many times the cost of the run's pool is paid by all tasks."""
-    tasks, method, pruning, continual = config.tasks, config.synthesis.method, config.pruning, config.continual
-    pools = float('synthesis' in tasks and not config.pool and method != 'noise')
-    controls = [config[task].controls for task in ('synthesis', 'distillation', 'pruning') if task in tasks]
+    tasks, method, pruning, continual = settings.tasks, settings.synthesis.method, settings.pruning, settings.continual
+    pools = float('synthesis' in tasks and not settings.pool and method != 'noise')
+    controls = [getattr(settings, task).controls for task in ('synthesis', 'distillation', 'pruning') if task in tasks]
     pools += any('prior_only' in names for names in controls)
     if 'pruning' in tasks:
-        pools += pruning.steps * pruning.adaptive_batches * config.synthesis.batch_size / config.synthesis.images
+        pools += pruning.steps * pruning.adaptive_batches * settings.synthesis.batch_size / settings.synthesis.images
     if 'continual' in tasks and method != 'noise':
-        dreaming = sum(loss in LOSSES and chain != 'replay' for chain, loss in chains_of(config).items())
+        dreaming = sum(loss in CONTINUAL_LOSSES and chain != 'replay' for chain, loss in chains_of(continual).items())
         pools += 1 + (len(continual.steps) - 1) * dreaming
     return pools
 
 
-def plan_synthesis(config, teacher: Teacher, pools: float = 1.0) -> tuple[SynthesisPlan, float]:
-    """Returns what the pools of a config cost, and the seconds of the compilation.
+def plan_synthesis(run: Run, teacher: Teacher, pools: float = 1.0) -> tuple[SynthesisPlan, float]:
+    """Returns what the pools of a run cost, and the seconds of the compilation.
 
     Args:
       teacher: with arrays for weights.
       pools: see `SynthesisPlan`.
     """
-    group, student = config.synthesis, None
+    group, student = run.settings.synthesis, None
     if group.method == 'adaptive':
-        module = module_of_student(config, teacher)
+        module = run.student_module(teacher)
         weights = _arrays(shapes_of(module, teacher.image_shape))
         student = dataclasses.replace(teacher, apply_fn=apply_fn_of(module), variables=weights)
 
-    settings, mesh = inversion_config(config), make_mesh(config.devices)
-    side_by_side = abreast(config, mesh.size)
-    mesh = mesh if config.bn_stats == 'global' else make_mesh(side_by_side)
+    settings, mesh = run.settings.inversion_config(), run.mesh
+    side_by_side = abreast(run.settings, mesh.size)
+    mesh = mesh if settings.bn_stats == 'global' else make_mesh(side_by_side)
     labels = np.stack([balanced_labels(i, group.batch_size, teacher.num_classes) for i in range(side_by_side)])
     programs = Programs(teacher, settings, mesh, student and student.apply_fn)
     networks = [teacher, student] if student else [teacher]
     stages, seconds = zip(*(_time_stage(programs, stage, labels, networks) for stage in settings.stages), strict=True)
     pool_bytes = group.images * (math.prod(teacher.image_shape) + 4 * teacher.num_classes)
-    batches = group.images // group.batch_size
+    batches = group.batches
     devices = platform_of(mesh), mesh.size
     return SynthesisPlan(*devices, group.images, batches, side_by_side, stages, pool_bytes, pools), sum(seconds)
 
@@ -269,7 +260,7 @@ def plan_synthesis(config, teacher: Teacher, pools: float = 1.0) -> tuple[Synthe
 def _time_stage(programs: Programs, stage: Stage, labels: np.ndarray, networks: list[Classifier]) -> tuple[StagePlan, float]:
     """Returns the stage's plan and the seconds of its compilation; `networks` are the teacher and its competitor, if any."""
     height, width, channels = networks[0].image_shape
-    shown = *stage.shown_size(height, width), channels
+    shown = *stage.view_size(height, width), channels
     forward = sum(flops(dataclasses.replace(network, image_shape=shown)) for network in networks)
 
     iterations = min(programs.dispatch, stage.iterations)

@@ -2,31 +2,31 @@
 
 from collections.abc import Callable, Sequence
 
-from dvinv.configuration import DATA_FREE_CONTROLS
+from dvinv.config import DATA_FREE_CONTROLS, SynthesisSettings
 from dvinv.data.pool import DamagedError, ImagePool
 from dvinv.errors import DvinvError, say
-from dvinv.inversion import Teacher
+from dvinv.run import Run
 from dvinv.runtime import preemption
 from dvinv.runtime.processes import decide
 from dvinv.runtime.progress import Progress
 from dvinv.runtime.workdir import Workdir
 
 
-def open_pool(config, workdir: Workdir, teacher: Teacher) -> ImagePool:
-    """The pool of this run: an existing one where the config names it."""
-    if config.pool:
-        return ImagePool(config.pool, teacher.digest())
-    return ImagePool(workdir.path / 'pool', teacher.digest(), ours=True)
+def open_pool(run: Run) -> ImagePool:
+    """Returns the pool of a run: an existing one where the settings name it."""
+    if run.settings.pool:
+        return ImagePool(run.settings.pool, run.teacher.digest())
+    return ImagePool(run.workdir.path / 'pool', run.teacher.digest(), ours=True)
 
 
-def finished_pool(config, workdir: Workdir, teacher: Teacher) -> ImagePool:
-    """The pool of this run, for what comes after synthesis.
+def finished_pool(run: Run) -> ImagePool:
+    """Returns the pool of a run, for what comes after synthesis.
 
     Raises:
       DvinvError: batches are missing that this run was to make.
     """
-    pool = open_pool(config, workdir, teacher)
-    if not config.pool and (missing := missing_batches(config, pool)):
+    pool = open_pool(run)
+    if not run.settings.pool and (missing := missing_batches(run.settings.synthesis, pool)):
         raise DvinvError(f'Batch {missing[0]} is missing from {pool.folder}; run the task synthesis first: it makes it.')
     return pool
 
@@ -36,20 +36,15 @@ def open_control(workdir: Workdir, method: str, teacher_digest: str = '', ours: 
     return ImagePool(workdir.path / 'controls' / method, teacher_digest, ours)
 
 
-def all_batches(config) -> list[int]:
-    """Numbers of the batches that make up the pool."""
-    return [*range(config.synthesis.images // config.synthesis.batch_size)]
-
-
-def controls_are_whole(config, workdir: Workdir, controls: Sequence[str]) -> bool:
+def controls_are_whole(run: Run, controls: Sequence[str]) -> bool:
     """Whether all images are there of those `controls` that learn from images which a lesser method makes."""
-    pools = [open_control(workdir, control) for control in controls if control in DATA_FREE_CONTROLS]
-    return not any(missing_batches(config, pool) for pool in pools)
+    pools = [open_control(run.workdir, control) for control in controls if control in DATA_FREE_CONTROLS]
+    return not any(missing_batches(run.settings.synthesis, pool) for pool in pools)
 
 
-def missing_batches(config, pool: ImagePool) -> list[int]:
-    """Numbers of the batches that the pool lacks; of several processes, as process 0 sees it."""
-    return decide(lambda: sorted({*all_batches(config)} - {*pool.numbers()}), 'a list of the pool')
+def missing_batches(synthesis: SynthesisSettings, pool: ImagePool) -> list[int]:
+    """Returns the numbers of the batches that are missing from a pool; of several processes, as process 0 sees it."""
+    return decide(lambda: sorted({*range(synthesis.batches)} - {*pool.numbers()}), 'a list of the pool')
 
 
 def put_aside_damaged(pool: ImagePool, look: Callable[[int], object], task: str) -> None:

@@ -6,19 +6,18 @@ from datetime import datetime
 from pathlib import Path
 
 from dvinv.by_class import agreement_table, class_section, compare
-from dvinv.configuration import TASKS, is_trained_here
+from dvinv.config import TASKS, DistillationSettings, Settings, nested
 from dvinv.continual.section import continual_section, continual_tiles
 from dvinv.data.dataset import RealData
 from dvinv.data.pool import ImagePool
-from dvinv.data.real import load_real
 from dvinv.evaluation import accuracy, flops
-from dvinv.inversion import Teacher
 from dvinv.networks import load_classifier
 from dvinv.networks.quantized.network import load_quantized
 from dvinv.pools import finished_pool, open_control
 from dvinv.pruning.section import pruning_section, pruning_sentence, pruning_tile
 from dvinv.quality import evenly, figures_of_sets, quality_table
 from dvinv.quantization.section import quantization_section, quantization_sentence, quantization_tile, smallest
+from dvinv.run import Run
 from dvinv.runtime import provenance
 from dvinv.runtime.banner import device_names
 from dvinv.runtime.charts import line_chart, line_panels
@@ -26,10 +25,8 @@ from dvinv.runtime.files import write_atomic
 from dvinv.runtime.metrics import Metrics
 from dvinv.runtime.page import Picture, Section, Table, Tile, class_picture, number, percent, render
 from dvinv.runtime.progress import duration
-from dvinv.runtime.workdir import Workdir, open_workdir, plain
 from dvinv.student import student_of
-from dvinv.teacher import is_there, load, load_verifier, own_module
-from dvinv.verifiers import load_others, refuse_chance
+from dvinv.verifiers import load_more, refuse_chance
 
 PER_CLASS, PER_CLASS_BESIDE = 16, 10  # images in a row of a grid that has the whole width, or another beside it
 MOST_SCORED = 500  # real images that tell whether a verifier recognises anything
@@ -69,64 +66,68 @@ STUDENTS = {
 }
 
 
-def run(config, workdir) -> None:
-    """Write report.html; tasks that have not run are left out of it."""
-    workdir = open_workdir(workdir, config)
-    results, data = workdir.results, load_real(config.data)
-    names = (data.class_names if data else ()) or tuple(config.data.class_names)
+def validate(run: Run) -> None:
+    """Validates the verifiers that only the report needs."""
+    load_more(run.settings.verifiers, run.planned_teacher, say=True)
+
+
+def run(run: Run) -> None:
+    """Writes report.html; tasks that have not run are left out of it."""
+    workdir, results, data = run.workdir, run.workdir.results, run.data
+    names = (data.class_names if data else ()) or run.settings.data.class_names
     summary, sections = [], []
     if 'synthesis' in results:
-        teacher = load(config, workdir)
-        pool = finished_pool(config, workdir, teacher)
+        pool = finished_pool(run)
         method = pool.notes(pool.finished()[0])['config']['method']  # an existing pool's need not be the config's
         summary.append(_summary(results, *METHODS[method]))
-        pools = {'synthesized': pool, **_controls(workdir, teacher)}
+        pools = {'synthesized': pool, **_controls(run)}
         sections.append(_synthesis(pools, method, results['synthesis'], data, names))
-        sections.append(_quality(config, workdir, teacher, pools))
+        sections.append(_quality(run, pools))
     if 'distillation' in results:
-        sections.append(_distillation(config, results, workdir.metrics, names))
+        sections.append(_distillation(run.settings.distillation, results, workdir.metrics, names))
     if 'pruning' in results:
         sections.append(pruning_section(workdir, results['pruning']))
         summary.append(pruning_sentence(results['pruning']))
     if 'continual' in results:
-        sections.append(continual_section(config, workdir, results['continual']))
+        sections.append(continual_section(run, results['continual']))
         summary.append(_summary_of_tasks(results['continual']))
     if 'quantization' in results:
         sections.append(quantization_section(results['quantization']))
         summary.append(quantization_sentence(results['quantization']))
-    if data and (section := _classes(config, workdir, data, names)):
+    if data and (section := _classes(run, data, names)):
         sections.append(section)
     if 'teacher' in results:
-        sections.append(_teacher(config, results['teacher'], workdir.metrics))
-        sections.append(_networks(config, workdir))
+        sections.append(_teacher(run, results['teacher']))
+        sections.append(_networks(run))
     page = render(
-        _title(config, results),
+        _title(run.settings, results),
         '\n\n'.join(summary) or 'No images have been synthesized yet.',
         _tiles(results),
         sections,
-        configuration=json.dumps(plain(config), indent=1, sort_keys=True),
-        facts=_facts(config, workdir, results),
+        configuration=json.dumps(nested(run.settings), indent=1, sort_keys=True),
+        facts=_facts(run, results),
     )
     write_atomic(workdir.path / 'report.html', page.encode())
 
 
-def _title(config, results: dict) -> str:
+def _title(settings: Settings, results: dict) -> str:
     """Returns the headline: the network, its data, and what the last task made of them."""
-    group, path = config.teacher, Path(config.data.path)
-    data = path.stem if config.data.name in ('npz', 'folders') else config.data.name
+    group, path = settings.teacher, Path(settings.data.path)
+    data = path.stem if settings.data.name in ('npz', 'folders') else settings.data.name
     what = [headline for task, headline in HEADLINES.items() if task in results]
     return (group.factory or group.network) + (f' on {data}' if data else '') + (f': {what[-1]}' if what else '')
 
 
-def _facts(config, workdir: Workdir, results: dict) -> dict:
+def _facts(run: Run, results: dict) -> dict:
     """Returns how the run came about, and its files."""
+    workdir = run.workdir
     seconds = sum(results[task]['wall_seconds'] for task in TASKS if task in results)
     networks = sorted((workdir.path / 'networks').glob('*.safetensors'))
     files = [(workdir.path / name) for name in FILES if (workdir.path / name).exists()]
     return {
         'Made': f'{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}',
         'Command': provenance.command(),
-        'Device': device_names(config.devices),
+        'Device': device_names(run.settings.devices),
         'Versions': provenance.packages(),
         'Time': duration(seconds) + ' for all tasks, compilation included' if seconds else '',
         'Networks': [(f'{file.stem} ({file.stat().st_size / 1e6:.2f} MB)', f'networks/{file.name}') for file in networks],
@@ -210,26 +211,26 @@ def _synthesis(
     return Section('Synthesis', text, tables=[table], charts=charts, pictures=pictures)
 
 
-def _quality(config, workdir: Workdir, teacher: Teacher, pools: dict[str, ImagePool]) -> Section:
+def _quality(run: Run, pools: dict[str, ImagePool]) -> Section:
     """All sets of images that there are, and real ones, side by side; the figures go into quality.json too."""
-    verifier = load_verifier(config, workdir, teacher)
+    verifier = run.verifier
     if verifier is None:
         text = 'The config names no verifier (verifier.network): no network but the teacher has judged these images.'
         return Section('Quality', text)
-    others, real = load_others(config, teacher), load_real(config.data)
+    others, real = load_more(run.settings.verifiers, run.teacher), run.data
     for index, (name, other) in enumerate(others.items()):
         if real:
             rows = evenly(len(real.test.labels), MOST_SCORED)
             share = accuracy(other, real.test.images[rows], real.test.labels[rows])
             refuse_chance(share, len(rows), other, f'The verifier {name}', f'verifiers[{index}]', 'leave it out')
     found = figures_of_sets(verifier, others, pools, real)
-    write_atomic(workdir.path / 'quality.json', (json.dumps(found, indent=1) + '\n').encode())
-    return Section('Quality', tables=[quality_table(found, config.verifier.network)])
+    write_atomic(run.workdir.path / 'quality.json', (json.dumps(found, indent=1) + '\n').encode())
+    return Section('Quality', tables=[quality_table(found, run.settings.verifier.network)])
 
 
-def _controls(workdir: Workdir, teacher: Teacher) -> dict[str, ImagePool]:
+def _controls(run: Run) -> dict[str, ImagePool]:
     """Those of the lesser methods' pools that there are."""
-    pools = {name: open_control(workdir, name, teacher.digest()) for name in CONTROLS}
+    pools = {name: open_control(run.workdir, name, run.teacher.digest()) for name in CONTROLS}
     return {name: pool for name, pool in pools.items() if pool.numbers()}
 
 
@@ -248,9 +249,9 @@ def _inversions(method: str, rounds: int, pool: ImagePool) -> list[str]:
     return charts
 
 
-def _distillation(config, results: dict, metrics: Metrics, names: tuple[str, ...]) -> Section:
+def _distillation(settings: DistillationSettings, results: dict, metrics: Metrics, names: tuple[str, ...]) -> Section:
     taught = results['distillation']
-    students = {name: STUDENTS[name] for name in STUDENTS if name == 'student' or name in config.distillation.controls}
+    students = {name: STUDENTS[name] for name in STUDENTS if name == 'student' or name in settings.controls}
     rows = [
         [label, percent(taught['test_accuracy' if name == 'student' else f'{name}_test_accuracy'])]
         for name, label in students.items()
@@ -278,7 +279,7 @@ def _distillation(config, results: dict, metrics: Metrics, names: tuple[str, ...
     curves = {label: _curves(metrics.lines('distillation', name), ['loss'])['loss'] for name, label in students.items()}
     title = f'Distillation loss, T² KL{" and hints" if hints else " to the teacher"} on its own images'
     chart = _losses(curves, title, 'update', 'loss')
-    tables, charts = _by_image_count(config.distillation.counts, taught)
+    tables, charts = _by_image_count(settings.counts, taught)
     if stages:
         header = 'Resolution', 'teacher', 'student', 'projection'
         tables.append(Table(header, stages, caption='Stages after which student and teacher are compared.', text_columns=4))
@@ -324,14 +325,14 @@ def _by_image_count(counts: tuple[int, ...], taught: dict) -> tuple[list[Table],
     return [table], [line_chart(curve, 'Student accuracy against image count', 'images', 'real test accuracy', log_x=True)]
 
 
-def _classes(config, workdir: Workdir, data: RealData, names: tuple[str, ...]) -> Section | None:
+def _classes(run: Run, data: RealData, names: tuple[str, ...]) -> Section | None:
     """The networks of the run class by class; the figures go into by_class.json too. None before there is a teacher."""
-    if not is_there(config, workdir):
+    if not run.has_teacher:
         return None
-    teacher, networks, titles = load(config, workdir), {}, {}
+    teacher, workdir, networks, titles = run.teacher, run.workdir, {}, {}
     for name, (file, title) in COMPARED.items():
         if name in workdir.results and workdir.network(file).exists():
-            own = student_of(config, teacher).own if name == 'distillation' else own_module(config, teacher)
+            own = student_of(run, teacher).own if name == 'distillation' else run.own_module()
             networks[file], titles[file] = load_classifier(workdir.network(file), own), title
     if 'quantization' in workdir.results:
         setting = smallest(workdir.results['quantization'])
@@ -346,25 +347,25 @@ def _classes(config, workdir: Workdir, data: RealData, names: tuple[str, ...]) -
     return class_section(found, titles, names)
 
 
-def _teacher(config, found: dict, metrics: Metrics) -> Section:
+def _teacher(run: Run, found: dict) -> Section:
     """Where the teacher comes from, what it scores, and how it was trained if it was trained here."""
-    group = config.teacher
+    group = run.settings.teacher
     name = group.factory or group.network
     source = f'was read from {group.weights}' if group.weights else f'came from the function {group.factory}'
-    if trained := is_trained_here('teacher', config):
+    if trained := run.is_trained_here('teacher'):
         source = f'was trained here in {group.training.updates:,} updates'
     text = f'{name}, of {found["parameters"]:,} parameters, {source}'
     text += _and_reads(found['test_accuracy'], found['verifier_test_accuracy'], 'the verifier')
     curves = {}
     if trained:
         for role in ('teacher', 'verifier'):
-            curves[role.capitalize()] = _curves(metrics.lines('teacher', role), ['loss'])['loss']
+            curves[role.capitalize()] = _curves(run.workdir.metrics.lines('teacher', role), ['loss'])['loss']
     chart = _losses(curves, 'Loss of the trainings on real images', 'update', 'cross-entropy')
     return Section('Teacher', text, charts=[chart])
 
 
-def _networks(config, workdir: Workdir) -> Section:
-    results = workdir.results
+def _networks(run: Run) -> Section:
+    workdir, results = run.workdir, run.workdir.results
     teacher, student, pruned = (results.get(task) for task in ('teacher', 'distillation', 'pruning'))
     rows = [
         ['Teacher', teacher['parameters'], teacher['flops'], percent(teacher['test_accuracy'])],
@@ -374,8 +375,10 @@ def _networks(config, workdir: Workdir) -> Section:
     if pruned:
         cost = round(pruned['flops_ratio'] * teacher['flops'])
         rows.append(['Pruned network', pruned['parameters'], cost, percent(pruned['test_accuracy'])])
-    if teacher['verifier_test_accuracy'] is not None and (config.verifier.weights or workdir.network('verifier').exists()):
-        verifier = load_verifier(config, workdir, load(config, workdir))
+    if teacher['verifier_test_accuracy'] is not None and (
+        run.settings.verifier.weights or workdir.network('verifier').exists()
+    ):
+        verifier = run.verifier
         rows.append(['Verifier', verifier.parameters, flops(verifier), percent(teacher['verifier_test_accuracy'])])
     times = [[task, results[task]['wall_seconds']] for task in TASKS if task in results]
     tested = teacher['test_images']

@@ -5,6 +5,8 @@ import functools
 
 import numpy as np
 
+from dvinv.config import Settings
+
 
 @dataclasses.dataclass(frozen=True)
 class Rounds:
@@ -28,6 +30,13 @@ class Rounds:
     def first_update(self, round_number: int) -> int:
         """The update before which the images of a round are made."""
         return round_number * self.updates
+
+
+def rounds_of(settings: Settings) -> Rounds:
+    """Returns when the images of the run's own pool come to the student."""
+    size = settings.round_images
+    count = settings.synthesis.images // size
+    return Rounds(size - settings.held_out_of(size), count, max(1, settings.distillation.updates_per_round))
 
 
 def chosen_images(seed: int, update: int, batch_size: int, rounds: Rounds) -> np.ndarray:

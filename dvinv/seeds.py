@@ -1,5 +1,6 @@
 """A config over several seeds: mean and standard deviation of every figure, and the table that is printed."""
 
+import dataclasses
 import fnmatch
 import json
 import statistics
@@ -8,14 +9,14 @@ from pathlib import Path
 import ml_collections
 
 from dvinv import pipeline
-from dvinv.configuration import TASKS
+from dvinv.config import TASKS, Settings, nested, parse
 from dvinv.errors import DvinvError, listed, say
 from dvinv.runtime.banner import done_already
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.page import Section, Table, Tile, percent, render
 from dvinv.runtime.processes import is_primary
 from dvinv.runtime.progress import duration
-from dvinv.runtime.workdir import holds_work, plain
+from dvinv.runtime.workdir import holds_work
 
 HEADLINES = {  # what is printed of the figures in results.json, as patterns; in the order of the tasks
     'teacher': ('test_accuracy', 'verifier_test_accuracy'),
@@ -33,8 +34,8 @@ HEADLINES = {  # what is printed of the figures in results.json, as patterns; in
 }
 
 
-def run(config, workdir, count: int) -> dict:
-    """Run `config` with the seeds config.seed, config.seed + 1, ...; each in `workdir`/seed-S, resumable.
+def run(config: ml_collections.ConfigDict | Settings, workdir, count: int) -> dict:
+    """Runs `config` with the seeds config.seed, config.seed + 1, ...; each in `workdir`/seed-S, resumable.
 
     Returns:
       {'seeds': [...], 'runs': [results of each], 'mean': {task: {figure: float}}, 'std': the same}, also written to
@@ -44,27 +45,26 @@ def run(config, workdir, count: int) -> dict:
     Raises:
       DvinvError: `workdir` holds a single run or other seeds, or as for `pipeline.run`.
     """
+    settings = parse(config)
     if (Path(workdir) / 'config.json').exists():
         if holds_work(workdir):
             raise DvinvError(f'{workdir} holds a single run; choose another --workdir for several seeds.')
         if is_primary():
             (Path(workdir) / 'config.json').unlink(missing_ok=True)  # of one that ended before it made anything
-    seeds, runs = [config.seed + i for i in range(count)], []
+    seeds, runs = [settings.seed + i for i in range(count)], []
     others = {folder.name for folder in Path(workdir).glob('seed-*') if holds_work(folder)}
     if others := others - {f'seed-{seed}' for seed in seeds}:
         raise DvinvError(
             f'{workdir} holds {", ".join(sorted(others))}, which these --seeds do not ask for; choose another --workdir.'
         )
     folders = [Path(workdir) / f'seed-{seed}' for seed in seeds]
-    tasks = [task for task in TASKS if task in config.tasks]
+    tasks = [task for task in TASKS if task in settings.tasks]
     for i, seed in enumerate(seeds):
         if is_primary():
             done = ', '.join(done_already(folders[i], tasks))
             skipped = f'; done, not run again: {done}' if done else ''
             say(f'seed {i + 1} of {count} (config.seed is {seed}), in {folders[i]}{skipped}')
-        one = ml_collections.ConfigDict(config)
-        one.seed = seed
-        runs.append(pipeline.run(one, folders[i]))
+        runs.append(pipeline.run(dataclasses.replace(settings, seed=seed), folders[i]))
     summary = {
         'seeds': seeds,
         'runs': runs,
@@ -72,12 +72,12 @@ def run(config, workdir, count: int) -> dict:
         'std': _over(runs, lambda values: statistics.stdev(values) if len(values) > 1 else None),
     }
     write_atomic(Path(workdir) / 'results.json', (json.dumps(summary, indent=2, sort_keys=True) + '\n').encode())
-    if 'report' in config.tasks:
-        write_atomic(Path(workdir) / 'report.html', _report(config, summary).encode())
+    if 'report' in settings.tasks:
+        write_atomic(Path(workdir) / 'report.html', _report(settings, summary).encode())
     return summary
 
 
-def _report(config, summary: dict) -> str:
+def _report(settings: Settings, summary: dict) -> str:
     """Returns the page over all seeds: a table a task of its headline figures, and links to the pages of the seeds."""
     seeds, sections, tiles = summary['seeds'], [], []
     for task, patterns in HEADLINES.items():
@@ -95,12 +95,12 @@ def _report(config, summary: dict) -> str:
             tiles.append(Tile(task.capitalize(), percent(accuracy), f'{note}{names[0]}'.replace('_', ' '), accuracy))
     count = len(seeds)
     return render(
-        f'{config.data.name or config.teacher.factory}: {count} seed{"s" if count > 1 else ""}',
+        f'{settings.data.name or settings.teacher.factory}: {count} seed{"s" if count > 1 else ""}',
         f'The same config was run with the seeds {listed([*map(str, seeds)])}: everything that is drawn by chance differs. '
         'Deviations are those of a sample (n - 1). Each seed has a report of its own; all figures are in results.json.',
         tiles,
         sections,
-        configuration=json.dumps(plain(config), indent=1, sort_keys=True),
+        configuration=json.dumps(nested(settings), indent=1, sort_keys=True),
     )
 
 

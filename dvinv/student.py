@@ -1,7 +1,6 @@
 """The student: what it is taught by the teacher, and when its images come. One lesson for all students that are compared."""
 
 import dataclasses
-import functools
 import sys
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -9,19 +8,19 @@ from types import MappingProxyType
 import jax
 import jax.numpy as jnp
 
-from dvinv import factories
-from dvinv.configuration import recipe_of
+from dvinv.config import validate_devices
 from dvinv.divergence import divergence
 from dvinv.errors import DvinvError, say
 from dvinv.graph.projections import initial_projections
 from dvinv.hints import Hints, choose_hints, layer_error, staged_forward
 from dvinv.inversion import Teacher
 from dvinv.inversion.execution import in_precision
-from dvinv.inversion.modules import check_trainable
-from dvinv.networks import create, shapes_of
+from dvinv.networks import shapes_of
 from dvinv.networks.inheritance import inherited
 from dvinv.rounds import Rounds
-from dvinv.runtime.devices import make_mesh, platform_of
+from dvinv.run import Run
+from dvinv.runtime.devices import platform_of
+from dvinv.teacher import validate_takes
 from dvinv.training import Learner, Lesson
 
 NONE = MappingProxyType({})
@@ -29,87 +28,73 @@ ROLE = 3  # see `training.Learner`; one for all students
 PROJECTIONS = 2  # folded into the key of a student for its projections; a training folds in 0 and 1
 
 
-def student_of(config, teacher: Teacher, name: str = 'student', task: str = 'distillation') -> Learner:
-    """The run's student of `teacher`, or one that goes by another name, to compare it with or for another task.
+def validate(run: Run) -> None:
+    """Validates the student of a run, and says where it has more parameters than the teacher.
+
+    Raises:
+      DvinvError: it cannot take the teacher's images, be compared with it as the settings say, or inherit from it.
+    """
+    teacher = run.planned_teacher
+    validate_devices(run.settings.distillation, 'distillation', run.training_mesh.size)
+    if not run.settings.student.factory:
+        validate_takes('student', run.settings.student, teacher)
+    student = dataclasses.replace(teacher, variables=shapes_of(run.student_module(teacher), teacher.image_shape))
+    if student.parameters > teacher.parameters:
+        say(
+            f'The student has {student.parameters:,} parameters, more than the teacher ({teacher.parameters:,}); a smaller '
+            'one is named by student.network, student.width or student.factory.'
+        )
+    hints_of(run, teacher)
+    student_of(run, teacher)
+
+
+def student_of(run: Run, teacher: Teacher, name: str = 'student', task: str = 'distillation') -> Learner:
+    """Returns the run's student of `teacher`, or one of another name, to compare it with or for another task.
 
     Raises:
       DvinvError: it should start from weights of the teacher, and no layer fits.
     """
-    start, own = None, module_of_student(config, teacher) if config.student.factory else None
-    if config.student.inherit:
-        module = module_of_student(config, teacher)
+    group, module, start = run.settings.student, run.student_module(teacher), None
+    if group.inherit:
         start = inherited(teacher.variables, shapes_of(module, teacher.image_shape))
         if not start:
             raise DvinvError(
                 'student.inherit is True, but no layer of the student has name and shapes of one of the teacher; set '
                 'student.inherit=False, or choose a student of the same family and width.'
             )
-    return Learner(task, name, config.student, teacher, ROLE, start=start, own=own)
+    return Learner(task, name, group, teacher, ROLE, start=start, own=module if group.factory else None)
 
 
-def lesson_of(config, teacher: Teacher, rounds: Rounds) -> Lesson:
-    """What a student of `teacher` is taught, on images that come in `rounds`."""
-    group, hints = config.distillation, hints_of(config, teacher)
-    recipe, teacher = recipe_of(group), in_precision(teacher, group.precision)
+def lesson_of(run: Run, teacher: Teacher, rounds: Rounds) -> Lesson:
+    """Returns how the run's student learns from `teacher`, on images that come in `rounds`."""
+    settings, hints, seed = run.settings.distillation, hints_of(run, teacher), run.settings.seed
+    module, teacher = run.student_module(teacher), in_precision(teacher, settings.precision)
     if not hints.pairs:
-        loss = distillation_loss(teacher, group.temperature, group.hint, hints.layers, decay=group.hint_decay)
-        return Lesson(recipe, loss, rounds, teacher.variables)
-    module = module_of_student(config, teacher)
-    platform = platform_of(make_mesh(config.devices))
+        loss = distillation_loss(teacher, settings.temperature, settings.hint, hints.layers, decay=settings.hint_decay)
+        return Lesson(settings, loss, rounds, teacher.variables)
     return Lesson(
-        recipe,
-        staged_loss(group.temperature, group.hint, group.hint_decay),
+        settings,
+        staged_loss(settings.temperature, settings.hint, settings.hint_decay),
         rounds,
         teacher.variables,
-        forward=staged_forward(module, teacher, hints.pairs, group.graft, platform),
-        auxiliary=initial_projections(jax.random.fold_in(jax.random.key(16 * config.seed + ROLE), PROJECTIONS), hints.pairs),
+        forward=staged_forward(module, teacher, hints.pairs, settings.graft, platform_of(run.mesh)),
+        auxiliary=initial_projections(jax.random.fold_in(jax.random.key(16 * seed + ROLE), PROJECTIONS), hints.pairs),
     )
 
 
-def module_of_student(config, teacher: Teacher):
-    """Returns the run's student of `teacher`: a Linen module that takes x and `train`, or what has its `init` and `apply`.
-
-    Raises:
-      DvinvError: there is no such network, or it cannot be trained here.
-    """
-    if config.student.factory:
-        return _own_student(config.student.factory, teacher.image_shape, teacher.num_classes)
-    return create(config.student.network, teacher.num_classes, config.student.width)
-
-
-@functools.cache
-def _own_student(factory: str, image_shape: tuple[int, int, int], num_classes: int):
-    module = factories.of_student(factory, num_classes)
-    check_trainable(module, image_shape, num_classes, f'The network of student.factory {factory!r}')
-    return module
-
-
-def say_larger(config, teacher: Teacher) -> None:
-    """Says, before anything is made, that the student has more parameters than `teacher`, if it has."""
-    shapes = shapes_of(module_of_student(config, teacher), teacher.image_shape)
-    student = dataclasses.replace(teacher, variables=shapes)
-    if student.parameters > teacher.parameters:
-        say(
-            f'The student has {student.parameters:,} parameters, more than the teacher ({teacher.parameters:,}); a smaller '
-            'one is named by student.network, student.width or student.factory.'
-        )
-
-
-def hints_of(config, teacher: Teacher) -> Hints:
+def hints_of(run: Run, teacher: Teacher) -> Hints:
     """Returns where the run's student is compared with `teacher`; nowhere if `distillation.hint` is 0.
 
     Raises:
       DvinvError: see `choose_hints`.
     """
-    if not config.distillation.hint:
-        return Hints()
-    module = module_of_student(config, teacher)
-    return choose_hints(config.distillation.hints, module, teacher)
+    settings = run.settings.distillation
+    return choose_hints(settings.hints, run.student_module(teacher), teacher) if settings.hint else Hints()
 
 
-def print_hints(config, teacher: Teacher) -> None:
+def print_hints(run: Run, teacher: Teacher) -> None:
     """Prints where the student is compared with `teacher`, before its training."""
-    print(hints_of(config, teacher), file=sys.stderr, flush=True)
+    print(hints_of(run, teacher), file=sys.stderr, flush=True)
 
 
 def distillation_loss(

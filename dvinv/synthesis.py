@@ -7,52 +7,61 @@ from collections import Counter
 import jax
 import numpy as np
 
-from dvinv import adaptive
-from dvinv.configuration import inversion_config, is_trained_here, rounds_of
+from dvinv import adaptive, student, synthesizer, teacher
 from dvinv.data.pool import ImagePool
-from dvinv.data.real import load_real
-from dvinv.evaluation import among_top, logits_of
-from dvinv.inversion import Teacher, make_feature_loss
+from dvinv.evaluation import among_top, logits_of, validate_fits
+from dvinv.inversion import make_feature_loss
 from dvinv.networks import Classifier
 from dvinv.pools import controls_are_whole, missing_batches, open_pool, put_aside_damaged
+from dvinv.rounds import rounds_of
+from dvinv.run import Run
 from dvinv.runtime import preemption
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.pictures import class_grid
-from dvinv.runtime.workdir import Workdir, open_workdir
-from dvinv.student import student_of
+from dvinv.runtime.workdir import Workdir
 from dvinv.synthesizer import control_pool, fill_pool
-from dvinv.teacher import check_fits, load, load_verifier
 
 
-def run(config, workdir) -> dict:
-    """Fill the pool (or check the one that the config names), then its controls, and judge it; returns the figures."""
-    workdir = open_workdir(workdir, config)
-    teacher = load(config, workdir)
-    verifier = load_verifier(config, workdir, teacher)
-    pool = open_pool(config, workdir, teacher)
-    if not config.pool:  # which is finished elsewhere
-        _fill(config, workdir, teacher, pool)
-    for control in config.synthesis.controls:
-        control_pool(config, workdir, teacher, control, 'synthesis')
-    _write_samples(workdir, pool)
+def validate(run: Run) -> None:
+    """Validates, before anything is written, that the images of the task can be made and judged.
+
+    Raises:
+      DvinvError: names the field, its value and the way out.
+    """
+    run.once(teacher.validate_verifier)
+    run.once(synthesizer.validate_stages if run.settings.pool else synthesizer.validate)
+    if run.settings.synthesis.controls:
+        run.once(synthesizer.validate)
+    if run.settings.trains_student:
+        run.once(student.validate)
+
+
+def run(run: Run) -> dict:
+    """Fills the pool (or checks the one that the settings name), then its controls, and judges it; returns the figures."""
+    pool = open_pool(run)
+    if not run.settings.pool:  # which is finished elsewhere
+        _fill(run, pool)
+    for control in run.settings.synthesis.controls:
+        control_pool(run, control, 'synthesis')
+    _write_samples(run.workdir, pool)
     return {
-        **_judge(pool, verifier),
-        'rounds': 1 if config.pool else rounds_of(config).count,
-        'feature_loss_real': _real_feature_loss(config, teacher, pool),
+        **_judge(pool, run.verifier),
+        'rounds': 1 if run.settings.pool else rounds_of(run.settings).count,
+        'feature_loss_real': _real_feature_loss(run, pool),
     }
 
 
-def _fill(config, workdir: Workdir, teacher: Teacher, pool: ImagePool) -> None:
-    """Make what the pool lacks, and what is damaged anew.
+def _fill(run: Run, pool: ImagePool) -> None:
+    """Makes what is missing from the pool, and what is damaged anew.
 
-    Not what is damaged of a pool that was made against a student, which has learned on: whoever reads the images tells.
+    Not what is damaged of a pool that was made against a student, which has learned on: whoever reads the images says so.
     """
-    method = config.synthesis.method
+    method = run.settings.synthesis.method
     if method == 'adaptive':
-        adaptive.fill_pool(config, workdir, teacher, pool, student_of(config, teacher), 'synthesis', method)
+        adaptive.fill_pool(run, run.teacher, pool, student.student_of(run, run.teacher), 'synthesis', method)
         return
     put_aside_damaged(pool, pool.check, 'synthesis')
-    fill_pool(config, workdir, teacher, pool, method, 'synthesis', method)
+    fill_pool(run, run.teacher, pool, method, 'synthesis', method)
 
 
 def _judge(pool: ImagePool, verifier: Classifier | None) -> dict:
@@ -80,35 +89,38 @@ def _judge(pool: ImagePool, verifier: Classifier | None) -> dict:
     }
 
 
-def complete(config, workdir: Workdir) -> bool:
-    """Whether its pools have all that the task puts there: who finds a damaged shard puts it aside, controls may be new."""
-    whole = bool(config.pool) or not missing_batches(config, ImagePool(workdir.path / 'pool', ''))
-    return whole and controls_are_whole(config, workdir, config.synthesis.controls)
+def complete(run: Run) -> bool:
+    """Whether its pools have all that the task puts there: a damaged shard was put aside, controls may be new."""
+    synthesis = run.settings.synthesis
+    whole = bool(run.settings.pool) or not missing_batches(synthesis, ImagePool(run.workdir.path / 'pool', ''))
+    return whole and controls_are_whole(run, synthesis.controls)
 
 
-def _real_feature_loss(config, teacher: Teacher, pool: ImagePool) -> float | None:
-    """R_feature of real training batches of the pool's batch size, under the teacher's own augmentation.
+def _real_feature_loss(run: Run, pool: ImagePool) -> float | None:
+    """Returns R_feature of real training batches of the pool's batch size, under the teacher's own augmentation.
 
-    That is `config.teacher.training`'s, also where the weights come from elsewhere; for a Teacher that a factory returned,
-    the last stage's. None without real training images. For reference only, computed when the pool is finished: nothing
-    that makes images sees it.
+    That is `teacher.training`'s, also where the weights come from elsewhere; for a Teacher that a factory returned, the last
+    stage's. None without real training images. For reference only, computed when the pool is finished: nothing that makes
+    images sees it.
     """
-    data = load_real(config.data)
+    data, network = run.data, run.teacher
     if data is None or data.train is None:
         return None
-    check_fits(teacher, data)
-    stage = inversion_config(config).stages[-1]
-    if not config.teacher.factory or is_trained_here('teacher', config):
-        recipe = config.teacher.training
-        stage = dataclasses.replace(stage, augmentation='crop', jitter=recipe.shift, flip=recipe.flip, noise=recipe.noise)
-    measure = make_feature_loss(teacher, stage)
+    validate_fits(network, data)
+    stage = run.settings.inversion_config().stages[-1]
+    if not run.settings.teacher.factory or run.is_trained_here('teacher'):
+        training = run.settings.teacher.training
+        stage = dataclasses.replace(
+            stage, augmentation='crop', jitter=training.shift, flip=training.flip, noise=training.noise
+        )
+    measure = make_feature_loss(network, stage)
     batches = pool.numbers()
     size = min(pool.notes(batches[0])['images'], len(data.train.labels))
-    order = np.random.default_rng(config.seed).permutation(len(data.train.labels))
+    order = np.random.default_rng(run.settings.seed).permutation(len(data.train.labels))
     losses = []
     for i in range(min(len(batches), len(order) // size)):
         images = data.train.images[order[i * size : (i + 1) * size]]
-        losses.append(float(measure(teacher.variables, teacher.normalise(images), jax.random.key(i))))
+        losses.append(float(measure(network.variables, network.normalise(images), jax.random.key(i))))
     return float(np.mean(losses))
 
 

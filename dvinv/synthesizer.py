@@ -10,44 +10,105 @@ import jax
 import numpy as np
 
 import dvinv
-from dvinv.configuration import inversion_config
+from dvinv.config import Settings, nested
 from dvinv.data.pool import ImagePool
+from dvinv.errors import DvinvError, say
 from dvinv.evaluation import logits_of
-from dvinv.inversion import Inversion, Teacher, balanced_labels, make_feature_loss, make_inverter
-from dvinv.inversion.canvas import blank_canvas, in_scale, make_paint
-from dvinv.pools import all_batches, missing_batches, open_control, put_aside_damaged
+from dvinv.inversion import (
+    Inversion,
+    Teacher,
+    balanced_labels,
+    make_feature_loss,
+    make_inverter,
+    validate_labels,
+    validate_resolutions,
+)
+from dvinv.inversion.parameterization import initial_parameters, make_decode, pixel_scale_of
+from dvinv.pools import missing_batches, open_control, put_aside_damaged
+from dvinv.run import Run
 from dvinv.runtime import preemption
-from dvinv.runtime.devices import make_mesh
+from dvinv.runtime.devices import make_mesh, platform_of
 from dvinv.runtime.processes import decide, is_primary, meet
 from dvinv.runtime.progress import Progress
-from dvinv.runtime.workdir import Workdir, plain
 from dvinv.unfinished import UnfinishedBatches
 
 VOTE = 20  # dispatches between two looks of several processes at the clock of process 0, where they save a batch together
 
 
-def control_pool(config, workdir: Workdir, teacher: Teacher, method: str, task: str) -> ImagePool:
-    """Images by a lesser method, from the same noise and with the budget of `config.synthesis`; made by `task`."""
-    pool = open_control(workdir, method, teacher.digest(), ours=True)
-    fill_pool(config, workdir, teacher, pool, method, task, f'{method}_images')
+def validate(run: Run) -> None:
+    """Validates that the images of a run can be made.
+
+    Raises:
+      DvinvError: a batch that the devices do not divide, a resolution or classes that the teacher does not know.
+    """
+    settings, group, teacher = run.settings, run.settings.synthesis, run.planned_teacher
+    split = make_mesh(settings.devices, of_all=True).size
+    if settings.bn_stats == 'global' and group.batch_size % split:
+        raise DvinvError(
+            f"synthesis.batch_size is {group.batch_size}, which {split} devices do not divide; with bn_stats='global' "
+            'one batch is split over all devices: choose a multiple of their number.'
+        )
+    idle = split - group.batches if settings.bn_stats == 'device' else 0
+    virtual = split == run.mesh.size and platform_of(run.mesh) == 'cpu'  # devices that share their cores
+    if idle > 0 and is_primary() and not virtual:
+        say(f'There are {group.batches} batches, one a device, so {idle} of {split} devices are idle in synthesis.')
+    validate_stages(run)
+    validate_labels(np.array(group.classes, int), teacher.num_classes)
+    validate_count(run, 'synthesis.images', group.images, teacher.num_classes)
+
+
+def validate_stages(run: Run) -> None:
+    """Validates that the teacher takes images of the resolutions of all stages.
+
+    Raises:
+      DvinvError: names the stage and its resolution.
+    """
+    config = run.settings.inversion_config()
+    config.validate_for(run.planned_teacher.image_shape)
+    validate_resolutions(run.planned_teacher, config)
+
+
+def validate_count(run: Run, field: str, images: int, num_classes: int) -> None:
+    """Validates that there are as many images as classes: the last classes would get none.
+
+    Args:
+      field: of the config, that tells the number of images.
+      num_classes: of the network that they are made from.
+
+    Raises:
+      DvinvError: says how to choose the classes.
+    """
+    named = len(run.settings.synthesis.classes)
+    if images < (named or num_classes):
+        classes = f'{named} classes that synthesis.classes names' if named else f'{num_classes} classes of the network'
+        raise DvinvError(
+            f'{field} makes {images} images, fewer than the {classes}, so that the last of these would get none; make at '
+            'least one of each, or name by synthesis.classes those that images are made of.'
+        )
+
+
+def control_pool(run: Run, method: str, task: str) -> ImagePool:
+    """Returns images by a lesser method, from the same noise and with the budget of the synthesis; made by `task`."""
+    pool = open_control(run.workdir, method, run.teacher.digest(), ours=True)
+    fill_pool(run, run.teacher, pool, method, task, f'{method}_images')
     return pool
 
 
-def abreast(config, devices: int, method: str = '') -> int:
-    """How many batches a process with so many devices inverts side by side; `method` is the config's when empty."""
-    group = config.synthesis
-    if config.bn_stats == 'global':
+def abreast(settings: Settings, devices: int, method: str = '') -> int:
+    """Returns how many batches a process with so many devices inverts side by side; `method` '': that of the settings."""
+    group = settings.synthesis
+    if settings.bn_stats == 'global':
         return 1
     # A competitor waits for its round: no more batches than that can be made at a time.
     adaptive = (method or group.method) == 'adaptive'
-    at_a_time = group.batches_per_round if adaptive else group.images // group.batch_size
+    at_a_time = group.batches_per_round if adaptive else group.batches
     return min(devices, -(-at_a_time // jax.process_count()))
 
 
 class Synthesizer:
     """Fills a pool; a context manager, for its progress.
 
-    Batch i depends on the teacher, the config, fold_in(key(seed), i) and, where one competes, the student alone: not on
+    Batch i depends on the teacher, the settings, fold_in(key(seed), i) and, where one competes, the student alone: not on
     devices, nor on kills. (A student that learned on several GPUs or TPUs differs by rounding from one that learned on one.)
     No real image is read here.
 
@@ -57,8 +118,7 @@ class Synthesizer:
 
     def __init__(
         self,
-        config,
-        workdir: Workdir,
+        run: Run,
         teacher: Teacher,
         pool: ImagePool,
         method: str,
@@ -76,28 +136,29 @@ class Synthesizer:
         Raises:
           DvinvError: settings that do not fit the teacher, or a pool of another teacher.
         """
-        settings = inversion_config(config, method)
+        settings = run.settings.inversion_config(method)
         self._split = settings.bn_stats == 'global'
         self._keeps = is_primary() or not self._split
-        self._config, self._workdir, self._teacher, self._pool, self._method = config, workdir, teacher, pool, method
+        self._settings, self._workdir = run.settings, run.workdir
+        self._teacher, self._pool, self._method = teacher, pool, method
         self._task, self._series = task, series
-        self._abreast = abreast(config, make_mesh(config.devices).size, method)
-        self._classes = np.asarray(config.synthesis.classes or range(teacher.num_classes), np.int32)
-        missing = missing_batches(config, pool)
-        self._unfinished = UnfinishedBatches(workdir.path / 'checkpoints' / f'{task}-{series}', teacher.digest())
+        self._abreast = abreast(run.settings, run.mesh.size, method)
+        self._classes = np.asarray(run.settings.synthesis.classes or range(teacher.num_classes), np.int32)
+        missing = missing_batches(run.settings.synthesis, pool)
+        self._unfinished = UnfinishedBatches(run.workdir.path / 'checkpoints' / f'{task}-{series}', teacher.digest())
         decide(self._tidy, 'a look at the pool')
-        scale = in_scale(settings.pixel_scale, teacher)
-        self._paint = make_paint(settings.canvas, settings.contrast, teacher, scale)
+        scale = pixel_scale_of(settings.pixel_scale, teacher)
+        self._decode = make_decode(settings.parameterization, settings.contrast, teacher, scale)
         if method == 'noise':
-            self._invert = _make_noise(teacher, self._paint)
+            self._invert = _make_noise(teacher, self._decode)
         else:
-            mesh = make_mesh(config.devices, of_all=True) if self._split else make_mesh(self._abreast)
+            mesh = make_mesh(run.settings.devices, of_all=True) if self._split else make_mesh(self._abreast)
             self._invert = make_inverter(teacher, settings, mesh, student_fn)
         self._measure = make_feature_loss(teacher, settings.stages[-1])
         self._iterations = 0 if method == 'noise' else settings.iterations
         self._weights = dataclasses.asdict(settings.weights)
-        self._seed_key = jax.random.key(config.seed)
-        batches = len(all_batches(config))
+        self._seed_key = jax.random.key(run.settings.seed)
+        batches = run.settings.synthesis.batches
         each, unit = (self._iterations, 'iterations') if self._iterations else (1, 'batches')
         self._made = batches - len(missing)  # batches that are finished
         self._progress = Progress(f'{task}: {series}', batches * each, unit, self._made * each)
@@ -116,7 +177,7 @@ class Synthesizer:
           DvinvError: a loss that is not a number, or a full disk. Batches that were finished stay.
           SystemExit: SIGTERM came. Batches that were under way are saved.
         """
-        group = self._config.synthesis
+        group = self._settings.synthesis
         for batches, iterations in self._groups(numbers, student_variables):
             preemption.leave_if_asked()
             self._saved, own = time.monotonic(), self._own(batches)
@@ -135,7 +196,7 @@ class Synthesizer:
                 pause=functools.partial(self._pause, own, student_variables),
             )
             for row, number in enumerate(own if self._keeps else ()):
-                curve = _curve(row, inversion.metrics, self._config.logging.iterations)
+                curve = _curve(row, inversion.metrics, self._settings.logging.iterations)
                 self._write(number, keys[row], labels[row], inversion.images[row], {**notes, 'curve': curve})
                 self._unfinished.drop(number)
             self._made += len(batches)
@@ -182,7 +243,7 @@ class Synthesizer:
 
     def _is_due(self) -> bool:
         """Whether what is under way is to be saved; where processes save a batch together, the same on all."""
-        minutes = self._config.logging.checkpoint_minutes
+        minutes = self._settings.logging.checkpoint_minutes
         self._pauses += 1
 
         def due() -> bool:
@@ -199,18 +260,18 @@ class Synthesizer:
 
     def _write(self, number: int, key: jax.Array, labels: np.ndarray, x: np.ndarray, notes: dict) -> None:
         teacher, images = self._teacher, self._teacher.to_uint8(x)
-        canvas, view_key = blank_canvas(key, len(labels), teacher.image_shape)
-        told = plain(self._config.synthesis)
-        del told['controls']  # no image depends on what is made beside it
+        parameters, view_key = initial_parameters(key, len(labels), teacher.image_shape)
+        synthesis = nested(self._settings.synthesis)
+        del synthesis['controls']  # no image depends on them
         about = {
             'batch': number,
             'iterations': self._iterations,
-            'feature_loss_first': float(self._measure(teacher.variables, self._paint(canvas), view_key)),
+            'feature_loss_first': float(self._measure(teacher.variables, self._decode(parameters), view_key)),
             'feature_loss_last': float(self._measure(teacher.variables, teacher.normalise(images), view_key)),
             'config': {
-                **told,
-                'seed': self._config.seed,
-                'bn_stats': self._config.bn_stats,
+                **synthesis,
+                'seed': self._settings.seed,
+                'bn_stats': self._settings.bn_stats,
                 'method': self._method,
                 'weights': self._weights,
             },
@@ -220,31 +281,23 @@ class Synthesizer:
         self._pool.write(number, images, labels, logits_of(teacher, images), about)
 
 
-def fill_pool(
-    config,
-    workdir: Workdir,
-    teacher: Teacher,
-    pool: ImagePool,
-    method: str,
-    task: str,
-    series: str,
-) -> None:
-    """Make what the pool lacks, by a method without a competitor; for the arguments see `Synthesizer`.
+def fill_pool(run: Run, teacher: Teacher, pool: ImagePool, method: str, task: str, series: str) -> None:
+    """Makes what is missing from the pool, by a method without a competitor; for the arguments see `Synthesizer`.
 
-    A batch whose sidecar is damaged is lacking too; whether images are damaged tells who reads them.
+    A batch with a damaged sidecar is missing too; whether images are damaged tells who reads them.
     """
     put_aside_damaged(pool, pool.notes, task)
-    if missing := missing_batches(config, pool):
-        with Synthesizer(config, workdir, teacher, pool, method, task, series) as synthesizer:
+    if missing := missing_batches(run.settings.synthesis, pool):
+        with Synthesizer(run, teacher, pool, method, task, series) as synthesizer:
             synthesizer.fill(missing)
 
 
-def _make_noise(teacher: Teacher, paint: Callable):
+def _make_noise(teacher: Teacher, decode: Callable):
     """What `make_inverter` returns, for the control that ends where every inversion starts."""
 
     def run(keys, labels, *_, **__) -> Inversion:
         batch_size = np.shape(labels)[1]
-        return Inversion(np.stack([paint(blank_canvas(key, batch_size, teacher.image_shape)[0]) for key in keys]), {})
+        return Inversion(np.stack([decode(initial_parameters(key, batch_size, teacher.image_shape)[0]) for key in keys]), {})
 
     return run
 

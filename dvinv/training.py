@@ -15,24 +15,32 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dvinv.config import (
+    LoggingSettings,
+    StudentSettings,
+    TeacherSettings,
+    TrainingSettings,
+    VerifierSettings,
+    validate_devices,
+)
 from dvinv.data.batches import HostBatches, ResidentBatches, fits_on_devices
 from dvinv.data.rows import Rows
 from dvinv.errors import DvinvError
+from dvinv.inversion.augmentation import augmentation_of
 from dvinv.inversion.tap import features_in_training
 from dvinv.networks import Classifier, apply_fn_of, initialise, load_classifier, module_of, save_network, shapes_of
 from dvinv.networks.classifier import cast_floats, flatten, unflatten
 from dvinv.networks.head import grown
-from dvinv.recipe import Recipe
 from dvinv.rounds import Rounds, chosen_images
+from dvinv.run import Run
 from dvinv.runtime import preemption
 from dvinv.runtime.checkpoints import Checkpoints
-from dvinv.runtime.devices import AXIS, make_mesh, place, platform_of, training_mesh
+from dvinv.runtime.devices import AXIS, place, platform_of
 from dvinv.runtime.processes import of_primary
 from dvinv.runtime.progress import Progress
 from dvinv.runtime.workdir import Workdir
@@ -83,7 +91,7 @@ class Lesson:
       auxiliary: first values of the parameters that are learned with the network and not kept: projections, for instance.
     """
 
-    recipe: Recipe
+    recipe: TrainingSettings
     loss_fn: Callable
     rounds: Rounds
     frozen: dict | None = None
@@ -118,11 +126,11 @@ class Lesson:
         return self.rounds.images * self.rounds.count + self.beside.come_by(update)
 
 
-def initial_state(recipe: Recipe, variables: dict, auxiliary: Mapping = MappingProxyType({})) -> TrainState:
+def initial_state(recipe: TrainingSettings, variables: dict, auxiliary: Mapping = MappingProxyType({})) -> TrainState:
     """Returns the state before the first update of a network with these variables; for `auxiliary` see `Lesson`."""
     params, batch_stats = variables['params'], variables.get('batch_stats', {})
     auxiliary = jax.device_get(dict(auxiliary))  # the memory of a state is used again, that of a lesson is not
-    opt_state = recipe.optimizer().init((params, auxiliary))
+    opt_state = recipe.make_optimizer().init((params, auxiliary))
     return TrainState(params, batch_stats, auxiliary, opt_state, np.zeros((), np.int32))
 
 
@@ -152,11 +160,11 @@ def make_train_step(module, lesson: Lesson, classifier: Classifier):
     Returns:
       A function of images uint8 [B, H, W, C], labels int [B] and a random key; its loss is a float32 scalar.
     """
-    recipe, optimizer, forward = lesson.recipe, lesson.recipe.optimizer(), make_forward(module, lesson)
+    recipe, optimizer, forward = lesson.recipe, lesson.recipe.make_optimizer(), make_forward(module, lesson)
 
     def train_step(state: TrainState, images, labels, frozen, key):
         augmentation_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-        x = recipe.look(augmentation_key, classifier.normalise(images), classifier)
+        x = augmentation_of(recipe)(augmentation_key, classifier.normalise(images), classifier)
 
         trained = state.params, state.auxiliary
 
@@ -202,7 +210,7 @@ def make_reestimate(module, lesson: Lesson, classifier: Classifier):
 
     def reestimate(state: TrainState, images, key):
         augmentation_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-        x = recipe.look(augmentation_key, classifier.normalise(images), classifier)
+        x = augmentation_of(recipe)(augmentation_key, classifier.normalise(images), classifier)
         _, _, batch_stats = forward(state.params, {}, state.batch_stats, x, dropout_key, None, 1.0)
         return state.replace(batch_stats=batch_stats, step=state.step + 1)
 
@@ -321,7 +329,7 @@ class Training:
         workdir: Workdir,
         task: str,
         series: str,
-        logging,
+        logging: LoggingSettings,
         start: dict | None = None,
     ):
         """From random weights, from given ones, or from the last checkpoint.
@@ -338,7 +346,7 @@ class Training:
           DvinvError: a batch that the devices do not divide, or a damaged checkpoint.
         """
         recipe = lesson.recipe
-        recipe.check_devices(series, mesh.size)
+        validate_devices(recipe, series, mesh.size)
         self.apply_fn = apply_fn_of(module)
         self._lesson, self._seed, self._logging = lesson, seed, logging
         self._workdir, self._task, self._series = workdir, task, series
@@ -466,7 +474,7 @@ class Learner:
     Attributes:
       task: during which.
       name: what its file, metrics and checkpoints go by.
-      network: a config group with the fields `network` and `width`.
+      network: settings with the fields `network` and `width`.
       like: a classifier of the same image shape, classes, mean and std.
       role: makes a seed of its own of the run's; students that are compared share it, and so their start and shuffles.
       part: of a network that learns in several trainings, which one this is; each shuffles anew.
@@ -477,7 +485,7 @@ class Learner:
 
     task: str
     name: str
-    network: ml_collections.ConfigDict
+    network: TeacherSettings | VerifierSettings | StudentSettings
     like: Classifier
     role: int
     part: int = 0
@@ -490,8 +498,8 @@ class Learner:
         """Its description, as `networks.save_network` takes it."""
         about = {field: getattr(self.like, field) for field in ('num_classes', 'image_shape', 'mean', 'std')}
         pruned = {'kept': self.kept} if self.kept else {}
-        network = {'network': '', 'width': 1.0} if self.own is not None else dict(self.network.items())
-        return {'network': network['network'], 'width': network['width'], **about, **pruned}
+        network, width = ('', 1.0) if self.own is not None else (self.network.network, self.network.width)
+        return {'network': network, 'width': width, **about, **pruned}
 
     @property
     def module(self):
@@ -518,24 +526,24 @@ class PlannedTraining:
     teacher: Classifier | None = None
 
 
-def training_of(config, workdir: Workdir, learner: Learner, lesson: Lesson) -> Training:
-    """The `Training` of a network of a run."""
-    seed, mesh = 16 * config.seed + learner.role, training_mesh(make_mesh(config.devices))
+def training_of(run: Run, learner: Learner, lesson: Lesson) -> Training:
+    """Returns the `Training` of a network of a run."""
+    seed = 16 * run.settings.seed + learner.role
     if learner.part:
         seed = int(np.random.SeedSequence([seed, learner.part]).generate_state(1)[0])
-    where = workdir, learner.task, learner.name, config.logging
-    return Training(learner.module, lesson, learner.like, seed, mesh, *where, learner.start)
+    where = run.workdir, learner.task, learner.name, run.settings.logging
+    return Training(learner.module, lesson, learner.like, seed, run.training_mesh, *where, learner.start)
 
 
-def learn(config, workdir: Workdir, learner: Learner, lesson: Lesson, images: Array, labels: Array) -> Classifier:
-    """The trained network: from its file where it is finished, else trained (or trained on) and written.
+def learn(run: Run, learner: Learner, lesson: Lesson, images: Array, labels: Array) -> Classifier:
+    """Returns the trained network: from its file where it is finished, else trained (or trained on) and written.
 
     Args:
       images: uint8 [N, H, W, C] to learn from; `labels`: int [N].
     """
-    path = workdir.network(learner.name)
-    if not workdir.has_network(learner.name):
-        with training_of(config, workdir, learner, lesson) as training:
+    path = run.workdir.network(learner.name)
+    if not run.workdir.has_network(learner.name):
+        with training_of(run, learner, lesson) as training:
             variables = training.finish(images, labels)
         save_network(path, variables, learner.about)
     return load_classifier(path, learner.own)

@@ -1,8 +1,8 @@
 """A config that names no preset."""
 
-from dvinv.configuration import base_config
+from dvinv.config import default_config
 
 
 def get_config():
     """All defaults."""
-    return base_config()
+    return default_config()

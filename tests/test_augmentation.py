@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from dvinv.config import Stage
 from dvinv.inversion.augmentation import (
     Augmentation,
     add_noise,
@@ -21,7 +22,6 @@ from dvinv.inversion.augmentation import (
     roll,
     scaled_down,
 )
-from dvinv.inversion.settings import Stage
 from dvinv.runtime.devices import AXIS, make_mesh
 
 MEAN, STD = np.array([0.4, 0.6], np.float32), np.array([0.2, 0.3], np.float32)
@@ -76,7 +76,7 @@ def test_scaling_down_keeps_one_colour_and_moves_nothing(size):
     ],
 )
 def test_a_stage_keeps_the_shape_of_the_images_to_half_a_pixel(resolution, image, shown):
-    assert Stage(1, 0.1, resolution=resolution).shown_size(*image) == shown
+    assert Stage(1, 0.1, resolution=resolution).view_size(*image) == shown
 
 
 def test_roll_wraps_by_one_offset_for_the_batch():

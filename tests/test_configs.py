@@ -7,13 +7,13 @@ import runpy
 
 import numpy as np
 import pytest
+from dvinv.configuration import recipe_of
 from smoke import NAMES, ROOT
 from tiny import saved, trained_variables
 
 from dvinv import configuration, pipeline
-from dvinv.configuration import recipe_of
+from dvinv.config import PRESETS
 from dvinv.data.real import DATA_SETS
-from dvinv.inversion import PRESETS
 from dvinv.networks import create
 from dvinv.networks.classifier import flatten
 from dvinv.networks.naming import find_keys
@@ -88,7 +88,7 @@ def test_a_resnet50_is_taught_as_published(argument, epochs, mixup):
     group, recipe = config.distillation, recipe_of(config.distillation)
     assert (config.teacher.network, config.student.network, config.synthesis.images) == ('resnet50', 'resnet50', 215_040)
     assert (recipe.batch_size, recipe.updates) == (1024, epochs * (215_040 // 1024))
-    assert (recipe.optimiser, recipe.schedule, recipe.learning_rate) == ('sgd', 'cosine', 1.024)
+    assert (recipe.optimizer, recipe.schedule, recipe.learning_rate) == ('sgd', 'cosine', 1.024)
     assert (recipe.resized_crop, recipe.flip, recipe.mixup) == (0.08, True, mixup)
     # The loss is the KL divergence to the teacher alone.
     assert (group.temperature, group.hint, group.updates_per_round) == (3, 0, 0)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dvinv.continual.settings import Continual
 from smoke import ROOT, lasting
 from tiny import drawn_inverter, saved, trained, trained_variables
 
@@ -16,17 +17,16 @@ import dvinv
 import dvinv.synthesizer
 import dvinv.training
 from dvinv import DvinvError, pipeline
+from dvinv.config import DataSettings, TrainingSettings
 from dvinv.continual import driver, losses, scores
 from dvinv.continual.lesson import network_of
-from dvinv.continual.settings import Continual
-from dvinv.data.dataset import Source, Split
+from dvinv.data.dataset import Split
 from dvinv.data.digits import read
 from dvinv.data.joined import Joined
 from dvinv.data.pool import ImagePool
 from dvinv.inversion.tap import features_in_training
 from dvinv.networks import create, load_classifier
 from dvinv.networks.head import grown, head_of
-from dvinv.recipe import Recipe
 from dvinv.rounds import Rounds, chosen_images
 from dvinv.runtime.workdir import Workdir
 from dvinv.synthesizer import Synthesizer
@@ -134,7 +134,7 @@ def test_detached_answers_move_the_head_alone():
 
 
 def test_half_of_a_batch_is_of_each_set():
-    lesson = Lesson(Recipe(9, 6, 0.1), None, Rounds(5), beside=Rounds(9))
+    lesson = Lesson(TrainingSettings(9, 6, 0.1), None, Rounds(5), beside=Rounds(9))
     shown = np.stack([lesson.rows(3, update) for update in range(15)])
     assert shown[:, :3].max() < 5 <= shown[:, 3:].min()
     assert sorted(shown[:5, :3].ravel()) == sorted([*range(5)] * 3)
@@ -171,7 +171,7 @@ def config_of(folder, **changes):
 
 
 def parts():
-    data = read(Source('digits'))
+    data = read(DataSettings('digits'))
     return [
         [Split(*(array[:60] for array in (split.of_classes(classes).images, split.of_classes(classes).labels)))
          for split in (data.train, data.test)]

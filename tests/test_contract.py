@@ -16,16 +16,15 @@ from jax.sharding import PartitionSpec as P
 from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, tiny_teacher, trained, trained_variables
 
 from dvinv import DvinvError, from_linen, from_nnx, invert
-from dvinv.inversion import InversionConfig, Stage, Weights
+from dvinv.config import InversionConfig, Stage, TrainingSettings, Weights
 from dvinv.inversion.augmentation import Augmentation
-from dvinv.inversion.canvas import blank_canvas, make_paint
 from dvinv.inversion.contract import check_answers
+from dvinv.inversion.parameterization import initial_parameters, make_decode
 from dvinv.inversion.step import InversionState, make_step
 from dvinv.networks import save_network
 from dvinv.networks.channels import Narrow, find_channels
 from dvinv.networks.classifier import Classifier, check_finite, flatten, unflatten
 from dvinv.networks.files import load_network
-from dvinv.recipe import Recipe
 from dvinv.rounds import Rounds
 from dvinv.teacher import supervised
 from dvinv.training import Lesson, initial_state, make_train_step
@@ -619,26 +618,28 @@ def test_slashes_in_names_survive_files_and_pruning(wrapper, tmp_path):
 def test_no_rank_is_promoted_implicitly_in_the_pixel_step_and_the_train_step():
     teacher = tiny_teacher(channels=(4,))
     stage = Stage(1, 0.1, augmentation='crop', jitter=1, flip=True, noise=0.1)
-    recipe = Recipe(updates=2, batch_size=4, learning_rate=0.1, shift=1, flip=True, noise=0.1, resized_crop=0.5, mixup=0.2)
+    recipe = TrainingSettings(
+        updates=2, batch_size=4, learning_rate=0.1, shift=1, flip=True, noise=0.1, resized_crop=0.5, mixup=0.2
+    )
     lesson = Lesson(recipe, supervised(0.1), Rounds(4))
     with jax.numpy_rank_promotion('raise'):
-        for canvas in ('pixels', 'spectrum'):
-            step = make_step(teacher, InversionConfig((stage,), canvas=canvas), stage)
-            state = InversionState(_images(), stage.optimiser().init(_images()), np.int32(0), jax.random.key(0))
+        for parameterization in ('pixels', 'fourier'):
+            step = make_step(teacher, InversionConfig((stage,), parameterization=parameterization), stage)
+            state = InversionState(_images(), stage.make_optimizer().init(_images()), np.int32(0), jax.random.key(0))
             jax.eval_shape(step, state, np.zeros(3, np.int32), teacher.variables, None)
         train_step = make_train_step(TinyNet(channels=(4,)), lesson, teacher)
         batch = np.zeros((4, *IMAGE_SHAPE), np.uint8), np.zeros(4, np.int32)
         jax.eval_shape(train_step, initial_state(recipe, teacher.variables), *batch, None, jax.random.key(0))
 
 
-@pytest.mark.parametrize('canvas', ['pixels', 'spectrum'])
-def test_images_are_float32_also_where_jax_may_compute_in_float64(canvas):
+@pytest.mark.parametrize('parameterization', ['pixels', 'fourier'])
+def test_images_are_float32_also_where_jax_may_compute_in_float64(parameterization):
     teacher = tiny_teacher(channels=(4,))
     augmentation = Augmentation(shift=1, flip=True, noise=0.1, resized_crop=0.5, color_jitter=0.1, cutmix=0.5, mixup=0.2)
 
     def shown(key):
-        blank, key = blank_canvas(key, 2, IMAGE_SHAPE)
-        return augmentation(key, make_paint(canvas, 0.6, teacher)(blank), teacher)
+        blank, key = initial_parameters(key, 2, IMAGE_SHAPE)
+        return augmentation(key, make_decode(parameterization, 0.6, teacher)(blank), teacher)
 
     with jax.enable_x64(True):
         assert jax.eval_shape(shown, jax.random.key(0)).dtype == np.float32

@@ -6,11 +6,12 @@ import ml_collections
 import numpy as np
 import pytest
 
-from dvinv.data.dataset import Source, Split
+from dvinv.config import DataSettings
+from dvinv.data.dataset import Split
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
 
-DIGITS, VALIDATION = Source('digits'), Source('digits', validation=True)
+DIGITS, VALIDATION = DataSettings('digits'), DataSettings('digits', validation=True)
 
 
 def keys(split):
@@ -86,20 +87,20 @@ def test_the_group_of_a_config_names_a_data_set_and_is_read_once():
 
 
 def test_no_name_is_no_data():
-    assert load_real(Source('', path='somewhere', validation=True)) is None
+    assert load_real(DataSettings('', path='somewhere', validation=True)) is None
 
 
 @pytest.mark.parametrize(
     ('source', 'sentence'),
     [
-        (Source('mnist'), "There is no data set 'mnist'; choose one of cifar10, cifar100, digits, folders, npz"),
-        (Source('digits', path='a'), "data.path is 'a', but the data set 'digits' takes none"),
-        (Source('digits', train_path='b'), "data.train_path is 'b', but the data set 'digits' takes none"),
-        (Source('cifar10', train_path='b'), "data.train_path is 'b', but the data set 'cifar10' takes none"),
-        (Source('cifar100', image_size=16), "data.image_size is 16, but the data set 'cifar100' takes none"),
-        (Source('npz'), "data.path is ''; name what the data set 'npz' scores on"),
-        (Source('folders', train_path='b'), "data.path is ''; name what the data set 'folders' scores on"),
-        (Source('npz', path='a', image_size=-3), 'data.image_size is -3; it must be 0 '),
+        (DataSettings('mnist'), "There is no data set 'mnist'; choose one of cifar10, cifar100, digits, folders, npz"),
+        (DataSettings('digits', path='a'), "data.path is 'a', but the data set 'digits' takes none"),
+        (DataSettings('digits', train_path='b'), "data.train_path is 'b', but the data set 'digits' takes none"),
+        (DataSettings('cifar10', train_path='b'), "data.train_path is 'b', but the data set 'cifar10' takes none"),
+        (DataSettings('cifar100', image_size=16), "data.image_size is 16, but the data set 'cifar100' takes none"),
+        (DataSettings('npz'), "data.path is ''; name what the data set 'npz' scores on"),
+        (DataSettings('folders', train_path='b'), "data.path is ''; name what the data set 'folders' scores on"),
+        (DataSettings('npz', path='a', image_size=-3), 'data.image_size is -3; it must be 0 '),
     ],
 )
 def test_what_cannot_be_meant_is_refused(source, sentence):

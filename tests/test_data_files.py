@@ -8,13 +8,14 @@ import pytest
 from PIL import Image
 from tiny import tiny_teacher
 
+from dvinv.config import DataSettings
 from dvinv.data import npz
-from dvinv.data.dataset import RealData, Source, Split
+from dvinv.data.dataset import RealData, Split
 from dvinv.data.folders import labels_of
 from dvinv.data.pictures import resize
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
-from dvinv.teacher import check_fits
+from dvinv.teacher import validate_fits
 
 
 def images(count=6, height=8, width=8, channels=3):
@@ -60,7 +61,7 @@ def write_folders(root, classes=('ant', 'bee'), kind='PNG', suffix='.png', heigh
 
 def refusal(*source, **fields):
     with pytest.raises(DvinvError) as caught:
-        load_real(Source(*source, **fields))
+        load_real(DataSettings(*source, **fields))
     return str(caught.value)
 
 
@@ -72,7 +73,7 @@ def refusal(*source, **fields):
 def test_exact_pixels_are_read_as_written(tmp_path, names, channels):
     pixels, labels = images(channels=channels or 1), np.array([0, 2, 1, 1, 0, 2])
     path = save(tmp_path / 'a.npz', dict(zip(names, (pixels if channels else pixels[..., 0], labels), strict=True)))
-    data = load_real(Source('npz', path))
+    data = load_real(DataSettings('npz', path))
     assert data.train is None
     np.testing.assert_array_equal(data.test.images, pixels)
     np.testing.assert_array_equal(data.test.labels, labels)
@@ -100,14 +101,14 @@ READABLE = {
 @pytest.mark.parametrize('case', READABLE)
 def test_other_types_and_layouts_are_read_where_they_can_be_meant_in_one_way(tmp_path, case):
     x, y, expected = READABLE[case]
-    data = load_real(Source('npz', save(tmp_path / 'a.npz', {'x': x, 'y': y})))
+    data = load_real(DataSettings('npz', save(tmp_path / 'a.npz', {'x': x, 'y': y})))
     np.testing.assert_array_equal(data.test.images, expected)
     assert (data.test.images.dtype, data.test.labels.tolist(), data.num_classes) == (np.uint8, LABELS.tolist(), 3)
 
 
 def test_one_hot_labels_tell_the_number_of_classes(tmp_path):
     path = save(tmp_path / 'a.npz', {'x': images(), 'y': np.eye(7)[LABELS]})
-    assert load_real(Source('npz', path)).num_classes == 7
+    assert load_real(DataSettings('npz', path)).num_classes == 7
 
 
 @pytest.mark.parametrize('channels', [1, 3])
@@ -115,7 +116,7 @@ def test_jpegs_are_decoded_in_order(tmp_path, channels):
     pixels = images(channels=channels)
     arrays = jpegs(*pixels, labels=[2, 0, 1, 1, 0, 2])
     del arrays['header']
-    data = load_real(Source('npz', save(tmp_path / 'a.npz', arrays)))
+    data = load_real(DataSettings('npz', save(tmp_path / 'a.npz', arrays)))
     assert data.test.images.shape == pixels.shape
     assert np.abs(data.test.images.astype(int) - pixels).mean() < 4  # neighbours differ by 12
     assert data.test.labels.tolist() == [2, 0, 1, 1, 0, 2]
@@ -127,14 +128,14 @@ def test_a_header_begins_every_file(tmp_path):
     arrays = {**jpegs(*pixels, header=whole[0][:shared]), 'wnids': np.array(['another array'])}
     assert len(arrays['header']) > 300  # the tables, at least
     assert len(arrays['jpeg']) == sum(map(len, whole)) - 6 * shared
-    data = load_real(Source('npz', save(tmp_path / 'a.npz', arrays)))
-    plain = load_real(Source('npz', save(tmp_path / 'b.npz', jpegs(*pixels))))
+    data = load_real(DataSettings('npz', save(tmp_path / 'a.npz', arrays)))
+    plain = load_real(DataSettings('npz', save(tmp_path / 'b.npz', jpegs(*pixels))))
     np.testing.assert_array_equal(data.test.images, plain.test.images)
 
 
 def test_one_coloured_picture_makes_all_rgb(tmp_path):
     path = save(tmp_path / 'a.npz', jpegs(images(channels=1)[0], images()[0]))
-    grey, coloured = load_real(Source('npz', path)).test.images
+    grey, coloured = load_real(DataSettings('npz', path)).test.images
     assert grey.shape == (8, 8, 3)
     assert np.ptp(grey, axis=-1).max() == 0 < np.ptp(coloured, axis=-1).min()
 
@@ -143,15 +144,17 @@ def test_classes_are_those_named_or_those_of_both_files(tmp_path):
     named = save(tmp_path / 'named.npz', exact(class_names=np.array(list('abcde'))))
     plain = save(tmp_path / 'plain.npz', exact())
     more = save(tmp_path / 'more.npz', {**exact(), 'y': np.array([0, 1, 2, 3, 6, 0])})
-    assert load_real(Source('npz', named)).num_classes == 5
-    assert load_real(Source('npz', plain, named)).num_classes == 5
-    assert load_real(Source('npz', plain)).num_classes == 3
+    assert load_real(DataSettings('npz', named)).num_classes == 5
+    assert load_real(DataSettings('npz', plain, named)).num_classes == 5
+    assert load_real(DataSettings('npz', plain)).num_classes == 3
     assert (
-        load_real(Source('npz', named)).class_names == load_real(Source('npz', plain, named)).class_names == tuple('abcde')
+        load_real(DataSettings('npz', named)).class_names
+        == load_real(DataSettings('npz', plain, named)).class_names
+        == tuple('abcde')
     )
-    assert load_real(Source('npz', named, classes=(2, 0))).class_names == ('c', 'a')
-    assert load_real(Source('npz', plain)).class_names == ()
-    assert load_real(Source('npz', plain, more)).num_classes == 7
+    assert load_real(DataSettings('npz', named, classes=(2, 0))).class_names == ('c', 'a')
+    assert load_real(DataSettings('npz', plain)).class_names == ()
+    assert load_real(DataSettings('npz', plain, more)).num_classes == 7
     sentence = f'The class_names of {named} are those of the labels 0 to 4, but the highest label is 6.'
     assert refusal('npz', named, more) == refusal('npz', more, named) == sentence
     other = save(tmp_path / 'other.npz', exact(class_names=np.array(list('abced'))))
@@ -160,8 +163,8 @@ def test_classes_are_those_named_or_those_of_both_files(tmp_path):
 
 def test_validation_holds_out_a_fifth_of_the_training_file(tmp_path):
     test, train = save(tmp_path / 'test.npz', exact(3)), save(tmp_path / 'train.npz', exact(30))
-    assert len(load_real(Source('npz', test, train)).test.labels) == 3
-    data = load_real(Source('npz', test, train, validation=True))
+    assert len(load_real(DataSettings('npz', test, train)).test.labels) == 3
+    data = load_real(DataSettings('npz', test, train, validation=True))
     assert np.bincount(data.train.labels).tolist() == [8, 8, 8]
     assert np.bincount(data.test.labels).tolist() == [2, 2, 2]
     assert 'data.train_path names none' in refusal('npz', test, validation=True)
@@ -172,7 +175,7 @@ def test_training_images_must_have_the_shape_of_those_scored(tmp_path):
     assert 'Training images are 8x9x3 (height x width x channels), but the images to score on 8x8x3' in refusal(
         'npz', test, train
     )
-    assert load_real(Source('npz', test, train, image_size=8)).train.images.shape == (6, 8, 8, 3)
+    assert load_real(DataSettings('npz', test, train, image_size=8)).train.images.shape == (6, 8, 8, 3)
 
 
 BAD_ARRAYS = {
@@ -260,7 +263,7 @@ def test_jpegs_of_several_sizes_need_an_image_size(tmp_path):
         f'All images must have one size, but image 0 of {path} has 20x10 pixels (height x width) and image 1 of {path} has '
         '12x24; set data.image_size to resize them.'
     )
-    assert load_real(Source('npz', path, image_size=8)).image_shape == (8, 8, 3)
+    assert load_real(DataSettings('npz', path, image_size=8)).image_shape == (8, 8, 3)
 
 
 @pytest.mark.parametrize(('height', 'width'), [(16, 24), (24, 16), (17, 16)])
@@ -295,7 +298,7 @@ def test_folders_are_classes(tmp_path, kind, suffix):
     path = write_folders(tmp_path / 'test', kind=kind, suffix=suffix)
     (tmp_path / 'test' / '.cache').mkdir()
     (tmp_path / 'test' / 'ant' / 'notes.txt').write_text('no image')
-    data = load_real(Source('folders', path))
+    data = load_real(DataSettings('folders', path))
     assert (data.train, data.num_classes, data.image_shape) == (None, 2, (8, 8, 3))
     assert data.test.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert data.test.labels.dtype == np.int32
@@ -324,25 +327,25 @@ def test_labels_of_folders(names, class_names, labels, by_position):
 
 def test_folders_named_by_numbers_are_the_classes_of_these_numbers(tmp_path):
     path = write_folders(tmp_path / 'test', classes=['0', '10', '2'])
-    data = load_real(Source('folders', path))
+    data = load_real(DataSettings('folders', path))
     assert (data.num_classes, data.by_position, data.class_names) == (11, False, ())
     for number, label in enumerate((0, 10, 2)):
         np.testing.assert_array_equal(data.test.images[data.test.labels == label], images(3) + 40 * number)
-    chosen = load_real(Source('folders', path, classes=(10, 2)))
+    chosen = load_real(DataSettings('folders', path, classes=(10, 2)))
     np.testing.assert_array_equal(chosen.test.images[chosen.test.labels == 0], images(3) + 40)
 
 
 def test_numbered_folders_need_not_be_the_same_to_train_and_to_score(tmp_path):
     test, train = write_folders(tmp_path / 'test', ['2']), write_folders(tmp_path / 'train', ['0', '1', '2'])
-    data = load_real(Source('folders', test, train))
+    data = load_real(DataSettings('folders', test, train))
     assert (data.num_classes, {*data.test.labels}, {*data.train.labels}) == (3, {2}, {0, 1, 2})
 
 
 def test_class_names_that_do_not_fit_are_refused(tmp_path):
     path = write_folders(tmp_path / 'test')
-    data = load_real(Source('folders', path, class_names=('bee', 'cat', 'ant')))
+    data = load_real(DataSettings('folders', path, class_names=('bee', 'cat', 'ant')))
     assert (data.test.labels.tolist(), data.class_names) == ([2] * 3 + [0] * 3, ('bee', 'cat', 'ant'))
-    assert load_real(Source('folders', path)).class_names == ('ant', 'bee')
+    assert load_real(DataSettings('folders', path)).class_names == ('ant', 'bee')
     assert 'the folders ant, bee, which data.class_names does not name' in refusal('folders', path, class_names=('cat',))
     assert "data.class_names is ('ant', 'ant'); it must be different" in refusal('folders', path, class_names=('ant', 'ant'))
     assert "data.class_names is ('ant',), but the data set 'digits' takes none" in refusal('digits', class_names=('ant',))
@@ -352,16 +355,16 @@ def test_class_names_that_do_not_fit_are_refused(tmp_path):
 
 def test_folders_of_some_classes_alone_are_refused_where_no_name_tells_which():
     split = Split(np.zeros((2, 8, 8, 2), np.uint8), np.array([0, 1]))
-    check_fits(tiny_teacher(), RealData(None, split, 2))  # numbered
-    check_fits(tiny_teacher(), RealData(None, split, 3, by_position=True))
+    validate_fits(tiny_teacher(), RealData(None, split, 2))  # numbered
+    validate_fits(tiny_teacher(), RealData(None, split, 3, by_position=True))
     with pytest.raises(DvinvError, match=r'folders of 2 classes, but the teacher knows 3, .*data\.class_names'):
-        check_fits(tiny_teacher(), RealData(None, split, 2, by_position=True))
+        validate_fits(tiny_teacher(), RealData(None, split, 2, by_position=True))
 
 
 def test_training_folders_have_the_same_classes(tmp_path):
     test, train = write_folders(tmp_path / 'test'), write_folders(tmp_path / 'train', height=10, width=14)
     assert refusal('folders', test, train).startswith('Training images are 10x14x3')
-    data = load_real(Source('folders', test, train, image_size=6))
+    data = load_real(DataSettings('folders', test, train, image_size=6))
     assert data.train.images.shape == data.test.images.shape == (6, 6, 6, 3)
     for name in ('cat', 'dog', 'emu', 'fox', 'gnu', 'hen'):
         write_folders(tmp_path / 'train', [name])
@@ -437,7 +440,7 @@ def prepared(tmp_path_factory):
 
 
 def test_prepared_data_are_read(prepared):
-    data = load_real(Source('cifar10', str(prepared)))
+    data = load_real(DataSettings('cifar10', str(prepared)))
     assert (data.num_classes, data.class_names) == (10, tuple('abcdefghij'))
     for split, count in ((data.train, 20), (data.test, 10)):
         assert (split.images.dtype, split.labels.dtype) == (np.uint8, np.int32)
@@ -485,7 +488,7 @@ def test_a_missing_reader_is_named(tmp_path, monkeypatch):
 
 
 def test_shared_cifar(real_data):
-    source = Source(
+    source = DataSettings(
         'npz', str(real_data / 'cifar10_lossless_test1000.npz'), str(real_data / 'cifar10_lossless_train4000.npz')
     )
     data = load_real(source)
@@ -496,12 +499,12 @@ def test_shared_cifar(real_data):
 
 
 def test_shared_jpegs(real_data):
-    data = load_real(Source('npz', str(real_data / 'cifar10_test_jpeg.npz')))
+    data = load_real(DataSettings('npz', str(real_data / 'cifar10_test_jpeg.npz')))
     assert data.test.images.shape == (10000, 32, 32, 3)
     assert np.bincount(data.test.labels).tolist() == [1000] * 10
 
 
 def test_shared_photos(real_data):
-    data = load_real(Source('npz', str(real_data / 'imagenet_sample_1000_224px.npz')))
+    data = load_real(DataSettings('npz', str(real_data / 'imagenet_sample_1000_224px.npz')))
     assert data.test.images.shape == (1000, 224, 224, 3)
     assert data.num_classes == 1000

@@ -9,8 +9,9 @@ import pytest
 from tiny import IMAGE_SHAPE
 
 from dvinv import DvinvError, balanced_labels, invert
-from dvinv.inversion import InversionConfig, Stage, Weights, make_inverter
-from dvinv.inversion.canvas import blank_canvas
+from dvinv.config import InversionConfig, Stage, Weights
+from dvinv.inversion import make_inverter
+from dvinv.inversion.parameterization import initial_parameters
 from dvinv.inversion.programs import _over_batches, _over_one_batch
 from dvinv.inversion.step import InversionState, make_step
 from dvinv.runtime.devices import AXIS, make_mesh, training_mesh
@@ -25,9 +26,9 @@ def _keys(numbers):
     return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(np.asarray(numbers))
 
 
-def _run_batches(teacher, student, canvas, devices, numbers=range(BATCHES)):
+def _run_batches(teacher, student, parameterization, devices, numbers=range(BATCHES)):
     """Images [n, B, H, W, C] of numbered batches, `devices` at a time."""
-    config = InversionConfig((STAGE,), WEIGHTS, canvas=canvas)
+    config = InversionConfig((STAGE,), WEIGHTS, parameterization=parameterization)
     run = make_inverter(teacher, config, make_mesh(devices), student.apply_fn)
     rounds = np.asarray(numbers).reshape(-1, devices)
     labels = [[balanced_labels(i, BATCH, 3) for i in numbers] for numbers in rounds]
@@ -36,39 +37,39 @@ def _run_batches(teacher, student, canvas, devices, numbers=range(BATCHES)):
     )
 
 
-@pytest.fixture(scope='module', params=['pixels', 'spectrum'])
-def canvas(request):
+@pytest.fixture(scope='module', params=['pixels', 'fourier'])
+def parameterization(request):
     return request.param
 
 
 @pytest.fixture(scope='module')
-def batches(teacher, student, canvas):
-    return _run_batches(teacher, student, canvas, 1)
+def batches(teacher, student, parameterization):
+    return _run_batches(teacher, student, parameterization, 1)
 
 
 @pytest.mark.parametrize('devices', [2, 8])
-def test_batches_are_the_same_bytes_on_any_number_of_devices(teacher, student, canvas, batches, devices):
-    assert _run_batches(teacher, student, canvas, devices).tobytes() == batches.tobytes()
+def test_batches_are_the_same_bytes_on_any_number_of_devices(teacher, student, parameterization, batches, devices):
+    assert _run_batches(teacher, student, parameterization, devices).tobytes() == batches.tobytes()
 
 
 def test_no_image_is_drawn_twice(batches):
-    starts = np.stack([blank_canvas(key, BATCH, IMAGE_SHAPE)[0] for key in _keys(range(BATCHES))])
+    starts = np.stack([initial_parameters(key, BATCH, IMAGE_SHAPE)[0] for key in _keys(range(BATCHES))])
     for images in (starts, batches):
         assert len({image.tobytes() for image in images.reshape(-1, *IMAGE_SHAPE)}) == BATCHES * BATCH
 
 
-def test_the_number_of_a_batch_decides_not_its_place(teacher, student, canvas, batches):
-    assert _run_batches(teacher, student, canvas, 2, [5, 2]).tobytes() == batches[[5, 2]].tobytes()
+def test_the_number_of_a_batch_decides_not_its_place(teacher, student, parameterization, batches):
+    assert _run_batches(teacher, student, parameterization, 2, [5, 2]).tobytes() == batches[[5, 2]].tobytes()
 
 
-def _first_step(teacher, student, canvas, bn_stats, devices):
+def _first_step(teacher, student, parameterization, bn_stats, devices):
     """(compiled program of one iteration, its arguments) on a batch of noise; a batch a device in device mode."""
-    config = InversionConfig((STAGE,), WEIGHTS, canvas=canvas, bn_stats=bn_stats)
+    config = InversionConfig((STAGE,), WEIGHTS, parameterization=parameterization, bn_stats=bn_stats)
     mesh, split = make_mesh(devices), bn_stats == 'global'
     step = make_step(teacher, config, STAGE, student.apply_fn, AXIS if split else None)
     program = (_over_one_batch if split else _over_batches)(mesh)(step, weights=2)
-    blank, key = blank_canvas(jax.random.key(1), BATCH, IMAGE_SHAPE)
-    state = InversionState(blank, STAGE.optimiser().init(blank), np.int32(0), key)
+    blank, key = initial_parameters(jax.random.key(1), BATCH, IMAGE_SHAPE)
+    state = InversionState(blank, STAGE.make_optimizer().init(blank), np.int32(0), key)
     per_batch = (state, balanced_labels(0, BATCH, 3))
     if not split:
         per_batch = jax.tree.map(lambda a: jnp.stack([a] * devices), per_batch)
@@ -80,17 +81,17 @@ def _collectives(compiled):
     return re.findall(rf' ({COLLECTIVE})[\w-]*\(', compiled.as_text())
 
 
-def test_devices_with_batches_of_their_own_never_communicate(teacher, student, canvas):
-    assert not _collectives(_first_step(teacher, student, canvas, 'device', 8)[0])
+def test_devices_with_batches_of_their_own_never_communicate(teacher, student, parameterization):
+    assert not _collectives(_first_step(teacher, student, parameterization, 'device', 8)[0])
 
 
 @pytest.fixture(scope='module')
-def undivided(teacher, student, canvas):
-    return _loss_and_gradient(*_first_step(teacher, student, canvas, 'global', 1))
+def undivided(teacher, student, parameterization):
+    return _loss_and_gradient(*_first_step(teacher, student, parameterization, 'global', 1))
 
 
 def _loss_and_gradient(compiled, arguments):
-    """(metrics, gradient to the canvas) of the first step; Adam's first moment is (1 - beta1) times the gradient."""
+    """(metrics, gradient to the parameterization) of the first step; Adam's first moment is (1 - beta1) times the gradient."""
     # A compiled program takes its arguments as they were laid out at its compilation.
     placed = jax.tree.map(jax.device_put, arguments, compiled.input_shardings[0])
     state, metrics = compiled(*placed)
@@ -98,8 +99,8 @@ def _loss_and_gradient(compiled, arguments):
 
 
 @pytest.mark.parametrize('devices', [2, 8])
-def test_a_split_batch_has_the_losses_and_the_gradient_of_the_whole(teacher, student, canvas, undivided, devices):
-    compiled, arguments = _first_step(teacher, student, canvas, 'global', devices)
+def test_a_split_batch_has_the_losses_and_the_gradient_of_the_whole(teacher, student, parameterization, undivided, devices):
+    compiled, arguments = _first_step(teacher, student, parameterization, 'global', devices)
     assert _collectives(compiled)
     metrics, gradient = _loss_and_gradient(compiled, arguments)
     assert set(metrics) == {'loss', 'cross_entropy', 'feature', 'total_variation', 'l2', 'competition'}

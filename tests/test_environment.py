@@ -16,7 +16,7 @@ from absl import flags
 import dvinv
 from dvinv import fields, main
 from dvinv.__main__ import cli
-from dvinv.configuration import base_config
+from dvinv.config import default_config
 from dvinv.errors import DvinvError, say_once
 from dvinv.runtime import banner, compilation
 from dvinv.runtime.devices import make_mesh
@@ -77,7 +77,7 @@ def test_every_field_is_listed_with_its_comment():
     for flag, comment in (
         ('seed=0', 'of all that is drawn by chance'),
         ('data.train_path=', 'of the training images (npz, folders)'),
-        ('teacher.training.optimiser=', "'adam' (with decoupled weight decay)"),
+        ('teacher.training.optimizer=', "'adam' (with decoupled weight decay)"),
         ('teacher.mean=()', 'For pixels in [0, 1]; (): of the weights file'),
         ('synthesis.stages[0].jitter=', "pixels, at this stage's resolution"),
         ('synthesis.weights.feature=', 'BatchNorm moments against running statistics'),
@@ -86,7 +86,7 @@ def test_every_field_is_listed_with_its_comment():
         ('quantization.ranges=', "'minmax', 'percentile' or 'mse'"),
     ):
         assert re.search(rf'--config\.{re.escape(flag)}.*\n    {re.escape(comment)}', text), flag
-    config = base_config('digits')
+    config = default_config('digits')
     names = {name for name, _, _ in fields.fields()}
     assert {name.split('[')[0] for name in names} == {name.split('[')[0] for name in flat(plain(config))}
     assert sum(bool(comment) for _, comment, _ in fields.fields()) > 0.7 * len(names)

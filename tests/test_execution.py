@@ -10,7 +10,7 @@ import pytest
 from tiny import IMAGE_SHAPE, tiny_teacher
 
 from dvinv import DvinvError, from_nnx, invert
-from dvinv.inversion import InversionConfig, Stage, Weights
+from dvinv.config import InversionConfig, Stage, Weights
 from dvinv.inversion.execution import in_precision
 from dvinv.inversion.programs import Programs
 from dvinv.runtime.devices import make_mesh

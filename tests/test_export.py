@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dvinv import export
-from dvinv.data.dataset import Source
+from dvinv.config import DataSettings
 from dvinv.data.folders import read as read_folders
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
@@ -37,7 +37,7 @@ def test_class_folders_hold_the_pixels(pool, tmp_path):
         assert len([*out.rglob('*')]) == 11 + 12
     picture = np.asarray(Image.open(out / '10' / '000001-0004.png'))
     np.testing.assert_array_equal(picture.reshape(5, 4, -1), pool.read(1)['images'][4])
-    again = read_folders(Source('folders', path=str(out))).test
+    again = read_folders(DataSettings('folders', path=str(out))).test
     order = np.argsort(pool.rows('labels')[:], kind='stable')
     np.testing.assert_array_equal(again.labels, pool.rows('labels')[order])
 
@@ -69,7 +69,7 @@ def test_other_numbers_of_channels(channels, tmp_path, capsys):
     source = tfds.builder_from_directory(str(tmp_path / 'tfds' / 'synthesized' / '1.0.0')).as_data_source('train')
     found = sorted((int(example['label']), np.asarray(example['image']).tobytes()) for example in source)
     assert found == sorted((int(label), image.tobytes()) for label, image in zip(labels, images, strict=True))
-    test = load_real(Source('npz', str(tmp_path / 'npz' / 'images.npz'))).test
+    test = load_real(DataSettings('npz', str(tmp_path / 'npz' / 'images.npz'))).test
     np.testing.assert_array_equal(test.images, images)
     np.testing.assert_array_equal(test.labels, labels)
 

@@ -5,11 +5,11 @@ import json
 
 import numpy as np
 import pytest
+from dvinv.configuration import held_out_of_round, rounds_of
 from smoke import smoke_config
 from tiny import IMAGE_SHAPE, tiny_teacher
 
 from dvinv import DvinvError, configuration
-from dvinv.configuration import held_out_of_round, rounds_of
 from dvinv.data.pool import ImagePool
 from dvinv.held_out import HeldOut, learned_rows
 from dvinv.rounds import chosen_images

@@ -15,7 +15,7 @@ from smoke import synthesis_config
 from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, trained, trained_variables
 
 from dvinv import DvinvError, pipeline
-from dvinv.configuration import base_config
+from dvinv.config import TrainingSettings, default_config
 from dvinv.graph import graft, record
 from dvinv.graph.projections import initial_projections, relative_error, to_student, to_teacher
 from dvinv.hints import Hints, choose_hints, layer_error, staged_forward
@@ -23,7 +23,6 @@ from dvinv.inversion import from_linen, from_nnx
 from dvinv.inversion.execution import in_precision
 from dvinv.inversion.tap import features_in_training
 from dvinv.networks import create, initialise
-from dvinv.recipe import Recipe
 from dvinv.rounds import Rounds
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.workdir import Workdir
@@ -113,7 +112,7 @@ def test_hints_are_added_to_the_answers_loss_and_reach_the_shared_layers_alone(t
 
 
 def test_the_configs_hint_is_in_the_lesson():
-    config, teacher = base_config('digits'), small_teacher()
+    config, teacher = default_config('digits'), small_teacher()
     variables = trained(teacher.variables, seed=5)
     lessons = []
     for hint in (0.0, 7.0):
@@ -141,7 +140,7 @@ def test_the_weight_of_hints_falls_over_the_training(decay, weights):
 
 
 def test_the_layers_error_falls_by_the_configs_decay():
-    config, teacher = base_config('digits'), small_teacher()
+    config, teacher = default_config('digits'), small_teacher()
     config.distillation.update(hint=8.0, hint_decay=2.0)
     variables, x = trained(teacher.variables, seed=5), np.random.default_rng(0).normal(size=(4, *teacher.image_shape))
     loss = lesson_of(config, teacher, Rounds(4)).loss_fn
@@ -158,7 +157,7 @@ def test_the_layers_error_falls_by_the_configs_decay():
 
 def test_a_student_learns_the_teachers_layers_from_hints_and_not_from_answers(teacher):
     images = np.random.default_rng(1).integers(0, 256, (64, *IMAGE_SHAPE), dtype=np.uint8)
-    recipe = Recipe(updates=60, batch_size=64, learning_rate=0.02)
+    recipe = TrainingSettings(updates=60, batch_size=64, learning_rate=0.02)
 
     def distance(hint):
         loss = distillation_loss(teacher, 3.0, hint, LAYERS if hint else ())
@@ -232,7 +231,7 @@ def test_stages_of_unrelated_networks_are_matched_and_put_in_a_table(kind):
 def _staged(teacher, module, share=0.5, hint=10.0):
     """The lesson of a student by its stages."""
     pairs = choose_hints('stages', module, teacher).pairs
-    recipe = Recipe(updates=8, batch_size=6, learning_rate=0.03, clip_norm=10.0)
+    recipe = TrainingSettings(updates=8, batch_size=6, learning_rate=0.03, clip_norm=10.0)
     return Lesson(
         recipe,
         staged_loss(3.0, hint),

@@ -11,7 +11,7 @@ from golden.drawn import draw_images, draw_state
 from safetensors.numpy import save_file
 
 from dvinv import from_linen
-from dvinv.data.dataset import Source
+from dvinv.config import DataSettings
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
 from dvinv.evaluation import logits_of, top_accuracy
@@ -92,7 +92,7 @@ def test_logits_are_those_of_pytorch(name):
 )
 def test_published_weights_know_real_photos(real_data, name, file, width, pixels, step, top1, top5):
     classifier = classifier_of(*read_classifier(real_data / file, name, width=width, **pixels))
-    photos = load_real(Source('npz', str(real_data / 'imagenet_sample_1000_224px.npz'))).test
+    photos = load_real(DataSettings('npz', str(real_data / 'imagenet_sample_1000_224px.npz'))).test
     logits, labels = logits_of(classifier, photos.images[::step], 50), photos.labels[::step]
     assert abs(top_accuracy(logits, labels) - top1) < 0.003
     assert abs(top_accuracy(logits, labels, 5) - top5) < 0.003

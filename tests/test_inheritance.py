@@ -6,7 +6,7 @@ import pytest
 from tiny import IMAGE_SHAPE, TinyNet, trained_variables
 
 from dvinv import DvinvError
-from dvinv.configuration import base_config
+from dvinv.config import default_config
 from dvinv.inversion import from_linen
 from dvinv.networks import create, shapes_of
 from dvinv.networks.classifier import flatten
@@ -72,7 +72,7 @@ def test_what_is_not_inherited_is_drawn():
 
 
 def test_a_student_that_nothing_fits_is_refused():
-    config = base_config('digits')
+    config = default_config('digits')
     config.student.update(network='small_convnet', width=0.25, inherit=True)
     module = create('small_resnet', 10)
     variables = trained_variables(module, (8, 8, 1))

@@ -11,10 +11,10 @@ import pytest
 from tiny import IMAGE_SHAPE, tiny_teacher
 
 from dvinv import DvinvError, balanced_labels, invert
-from dvinv.configuration import base_config, inversion_config
-from dvinv.inversion import InversionConfig, Stage, Weights, losses, make_feature_loss, make_inverter
-from dvinv.inversion.canvas import blank_canvas
+from dvinv.config import InversionConfig, Stage, Weights, default_config, inversion_config
+from dvinv.inversion import losses, make_feature_loss, make_inverter
 from dvinv.inversion.objective import objective
+from dvinv.inversion.parameterization import initial_parameters
 from dvinv.inversion.step import InversionState, make_step
 from dvinv.runtime.devices import make_mesh
 
@@ -29,7 +29,7 @@ def _config(*stages, **fields):
 
 def _flat_batch(teacher, stage, config, **others):
     """Arguments of `objective` for a batch of noise."""
-    images, key = blank_canvas(KEY, len(LABELS), IMAGE_SHAPE)
+    images, key = initial_parameters(KEY, len(LABELS), IMAGE_SHAPE)
     arguments = {
         'student_fn': None,
         'images': images,
@@ -123,7 +123,7 @@ ONLY_NORM = {'weights': Weights(main=0, feature=0, total_variation=0, l2=1), 'l2
 )
 def test_stages_are_adam_restarted_on_scaled_images_and_the_last_iterate_is_kept(teacher, stages):
     result = invert(teacher, LABELS, _config(*stages, **ONLY_NORM), KEY)
-    initial, _ = blank_canvas(KEY, len(LABELS), IMAGE_SHAPE)
+    initial, _ = initial_parameters(KEY, len(LABELS), IMAGE_SHAPE)
     low, high = teacher.valid_range
     iterates = _reference(np.asarray(initial), stages, low, high)
     np.testing.assert_allclose(result.images, iterates[-1], rtol=1e-3, atol=1e-4)
@@ -176,7 +176,7 @@ def test_the_first_layer_alone_is_multiplied(teacher):
 
 def test_prior_only_has_no_gradient_of_the_features(teacher):
     moved = dataclasses.replace(teacher, statistics=lambda v: jax.tree.map(lambda a: 3 * a + 1, teacher.statistics(v)))
-    config = base_config('digits')
+    config = default_config('digits')
     assert inversion_config(config).weights.feature > 0
     prior_only = inversion_config(config, 'prior_only').weights
     for weights, alike in ((prior_only, True), (dataclasses.replace(prior_only, feature=0.3), False)):
@@ -189,7 +189,7 @@ def test_prior_only_has_no_gradient_of_the_features(teacher):
 
 def test_the_priors_are_taken_on_the_view_or_on_the_image(teacher):
     stage, weights = Stage(1, 0.1, resolution=4, jitter=2, augmentation='crop'), Weights(l2=1.0)
-    images, _ = blank_canvas(KEY, len(LABELS), IMAGE_SHAPE)
+    images, _ = initial_parameters(KEY, len(LABELS), IMAGE_SHAPE)
     pooled = np.asarray(images).reshape(6, 4, 2, 4, 2, 2).mean((2, 4))
     values = {}
     for where in ('view', 'image'):
@@ -224,8 +224,8 @@ def test_no_weight_has_a_gradient_and_none_is_a_constant_of_the_program(teacher)
     stage = Stage(1, 0.1)
     config = _config(stage)
     step = make_step(teacher, config, stage)
-    canvas, key = blank_canvas(KEY, len(LABELS), IMAGE_SHAPE)
-    state = InversionState(canvas, stage.optimiser().init(canvas), jnp.int32(0), key)
+    parameters, key = initial_parameters(KEY, len(LABELS), IMAGE_SHAPE)
+    state = InversionState(parameters, stage.make_optimizer().init(parameters), jnp.int32(0), key)
 
     def convolutions(jaxpr):
         shapes = re.findall(r'f32\[([\d,]+)\] = conv_general_dilated', str(jaxpr))
@@ -243,7 +243,7 @@ def test_no_weight_has_a_gradient_and_none_is_a_constant_of_the_program(teacher)
 
 
 def test_the_feature_loss_of_images_has_unit_layer_weights(teacher):
-    images, _ = blank_canvas(KEY, len(LABELS), IMAGE_SHAPE)
+    images, _ = initial_parameters(KEY, len(LABELS), IMAGE_SHAPE)
     _, moments = teacher.tap(teacher.variables, images)
     statistics = teacher.statistics(teacher.variables)
     expected = sum(np.linalg.norm(moments[layer][i] - statistics[layer][i]) for layer in moments for i in (0, 1))

@@ -9,11 +9,11 @@ import factories
 import jax
 import numpy as np
 import pytest
+from dvinv.configuration import rounds_of
 from smoke import NAMES, flip, lasting, smoke_config
 
 import dvinv
 from dvinv import distillation, pipeline, pools, seeds, synthesis, synthesizer, teacher
-from dvinv.configuration import rounds_of
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError

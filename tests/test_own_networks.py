@@ -14,16 +14,16 @@ from smoke import smoke_config
 from tiny import IMAGE_SHAPE, TinyNet, tiny_teacher, trained
 
 from dvinv import DvinvError, factories, from_linen, from_nnx, load, teacher
+from dvinv.config import TrainingSettings
 from dvinv.continual import check as continual_check
 from dvinv.continual.lesson import head_path, network_of
 from dvinv.hints import choose_hints, staged_forward
-from dvinv.inversion.modules import check_trainable, trainable, with_classes
+from dvinv.inversion.modules import trainable, validate_trainable, with_classes
 from dvinv.inversion.tap import features_in_training
 from dvinv.networks import module_of, save_network, shapes_of
 from dvinv.networks.channels import Narrow, find_channels
 from dvinv.networks.classifier import flatten
 from dvinv.pruning import driver as pruning
-from dvinv.recipe import Recipe
 from dvinv.rounds import Rounds
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.workdir import Workdir
@@ -115,7 +115,7 @@ each_kind = pytest.mark.parametrize('source', [ByArgument, ByField, Nnx])
 @each_kind
 def test_whatever_says_so_a_network_is_trained_and_heard(source, images):
     module = own(source)
-    check_trainable(module, IMAGE_SHAPE, 3, 'it')
+    validate_trainable(module, IMAGE_SHAPE, 3, 'it')
     variables = variables_of(module)
     assert variables.keys() == {'params', 'batch_stats'}
     (layer,) = variables['batch_stats']
@@ -159,7 +159,7 @@ def test_an_nnx_network_answers_as_the_model_itself_and_leaves_it_alone(images):
 )
 def test_what_cannot_be_trained_is_refused(source, classes, words):
     with pytest.raises(DvinvError) as caught:
-        check_trainable(own(source, classes), IMAGE_SHAPE, classes, 'The student')
+        validate_trainable(own(source, classes), IMAGE_SHAPE, classes, 'The student')
     assert words in str(caught.value)
 
 
@@ -183,7 +183,7 @@ def test_functions_that_give_no_network_are_refused(name, words):
 
 def test_a_killed_student_of_ones_own_ends_with_the_bits_of_an_undisturbed_one(images, tmp_path):
     like, module = tiny_teacher(), own()
-    recipe = Recipe(updates=4, batch_size=2, learning_rate=0.1, warmup=0)
+    recipe = TrainingSettings(updates=4, batch_size=2, learning_rate=0.1, warmup=0)
     lesson = Lesson(recipe, distillation_loss(like, 3.0), Rounds(6), like.variables)
     logging = SimpleNamespace(every=2, checkpoint_every=2)
     pixels, labels = like.to_uint8(images), np.zeros(6, np.int32)
@@ -343,5 +343,5 @@ def test_a_module_that_is_to_be_trained_needs_data():
 def test_a_teacher_of_more_than_logits_is_trained_on_by_these_alone():
     pictures = {'image_shape': IMAGE_SHAPE, 'mean': 0.5, 'std': 0.5}
     like = from_linen(Pair(), variables_of(own(Pair)), logits=lambda out: out[0], **pictures)
-    check_trainable(like.module, IMAGE_SHAPE, 3, 'it')
+    validate_trainable(like.module, IMAGE_SHAPE, 3, 'it')
     assert [*find_channels(like.module, IMAGE_SHAPE).layers] == ['Conv_0', 'Conv_1']

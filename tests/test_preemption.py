@@ -13,8 +13,9 @@ import pytest
 from smoke import flip, synthesis_config
 
 from dvinv import balanced_labels, pipeline
+from dvinv.config import InversionConfig, Stage
 from dvinv.errors import DvinvError
-from dvinv.inversion import InversionConfig, Stage, make_inverter
+from dvinv.inversion import make_inverter
 from dvinv.inversion.invert import Unfinished
 from dvinv.runtime import preemption
 from dvinv.runtime.devices import make_mesh

@@ -4,8 +4,7 @@ import pytest
 from smoke import smoke_config
 
 from dvinv import PRESETS, pipeline
-from dvinv.configuration import base_config, inversion_config, settle
-from dvinv.inversion import preset_for
+from dvinv.config import default_config, inversion_config, preset_for, settle
 
 # The published settings: (iterations, resolution, jitter) a stage, then betas, bounds of the learning rate, and so on.
 IMAGENET = {
@@ -116,7 +115,7 @@ def test_a_preset_is_chosen_by_the_shorter_side(shape, name):
 
 
 def test_a_config_without_a_preset_is_filled_by_image_size_and_what_is_set_stays():
-    config = base_config()
+    config = default_config()
     config.synthesis.weights.feature = 3.0
     config.synthesis.precision = 'bfloat16'
     assert settle(config, lambda: (32, 32, 3))
@@ -124,20 +123,22 @@ def test_a_config_without_a_preset_is_filled_by_image_size_and_what_is_set_stays
     assert settings.stages == PRESETS['32px'].stages
     assert (settings.weights.feature, settings.weights.total_variation, settings.precision) == (3.0, 2e-3, 'bfloat16')
     assert not settle(config, None)  # asks for no shape where there is nothing to fill
-    config = base_config()
+    config = default_config()
     config.synthesis.stages = ({'iterations': 5, 'learning_rate': 0.1},)
     assert not settle(config, lambda: (8, 8, 1))
     assert inversion_config(config).weights == PRESETS['8px'].weights
 
 
 def test_a_named_preset_is_not_touched():
-    config = base_config('cifar10_crop')
+    config = default_config('cifar10_crop')
     assert not settle(config, None)
     assert inversion_config(config) == PRESETS['cifar10_crop']
 
 
 def test_a_run_asks_the_teacher_for_the_size():
     config = smoke_config(teacher__factory='factories:own', verifier__network='', distillation__controls=())
-    config.synthesis.update({name: value for name, value in base_config().synthesis.items() if name in ('stages', 'canvas')})
+    config.synthesis.update(
+        {name: value for name, value in default_config().synthesis.items() if name in ('stages', 'parameterization')}
+    )
     pipeline.check(config)
     assert inversion_config(config).stages == PRESETS['8px'].stages

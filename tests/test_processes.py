@@ -139,7 +139,7 @@ sys.path[:0] = [{tests!r}]
 import jax, numpy as np
 from smoke import smoke_config
 from dvinv.networks import Classifier, create
-from dvinv.recipe import Recipe
+from dvinv.config import TrainingSettings
 from dvinv.rounds import Rounds
 from dvinv.runtime import processes
 from dvinv.runtime.devices import make_mesh
@@ -157,7 +157,7 @@ with processes.joined(None, *{joined!r}):
     images = Counted(rng.integers(0, 256, (64, 8, 8, 1), np.uint8))
     labels = rng.integers(0, 10, 64).astype(np.int32)
     like = Classifier(None, None, (8, 8, 1), 10, (0.5,), (0.5,))
-    recipe = Recipe(updates=5, batch_size=16, learning_rate=0.01, warmup=0)
+    recipe = TrainingSettings(updates=5, batch_size=16, learning_rate=0.01, warmup=0)
     lesson = Lesson(recipe, supervised(0.0), Rounds(64))
     step = TrainStep(create('small_convnet', 10, 0.25), lesson, like, make_mesh(0, of_all=True))
     state = step.place(step.initial_state(jax.random.key(0)))

@@ -14,8 +14,9 @@ import dvinv
 import dvinv.synthesizer
 import dvinv.training
 from dvinv import DvinvError, pipeline
+from dvinv.config import InversionConfig, Stage, Weights
 from dvinv.data.pool import ImagePool
-from dvinv.inversion import InversionConfig, Stage, Weights, from_linen, make_inverter
+from dvinv.inversion import from_linen, make_inverter
 from dvinv.networks import create, load_network
 from dvinv.networks.channels import Narrow, cost, find_channels
 from dvinv.pruning import driver
@@ -77,7 +78,7 @@ def test_a_target_is_reached_and_no_more_removed_than_it_takes(measure):
     channels = find_channels(create('resnet20', 10, 0.5), (32, 32, 3))
     price, alive = getattr(cost, measure)(channels), np.ones(channels.count, bool)
     scores = np.random.default_rng(0).random(channels.count)
-    left = without_lowest(channels, alive, scores, price, 0.5 * price.of(alive), Removal(least=2))
+    left = without_lowest(channels, alive, scores, price, 0.5 * price.of(alive), PruningSettings(min_channels=2))
     assert price.of(left) <= 0.5 * price.of(alive)
     last = max(np.flatnonzero(~left), key=scores.__getitem__)
     left[last] = True
@@ -92,7 +93,7 @@ def test_widths_stay_multiples():
     channels = find_channels(create('resnet20', 10), (32, 32, 3))
     price, alive = cost.flops(channels), np.ones(channels.count, bool)
     scores = np.random.default_rng(0).random(channels.count)
-    left = without_lowest(channels, alive, scores, price, 0.6 * price.of(alive), Removal(multiple=8))
+    left = without_lowest(channels, alive, scores, price, 0.6 * price.of(alive), PruningSettings(round_to=8))
     widths = [channels.there(units, left).sum() for units in channels.layers.values()]
     assert price.of(left) <= 0.6 * price.of(alive)
     assert not np.mod(widths, 8).any()
@@ -104,7 +105,7 @@ def test_a_width_that_is_no_multiple_becomes_one_first():
     units = channels.layers['layer1_0/conv1']
     price, alive, scores = cost.flops(channels), np.ones(channels.count, bool), np.ones(channels.count)
     alive[units[:3]], scores[units] = False, 0
-    left = without_lowest(channels, alive, scores, price, price.of(alive) - 1, Removal(multiple=8))
+    left = without_lowest(channels, alive, scores, price, price.of(alive) - 1, PruningSettings(round_to=8))
     assert alive.sum() - left.sum() == 5
     assert channels.there(units, left).sum() == 8
 
@@ -135,9 +136,9 @@ def test_latency_is_read_off_the_table_between_its_widths():
 @pytest.mark.parametrize(
     ('changes', 'words'),
     [
-        ({'left': 0.0001}, ['pruning.left is 0.0001', 'at least 0.']),
-        ({'left': 1.5}, ['pruning.left is 1.5', 'between 0 and 1']),
-        ({'protected': ('Conv_9',)}, ["pruning.protected names 'Conv_9'", 'Conv_0']),
+        ({'target_ratio': 0.0001}, ['pruning.target_ratio is 0.0001', 'at least 0.']),
+        ({'target_ratio': 1.5}, ['pruning.target_ratio is 1.5', 'between 0 and 1']),
+        ({'ignored_layers': ('Conv_9',)}, ["pruning.ignored_layers names 'Conv_9'", 'Conv_0']),
         ({'eta': -1.0}, ['pruning.eta is -1.0', 'at least 0']),
         ({'measure': 'watts'}, ["pruning.measure is 'watts'", 'flops']),
         ({'importance': 'hope'}, ["pruning.importance is 'hope'", 'taylor']),
@@ -145,7 +146,7 @@ def test_latency_is_read_off_the_table_between_its_widths():
         ({'temperature': 0.0}, ['pruning.temperature is 0.0', 'above 0']),
         ({'latency_batch': 0}, ['pruning.latency_batch is 0', 'at least 1']),
         ({'steps': 0}, ['pruning.steps is 0', 'at least 1']),
-        ({'multiple': 0}, ['pruning.multiple is 0', 'at least 1']),
+        ({'round_to': 0}, ['pruning.round_to is 0', 'at least 1']),
         ({'controls': ('luck',)}, ["pruning.controls names 'luck'", 'untuned']),
         ({'adaptive_batches': -1}, ['pruning.adaptive_batches is -1', 'at least 0']),
         ({'adaptive_batches': 2}, ['pruning.adaptive_batches is 2', 'synthesis.weights.competition is 0']),
@@ -173,7 +174,7 @@ def test_a_target_in_latency_is_told_where_it_is_out_of_reach():
     channels = find_channels(TinyNet(), IMAGE_SHAPE)
     rows = [{'widths': [[1, 4]], 'seconds': [9, 9]}, {'widths': [[1, 4], [1, 5]], 'seconds': [9, 9, 9, 9]}]
     table = {'call': 0.0, 'layers': [*rows, {'widths': [[1, 5]], 'seconds': [9, 9]}]}
-    assert least_reachable(channels, predicted(channels, table), Removal(least=1)) == 1.0
+    assert least_reachable(channels, predicted(channels, table), PruningSettings(min_channels=1)) == 1.0
 
 
 def test_a_pruned_network_competes_with_the_whole_one():

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from dvinv.quantization.settings import QuantizationSettings
 from flax import nnx
 from smoke import smoke_config
 from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, saved, tiny_teacher, trained, trained_variables
@@ -33,7 +34,6 @@ from dvinv.networks.quantized.network import (
 from dvinv.networks.quantized.observing import on_images, on_statistics
 from dvinv.networks.quantized.ranges import Observation, grid_of
 from dvinv.quantization.section import quantization_section
-from dvinv.quantization.settings import QuantizationSettings
 from dvinv.runtime.page import render
 from dvinv.teacher import load
 

@@ -12,10 +12,10 @@ from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet
 
 import dvinv.training
 from dvinv import DvinvError
+from dvinv.config import TrainingSettings
 from dvinv.data.batches import HostBatches, ResidentBatches, fits_on_devices
 from dvinv.data.joined import Joined
 from dvinv.networks import Classifier
-from dvinv.recipe import Recipe
 from dvinv.rounds import Rounds, chosen_images
 from dvinv.runtime import preemption
 from dvinv.runtime.devices import make_mesh
@@ -24,9 +24,11 @@ from dvinv.training import Lesson, Training, TrainStep
 
 CLASSIFIER = Classifier(None, None, IMAGE_SHAPE, 3, MEAN, STD)
 LOGGING = types.SimpleNamespace(every=2, checkpoint_every=4)
-RECIPE = Recipe(updates=8, batch_size=8, learning_rate=0.05, warmup=2, weight_decay=1e-3, shift=1, flip=True, noise=0.1)
+RECIPE = TrainingSettings(
+    updates=8, batch_size=8, learning_rate=0.05, warmup=2, weight_decay=1e-3, shift=1, flip=True, noise=0.1
+)
 
-SHORT = dataclasses.replace(RECIPE, updates=3, optimiser='sgd', warmup=0)
+SHORT = dataclasses.replace(RECIPE, updates=3, optimizer='sgd', warmup=0)
 
 
 def _loss(logits, features, x, labels, frozen, progress):
@@ -280,7 +282,7 @@ def _equations(step, state, images, labels):
 
 def _rates(recipe):
     """The learning rate of each update, from the steps that Nesterov's momentum takes on a constant gradient of 1."""
-    optimizer = recipe.optimizer()
+    optimizer = recipe.make_optimizer()
     state, momentum, rates = optimizer.init(np.float32(0)), 0.0, []
     for _ in range(recipe.updates):
         step, state = optimizer.update(np.float32(1), state, np.float32(0))
@@ -290,22 +292,22 @@ def _rates(recipe):
 
 
 def test_the_cosine_schedule_warms_up_and_falls_to_zero():
-    rates = _rates(Recipe(10, 8, 0.5, 'sgd', 'cosine', warmup=2))
+    rates = _rates(TrainingSettings(10, 8, 0.5, 'sgd', 'cosine', warmup=2))
     expected = [0, 0.25, *(0.25 * (1 + np.cos(np.pi * np.arange(8) / 8)))]
     np.testing.assert_allclose(rates, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize('warmup', [0, 2])
 def test_the_step_schedule_divides_by_ten_after_each_milestone(warmup):
-    rates = _rates(Recipe(10, 8, 0.5, 'sgd', 'step', milestones=(0.4, 0.8), warmup=warmup))
+    rates = _rates(TrainingSettings(10, 8, 0.5, 'sgd', 'step', milestones=(0.4, 0.8), warmup=warmup))
     expected = np.array([0.5] * 4 + [0.05] * 4 + [0.005] * 2)
     expected[:warmup] *= np.arange(warmup) / max(warmup, 1)
     np.testing.assert_allclose(rates, expected, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize('optimiser', ['adam', 'sgd'])
-def test_weight_decay_shrinks_weights_that_have_no_gradient(optimiser):
-    optimizer = Recipe(10, 8, 0.1, optimiser, 'cosine', weight_decay=0.1).optimizer()
+@pytest.mark.parametrize('optimizer', ['adam', 'sgd'])
+def test_weight_decay_shrinks_weights_that_have_no_gradient(optimizer):
+    optimizer = TrainingSettings(10, 8, 0.1, optimizer, 'cosine', weight_decay=0.1).make_optimizer()
     step, _ = optimizer.update(np.float32(0), optimizer.init(np.float32(2)), np.float32(2))
     assert float(step) < 0
 
@@ -315,7 +317,7 @@ def test_weight_decay_shrinks_weights_that_have_no_gradient(optimiser):
     [
         ({'updates': 0}, 'student.updates is 0; it must be at least 1'),
         ({'batch_size': 0}, 'student.batch_size is 0; it must be at least 1'),
-        ({'optimiser': 'lion'}, "student.optimiser is 'lion'; choose one of adam, sgd"),
+        ({'optimizer': 'lion'}, "student.optimizer is 'lion'; choose one of adam, sgd"),
         ({'schedule': 'linear'}, "student.schedule is 'linear'; choose one of cosine, step"),
         ({'precision': 'float16'}, "student.precision is 'float16'; choose one of float32, bfloat16"),
         ({'updates_per_dispatch': -1}, 'student.updates_per_dispatch is -1; it must be at least 0'),

@@ -16,6 +16,7 @@ from smoke import smoke_config
 from tiny import IMAGE_SHAPE, MEAN, STD, trained_variables
 
 from dvinv import from_linen, pipeline, teacher
+from dvinv.config import TrainingSettings
 from dvinv.errors import DvinvError
 from dvinv.graph.projections import initial_projections
 from dvinv.hints import choose_hints, staged_forward
@@ -25,7 +26,6 @@ from dvinv.networks.convnext import ConvNeXt
 from dvinv.networks.naming import find_keys, to_flax_layout
 from dvinv.networks.vision_transformer import VisionTransformer
 from dvinv.networks.weights import import_weights
-from dvinv.recipe import Recipe
 from dvinv.rounds import Rounds
 from dvinv.student import staged_loss
 from dvinv.training import Lesson, initial_state, make_train_step
@@ -272,7 +272,7 @@ def test_a_vision_transformer_learns_the_answers_and_a_stage_of_another_network(
     own = from_linen(module, trained_variables(module), image_shape=IMAGE_SHAPE, mean=MEAN, std=STD)
     pairs = choose_hints('auto', student, own).pairs
     assert [pair.student.resolution for pair in pairs] == [(4, 4)]
-    recipe = Recipe(updates=12, batch_size=20, learning_rate=0.01)
+    recipe = TrainingSettings(updates=12, batch_size=20, learning_rate=0.01)
     staged = staged_forward(student, own, pairs, 0.5, 'cpu')
     projections = initial_projections(jax.random.key(0), pairs)
     lesson = Lesson(recipe, staged_loss(3.0, 1.0), Rounds(20), own.variables, forward=staged, auxiliary=projections)

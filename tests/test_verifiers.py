@@ -11,13 +11,13 @@ from smoke import smoke_config
 from tiny import IMAGE_SHAPE, saved, tiny_teacher
 
 from dvinv import quality, teacher
-from dvinv.data.dataset import Source
+from dvinv.config import DataSettings
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
 from dvinv.evaluation import accuracy, logits_of
 from dvinv.networks import load_classifier
 from dvinv.runtime.workdir import Workdir
-from dvinv.verifiers import check_alike, load_others, print_pixels, refuse_chance
+from dvinv.verifiers import load_others, print_pixels, refuse_chance, validate_judge
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_a_published_verifier_beside_a_teacher_of_raw_pixels(real_data):
     )
     verifier = teacher.load_verifier(config, None, factories.raw_pixels())
     assert (verifier.mean, verifier.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    test = load_real(Source('npz', str(real_data / 'cifar10_lossless_test1000.npz'))).test
+    test = load_real(DataSettings('npz', str(real_data / 'cifar10_lossless_test1000.npz'))).test
     assert accuracy(verifier, test.images[:64], test.labels[:64]) > 0.85
 
 
@@ -138,7 +138,7 @@ def test_a_published_verifier_beside_a_teacher_of_raw_pixels(real_data):
 def test_pixels_of_a_verifier_that_are_no_numbers_are_refused(mean, std):
     verifier = dataclasses.replace(tiny_teacher(), mean=mean, std=std)
     with pytest.raises(DvinvError, match=r'^verifier\.mean is .* and verifier\.std .* must be 2 numbers, .* std above 0'):
-        check_alike(tiny_teacher(), verifier, 'verifier', 'verifier', 'leave it out')
+        validate_judge(tiny_teacher(), verifier, 'verifier', 'verifier', 'leave it out')
 
 
 def test_two_of_one_name_are_refused(told):

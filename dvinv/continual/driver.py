@@ -14,112 +14,112 @@ import shutil
 import numpy as np
 
 from dvinv import adaptive
-from dvinv.configuration import recipe_of, rounds_of
+from dvinv.config import CONTINUAL_LOSSES
 from dvinv.continual.chains import MAIN, chains_of, name_of, names_of_networks
 from dvinv.continual.lesson import lesson_of, loss_of, network_of
 from dvinv.continual.scores import figures
-from dvinv.continual.settings import LOSSES
 from dvinv.continual.stream import Step, steps_of, training_images
+from dvinv.continual.validation import validate
 from dvinv.data.dataset import Split
 from dvinv.data.pool import ImagePool
 from dvinv.inversion import Teacher
 from dvinv.inversion.modules import trained_part
 from dvinv.networks import load_network
-from dvinv.rounds import Rounds
+from dvinv.rounds import Rounds, rounds_of
+from dvinv.run import Run
 from dvinv.runtime.processes import is_primary
-from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.student import lesson_of as student_lesson
 from dvinv.student import student_of
 from dvinv.synthesizer import fill_pool
-from dvinv.teacher import load, own_module
 from dvinv.training import Learner, Lesson, PlannedTraining, learn
 
+__all__ = ['complete', 'planned_trainings', 'run', 'validate']
 ROLE = 4  # see `training.Learner`; one for all networks, that compared ones start alike
 
 
-def run(config, workdir) -> dict:
-    """Learn all tasks, then score every network after every task on the real test images; returns the figures."""
-    workdir = open_workdir(workdir, config)
-    teacher = load(config, workdir)
-    steps = steps_of(config, teacher)
-    alike = [network_of(config, teacher, step.first + step.classes) for step in steps]
-    first = dataclasses.replace(alike[0], variables=trained_part(teacher.variables))
-    learned = {chain: [first] for chain in chains_of(config)}
+def run(run: Run) -> dict:
+    """Learns all tasks, then scores every network after every task on the real test images; returns the figures."""
+    settings, teacher = run.settings.continual, run.teacher
+    steps = steps_of(run, teacher)
+    grown = [network_of(run, teacher, step.first + step.classes) for step in steps]
+    first = dataclasses.replace(grown[0], variables=trained_part(teacher.variables))
+    learned = {chain: [first] for chain in chains_of(settings)}
     for number in range(1, len(steps)):
-        learn_task(config, workdir, steps[: number + 1], alike[number], learned)
-    if 'joint' in config.continual.controls:
-        joint = learn_jointly(config, workdir, steps, alike[-1], learned[MAIN][0])
+        learn_task(run, steps[: number + 1], grown[number], learned)
+    if 'joint' in settings.controls:
+        joint = learn_jointly(run, steps, grown[-1], learned[MAIN][0])
         learned['joint'] = [None] * (len(steps) - 1) + [joint]
-    return {**figures(steps, learned), 'tasks': len(steps), 'updates': config.continual.updates}
+    return {**figures(run, steps, learned), 'tasks': len(steps), 'updates': settings.updates}
 
 
-def planned_trainings(config, teacher: Teacher) -> list[PlannedTraining]:
+def planned_trainings(run: Run) -> list[PlannedTraining]:
     """Returns the trainings of the task, for `--plan`: of the last task's networks, which have the most classes."""
-    steps = steps_of(config, teacher)
-    module = network_of(config, teacher, steps[-1].first + steps[-1].classes).module
-    loss_fn, head = loss_of(config, config.continual.loss, teacher)
-    rounds = Rounds(config.synthesis.images)
-    lesson = Lesson(recipe_of(config.continual), loss_fn, rounds, teacher.variables, rounds, head)
-    networks = (len(steps) - 1) * (len(chains_of(config)) + ('joint' in config.continual.controls))
+    settings, teacher = run.settings.continual, run.planned_teacher
+    steps, chains = steps_of(run, teacher), chains_of(settings)
+    module = network_of(run, teacher, steps[-1].first + steps[-1].classes).module
+    loss_fn, head = loss_of(run, settings.loss, teacher)
+    rounds = Rounds(run.settings.synthesis.images)
+    lesson = Lesson(settings, loss_fn, rounds, teacher.variables, rounds, head)
+    networks = (len(steps) - 1) * (len(chains) + ('joint' in settings.controls))
     trainings = [PlannedTraining('continual', module, lesson, teacher, networks, teacher)]
-    if config.synthesis.method == 'adaptive':  # a student for every pool, which is not kept
-        pools = 1 + (len(steps) - 2) * sum(_dreams(chain, chains_of(config)) for chain in chains_of(config))
-        student = student_of(config, teacher).module
-        lesson = student_lesson(config, teacher, rounds_of(config))
-        trainings.append(PlannedTraining('student', student, lesson, teacher, pools, teacher))
+    if run.settings.synthesis.method == 'adaptive':  # a student for every pool, which is not kept
+        pools = 1 + (len(steps) - 2) * sum(_dreams(chain, chains) for chain in chains)
+        lesson = student_lesson(run, teacher, rounds_of(run.settings))
+        trainings.append(PlannedTraining('student', run.student_module(teacher), lesson, teacher, pools, teacher))
     return trainings
 
 
-def complete(config, workdir: Workdir) -> bool:
+def complete(run: Run) -> bool:
     """Whether the networks of the finished task are still there: a damaged network file is deleted by its owner."""
-    last = len(config.continual.steps)
-    return all(workdir.has_network(name) for name in names_of_networks(config, last))
+    settings = run.settings.continual
+    return all(run.workdir.has_network(name) for name in names_of_networks(settings, len(settings.steps)))
 
 
-def learn_task(config, workdir: Workdir, steps: list[Step], like: Teacher, learned: dict[str, list[Teacher]]) -> None:
+def learn_task(run: Run, steps: list[Step], like: Teacher, learned: dict[str, list[Teacher]]) -> None:
     """Every chain of `learned` learns the last of `steps`, and is given one network more.
 
     All synthesis precedes the first look at the task's images, and what is finished is not begun: a task whose networks are
     there needs no image any more.
     """
-    number, chains = len(steps) - 1, chains_of(config)
-    paths = {chain: workdir.network(name_of(config, chain, number)) for chain in chains}
+    settings, workdir, number = run.settings.continual, run.workdir, len(steps) - 1
+    chains = chains_of(settings)
+    paths = {chain: workdir.network(name_of(settings, chain, number)) for chain in chains}
     lacking = [chain for chain, path in paths.items() if not workdir.has_network(path.stem)]
-    old = {chain: pool_of(config, workdir, chain, number, learned[chain][-1]) for chain in lacking if _dreams(chain, chains)}
+    old = {chain: pool_of(run, chain, number, learned[chain][-1]) for chain in lacking if _dreams(chain, chains)}
     if 'replay' in lacking:
-        old['replay'] = _union([training_images(step) for step in steps[:-1]])
-    new = training_images(steps[-1]) if lacking else None
+        old['replay'] = _union([training_images(run, step) for step in steps[:-1]])
+    new = training_images(run, steps[-1]) if lacking else None
     for chain in lacking:
         current = learned[chain][-1]
-        lesson, images, labels = lesson_of(config, chains[chain], current, new, old.get(chain))
-        learn(config, workdir, _learner(config, paths[chain].stem, like, current), lesson, images, labels)
+        lesson, images, labels = lesson_of(run, chains[chain], current, new, old.get(chain))
+        learn(run, _learner(run, paths[chain].stem, like, current), lesson, images, labels)
     for chain, path in paths.items():
         learned[chain].append(dataclasses.replace(like, variables=load_network(path)[0]))
 
 
-def _learner(config, name: str, like: Teacher, before: Teacher) -> Learner:
+def _learner(run: Run, name: str, like: Teacher, before: Teacher) -> Learner:
     """Returns the network `name`, which is to be like `like`, and goes on from `before`."""
-    return Learner('continual', name, config.teacher, like, ROLE, start=before.variables, own=own_module(config, like))
+    return Learner('continual', name, run.settings.teacher, like, ROLE, start=before.variables, own=run.own_module(like))
 
 
 def _dreams(chain: str, chains: dict[str, str]) -> bool:
     """Whether a chain learns from images that it synthesizes."""
-    return chain != 'replay' and chains[chain] in LOSSES
+    return chain != 'replay' and chains[chain] in CONTINUAL_LOSSES
 
 
-def pool_of(config, workdir: Workdir, chain: str, number: int, current: Teacher) -> Split:
-    """The images, synthesized from the `current` network of a chain, that task `number` is learned with."""
+def pool_of(run: Run, chain: str, number: int, current: Teacher) -> Split:
+    """Returns the images, synthesized from the `current` network of a chain, that task `number` is learned with."""
     # The chains begin with one network, whose images are the same for all.
     name = f'{number}' if chain == MAIN or number == 1 else f'{chain}_{number}'
-    pool = ImagePool(workdir.path / 'pools' / name, current.digest(), ours=True)
-    method, series = config.synthesis.method, ('continual', f'images_{name}')
+    pool = ImagePool(run.workdir.path / 'pools' / name, current.digest(), ours=True)
+    method, series = run.settings.synthesis.method, ('continual', f'images_{name}')
     if method == 'adaptive':
-        student = student_of(config, current, f'student_{name}', 'continual')
-        adaptive.fill_pool(config, workdir, current, pool, student, *series)
+        student = student_of(run, current, f'student_{name}', 'continual')
+        adaptive.fill_pool(run, current, pool, student, *series)
         if is_primary():
-            shutil.rmtree(workdir.path / 'checkpoints' / student.name, ignore_errors=True)
+            shutil.rmtree(run.workdir.path / 'checkpoints' / student.name, ignore_errors=True)
     else:
-        fill_pool(config, workdir, current, pool, method, *series)
+        fill_pool(run, current, pool, method, *series)
     return Split(pool.rows('images'), pool.rows('labels')[:])
 
 
@@ -127,14 +127,14 @@ def _union(splits: list[Split]) -> Split:
     return Split(np.concatenate([split.images for split in splits]), np.concatenate([split.labels for split in splits]))
 
 
-def learn_jointly(config, workdir: Workdir, steps: list[Step], like: Teacher, first: Teacher) -> Teacher:
+def learn_jointly(run: Run, steps: list[Step], like: Teacher, first: Teacher) -> Teacher:
     """The control that sees all real images of all tasks at once, with as many updates as others have in all tasks."""
-    path = workdir.network('joint')
-    if not workdir.has_network('joint'):
-        recipe = recipe_of(config.continual)
-        recipe = dataclasses.replace(recipe, updates=recipe.updates * (len(steps) - 1))
-        images = _union([training_images(step) for step in steps])
-        lesson = Lesson(recipe, loss_of(config, 'joint', first)[0], Rounds(len(images.labels)))
-        learner = _learner(config, 'joint', like, first)
-        learn(config, workdir, learner, lesson, images.images, images.labels)
+    path = run.workdir.network('joint')
+    if not run.workdir.has_network('joint'):
+        settings = run.settings.continual
+        settings = dataclasses.replace(settings, updates=settings.updates * (len(steps) - 1))
+        images = _union([training_images(run, step) for step in steps])
+        lesson = Lesson(settings, loss_of(run, 'joint', first)[0], Rounds(len(images.labels)))
+        learner = _learner(run, 'joint', like, first)
+        learn(run, learner, lesson, images.images, images.labels)
     return dataclasses.replace(like, variables=load_network(path)[0])

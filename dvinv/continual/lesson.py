@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dvinv.configuration import recipe_of
 from dvinv.continual.losses import (
     always_be_dreaming_terms,
     cross_entropy,
@@ -13,7 +12,6 @@ from dvinv.continual.losses import (
     lwf_mc_terms,
     total,
 )
-from dvinv.continual.settings import settings_of
 from dvinv.data.dataset import Split
 from dvinv.data.joined import Joined
 from dvinv.inversion import Teacher, from_linen
@@ -23,39 +21,40 @@ from dvinv.inversion.teacher import teacher_of
 from dvinv.networks import create, shapes_of
 from dvinv.networks.head import head_of
 from dvinv.rounds import Rounds
-from dvinv.teacher import own_module
+from dvinv.run import Run
 from dvinv.training import Lesson
 
 
-def network_of(config, teacher: Teacher, num_classes: int) -> Teacher:
-    """The teacher's network with so many classes; with shapes for weights."""
-    own, pixels = own_module(config, teacher), {'mean': teacher.mean, 'std': teacher.std}
+def network_of(run: Run, teacher: Teacher, num_classes: int) -> Teacher:
+    """Returns the teacher's network with so many classes; with shapes for weights."""
+    own, pixels = run.own_module(teacher), {'mean': teacher.mean, 'std': teacher.std}
     if own is not None:
         module = with_classes(own, teacher.image_shape, num_classes)
         return teacher_of(module, shapes_of(module, teacher.image_shape), image_shape=teacher.image_shape, **pixels)
-    module = create(config.teacher.network, num_classes, config.teacher.width)
+    module = create(run.settings.teacher.network, num_classes, run.settings.teacher.width)
     return from_linen(module, shapes_of(module, teacher.image_shape), image_shape=teacher.image_shape, **pixels)
 
 
-def lesson_of(config, loss: str, current: Teacher, new: Split, old: Split | None) -> tuple:
-    """(lesson, images, labels) of a task: of new images, and of old ones where there are some.
+def lesson_of(run: Run, loss: str, current: Teacher, new: Split, old: Split | None) -> tuple:
+    """Returns (lesson, images, labels) of a task: of new images, and of old ones where there are some.
 
     New images come as often to all: without old ones a batch is half as large.
     """
-    recipe = recipe_of(config.continual)
-    loss_fn, head = loss_of(config, loss, current)
+    settings = run.settings.continual
+    loss_fn, head = loss_of(run, loss, current)
     rounds = Rounds(len(new.labels))
     if old is None:
-        half = dataclasses.replace(recipe, batch_size=recipe.batch_size // 2)
+        half = dataclasses.replace(settings, batch_size=settings.batch_size // 2)
         return Lesson(half, loss_fn, rounds, current.variables, head=head), new.images, new.labels
-    lesson = Lesson(recipe, loss_fn, rounds, current.variables, Rounds(len(old.labels)), head)
+    lesson = Lesson(settings, loss_fn, rounds, current.variables, Rounds(len(old.labels)), head)
     return lesson, Joined(new.images, old.images), np.concatenate([new.labels, old.labels])
 
 
-def loss_of(config, name: str, old: Teacher) -> tuple[Callable, str]:
-    """(the loss of a `Lesson`, the layer that it listens to or ''); `frozen` are the variables of the old network."""
-    settings, old = settings_of(config), in_precision(old, config.continual.precision)
-    head = head_path(config, old) if name == 'always_be_dreaming' else ''
+def loss_of(run: Run, name: str, old: Teacher) -> tuple[Callable, str]:
+    """Returns (the loss of a `Lesson`, the layer that it captures or ''); `frozen` are the variables of the old network."""
+    settings = run.settings.continual
+    old = in_precision(old, settings.precision)
+    head = head_path(run, old) if name == 'always_be_dreaming' else ''
 
     def loss(logits, features, x, labels, frozen, progress):
         if name in ('finetune', 'joint'):
@@ -76,9 +75,9 @@ def loss_of(config, name: str, old: Teacher) -> tuple[Callable, str]:
     return loss, head
 
 
-def head_path(config, teacher: Teacher) -> str:
-    """The path of the last layer of the teacher's network."""
-    group, own = config.teacher, own_module(config, teacher)
+def head_path(run: Run, teacher: Teacher) -> str:
+    """Returns the path of the last layer of the teacher's network."""
+    group, own = run.settings.teacher, run.own_module(teacher)
     if own is not None:
         return with_classes(own, teacher.image_shape, teacher.num_classes + 1).head
     return head_of(lambda classes: create(group.network, classes, group.width), teacher.image_shape)

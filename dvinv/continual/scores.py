@@ -9,14 +9,15 @@ from dvinv.continual.stream import Step, test_images
 from dvinv.data.dataset import Split
 from dvinv.evaluation import logits_of
 from dvinv.inversion import Teacher
+from dvinv.run import Run
 
 
-def figures(steps: list[Step], learned: dict[str, list[Teacher | None]]) -> dict:
-    """What the networks score on the real test images of all tasks that they have learned.
+def figures(run: Run, steps: list[Step], learned: dict[str, list[Teacher | None]]) -> dict:
+    """Returns what the networks score on the real test images of all tasks that they have learned.
 
     Names without a control's in front are the run's own network's.
     """
-    tests = [test_images(step) for step in steps]
+    tests = [test_images(run, step) for step in steps]
     sizes = [len(test.labels) for test in tests]
     found = {}
     matrices = {}

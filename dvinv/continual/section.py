@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from dvinv.continual.chains import MAIN
 from dvinv.continual.stream import class_names_of, steps_of
 from dvinv.data.pool import ImagePool
-from dvinv.data.real import load_real
+from dvinv.run import Run
 from dvinv.runtime.heat_map import heat_map
 from dvinv.runtime.page import Picture, Section, Table, Tile, class_picture, percent
 from dvinv.runtime.workdir import Workdir
-from dvinv.teacher import load
 
 PER_CLASS = 12  # images in a row of a grid
 LOSSES = {
@@ -40,11 +39,11 @@ def continual_tiles(found: dict) -> list[Tile]:
     ]
 
 
-def continual_section(config, workdir: Workdir, found: dict) -> Section:
+def continual_section(run: Run, found: dict) -> Section:
     """Table, accuracy matrices, and the first images of each task's pool."""
-    names = class_names_of(steps_of(config, load(config, workdir)))
-    labels = {MAIN: LOSSES[config.continual.loss], **CONTROLS}
-    chains = [MAIN, *(control for control in config.continual.controls)]
+    settings, names = run.settings.continual, class_names_of(run, steps_of(run, run.teacher))
+    labels = {MAIN: LOSSES[settings.loss], **CONTROLS}
+    chains = [MAIN, *settings.controls]
     figures = ('test_accuracy', 'old_test_accuracy', 'new_test_accuracy', 'average_accuracy', 'forgetting')
     rows = []
     for chain in chains:
@@ -71,12 +70,12 @@ def continual_section(config, workdir: Workdir, found: dict) -> Section:
         'Rows of a matrix: after which task. Columns: on which task, in per cent, among all classes known by then.',
         tables=[table],
         charts=charts,
-        pictures=[*(_grid(workdir, task, names) for task in range(1, found['tasks'])), *_real(config, names)],
+        pictures=[*(_grid(run.workdir, task, names) for task in range(1, found['tasks'])), *_real(run, names)],
     )
 
 
-def _real(config, names: Sequence[str]) -> list[Picture]:
-    data = load_real(config.data)
+def _real(run: Run, names: Sequence[str]) -> list[Picture]:
+    data = run.data
     caption = 'Real test images of the first classes, for comparison.'
     return [class_picture(data.test.images, data.test.labels, caption, names, PER_CLASS)] if data else []
 

@@ -7,22 +7,13 @@ labels of the network. Training images are read a task at a time; to read test i
 
 import dataclasses
 
-import ml_collections
 import numpy as np
 
-from dvinv.data.dataset import Source, Split
-from dvinv.data.real import load_real
+from dvinv.config import DataSettings, Settings, parse_group
+from dvinv.data.dataset import Split
 from dvinv.errors import DvinvError, listed
 from dvinv.networks import Classifier
-
-# The fields of a task, and their types.
-FIELDS = {
-    'name': str,
-    'path': str,
-    'train_path': str,
-    'image_size': int,
-    **dict.fromkeys(('classes', 'class_names'), (tuple, list)),
-}
+from dvinv.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,40 +21,30 @@ class Step:
     """One task: its data set, and its place among the labels."""
 
     field: str  # what a refusal calls it
-    source: Source
+    source: DataSettings
     first: int  # the label of its first class
     classes: int  # how many
     image_shape: tuple[int, int, int]  # H, W, C that the network takes
 
 
-def sources_of(config) -> dict[str, Source]:
-    """{field of the config: data set} of task 0 and all that follow.
+def sources_of(settings: Settings) -> dict[str, DataSettings]:
+    """Returns {field of the config: data set} of task 0 and all that follow.
 
     Raises:
       DvinvError: a task that is told wrong, or classes that come twice.
     """
-    base = Source(**{field.name: config.data[field.name] for field in dataclasses.fields(Source)})
-    sources = {'data': base}
-    for index, step in enumerate(config.continual.steps):
+    base, sources = settings.data, {'data': settings.data}
+    for index, step in enumerate(settings.continual.steps):
         field = f'continual.steps[{index}]'
-        if not isinstance(step, dict | ml_collections.ConfigDict):
-            raise DvinvError(
-                f"{field} is {step!r}; it must be a dict of fields of data, {{'classes': (5, 6)}} for instance."
-            )
-        step = dict(step)
-        for name, value in step.items():
-            if name not in FIELDS:
-                raise DvinvError(f'{field} has the field {name!r}; choose among {", ".join(FIELDS)}.')
-            if not isinstance(value, FIELDS[name]):
-                raise DvinvError(f'The field {name!r} of {field} is {value!r}; it must be like that of the group data.')
         # Another data set has nothing of the first; the same one has all but its classes.
-        other = Source(**step) if 'name' in step else dataclasses.replace(base, **{'classes': (), **step})
-        sources[field] = dataclasses.replace(other, classes=tuple(other.classes), validation=base.validation)
+        values = {} if 'name' in step else {**vars(base), 'classes': ()}
+        other = parse_group(DataSettings, {**values, **step}, field)
+        sources[field] = dataclasses.replace(other, validation=base.validation)
     _refuse_overlaps(sources)
     return sources
 
 
-def _refuse_overlaps(sources: dict[str, Source]) -> None:
+def _refuse_overlaps(sources: dict[str, DataSettings]) -> None:
     seen = {}
     for field, source in sources.items():
         data_set = source.name, source.path
@@ -75,37 +56,37 @@ def _refuse_overlaps(sources: dict[str, Source]) -> None:
         seen.setdefault(data_set, {})[field] = source.classes
 
 
-def steps_of(config, teacher: Classifier) -> list[Step]:
+def steps_of(run: Run, teacher: Classifier) -> list[Step]:
     """Task 0, whose classes are the teacher's, and all that follow. Reads no image to train on.
 
     Raises:
       DvinvError: a task that is told wrong, or that has no images.
     """
     steps, first = [], 0
-    for field, source in sources_of(config).items():
+    for field, source in sources_of(run.settings).items():
         # The teacher's classes are known without its data.
-        classes = teacher.num_classes if not steps else len(source.classes) or _scored(source, field).num_classes
+        classes = teacher.num_classes if not steps else len(source.classes) or _scored(run, source, field).num_classes
         steps.append(Step(field, source, first, classes, tuple(teacher.image_shape)))
         first += classes
     return steps
 
 
-def class_names_of(steps: list[Step]) -> list[str]:
+def class_names_of(run: Run, steps: list[Step]) -> list[str]:
     """Returns the names of all classes in the order of the network's labels: numbers where the data have no names."""
     names = []
     for step in steps:
-        known = _scored(step.source, step.field).class_names
+        known = _scored(run, step.source, step.field).class_names
         names += [known[label] if label < len(known) else str(step.first + label) for label in range(step.classes)]
     return names
 
 
-def training_images(step: Step) -> Split:
+def training_images(run: Run, step: Step) -> Split:
     """The real images of a task, to learn from; labels are the network's.
 
     Raises:
       DvinvError: there are none, or none of one of its classes.
     """
-    data = load_real(step.source)
+    data = run.read_data(step.source)
     if data is None or data.train is None:
         raise DvinvError(
             f'{step.field} has no training images, and a task is not learned without; name some by name and train_path.'
@@ -113,13 +94,13 @@ def training_images(step: Step) -> Split:
     return _among_all(data.train, step)
 
 
-def test_images(step: Step) -> Split:
+def test_images(run: Run, step: Step) -> Split:
     """The real images that a task is scored on; labels are the network's."""
-    return _among_all(_scored(step.source, step.field).test, step)
+    return _among_all(_scored(run, step.source, step.field).test, step)
 
 
-def _scored(source: Source, field: str):
-    data = load_real(source if source.validation else dataclasses.replace(source, train_path=''))
+def _scored(run: Run, source: DataSettings, field: str):
+    data = run.read_data(source if source.validation else dataclasses.replace(source, train_path=''))
     if data is None:
         raise DvinvError(
             f"{field} names no data set, and a task cannot be scored without; give it a name, 'digits' for instance."

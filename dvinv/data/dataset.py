@@ -1,23 +1,10 @@
-"""What a data set is: where it comes from, and images with labels in two parts."""
+"""What a data set is: images with labels in two parts."""
 
 import dataclasses
 
 import numpy as np
 
 from dvinv.errors import DvinvError
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Which data set, and from where: the config's group `data`."""
-
-    name: str
-    path: str = ''  # the images that are scored
-    train_path: str = ''
-    image_size: int = 0  # 0: as they are
-    classes: tuple[int, ...] = ()  # these alone, renumbered from 0 in this order; (): all
-    class_names: tuple[str, ...] = ()  # of the folders of classes, in the order of their labels; (): see `folders`
-    validation: bool = False  # score on a held-out fifth of the training split instead
 
 
 @dataclasses.dataclass(frozen=True)

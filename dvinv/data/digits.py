@@ -2,11 +2,12 @@
 
 import numpy as np
 
-from dvinv.data.dataset import RealData, Source, Split
+from dvinv.config import DataSettings
+from dvinv.data.dataset import RealData, Split
 from dvinv.data.pictures import resize
 
 
-def read(source: Source) -> RealData:
+def read(source: DataSettings) -> RealData:
     """The 1,797 scanned digits, 8x8 grey (or enlarged): 1,437 to train on, 360 for the test, stratified."""
     from sklearn.datasets import load_digits  # late: it takes a second, which a run without it is spared
 

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from dvinv.data.dataset import RealData, Source, Split
+from dvinv.config import DataSettings
+from dvinv.data.dataset import RealData, Split
 from dvinv.data.pictures import decode
 from dvinv.errors import DvinvError, listed
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
 
 
-def read(source: Source) -> RealData:
+def read(source: DataSettings) -> RealData:
     """Reads the folders `source.path` and `source.train_path` (if any) in RGB, with labels by `labels_of`.
 
     Raises:

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dvinv.data.dataset import RealData, Source, Split
+from dvinv.config import DataSettings
+from dvinv.data.dataset import RealData, Split
 from dvinv.data.pictures import decode, resize
 from dvinv.errors import DvinvError, say_once
 
@@ -38,7 +39,7 @@ DARK = 32  # uint8 images are said to be dark where no pixel is as bright
 FEW_CHANNELS = 4  # up to so many are taken for channels where they stand in front of a larger height and width
 
 
-def read(source: Source) -> RealData:
+def read(source: DataSettings) -> RealData:
     """The files `source.path` and `source.train_path` (if any); as many classes as they name, or as the highest label tells.
 
     Raises:

@@ -4,12 +4,13 @@ import textwrap
 
 import numpy as np
 
-from dvinv.data.dataset import RealData, Source, Split
+from dvinv.config import DataSettings
+from dvinv.data.dataset import RealData, Split
 from dvinv.data.pictures import decode
 from dvinv.errors import DvinvError
 
 
-def read(source: Source) -> RealData:
+def read(source: DataSettings) -> RealData:
     """The data set `source.name` below `source.path`, TFDS's `data_dir` ('': its default), in array_record files.
 
     Raises:

@@ -1,10 +1,10 @@
 """Real images, by data set name: for training teachers, for controls, for scoring. No synthesized pixel depends on them."""
 
 import dataclasses
-import functools
 
+from dvinv.config import DataSettings
 from dvinv.data import digits, folders, npz, prepared
-from dvinv.data.dataset import RealData, Source
+from dvinv.data.dataset import RealData
 from dvinv.errors import DvinvError
 
 # name -> (reader, the fields of the config's group `data` that it takes)
@@ -17,31 +17,47 @@ DATA_SETS = {
 }
 
 
-def load_real(group) -> RealData | None:
-    """The real data of a run; None for the name '': a run without any.
-
-    Args:
-      group: the config's group `data`, or anything with the fields of a `Source`.
+def load_real(settings: DataSettings) -> RealData | None:
+    """Reads real data; returns None for the name '': a run without any.
 
     Raises:
       DvinvError: no data set has this name or takes these fields, or what it names cannot be read.
     """
-    source = Source(**{field.name: getattr(group, field.name) for field in dataclasses.fields(Source)})
-    lists = {name: tuple(getattr(source, name)) for name in ('classes', 'class_names')}  # hashable
-    return _load(dataclasses.replace(source, **lists)) if source.name else None
+    return Datasets().load(settings)
 
 
-@functools.lru_cache(maxsize=1)  # the tasks of a run ask for the same; two large data sets may not fit into memory
-def _load(source: Source) -> RealData:
-    data = _read(dataclasses.replace(source, classes=(), validation=False))
-    if source.classes:
-        data = _of_classes(data, source.classes)
-    if not source.validation:
-        return data
-    if not data.train:
-        raise DvinvError('data.validation holds out a fifth of the training images, but data.train_path names none.')
-    train, test = data.train.divided(0.2)
-    return dataclasses.replace(data, train=train, test=test)
+class Datasets:
+    """Reads real data, and keeps the last data set that was read, and its last choice of classes.
+
+    No more: two large ones may not fit into memory.
+    """
+
+    def __init__(self):
+        """Reads nothing yet."""
+        self._whole: tuple[DataSettings | None, RealData | None] = None, None
+        self._chosen: tuple[DataSettings | None, RealData | None] = None, None
+
+    def load(self, settings: DataSettings) -> RealData | None:
+        """Returns what `load_real` does."""
+        if not settings.name:
+            return None
+        if self._chosen[0] != settings:
+            self._chosen = settings, self._choose(settings)
+        return self._chosen[1]
+
+    def _choose(self, settings: DataSettings) -> RealData:
+        whole = dataclasses.replace(settings, classes=(), validation=False)
+        if self._whole[0] != whole:
+            self._whole = whole, _read(whole)
+        data = self._whole[1]
+        if settings.classes:
+            data = _of_classes(data, settings.classes)
+        if not settings.validation:
+            return data
+        if not data.train:
+            raise DvinvError('data.validation holds out a fifth of the training images, but data.train_path names none.')
+        train, test = data.train.divided(0.2)
+        return dataclasses.replace(data, train=train, test=test)
 
 
 def _of_classes(data: RealData, classes: tuple[int, ...]) -> RealData:
@@ -58,8 +74,7 @@ def _of_classes(data: RealData, classes: tuple[int, ...]) -> RealData:
     return dataclasses.replace(data, train=train, test=test, num_classes=len(classes), class_names=names)
 
 
-@functools.lru_cache(maxsize=1)  # before classes are chosen: a data set that comes in tasks is read once
-def _read(source: Source) -> RealData:
+def _read(source: DataSettings) -> RealData:
     if source.name not in DATA_SETS:
         raise DvinvError(f'There is no data set {source.name!r}; choose one of {", ".join(sorted(DATA_SETS))}.')
     reader, fields = DATA_SETS[source.name]

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dvinv.config import Stage, TrainingSettings
 from dvinv.networks.classifier import Classifier
 
 
@@ -185,3 +186,11 @@ class Augmentation:
         if self.cutmix:
             x = cutmix(jax.random.fold_in(key, 6), x, self.cutmix)
         return (mixup(jax.random.fold_in(key, 4), x, self.mixup) if self.mixup else x).astype(dtype)
+
+
+def augmentation_of(settings: Stage | TrainingSettings) -> Augmentation:
+    """Returns how a stage of an inversion, or a training, changes images before the network sees them."""
+    if isinstance(settings, Stage):
+        return Augmentation(settings.augmentation, settings.jitter, settings.flip, settings.noise)
+    names = ('shift', 'flip', 'noise', 'resized_crop', 'color_jitter', 'cutmix', 'mixup')
+    return Augmentation('crop', **{name: getattr(settings, name) for name in names})

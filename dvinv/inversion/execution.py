@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from dvinv.inversion.settings import InversionConfig
+from dvinv.config import InversionConfig
 from dvinv.inversion.teacher import Teacher
 from dvinv.networks.classifier import Classifier, cast_floats
 from dvinv.networks.suited import suited_to

@@ -7,12 +7,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dvinv.config import PRESETS, InversionConfig, Stage, preset_for
 from dvinv.errors import DvinvError
 from dvinv.inversion import losses
 from dvinv.inversion.objective import view
-from dvinv.inversion.presets import PRESETS, preset_for
 from dvinv.inversion.programs import programs_of
-from dvinv.inversion.settings import InversionConfig, Stage
 from dvinv.inversion.teacher import Teacher
 from dvinv.networks.suited import suited_to
 from dvinv.runtime.devices import make_mesh, on_mesh
@@ -20,7 +19,7 @@ from dvinv.runtime.devices import make_mesh, on_mesh
 REPORT_EVERY = 20  # iterations between two looks at the metrics, at least
 
 
-def check_resolutions(teacher: Teacher, config: InversionConfig) -> None:
+def validate_resolutions(teacher: Teacher, config: InversionConfig) -> None:
     """Refuse, by shapes alone, a stage at a resolution that the network cannot take.
 
     Raises:
@@ -28,7 +27,7 @@ def check_resolutions(teacher: Teacher, config: InversionConfig) -> None:
     """
     height, width, channels = teacher.image_shape
     for i, stage in enumerate(config.stages):
-        size = stage.shown_size(height, width)
+        size = stage.view_size(height, width)
         if size == (height, width):
             continue
         x = jax.ShapeDtypeStruct((1, *size, channels), np.float32)
@@ -45,7 +44,7 @@ def check_resolutions(teacher: Teacher, config: InversionConfig) -> None:
 def takes_resolutions(teacher: Teacher, config: InversionConfig) -> bool:
     """Whether the network takes images of the resolutions of all stages: one that flattens them takes a single one."""
     try:
-        check_resolutions(teacher, config)
+        validate_resolutions(teacher, config)
     except DvinvError:
         return False
     return True
@@ -84,7 +83,7 @@ def balanced_labels(number: int, batch_size: int, num_classes: int) -> np.ndarra
     return ((np.arange(batch_size, dtype=np.int64) + number * batch_size) % num_classes).astype(np.int32)
 
 
-def check_labels(labels, num_classes: int) -> None:
+def validate_labels(labels, num_classes: int) -> None:
     """Refuse labels that the teacher does not know."""
     labels = np.asarray(labels)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
@@ -104,16 +103,16 @@ def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student
       likes: `take()` gives the n batches as they are, `Unfinished`. Such a list, all after equally many iterations, is
       what `begun` goes on from.
     """
-    config.check(teacher.image_shape)
+    config.validate_for(teacher.image_shape)
     programs, split = programs_of(teacher, config, mesh, student_fn), config.bn_stats == 'global'
     if not programs.checked:
-        check_resolutions(teacher, config)
+        validate_resolutions(teacher, config)
         programs.checked = True
     variables = programs.everywhere(teacher.variables)
 
     def run(keys, labels, student_variables=None, on_chunk=None, begun=None, pause=None) -> Inversion:
         labels = np.asarray(labels)
-        check_labels(labels.ravel(), teacher.num_classes)
+        validate_labels(labels.ravel(), teacher.num_classes)
         batches, batch_size = labels.shape
         if split and batch_size % mesh.size:
             raise DvinvError(
@@ -188,7 +187,7 @@ def invert(
     """
     config = _settings(config, teacher)
     labels, (key, kind) = np.asarray(labels), _key_data(key)
-    check_labels(labels, teacher.num_classes)
+    validate_labels(labels, teacher.num_classes)
     mesh = (mesh or make_mesh()) if config.bn_stats == 'global' else make_mesh(1)
     # The caller's settings of JAX may forbid promotions.
     with on_mesh(mesh), jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):

@@ -183,7 +183,7 @@ def _outputs(module, image_shape) -> int:
     return jax.eval_shape(lambda v, x: module.apply(v, x, train=False), shapes_of(module, image_shape), x).shape[-1]
 
 
-def check_trainable(module, image_shape, num_classes: int, name: str, from_scratch: bool = True) -> None:
+def validate_trainable(module, image_shape, num_classes: int, name: str, from_scratch: bool = True) -> None:
     """Refuses a user's `trainable` network that training could not carry; found out by shapes alone.
 
     Args:

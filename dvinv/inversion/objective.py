@@ -2,8 +2,8 @@
 
 import jax
 
-from dvinv.inversion.augmentation import scaled_down
-from dvinv.inversion.canvas import in_scale, rescaled
+from dvinv.config import InversionConfig, Stage
+from dvinv.inversion.augmentation import augmentation_of, scaled_down
 from dvinv.inversion.losses import (
     L2,
     TOTAL_VARIATION,
@@ -12,14 +12,14 @@ from dvinv.inversion.losses import (
     feature_loss,
     feature_terms,
 )
-from dvinv.inversion.settings import InversionConfig, Stage
+from dvinv.inversion.parameterization import pixel_scale_of, rescaled
 from dvinv.inversion.teacher import Teacher
 
 
 def view(teacher: Teacher, stage: Stage, images: jax.Array, key: jax.Array, axis: str | None = None):
     """(scaled images, what the teacher sees): images [B, H, W, C] at the stage's resolution, plain and augmented."""
-    scaled = scaled_down(images, stage.shown_size(*images.shape[1:3]))
-    return scaled, stage.look(key, scaled, teacher, axis)
+    scaled = scaled_down(images, stage.view_size(*images.shape[1:3]))
+    return scaled, augmentation_of(stage)(key, scaled, teacher, axis)
 
 
 def objective(
@@ -47,7 +47,7 @@ def objective(
     """
     scaled, shown = view(teacher, stage, images, key, axis)
     logits, moments = teacher.tap(variables, shown, axis)
-    smooth = rescaled(shown if config.prior_on == 'view' else scaled, teacher, in_scale(config.pixel_scale, teacher))
+    smooth = rescaled(shown if config.prior_on == 'view' else scaled, teacher, pixel_scale_of(config.pixel_scale, teacher))
     weights = config.weights
     terms = {
         'cross_entropy': (weights.main, cross_entropy(logits, labels, axis)),

@@ -1,4 +1,4 @@
-"""The compiled programs of an inversion, mapped over a device mesh: the first canvas, many iterations, the images.
+"""The compiled programs of an inversion, mapped over a device mesh: the first parameters, many iterations, the images.
 
 `bn_stats = 'device'`: each device inverts whole batches of its own (what `pmap` meant), without any communication.
 `bn_stats = 'global'`: one batch is split over the devices; its losses are those of the whole batch. The devices may be of
@@ -14,9 +14,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dvinv.inversion.canvas import blank_canvas, in_scale, make_paint
+from dvinv.config import InversionConfig, Stage
 from dvinv.inversion.execution import executed
-from dvinv.inversion.settings import InversionConfig, Stage
+from dvinv.inversion.parameterization import initial_parameters, make_decode, pixel_scale_of
 from dvinv.inversion.step import InversionState, make_chunk, make_step
 from dvinv.inversion.teacher import Teacher
 from dvinv.runtime.devices import AXIS, fetch, place, platform_of
@@ -59,7 +59,7 @@ class Programs:
         self._mapped = (_over_one_batch if self._split else _over_batches)(mesh)
         self._begin, self._restart, self.advance = map(functools.cache, (self._begin, self._restart, self._advance))
         self._finish = self._mapped(
-            make_paint(config.canvas, config.contrast, teacher, in_scale(config.pixel_scale, teacher))
+            make_decode(config.parameterization, config.contrast, teacher, pixel_scale_of(config.pixel_scale, teacher))
         )
         self.dispatch = config.iterations_per_dispatch or (1 if platform == 'cpu' else 100)
         self.variables = self.everywhere(teacher.variables)
@@ -74,20 +74,20 @@ class Programs:
         return place(labels[0] if self._split else labels, NamedSharding(self._mesh, P(AXIS)))
 
     def begin(self, keys: jax.Array, batch_size: int) -> InversionState:
-        """Before the first stage: blank canvases from the keys [n] of the batches."""
+        """Before the first stage: initial parameters from the keys [n] of the batches."""
         # Everything is put where the programs leave it, or the first call would be compiled for another placement.
         batchwise = NamedSharding(self._mesh, P() if self._split else P(AXIS))
         iteration = np.zeros((), np.int32) if self._split else np.zeros(len(keys), np.int32)
-        canvas, step_keys = self._begin(batch_size)(place(keys[0] if self._split else keys, batchwise))
-        return InversionState(canvas, None, place(iteration, batchwise), step_keys)
+        parameters, step_keys = self._begin(batch_size)(place(keys[0] if self._split else keys, batchwise))
+        return InversionState(parameters, None, place(iteration, batchwise), step_keys)
 
     def restart(self, stage: Stage, state: InversionState) -> InversionState:
         """Adam anew, for the first iteration of `stage`."""
-        return state.replace(opt_state=self._restart(stage)(state.canvas))
+        return state.replace(opt_state=self._restart(stage)(state.parameters))
 
     def take(self, state: InversionState) -> list[list[np.ndarray]]:
-        """What a state consists of, on the host: of each batch the leaves of canvas, optimiser state and iteration."""
-        leaves = fetch(jax.tree.leaves((state.canvas, state.opt_state, state.iteration)), self._mesh)
+        """What a state consists of, on the host: of each batch the leaves of parameters, optimizer state and iteration."""
+        leaves = fetch(jax.tree.leaves((state.parameters, state.opt_state, state.iteration)), self._mesh)
         if self._split:
             leaves = [leaf[None] for leaf in leaves]
         # Copies: on CPU a fetched array is the buffer itself, which the next dispatch is given to overwrite.
@@ -96,26 +96,26 @@ class Programs:
     def put(self, stage: Stage, state: InversionState, taken: list[list[np.ndarray]]) -> InversionState:
         """The state in the middle of `stage` that was `taken`, of the batches that `state` is the beginning of."""
         state = self.restart(stage, state)  # tells where everything lies
-        there, tree = jax.tree.flatten((state.canvas, state.opt_state, state.iteration))
+        there, tree = jax.tree.flatten((state.parameters, state.opt_state, state.iteration))
         leaves = taken[0] if self._split else [np.stack(rows) for rows in zip(*taken, strict=True)]
         placed = [place(leaf, old.sharding) for leaf, old in zip(leaves, there, strict=True)]
-        canvas, opt_state, iteration = jax.tree.unflatten(tree, placed)
-        return state.replace(canvas=canvas, opt_state=opt_state, iteration=iteration)
+        parameters, opt_state, iteration = jax.tree.unflatten(tree, placed)
+        return state.replace(parameters=parameters, opt_state=opt_state, iteration=iteration)
 
     def _advance(self, stage: Stage, iterations: int) -> Callable:
         step = make_step(self._teacher, self._config, stage, self._student_fn, AXIS if self._split else None)
         return self._mapped(make_chunk(step, iterations), weights=2, donate=True)
 
     def finish(self, state: InversionState) -> np.ndarray:
-        """The images [n, B, H, W, C] float32 that a state's canvases stand for."""
-        images = fetch(self._finish(state.canvas), self._mesh)
+        """The images [n, B, H, W, C] float32 that a state's parameters are decoded to."""
+        images = fetch(self._finish(state.parameters), self._mesh)
         return images[None] if self._split else images
 
     def _begin(self, batch_size: int):
-        return self._mapped(lambda key: blank_canvas(key, batch_size, self._teacher.image_shape))
+        return self._mapped(lambda key: initial_parameters(key, batch_size, self._teacher.image_shape))
 
     def _restart(self, stage: Stage):
-        return self._mapped(stage.optimiser().init)
+        return self._mapped(stage.make_optimizer().init)
 
 
 _kept = functools.lru_cache(PROGRAMS_KEPT)(Programs)
@@ -146,7 +146,7 @@ def _over_one_batch(mesh: Mesh):
 
     def wrap(program, weights: int = 0, donate: bool = False):
         def mapped(*args):
-            if not weights:  # the programs that make images and optimiser states have nothing to communicate
+            if not weights:  # the programs that make images and optimizer states have nothing to communicate
                 return jax.tree.map(
                     lambda a: jax.lax.with_sharding_constraint(a, NamedSharding(mesh, spec(a))), program(*args)
                 )

@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dvinv.inversion.canvas import in_scale, make_paint
+from dvinv.config import InversionConfig, Stage
 from dvinv.inversion.objective import objective
-from dvinv.inversion.settings import InversionConfig, Stage
+from dvinv.inversion.parameterization import make_decode, pixel_scale_of
 from dvinv.inversion.teacher import Teacher
 
 
@@ -16,37 +16,37 @@ class InversionState:
     """What changes while one batch is inverted.
 
     Attributes:
-      canvas: [B, H, W, C] float32, what stands for the images, always at full resolution: see canvas.py.
+      parameters: [B, H, W, C] float32, what the images are decoded from, always at full resolution: see parameterization.py.
       opt_state: Adam's, of the present stage.
       iteration: int32 scalar, counted over all stages of the batch.
       key: the batch's PRNG key; iteration t draws from fold_in(key, t).
     """
 
-    canvas: jax.Array
+    parameters: jax.Array
     opt_state: optax.OptState
     iteration: jax.Array
     key: jax.Array
 
 
 def make_step(teacher: Teacher, config: InversionConfig, stage: Stage, student_fn=None, axis: str | None = None):
-    """The pure step `(state, labels, variables, student_variables) -> (state, metrics)`.
+    """Returns the pure step `(state, labels, variables, student_variables) -> (state, metrics)`.
 
-    The gradient is taken with respect to the canvas only. The metrics are the loss and its unweighted terms at the images
-    *before* the update.
+    The gradient is taken with respect to the parameters only. The metrics are the loss and its unweighted terms at the
+    images *before* the update.
     """
-    optimiser = stage.optimiser()
-    scale = in_scale(config.pixel_scale, teacher)
+    optimizer = stage.make_optimizer()
+    scale = pixel_scale_of(config.pixel_scale, teacher)
     low, high = (bound[None, None, None] for bound in scale.valid_range)  # [1, 1, 1, C]: JAX may refuse to promote ranks
-    paint = make_paint(config.canvas, config.contrast, teacher, scale)
+    decode = make_decode(config.parameterization, config.contrast, teacher, scale)
 
     def step(state: InversionState, labels, variables, student_variables):
-        def loss_fn(canvas):
+        def loss_fn(parameters):
             return objective(
                 teacher,
                 config,
                 stage,
                 student_fn,
-                paint(canvas),
+                decode(parameters),
                 labels,
                 variables,
                 student_variables,
@@ -54,12 +54,12 @@ def make_step(teacher: Teacher, config: InversionConfig, stage: Stage, student_f
                 axis,
             )
 
-        (loss, terms), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.canvas)
-        updates, opt_state = optimiser.update(gradient, state.opt_state)
-        canvas = optax.apply_updates(state.canvas, updates)
-        if stage.clip and config.canvas == 'pixels':
-            canvas = jnp.clip(canvas, low, high)
-        state = state.replace(canvas=canvas, opt_state=opt_state, iteration=state.iteration + 1)
+        (loss, terms), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.parameters)
+        updates, opt_state = optimizer.update(gradient, state.opt_state)
+        parameters = optax.apply_updates(state.parameters, updates)
+        if stage.clip and config.parameterization == 'pixels':
+            parameters = jnp.clip(parameters, low, high)
+        state = state.replace(parameters=parameters, opt_state=opt_state, iteration=state.iteration + 1)
         return state, {'loss': loss, **terms}
 
     return step

@@ -9,18 +9,16 @@ controls, each of which would need some of its own, go by the pool.
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable
 
-import ml_collections
 import numpy as np
 
-from dvinv.configuration import DATA_FREE_CONTROLS, check_count, recipe_of
+from dvinv import synthesizer
+from dvinv.config import DATA_FREE_CONTROLS, StudentSettings, validate_devices
 from dvinv.data.joined import Joined
-from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
+from dvinv.evaluation import test_accuracy
 from dvinv.held_out import HeldOut, learned_rows
-from dvinv.inversion import Teacher
 from dvinv.inversion.execution import in_precision
 from dvinv.inversion.tap import find_statistics
 from dvinv.networks import Classifier, load_classifier, load_network, save_network
@@ -31,49 +29,70 @@ from dvinv.pools import controls_are_whole, finished_pool
 from dvinv.pruning import competition
 from dvinv.pruning.importance import Importance
 from dvinv.pruning.latency import latency, measure_table, predicted
-from dvinv.pruning.removal import EXACT, Removal, refuse_unreachable, without_lowest
+from dvinv.pruning.removal import EXACT, refuse_unreachable, removal_scores, without_lowest
 from dvinv.rounds import Rounds
+from dvinv.run import Run
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.processes import decide
 from dvinv.runtime.progress import Progress
-from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.student import distillation_loss
 from dvinv.synthesizer import control_pool
-from dvinv.teacher import check_changeable, load, own_module, read, test_accuracy
 from dvinv.training import Array, Learner, Lesson, PlannedTraining, learn
 
 ROLE = 5  # see `training.Learner`
 CONTROLS = ('untuned', 'magnitude', 'random', *DATA_FREE_CONTROLS, 'real')
 
 
-def run(config, workdir) -> dict:
-    """Prune by synthesized images, and the controls, then score all on the real test images; returns the figures.
+def validate(run: Run) -> None:
+    """Validates, before anything is written, that the teacher can be pruned as asked.
+
+    Raises:
+      DvinvError: names the field, its value and the choices.
+    """
+    settings, teacher = run.settings.pruning, run.planned_teacher
+    run.validate_real_control('pruning')
+    validate_devices(settings, 'pruning', run.training_mesh.size)
+    run.validate_changeable()
+    module = teacher.module
+    if isinstance(module, Narrow):
+        raise DvinvError(
+            f'teacher.weights is {run.settings.teacher.weights!r}, a network that has lost channels; prune a whole one.'
+        )
+    if settings.adaptive_batches or {*DATA_FREE_CONTROLS} & {*settings.controls}:
+        run.once(synthesizer.validate)
+    if settings.adaptive_batches:
+        images = settings.adaptive_batches * run.settings.synthesis.batch_size
+        synthesizer.validate_count(run, 'pruning.adaptive_batches', images, teacher.num_classes)
+    channels = find_channels(module, teacher.image_shape, settings.ignored_layers)
+    if settings.measure in EXACT:
+        refuse_unreachable(channels, EXACT[settings.measure](channels), settings)
+
+
+def run(run: Run) -> dict:
+    """Prunes by synthesized images, and the controls, then scores all on the real test images; returns the figures.
 
     Real data come in when every data-free network is finished: first for the upper control, then for the scores.
     """
-    workdir = open_workdir(workdir, config)
-    teacher = load(config, workdir)
-    pool = finished_pool(config, workdir, teacher)
-    pruner, controls = Pruner(config, workdir, teacher), config.pruning.controls
-    images, labels = (learned_rows(config, pool.rows(name)) for name in ('images', 'labels'))
-    networks = {'pruned': pruner.prune('pruned', images, labels, competing=config.pruning.adaptive_batches > 0)}
+    settings, pool = run.settings.pruning, finished_pool(run)
+    pruner, controls = Pruner(run), settings.controls
+    images, labels = (learned_rows(run.settings, pool.rows(name)) for name in ('images', 'labels'))
+    networks = {'pruned': pruner.prune('pruned', images, labels, competing=settings.adaptive_batches > 0)}
     for control in ('untuned', 'magnitude', 'random'):
         if control in controls:
             networks[control] = pruner.prune(control, images, labels, control)
     for control in DATA_FREE_CONTROLS:
         if control in controls:
-            lesser = control_pool(config, workdir, teacher, control, 'pruning')
-            rows = [learned_rows(config, lesser.rows(name)) for name in ('images', 'labels')]
+            lesser = control_pool(run, control, 'pruning')
+            rows = [learned_rows(run.settings, lesser.rows(name)) for name in ('images', 'labels')]
             networks[control] = pruner.prune(f'pruned_by_{control}', *rows)
-    data = load_real(config.data)
+    data = run.data
     if 'real' in controls:
         networks['real'] = pruner.prune('pruned_by_real', data.train.images, data.train.labels)
-    held_out = HeldOut(config, teacher, pool)
-    whole, pruned = test_accuracy(teacher, data), networks['pruned']
+    held_out = HeldOut(run.settings, run.teacher, pool)
+    whole, pruned = test_accuracy(run.teacher, data), networks['pruned']
     scores = [test_accuracy(step.network, data) for step in pruned]
-    write_atomic(
-        workdir.path / 'pruning.json', (json.dumps(pruner.story(pruned, [whole, *scores]), indent=1) + '\n').encode()
-    )
+    story = json.dumps(pruner.story(pruned, [whole, *scores]), indent=1)
+    write_atomic(run.workdir.path / 'pruning.json', f'{story}\n'.encode())
     return {
         'test_accuracy': scores[-1],
         'unpruned_test_accuracy': whole,
@@ -86,72 +105,27 @@ def run(config, workdir) -> dict:
         'parameters': pruned[-1].network.parameters,
         'images': len(labels) + pruner.adaptive_images,
         'adaptive_images': pruner.adaptive_images,
-        'updates': pruner.removal.steps * config.pruning.updates_per_step + config.pruning.updates,
+        'updates': settings.steps * settings.updates_per_step + settings.updates,
     }
 
 
-def planned_trainings(config, teacher: Teacher) -> list[PlannedTraining]:
+def planned_trainings(run: Run) -> list[PlannedTraining]:
     """Returns the trainings of the task, for `--plan`: of whole networks, so pruned ones will take less."""
-    group = config.pruning
-    updates = group.steps * group.updates_per_step + group.updates
-    recipe, module = dataclasses.replace(recipe_of(group), updates=updates), teacher.module
-    layers = teacher.tap.layers if group.hint else ()
-    loss = distillation_loss(in_precision(teacher, group.precision), group.temperature, group.hint, layers)
-    lesson = Lesson(recipe, loss, Rounds(config.synthesis.images), teacher.variables)
-    networks = 1 + sum(control != 'untuned' for control in group.controls)
-    return [PlannedTraining('pruned', module, lesson, teacher, networks, teacher)]
+    settings, teacher = run.settings.pruning, run.planned_teacher
+    updates = settings.steps * settings.updates_per_step + settings.updates
+    layers = teacher.tap.layers if settings.hint else ()
+    loss = distillation_loss(in_precision(teacher, settings.precision), settings.temperature, settings.hint, layers)
+    rounds = Rounds(run.settings.synthesis.images)
+    lesson = Lesson(dataclasses.replace(settings, updates=updates), loss, rounds, teacher.variables)
+    networks = 1 + sum(control != 'untuned' for control in settings.controls)
+    return [PlannedTraining('pruned', teacher.module, lesson, teacher, networks, teacher)]
 
 
-def complete(config, workdir: Workdir) -> bool:
+def complete(run: Run) -> bool:
     """Whether networks and controls' images are still there: what is damaged is deleted by its owner."""
-    by_images = (*DATA_FREE_CONTROLS, 'real')
-    controls = (f'pruned_by_{name}' if name in by_images else name for name in config.pruning.controls)
-    whole = controls_are_whole(config, workdir, config.pruning.controls)
-    return whole and all(workdir.has_network(name) for name in ('pruned', *controls))
-
-
-def check(config, teacher: Teacher) -> None:
-    """Refuse, before anything is written, what cannot be pruned as asked.
-
-    Args:
-      teacher: with shapes for weights where it is yet to be trained.
-
-    Raises:
-      DvinvError: names the field, its value and the choices.
-    """
-    removal, group = removal_of(config), config.pruning
-    removal.check()
-    competition.check(config)
-    if group.updates_per_step < 0:
-        raise DvinvError(f'pruning.updates_per_step is {group.updates_per_step}; it must be at least 0.')
-    if 0 < group.updates_per_step <= group.warmup:
-        raise DvinvError(f'pruning.warmup is {group.warmup}, but a step has only {group.updates_per_step} updates.')
-    if group.temperature <= 0:
-        raise DvinvError(f'pruning.temperature is {group.temperature}; it must be above 0.')
-    if not 0 <= group.hint < math.inf:
-        raise DvinvError(f'pruning.hint is {group.hint}; it must be at least 0 and finite.')
-    if group.latency_batch < 1:
-        raise DvinvError(f'pruning.latency_batch is {group.latency_batch}; it must be at least 1.')
-    for control in group.controls:
-        if control not in CONTROLS:
-            raise DvinvError(f'pruning.controls names {control!r}; choose among {", ".join(CONTROLS)}.')
-    check_changeable(config, teacher)
-    module = teacher.module
-    if isinstance(module, Narrow):
-        raise DvinvError(
-            f'teacher.weights is {config.teacher.weights!r}, a network that has lost channels; prune a whole one.'
-        )
-    if group.adaptive_batches:
-        images = group.adaptive_batches * config.synthesis.batch_size
-        check_count(config, 'pruning.adaptive_batches', images, teacher.num_classes)
-    channels = find_channels(module, teacher.image_shape, tuple(removal.protected))
-    if removal.measure in EXACT:
-        refuse_unreachable(channels, EXACT[removal.measure](channels), removal)
-
-
-def removal_of(config) -> Removal:
-    """The `Removal` among the fields of the group `pruning`."""
-    return Removal(**{field.name: config.pruning[field.name] for field in dataclasses.fields(Removal)})
+    controls, by_images = run.settings.pruning.controls, (*DATA_FREE_CONTROLS, 'real')
+    names = (f'pruned_by_{name}' if name in by_images else name for name in controls)
+    return controls_are_whole(run, controls) and all(run.workdir.has_network(name) for name in ('pruned', *names))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,22 +139,22 @@ class Pruned:
 class Pruner:
     """Prunes one teacher, by synthesized and other images; all that are compared lose as much in as many steps."""
 
-    def __init__(self, config, workdir: Workdir, teacher: Teacher):
-        """Measures a table of latencies where the config needs one and the work directory has none yet."""
-        self.removal = removal_of(config)
-        self._config, self._workdir, self._teacher = config, workdir, teacher
-        module, self._variables, self._about = read(config, workdir)
-        self._own = own_module(config, teacher)
-        self._channels = find_channels(module, teacher.image_shape, tuple(self.removal.protected))
-        self._importance = Importance(module, teacher, self._channels)
-        self._table = self._latencies() if self.removal.needs_latency else None
-        if self.removal.measure == 'latency':
-            refuse_unreachable(self._channels, self._price('latency'), self.removal)
+    def __init__(self, run: Run):
+        """Measures a table of latencies where the settings need one and the work directory has none yet."""
+        self._run, self._workdir, self._teacher = run, run.workdir, run.teacher
+        self._settings = settings = run.settings.pruning
+        module, self._variables, self._about = run.teacher_parts
+        self._own = run.own_module()
+        self._channels = find_channels(module, run.teacher.image_shape, settings.ignored_layers)
+        self._importance = Importance(module, run.teacher, self._channels)
+        self._table = self._latencies() if settings.needs_latency else None
+        if settings.measure == 'latency':
+            refuse_unreachable(self._channels, self._price('latency'), settings)
 
     @property
     def adaptive_images(self) -> int:
         """How many images are made in competition, in all steps."""
-        return self.removal.steps * self._config.pruning.adaptive_batches * self._config.synthesis.batch_size
+        return self._settings.steps * self._settings.adaptive_batches * self._run.settings.synthesis.batch_size
 
     def prune(self, name: str, images: Array, labels: Array, control: str = '', competing: bool = False) -> list[Pruned]:
         """The network after each step; the last one's file is called `name`.
@@ -190,23 +164,22 @@ class Pruner:
           control: 'untuned' (never learns), 'magnitude' or 'random' (removed by these), or '' for none.
           competing: whether images made in competition join them in each step.
         """
-        removal, alive = self.removal, np.ones(self._channels.count, bool)
+        settings, alive = self._settings, np.ones(self._channels.count, bool)
         variables, done = self._variables, []
-        for step in range(1, removal.steps + 1):
-            path = self._workdir.network(name if step == removal.steps else f'{name}_{step}')
+        for step in range(1, settings.steps + 1):
+            path = self._workdir.network(name if step == settings.steps else f'{name}_{step}')
             there = self._workdir.has_network(path.stem)
             if competing or not there:
                 learner = self._slimmed(path.stem, step, alive, variables, images, control)
             if competing:
-                pool = competition.images_against(self._config, self._workdir, self._teacher, learner)
+                pool = competition.images_against(self._run, learner)
                 images, labels = Joined(images, pool.rows('images')), Joined(labels, pool.rows('labels'))
             if not there:
-                updates = self._config.pruning.updates if step == removal.steps else 0
-                updates += self._config.pruning.updates_per_step
+                updates = settings.updates_per_step + (settings.updates if step == settings.steps else 0)
                 if control == 'untuned' or not updates:
                     save_network(path, learner.start, learner.about)
                 else:
-                    learn(self._config, self._workdir, learner, self._lesson(learner, updates, len(labels)), images, labels)
+                    learn(self._run, learner, self._lesson(learner, updates, len(labels)), images, labels)
             variables, about = load_network(path)
             alive = self._channels.alive(about.get('kept', {}))
             done.append(Pruned(load_classifier(path, self._own), alive))
@@ -214,7 +187,7 @@ class Pruner:
 
     def ratios(self, pruned: Pruned) -> dict[str, float | None]:
         """What `pruned` costs, as shares of what the teacher does; latencies are measured here and now."""
-        size = self._config.pruning.latency_batch
+        size = self._settings.latency_batch
         measures = (*EXACT, *(('latency',) if self._table else ()))
         ratios = {f'{measure}_ratio': self._share(measure, pruned.alive) for measure in measures}
         return {
@@ -261,29 +234,29 @@ class Pruner:
 
     def _next(self, alive, variables: dict, images: Array, step: int, control: str) -> np.ndarray:
         """The units that are left after a step of those, bool [units], before it."""
-        removal = self.removal
-        method = control if control in ('magnitude', 'random') else removal.importance
+        settings = self._settings
+        method = control if control in ('magnitude', 'random') else settings.importance
         whole = self._channels.restored(alive, variables)
-        seed = 16 * self._config.seed + ROLE
+        seed = 16 * self._run.settings.seed + ROLE
         if method == 'taylor':
             rows = np.random.default_rng((seed, step)).permutation(len(images))
-            size = min(self._config.pruning.batch_size, len(rows))
-            starts = range(0, min(len(rows) - size + 1, size * removal.importance_batches), size)
+            size = min(settings.batch_size, len(rows))
+            starts = range(0, min(len(rows) - size + 1, size * settings.importance_batches), size)
             batches = (images[np.sort(rows[start : start + size])] for start in starts)
             importance = self._importance.taylor(whole, batches, equal=bool(alive.all()))
         else:
             importance = (
                 self._importance.magnitude(whole) if method == 'magnitude' else self._importance.random((seed, step))
             )
-        scores = removal.scores(importance, self._price(removal.cost) if removal.eta else None, alive)
-        price = self._price(removal.measure)
-        most = removal.target(step) * price.of(np.ones_like(alive))
-        left = without_lowest(self._channels, alive, scores, price, most, removal)
-        if price.of(left) > most and step == removal.steps:
+        scores = removal_scores(settings, importance, self._price(settings.cost) if settings.eta else None, alive)
+        price = self._price(settings.measure)
+        most = settings.target_of_step(step) * price.of(np.ones_like(alive))
+        left = without_lowest(self._channels, alive, scores, price, most, settings)
+        if price.of(left) > most and step == settings.steps:
             raise DvinvError(
-                f'pruning.left is {removal.left}, but with {removal.least} channels in every layer '
-                f'{price.of(left) / price.of(np.ones_like(alive)):.3f} of the {removal.measure} are left; ask for more, or '
-                'lower pruning.least.'
+                f'pruning.target_ratio is {settings.target_ratio}, but with {settings.min_channels} channels in every layer '
+                f'{price.of(left) / price.of(np.ones_like(alive)):.3f} of the {settings.measure} are left; ask for more, or '
+                'lower pruning.min_channels.'
             )
         return left
 
@@ -291,28 +264,28 @@ class Pruner:
         """The network that a step makes of that with `variables` and the units `alive`, before it learns."""
         left = self._decided(name, lambda: self._next(alive, variables, images, step, control))
         kept, start = self._channels.kept(left), self._channels.sliced(left, self._channels.restored(alive, variables))
-        network = ml_collections.ConfigDict({field: self._about[field] for field in ('network', 'width')})
+        network = StudentSettings(network=self._about['network'], width=self._about['width'])
         return Learner('pruning', name, network, self._teacher, ROLE, step, start, kept, self._own)
 
     def _lesson(self, learner: Learner, updates: int, count: int) -> Lesson:
-        group, alive = self._config.pruning, self._channels.alive(learner.kept)
-        recipe, means = dataclasses.replace(recipe_of(group), updates=updates), find_statistics(self._channels.shapes)
+        settings, alive = dataclasses.replace(self._settings, updates=updates), self._channels.alive(learner.kept)
+        means = find_statistics(self._channels.shapes)
         left = {
             layer: np.flatnonzero(self._channels.there(units, alive))
             for layer in self._teacher.tap.layers
             if (units := self._channels.axes[join_names(means[layer][0])][-1]) is not None
         }
-        layers = self._teacher.tap.layers if group.hint else ()
-        teacher = in_precision(self._teacher, group.precision)
-        loss = distillation_loss(teacher, group.temperature, group.hint, layers, left)
-        return Lesson(recipe, loss, Rounds(count), self._teacher.variables)
+        layers = self._teacher.tap.layers if settings.hint else ()
+        teacher = in_precision(self._teacher, settings.precision)
+        loss = distillation_loss(teacher, settings.temperature, settings.hint, layers, left)
+        return Lesson(settings, loss, Rounds(count), self._teacher.variables)
 
     def _latencies(self) -> dict:
         """The table of the work directory; a resumed run must remove what an undisturbed one would."""
 
         def measure() -> dict:
             with Progress('pruning: latencies', len(self._channels.products), 'layers') as progress:
-                batch_size, multiple = self._config.pruning.latency_batch, self.removal.multiple
-                return measure_table(self._channels, batch_size, multiple, lambda done, of: progress.update(done))
+                batch_size, round_to = self._settings.latency_batch, self._settings.round_to
+                return measure_table(self._channels, batch_size, round_to, lambda done, of: progress.update(done))
 
         return self._kept_in('latency.json', measure)

@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 
-from dvinv.configuration import quantization_of, recipe_of
+from dvinv import synthesizer
+from dvinv.config import QuantizationSettings, validate_devices
 from dvinv.data.pool import ImagePool
-from dvinv.data.real import load_real
 from dvinv.held_out import HeldOut, learned_rows
 from dvinv.inversion import Teacher
 from dvinv.inversion.execution import in_precision
@@ -19,49 +19,45 @@ from dvinv.networks.quantized.network import load_quantized, products_in_bfloat1
 from dvinv.networks.quantized.observing import on_images, on_statistics
 from dvinv.pools import finished_pool
 from dvinv.quality import evenly
+from dvinv.quantization.bits import bits_of_layers
 from dvinv.quantization.ladder import Ladder, Scores, rungs
 from dvinv.rounds import Rounds
-from dvinv.runtime.devices import make_mesh, training_mesh
-from dvinv.runtime.workdir import Workdir, open_workdir
+from dvinv.run import Run
 from dvinv.student import distillation_loss
 from dvinv.synthesizer import control_pool
-from dvinv.teacher import description, load
 from dvinv.training import Lesson, PlannedTraining, Training
 
 TASK, ROLE = 'quantization', 6  # see `training.Learner`
 
 
-def run(config, workdir) -> dict:
-    """Quantize the teacher to every setting, and score each rung of the ladder on the real test images; returns figures.
+def run(run: Run) -> dict:
+    """Quantizes the teacher to every setting, and score each rung of the ladder on the real test images; returns figures.
 
     The rungs: ranges and corrections by BatchNorm's statistics alone; ranges from the pool; learning on the pool. Real
     images come in when every network is finished: for the upper control and the scores.
     """
-    workdir = open_workdir(workdir, config)
-    settings, teacher = quantization_of(config), load(config, workdir)
-    pool = finished_pool(config, workdir, teacher) if settings.images or settings.distilled else None
+    settings, teacher, workdir = run.settings.quantization, run.teacher, run.workdir
+    pool = finished_pool(run) if settings.images or settings.distilled else None
     plain = fold(teacher.apply_fn, teacher.variables, teacher.image_shape)
     network = equalise(plain) if settings.equalise else plain
-    ladder = _observed(config, teacher, network, pool)
-    about = description(config, workdir)
+    ladder = _observed(run, network, pool)
+    about = run.teacher_parts[2]
     for setting in settings.settings:
         path = workdir.network(file_name(setting))
         if not workdir.has_network(path.stem):
-            bits = settings.bits(setting, network.layers)
+            bits = bits_of_layers(settings, setting, network.layers)
             variables = ladder.variables(bits, *_chosen(settings), settings.correct)
             if setting in settings.distilled:
-                variables = _distil(config, workdir, teacher, network, variables, pool, setting)
+                variables = _distil(run, network, variables, pool, setting)
             kernels = {layer.kernel: of.weights for layer, of in zip(network.layers, bits, strict=True) if of.weights}
             save_quantized(path, variables, kernels, about)
 
-    data = load_real(config.data)
+    data = run.data
     for control in settings.controls:
-        images = (
-            data.train.images if control == 'real' else control_pool(config, workdir, teacher, 'noise', TASK).rows('images')
-        )
+        images = data.train.images if control == 'real' else control_pool(run, 'noise', TASK).rows('images')
         ladder = ladder.beside(control, on_images(network, teacher, _evenly(images, settings.images)))
-    held_out = pool and HeldOut(config, teacher, pool)
-    unequalised = _observed(config, teacher, plain, pool) if settings.equalise else None
+    held_out = pool and HeldOut(run.settings, teacher, pool)
+    unequalised = _observed(run, plain, pool) if settings.equalise else None
     scores, float_bytes = Scores(teacher, data), len(network_bytes(teacher.variables, about))
     figures = {}
     for setting in settings.settings:
@@ -85,38 +81,38 @@ def run(config, workdir) -> dict:
     }
 
 
-def planned_trainings(config, teacher: Teacher) -> list[PlannedTraining]:
+def planned_trainings(run: Run) -> list[PlannedTraining]:
     """Returns the trainings of the task, for `--plan`."""
-    settings = quantization_of(config)
+    settings, teacher = run.settings.quantization, run.planned_teacher
     if not settings.distilled:
         return []
     network = fold(teacher.apply_fn, teacher.variables, teacher.image_shape)
-    bits = settings.bits(settings.distilled[0], network.layers)
+    bits = bits_of_layers(settings, settings.distilled[0], network.layers)
     seen = {'no_images': on_statistics(network, teacher, jax.random.key(0))}
     variables = Ladder(network, seen).variables(bits, 'no_images', 'minmax', settings.correct)
-    module, lesson = _training(config, teacher, network, variables, config.synthesis.images)
+    module, lesson = _training(settings, teacher, network, variables, run.settings.synthesis.images)
     return [PlannedTraining('quantized', module, lesson, teacher, len(settings.distilled), teacher)]
 
 
-def check(config, teacher: Teacher) -> None:
-    """Refuse, before anything is written, what cannot be quantized as the config says.
+def validate(run: Run) -> None:
+    """Validates, before anything is written, that the teacher can be quantized as the settings say.
 
     Raises:
       DvinvError: names the field, its value and the way out, or the operation of the network.
     """
-    settings = quantization_of(config)
-    settings.check()
-    recipe = recipe_of(config.quantization.training)
-    recipe.check('quantization.training')
-    recipe.check_devices('quantization.training', training_mesh(make_mesh(config.devices)).size)
+    settings, teacher = run.settings.quantization, run.planned_teacher
+    run.validate_real_control('quantization')
+    validate_devices(settings.training, 'quantization.training', run.training_mesh.size)
+    if 'noise' in settings.controls:
+        run.once(synthesizer.validate)
     layers = find_layers(teacher.apply_fn, teacher.variables, teacher.image_shape)
     for setting in settings.settings:
-        settings.bits(setting, layers)
+        bits_of_layers(settings, setting, layers)
 
 
-def complete(config, workdir: Workdir) -> bool:
+def complete(run: Run) -> bool:
     """Whether the networks of the finished task are still there: a damaged file is deleted by its owner."""
-    return all(workdir.has_network(file_name(setting)) for setting in config.quantization.settings)
+    return all(run.workdir.has_network(file_name(setting)) for setting in run.settings.quantization.settings)
 
 
 def file_name(setting: str) -> str:
@@ -129,34 +125,37 @@ def _chosen(settings) -> tuple[str, str]:
     return ('pool' if settings.images else 'no_images'), settings.ranges
 
 
-def _observed(config, teacher: Teacher, network: Folded, pool: ImagePool | None) -> Ladder:
-    """What the layers are fed with, without images and on the pool."""
-    key, count = jax.random.fold_in(jax.random.key(config.seed), ROLE), config.quantization.images
+def _observed(run: Run, network: Folded, pool: ImagePool | None) -> Ladder:
+    """Returns what the layers are fed with, without images and on the pool."""
+    teacher, count = run.teacher, run.settings.quantization.images
+    key = jax.random.fold_in(jax.random.key(run.settings.seed), ROLE)
     seen = {'no_images': on_statistics(network, teacher, key)}
     if count:
-        seen['pool'] = on_images(network, teacher, _evenly(learned_rows(config, pool.rows('images')), count))
+        seen['pool'] = on_images(network, teacher, _evenly(learned_rows(run.settings, pool.rows('images')), count))
     return Ladder(network, seen)
 
 
-def _distil(config, workdir: Workdir, teacher: Teacher, network: Folded, variables: dict, pool: ImagePool, setting: str):
-    """The variables after quantization-aware distillation: the float teacher's answers on the pool's images."""
-    images, labels = (learned_rows(config, pool.rows(name)) for name in ('images', 'labels'))
-    module, lesson = _training(config, teacher, network, variables, len(labels))
-    seed, mesh = 16 * config.seed + ROLE, training_mesh(make_mesh(config.devices))
-    with Training(module, lesson, teacher, seed, mesh, workdir, TASK, setting, config.logging) as training:
+def _distil(run: Run, network: Folded, variables: dict, pool: ImagePool, setting: str):
+    """Returns the variables after quantization-aware distillation: the float teacher's answers on the pool's images."""
+    images, labels = (learned_rows(run.settings, pool.rows(name)) for name in ('images', 'labels'))
+    module, lesson = _training(run.settings.quantization, run.teacher, network, variables, len(labels))
+    seed, where = 16 * run.settings.seed + ROLE, (run.workdir, TASK, setting, run.settings.logging)
+    with Training(module, lesson, run.teacher, seed, run.training_mesh, *where) as training:
         return learned(network, variables, training.finish(images, labels)['params'])
 
 
-def _training(config, teacher: Teacher, network: Folded, variables: dict, count: int) -> tuple[QuantizedModule, Lesson]:
+def _training(
+    settings: QuantizationSettings, teacher: Teacher, network: Folded, variables: dict, count: int
+) -> tuple[QuantizedModule, Lesson]:
     """Returns the module that starts as the quantized `variables`, and how it learns from `count` images."""
-    recipe, apply_fn = recipe_of(config.quantization.training), simulated(network.apply_fn, network.layers)
-    if recipe.precision == 'bfloat16':
+    training, apply_fn = settings.training, simulated(network.apply_fn, network.layers)
+    if training.precision == 'bfloat16':
         apply_fn = products_in_bfloat16(apply_fn)
     module = module_of(network, apply_fn, variables)
-    loss = distillation_loss(in_precision(teacher, recipe.precision), config.quantization.temperature)
+    loss = distillation_loss(in_precision(teacher, training.precision), settings.temperature)
     # The logarithms of steps are among the parameters, which bfloat16 would round by percents: products alone are in it.
-    recipe = dataclasses.replace(recipe, precision='float32')
-    return module, Lesson(recipe, loss, Rounds(count), teacher.variables)
+    training = dataclasses.replace(training, precision='float32')
+    return module, Lesson(training, loss, Rounds(count), teacher.variables)
 
 
 def _evenly(images, most: int) -> np.ndarray:

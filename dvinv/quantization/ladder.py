@@ -5,15 +5,15 @@ from collections.abc import Callable
 
 import numpy as np
 
+from dvinv.config import QuantizationSettings
 from dvinv.data.dataset import RealData
 from dvinv.divergence import divergence
-from dvinv.evaluation import among_top, logits_of
+from dvinv.evaluation import among_top, logits_of, validate_fits
 from dvinv.networks import Classifier
 from dvinv.networks.quantized.folding import Folded
 from dvinv.networks.quantized.network import Bits, quantize, simulated
 from dvinv.networks.quantized.ranges import METHODS, Observation
-from dvinv.quantization.settings import QuantizationSettings
-from dvinv.teacher import check_fits
+from dvinv.quantization.bits import bits_of_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Scores:
     def __init__(self, teacher: Classifier, data: RealData | None):
         self._teacher, self._data = teacher, data
         if data is not None:
-            check_fits(teacher, data)
+            validate_fits(teacher, data)
             self._float = logits_of(teacher, data.test.images)
             self._float_right = among_top(self._float, data.test.labels)
         self.float_accuracy = None if data is None else float(self._float_right.mean())
@@ -78,7 +78,7 @@ def rungs(settings: QuantizationSettings, scores: Scores, ladder: Ladder, plain:
     Args:
       plain: the same without equalisation; None: it is off.
     """
-    bits, source = settings.bits(setting, ladder.network.layers), 'pool' if settings.images else 'no_images'
+    bits, source = bits_of_layers(settings, setting, ladder.network.layers), 'pool' if settings.images else 'no_images'
     ways = {'no_images': ('no_images', settings.ranges)}
     if settings.images:
         ways |= {method: ('pool', method) for method in METHODS}

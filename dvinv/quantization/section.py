@@ -1,6 +1,6 @@
 """The part of the report about networks of few bits: accuracy against bits and megabytes."""
 
-from dvinv.quantization.settings import SETTING, bits_of
+from dvinv.config import BITS, bits_of
 from dvinv.runtime.charts import line_chart
 from dvinv.runtime.page import Section, Table, Tile, percent
 
@@ -19,9 +19,7 @@ FINAL = 'the network in the file'
 
 def smallest(figures: dict) -> str:
     """Returns the setting with the fewest bytes among the figures of the task."""
-    return min(
-        (name for name in figures if SETTING.fullmatch(name)), key=lambda setting: (figures[setting]['bytes'], setting)
-    )
+    return min((name for name in figures if BITS.fullmatch(name)), key=lambda setting: (figures[setting]['bytes'], setting))
 
 
 def quantization_tile(figures: dict) -> Tile:
@@ -35,7 +33,7 @@ def quantization_tile(figures: dict) -> Tile:
 
 def quantization_section(figures: dict) -> Section:
     """Of the figures of the task `quantization` in results.json."""
-    settings = sorted((name for name in figures if SETTING.fullmatch(name)), key=bits_of, reverse=True)
+    settings = sorted((name for name in figures if BITS.fullmatch(name)), key=bits_of, reverse=True)
     megabytes = figures['float_bytes'] / 1e6
     rows = [
         [

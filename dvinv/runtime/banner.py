@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 
+from dvinv.config import Settings
 from dvinv.runtime.devices import local_devices
 
 NVIDIA = '0x10de'  # a vendor on the PCI bus
@@ -19,22 +20,22 @@ PCI = Path('/sys/bus/pci/devices')
 PLUGINS = 'jax_cuda12_plugin', 'jax_cuda13_plugin'
 
 
-def announce(config, workdir, tasks: Sequence[str], seeds: int = 0) -> None:
+def announce(settings: Settings, workdir, tasks: Sequence[str], seeds: int = 0) -> None:
     """Prints the banner but for its first line, which `dvinv.main` prints as soon as the flags are read.
 
     Args:
-      tasks: those of the config, in the order in which they run.
+      tasks: those of the settings, in the order in which they run.
       seeds: how many the run is repeated with; 0: it is a single run.
 
     Raises:
       DvinvError: JAX cannot use the devices that it was asked to use.
     """
-    lines = [('devices', device_names(config.devices))]
+    lines = [('devices', device_names(settings.devices))]
     if missed := unused_gpu():
         lines.append(('', missed))
     lines.append(('tasks', ', '.join(tasks)))
     if seeds:
-        lines.append(('seeds', f'{config.seed} to {config.seed + seeds - 1}, in folders of their own'))
+        lines.append(('seeds', f'{settings.seed} to {settings.seed + seeds - 1}, in folders of their own'))
     elif done := done_already(workdir, tasks):
         lines.append(('done', f'{", ".join(done)}: not run again'))
     name = 'report.html' if 'report' in tasks else 'results.json'

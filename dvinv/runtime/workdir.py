@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import filelock
-import ml_collections
 
+from dvinv.config import Settings, current_name, nested
 from dvinv.errors import DvinvError, listed
 from dvinv.runtime.files import disk_full_told, write_atomic
 from dvinv.runtime.metrics import Metrics
@@ -47,19 +47,6 @@ def holds_work(folder: Path) -> bool:
     return any(path.is_file() and not path.name.startswith('.') for path in paths)
 
 
-def plain(config) -> dict:
-    """A config as nested dicts, lists and scalars, as JSON knows them."""
-    return json.loads(json.dumps(_plain(config)))
-
-
-def _plain(value):
-    if isinstance(value, ml_collections.ConfigDict):
-        return {key: _plain(value[key]) for key in sorted(value)}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return value
-
-
 def flat(tree, prefix='') -> dict:
     """{'a.b[0].c': leaf} of nested dicts and lists."""
     if isinstance(tree, dict):
@@ -72,11 +59,6 @@ def flat(tree, prefix='') -> dict:
 def _is_exempt(key: str) -> bool:
     """Whether a key of `flat` is one of `EXEMPT`, or within one."""
     return any(key == name or key.startswith((f'{name}.', f'{name}[')) for name in EXEMPT)
-
-
-def open_workdir(workdir, config) -> 'Workdir':
-    """`workdir` itself where it is open already; else the folder of this path, opened."""
-    return workdir if isinstance(workdir, Workdir) else Workdir(workdir, config)
 
 
 class Workdir:
@@ -92,20 +74,20 @@ class Workdir:
         or versions.
     """
 
-    def __init__(self, path, config):
+    def __init__(self, path: Path, settings: Settings):
         self.path = Path(path)
         self._lock = filelock.FileLock(self.path / '.lock', timeout=0)
-        refuse_differing({**flat(plain(config)), **versions()}, 'configs and versions')
-        decide(lambda: self._open(config), f'{self.path} to open')
+        refuse_differing({**flat(nested(settings)), **versions()}, 'configs and versions')
+        decide(lambda: self._open(settings), f'{self.path} to open')
         self.metrics = Metrics(self.path / 'metrics.jsonl', on_append=self.tick)
         self._times = self.read_json('times.json', {})
         self._started, self._written = {}, 0.0
 
-    def _open(self, config) -> None:
+    def _open(self, settings: Settings) -> None:
         """Locks the folder for this run, and writes down its config and versions."""
         try:
             if begun := holds_work(self.path):
-                self.refuse_other(config)
+                self.refuse_other(settings)
                 refuse_other_settings(self.path)
             self._refuse_seeds()
             with disk_full_told(self.path):
@@ -116,39 +98,41 @@ class Workdir:
         except filelock.Timeout as error:
             raise DvinvError(f'Another run is under way in {self.path}; wait, or choose another --workdir.') from error
         try:
-            if not begun and self._differing(config):
+            if not begun and self._differing(settings):
                 for name in ('metrics.jsonl', 'times.json'):  # of an earlier start, under a config that goes now
                     (self.path / name).unlink(missing_ok=True)
-            write_atomic(self.path / 'config.json', _dumps(plain(config)))
+            write_atomic(self.path / 'config.json', _dumps(nested(settings)))
             record(self.path)
         except BaseException:
             self.close()
             raise
 
-    def refuse_other(self, config) -> None:
+    def refuse_other(self, settings: Settings) -> None:
         """Refuse a config that is not the one of the run in here, if there is one.
 
         Raises:
           DvinvError: names the keys that differ.
         """
-        if differing := self._differing(config):
+        if differing := self._differing(settings):
             raise DvinvError(
                 f'{self.path} holds a run with another config: {listed(differing, 8)}. Choose another --workdir, or repeat '
                 'the settings of that run to resume it.'
             )
 
-    def _differing(self, config) -> list[str]:
+    def _differing(self, settings: Settings) -> list[str]:
         """Returns the keys, with both values, in which a config is not the one in here; none where there is no config."""
         old = self.read_json('config.json', None)
         if old is None:
             return []
-        mine, theirs = ({k: v for k, v in flat(c).items() if not _is_exempt(k)} for c in (plain(config), old))
+        new = json.loads(json.dumps(nested(settings)))  # tuples are lists in JSON
+        here, there = ({k: v for k, v in flat(c).items() if not _is_exempt(k)} for c in (new, old))
+        there = {current_name(name): 'fourier' if value == 'spectrum' else value for name, value in there.items()}
         absent = object()
-        if mine.get('data.name'):  # then nothing is held out
-            mine['held_out'] = theirs['held_out'] = 0.0
-        mine, theirs = ADDED | mine, ADDED | theirs
-        keys = sorted(k for k in {*mine, *theirs} if mine.get(k, absent) != theirs.get(k, absent))
-        return [f'{k} ({theirs.get(k, "absent")!r} there, {mine.get(k, "absent")!r} here)' for k in keys]
+        if here.get('data.name'):  # then nothing is held out
+            here['held_out'] = there['held_out'] = 0.0
+        here, there = ADDED | here, ADDED | there
+        keys = sorted(k for k in {*here, *there} if here.get(k, absent) != there.get(k, absent))
+        return [f'{k} ({there.get(k, "absent")!r} there, {here.get(k, "absent")!r} here)' for k in keys]
 
     def _refuse_seeds(self) -> None:
         """Refuses a folder in which the runs of several seeds have their folders."""

@@ -122,25 +122,25 @@ def _makes(path: str) -> bool:
     return path.startswith('params/') and path.endswith('/kernel')
 
 
-def find_channels(module: nn.Module, image_shape, protected: tuple[str, ...] = ()) -> Channels:
+def find_channels(module: nn.Module, image_shape, ignored: tuple[str, ...] = ()) -> Channels:
     """The channels of a Linen module that takes images [H, W, C] and `train`.
 
     Args:
-      protected: layers whose channels stay.
+      ignored: layers whose channels stay.
 
     Raises:
       DvinvError: no channel can be removed (tells what stops it), or there is no such layer to protect.
     """
     try:
-        return _found(module, tuple(image_shape), tuple(protected))
+        return _found(module, tuple(image_shape), tuple(ignored))
     except TypeError as error:
         if 'hash' not in str(error):
             raise
-        return _found.__wrapped__(module, tuple(image_shape), tuple(protected))  # a field of it is a list, say
+        return _found.__wrapped__(module, tuple(image_shape), tuple(ignored))  # a field of it is a list, say
 
 
 @functools.lru_cache(maxsize=32)  # a pruned network asks again whenever it is traced
-def _found(module: nn.Module, image_shape: tuple[int, ...], protected: tuple[str, ...]) -> Channels:
+def _found(module: nn.Module, image_shape: tuple[int, ...], ignored: tuple[str, ...]) -> Channels:
     variables = shapes_of(module, image_shape)
     image = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
     closed = jax.make_jaxpr(lambda v, x: module.apply(v, x, train=False))(variables, image)
@@ -158,9 +158,11 @@ def _found(module: nn.Module, image_shape: tuple[int, ...], protected: tuple[str
     unit = ties.units()
     layers = {path.removeprefix('params/').rpartition('/')[0]: axes[-1] for path, axes in atoms.items() if _makes(path)}
     stays = np.zeros(unit.max(initial=0) + 1, bool)
-    for layer in protected:
+    for layer in ignored:
         if layer not in layers:
-            raise DvinvError(f'pruning.protected names {layer!r}, which is no layer; these are: {listed([*layers], 8)}.')
+            raise DvinvError(
+                f'pruning.ignored_layers names {layer!r}, which is no layer; these are: {listed([*layers], 8)}.'
+            )
         stays[unit[layers[layer]]] = True
     for some, _ in pins:
         stays[unit[some]] = True

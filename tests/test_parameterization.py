@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, trained_variables
 
+from dvinv.config import PRESETS, InversionConfig, Stage, Weights
 from dvinv.errors import DvinvError
-from dvinv.inversion import PRESETS, InversionConfig, Stage, Weights, feature_loss, invert
-from dvinv.inversion.canvas import blank_canvas, in_scale, make_paint, rescaled
+from dvinv.inversion import feature_loss, invert
+from dvinv.inversion.parameterization import initial_parameters, make_decode, pixel_scale_of, rescaled
 from dvinv.inversion.step import InversionState, make_step
 from dvinv.inversion.teacher import trusted_linen
 from dvinv.networks import Classifier
@@ -25,8 +26,8 @@ def pixels(shape):
 
 
 def drawn(kind, contrast=0.6, batch_size=512, shape=SHAPE):
-    canvas, _ = blank_canvas(jax.random.key(0), batch_size, shape)
-    images = make_paint(kind, contrast, pixels(shape))(canvas)
+    parameters, _ = initial_parameters(jax.random.key(0), batch_size, shape)
+    images = make_decode(kind, contrast, pixels(shape))(parameters)
     assert images.dtype == np.float32
     assert images.shape == (batch_size, *shape)
     return np.asarray(images)
@@ -38,16 +39,16 @@ def squashed(images):
 
 
 def test_the_canvas_is_the_papers_white_noise_and_pixels_are_the_canvas():
-    canvas_key, step_key = jax.random.split(jax.random.key(0))
-    canvas, key = blank_canvas(jax.random.key(0), 512, SHAPE)
-    np.testing.assert_array_equal(canvas, jax.random.normal(canvas_key, canvas.shape))
-    np.testing.assert_array_equal(drawn('pixels'), canvas)
+    parameters_key, step_key = jax.random.split(jax.random.key(0))
+    parameters, key = initial_parameters(jax.random.key(0), 512, SHAPE)
+    np.testing.assert_array_equal(parameters, jax.random.normal(parameters_key, parameters.shape))
+    np.testing.assert_array_equal(drawn('pixels'), parameters)
     assert key == step_key
 
 
 @pytest.mark.parametrize('contrast', [0.3, 0.6])
 def test_a_spectrum_starts_grey_on_average_with_the_asked_contrast_and_keeps_pixels_in_range(contrast):
-    images = drawn('spectrum', contrast)
+    images = drawn('fourier', contrast)
     assert images.min() > 0
     assert images.max() < 1
     assert images.mean() == pytest.approx(0.5, abs=0.02)
@@ -55,7 +56,7 @@ def test_a_spectrum_starts_grey_on_average_with_the_asked_contrast_and_keeps_pix
 
 
 def test_amplitudes_fall_as_one_over_frequency():
-    power = (np.abs(np.fft.fft2(squashed(drawn('spectrum')), axes=(1, 2))) ** 2).mean((0, 3))
+    power = (np.abs(np.fft.fft2(squashed(drawn('fourier')), axes=(1, 2))) ** 2).mean((0, 3))
     assert power[0, 2] / power[0, 8] == pytest.approx(16, rel=0.2)
     assert power[4, 0] / power[8, 0] == pytest.approx(4, rel=0.2)
     white = (np.abs(np.fft.fft2(drawn('pixels'), axes=(1, 2))) ** 2).mean((0, 3))
@@ -63,36 +64,36 @@ def test_amplitudes_fall_as_one_over_frequency():
 
 
 def test_images_are_dark_or_bright_as_a_whole_and_their_colours_go_together():
-    means = squashed(drawn('spectrum')).mean((1, 2))
+    means = squashed(drawn('fourier')).mean((1, 2))
     assert means.std() > 0.1  # of white noise with that contrast: 0.02
     assert np.corrcoef(means.T)[0, 1] == pytest.approx(0.85, abs=0.05)
 
 
 @pytest.mark.parametrize('shape', [(8, 8, 1), (7, 5, 3), (9, 4, 4)])
 def test_any_shape_and_any_number_of_channels(shape):
-    assert squashed(drawn('spectrum', 0.5, shape=shape)).std() == pytest.approx(0.5, rel=0.15)
+    assert squashed(drawn('fourier', 0.5, shape=shape)).std() == pytest.approx(0.5, rel=0.15)
 
 
 def test_one_image_does_not_depend_on_the_others_of_its_batch():
-    canvas, _ = blank_canvas(jax.random.key(0), 4, SHAPE)
-    paint = make_paint('spectrum', 0.6, pixels(SHAPE))
-    np.testing.assert_allclose(paint(canvas)[1:2], paint(canvas[1:2]), atol=1e-6)
+    parameters, _ = initial_parameters(jax.random.key(0), 4, SHAPE)
+    decode = make_decode('fourier', 0.6, pixels(SHAPE))
+    np.testing.assert_allclose(decode(parameters)[1:2], decode(parameters[1:2]), atol=1e-6)
 
 
 def test_a_step_on_the_canvas_moves_coarse_shapes_further_than_fine_ones():
-    paint = make_paint('spectrum', 0.6, pixels((32, 32, 1)))
+    decode = make_decode('fourier', 0.6, pixels((32, 32, 1)))
     column = jnp.arange(32)
 
     def moved(frequency):
         wave = jnp.broadcast_to(jnp.cos(2 * jnp.pi * frequency * column / 32)[None, :, None], (1, 32, 32, 1))
-        return float(jnp.abs(paint(0.01 * wave) - paint(0 * wave)).max())
+        return float(jnp.abs(decode(0.01 * wave) - decode(0 * wave)).max())
 
     assert moved(1) / moved(8) == pytest.approx(8, rel=0.05)
 
 
 def test_an_inversion_through_the_spectrum_ends_in_pixels_that_the_teacher_takes(teacher):
     config = InversionConfig(
-        (Stage(40, 0.2, jitter=1),), Weights(feature=0.3, total_variation=0.0), canvas='spectrum', prior_on='image'
+        (Stage(40, 0.2, jitter=1),), Weights(feature=0.3, total_variation=0.0), parameterization='fourier', prior_on='image'
     )
     labels = np.arange(12, dtype=np.int32) % teacher.num_classes
     result = invert(teacher, labels, config, jax.random.key(0))
@@ -101,13 +102,13 @@ def test_an_inversion_through_the_spectrum_ends_in_pixels_that_the_teacher_takes
     assert (result.images <= high).all()
     for term in ('cross_entropy', 'feature'):
         assert result.metrics[term][-1] < result.metrics[term][0]
-    white = invert(teacher, labels, dataclasses.replace(config, canvas='pixels'), jax.random.key(0))
+    white = invert(teacher, labels, dataclasses.replace(config, parameterization='pixels'), jax.random.key(0))
     assert np.abs(white.images - result.images).max() > 0.1
 
 
 def test_the_presets_say_which():
-    assert PRESETS['cifar10_crop'].canvas == 'spectrum'
-    assert PRESETS['cifar10_paper'].canvas == PRESETS['digits'].canvas == 'pixels'
+    assert PRESETS['cifar10_crop'].parameterization == 'fourier'
+    assert PRESETS['cifar10_paper'].parameterization == PRESETS['digits'].parameterization == 'pixels'
 
 
 class Twin(TinyNet):
@@ -128,20 +129,23 @@ def twin(mean, std):
     return trusted_linen(module, trained_variables(TinyNet()), image_shape=IMAGE_SHAPE, mean=mean, std=std)
 
 
-@pytest.mark.parametrize('canvas', ['pixels', 'spectrum'])
-def test_networks_for_pixels_of_any_scale_give_the_same_images(teacher, canvas):
+@pytest.mark.parametrize('parameterization', ['pixels', 'fourier'])
+def test_networks_for_pixels_of_any_scale_give_the_same_images(teacher, parameterization):
     weights = Weights(feature=0.3, first_bn_multiplier=2.0, total_variation=1e-2, l2=1e-2)
     stage = Stage(4, 0.2, augmentation='crop', jitter=1, noise=0.1)
-    config, labels = InversionConfig((stage,), weights, canvas=canvas), np.arange(6, dtype=np.int32) % teacher.num_classes
+    config, labels = (
+        InversionConfig((stage,), weights, parameterization=parameterization),
+        np.arange(6, dtype=np.int32) % teacher.num_classes,
+    )
 
     def begun(teacher):
-        canvas, key = blank_canvas(jax.random.key(3), 6, IMAGE_SHAPE)
-        state = InversionState(canvas, stage.optimiser().init(canvas), jnp.zeros((), jnp.int32), key)
+        parameters, key = initial_parameters(jax.random.key(3), 6, IMAGE_SHAPE)
+        state = InversionState(parameters, stage.make_optimizer().init(parameters), jnp.zeros((), jnp.int32), key)
         step = jax.jit(make_step(teacher, config, stage), compiler_options={'xla_backend_optimization_level': 0})
         for _ in range(2):
             state, terms = step(state, labels, teacher.variables, None)
-        paint = make_paint(config.canvas, config.contrast, teacher, in_scale(config.pixel_scale, teacher))
-        return np.asarray(paint(state.canvas)) * np.float32(teacher.std) + np.float32(teacher.mean), terms
+        decode = make_decode(config.parameterization, config.contrast, teacher, pixel_scale_of(config.pixel_scale, teacher))
+        return np.asarray(decode(state.parameters)) * np.float32(teacher.std) + np.float32(teacher.mean), terms
 
     images, terms = begun(teacher)
     other, others = begun(twin((0, 0.1), (1 / 255, 2.0)))
@@ -151,13 +155,15 @@ def test_networks_for_pixels_of_any_scale_give_the_same_images(teacher, canvas):
 
 
 def test_normalised_pixels_keep_their_scale_in_the_published_presets_and_raw_ones_do_not(teacher):
-    assert in_scale('network', teacher) is teacher
+    assert pixel_scale_of('network', teacher) is teacher
     raw = dataclasses.replace(teacher, mean=(0.0, 0.0), std=(1 / 255,) * 2)
     assert (
-        in_scale('network', raw) == in_scale('common', raw) == in_scale('common', dataclasses.replace(raw, std=(1.0, 1.0)))
+        pixel_scale_of('network', raw)
+        == pixel_scale_of('common', raw)
+        == pixel_scale_of('common', dataclasses.replace(raw, std=(1.0, 1.0)))
     )
     x = np.random.default_rng(0).normal(size=(2, *IMAGE_SHAPE)).astype(np.float32)
-    scale = in_scale('common', teacher)
+    scale = pixel_scale_of('common', teacher)
     pixels = x * np.float32(STD) + np.float32(MEAN)
     np.testing.assert_allclose(rescaled(x, teacher, scale), (pixels - 0.5) / 0.25, rtol=1e-4, atol=1e-5)
     assert rescaled(x, teacher, teacher) is x

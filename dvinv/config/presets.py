@@ -1,8 +1,8 @@
-"""Published settings, by name (method.md's table; arXiv 1912.08795, section 4 and the authors' notes), and our own."""
+"""Settings of an inversion by name: published ones (arXiv 1912.08795, section 4 and the authors' notes), and our own."""
 
 import dataclasses
 
-from dvinv.inversion.settings import InversionConfig, Stage, Weights
+from dvinv.config.inversion import InversionConfig, Stage, Weights
 
 _CIFAR_STAGE = {'iterations': 2000, 'schedule': 'constant', 'jitter': 2, 'clip': False}
 _IMAGENET_WEIGHTS = {'feature': 0.01, 'total_variation': 1e-4, 'l2': 1e-5, 'competition': 0.2}
@@ -35,7 +35,7 @@ PRESETS = {
     'cifar10_crop': InversionConfig(
         stages=(Stage(iterations=300, learning_rate=0.2, beta1=0.5, beta2=0.9, augmentation='crop', jitter=4, flip=True),),
         weights=Weights(feature=0.3, total_variation=2e-3, competition=1.0),
-        canvas='spectrum',
+        parameterization='fourier',
         prior_on='image',
         pixel_scale='network',
     ),
@@ -86,7 +86,7 @@ PRESETS['8px'] = InversionConfig(
 PRESETS['32px'] = InversionConfig(
     stages=(Stage(iterations=200, learning_rate=0.8, jitter=3, noise=0.05, **_OWN_STAGE),),
     weights=Weights(feature=0.3, total_variation=2e-3, competition=1.0),
-    canvas='spectrum',
+    parameterization='fourier',
     contrast=1.0,
     prior_on='image',
 )
@@ -96,7 +96,7 @@ PRESETS['128px'] = InversionConfig(
         Stage(iterations=200, learning_rate=0.1, jitter=16, warmup=50, **_OWN_STAGE),
     ),
     weights=Weights(feature=0.1, total_variation=1e-3, competition=1.0),
-    canvas='spectrum',
+    parameterization='fourier',
     prior_on='image',
 )
 # As measured on MobileNetV1 (configs/imagenet_mobilenet_v1.py:spectrum).
@@ -106,7 +106,7 @@ PRESETS['224px'] = InversionConfig(
         Stage(iterations=200, learning_rate=0.1, jitter=30, warmup=50, beta1=0.5, beta2=0.9),
     ),
     weights=Weights(feature=0.01, first_bn_multiplier=10.0, total_variation=5e-5, l2=5e-6, competition=0.2),
-    canvas='spectrum',
+    parameterization='fourier',
 )
 
 

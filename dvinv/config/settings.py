@@ -1,0 +1,366 @@
+"""All settings of a run, in groups as in a config file; what no group can tell alone is validated here."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from dvinv.config.checks import validate_bounds, validate_choices
+from dvinv.config.inversion import InversionConfig, Stage, Weights
+from dvinv.config.tasks import (
+    ContinualSettings,
+    DataFreeControl,
+    DistillationSettings,
+    PruningSettings,
+    QuantizationSettings,
+)
+from dvinv.config.training import LabelTrainingSettings, Precision
+from dvinv.errors import DvinvError
+
+Task = Literal['teacher', 'synthesis', 'distillation', 'pruning', 'continual', 'quantization', 'report']
+Method = Literal['deepinversion', 'adaptive', 'prior_only', 'noise']
+TASKS: tuple[Task, ...] = ('teacher', 'synthesis', 'distillation', 'pruning', 'continual', 'quantization', 'report')
+DATA_FREE_CONTROLS: tuple[DataFreeControl, ...] = ('noise', 'prior_only')
+# Of no preset yet, see `Settings.with_preset`.
+OPEN_WEIGHTS = Weights(**dict.fromkeys((field.name for field in dataclasses.fields(Weights)), None))  # type: ignore
+CONTROLLED = ('synthesis', 'distillation', 'pruning', 'quantization')  # tasks with `controls` that learn from other images
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """Which real data set, and from where. No synthesized pixel depends on it."""
+
+    name: str = 'digits'  # '': no real data; figures that need them are null
+    path: str = ''  # of the test images (npz, folders), or of prepared data sets (cifar10, cifar100)
+    train_path: str = ''  # of the training images (npz, folders); '': none, then nothing may be trained on real ones
+    image_size: int = 0  # pixels that images (not TFDS ones) are scaled and cut to; 0: they have one size
+    classes: tuple[int, ...] = ()  # numbers of these alone, renumbered from 0 in this order; (): all
+    # Of the class folders, in the order of labels; (): see dvinv.data.folders. Without data, for the report alone.
+    class_names: tuple[str, ...] = ()
+    validation: bool = False  # score on a held-out fifth of the training split instead of the test split
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherSettings:
+    """The network that is inverted."""
+
+    # 'module:function' that returns a dvinv.Teacher, or a Flax module (it may take num_classes, and rngs for an NNX
+    # model), which is trained here, or read from `weights` that dvinv wrote; else network and weights:
+    factory: str = ''
+    network: str = 'small_resnet'  # a name of dvinv.networks
+    width: float = 1.0  # factor of the number of channels of all layers
+    weights: str = ''  # path of a network file, or of weights that others published; trained when empty
+    # Height, width, channels, where the weights come from others; (): the network's usual ones.
+    image_shape: tuple[int, ...] = ()
+    # For pixels in [0, 1]; (): of the weights file where it tells them, else of this network's published weights, or
+    # .5 each where the network is trained here.
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()  # as `mean`
+    training: LabelTrainingSettings = LabelTrainingSettings()  # where the network is trained here
+
+    def __post_init__(self):
+        """Validates the fields.
+
+        Raises:
+          DvinvError: names the field and its value.
+        """
+        shape = self.image_shape
+        if shape and not (len(shape) == 3 and all(type(length) is int and length > 0 for length in shape)):
+            raise DvinvError(f'image_shape is {shape}; it must be (height, width, channels), or () for the usual.')
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifierSettings:
+    """The network that judges the images, independent of the teacher."""
+
+    network: str = 'small_convnet'  # '': no verifier
+    width: float = 1.0  # factor of the number of channels of all layers
+    weights: str = ''  # path of a network file, or of weights that others published; trained when empty
+    # Where the weights come from others; (): as for the teacher, but the teacher's where none are known.
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()  # as `mean`
+    training: LabelTrainingSettings = LabelTrainingSettings()  # where the network is trained here
+
+
+@dataclasses.dataclass(frozen=True)
+class MoreVerifierSettings:
+    """A pretrained network besides, used in the report only."""
+
+    network: str  # its name in dvinv.networks, and that of its figures
+    weights: str  # path of a network file, or of weights that others published
+    width: float = 1.0  # factor of the number of channels of all layers
+    mean: tuple[float, ...] = ()  # a channel, for pixels in [0, 1]; (): as for the verifier
+    std: tuple[float, ...] = ()  # as `mean`
+
+    def __post_init__(self):
+        """Validates the fields.
+
+        Raises:
+          DvinvError: names the field and its value.
+        """
+        for name in ('network', 'weights'):
+            if not getattr(self, name):
+                raise DvinvError(
+                    f"{name} is ''; name a network and the file of its weights, for only the first verifier is trained here."
+                )
+        if min(self.std, default=1) <= 0:
+            raise DvinvError(f'std is {self.std}; every standard deviation must be above 0.')
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentSettings:
+    """The network that learns from the teacher."""
+
+    factory: str = ''  # 'module:function' that returns a Flax module, as of the teacher; '': by network and width
+    network: str = 'small_resnet'  # a name of dvinv.networks
+    width: float = 1.0  # factor of the number of channels of all layers
+    inherit: bool = False  # start from the teacher's weights in the layers that both have, by name, depth and shape
+
+
+@dataclasses.dataclass(frozen=True)
+class SynthesisSettings:
+    """How images are made; fields that are None until `Settings.with_preset` are those of `InversionConfig`."""
+
+    method: Method = 'deepinversion'  # or 'adaptive', 'prior_only' (no feature term), 'noise' (nothing is optimised)
+    images: int = 1024  # of the pool; a multiple of batch_size
+    batch_size: int = 256  # images that are inverted together and share their moments
+    classes: tuple[int, ...] = ()  # numbers of the classes that images are made of, in turn; (): all
+    batches_per_round: int = 0  # so many join the pool every distillation.updates_per_round; 0: all before the first
+    controls: tuple[DataFreeControl, ...] = ()  # lesser methods that `images` are made by too, for the report
+    stages: tuple[Stage, ...] | None = None  # one after the other
+    weights: Weights = OPEN_WEIGHTS  # of the terms of the objective
+    total_variation: str | None = None
+    parameterization: str | None = None
+    contrast: float | None = None
+    l2: str | None = None
+    prior_on: str | None = None
+    precision: Precision = 'float32'
+    recompute: int = 0
+    iterations_per_dispatch: int = 0
+    pixel_scale: str | None = None
+
+    def __post_init__(self):
+        """Validates the fields.
+
+        Raises:
+          DvinvError: names the field and its value.
+        """
+        validate_choices(self)
+        validate_bounds(self, 1, 'images')
+        validate_bounds(self, 2, 'batch_size')
+        for label in self.classes:
+            if type(label) is not int or label < 0:
+                raise DvinvError(f'classes names {label!r}; give the numbers of classes, from 0.')
+        if self.stages is not None:
+            self.inversion_config('device')
+
+    @property
+    def batches(self) -> int:
+        """How many batches make up the pool."""
+        return self.images // self.batch_size
+
+    @property
+    def is_open(self) -> bool:
+        """Whether fields are None, which a preset is to fill."""
+        return None in (*vars(self).values(), *vars(self.weights).values())
+
+    def inversion_config(self, bn_stats: str, method: str = '') -> InversionConfig:
+        """Returns the settings as `invert` takes them.
+
+        Args:
+          bn_stats: of the run.
+          method: '': `self.method`; 'prior_only' has no feature term.
+        """
+        names = {field.name for field in dataclasses.fields(InversionConfig)} - {'bn_stats', 'weights'}
+        values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        weights = self.weights
+        if (method or self.method) == 'prior_only':
+            weights = dataclasses.replace(weights, feature=0.0)
+        return InversionConfig(weights=weights, bn_stats=bn_stats, **values)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingSettings:
+    """How often what is measured and kept; no result depends on it."""
+
+    every: int = 50  # updates of a training a line in metrics.jsonl
+    checkpoint_every: int = 500  # updates
+    checkpoint_minutes: float = 10.0  # between two saves of batches that are under way; 0: only on SIGTERM
+    iterations: int = 10  # of a synthesis between two points of its curve
+
+    def __post_init__(self):
+        """Validates the fields.
+
+        Raises:
+          DvinvError: names the field and its value.
+        """
+        validate_bounds(self, 1, 'every', 'checkpoint_every', 'iterations')
+        validate_bounds(self, 0, 'checkpoint_minutes')
+        if self.checkpoint_every % self.every:
+            raise DvinvError(
+                f'every is {self.every} and logging.checkpoint_every {self.checkpoint_every}; the second must be a multiple '
+                'of the first.'
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All settings of a run."""
+
+    seed: int = 0  # of all random numbers
+    # Run in the order of dvinv.config.TASKS; one alone by --config.tasks="('teacher',)".
+    tasks: tuple[Task, ...] = ('teacher', 'synthesis', 'distillation', 'report')
+    devices: int = 0  # how many; 0: all. On CPU, this many virtual ones (0: one a core)
+    # 'device': each device inverts batches of its own; 'global': one batch is split over all.
+    bn_stats: Literal['device', 'global'] = 'device'
+    pool: str = ''  # path of an existing pool, used instead of synthesizing one
+    # Share of the pool that nothing learns from where there are no real data (data.name=''): networks are compared with the
+    # teacher on it; 0: none, and no scores.
+    held_out: float = 0.0625
+    data: DataSettings = DataSettings()
+    teacher: TeacherSettings = TeacherSettings()
+    verifier: VerifierSettings = VerifierSettings()
+    # Additional pretrained verifiers, used in the report only; a dict each, with width, mean and std too where they are not
+    # the defaults: --config.verifiers="({'network': 'resnet32', 'weights': 'resnet32.npz'},)"
+    verifiers: tuple[MoreVerifierSettings, ...] = ()
+    student: StudentSettings = StudentSettings()
+    synthesis: SynthesisSettings = SynthesisSettings()
+    distillation: DistillationSettings = DistillationSettings()
+    pruning: PruningSettings = PruningSettings()
+    continual: ContinualSettings = ContinualSettings()
+    quantization: QuantizationSettings = QuantizationSettings()
+    logging: LoggingSettings = LoggingSettings()
+
+    def __post_init__(self):
+        """Validates what concerns several groups, or the tasks that are run.
+
+        Raises:
+          DvinvError: names the field, its value and the choices.
+        """
+        validate_choices(self)
+        if not 0 <= self.seed < 2**27:  # seeds of trainings are 16 times as large, and 32 bits wide
+            raise DvinvError(f'seed is {self.seed}; it must be between 0 and {2**27 - 1}.')
+        if not 0 <= self.held_out <= 0.5:
+            raise DvinvError(f'held_out is {self.held_out}; it is a share of the pool, from 0 to 0.5.')
+        self._validate_verifiers()
+        if self.makes_images or (self.trains_student and not self.pool):
+            self._validate_rounds()
+        if self.makes_images:
+            self._validate_batches()
+        if self.trains_student:
+            for count in self.distillation.counts:
+                if type(count) is not int or not 1 <= count <= (count if self.pool else self.learned_images):
+                    raise DvinvError(
+                        f'distillation.counts names {count!r}; give whole numbers from 1 to the {self.learned_images} '
+                        'images that are learned from.'
+                    )
+
+    @property
+    def makes_images(self) -> bool:
+        """Whether a task makes images, by the group `synthesis`."""
+        controls = [control for task in CONTROLLED if task in self.tasks for control in getattr(self, task).controls]
+        return (
+            ('synthesis' in self.tasks and not self.pool)
+            or 'continual' in self.tasks
+            or ('pruning' in self.tasks and self.pruning.adaptive_batches > 0)
+            or any(control in DATA_FREE_CONTROLS for control in controls)
+        )
+
+    @property
+    def trains_student(self) -> bool:
+        """Whether a task trains `student`: distillation, or one that makes images in competition with it."""
+        competing = ('synthesis' in self.tasks and not self.pool) or 'continual' in self.tasks
+        return 'distillation' in self.tasks or (competing and self.synthesis.method == 'adaptive')
+
+    @property
+    def needs_verifier(self) -> bool:
+        """Whether a task needs the verifier."""
+        return 'teacher' in self.tasks or 'synthesis' in self.tasks
+
+    @property
+    def round_images(self) -> int:
+        """How many images of the run's own pool come in a round."""
+        return (self.synthesis.batches_per_round or self.synthesis.batches) * self.synthesis.batch_size
+
+    @property
+    def learned_images(self) -> int:
+        """How many images of the run's own pool are learned from."""
+        rounds = self.synthesis.images // max(1, self.round_images)
+        return self.synthesis.images - rounds * self.held_out_of(self.round_images)
+
+    def held_out_of(self, images: int) -> int:
+        """Returns how many of the images of a round are held out, see `dvinv.held_out`."""
+        return 0 if self.data.name else int(self.held_out * images)
+
+    def inversion_config(self, method: str = '') -> InversionConfig:
+        """Returns the settings of the synthesis as `invert` takes them; for `method` see `SynthesisSettings`."""
+        return self.synthesis.inversion_config(self.bn_stats, method)
+
+    def with_preset(self, preset: InversionConfig) -> 'Settings':
+        """Returns the settings with the fields of the synthesis that are None as in `preset`."""
+        group = self.synthesis
+        weights = {name: value for name, value in vars(preset.weights).items() if getattr(group.weights, name) is None}
+        values = {name: getattr(preset, name) for name, value in vars(group).items() if value is None}
+        values['weights'] = dataclasses.replace(group.weights, **weights)
+        return dataclasses.replace(self, synthesis=dataclasses.replace(group, **values))
+
+    def _validate_verifiers(self) -> None:
+        if self.verifiers and not self.verifier.network:
+            raise DvinvError("verifiers names some, but verifier.network is ''; let that be the first of them.")
+        names = [self.verifier.network]
+        for index, verifier in enumerate(self.verifiers):
+            if verifier.network in names:
+                raise DvinvError(
+                    f'verifiers[{index}].network is {verifier.network}, and so is that of another verifier; figures go by '
+                    "the network's name, so leave one out."
+                )
+            names.append(verifier.network)
+
+    def _validate_batches(self) -> None:
+        images, batch_size = self.synthesis.images, self.synthesis.batch_size
+        if images % batch_size:
+            raise DvinvError(
+                f'synthesis.images is {images}, which batches of {batch_size} do not fill; choose a multiple, for '
+                f'instance {max(1, images // batch_size) * batch_size}.'
+            )
+        competition = self.synthesis.weights.competition
+        if self.synthesis.method == 'adaptive' and competition == 0:
+            raise DvinvError("synthesis.method is 'adaptive', but synthesis.weights.competition is 0; give it a weight.")
+        if 'pruning' in self.tasks and self.pruning.adaptive_batches and competition is not None and not competition > 0:
+            raise DvinvError(
+                f'pruning.adaptive_batches is {self.pruning.adaptive_batches}, but synthesis.weights.competition is '
+                f'{competition}; give it a weight above 0, or no batches.'
+            )
+
+    def _validate_rounds(self) -> None:
+        """Validates that rounds divide the batches, and end before the updates of a student that is trained."""
+        group, updates = self.synthesis, self.distillation.updates
+        batches, per_round, every = group.batches, group.batches_per_round, self.distillation.updates_per_round
+        if group.method == 'adaptive' and not per_round:
+            raise DvinvError(
+                "synthesis.method is 'adaptive', but synthesis.batches_per_round is 0: say how many batches are made "
+                'against the student of the moment, and by distillation.updates_per_round how long it learns from them.'
+            )
+        if per_round < 0 or (per_round and batches % per_round):
+            raise DvinvError(
+                f'synthesis.batches_per_round is {per_round}, which does not divide the {batches} batches; choose a divisor.'
+            )
+        if not (per_round and self.trains_student):
+            return
+        if every < 1:
+            raise DvinvError(
+                f'distillation.updates_per_round is {every}; with synthesis.batches_per_round it must be at least 1.'
+            )
+        if (batches // per_round - 1) * every >= updates:
+            raise DvinvError(
+                f'{batches // per_round} rounds of {every} updates begin after the {updates} updates of distillation; raise '
+                'distillation.updates, or lower distillation.updates_per_round.'
+            )
+
+
+def nested(settings: Any) -> Any:
+    """Returns settings, or a part of them, as nested dicts, lists and scalars, as JSON knows them."""
+    if dataclasses.is_dataclass(settings):
+        return {name: nested(value) for name, value in sorted(vars(settings).items())}
+    if isinstance(settings, Mapping):
+        return {name: nested(value) for name, value in sorted(settings.items())}
+    return [nested(item) for item in settings] if isinstance(settings, tuple | list) else settings
