@@ -3,6 +3,9 @@
 import runpy
 from pathlib import Path
 
+from dvinv.config import parse
+from dvinv.run import Run
+
 ROOT = Path(__file__).parents[1]
 lasting = runpy.run_path(str(ROOT / 'benchmarks' / 'kill_test.py'))['lasting']
 
@@ -41,6 +44,11 @@ def smoke_config(**changes):
     config = runpy.run_path(str(ROOT / 'configs' / 'digits.py'))['get_config']('smoke')
     config.update_from_flattened_dict({name.replace('__', '.'): value for name, value in changes.items()})
     return config
+
+
+def smoke_run(path='', **changes) -> Run:
+    """The run of such a config, whose work directory is not open."""
+    return Run(parse(smoke_config(**changes)), path)
 
 
 def synthesis_config(**changes):

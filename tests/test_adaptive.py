@@ -9,6 +9,7 @@ import pytest
 from smoke import lasting, smoke_config
 
 from dvinv import pipeline
+from dvinv.config import parse
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
 from dvinv.runtime.workdir import Workdir
@@ -151,6 +152,6 @@ def test_a_curve_of_students_by_image_count(adaptive, finished, tmp_path):
     config = adaptive_config(finished, pool=str(adaptive[0] / 'pool'), distillation__counts=(20, 80))
     figures = pipeline.run(config, tmp_path / 'run')['distillation']
     assert figures['test_accuracy_of_80_images'] == figures['test_accuracy']  # an existing pool is there from the start
-    with contextlib.closing(Workdir(tmp_path / 'run', config)) as workdir:
+    with contextlib.closing(Workdir(tmp_path / 'run', parse(config))) as workdir:
         few, many = (workdir.network(f'student_of_{count}').read_bytes() for count in (20, 80))
         assert few != many == workdir.network('student').read_bytes()

@@ -290,7 +290,7 @@ ALONE = {'teacher__factory': 'factories:own', 'pool': '.'}  # a pool that is the
 )
 def test_what_no_task_needs_is_not_checked(tasks, changes):
     verifier = {'verifier__network': '', **changes} if 'synthesis' in tasks else changes
-    pipeline.check(smoke_config(**ALONE, tasks=tasks, quantization__controls=(), **verifier))
+    pipeline.validated(smoke_config(**ALONE, tasks=tasks, quantization__controls=(), **verifier))
 
 
 @pytest.mark.parametrize(
@@ -332,10 +332,10 @@ def test_what_a_file_tells_of_itself_cannot_be_set_otherwise(own_file, role, cha
     fields = {'network': 'small_resnet', 'weights': own_file, **changes}
     config = smoke_config(**{f'{role}__{name}': value for name, value in fields.items()})
     if not words:
-        pipeline.check(config)
+        pipeline.validated(config)
         return
     with pytest.raises(DvinvError, match=re.escape(words.replace('FILE', own_file))):
-        pipeline.check(config)
+        pipeline.validated(config)
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def test_classes_that_are_numbered_anew_are_not_the_teachers(own_file, classes, 
     config = smoke_config(teacher__weights=own_file, teacher__mean=(), teacher__std=(), data__classes=classes)
     config.verifier.network, config.teacher.width = '', 1.0
     with contextlib.nullcontext() if fits else pytest.raises(DvinvError, match=r'data.classes names .* numbered again'):
-        pipeline.check(config)
+        pipeline.validated(config)
 
 
 def test_weights_of_another_network_are_refused(finished, tmp_path):

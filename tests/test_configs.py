@@ -7,12 +7,11 @@ import runpy
 
 import numpy as np
 import pytest
-from dvinv.configuration import recipe_of
 from smoke import NAMES, ROOT
 from tiny import saved, trained_variables
 
-from dvinv import configuration, pipeline
-from dvinv.config import PRESETS
+from dvinv import pipeline
+from dvinv.config import PRESETS, parse, preset_for
 from dvinv.data.real import DATA_SETS
 from dvinv.networks import create
 from dvinv.networks.classifier import flatten
@@ -33,23 +32,21 @@ def read(path, *arguments):
 def test_the_config_can_be_run_where_its_data_are(path):
     config = read(path)
     assert config == read(path, '')
-    configuration.settle(config, lambda: image_shape(config.teacher.network))
-    configuration.check(config)
+    shape = image_shape(config.teacher.network)
+    settings = parse(config)
+    settings = settings.with_preset(PRESETS[preset_for(shape)])
     assert config.synthesis.images % config.synthesis.batch_size == 0
     assert config.data.name in ('', *DATA_SETS)  # '': it needs none
     for network in (config.teacher, config.verifier, config.student):
         if network.network:  # a verifier may be left out
             create(network.network, 10, network.width)
-    for name, group in (('teacher', config.teacher.training), ('verifier', config.verifier.training)):
-        recipe_of(group).check(name)
-    recipe_of(config.distillation).check('distillation')
-    configuration.inversion_config(config).check(image_shape(config.teacher.network))
+    settings.inversion_config().validate_for(shape)
 
 
 @each_config
 def test_the_smoke_run_needs_nothing_that_is_not_here(path):
     whole, smoke = read(path), read(path, 'smoke')
-    pipeline.check(smoke)
+    pipeline.validated(smoke)
     for part in ('teacher', 'verifier', 'student'):
         assert smoke[part].network == whole[part].network
     assert smoke.synthesis.method == whole.synthesis.method
@@ -68,8 +65,8 @@ def test_an_argument_that_it_does_not_know_is_refused(path):
 @pytest.mark.parametrize(('argument', 'preset'), [('pictures', 'cifar10_crop'), ('paper', 'cifar10_paper')])
 def test_pictures_are_made_with_a_preset_as_it_is(argument, preset):
     config = read(ROOT / 'configs' / 'cifar10_resnet20.py', argument)
-    configuration.check(config)
-    assert configuration.inversion_config(config) == PRESETS[preset]
+    parse(config)
+    assert parse(config).inversion_config() == PRESETS[preset]
     assert config.synthesis.images == config.synthesis.batch_size == 256
 
 
@@ -77,22 +74,22 @@ def test_pictures_are_made_with_a_preset_as_it_is(argument, preset):
 def test_students_learn_from_the_fast_preset(config, preset):
     name, argument = config.split(':')
     fast = read(ROOT / 'configs' / f'{name}.py', argument)
-    configuration.check(fast)
-    assert configuration.inversion_config(fast) == PRESETS[preset]
+    parse(fast)
+    assert parse(fast).inversion_config() == PRESETS[preset]
 
 
 @pytest.mark.parametrize(('argument', 'epochs', 'mixup'), [('', 90, 0), ('mixup', 250, 0.2)])
 def test_a_resnet50_is_taught_as_published(argument, epochs, mixup):
     config = read(ROOT / 'configs' / 'imagenet_resnet50.py', argument)
-    configuration.check(config)
-    group, recipe = config.distillation, recipe_of(config.distillation)
+    parse(config)
+    settings = parse(config).distillation
     assert (config.teacher.network, config.student.network, config.synthesis.images) == ('resnet50', 'resnet50', 215_040)
-    assert (recipe.batch_size, recipe.updates) == (1024, epochs * (215_040 // 1024))
-    assert (recipe.optimizer, recipe.schedule, recipe.learning_rate) == ('sgd', 'cosine', 1.024)
-    assert (recipe.resized_crop, recipe.flip, recipe.mixup) == (0.08, True, mixup)
+    assert (settings.batch_size, settings.updates) == (1024, epochs * (215_040 // 1024))
+    assert (settings.optimizer, settings.schedule, settings.learning_rate) == ('sgd', 'cosine', 1.024)
+    assert (settings.resized_crop, settings.flip, settings.mixup) == (0.08, True, mixup)
     # The loss is the KL divergence to the teacher alone.
-    assert (group.temperature, group.hint, group.updates_per_round) == (3, 0, 0)
-    assert configuration.inversion_config(config) == dataclasses.replace(PRESETS['imagenet_multires'], precision='bfloat16')
+    assert (settings.temperature, settings.hint, settings.updates_per_round) == (3, 0, 0)
+    assert parse(config).inversion_config() == dataclasses.replace(PRESETS['imagenet_multires'], precision='bfloat16')
 
 
 @each_config

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dvinv.continual.settings import Continual
 from smoke import ROOT, lasting
 from tiny import drawn_inverter, saved, trained, trained_variables
 
@@ -17,7 +16,7 @@ import dvinv
 import dvinv.synthesizer
 import dvinv.training
 from dvinv import DvinvError, pipeline
-from dvinv.config import DataSettings, TrainingSettings
+from dvinv.config import ContinualSettings, DataSettings, TrainingSettings
 from dvinv.continual import driver, losses, scores
 from dvinv.continual.lesson import network_of
 from dvinv.data.dataset import Split
@@ -28,7 +27,6 @@ from dvinv.inversion.tap import features_in_training
 from dvinv.networks import create, load_classifier
 from dvinv.networks.head import grown, head_of
 from dvinv.rounds import Rounds, chosen_images
-from dvinv.runtime.workdir import Workdir
 from dvinv.synthesizer import Synthesizer
 from dvinv.training import Lesson
 
@@ -255,13 +253,15 @@ def test_an_adaptive_pool_competes_with_a_student_of_the_network_as_it_is(data, 
     rounds = {'synthesis__method': 'adaptive', 'synthesis__batches_per_round': 1, 'synthesis__weights__competition': 10.0}
     student = {'student__network': 'small_convnet', 'student__width': 0.125, 'distillation__updates_per_round': 4}
     config = config_of(data, devices=1, distillation__batch_size=4, **rounds, **student)
-    like = network_of(config, pipeline.check(config), 3)
+    run = pipeline.validated(config)
+    like = network_of(run, run.planned_teacher, 3)
     current = dataclasses.replace(like, variables=trained(like.variables))
     fill, seen = Synthesizer.fill, []
 
-    def pool_of(run, chain='continual'):
-        with contextlib.closing(Workdir(tmp_path / run, config)) as workdir:
-            driver.pool_of(config, workdir, chain, 2, current)
+    def pool_of(name, chain='continual'):
+        run = pipeline.validated(config, tmp_path / name)
+        with contextlib.closing(run.open_workdir()) as workdir:
+            driver.pool_of(run, chain, 2, current)
         return {path.name: path.read_bytes() for path in (workdir.path / 'pools' / '2').iterdir()}
 
     def fill_and_tell(self, numbers, student, **notes):
@@ -394,4 +394,4 @@ def test_forgetting_is_what_was_best_less_what_is_left():
     matrix = [[0.9], [0.95, 0.8], [0.5, 0.7, 1.0]]
     assert scores.forgetting(matrix) == pytest.approx((0.45 + 0.1) / 2)
     assert scores.forgetting([None, None, [0.5, 0.7, 1.0]]) is None
-    assert Continual().weights.keys() == {'old_images', 'old_answers', 'head', 'features'}
+    assert ContinualSettings().weights.keys() == {'old_images', 'old_answers', 'head', 'features'}

@@ -675,9 +675,9 @@ def test_the_same_inversion_is_compiled_once_and_an_integer_is_a_key():
     assert weights() is None
 
 
-@pytest.mark.parametrize('config', ['cifar10', 5, Stage(1, 0.1), InversionConfig(Stage(1, 0.1))], ids=range(4))
+@pytest.mark.parametrize('config', ['cifar10', 5, Stage(1, 0.1)], ids=range(3))
 def test_what_is_no_config_is_refused(config):
-    with pytest.raises(DvinvError, match=r'it must be a (dvinv.InversionConfig, or the name of a preset|tuple of stages)'):
+    with pytest.raises(DvinvError, match=r'it must be a dvinv.InversionConfig, or the name of a preset'):
         invert(tiny_teacher(), [0, 1], config, 0)
 
 

@@ -2,13 +2,12 @@
 
 import dataclasses
 
-import ml_collections
 import numpy as np
 import pytest
 
 from dvinv.config import DataSettings
 from dvinv.data.dataset import Split
-from dvinv.data.real import load_real
+from dvinv.data.real import Datasets, load_real
 from dvinv.errors import DvinvError
 
 DIGITS, VALIDATION = DataSettings('digits'), DataSettings('digits', validation=True)
@@ -46,7 +45,6 @@ def test_every_class_has_its_share_of_both_parts(source):
 
 def test_the_split_is_always_the_same():
     first = load_real(DIGITS)
-    load_real(dataclasses.replace(DIGITS, image_size=9))  # takes the place in the cache
     np.random.seed(3)
     second = load_real(DIGITS)
     assert second is not first
@@ -81,9 +79,10 @@ def test_the_group_of_a_config_names_a_data_set_and_is_read_once():
         'class_names': (),
         'validation': False,
     }
-    data = load_real(ml_collections.ConfigDict(fields))
-    assert load_real(ml_collections.ConfigDict(fields)) is data
-    assert load_real(ml_collections.ConfigDict({**fields, 'validation': True})) is not data
+    datasets, settings = Datasets(), DataSettings(**fields)
+    data = datasets.load(settings)
+    assert datasets.load(dataclasses.replace(settings)) is data
+    assert datasets.load(dataclasses.replace(settings, validation=True)) is not data
 
 
 def test_no_name_is_no_data():

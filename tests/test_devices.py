@@ -91,7 +91,7 @@ def undivided(teacher, student, parameterization):
 
 
 def _loss_and_gradient(compiled, arguments):
-    """(metrics, gradient to the parameterization) of the first step; Adam's first moment is (1 - beta1) times the gradient."""
+    """(metrics, gradient to the parameters) of the first step; Adam's first moment is (1 - beta1) times the gradient."""
     # A compiled program takes its arguments as they were laid out at its compilation.
     placed = jax.tree.map(jax.device_put, arguments, compiled.input_shardings[0])
     state, metrics = compiled(*placed)

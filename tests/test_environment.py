@@ -14,13 +14,13 @@ import pytest
 from absl import flags
 
 import dvinv
-from dvinv import fields, main
+from dvinv import main
 from dvinv.__main__ import cli
-from dvinv.config import default_config
+from dvinv.config import default_config, documentation, nested, parse
 from dvinv.errors import DvinvError, say_once
 from dvinv.runtime import banner, compilation
 from dvinv.runtime.devices import make_mesh
-from dvinv.runtime.workdir import flat, plain
+from dvinv.runtime.workdir import flat
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,10 +72,10 @@ def test_public_names_are_listed_and_have_types():
 
 
 def test_every_field_is_listed_with_its_comment():
-    """The comments stand in the sources of the base config and of the classes that groups are made of."""
-    text = fields.described()
+    """The comments stand in the sources of the dataclasses."""
+    text = documentation.described()
     for flag, comment in (
-        ('seed=0', 'of all that is drawn by chance'),
+        ('seed=0', 'of all random numbers'),
         ('data.train_path=', 'of the training images (npz, folders)'),
         ('teacher.training.optimizer=', "'adam' (with decoupled weight decay)"),
         ('teacher.mean=()', 'For pixels in [0, 1]; (): of the weights file'),
@@ -86,10 +86,14 @@ def test_every_field_is_listed_with_its_comment():
         ('quantization.ranges=', "'minmax', 'percentile' or 'mse'"),
     ):
         assert re.search(rf'--config\.{re.escape(flag)}.*\n    {re.escape(comment)}', text), flag
-    config = default_config('digits')
-    names = {name for name, _, _ in fields.fields()}
-    assert {name.split('[')[0] for name in names} == {name.split('[')[0] for name in flat(plain(config))}
-    assert sum(bool(comment) for _, comment, _ in fields.fields()) > 0.7 * len(names)
+    names = {field.path for field in documentation.fields()}
+    settings = nested(parse(default_config('digits')))
+    assert {name.split('[')[0] for name in names} == {name.split('[')[0] for name in flat(settings)}
+    assert [field.path for field in documentation.fields() if not field.comment] == []
+
+
+def test_the_page_of_settings_is_that_of_the_fields():
+    assert (ROOT / 'docs' / 'settings.md').read_text() == documentation.as_markdown()
 
 
 # The user

@@ -15,6 +15,8 @@ from ml_collections import config_flags
 from PIL import Image
 from smoke import ROOT
 
+from dvinv.config import parse
+
 sys.path.append(str(ROOT / 'benchmarks'))
 import gpu
 import gpu_bundle
@@ -27,7 +29,6 @@ import gpu_stage
 from gpu_report import DONE, FAILED, PENDING, Item, Report, nulls, place_of, read_json
 from gpu_stage import Context, Settings
 
-from dvinv import configuration
 from dvinv.errors import DvinvError
 
 
@@ -411,11 +412,11 @@ read_by_flags = pytest.mark.filterwarnings('ignore:the load_module')  # ml_colle
 def test_the_runs_of_a_column_differ_in_method_network_and_seed(real, config_of, stage):
     context, weights = context_of(real, stage), Path('w/teacher.safetensors')
     teacher = config_of(gpu_columns.flags_of('teacher', context, weights))
-    configuration.check(teacher)
+    parse(teacher)
     assert (teacher.tasks, teacher.teacher.weights, teacher.verifier.network) == (('teacher',), '', '')
     for name, student in gpu_columns.students_of(stage).items():
         config = config_of(gpu_columns.flags_of(name, context, weights))
-        configuration.check(config)
+        parse(config)
         assert (config.synthesis.method, config.student.network, config.seed) == (
             student.method,
             student.network,
@@ -430,7 +431,7 @@ def test_the_runs_of_a_column_differ_in_method_network_and_seed(real, config_of,
 @read_by_flags
 def test_the_imagenet_run_has_two_batches_of_84_classes(real, config_of):
     config = config_of(gpu_imagenet.flags_of(context_of(real, 'imagenet')))
-    configuration.check(config)
+    parse(config)
     assert (config.synthesis.images, config.synthesis.batch_size, len(set(config.synthesis.classes))) == (168, 84, 84)
     assert [stage.iterations for stage in config.synthesis.stages] == [2000, 1000]
     assert (config.synthesis.precision, config.teacher.width) == ('bfloat16', 0.75)

@@ -5,15 +5,15 @@ import json
 
 import numpy as np
 import pytest
-from dvinv.configuration import held_out_of_round, rounds_of
 from smoke import smoke_config
 from tiny import IMAGE_SHAPE, tiny_teacher
 
-from dvinv import DvinvError, configuration
+from dvinv import DvinvError
+from dvinv.config import nested, parse
 from dvinv.data.pool import ImagePool
 from dvinv.held_out import HeldOut, learned_rows
-from dvinv.rounds import chosen_images
-from dvinv.runtime.workdir import Workdir, plain
+from dvinv.rounds import chosen_images, rounds_of
+from dvinv.runtime.workdir import Workdir
 
 
 def free(**changes):
@@ -45,18 +45,19 @@ def pool(tmp_path):
 def test_nobody_learns_from_the_last_images_of_a_round(changes, size, held):
     config = free()
     config.update_from_flattened_dict({name.replace('__', '.'): value for name, value in changes.items()})
-    assert held_out_of_round(config)[0] == size
-    learned = learned_rows(config, np.arange(40)[:, None])
+    settings = parse(config)
+    assert settings.pool or settings.round_images == size
+    learned = learned_rows(settings, np.arange(40)[:, None])
     assert sorted({*range(40)} - {*learned[np.arange(len(learned))].ravel().tolist()}) == held
     if not config.pool:  # which comes in one round
-        rounds = rounds_of(config)
+        rounds = rounds_of(settings)
         assert rounds.images * rounds.count == len(learned)
         assert max(chosen_images(0, update, 8, rounds).max() for update in range(20)) < len(learned)
 
 
 def test_networks_are_compared_with_the_teacher_class_by_class(pool):
     teacher, other = tiny_teacher(), tiny_teacher(seed=1, channels=(3,))
-    held_out = HeldOut(free(), teacher, pool)
+    held_out = HeldOut(parse(free()), teacher, pool)
     figures = held_out.beside({'student': teacher, 'noise': other}, 'student')
     assert figures['held_out_images'] == 4
     assert (figures['held_out_agreement'], figures['held_out_class_agreement']) == (1.0, [1.0] * 3)
@@ -64,27 +65,27 @@ def test_networks_are_compared_with_the_teacher_class_by_class(pool):
     assert figures['noise_held_out_kl'] > 0.01
     assert json.dumps(figures)
     config = free(held_out=0.05)  # two images, of two classes
-    assert HeldOut(config, teacher, pool).figures(teacher)['held_out_class_agreement'].count(None) == 1
+    assert HeldOut(parse(config), teacher, pool).figures(teacher)['held_out_class_agreement'].count(None) == 1
     config.data.name = 'digits'
-    assert HeldOut(config, teacher, pool).beside({'student': teacher}, 'student') == {}
+    assert HeldOut(parse(config), teacher, pool).beside({'student': teacher}, 'student') == {}
 
 
 @pytest.mark.parametrize('share', [-0.1, 0.6])
 def test_a_share_that_leaves_too_little_is_refused(share):
     with pytest.raises(DvinvError, match=f'held_out is {share}; it is a share of the pool, from 0 to 0.5'):
-        configuration.check(free(held_out=share))
+        parse(free(held_out=share))
 
 
 def test_no_more_images_are_counted_than_are_learned_from():
-    configuration.check(free(distillation__counts=(36,)))
+    parse(free(distillation__counts=(36,)))
     with pytest.raises(DvinvError, match='names 37; give whole numbers from 1 to the 36 images'):
-        configuration.check(free(distillation__counts=(37,)))
+        parse(free(distillation__counts=(37,)))
 
 
 def test_a_run_of_before_goes_on_as_it_was(tmp_path):
     """Its config has no held_out: with real data that changes nothing, without it is 0."""
     for name, config, words in (('digits', smoke_config(), ''), ('', free(held_out=0.0), ''), ('', free(), 'held_out')):
-        old = plain(config)
+        old = nested(parse(config))
         del old['held_out'], old['student']['factory']
         folder = tmp_path / (name or 'free')
         folder.mkdir(exist_ok=True)
@@ -92,7 +93,7 @@ def test_a_run_of_before_goes_on_as_it_was(tmp_path):
         (folder / 'results.json').write_text('{}')
         if words:
             with pytest.raises(DvinvError, match='another config: held_out'):
-                Workdir(folder, config)
+                Workdir(folder, parse(config))
         else:
-            with contextlib.closing(Workdir(folder, config)):
+            with contextlib.closing(Workdir(folder, parse(config))):
                 pass

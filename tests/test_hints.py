@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 from flax import nnx
@@ -15,7 +14,7 @@ from smoke import synthesis_config
 from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, trained, trained_variables
 
 from dvinv import DvinvError, pipeline
-from dvinv.config import TrainingSettings, default_config
+from dvinv.config import TrainingSettings, default_config, parse
 from dvinv.graph import graft, record
 from dvinv.graph.projections import initial_projections, relative_error, to_student, to_teacher
 from dvinv.hints import Hints, choose_hints, layer_error, staged_forward
@@ -24,6 +23,7 @@ from dvinv.inversion.execution import in_precision
 from dvinv.inversion.tap import features_in_training
 from dvinv.networks import create, initialise
 from dvinv.rounds import Rounds
+from dvinv.run import Run
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.workdir import Workdir
 from dvinv.student import distillation_loss, lesson_of, staged_loss
@@ -117,7 +117,7 @@ def test_the_configs_hint_is_in_the_lesson():
     lessons = []
     for hint in (0.0, 7.0):
         config.distillation.hint = hint
-        lessons.append(lesson_of(config, teacher, Rounds(4)).loss_fn)
+        lessons.append(lesson_of(Run(parse(config)), teacher, Rounds(4)).loss_fn)
 
     @jax.jit
     def measure(x):
@@ -143,7 +143,7 @@ def test_the_layers_error_falls_by_the_configs_decay():
     config, teacher = default_config('digits'), small_teacher()
     config.distillation.update(hint=8.0, hint_decay=2.0)
     variables, x = trained(teacher.variables, seed=5), np.random.default_rng(0).normal(size=(4, *teacher.image_shape))
-    loss = lesson_of(config, teacher, Rounds(4)).loss_fn
+    loss = lesson_of(Run(parse(config)), teacher, Rounds(4)).loss_fn
 
     @jax.jit
     def measure(x):
@@ -246,7 +246,7 @@ def _train(folder, teacher, lesson, stops=()):
     """(variables, metrics) of a training that is made again at each of `stops`."""
     images = np.random.default_rng(1).integers(0, 256, (20, *IMAGE_SHAPE), dtype=np.uint8)
     labels, logging = np.zeros(20, np.int32), SimpleNamespace(every=2, checkpoint_every=4)
-    workdir = Workdir(folder, ml_collections.ConfigDict())
+    workdir = Workdir(folder, {})
     for stop in (*stops, None):
         with Training(Pooled(), lesson, teacher, 3, make_mesh(1), workdir, 'distillation', 'student', logging) as training:
             variables = training.advance(images, labels, stop) if stop else training.finish(images, labels)

@@ -6,9 +6,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from smoke import smoke_config
+from smoke import smoke_config, smoke_run
 
-from dvinv import pipeline, teacher, verifiers
+from dvinv import pipeline, verifiers
 from dvinv.errors import DvinvError
 from dvinv.networks import create
 from dvinv.networks.classifier import flatten
@@ -88,8 +88,7 @@ def test_a_verifier_of_other_classes_is_refused(fields, tmp_path):
 def test_a_verifier_may_be_normalised_in_its_own_way(fields, tmp_path):
     own = {'verifier__mean': (0.5, 0.4, 0.3), 'verifier__std': (0.1, 0.2, 0.3)}
     for changes, mean, std in (({}, MEAN, STD), (own, *own.values())):
-        config = smoke_config(**fields, **changes)
-        verifier = teacher.load_verifier(config, None, teacher.load(config, None))
+        verifier = smoke_run(**fields, **changes).verifier
         assert (verifier.mean, verifier.std) == (mean, std)
     assert 'verifier.mean is (0.5,)' in refusal(tmp_path / 'run', **fields, verifier__mean=(0.5,))
 
@@ -100,8 +99,8 @@ def test_other_verifiers_may_be_normalised_in_their_own_ways(fields, tmp_path):
         {'network': name, 'weights': save_weights(tmp_path / f'{name}.npz', name), 'width': WIDTH, **own}
         for name, own in (('vgg11_bn', {}), ('wrn16_1', pixels))
     ]
-    config = smoke_config(**fields, verifiers=tuple(others))
-    found = verifiers.load_others(config, teacher.load(config, None))
+    run = smoke_run(**fields, verifiers=tuple(others))
+    found = verifiers.load_more(run.settings.verifiers, run.teacher)
     assert {name: (one.mean, one.std) for name, one in found.items()} == {
         'vgg11_bn': (MEAN, STD),
         'wrn16_1': (pixels['mean'], tuple(pixels['std'])),

@@ -6,11 +6,12 @@ import pytest
 from tiny import IMAGE_SHAPE, TinyNet, trained_variables
 
 from dvinv import DvinvError
-from dvinv.config import default_config
+from dvinv.config import default_config, parse
 from dvinv.inversion import from_linen
 from dvinv.networks import create, shapes_of
 from dvinv.networks.classifier import flatten
 from dvinv.networks.inheritance import inherited
+from dvinv.run import Run
 from dvinv.student import student_of
 from dvinv.training import _first_variables
 
@@ -78,4 +79,4 @@ def test_a_student_that_nothing_fits_is_refused():
     variables = trained_variables(module, (8, 8, 1))
     teacher = from_linen(module, variables, image_shape=(8, 8, 1), mean=(0.5,), std=(0.5,))
     with pytest.raises(DvinvError, match=r'student\.inherit is True, but no layer of the student'):
-        student_of(config, teacher)
+        student_of(Run(parse(config)), teacher)

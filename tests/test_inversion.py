@@ -11,7 +11,7 @@ import pytest
 from tiny import IMAGE_SHAPE, tiny_teacher
 
 from dvinv import DvinvError, balanced_labels, invert
-from dvinv.config import InversionConfig, Stage, Weights, default_config, inversion_config
+from dvinv.config import InversionConfig, Stage, Weights, default_config, parse
 from dvinv.inversion import losses, make_feature_loss, make_inverter
 from dvinv.inversion.objective import objective
 from dvinv.inversion.parameterization import initial_parameters
@@ -177,8 +177,8 @@ def test_the_first_layer_alone_is_multiplied(teacher):
 def test_prior_only_has_no_gradient_of_the_features(teacher):
     moved = dataclasses.replace(teacher, statistics=lambda v: jax.tree.map(lambda a: 3 * a + 1, teacher.statistics(v)))
     config = default_config('digits')
-    assert inversion_config(config).weights.feature > 0
-    prior_only = inversion_config(config, 'prior_only').weights
+    assert parse(config).inversion_config().weights.feature > 0
+    prior_only = parse(config).inversion_config('prior_only').weights
     for weights, alike in ((prior_only, True), (dataclasses.replace(prior_only, feature=0.3), False)):
         gradients, terms = zip(
             *(_gradient(_flat_batch(t, Stage(1, 0.1), _config(weights=weights))) for t in (teacher, moved)), strict=True
@@ -286,21 +286,29 @@ def test_labels_that_the_teacher_does_not_know_are_refused(teacher, labels, sent
 
 
 @pytest.mark.parametrize(
-    ('config', 'sentence'),
+    ('cls', 'fields', 'sentence'),
     [
-        (_config(Stage(1, 0.1), Stage(1, 0.1, resolution=9)), r'stages\[1\].resolution is 9, .* 8 pixels; choose at most 8'),
-        (_config(Stage(1, 0.1, resolution=-1)), r'stages\[0\].resolution is -1; it must be at least 0'),
-        (_config(Stage(0, 0.1)), r'stages\[0\].iterations is 0; it must be at least 1'),
-        (_config(Stage(5, 0.1, warmup=5)), r'stages\[0\].warmup is 5, but the stage has only 5 iterations'),
-        (_config(Stage(5, 0.1, schedule='linear')), r"stages\[0\].schedule is 'linear'; choose one of 'cosine', 'constant'"),
-        (_config(Stage(5, 0.1, augmentation='cut')), r"stages\[0\].augmentation is 'cut'; choose one of 'roll', 'crop'"),
-        (_config(bn_stats='pod'), "bn_stats is 'pod'; choose one of 'device', 'global'"),
-        (_config(total_variation='l3'), "total_variation is 'l3'; choose one of 'l2', 'l1'"),
-        (InversionConfig(()), 'stages is empty'),
+        (Stage, {'resolution': -1}, 'resolution is -1; it must be at least 0'),
+        (Stage, {'iterations': 0}, 'iterations is 0; it must be at least 1'),
+        (Stage, {'warmup': 5}, 'warmup is 5, but the stage has only 5 iterations'),
+        (Stage, {'schedule': 'linear'}, "schedule is 'linear'; choose one of cosine, constant"),
+        (Stage, {'augmentation': 'cut'}, "augmentation is 'cut'; choose one of roll, crop"),
+        (InversionConfig, {'bn_stats': 'pod'}, "bn_stats is 'pod'; choose one of device, global"),
+        (InversionConfig, {'total_variation': 'l3'}, "total_variation is 'l3'; choose one of l2, l1"),
+        (InversionConfig, {'stages': ()}, 'stages is empty'),
+        (InversionConfig, {'stages': Stage(1, 0.1)}, 'it must be a tuple of stages'),
+        (InversionConfig, {'contrast': 0.0}, 'contrast is 0.0; it must be above 0'),
     ],
 )
-def test_settings_that_do_not_fit_are_refused_before_anything_runs(teacher, config, sentence):
+def test_settings_are_validated_when_they_are_made(cls, fields, sentence):
+    usual = {'iterations': 5, 'learning_rate': 0.1} if cls is Stage else {'stages': (Stage(5, 0.1),)}
     with pytest.raises(DvinvError, match=sentence):
+        cls(**{**usual, **fields})
+
+
+def test_a_resolution_above_the_images_is_refused_before_anything_runs(teacher):
+    config = _config(Stage(1, 0.1), Stage(1, 0.1, resolution=9))
+    with pytest.raises(DvinvError, match=r'stages\[1\].resolution is 9, .* 8 pixels; choose at most 8'):
         make_inverter(teacher, config, make_mesh(1))
 
 

@@ -9,17 +9,17 @@ import factories
 import jax
 import numpy as np
 import pytest
-from dvinv.configuration import rounds_of
 from smoke import NAMES, flip, lasting, smoke_config
 
 import dvinv
-from dvinv import distillation, pipeline, pools, seeds, synthesis, synthesizer, teacher
+from dvinv import distillation, pipeline, pools, seeds, synthesizer
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
 from dvinv.evaluation import top_accuracy
 from dvinv.networks import load_classifier
-from dvinv.runtime.workdir import Workdir
+from dvinv.rounds import rounds_of
+from dvinv.run import Run
 
 STUDENTS = {'student', 'noise', 'prior_only', 'real'}
 TEACHER_ALONE = {'tasks': ('teacher',)}
@@ -218,17 +218,15 @@ def test_no_real_image_is_read_while_images_are_made_and_a_student_learns(taught
     def refuse(*_):
         raise AssertionError('real data were read')
 
-    config = smoke_config()
-    for module in (teacher, synthesis, distillation):
-        monkeypatch.setattr(module, 'load_real', refuse)
-    with contextlib.closing(Workdir(taught, config)) as workdir:
-        network = teacher.load(config, workdir)
-        pool = pools.open_pool(config, workdir, network)
-        synthesizer.fill_pool(config, workdir, network, pool, 'deepinversion', 'synthesis', 'deepinversion')
+    run = pipeline.validated(smoke_config(), taught)
+    monkeypatch.setattr(Run, 'read_data', refuse)
+    with contextlib.closing(run.open_workdir()):
+        pool = pools.open_pool(run)
+        synthesizer.fill_pool(run, run.teacher, pool, 'deepinversion', 'synthesis', 'deepinversion')
         images, labels = pool.rows('images'), pool.rows('labels')
-        distillation.distil(config, workdir, network, images, labels, rounds_of(config), 'student')
+        distillation.distil(run, images, labels, rounds_of(run.settings), 'student')
         with pytest.raises(AssertionError, match='real data were read'):  # not before the controls are finished, too
-            distillation.run(config, workdir)
+            distillation.run(run)
     networks = {path.stem for path in (taught / 'networks').iterdir()}
     assert networks == {'teacher', 'verifier', 'student', 'noise', 'prior_only'}
     made, expected = ({path.name: path.read_bytes() for path in (run / 'pool').iterdir()} for run in (taught, finished))

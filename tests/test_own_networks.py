@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from smoke import smoke_config
+from smoke import smoke_config, smoke_run
 from tiny import IMAGE_SHAPE, TinyNet, tiny_teacher, trained
 
-from dvinv import DvinvError, factories, from_linen, from_nnx, load, teacher
+from dvinv import DvinvError, factories, from_linen, from_nnx, load, pipeline, teacher
 from dvinv.config import TrainingSettings
-from dvinv.continual import check as continual_check
 from dvinv.continual.lesson import head_path, network_of
 from dvinv.hints import choose_hints, staged_forward
 from dvinv.inversion.modules import trainable, validate_trainable, with_classes
@@ -27,7 +26,8 @@ from dvinv.pruning import driver as pruning
 from dvinv.rounds import Rounds
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.workdir import Workdir
-from dvinv.student import distillation_loss, hints_of, say_larger, student_of
+from dvinv.student import distillation_loss, hints_of, student_of
+from dvinv.student import validate as validate_student
 from dvinv.training import Lesson, Training
 
 KEY = jax.random.key(0)
@@ -216,14 +216,16 @@ def test_stages_of_ones_own_student_are_found_and_grafted(source, images):
 
 
 def test_a_factory_is_the_students_and_a_larger_one_is_said(capsys):
-    config = smoke_config(student__factory='factories:module', distillation__hint=1.0)
-    like = tiny_teacher(num_classes=10)
-    assert hints_of(config, like).kind == 'layers'
-    learner = student_of(config, like)
+    run = smoke_run(student__factory='factories:module', distillation__hint=1.0)
+    run.planned_teacher = like = tiny_teacher(num_classes=10)
+    assert hints_of(run, like).kind == 'layers'
+    learner = student_of(run, like)
     assert (learner.about['network'], learner.module.label) == ('', 'TinyNet')
-    say_larger(config, like)
+    validate_student(run)
     assert capsys.readouterr().err == ''
-    say_larger(config, tiny_teacher(num_classes=10, channels=(2,)))
+    run = smoke_run(student__factory='factories:module')
+    run.planned_teacher = tiny_teacher(num_classes=10, channels=(2,))
+    validate_student(run)
     assert 'The student has 330 parameters, more than the teacher (70)' in capsys.readouterr().err
 
 
@@ -269,16 +271,18 @@ def test_a_teacher_keeps_its_module(kind):
     module = own(ByArgument)
     linen = from_linen(ByArgument(), variables_of(module), **pictures)
     like = linen if kind == 'linen' else from_nnx(Nnx(3, nnx.Rngs(0)), **pictures)
-    config = smoke_config(teacher__factory='factories:own', tasks=('pruning',))
-    pruning.check(config, like)
-    grown = network_of(config, like, 5)
-    assert (grown.num_classes, head_path(config, like)) == (5, {'linen': 'Dense_0', 'nnx': 'head'}[kind])
+    run = smoke_run(teacher__factory='factories:own', tasks=('pruning',))
+    run.planned_teacher = like
+    pruning.validate(run)
+    grown = network_of(run, like, 5)
+    assert (grown.num_classes, head_path(run, like)) == (5, {'linen': 'Dense_0', 'nnx': 'head'}[kind])
     assert grown.tap.layers == like.tap.layers
-    assert network_of(config, grown, 7).num_classes == 7
-    learner = pruning.Learner('pruning', 'pruned', config.teacher, like, 5, own=like.module, kept={})
+    assert network_of(run, grown, 7).num_classes == 7
+    learner = pruning.Learner('pruning', 'pruned', run.settings.teacher, like, 5, own=like.module, kept={})
     assert module_of(learner.about, learner.own) is like.module
+    run.planned_teacher = dataclasses.replace(like, module=None)
     with pytest.raises(DvinvError, match=r'The network of teacher\.factory .* is not known'):
-        pruning.check(config, dataclasses.replace(like, module=None))
+        pruning.validate(run)
 
 
 def test_a_head_that_other_layers_share_is_not_grown():
@@ -300,21 +304,21 @@ def test_new_classes_are_learned_by_a_factorys_network():
         continual__steps=({'classes': (5, 6)},),
         continual__controls=(),
     )
-    like = teacher.check(config)
-    continual_check.check(config, like)
+    assert pipeline.validated(config).planned_teacher.num_classes == 5
 
 
 # An untrained teacher
 
 
 def test_a_factorys_module_is_trained_on_the_data(tmp_path):
-    config = smoke_config(teacher__factory='factories:module', teacher__mean=(), teacher__std=(), verifier__network='')
-    like = teacher.check(config)
+    own = {'teacher__factory': 'factories:module', 'verifier__network': '', 'teacher__mean': (), 'teacher__std': ()}
+    run = smoke_run(tmp_path / 'run', **own)
+    like = run.planned_teacher
     assert (like.image_shape, like.num_classes) == ((8, 8, 1), 10)
     assert (like.mean, like.std) == ((0.3054,), (0.376,))  # of the pixels of the digits
-    assert [one.name for one in teacher.planned_trainings(config, like)] == ['teacher']
-    with contextlib.closing(Workdir(tmp_path / 'run', config)) as workdir:
-        assert not teacher.is_there(config, workdir)
+    assert [one.name for one in teacher.planned_trainings(run)] == ['teacher']
+    with contextlib.closing(run.open_workdir()) as workdir:
+        assert not run.has_teacher
     about = {
         'network': '',
         'width': 1.0,
@@ -322,22 +326,20 @@ def test_a_factorys_module_is_trained_on_the_data(tmp_path):
     }
     variables = trained(like.variables)
     save_network(workdir.network('teacher'), variables, about)
-    assert teacher.is_there(config, workdir)
-    loaded = teacher.load(config, workdir)
-    assert loaded.module is like.module
-    given = smoke_config(teacher__factory='factories:module', teacher__weights=str(workdir.network('teacher')))
-    given.teacher.mean, given.teacher.std = (), ()
-    assert teacher.load(given, None).digest() == loaded.digest()
+    assert run.has_teacher
+    assert run.teacher.module is like.module
+    given = {**own, 'teacher__weights': str(workdir.network('teacher'))}
+    assert smoke_run(**given).teacher.digest() == run.teacher.digest()
     save_network(workdir.network('teacher'), {**variables, 'batch_stats': {}}, about)
     with pytest.raises(DvinvError, match=r'other weights than the network of teacher\.factory'):
-        teacher.load(config, workdir)
+        _ = smoke_run(**given).teacher
 
 
 def test_a_module_that_is_to_be_trained_needs_data():
     with pytest.raises(DvinvError, match=r"The teacher is to be trained, but data\.name is ''"):
-        teacher.check(smoke_config(teacher__factory='factories:ten_classes', data__name='', verifier__network=''))
+        _ = smoke_run(teacher__factory='factories:ten_classes', data__name='', verifier__network='').planned_teacher
     with pytest.raises(DvinvError, match='takes num_classes, which the data tell'):
-        teacher.check(smoke_config(teacher__factory='factories:module', data__name='', verifier__network=''))
+        _ = smoke_run(teacher__factory='factories:module', data__name='', verifier__network='').planned_teacher
 
 
 def test_a_teacher_of_more_than_logits_is_trained_on_by_these_alone():

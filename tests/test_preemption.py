@@ -99,7 +99,7 @@ def pauses(monkeypatch):
 def test_what_is_under_way_is_saved_and_goes_on(undisturbed, tmp_path, monkeypatch, pauses):
     """Saved by the clock, then killed; saved at SIGTERM; gone on with other devices, but for a state that is damaged."""
     run, saved = tmp_path / 'run', tmp_path / 'run' / 'checkpoints' / 'synthesis-deepinversion'
-    batches = UnfinishedBatches(saved, pipeline.check(run_config()).digest())
+    batches = UnfinishedBatches(saved, pipeline.validated(run_config()).planned_teacher.digest())
 
     def kill():
         raise KeyboardInterrupt

@@ -4,7 +4,7 @@ import pytest
 from smoke import smoke_config
 
 from dvinv import PRESETS, pipeline
-from dvinv.config import default_config, inversion_config, preset_for, settle
+from dvinv.config import Stage, default_config, parse, preset_for
 
 # The published settings: (iterations, resolution, jitter) a stage, then betas, bounds of the learning rate, and so on.
 IMAGENET = {
@@ -75,7 +75,7 @@ TABLE = {
 @pytest.mark.parametrize('name', TABLE)
 def test_presets_are_the_published_settings(name):
     preset, row = PRESETS[name], TABLE[name]
-    preset.check((224, 224, 3) if name.startswith('imagenet') else (32, 32, 3))
+    preset.validate_for((224, 224, 3) if name.startswith('imagenet') else (32, 32, 3))
     assert [(stage.iterations, stage.resolution, stage.jitter) for stage in preset.stages] == row['stages']
     for stage in preset.stages:
         assert (stage.beta1, stage.beta2) == row['betas']
@@ -111,28 +111,28 @@ def test_presets_are_the_published_settings(name):
 )
 def test_a_preset_is_chosen_by_the_shorter_side(shape, name):
     assert preset_for(shape) == name
-    PRESETS[name].check(shape)
+    PRESETS[name].validate_for(shape)
 
 
 def test_a_config_without_a_preset_is_filled_by_image_size_and_what_is_set_stays():
     config = default_config()
     config.synthesis.weights.feature = 3.0
     config.synthesis.precision = 'bfloat16'
-    assert settle(config, lambda: (32, 32, 3))
-    settings = inversion_config(config)
+    assert parse(config).synthesis.is_open
+    settings = parse(config).with_preset(PRESETS['32px']).inversion_config()
     assert settings.stages == PRESETS['32px'].stages
     assert (settings.weights.feature, settings.weights.total_variation, settings.precision) == (3.0, 2e-3, 'bfloat16')
-    assert not settle(config, None)  # asks for no shape where there is nothing to fill
     config = default_config()
     config.synthesis.stages = ({'iterations': 5, 'learning_rate': 0.1},)
-    assert not settle(config, lambda: (8, 8, 1))
-    assert inversion_config(config).weights == PRESETS['8px'].weights
+    settings = parse(config).with_preset(PRESETS['8px']).inversion_config()
+    assert settings.weights == PRESETS['8px'].weights
+    assert settings.stages == (Stage(5, 0.1),)
 
 
 def test_a_named_preset_is_not_touched():
     config = default_config('cifar10_crop')
-    assert not settle(config, None)
-    assert inversion_config(config) == PRESETS['cifar10_crop']
+    assert not parse(config).synthesis.is_open
+    assert parse(config).inversion_config() == PRESETS['cifar10_crop']
 
 
 def test_a_run_asks_the_teacher_for_the_size():
@@ -140,5 +140,4 @@ def test_a_run_asks_the_teacher_for_the_size():
     config.synthesis.update(
         {name: value for name, value in default_config().synthesis.items() if name in ('stages', 'parameterization')}
     )
-    pipeline.check(config)
-    assert inversion_config(config).stages == PRESETS['8px'].stages
+    assert pipeline.validated(config).settings.inversion_config().stages == PRESETS['8px'].stages

@@ -16,6 +16,7 @@ import pytest
 from smoke import lasting, smoke_config, synthesis_config
 
 from dvinv import pipeline
+from dvinv.config import parse
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
 from dvinv.runtime import processes
@@ -316,11 +317,11 @@ def test_only_process_0_writes_files_of_the_run(second_of_two, tmp_path):
 
 def test_two_runs_in_one_work_directory_are_refused(tmp_path):
     config = ml_collections.ConfigDict({'seed': 0})
-    first = Workdir(tmp_path, config)
+    first = Workdir(tmp_path, parse(config))
     with pytest.raises(DvinvError, match=f'Another run is under way in {tmp_path}'):
-        Workdir(tmp_path, config)
+        Workdir(tmp_path, parse(config))
     first.close()
-    Workdir(tmp_path, config).close()
+    Workdir(tmp_path, parse(config)).close()
 
 
 def test_a_batch_that_all_devices_do_not_divide_is_refused(tmp_path):

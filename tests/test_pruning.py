@@ -14,7 +14,7 @@ import dvinv
 import dvinv.synthesizer
 import dvinv.training
 from dvinv import DvinvError, pipeline
-from dvinv.config import InversionConfig, Stage, Weights
+from dvinv.config import InversionConfig, PruningSettings, Stage, Weights
 from dvinv.data.pool import ImagePool
 from dvinv.inversion import from_linen, make_inverter
 from dvinv.networks import create, load_network
@@ -22,7 +22,7 @@ from dvinv.networks.channels import Narrow, cost, find_channels
 from dvinv.pruning import driver
 from dvinv.pruning.importance import Importance
 from dvinv.pruning.latency import predicted
-from dvinv.pruning.removal import Removal, least_reachable, without_lowest
+from dvinv.pruning.removal import least_reachable, removal_scores, without_lowest
 from dvinv.rounds import chosen_images
 from dvinv.runtime.devices import make_mesh
 from dvinv.synthesizer import Synthesizer
@@ -113,9 +113,9 @@ def test_a_width_that_is_no_multiple_becomes_one_first():
 def test_eta_lets_costly_units_go_first():
     channels = find_channels(TinyNet(), IMAGE_SHAPE)
     price, alive, even = cost.flops(channels), np.ones(channels.count, bool), np.ones(channels.count)
-    scores = Removal(eta=1.0, cost='flops').scores(even, price, alive)
+    scores = removal_scores(PruningSettings(eta=1.0, cost='flops'), even, price, alive)
     assert scores.argmin() == price.savings(alive).argmax()
-    np.testing.assert_allclose(Removal().scores(even, None, alive), 1 / channels.count)
+    np.testing.assert_allclose(removal_scores(PruningSettings(), even, None, alive), 1 / channels.count)
 
 
 def test_latency_is_read_off_the_table_between_its_widths():
@@ -244,7 +244,7 @@ def test_a_pruning_from_its_pool_to_its_report_and_again(finished, tmp_path, mon
 
     config.teacher.weights = str(run / 'networks' / 'pruned.safetensors')
     with pytest.raises(DvinvError, match='a network that has lost channels'):
-        pipeline.check(config)
+        pipeline.validated(config)
     config.teacher.weights = str(finished / 'networks' / 'teacher.safetensors')
 
     shutil.copytree(run, again)

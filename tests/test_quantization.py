@@ -7,13 +7,13 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from dvinv.quantization.settings import QuantizationSettings
 from flax import nnx
-from smoke import smoke_config
+from smoke import smoke_config, smoke_run
 from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, saved, tiny_teacher, trained, trained_variables
 
 import dvinv
 from dvinv import pipeline
+from dvinv.config import QuantizationSettings
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
 from dvinv.inversion import from_linen, from_nnx
@@ -33,9 +33,9 @@ from dvinv.networks.quantized.network import (
 )
 from dvinv.networks.quantized.observing import on_images, on_statistics
 from dvinv.networks.quantized.ranges import Observation, grid_of
+from dvinv.quantization.bits import bits_of_layers
 from dvinv.quantization.section import quantization_section
 from dvinv.runtime.page import render
-from dvinv.teacher import load
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(256, size=(24, *IMAGE_SHAPE)).astype(np.uint8)
@@ -263,7 +263,7 @@ def given(tmp_path_factory):
     images = RNG.integers(256, size=(40, 8, 8, 1)).astype(np.uint8)
     network = {'teacher__network': 'small_convnet', 'teacher__weights': weights, 'verifier__network': ''}
     network |= {'teacher__mean': (), 'teacher__std': (), 'teacher__width': 0.125}
-    digest = load(smoke_config(**network, distillation__controls=()), None).digest()
+    digest = smoke_run(**network, distillation__controls=()).teacher.digest()
     ImagePool(folder / 'pool', digest).write(0, images, np.zeros(40, int), np.zeros((40, 10)), {})
     training = {'updates': 4, 'warmup': 0}
     return {
@@ -320,5 +320,5 @@ def test_the_report_draws_accuracy_against_bits_and_megabytes(quantized):
 def test_layers_that_stay_in_float():
     layers = find_layers(TinyNet().apply, trained_variables(TinyNet()), IMAGE_SHAPE)
     settings = QuantizationSettings(float_layers=('Conv_1',), edge_bits=6)
-    assert settings.bits('w4a3', layers) == [Bits(6, 6), Bits(0, 0), Bits(6, 6)]
-    assert QuantizationSettings(edge_bits=2).bits('w4a3', layers) == [Bits(4, 3)] * 3
+    assert bits_of_layers(settings, 'w4a3', layers) == [Bits(6, 6), Bits(0, 0), Bits(6, 6)]
+    assert bits_of_layers(QuantizationSettings(edge_bits=2), 'w4a3', layers) == [Bits(4, 3)] * 3

@@ -7,16 +7,17 @@ import re
 import factories
 import numpy as np
 import pytest
-from smoke import smoke_config
+from smoke import smoke_config, smoke_run
 from tiny import numbered, saved
 
 from dvinv import report
+from dvinv.config import parse
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
 from dvinv.pruning.section import pruning_sentence
 from dvinv.quantization.section import quantization_section, quantization_tile
+from dvinv.run import Run
 from dvinv.runtime.page import render
-from dvinv.runtime.workdir import Workdir
 
 TEACHER = {'test_accuracy': 0.9, 'verifier_test_accuracy': None, 'test_images': 360, 'parameters': 9, 'flops': 9}
 MADE = {
@@ -54,13 +55,14 @@ def report_of(tmp_path):
             curve = {term: [value / (step + batch + 1) for step in (0, 4)] for term, value in terms.items()}
             curve = {} if method == 'noise' else {'step': [0, 4], **curve}
             stored.write(batch, images, labels, np.zeros((2, 10)), {'config': {'method': method}, 'curve': curve})
-        with contextlib.closing(Workdir(tmp_path / 'run', config)) as workdir:
+        run = Run(parse(config), tmp_path / 'run')
+        with contextlib.closing(run.open_workdir()) as workdir:
             workdir.metrics.append('distillation', 'student', [{'step': 20, 'loss': 1.0}])
             seconds = {'wall_seconds': 1.0}
             workdir.add_results('teacher', TEACHER | seconds)
             workdir.add_results('synthesis', MADE | seconds | {'rounds': rounds} | dict(made))
             workdir.add_results('distillation', TAUGHT | seconds | dict(figures))
-            report.run(config, workdir)
+            report.run(run)
         return (tmp_path / 'run' / 'report.html').read_text().split('<details')[0]
 
     return report_of
@@ -217,14 +219,13 @@ def test_without_a_verifier_the_page_tells_why_it_has_no_figures_of_quality(repo
 def test_a_pool_that_lacks_a_batch_is_refused(report_of, tmp_path):
     report_of('deepinversion')
     (tmp_path / 'run' / 'pool' / 'shard-000000.json').unlink()
-    config = smoke_config(
-        teacher__factory='factories:own', verifier__network='', distillation__controls=(), synthesis__images=40
-    )
+    own = {'teacher__factory': 'factories:own', 'verifier__network': '', 'distillation__controls': ()}
+    run = smoke_run(tmp_path / 'run', **own, synthesis__images=40)
     with (
-        contextlib.closing(Workdir(tmp_path / 'run', config)) as workdir,
+        contextlib.closing(run.open_workdir()),
         pytest.raises(DvinvError, match=r'Batch 0 is missing from .*; run the task synthesis first'),
     ):
-        report.run(config, workdir)
+        report.run(run)
 
 
 def test_the_curve_by_image_count_shows_what_was_measured(report_of):

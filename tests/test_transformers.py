@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 from smoke import smoke_config
 from tiny import IMAGE_SHAPE, MEAN, STD, trained_variables
 
-from dvinv import from_linen, pipeline, teacher
-from dvinv.config import TrainingSettings
+from dvinv import from_linen, pipeline
+from dvinv.config import TrainingSettings, parse
 from dvinv.errors import DvinvError
 from dvinv.graph.projections import initial_projections
 from dvinv.hints import choose_hints, staged_forward
@@ -27,6 +27,7 @@ from dvinv.networks.naming import find_keys, to_flax_layout
 from dvinv.networks.vision_transformer import VisionTransformer
 from dvinv.networks.weights import import_weights
 from dvinv.rounds import Rounds
+from dvinv.run import Run
 from dvinv.student import staged_loss
 from dvinv.training import Lesson, initial_state, make_train_step
 
@@ -253,7 +254,7 @@ def test_the_task_teacher_trains_them_and_no_other_takes_them(one_block, tmp_pat
         return smoke_config(**{'teacher__network': 'small_vit', 'verifier__network': '', 'devices': 1, **changes})
 
     with pytest.raises(DvinvError, match='VisionTransformer has no running statistics'):
-        pipeline.check(config(tasks=('teacher', 'synthesis')))
+        pipeline.validated(config(tasks=('teacher', 'synthesis')))
     figures = pipeline.run(config(tasks=('teacher',)), tmp_path / 'run')['teacher']
     assert 0 < figures['test_accuracy'] <= 1
     file = tmp_path / 'run' / 'networks' / 'teacher.safetensors'
@@ -261,9 +262,9 @@ def test_the_task_teacher_trains_them_and_no_other_takes_them(one_block, tmp_pat
     assert about['network'] == 'small_vit'
     assert figures['parameters'] == sum(leaf.size for leaf in flatten(variables).values())
     with pytest.raises(DvinvError, match='VisionTransformer has no running statistics'):
-        teacher.load(config(tasks=('synthesis',), teacher__weights=str(file)), None)
+        _ = Run(parse(config(tasks=('synthesis',), teacher__weights=str(file)))).teacher
     judge = {'verifier__network': 'small_vit', 'verifier__weights': str(file)}
-    verifier = teacher.load_verifier(config(**judge), None, teacher.load(config(teacher__factory='factories:own'), None))
+    verifier = Run(parse(config(**judge, teacher__factory='factories:own'))).verifier
     assert verifier.parameters == figures['parameters']
 
 

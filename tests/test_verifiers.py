@@ -1,23 +1,20 @@
 """Several verifiers: what each recognises, in figures; what is told of them wrongly is refused."""
 
-import contextlib
 import dataclasses
 
-import factories
 import ml_collections
 import numpy as np
 import pytest
-from smoke import smoke_config
+from smoke import smoke_config, smoke_run
 from tiny import IMAGE_SHAPE, saved, tiny_teacher
 
-from dvinv import quality, teacher
-from dvinv.config import DataSettings
+from dvinv import pipeline, quality, teacher
+from dvinv.config import DataSettings, parse
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
 from dvinv.evaluation import accuracy, logits_of
 from dvinv.networks import load_classifier
-from dvinv.runtime.workdir import Workdir
-from dvinv.verifiers import load_others, print_pixels, refuse_chance, validate_judge
+from dvinv.verifiers import load_more, print_pixels, refuse_chance, validate_judge
 
 
 @pytest.fixture
@@ -27,12 +24,12 @@ def told(tmp_path) -> dict:
 
 
 def config_of(*verifiers):
-    return smoke_config(verifier__network='small_resnet', verifiers=verifiers)
+    return parse(smoke_config(verifier__network='small_resnet', verifiers=verifiers)).verifiers
 
 
 @pytest.mark.parametrize('kind', [dict, ml_collections.ConfigDict])
 def test_verifiers_go_by_the_name_of_their_network(told, kind):
-    others = load_others(config_of(kind(told)), tiny_teacher())
+    others = load_more(config_of(kind(told)), tiny_teacher())
     assert list(others) == ['small_convnet']
     images = np.random.default_rng(0).integers(0, 256, (9, *IMAGE_SHAPE), dtype=np.uint8)
     networks = others['small_convnet'], load_classifier(told['weights'])
@@ -42,23 +39,23 @@ def test_verifiers_go_by_the_name_of_their_network(told, kind):
 @pytest.mark.parametrize(
     ('change', 'words'),
     [
-        ({'weigths': 'x'}, r"verifiers\[0\] has the key 'weigths'; choose among network, weights, width, mean, std\."),
+        ({'weigths': 'x'}, r"no field 'verifiers\[0\]\.weigths'; did you mean 'verifiers\[0\]\.weights'"),
         ({'weights': ''}, r"verifiers\[0\]\.weights is ''; name a network and the file of its weights"),
-        ({'weights': 5}, r'verifiers\[0\]\.weights is 5; name a network'),
+        ({'weights': 5}, r'verifiers\[0\]\.weights is 5; it must be of the type str'),
         ({'network': ''}, r"verifiers\[0\]\.network is ''; name a network"),
         ({'network': 'judge', 'weights': 'x.npz'}, r'The weights file x\.npz is not there'),
         ({'network': 'vgg11_bn'}, r'holds a small_convnet, but verifiers\[0\]\.network is vgg11_bn\.'),
         ({'network': 'small_resnet'}, r'verifiers\[0\]\.network is small_resnet, and so is that of another verifier'),
         ({'weights': 'none.safetensors'}, r'none\.safetensors is not there'),
-        ({'width': 'wide'}, r"verifiers\[0\]\.width is 'wide'; it must be a number"),
-        ({'mean': 0.5}, r'verifiers\[0\]\.mean is 0\.5; it must be one number a channel'),
-        ({'std': ('a', 'b')}, r"verifiers\[0\]\.std is \('a', 'b'\); it must be one number a channel"),
+        ({'width': 'wide'}, r"verifiers\[0\]\.width is 'wide'; it must be of the type float"),
+        ({'mean': 0.5}, r'verifiers\[0\]\.mean is 0\.5; it must be a tuple'),
+        ({'std': ('a', 'b')}, r"verifiers\[0\]\.std\[0\] is 'a'; it must be of the type float"),
         ({'std': (0.5, 0.0)}, r'verifiers\[0\]\.std is \(0\.5, 0\.0\); every standard deviation must be above 0'),
     ],
 )
 def test_a_verifier_that_is_told_wrongly_is_refused(told, change, words):
     with pytest.raises(DvinvError, match=words):
-        load_others(config_of(told | change), tiny_teacher())
+        load_more(config_of(told | change), tiny_teacher())
 
 
 @pytest.mark.parametrize(
@@ -71,7 +68,7 @@ def test_a_verifier_that_is_told_wrongly_is_refused(told, change, words):
 )
 def test_a_verifier_unlike_the_teacher_is_refused(told, tmp_path, other, words):
     with pytest.raises(DvinvError, match=words):
-        load_others(config_of(told | {'weights': saved(tmp_path / 'other.safetensors', **other)}), tiny_teacher())
+        load_more(config_of(told | {'weights': saved(tmp_path / 'other.safetensors', **other)}), tiny_teacher())
 
 
 @pytest.mark.parametrize(
@@ -104,8 +101,8 @@ def test_the_task_teacher_refuses_a_verifier_that_recognises_nothing(tmp_path, m
     weights = saved(tmp_path / 'verifier.safetensors', 'small_convnet', 10, (8, 8, 1))
     config = smoke_config(verifier__weights=weights, verifier__width=0.125, tasks=('teacher',))
     sentence = r'^The verifier small_convnet recognises 0\.100 of 360 real images'
-    with contextlib.closing(Workdir(tmp_path / 'run', config)) as workdir, pytest.raises(DvinvError, match=sentence):
-        teacher.run(config, workdir)
+    with pytest.raises(DvinvError, match=sentence):
+        pipeline.run(config, tmp_path / 'run')
 
 
 def test_pixels_that_no_file_tells_are_said(tmp_path, capsys):
@@ -122,13 +119,13 @@ def test_pixels_that_no_file_tells_are_said(tmp_path, capsys):
 
 def test_a_published_verifier_beside_a_teacher_of_raw_pixels(real_data):
     """The teacher takes 0 to 255; the ResNet-32 takes what it was trained with."""
-    config = smoke_config(
+    run = smoke_run(
         teacher__factory='factories:raw_pixels',
         verifier__network='resnet32',
         verifier__width=1.0,
         verifier__weights=str(real_data / 'cifar10_resnet32.npz'),
     )
-    verifier = teacher.load_verifier(config, None, factories.raw_pixels())
+    verifier = run.verifier
     assert (verifier.mean, verifier.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     test = load_real(DataSettings('npz', str(real_data / 'cifar10_lossless_test1000.npz'))).test
     assert accuracy(verifier, test.images[:64], test.labels[:64]) > 0.85
@@ -143,17 +140,17 @@ def test_pixels_of_a_verifier_that_are_no_numbers_are_refused(mean, std):
 
 def test_two_of_one_name_are_refused(told):
     with pytest.raises(DvinvError, match=r'verifiers\[1\]\.network is small_convnet, and so is that of another'):
-        load_others(config_of(told, told), tiny_teacher())
+        load_more(config_of(told, told), tiny_teacher())
 
 
 def test_others_without_a_first_are_refused(told):
     with pytest.raises(DvinvError, match=r"verifiers names some, but verifier\.network is ''"):
-        load_others(smoke_config(verifier__network='', verifiers=(told,)), tiny_teacher())
+        parse(smoke_config(verifier__network='', verifiers=(told,)))
 
 
 def test_a_verifier_is_a_dict():
     with pytest.raises(DvinvError, match=r"verifiers\[0\] is 'resnet20=w\.npz'; it must be a dict"):
-        load_others(config_of('resnet20=w.npz'), tiny_teacher())
+        load_more(config_of('resnet20=w.npz'), tiny_teacher())
 
 
 @pytest.mark.parametrize('classes', [3, 10])

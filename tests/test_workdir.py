@@ -4,7 +4,6 @@ import contextlib
 import json
 
 import jax
-import ml_collections
 import pytest
 
 from dvinv.errors import DvinvError
@@ -14,17 +13,15 @@ from dvinv.runtime.workdir import Workdir, holds_work
 
 
 def config(**changes):
-    return ml_collections.ConfigDict(
-        {
-            'seed': 0,
-            'tasks': ('teacher',),
-            'devices': 1,
-            'logging': {'every': 5},
-            'teacher': {'width': 1.0, 'mean': (0.5,)},
-            'stages': (ml_collections.ConfigDict({'iterations': 5}),),
-            **changes,
-        }
-    )
+    return {
+        'seed': 0,
+        'tasks': ('teacher',),
+        'devices': 1,
+        'logging': {'every': 5},
+        'teacher': {'width': 1.0, 'mean': (0.5,)},
+        'stages': ({'iterations': 5},),
+        **changes,
+    }
 
 
 def begun(path):
@@ -50,7 +47,7 @@ def test_another_config_is_refused_and_its_keys_named(tmp_path):
     Workdir(tmp_path, config()).close()
     begun(tmp_path)
     before = files(tmp_path)
-    message = refusal(tmp_path, config(seed=1, stages=(ml_collections.ConfigDict({'iterations': 6}),)))
+    message = refusal(tmp_path, config(seed=1, stages=({'iterations': 6},)))
     assert 'seed (0 there, 1 here)' in message
     assert 'stages[0].iterations (5 there, 6 here)' in message
     assert 'teacher' not in message

@@ -154,7 +154,7 @@ class QuantizationSettings:
     float_layers: tuple[str, ...] = ()  # patterns (*, ?) of layers that stay in float32
     # Of the pool (and of each control), to take ranges from; 0: none, ranges by BatchNorm's statistics.
     images: int = 512
-    ranges: Literal['minmax', 'percentile', 'mse'] = 'mse'  # how a range is chosen; 'mse': of least squared error
+    ranges: Literal['minmax', 'percentile', 'mse'] = 'mse'  # 'minmax', 'percentile' or 'mse' (of least squared error)
     equalise: bool = False  # channels between two layers are brought to a like range; see benchmarks/RESULTS.md
     correct: bool = True  # bias correction: removes the shift of the means by rounding, by BatchNorm's statistics
     controls: tuple[Literal['noise', 'real'], ...] = ('noise', 'real')  # ranges taken from other images

@@ -77,6 +77,6 @@ def refuse_unreachable(channels: Channels, price: Cost, settings: PruningSetting
     least = least_reachable(channels, price, settings)
     if settings.target_ratio < least:
         raise DvinvError(
-            f'pruning.target_ratio is {settings.target_ratio}, but with {settings.min_channels} channels in every layer at least {least:.3f} of the '
-            f'{settings.measure} are left; ask for more, or lower pruning.min_channels.'
+            f'pruning.target_ratio is {settings.target_ratio}, but with {settings.min_channels} channels in every layer at '
+            f'least {least:.3f} of the {settings.measure} are left; ask for more, or lower pruning.min_channels.'
         )
