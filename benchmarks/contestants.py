@@ -264,7 +264,7 @@ class Dvinv:
         """What the other contestants are to have alike, and what a step costs."""
         import jax
 
-        from dvinv.evaluation import flops
+        from dvinv.evaluation.accuracy import flops
         from dvinv.networks.classifier import flatten
 
         return {

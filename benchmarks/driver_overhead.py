@@ -68,9 +68,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[tuple[float, fl
     """(seconds a step of a synthesis, of the bare program), a pair each; a pair 0, which compiles, is left out."""
     from dvinv.config import default_config
     from dvinv.networks import image_shape
-    from dvinv.pools import open_pool
     from dvinv.runtime.workdir import Workdir
-    from dvinv.synthesizer import Synthesizer
+    from dvinv.synthesis.pools import open_pool
+    from dvinv.synthesis.synthesizer import Synthesizer
 
     task = Task(arguments.network, arguments.batch, 0, arguments.width, '', arguments.devices, 'float32')
     teacher, _ = teacher_of(task)

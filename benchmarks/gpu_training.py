@@ -63,13 +63,13 @@ class DvinvTraining:
         import jax
 
         from dvinv.config import default_config
+        from dvinv.distillation.student import lesson_of
         from dvinv.inversion import from_linen
         from dvinv.networks import create, shapes_of
         from dvinv.networks.classifier import flatten, unflatten
-        from dvinv.rounds import Rounds
         from dvinv.runtime.devices import make_mesh
-        from dvinv.student import lesson_of
-        from dvinv.training import TrainStep
+        from dvinv.training.sampling import Rounds
+        from dvinv.training.trainer import TrainStep
 
         config, shape = default_config('cifar10_crop'), (SIZE, SIZE, 3)
         config.student.update(network=pair.student, width=pair.width)
@@ -123,7 +123,7 @@ class DvinvTraining:
 
     def about(self) -> dict:
         """Returns the weights, and the operations of a step: the teacher's forward pass, three times the student's."""
-        from dvinv.evaluation import flops
+        from dvinv.evaluation.accuracy import flops
         from dvinv.networks.classifier import flatten
 
         networks = {'teacher': self._teacher, 'student': self._student}

@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for those who read types without 
     from dvinv.inversion import from_linen as from_linen
     from dvinv.inversion import from_nnx as from_nnx
     from dvinv.inversion import invert as invert
-    from dvinv.loading import load as load
-    from dvinv.pipeline import run as run
+    from dvinv.pipeline.tasks import run as run
+    from dvinv.teacher.loading import load as load
 
 _EXPORTS = {
     'DvinvError': 'dvinv.errors',
@@ -33,8 +33,8 @@ _EXPORTS = {
     'from_linen': 'dvinv.inversion',
     'from_nnx': 'dvinv.inversion',
     'invert': 'dvinv.inversion',
-    'load': 'dvinv.loading',
-    'run': 'dvinv.pipeline',
+    'load': 'dvinv.teacher.loading',
+    'run': 'dvinv.pipeline.tasks',
 }
 __all__ = list(_EXPORTS)
 

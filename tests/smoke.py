@@ -4,7 +4,7 @@ import runpy
 from pathlib import Path
 
 from dvinv.config import parse
-from dvinv.run import Run
+from dvinv.pipeline.run import Run
 
 ROOT = Path(__file__).parents[1]
 lasting = runpy.run_path(str(ROOT / 'benchmarks' / 'kill_test.py'))['lasting']

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from smoke import lasting, smoke_config
 
-from dvinv import pipeline
 from dvinv.config import parse
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
+from dvinv.pipeline import tasks as pipeline
 from dvinv.runtime.workdir import Workdir
-from dvinv.synthesizer import Synthesizer
-from dvinv.training import Training
+from dvinv.synthesis.synthesizer import Synthesizer
+from dvinv.training.trainer import Training
 
 ROUNDS, EVERY = 4, 4
 

@@ -14,8 +14,9 @@ from absl import flags
 from smoke import flip, lasting, smoke_config
 from tiny import saved
 
-from dvinv import main, pipeline
+from dvinv import main
 from dvinv.errors import DvinvError
+from dvinv.pipeline import tasks as pipeline
 
 
 def contents(folder):
@@ -105,7 +106,7 @@ OWN = ('--config', 'tests/own_config.py')
         (('--workdir', 'w', '--config=resnet20'), ["no config file 'resnet20'; did you mean configs/cifar10_resnet20"]),
         (('--workdir', 'w', '--config', 'digits:smoke'), ["no config file 'digits'; did you mean configs/digits.py?"]),
         (('--workdir', 'w', '--config', 'README.md'), ["no config file 'README.md'"]),
-        (('--workdir', 'w', '--config', 'dvinv/rounds.py'), ['dvinv/rounds.py is no config file', 'get_config']),
+        (('--workdir', 'w', '--config', 'dvinv/errors.py'), ['dvinv/errors.py is no config file', 'get_config']),
         (('--workdir', 'w', *SMOKE, '--config.synthesis.stages.0.noise=5'), ['--config.synthesis.stages[0].noise=5']),
         (('--workdir', 'w', *SMOKE, '--config.verifiers.0=5'), ['in brackets, from 0: --config.verifiers[0]=5']),
         (('--workdir', 'w', *SMOKE, '--config.synthesis.stages.noise=5'), ['of which item', 'stages[0].iterations=5']),

@@ -6,10 +6,10 @@ import re
 import numpy as np
 import pytest
 
-from dvinv.by_class import MOST_CLASSES, agreement_table, class_section, compare
 from dvinv.data.dataset import Split
+from dvinv.evaluation.by_class import MOST_CLASSES, agreement_table, class_section, compare
 from dvinv.networks import Classifier
-from dvinv.runtime.page import render
+from dvinv.report.page import render
 
 NAMES = {'student': 'student'}
 

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from dvinv.runtime.charts import LARGEST, MAX_BUCKETS, MAX_DOTS, PANEL_HEIGHT, line_chart, line_panels
+from dvinv.report.charts import LARGEST, MAX_BUCKETS, MAX_DOTS, PANEL_HEIGHT, line_chart, line_panels
 
 HOSTILE = '<script src="x">&\'</script>'
 

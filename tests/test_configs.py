@@ -10,13 +10,13 @@ import pytest
 from smoke import NAMES, ROOT
 from tiny import saved, trained_variables
 
-from dvinv import pipeline
 from dvinv.config import PRESETS, parse, preset_for
 from dvinv.data.real import DATA_SETS
 from dvinv.networks import create
 from dvinv.networks.classifier import flatten
 from dvinv.networks.naming import find_keys
 from dvinv.networks.registry import image_shape
+from dvinv.pipeline import tasks as pipeline
 
 CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
 QUICKLY = {'XLA_FLAGS': '--xla_backend_optimization_level=0'}  # for what is mostly compiled

@@ -13,11 +13,12 @@ from smoke import ROOT, lasting
 from tiny import drawn_inverter, saved, trained, trained_variables
 
 import dvinv
-import dvinv.synthesizer
+import dvinv.synthesis.synthesizer
 import dvinv.training
-from dvinv import DvinvError, pipeline
+from dvinv import DvinvError
 from dvinv.config import ContinualSettings, DataSettings, TrainingSettings
-from dvinv.continual import driver, losses, scores
+from dvinv.continual import losses, scores
+from dvinv.continual import task as driver
 from dvinv.continual.lesson import network_of
 from dvinv.data.dataset import Split
 from dvinv.data.digits import read
@@ -26,9 +27,10 @@ from dvinv.data.pool import ImagePool
 from dvinv.inversion.tap import features_in_training
 from dvinv.networks import create, load_classifier
 from dvinv.networks.head import grown, head_of
-from dvinv.rounds import Rounds, chosen_images
-from dvinv.synthesizer import Synthesizer
-from dvinv.training import Lesson
+from dvinv.pipeline import tasks as pipeline
+from dvinv.synthesis.synthesizer import Synthesizer
+from dvinv.training.sampling import Rounds, chosen_images
+from dvinv.training.trainer import Lesson
 
 # Losses
 
@@ -231,10 +233,10 @@ def test_killed_and_without_old_images_it_ends_with_the_same_bits(undisturbed, t
                 raise KeyboardInterrupt
             return chosen_images(*args)
 
-        monkeypatch.setattr(dvinv.training, 'chosen_images', chosen)
+        monkeypatch.setattr(dvinv.training.trainer, 'chosen_images', chosen)
         return pipeline.run(config, run)
 
-    monkeypatch.setattr(dvinv.training, 'save_network', save)
+    monkeypatch.setattr(dvinv.training.trainer, 'save_network', save)
     for updates, networks in ((5, []), (2, ['continual_1']), (5, ['continual_1'])):  # a checkpoint after 4, a task has 6
         with pytest.raises(KeyboardInterrupt):
             run_for(updates)
@@ -268,7 +270,7 @@ def test_an_adaptive_pool_competes_with_a_student_of_the_network_as_it_is(data, 
         seen.append((numbers, notes, student['params']['Dense_0']['kernel']))
         fill(self, numbers, student, **notes)
 
-    monkeypatch.setattr(dvinv.synthesizer, 'make_inverter', drawn_inverter)
+    monkeypatch.setattr(dvinv.synthesis.synthesizer, 'make_inverter', drawn_inverter)
     monkeypatch.setattr(Synthesizer, 'fill', fill_and_tell)
     undisturbed = pool_of('run')
     assert [told[:2] for told in seen] == [([i], {'round': i, 'student_updates': 4 * i}) for i in range(2)]
@@ -287,7 +289,7 @@ def test_an_adaptive_pool_competes_with_a_student_of_the_network_as_it_is(data, 
         fill(self, numbers, *args, **notes)
 
     for owner, name, killed in (
-        (dvinv.training, 'chosen_images', killed_while_it_learns),
+        (dvinv.training.trainer, 'chosen_images', killed_while_it_learns),
         (Synthesizer, 'fill', killed_in_a_round),
     ):
         with monkeypatch.context() as patch:

@@ -25,9 +25,9 @@ from dvinv.networks import save_network
 from dvinv.networks.channels import Narrow, find_channels
 from dvinv.networks.classifier import Classifier, check_finite, flatten, unflatten
 from dvinv.networks.files import load_network
-from dvinv.rounds import Rounds
-from dvinv.teacher import supervised
-from dvinv.training import Lesson, initial_state, make_train_step
+from dvinv.teacher.task import supervised
+from dvinv.training.sampling import Rounds
+from dvinv.training.trainer import Lesson, initial_state, make_train_step
 
 PICTURES = {'image_shape': IMAGE_SHAPE, 'mean': MEAN, 'std': STD}
 

@@ -3,7 +3,7 @@
 import re
 from xml.etree import ElementTree
 
-from dvinv.runtime.heat_map import CELL, heat_map
+from dvinv.report.heat_map import CELL, heat_map
 
 HOSTILE = '<script src="x">&\'</script>'
 

@@ -13,21 +13,22 @@ from flax import nnx
 from smoke import synthesis_config
 from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, trained, trained_variables
 
-from dvinv import DvinvError, pipeline
+from dvinv import DvinvError
 from dvinv.config import TrainingSettings, default_config, parse
+from dvinv.distillation.hints import Hints, choose_hints, layer_error, staged_forward
+from dvinv.distillation.student import distillation_loss, lesson_of, staged_loss
 from dvinv.graph import graft, record
 from dvinv.graph.projections import initial_projections, relative_error, to_student, to_teacher
-from dvinv.hints import Hints, choose_hints, layer_error, staged_forward
 from dvinv.inversion import from_linen, from_nnx
 from dvinv.inversion.execution import in_precision
 from dvinv.inversion.tap import features_in_training
 from dvinv.networks import create, initialise
-from dvinv.rounds import Rounds
-from dvinv.run import Run
+from dvinv.pipeline import tasks as pipeline
+from dvinv.pipeline.run import Run
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.workdir import Workdir
-from dvinv.student import distillation_loss, lesson_of, staged_loss
-from dvinv.training import Lesson, Training, TrainStep, initial_state, make_train_step
+from dvinv.training.sampling import Rounds
+from dvinv.training.trainer import Lesson, Training, TrainStep, initial_state, make_train_step
 
 LAYERS = ('BatchNorm_0', 'BatchNorm_1')
 

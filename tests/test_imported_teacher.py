@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from smoke import smoke_config, smoke_run
 
-from dvinv import pipeline, verifiers
 from dvinv.errors import DvinvError
 from dvinv.networks import create
 from dvinv.networks.classifier import flatten
 from dvinv.networks.naming import find_keys
+from dvinv.pipeline import tasks as pipeline
+from dvinv.teacher import verifiers
 
 sys.path.append(str(Path(__file__).parent / 'golden'))
 from drawn import draw_state

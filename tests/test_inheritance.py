@@ -7,13 +7,13 @@ from tiny import IMAGE_SHAPE, TinyNet, trained_variables
 
 from dvinv import DvinvError
 from dvinv.config import default_config, parse
+from dvinv.distillation.student import student_of
 from dvinv.inversion import from_linen
 from dvinv.networks import create, shapes_of
 from dvinv.networks.classifier import flatten
 from dvinv.networks.inheritance import inherited
-from dvinv.run import Run
-from dvinv.student import student_of
-from dvinv.training import _first_variables
+from dvinv.pipeline.run import Run
+from dvinv.training.trainer import _first_variables
 
 
 def _inherited(teacher, student, width=1.0):

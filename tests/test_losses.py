@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dvinv.distillation.student import distillation_loss
 from dvinv.inversion import losses
-from dvinv.student import distillation_loss
 
 LN2 = np.log(2)
 

@@ -12,14 +12,17 @@ import pytest
 from smoke import NAMES, flip, lasting, smoke_config
 
 import dvinv
-from dvinv import distillation, pipeline, pools, seeds, synthesizer
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
+from dvinv.distillation import task as distillation
 from dvinv.errors import DvinvError
-from dvinv.evaluation import top_accuracy
+from dvinv.evaluation.accuracy import top_accuracy
 from dvinv.networks import load_classifier
-from dvinv.rounds import rounds_of
-from dvinv.run import Run
+from dvinv.pipeline import seeds
+from dvinv.pipeline import tasks as pipeline
+from dvinv.pipeline.run import Run
+from dvinv.synthesis import pools, synthesizer
+from dvinv.training.sampling import rounds_of
 
 STUDENTS = {'student', 'noise', 'prior_only', 'real'}
 TEACHER_ALONE = {'tasks': ('teacher',)}

@@ -13,22 +13,25 @@ from flax import nnx
 from smoke import smoke_config, smoke_run
 from tiny import IMAGE_SHAPE, TinyNet, tiny_teacher, trained
 
-from dvinv import DvinvError, factories, from_linen, from_nnx, load, pipeline, teacher
+from dvinv import DvinvError, from_linen, from_nnx, load
 from dvinv.config import TrainingSettings
 from dvinv.continual.lesson import head_path, network_of
-from dvinv.hints import choose_hints, staged_forward
+from dvinv.distillation.hints import choose_hints, staged_forward
+from dvinv.distillation.student import distillation_loss, hints_of, student_of
+from dvinv.distillation.student import validate as validate_student
 from dvinv.inversion.modules import trainable, validate_trainable, with_classes
 from dvinv.inversion.tap import features_in_training
 from dvinv.networks import module_of, save_network, shapes_of
 from dvinv.networks.channels import Narrow, find_channels
 from dvinv.networks.classifier import flatten
-from dvinv.pruning import driver as pruning
-from dvinv.rounds import Rounds
+from dvinv.pipeline import tasks as pipeline
+from dvinv.pruning import task as pruning
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.workdir import Workdir
-from dvinv.student import distillation_loss, hints_of, student_of
-from dvinv.student import validate as validate_student
-from dvinv.training import Lesson, Training
+from dvinv.teacher import factories
+from dvinv.teacher import task as teacher
+from dvinv.training.sampling import Rounds
+from dvinv.training.trainer import Lesson, Training
 
 KEY = jax.random.key(0)
 

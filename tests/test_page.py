@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from tiny import numbered
 
-from dvinv.runtime.charts import line_chart
-from dvinv.runtime.page import Picture, Section, Table, Tile, class_picture, number, percent, render
+from dvinv.report.charts import line_chart
+from dvinv.report.page import Picture, Section, Table, Tile, class_picture, number, percent, render
 from dvinv.runtime.pictures import class_grid
 
 HOSTILE = '<script src="x">&\'</script>'

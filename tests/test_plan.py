@@ -8,14 +8,14 @@ import pytest
 from smoke import ROOT, smoke_config
 from tiny import saved
 
-import dvinv.plan
+import dvinv.pipeline.plan
 from dvinv import DvinvError
-from dvinv.plan import Plan, StagePlan, SynthesisPlan, TrainingPlan, plan
+from dvinv.pipeline.plan import Plan, StagePlan, SynthesisPlan, TrainingPlan, plan
 
 
 @pytest.fixture(autouse=True)
 def no_longer_than_needed(monkeypatch):
-    monkeypatch.setattr(dvinv.plan, 'TIMED_SECONDS', 0.0)
+    monkeypatch.setattr(dvinv.pipeline.plan, 'TIMED_SECONDS', 0.0)
 
 
 def test_the_plan_multiplies_out():

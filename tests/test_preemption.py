@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 from smoke import flip, synthesis_config
 
-from dvinv import balanced_labels, pipeline
+from dvinv import balanced_labels
 from dvinv.config import InversionConfig, Stage
 from dvinv.errors import DvinvError
 from dvinv.inversion import make_inverter
 from dvinv.inversion.invert import Unfinished
+from dvinv.pipeline import tasks as pipeline
 from dvinv.runtime import preemption
 from dvinv.runtime.devices import make_mesh
-from dvinv.synthesizer import Synthesizer
-from dvinv.unfinished import UnfinishedBatches
+from dvinv.synthesis.synthesizer import Synthesizer
+from dvinv.synthesis.unfinished import UnfinishedBatches
 
 BATCH = 8
 STAGES = Stage(4, 0.1, jitter=2, flip=True, warmup=2, schedule='cosine'), Stage(3, 0.05, noise=0.1)

@@ -3,8 +3,9 @@
 import pytest
 from smoke import smoke_config
 
-from dvinv import PRESETS, pipeline
+from dvinv import PRESETS
 from dvinv.config import Stage, default_config, parse, preset_for
+from dvinv.pipeline import tasks as pipeline
 
 # The published settings: (iterations, resolution, jitter) a stage, then betas, bounds of the learning rate, and so on.
 IMAGENET = {

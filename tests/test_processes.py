@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from smoke import lasting, smoke_config, synthesis_config
 
-from dvinv import pipeline
 from dvinv.config import parse
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
+from dvinv.pipeline import tasks as pipeline
 from dvinv.runtime import processes
 from dvinv.runtime.metrics import Metrics
 from dvinv.runtime.workdir import Workdir
@@ -141,11 +141,11 @@ import jax, numpy as np
 from smoke import smoke_config
 from dvinv.networks import Classifier, create
 from dvinv.config import TrainingSettings
-from dvinv.rounds import Rounds
+from dvinv.training.sampling import Rounds
 from dvinv.runtime import processes
 from dvinv.runtime.devices import make_mesh
-from dvinv.teacher import supervised
-from dvinv.training import Lesson, TrainStep
+from dvinv.teacher.task import supervised
+from dvinv.training.trainer import Lesson, TrainStep
 
 class Counted:
     def __init__(self, array): self.array, self.read = array, []

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from dvinv.graph.rewriting import recomputed, rewritten
 from dvinv.runtime.devices import AXIS, make_mesh
-from dvinv.runtime.program import recomputed, rewritten
 
 X = np.linspace(0.2, 1.0, 6, dtype=np.float32).reshape(2, 3)
 

@@ -11,21 +11,22 @@ from smoke import ROOT, lasting, smoke_config
 from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, drawn_inverter, trained_variables
 
 import dvinv
-import dvinv.synthesizer
+import dvinv.synthesis.synthesizer
 import dvinv.training
-from dvinv import DvinvError, pipeline
+from dvinv import DvinvError
 from dvinv.config import InversionConfig, PruningSettings, Stage, Weights
 from dvinv.data.pool import ImagePool
 from dvinv.inversion import from_linen, make_inverter
 from dvinv.networks import create, load_network
 from dvinv.networks.channels import Narrow, cost, find_channels
-from dvinv.pruning import driver
+from dvinv.pipeline import tasks as pipeline
+from dvinv.pruning import task as driver
 from dvinv.pruning.importance import Importance
 from dvinv.pruning.latency import predicted
 from dvinv.pruning.removal import least_reachable, removal_scores, without_lowest
-from dvinv.rounds import chosen_images
 from dvinv.runtime.devices import make_mesh
-from dvinv.synthesizer import Synthesizer
+from dvinv.synthesis.synthesizer import Synthesizer
+from dvinv.training.sampling import chosen_images
 
 
 @pytest.fixture(scope='module')
@@ -208,7 +209,7 @@ def test_a_pruning_from_its_pool_to_its_report_and_again(finished, tmp_path, mon
         rivals.append((self._method, notes['step'], rival))
         fill(self, numbers, rival, **notes)
 
-    monkeypatch.setattr(dvinv.synthesizer, 'make_inverter', drawn_inverter)
+    monkeypatch.setattr(dvinv.synthesis.synthesizer, 'make_inverter', drawn_inverter)
     monkeypatch.setattr(driver, 'learn', learn_and_tell)
     monkeypatch.setattr(driver.Pruner, '_next', measure_and_tell)
     monkeypatch.setattr(Synthesizer, 'fill', fill_and_tell)
@@ -264,7 +265,7 @@ def test_a_pruning_from_its_pool_to_its_report_and_again(finished, tmp_path, mon
 
     for owner, name, killed in (
         (Synthesizer, 'fill', killed_in_a_batch),
-        (dvinv.training, 'chosen_images', killed_while_it_learns),
+        (dvinv.training.trainer, 'chosen_images', killed_while_it_learns),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, killed)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tiny import tiny_teacher
 
-from dvinv import quality
 from dvinv.errors import DvinvError
+from dvinv.evaluation import quality
 from dvinv.networks import create, initialise
 from dvinv.networks.features import with_features
 

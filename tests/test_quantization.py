@@ -12,7 +12,6 @@ from smoke import smoke_config, smoke_run
 from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, saved, tiny_teacher, trained, trained_variables
 
 import dvinv
-from dvinv import pipeline
 from dvinv.config import QuantizationSettings
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
@@ -33,9 +32,10 @@ from dvinv.networks.quantized.network import (
 )
 from dvinv.networks.quantized.observing import on_images, on_statistics
 from dvinv.networks.quantized.ranges import Observation, grid_of
+from dvinv.pipeline import tasks as pipeline
 from dvinv.quantization.bits import bits_of_layers
 from dvinv.quantization.section import quantization_section
-from dvinv.runtime.page import render
+from dvinv.report.page import render
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(256, size=(24, *IMAGE_SHAPE)).astype(np.uint8)

@@ -10,14 +10,14 @@ import pytest
 from smoke import smoke_config, smoke_run
 from tiny import numbered, saved
 
-from dvinv import report
 from dvinv.config import parse
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
+from dvinv.pipeline.run import Run
 from dvinv.pruning.section import pruning_sentence
 from dvinv.quantization.section import quantization_section, quantization_tile
-from dvinv.run import Run
-from dvinv.runtime.page import render
+from dvinv.report import task as report
+from dvinv.report.page import render
 
 TEACHER = {'test_accuracy': 0.9, 'verifier_test_accuracy': None, 'test_images': 360, 'parameters': 9, 'flops': 9}
 MADE = {

@@ -15,11 +15,11 @@ from dvinv.config import TrainingSettings
 from dvinv.data.batches import HostBatches, ResidentBatches, fits_on_devices
 from dvinv.data.joined import Joined
 from dvinv.networks import Classifier
-from dvinv.rounds import Rounds, chosen_images
 from dvinv.runtime import preemption
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.workdir import Workdir
-from dvinv.training import Lesson, Training, TrainStep
+from dvinv.training.sampling import Rounds, chosen_images
+from dvinv.training.trainer import Lesson, Training, TrainStep
 
 CLASSIFIER = Classifier(None, None, IMAGE_SHAPE, 3, MEAN, STD)
 LOGGING = types.SimpleNamespace(every=2, checkpoint_every=4)
@@ -72,7 +72,7 @@ def test_a_killed_training_ends_with_the_bits_of_an_undisturbed_one(undisturbed,
             return chosen_images(seed, number, *args)
 
         calls = []
-        monkeypatch.setattr(dvinv.training, 'chosen_images', chosen)
+        monkeypatch.setattr(dvinv.training.trainer, 'chosen_images', chosen)
         return calls
 
     for update, first in ((5, 0), (7, 4)):  # after the checkpoint of update 4, and once more, resumed from it
@@ -97,7 +97,7 @@ def test_sigterm_keeps_a_checkpoint_of_any_update(undisturbed, tmp_path, monkeyp
                     patch.setattr(preemption, '_asked', True)
                 return chosen_images(seed, number, *args)
 
-            patch.setattr(dvinv.training, 'chosen_images', chosen)
+            patch.setattr(dvinv.training.trainer, 'chosen_images', chosen)
             with pytest.raises(SystemExit) as ended:
                 _fit(tmp_path)
         assert ended.value.code == 143
@@ -167,7 +167,7 @@ def test_a_round_begins_with_its_new_images_and_goes_on_with_all_that_have_come(
 @pytest.mark.parametrize(('updates', 'resident'), [(2, False), (3, True)])
 def test_several_updates_a_dispatch_give_the_bits_of_single_ones(undisturbed, tmp_path, monkeypatch, updates, resident):
     """Also from images that lie on the devices; of a limit of 3 the dispatch takes 2, which divides the line of metrics."""
-    monkeypatch.setattr(dvinv.training, 'fits_on_devices', lambda mesh, size: resident)
+    monkeypatch.setattr(dvinv.training.trainer, 'fits_on_devices', lambda mesh, size: resident)
     recipe = dataclasses.replace(RECIPE, updates_per_dispatch=updates)
     variables, metrics = _fit(tmp_path, recipe, stops=(3,))
     _same(variables, undisturbed[0])
@@ -228,7 +228,7 @@ def test_batches_from_the_host_are_read_in_order_and_their_errors_reach_the_trai
 
 @pytest.mark.parametrize(('size', 'updates'), [(2**28, 50), (2**20, 5), (1, 1)])
 def test_a_dispatch_from_the_host_is_of_so_many_bytes_at_most(monkeypatch, size, updates):
-    monkeypatch.setattr(dvinv.training, 'STREAMED_BYTES', size)
+    monkeypatch.setattr(dvinv.training.trainer, 'STREAMED_BYTES', size)
     recipe = dataclasses.replace(RECIPE, batch_size=2**20 // 5 // 128)
     assert TrainStep(TinyNet(), Lesson(recipe, _loss, Rounds(20)), CLASSIFIER, make_mesh(1), 50).updates == updates
 

@@ -15,21 +15,22 @@ from safetensors.numpy import save_file
 from smoke import smoke_config
 from tiny import IMAGE_SHAPE, MEAN, STD, trained_variables
 
-from dvinv import from_linen, pipeline
+from dvinv import from_linen
 from dvinv.config import TrainingSettings, parse
+from dvinv.distillation.hints import choose_hints, staged_forward
+from dvinv.distillation.student import staged_loss
 from dvinv.errors import DvinvError
 from dvinv.graph.projections import initial_projections
-from dvinv.hints import choose_hints, staged_forward
 from dvinv.networks import create, load_network, read_classifier, registry, shapes_of
 from dvinv.networks.classifier import flatten
 from dvinv.networks.convnext import ConvNeXt
 from dvinv.networks.naming import find_keys, to_flax_layout
 from dvinv.networks.vision_transformer import VisionTransformer
 from dvinv.networks.weights import import_weights
-from dvinv.rounds import Rounds
-from dvinv.run import Run
-from dvinv.student import staged_loss
-from dvinv.training import Lesson, initial_state, make_train_step
+from dvinv.pipeline import tasks as pipeline
+from dvinv.pipeline.run import Run
+from dvinv.training.sampling import Rounds
+from dvinv.training.trainer import Lesson, initial_state, make_train_step
 
 PARAMETERS = {  # for 1,000 classes, as torchvision and timm publish them
     'vit_b_16': 86_567_656,

@@ -8,13 +8,15 @@ import pytest
 from smoke import smoke_config, smoke_run
 from tiny import IMAGE_SHAPE, saved, tiny_teacher
 
-from dvinv import pipeline, quality, teacher
 from dvinv.config import DataSettings, parse
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
-from dvinv.evaluation import accuracy, logits_of
+from dvinv.evaluation import accuracy, quality
+from dvinv.evaluation.accuracy import logits_of
 from dvinv.networks import load_classifier
-from dvinv.verifiers import load_more, print_pixels, refuse_chance, validate_judge
+from dvinv.pipeline import tasks as pipeline
+from dvinv.teacher import task as teacher
+from dvinv.teacher.verifiers import load_more, print_pixels, refuse_chance, validate_judge
 
 
 @pytest.fixture

@@ -288,7 +288,7 @@ class Settings:
         return self.synthesis.images - rounds * self.held_out_of(self.round_images)
 
     def held_out_of(self, images: int) -> int:
-        """Returns how many of the images of a round are held out, see `dvinv.held_out`."""
+        """Returns how many of the images of a round are held out, see `dvinv.evaluation.held_out`."""
         return 0 if self.data.name else int(self.held_out * images)
 
     def inversion_config(self, method: str = '') -> InversionConfig:

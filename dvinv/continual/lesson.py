@@ -20,9 +20,9 @@ from dvinv.inversion.modules import with_classes
 from dvinv.inversion.teacher import teacher_of
 from dvinv.networks import create, shapes_of
 from dvinv.networks.head import head_of
-from dvinv.rounds import Rounds
-from dvinv.run import Run
-from dvinv.training import Lesson
+from dvinv.pipeline.run import Run
+from dvinv.training.sampling import Rounds
+from dvinv.training.trainer import Lesson
 
 
 def network_of(run: Run, teacher: Teacher, num_classes: int) -> Teacher:

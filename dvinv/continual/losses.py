@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dvinv.divergence import divergence
+from dvinv.evaluation.divergence import divergence
 
 
 def deepinversion_terms(logits, old_logits, labels, temperature: float) -> dict[str, jax.Array]:

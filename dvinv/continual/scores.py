@@ -7,9 +7,9 @@ import numpy as np
 from dvinv.continual.chains import MAIN
 from dvinv.continual.stream import Step, test_images
 from dvinv.data.dataset import Split
-from dvinv.evaluation import logits_of
+from dvinv.evaluation.accuracy import logits_of
 from dvinv.inversion import Teacher
-from dvinv.run import Run
+from dvinv.pipeline.run import Run
 
 
 def figures(run: Run, steps: list[Step], learned: dict[str, list[Teacher | None]]) -> dict:

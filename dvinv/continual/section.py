@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dvinv.continual.chains import MAIN
 from dvinv.continual.stream import class_names_of, steps_of
 from dvinv.data.pool import ImagePool
-from dvinv.run import Run
-from dvinv.runtime.heat_map import heat_map
-from dvinv.runtime.page import Picture, Section, Table, Tile, class_picture, percent
+from dvinv.pipeline.run import Run
+from dvinv.report.heat_map import heat_map
+from dvinv.report.page import Picture, Section, Table, Tile, class_picture, percent
 from dvinv.runtime.workdir import Workdir
 
 PER_CLASS = 12  # images in a row of a grid

@@ -13,7 +13,7 @@ from dvinv.config import DataSettings, Settings, parse_group
 from dvinv.data.dataset import Split
 from dvinv.errors import DvinvError, listed
 from dvinv.networks import Classifier
-from dvinv.run import Run
+from dvinv.pipeline.run import Run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,14 +2,15 @@
 
 import numpy as np
 
-from dvinv import student, synthesizer
 from dvinv.continual.chains import names_of_networks
 from dvinv.continual.lesson import head_path, network_of
 from dvinv.continual.stream import steps_of, test_images, training_images
+from dvinv.distillation import student
 from dvinv.errors import DvinvError
 from dvinv.inversion.modules import LinenModule, trained_part, with_classes
 from dvinv.networks.classifier import flatten
-from dvinv.run import Run
+from dvinv.pipeline.run import Run
+from dvinv.synthesis import synthesizer
 
 
 def validate(run: Run) -> None:

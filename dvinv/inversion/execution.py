@@ -10,10 +10,10 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from dvinv.config import InversionConfig
+from dvinv.graph.rewriting import recomputed
 from dvinv.inversion.teacher import Teacher
 from dvinv.networks.classifier import Classifier, cast_floats
 from dvinv.networks.suited import suited_to
-from dvinv.runtime.program import recomputed
 
 
 def executed(teacher: Teacher, student_fn: Callable | None, config: InversionConfig, platform: str):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax.extend.core.primitives import conv_general_dilated_p, dot_general_p
 
-from dvinv.runtime.program import rewritten
+from dvinv.graph.rewriting import rewritten
 
 
 def with_features(apply_fn: Callable) -> Callable:

@@ -18,9 +18,9 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from dvinv.graph.rewriting import rewritten
 from dvinv.networks.convolutions import depthwise, gathered, pointwise
 from dvinv.networks.pooling import max_pool
-from dvinv.runtime.program import rewritten
 
 IMAGES_LAST = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))  # images and result [B, H, W, C], kernel [H, W, I, O]
 

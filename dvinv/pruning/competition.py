@@ -10,10 +10,10 @@ import numpy as np
 from dvinv.config import Settings
 from dvinv.data.pool import ImagePool
 from dvinv.networks import apply_fn_of
-from dvinv.pools import missing_batches
-from dvinv.run import Run
-from dvinv.synthesizer import Synthesizer
-from dvinv.training import Learner
+from dvinv.pipeline.run import Run
+from dvinv.synthesis.pools import missing_batches
+from dvinv.synthesis.synthesizer import Synthesizer
+from dvinv.training.trainer import Learner
 
 
 def settings_of_step(settings: Settings, role: int, step: int) -> Settings:

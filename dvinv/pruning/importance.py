@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import optax
 
-from dvinv.divergence import divergence
+from dvinv.evaluation.divergence import divergence
 from dvinv.inversion import Teacher
 from dvinv.inversion.tap import running_statistics
 from dvinv.networks.channels.units import STAYS, Channels

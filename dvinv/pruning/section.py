@@ -1,8 +1,8 @@
 """What the report tells of a pruning: scores, accuracy against cost, and how wide each layer was and is."""
 
+from dvinv.report.charts import line_chart
+from dvinv.report.page import Section, Table, Tile, number, percent
 from dvinv.runtime.bars import bars_left
-from dvinv.runtime.charts import line_chart
-from dvinv.runtime.page import Section, Table, Tile, number, percent
 from dvinv.runtime.workdir import Workdir
 
 NAMES = {

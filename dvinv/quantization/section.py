@@ -1,8 +1,8 @@
 """The part of the report about networks of few bits: accuracy against bits and megabytes."""
 
 from dvinv.config import BITS, bits_of
-from dvinv.runtime.charts import line_chart
-from dvinv.runtime.page import Section, Table, Tile, percent
+from dvinv.report.charts import line_chart
+from dvinv.report.page import Section, Table, Tile, percent
 
 RUNGS = {  # figure -> what it is called
     'no_images_test_accuracy': 'no images',

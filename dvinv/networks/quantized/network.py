@@ -16,6 +16,7 @@ from jax.extend.core import jaxpr_as_fun
 from jax.extend.core.primitives import conv_general_dilated_p, dot_general_p
 
 from dvinv.errors import DvinvError, listed
+from dvinv.graph.rewriting import rewritten
 from dvinv.networks import registry
 from dvinv.networks.classifier import Classifier, flatten, unflatten
 from dvinv.networks.files import load_network, module_of, save_network
@@ -31,7 +32,6 @@ from dvinv.networks.quantized.rounding import (
     weight_steps,
     whole_weights,
 )
-from dvinv.runtime.program import rewritten
 
 
 def with_rules(apply_fn: Callable, layers: Sequence[Layer], around: Callable) -> Callable:

@@ -5,28 +5,29 @@ from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 
-from dvinv.by_class import agreement_table, class_section, compare
 from dvinv.config import TASKS, DistillationSettings, Settings, nested
 from dvinv.continual.section import continual_section, continual_tiles
 from dvinv.data.dataset import RealData
 from dvinv.data.pool import ImagePool
-from dvinv.evaluation import accuracy, flops
+from dvinv.distillation.student import student_of
+from dvinv.evaluation import accuracy
+from dvinv.evaluation.accuracy import flops
+from dvinv.evaluation.by_class import agreement_table, class_section, compare
+from dvinv.evaluation.quality import evenly, figures_of_sets, quality_table
 from dvinv.networks import load_classifier
 from dvinv.networks.quantized.network import load_quantized
-from dvinv.pools import finished_pool, open_control
+from dvinv.pipeline.run import Run
 from dvinv.pruning.section import pruning_section, pruning_sentence, pruning_tile
-from dvinv.quality import evenly, figures_of_sets, quality_table
 from dvinv.quantization.section import quantization_section, quantization_sentence, quantization_tile, smallest
-from dvinv.run import Run
+from dvinv.report.charts import line_chart, line_panels
+from dvinv.report.page import Picture, Section, Table, Tile, class_picture, number, percent, render
 from dvinv.runtime import provenance
 from dvinv.runtime.banner import device_names
-from dvinv.runtime.charts import line_chart, line_panels
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.metrics import Metrics
-from dvinv.runtime.page import Picture, Section, Table, Tile, class_picture, number, percent, render
 from dvinv.runtime.progress import duration
-from dvinv.student import student_of
-from dvinv.verifiers import load_more, refuse_chance
+from dvinv.synthesis.pools import finished_pool, open_control
+from dvinv.teacher.verifiers import load_more, refuse_chance
 
 PER_CLASS, PER_CLASS_BESIDE = 16, 10  # images in a row of a grid that has the whole width, or another beside it
 MOST_SCORED = 500  # real images that tell whether a verifier recognises anything

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 
 from dvinv.errors import DvinvError, listed
-from dvinv.factories import network_of
 from dvinv.inversion import Teacher
 from dvinv.inversion.modules import with_classes
 from dvinv.networks import Classifier, load_classifier, load_network, module_of, shapes_of
 from dvinv.networks.classifier import flatten
 from dvinv.networks.quantized.network import load_quantized
+from dvinv.teacher.factories import network_of
 
 # task -> the network file that it ends with
 RESULTS = {

@@ -7,19 +7,21 @@ from collections import Counter
 import jax
 import numpy as np
 
-from dvinv import adaptive, student, synthesizer, teacher
 from dvinv.data.pool import ImagePool
-from dvinv.evaluation import among_top, logits_of, validate_fits
+from dvinv.distillation import student
+from dvinv.evaluation.accuracy import among_top, logits_of, validate_fits
 from dvinv.inversion import make_feature_loss
 from dvinv.networks import Classifier
-from dvinv.pools import controls_are_whole, missing_batches, open_pool, put_aside_damaged
-from dvinv.rounds import rounds_of
-from dvinv.run import Run
+from dvinv.pipeline.run import Run
 from dvinv.runtime import preemption
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.pictures import class_grid
 from dvinv.runtime.workdir import Workdir
-from dvinv.synthesizer import control_pool, fill_pool
+from dvinv.synthesis import adaptive, synthesizer
+from dvinv.synthesis.pools import controls_are_whole, missing_batches, open_pool, put_aside_damaged
+from dvinv.synthesis.synthesizer import control_pool, fill_pool
+from dvinv.teacher import task as teacher
+from dvinv.training.sampling import rounds_of
 
 
 def validate(run: Run) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import ml_collections
 
-from dvinv import pipeline
 from dvinv.config import TASKS, Settings, nested, parse
 from dvinv.errors import DvinvError, listed, say
+from dvinv.pipeline import tasks as pipeline
+from dvinv.report.page import Section, Table, Tile, percent, render
 from dvinv.runtime.banner import done_already
 from dvinv.runtime.files import write_atomic
-from dvinv.runtime.page import Section, Table, Tile, percent, render
 from dvinv.runtime.processes import is_primary
 from dvinv.runtime.progress import duration
 from dvinv.runtime.workdir import holds_work

@@ -8,12 +8,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dvinv import factories
 from dvinv.config import DataSettings, Settings
 from dvinv.data.dataset import RealData
 from dvinv.data.real import Datasets
 from dvinv.errors import DvinvError, listed
-from dvinv.evaluation import validate_fits
+from dvinv.evaluation.accuracy import validate_fits
 from dvinv.inversion import Teacher
 from dvinv.inversion.modules import trained_part, validate_trainable
 from dvinv.inversion.tap import running_statistics
@@ -23,7 +22,8 @@ from dvinv.networks.classifier import check_finite, flatten
 from dvinv.networks.files import refuse_other
 from dvinv.runtime.devices import make_mesh, training_mesh
 from dvinv.runtime.workdir import Workdir
-from dvinv.verifiers import print_pixels, read_verifier, validate_judge
+from dvinv.teacher import factories
+from dvinv.teacher.verifiers import print_pixels, read_verifier, validate_judge
 
 Role = Literal['teacher', 'verifier']
 MEASURED = 10_000  # images, at most, that the mean and std of pixels are measured on

@@ -13,7 +13,6 @@ import shutil
 
 import numpy as np
 
-from dvinv import adaptive
 from dvinv.config import CONTINUAL_LOSSES
 from dvinv.continual.chains import MAIN, chains_of, name_of, names_of_networks
 from dvinv.continual.lesson import lesson_of, loss_of, network_of
@@ -22,16 +21,17 @@ from dvinv.continual.stream import Step, steps_of, training_images
 from dvinv.continual.validation import validate
 from dvinv.data.dataset import Split
 from dvinv.data.pool import ImagePool
+from dvinv.distillation.student import lesson_of as student_lesson
+from dvinv.distillation.student import student_of
 from dvinv.inversion import Teacher
 from dvinv.inversion.modules import trained_part
 from dvinv.networks import load_network
-from dvinv.rounds import Rounds, rounds_of
-from dvinv.run import Run
+from dvinv.pipeline.run import Run
 from dvinv.runtime.processes import is_primary
-from dvinv.student import lesson_of as student_lesson
-from dvinv.student import student_of
-from dvinv.synthesizer import fill_pool
-from dvinv.training import Learner, Lesson, PlannedTraining, learn
+from dvinv.synthesis import adaptive
+from dvinv.synthesis.synthesizer import fill_pool
+from dvinv.training.sampling import Rounds, rounds_of
+from dvinv.training.trainer import Learner, Lesson, PlannedTraining, learn
 
 __all__ = ['complete', 'planned_trainings', 'run', 'validate']
 ROLE = 4  # see `training.Learner`; one for all networks, that compared ones start alike

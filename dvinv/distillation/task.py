@@ -1,17 +1,18 @@
 """The task `distillation`: a student learns from the teacher's answers on synthesized images; controls learn beside it."""
 
-from dvinv import student, synthesizer
 from dvinv.config import DATA_FREE_CONTROLS
+from dvinv.distillation import student
+from dvinv.distillation.student import hints_of, lesson_of, print_hints, student_of
 from dvinv.errors import DvinvError
-from dvinv.evaluation import flops, test_accuracy
-from dvinv.held_out import HeldOut, learned_rows
+from dvinv.evaluation.accuracy import flops, test_accuracy
+from dvinv.evaluation.held_out import HeldOut, learned_rows
 from dvinv.networks import Classifier
-from dvinv.pools import controls_are_whole, finished_pool
-from dvinv.rounds import Rounds, rounds_of
-from dvinv.run import Run
-from dvinv.student import hints_of, lesson_of, print_hints, student_of
-from dvinv.synthesizer import control_pool
-from dvinv.training import Array, PlannedTraining, learn
+from dvinv.pipeline.run import Run
+from dvinv.synthesis import synthesizer
+from dvinv.synthesis.pools import controls_are_whole, finished_pool
+from dvinv.synthesis.synthesizer import control_pool
+from dvinv.training.sampling import Rounds, rounds_of
+from dvinv.training.trainer import Array, PlannedTraining, learn
 
 
 def validate(run: Run) -> None:

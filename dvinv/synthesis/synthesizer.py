@@ -13,7 +13,7 @@ import dvinv
 from dvinv.config import Settings, nested
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError, say
-from dvinv.evaluation import logits_of
+from dvinv.evaluation.accuracy import logits_of
 from dvinv.inversion import (
     Inversion,
     Teacher,
@@ -24,13 +24,13 @@ from dvinv.inversion import (
     validate_resolutions,
 )
 from dvinv.inversion.parameterization import initial_parameters, make_decode, pixel_scale_of
-from dvinv.pools import missing_batches, open_control, put_aside_damaged
-from dvinv.run import Run
+from dvinv.pipeline.run import Run
 from dvinv.runtime import preemption
 from dvinv.runtime.devices import make_mesh, platform_of
 from dvinv.runtime.processes import decide, is_primary, meet
 from dvinv.runtime.progress import Progress
-from dvinv.unfinished import UnfinishedBatches
+from dvinv.synthesis.pools import missing_batches, open_control, put_aside_damaged
+from dvinv.synthesis.unfinished import UnfinishedBatches
 
 VOTE = 20  # dispatches between two looks of several processes at the clock of process 0, where they save a batch together
 

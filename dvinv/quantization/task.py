@@ -5,10 +5,11 @@ import dataclasses
 import jax
 import numpy as np
 
-from dvinv import synthesizer
 from dvinv.config import QuantizationSettings, validate_devices
 from dvinv.data.pool import ImagePool
-from dvinv.held_out import HeldOut, learned_rows
+from dvinv.distillation.student import distillation_loss
+from dvinv.evaluation.held_out import HeldOut, learned_rows
+from dvinv.evaluation.quality import evenly
 from dvinv.inversion import Teacher
 from dvinv.inversion.execution import in_precision
 from dvinv.networks.files import network_bytes
@@ -17,15 +18,14 @@ from dvinv.networks.quantized.layers import find_layers
 from dvinv.networks.quantized.learning import QuantizedModule, learned, module_of
 from dvinv.networks.quantized.network import load_quantized, products_in_bfloat16, save_quantized, simulated
 from dvinv.networks.quantized.observing import on_images, on_statistics
-from dvinv.pools import finished_pool
-from dvinv.quality import evenly
+from dvinv.pipeline.run import Run
 from dvinv.quantization.bits import bits_of_layers
 from dvinv.quantization.ladder import Ladder, Scores, rungs
-from dvinv.rounds import Rounds
-from dvinv.run import Run
-from dvinv.student import distillation_loss
-from dvinv.synthesizer import control_pool
-from dvinv.training import Lesson, PlannedTraining, Training
+from dvinv.synthesis import synthesizer
+from dvinv.synthesis.pools import finished_pool
+from dvinv.synthesis.synthesizer import control_pool
+from dvinv.training.sampling import Rounds
+from dvinv.training.trainer import Lesson, PlannedTraining, Training
 
 TASK, ROLE = 'quantization', 6  # see `training.Learner`
 

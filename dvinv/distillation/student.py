@@ -9,19 +9,19 @@ import jax
 import jax.numpy as jnp
 
 from dvinv.config import validate_devices
-from dvinv.divergence import divergence
+from dvinv.distillation.hints import Hints, choose_hints, layer_error, staged_forward
 from dvinv.errors import DvinvError, say
+from dvinv.evaluation.divergence import divergence
 from dvinv.graph.projections import initial_projections
-from dvinv.hints import Hints, choose_hints, layer_error, staged_forward
 from dvinv.inversion import Teacher
 from dvinv.inversion.execution import in_precision
 from dvinv.networks import shapes_of
 from dvinv.networks.inheritance import inherited
-from dvinv.rounds import Rounds
-from dvinv.run import Run
+from dvinv.pipeline.run import Run
 from dvinv.runtime.devices import platform_of
-from dvinv.teacher import validate_takes
-from dvinv.training import Learner, Lesson
+from dvinv.teacher.task import validate_takes
+from dvinv.training.sampling import Rounds
+from dvinv.training.trainer import Learner, Lesson
 
 NONE = MappingProxyType({})
 ROLE = 3  # see `training.Learner`; one for all students

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dvinv.config import DATA_FREE_CONTROLS, SynthesisSettings
 from dvinv.data.pool import DamagedError, ImagePool
 from dvinv.errors import DvinvError, say
-from dvinv.run import Run
+from dvinv.pipeline.run import Run
 from dvinv.runtime import preemption
 from dvinv.runtime.processes import decide
 from dvinv.runtime.progress import Progress

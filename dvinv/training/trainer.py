@@ -36,14 +36,14 @@ from dvinv.inversion.tap import features_in_training
 from dvinv.networks import Classifier, apply_fn_of, initialise, load_classifier, module_of, save_network, shapes_of
 from dvinv.networks.classifier import cast_floats, flatten, unflatten
 from dvinv.networks.head import grown
-from dvinv.rounds import Rounds, chosen_images
-from dvinv.run import Run
+from dvinv.pipeline.run import Run
 from dvinv.runtime import preemption
 from dvinv.runtime.checkpoints import Checkpoints
 from dvinv.runtime.devices import AXIS, place, platform_of
 from dvinv.runtime.processes import of_primary
 from dvinv.runtime.progress import Progress
 from dvinv.runtime.workdir import Workdir
+from dvinv.training.sampling import Rounds, chosen_images
 
 Array = np.ndarray | Rows  # in memory, or read by rows
 RUNNING = 2  # dispatches that devices may be given ahead, so that the batches of no more lie there

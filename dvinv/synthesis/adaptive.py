@@ -6,15 +6,15 @@ after the last round is the task `distillation`'s, where the student is that one
 """
 
 from dvinv.data.pool import ImagePool
+from dvinv.distillation.student import lesson_of, print_hints
 from dvinv.errors import DvinvError
-from dvinv.held_out import learned_rows
+from dvinv.evaluation.held_out import learned_rows
 from dvinv.inversion import Teacher
-from dvinv.pools import missing_batches
-from dvinv.rounds import rounds_of
-from dvinv.run import Run
-from dvinv.student import lesson_of, print_hints
-from dvinv.synthesizer import Synthesizer
-from dvinv.training import Learner, training_of
+from dvinv.pipeline.run import Run
+from dvinv.synthesis.pools import missing_batches
+from dvinv.synthesis.synthesizer import Synthesizer
+from dvinv.training.sampling import rounds_of
+from dvinv.training.trainer import Learner, training_of
 
 
 def fill_pool(run: Run, teacher: Teacher, pool: ImagePool, student: Learner, task: str, series: str) -> None:

@@ -5,13 +5,13 @@ import optax
 
 from dvinv.config import LabelTrainingSettings, validate_devices
 from dvinv.errors import DvinvError
-from dvinv.evaluation import flops, test_accuracy
+from dvinv.evaluation.accuracy import flops, test_accuracy
 from dvinv.inversion.teacher import Teacher
 from dvinv.networks import Classifier, create, shapes_of
-from dvinv.rounds import Rounds
-from dvinv.run import Role, Run
-from dvinv.training import Learner, Lesson, PlannedTraining, learn
-from dvinv.verifiers import print_pixels, refuse_chance
+from dvinv.pipeline.run import Role, Run
+from dvinv.teacher.verifiers import print_pixels, refuse_chance
+from dvinv.training.sampling import Rounds
+from dvinv.training.trainer import Learner, Lesson, PlannedTraining, learn
 
 ROLES: dict[Role, int] = {'teacher': 1, 'verifier': 2}  # see `training.Learner`
 

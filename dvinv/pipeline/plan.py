@@ -11,19 +11,19 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from dvinv import pipeline
 from dvinv.config import CONTINUAL_LOSSES, TASKS, Settings, Stage
 from dvinv.continual.chains import chains_of
 from dvinv.errors import DvinvError
-from dvinv.evaluation import flops
+from dvinv.evaluation.accuracy import flops
 from dvinv.inversion import Teacher, balanced_labels
 from dvinv.inversion.programs import Programs
 from dvinv.networks import Classifier, apply_fn_of, shapes_of
-from dvinv.run import Run
+from dvinv.pipeline import tasks as pipeline
+from dvinv.pipeline.run import Run
 from dvinv.runtime.devices import make_mesh, platform_of
 from dvinv.runtime.progress import duration
-from dvinv.synthesizer import abreast
-from dvinv.training import PlannedTraining, TrainStep
+from dvinv.synthesis.synthesizer import abreast
+from dvinv.training.trainer import PlannedTraining, TrainStep
 
 TIMED_SECONDS = 1.0  # how long steps are timed, at least; and three dispatches of them
 PLANNED = ('teacher', 'distillation', 'pruning', 'continual', 'quantization')  # tasks that train networks

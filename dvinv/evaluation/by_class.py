@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from dvinv.data.dataset import Split
-from dvinv.evaluation import logits_of
+from dvinv.evaluation.accuracy import logits_of
+from dvinv.evaluation.quality import evenly
 from dvinv.networks import Classifier
-from dvinv.quality import evenly
-from dvinv.runtime.heat_map import heat_map
-from dvinv.runtime.page import Section, Table, percent
+from dvinv.report.heat_map import heat_map
+from dvinv.report.page import Section, Table, percent
 from dvinv.runtime.pictures import name_of
 
 MOST = 5_000  # test images, evenly spaced

@@ -19,9 +19,9 @@ import numpy as np
 from dvinv.data.dataset import RealData
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
-from dvinv.evaluation import among_top, logits_and_features_of
+from dvinv.evaluation.accuracy import among_top, logits_and_features_of
 from dvinv.networks import Classifier
-from dvinv.runtime.page import Table, percent
+from dvinv.report.page import Table, percent
 
 MOST = 5_000  # images, evenly spaced over a pool
 KERNEL_MOST = 2_000

@@ -11,15 +11,18 @@ from pathlib import Path
 
 import ml_collections
 
-from dvinv import distillation, report, synthesis, teacher
 from dvinv.config import PRESETS, TASKS, Settings, parse, preset_for
-from dvinv.continual import driver as continual
+from dvinv.continual import task as continual
+from dvinv.distillation import task as distillation
 from dvinv.errors import DvinvError, say
 from dvinv.inversion import takes_resolutions
-from dvinv.pruning import driver as pruning
-from dvinv.quantization import driver as quantization
-from dvinv.run import Run
+from dvinv.pipeline.run import Run
+from dvinv.pruning import task as pruning
+from dvinv.quantization import task as quantization
+from dvinv.report import task as report
 from dvinv.runtime import preemption
+from dvinv.synthesis import task as synthesis
+from dvinv.teacher import task as teacher
 
 # Of every task: `validate(run)`, `run(run)` and, but for the report, `complete(run)`.
 MODULES = {

@@ -13,31 +13,31 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dvinv import synthesizer
 from dvinv.config import DATA_FREE_CONTROLS, StudentSettings, validate_devices
 from dvinv.data.joined import Joined
+from dvinv.distillation.student import distillation_loss
 from dvinv.errors import DvinvError
-from dvinv.evaluation import test_accuracy
-from dvinv.held_out import HeldOut, learned_rows
+from dvinv.evaluation.accuracy import test_accuracy
+from dvinv.evaluation.held_out import HeldOut, learned_rows
 from dvinv.inversion.execution import in_precision
 from dvinv.inversion.tap import find_statistics
 from dvinv.networks import Classifier, load_classifier, load_network, save_network
 from dvinv.networks.channels import Narrow, find_channels
 from dvinv.networks.channels.cost import Cost
 from dvinv.networks.classifier import join_names
-from dvinv.pools import controls_are_whole, finished_pool
+from dvinv.pipeline.run import Run
 from dvinv.pruning import competition
 from dvinv.pruning.importance import Importance
 from dvinv.pruning.latency import latency, measure_table, predicted
 from dvinv.pruning.removal import EXACT, refuse_unreachable, removal_scores, without_lowest
-from dvinv.rounds import Rounds
-from dvinv.run import Run
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.processes import decide
 from dvinv.runtime.progress import Progress
-from dvinv.student import distillation_loss
-from dvinv.synthesizer import control_pool
-from dvinv.training import Array, Learner, Lesson, PlannedTraining, learn
+from dvinv.synthesis import synthesizer
+from dvinv.synthesis.pools import controls_are_whole, finished_pool
+from dvinv.synthesis.synthesizer import control_pool
+from dvinv.training.sampling import Rounds
+from dvinv.training.trainer import Array, Learner, Lesson, PlannedTraining, learn
 
 ROLE = 5  # see `training.Learner`
 CONTROLS = ('untuned', 'magnitude', 'random', *DATA_FREE_CONTROLS, 'real')

@@ -1,0 +1,1 @@
+"""A student learns from the teacher on images."""

@@ -1,0 +1,1 @@
+"""Images from a teacher alone, in numbered batches, into a pool."""

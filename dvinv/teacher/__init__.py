@@ -1,0 +1,1 @@
+"""The teacher and the verifiers: made by a user's function, read from files, or trained."""
