@@ -168,7 +168,8 @@ def drawn(shapes: dict) -> dict:
 
 def teacher_of(task: Task):
     """(the Teacher, its InversionConfig): one batch, split over the devices."""
-    from dvinv.inversion import PRESETS, from_linen
+    from dvinv.config import PRESETS
+    from dvinv.inversion import from_linen
     from dvinv.networks import create, image_shape, shapes_of
     from dvinv.networks.classifier import flatten, unflatten
     from dvinv.networks.weights import count_classes, import_weights, read_state_dict
@@ -237,10 +238,12 @@ class Dvinv:
         """(roll, flip) of the coming step: read off a picture whose every pixel is its number."""
         import jax
 
+        from dvinv.inversion.augmentation import augmentation_of
+
         size = self._teacher.image_shape[0]
         numbers = np.arange(size * size, dtype=np.int32).reshape(1, size, size, 1)
         key = jax.random.fold_in(self._state.key, self._state.iteration)
-        shown = np.asarray(self._stage.look(key, numbers, self._teacher))[0, :, :, 0]
+        shown = np.asarray(augmentation_of(self._stage)(key, numbers, self._teacher))[0, :, :, 0]
         ((row, column),) = np.argwhere(shown == 0)
         mirrored = bool(shown[row, column - 1] == 1)
         return (int(row), int(size - 1 - column if mirrored else column)), mirrored

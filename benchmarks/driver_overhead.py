@@ -66,9 +66,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def measure(arguments: argparse.Namespace, folder: Path) -> list[tuple[float, float]]:
     """(seconds a step of a synthesis, of the bare program), a pair each; a pair 0, which compiles, is left out."""
-    from dvinv.config import default_config
+    from dvinv.config import default_config, parse
     from dvinv.networks import image_shape
-    from dvinv.runtime.workdir import Workdir
+    from dvinv.pipeline.run import Run
     from dvinv.synthesis.pools import open_pool
     from dvinv.synthesis.synthesizer import Synthesizer
 
@@ -78,12 +78,12 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[tuple[float, fl
     config.devices = task.devices
     config.synthesis.update(images=(arguments.pairs + 1) * task.devices * task.batch, batch_size=task.batch)
     config.synthesis.stages[0].update(iterations=arguments.iterations, warmup=0)
-    workdir = Workdir(folder, config)
-    bare = make_bare(config, teacher)
+    run = Run(parse(config), folder)
+    run.teacher = teacher
+    workdir = run.open_workdir()
+    bare = make_bare(run.settings, teacher)
     pairs, begin = [], time.monotonic()
-    with Synthesizer(
-        config, workdir, teacher, open_pool(config, workdir, teacher), 'deepinversion', 'synthesis', 'driver'
-    ) as synthesizer:
+    with Synthesizer(run, teacher, open_pool(run), 'deepinversion', 'synthesis', 'driver') as synthesizer:
 
         def driver(number: int) -> float:
             start = time.perf_counter()
@@ -92,7 +92,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[tuple[float, fl
 
         for number in range(arguments.pairs + 1):
             runs = (driver, bare) if number % 2 else (bare, driver)
-            seconds = {run: run(number) for run in runs}
+            seconds = {measured: measured(number) for measured in runs}
             pairs.append((seconds[driver], seconds[bare]))
             left = (time.monotonic() - begin) / (number + 1) * (arguments.pairs - number)
             tell(f'pair {number} of {arguments.pairs}, at most {left:.0f} s left')
@@ -100,24 +100,23 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[tuple[float, fl
     return pairs[1:]
 
 
-def make_bare(config, teacher):
+def make_bare(settings, teacher):
     """`(number of a batch) -> seconds a step` of the compiled program alone, as the driver calls it."""
     import jax
     import numpy as np
-    from dvinv.configuration import inversion_config
 
     from dvinv.inversion import balanced_labels
     from dvinv.inversion.programs import Programs
     from dvinv.runtime.devices import make_mesh
 
-    settings, size = inversion_config(config), config.synthesis.batch_size
-    (stage,) = settings.stages
-    programs = Programs(teacher, settings, make_mesh(config.devices))
+    config, size, devices = settings.inversion_config(), settings.synthesis.batch_size, settings.devices
+    (stage,) = config.stages
+    programs = Programs(teacher, config, make_mesh(devices))
     step = programs.advance(stage, 1)
 
     def bare(number: int) -> float:
-        numbers = range(number * config.devices, (number + 1) * config.devices)
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(config.seed), i))(np.array(numbers))
+        numbers = range(number * devices, (number + 1) * devices)
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(settings.seed), i))(np.array(numbers))
         labels = programs.labels(np.stack([balanced_labels(i, size, teacher.num_classes) for i in numbers]))
         state = jax.block_until_ready(programs.restart(stage, programs.begin(keys, size)))
         start = time.perf_counter()

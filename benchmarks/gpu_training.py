@@ -62,11 +62,12 @@ class DvinvTraining:
         set_up_jax(1, pair.platform, cached=pair.platform == 'cpu')
         import jax
 
-        from dvinv.config import default_config
+        from dvinv.config import default_config, parse
         from dvinv.distillation.student import lesson_of
         from dvinv.inversion import from_linen
         from dvinv.networks import create, shapes_of
         from dvinv.networks.classifier import flatten, unflatten
+        from dvinv.pipeline.run import Run
         from dvinv.runtime.devices import make_mesh
         from dvinv.training.sampling import Rounds
         from dvinv.training.trainer import TrainStep
@@ -78,7 +79,7 @@ class DvinvTraining:
         variables = [unflatten(drawn(flatten(shapes_of(module, shape)))) for module in modules]
         self._teacher = from_linen(modules[0], variables[0], image_shape=shape, mean=MEAN, std=STD)
         self._student = from_linen(modules[1], variables[1], image_shape=shape, mean=MEAN, std=STD)
-        self._lesson = lesson_of(config, self._teacher, Rounds(pair.images))
+        self._lesson = lesson_of(Run(parse(config)), self._teacher, Rounds(pair.images))
         self._train_step = TrainStep(modules[1], self._lesson, self._teacher, make_mesh(1), pair.dispatch)
         self._images, labels = (
             np.random.default_rng(0).integers(0, 256, (pair.images, *shape), np.uint8),
@@ -92,9 +93,11 @@ class DvinvTraining:
         """Returns the augmented first batch, which another contestant needs to compute the same loss."""
         import jax
 
+        from dvinv.inversion.augmentation import augmentation_of
+
         key, _ = jax.random.split(jax.random.fold_in(self._key, 0))
         images = self._images[self._lesson.rows(0, 0)]
-        x = self._lesson.recipe.look(key, self._teacher.normalise(images), self._teacher)
+        x = augmentation_of(self._lesson.recipe)(key, self._teacher.normalise(images), self._teacher)
         return {'x': np.asarray(x), 'images': self._images}
 
     def first(self) -> dict:

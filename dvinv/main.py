@@ -73,20 +73,20 @@ def main(_) -> None:
     set_cpu_devices(settings.devices)
     keep_compiled()
     if _PLAN.value:
-        from dvinv import plan
+        from dvinv.pipeline import plan
 
         print(plan.plan(settings))
         return
     with joined(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
         if is_primary():
             announce(settings, _WORKDIR.value, [task for task in TASKS if task in settings.tasks], _SEEDS.value)
-        from dvinv import pipeline, seeds
+        from dvinv.pipeline import seeds, tasks
 
         preemption.install()
         if _SEEDS.value:
             figures = seeds.run(settings, _WORKDIR.value, _SEEDS.value)
         else:
-            figures = {'runs': [pipeline.run(settings, _WORKDIR.value)]}
+            figures = {'runs': [tasks.run(settings, _WORKDIR.value)]}
         if is_primary():
             print(seeds.table(figures, _WORKDIR.value))
 
