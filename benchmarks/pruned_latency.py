@@ -56,7 +56,7 @@ def measure(path: Path, batch_size: int, rounds: int, multiple: int) -> dict:
     channels = find_channels(module, tuple(about['image_shape']))
     tell(f'Measuring the table of layers, batch {batch_size} ...')
     price = predicted(channels, measure_table(channels, batch_size, multiple))
-    alive = channels.alive(about['kept'])
+    keep = channels.keep_mask(about['kept'])
     networks = (
         classifier_of(module, initialise(module, jax.random.key(0), tuple(about['image_shape'])), whole),
         classifier_of(module_of(about), variables, about),
@@ -74,7 +74,7 @@ def measure(path: Path, batch_size: int, rounds: int, multiple: int) -> dict:
         'ratio': round(ratio, 4),
         'low': round(low, 4),
         'high': round(high, 4),
-        'predicted': round(price.of(alive) / price.of(np.ones_like(alive)), 4),
+        'predicted': round(price.of(keep) / price.of(np.ones_like(keep)), 4),
         'seconds': round(float(np.median(seconds[:, 0])), 6),
     }
 

@@ -11,7 +11,7 @@ from dvinv import DvinvError
 from dvinv.evaluation import accuracy as evaluation
 from dvinv.inversion import from_linen
 from dvinv.networks import NETWORKS, classifier_of, create, load_classifier, save_network
-from dvinv.networks.channels import Narrow, cost, find_channels
+from dvinv.networks.channels import PrunedModule, cost, find_channels
 
 # One network of every family: its width, and the size of its pictures.
 FAMILIES = {
@@ -36,10 +36,10 @@ QUICKLY = {'xla_backend_optimization_level': 0}  # each program runs once
 
 
 def pruned(module, image_shape, share=0.4, seed=0):
-    """(channels, alive, variables, `Narrow`, its variables): about this share of the units gone, by chance."""
+    """(channels, keep, variables, `PrunedModule`, its variables): about this share of the groups gone, by chance."""
     channels, variables = find_channels(module, image_shape), trained_variables(module, image_shape)
-    alive = np.random.default_rng(seed).random(channels.count) >= share
-    return channels, alive, variables, Narrow(module, channels.kept(alive)), channels.sliced(alive, variables)
+    keep = np.random.default_rng(seed).random(channels.count) >= share
+    return channels, keep, variables, PrunedModule(module, channels.kept(keep)), channels.sliced(keep, variables)
 
 
 def compiled(module):
@@ -54,17 +54,17 @@ def test_the_families_are_all():
 def test_a_sliced_network_computes_what_the_masked_one_does(name):
     width, size = FAMILIES[name]
     module, image_shape = create(name, 7, width).clone(**FEW.get(name, {})), (size, size, NETWORKS[name].image_shape[2])
-    channels, alive, variables, narrow, small = pruned(module, image_shape)
+    channels, keep, variables, narrow, small = pruned(module, image_shape)
     x = np.random.default_rng(1).normal(size=(2, *image_shape)).astype(np.float32)
     whole = compiled(module)
-    masked, sliced = whole(channels.masked(alive, variables), x), compiled(narrow)(small, x)
+    masked, sliced = whole(channels.masked(keep, variables), x), compiled(narrow)(small, x)
     assert np.abs(sliced - masked).max() <= 1e-5 * np.abs(masked).max()
     assert np.abs(sliced - whole(variables, x)).max() > 1e-2 * np.abs(masked).max()  # they did something
     assert jax.tree.map(np.shape, jax.eval_shape(narrow.init, jax.random.key(0), x)) == jax.tree.map(np.shape, small)
     # Exact costs, against the program and the arrays.
     network = classifier_of(narrow, small, {'image_shape': image_shape, 'num_classes': 7, 'mean': (0,), 'std': (1,)})
-    assert cost.flops(channels).of(alive) == evaluation.flops(network)
-    assert cost.parameters(channels).of(alive) == network.parameters
+    assert cost.flops(channels).of(keep) == evaluation.flops(network)
+    assert cost.parameters(channels).of(keep) == network.parameters
 
 
 def test_option_a_shortcuts_tie_stages_by_their_channel_map():
@@ -77,7 +77,7 @@ def test_option_a_shortcuts_tie_stages_by_their_channel_map():
 
 def test_a_pruned_network_learns_like_the_masked_one():
     module, x = TinyNet(), np.random.default_rng(2).normal(size=(6, 8, 8, 2)).astype(np.float32)
-    channels, alive, variables, narrow, small = pruned(module, (8, 8, 2))
+    channels, keep, variables, narrow, small = pruned(module, (8, 8, 2))
 
     def learned(module, variables):
         def loss(variables):
@@ -87,17 +87,17 @@ def test_a_pruned_network_learns_like_the_masked_one():
         gradient, changed = jax.jit(jax.grad(loss, has_aux=True))(variables)
         return {'params': gradient['params'], 'batch_stats': changed['batch_stats']}
 
-    ours, theirs = learned(narrow, small), channels.sliced(alive, learned(module, channels.masked(alive, variables)))
+    ours, theirs = learned(narrow, small), channels.sliced(keep, learned(module, channels.masked(keep, variables)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, theirs)
 
 
 def test_the_tap_listens_to_a_pruned_network():
-    _, alive, _, narrow, small = pruned(TinyNet(), (8, 8, 2))
+    _, keep, _, narrow, small = pruned(TinyNet(), (8, 8, 2))
     teacher = from_linen(narrow, small, image_shape=(8, 8, 2), mean=(0, 0), std=(1, 1))
     x = np.random.default_rng(3).normal(size=(4, 8, 8, 2)).astype(np.float32)
     logits, moments = teacher.tap(small, x)
     np.testing.assert_allclose(logits, narrow.apply(small, x), rtol=1e-5)
-    assert sum(len(mean) for mean, _ in moments.values()) == alive.sum()
+    assert sum(len(mean) for mean, _ in moments.values()) == keep.sum()
     np.testing.assert_allclose(
         moments['BatchNorm_0'][0], teacher.features(small, x)[1]['BatchNorm_0'][0].mean((0, 1, 2)), 1e-4
     )
@@ -105,7 +105,7 @@ def test_the_tap_listens_to_a_pruned_network():
 
 def test_a_pruned_network_is_saved_with_its_widths(tmp_path):
     module = create('small_convnet', 3, 0.25)
-    channels, alive, _, narrow, small = pruned(module, (8, 8, 1))
+    channels, keep, _, narrow, small = pruned(module, (8, 8, 1))
     about = {
         'network': 'small_convnet',
         'width': 0.25,
@@ -114,11 +114,11 @@ def test_a_pruned_network_is_saved_with_its_widths(tmp_path):
         'mean': (0,),
         'std': (1,),
     }
-    save_network(tmp_path / 'small.safetensors', small, {**about, 'kept': channels.kept(alive)})
+    save_network(tmp_path / 'small.safetensors', small, {**about, 'kept': channels.kept(keep)})
     loaded = load_classifier(tmp_path / 'small.safetensors')
     x = np.random.default_rng(4).normal(size=(2, 8, 8, 1)).astype(np.float32)
     np.testing.assert_array_equal(loaded.apply_fn(loaded.variables, x), narrow.apply(small, x))
-    np.testing.assert_array_equal(channels.alive(channels.kept(alive)), alive)
+    np.testing.assert_array_equal(channels.keep_mask(channels.kept(keep)), keep)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_channels_that_cannot_be_left_are_refused(kept, sentence):
     if 'layer1_0/conv2' in kept:
         kept = {**kept, 'conv1': range(4)}  # which would go with them
     with pytest.raises(DvinvError, match=sentence):
-        channels.alive(kept)
+        channels.keep_mask(kept)
 
 
 class Stacked(nn.Module):
@@ -177,10 +177,10 @@ class Scanned(nn.Module):
 )
 def test_a_users_own_module_is_followed_as_far_as_it_goes(middle, count):
     module = Stacked(middle)
-    channels, alive, variables, narrow, small = pruned(module, (8, 8, 2))
+    channels, keep, variables, narrow, small = pruned(module, (8, 8, 2))
     assert channels.count == count
     x = np.random.default_rng(5).normal(size=(2, 8, 8, 2)).astype(np.float32)
-    masked = module.apply(channels.masked(alive, variables), x)
+    masked = module.apply(channels.masked(keep, variables), x)
     np.testing.assert_allclose(narrow.apply(small, x), masked, atol=1e-5 * np.abs(masked).max())
 
 

@@ -22,7 +22,7 @@ from dvinv.inversion.contract import check_answers
 from dvinv.inversion.parameterization import initial_parameters, make_decode
 from dvinv.inversion.step import InversionState, make_step
 from dvinv.networks import save_network
-from dvinv.networks.channels import Narrow, find_channels
+from dvinv.networks.channels import PrunedModule, find_channels
 from dvinv.networks.classifier import Classifier, check_finite, flatten, unflatten
 from dvinv.networks.files import load_network
 from dvinv.teacher.task import supervised
@@ -606,7 +606,7 @@ def test_slashes_in_names_survive_files_and_pruning(wrapper, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, read, variables)
     channels = find_channels(module, IMAGE_SHAPE)
     alive = np.arange(channels.count) % 2 > 0
-    narrow, small = Narrow(module, channels.kept(alive)), channels.sliced(alive, variables)
+    narrow, small = PrunedModule(module, channels.kept(alive)), channels.sliced(alive, variables)
     teacher = _teacher(narrow, small)
     assert teacher.tap.layers == ('a%2Fnorm', 'BatchNorm_0')
     assert set(map(np.shape, flatten(small).values())) - set(map(np.shape, flatten(variables).values()))

@@ -22,7 +22,7 @@ from dvinv.distillation.student import validate as validate_student
 from dvinv.inversion.modules import trainable, validate_trainable, with_classes
 from dvinv.inversion.tap import features_in_training
 from dvinv.networks import module_of, save_network, shapes_of
-from dvinv.networks.channels import Narrow, find_channels
+from dvinv.networks.channels import PrunedModule, find_channels
 from dvinv.networks.classifier import flatten
 from dvinv.pipeline import tasks as pipeline
 from dvinv.pruning import task as pruning
@@ -257,7 +257,7 @@ def test_channels_of_ones_own_network_can_be_removed(source, images):
     channels = find_channels(module, IMAGE_SHAPE)
     assert [*channels.layers] == [{Nnx: 'conv'}.get(source, 'Conv_0')]
     alive = np.array([True, False, True, True])
-    variables, narrow = variables_of(module), Narrow(module, channels.kept(alive))
+    variables, narrow = variables_of(module), PrunedModule(module, channels.kept(alive))
     small = channels.sliced(alive, variables)
     answers = module.apply(channels.masked(alive, variables), images)
     np.testing.assert_allclose(narrow.apply(small, images, train=False), answers, rtol=1e-4, atol=1e-5)

@@ -18,7 +18,7 @@ from dvinv.config import InversionConfig, PruningSettings, Stage, Weights
 from dvinv.data.pool import ImagePool
 from dvinv.inversion import from_linen, make_inverter
 from dvinv.networks import create, load_network
-from dvinv.networks.channels import Narrow, cost, find_channels
+from dvinv.networks.channels import PrunedModule, cost, find_channels
 from dvinv.pipeline import tasks as pipeline
 from dvinv.pruning import task as driver
 from dvinv.pruning.importance import Importance
@@ -48,10 +48,10 @@ def test_importances_of_an_unpruned_network_are_not_about_zero(measured):
 
 
 def test_importance_is_the_square_of_what_the_loss_loses_a_gate(measured):
-    """Against a difference quotient: gates nearly closed, for each unit."""
+    """Against a difference quotient: gates nearly closed, for each group."""
     channels, variables, images, importance = measured
-    alive = np.arange(channels.count) != 0  # so that KL to the teacher says something
-    variables = channels.restored(alive, channels.sliced(alive, variables))
+    keep = np.arange(channels.count) != 0  # so that KL to the teacher says something
+    variables = channels.restored(keep, channels.sliced(keep, variables))
     told = importance.taylor(variables, images[:1], equal=False)
     assert told[0] == 0
     x = (images[0] / 255 - np.array(MEAN)) / np.array(STD)
@@ -64,59 +64,60 @@ def test_importance_is_the_square_of_what_the_loss_loses_a_gate(measured):
             target, answer = logs
             return float((np.exp(target) * (target - answer)).sum(-1).mean())
 
-        for unit in range(1, channels.count):
+        for group in range(1, channels.count):
             nearly = jax.tree.map(np.copy, double)
             for layer in ('BatchNorm_0', 'BatchNorm_1'):
-                mine = channels.axes[f'params/{layer}/scale'][0] == unit
+                mine = channels.axes[f'params/{layer}/scale'][0] == group
                 for name in ('scale', 'bias'):
                     nearly['params'][layer][name][mine] *= 1 - 1e-6
             slope = (loss(double) - loss(nearly)) / 1e-6
-            np.testing.assert_allclose(told[unit], slope**2, rtol=2e-2, atol=1e-9)
+            np.testing.assert_allclose(told[group], slope**2, rtol=2e-2, atol=1e-9)
 
 
 @pytest.mark.parametrize('measure', ['filters', 'flops', 'parameters'])
 def test_a_target_is_reached_and_no_more_removed_than_it_takes(measure):
     channels = find_channels(create('resnet20', 10, 0.5), (32, 32, 3))
-    price, alive = getattr(cost, measure)(channels), np.ones(channels.count, bool)
+    price, keep = getattr(cost, measure)(channels), np.ones(channels.count, bool)
     scores = np.random.default_rng(0).random(channels.count)
-    left = without_lowest(channels, alive, scores, price, 0.5 * price.of(alive), PruningSettings(min_channels=2))
-    assert price.of(left) <= 0.5 * price.of(alive)
+    left = without_lowest(channels, keep, scores, price, 0.5 * price.of(keep), PruningSettings(min_channels=2))
+    assert price.of(left) <= 0.5 * price.of(keep)
     last = max(np.flatnonzero(~left), key=scores.__getitem__)
     left[last] = True
-    assert price.of(left) > 0.5 * price.of(alive)
-    assert min(channels.there(units, left).sum() for units in channels.layers.values()) >= 2
+    assert price.of(left) > 0.5 * price.of(keep)
+    assert min(channels.there(groups, left).sum() for groups in channels.layers.values()) >= 2
     np.testing.assert_allclose(  # what each removal would save, told at once
-        price.savings(left)[[3, 77]], [price.of(left) - price.of(left & (np.arange(len(left)) != unit)) for unit in (3, 77)]
+        price.savings(left)[[3, 77]],
+        [price.of(left) - price.of(left & (np.arange(len(left)) != group)) for group in (3, 77)],
     )
 
 
 def test_widths_stay_multiples():
     channels = find_channels(create('resnet20', 10), (32, 32, 3))
-    price, alive = cost.flops(channels), np.ones(channels.count, bool)
+    price, keep = cost.flops(channels), np.ones(channels.count, bool)
     scores = np.random.default_rng(0).random(channels.count)
-    left = without_lowest(channels, alive, scores, price, 0.6 * price.of(alive), PruningSettings(round_to=8))
-    widths = [channels.there(units, left).sum() for units in channels.layers.values()]
-    assert price.of(left) <= 0.6 * price.of(alive)
+    left = without_lowest(channels, keep, scores, price, 0.6 * price.of(keep), PruningSettings(round_to=8))
+    widths = [channels.there(groups, left).sum() for groups in channels.layers.values()]
+    assert price.of(left) <= 0.6 * price.of(keep)
     assert not np.mod(widths, 8).any()
     assert min(widths) == 8
 
 
 def test_a_width_that_is_no_multiple_becomes_one_first():
     channels = find_channels(create('resnet20', 10), (32, 32, 3))
-    units = channels.layers['layer1_0/conv1']
-    price, alive, scores = cost.flops(channels), np.ones(channels.count, bool), np.ones(channels.count)
-    alive[units[:3]], scores[units] = False, 0
-    left = without_lowest(channels, alive, scores, price, price.of(alive) - 1, PruningSettings(round_to=8))
-    assert alive.sum() - left.sum() == 5
-    assert channels.there(units, left).sum() == 8
+    groups = channels.layers['layer1_0/conv1']
+    price, keep, scores = cost.flops(channels), np.ones(channels.count, bool), np.ones(channels.count)
+    keep[groups[:3]], scores[groups] = False, 0
+    left = without_lowest(channels, keep, scores, price, price.of(keep) - 1, PruningSettings(round_to=8))
+    assert keep.sum() - left.sum() == 5
+    assert channels.there(groups, left).sum() == 8
 
 
 def test_eta_lets_costly_units_go_first():
     channels = find_channels(TinyNet(), IMAGE_SHAPE)
-    price, alive, even = cost.flops(channels), np.ones(channels.count, bool), np.ones(channels.count)
-    scores = removal_scores(PruningSettings(eta=1.0, cost='flops'), even, price, alive)
-    assert scores.argmin() == price.savings(alive).argmax()
-    np.testing.assert_allclose(removal_scores(PruningSettings(), even, None, alive), 1 / channels.count)
+    price, keep, even = cost.flops(channels), np.ones(channels.count, bool), np.ones(channels.count)
+    scores = removal_scores(PruningSettings(eta=1.0, cost='flops'), even, price, keep)
+    assert scores.argmin() == price.savings(keep).argmax()
+    np.testing.assert_allclose(removal_scores(PruningSettings(), even, None, keep), 1 / channels.count)
 
 
 def test_latency_is_read_off_the_table_between_its_widths():
@@ -127,11 +128,11 @@ def test_latency_is_read_off_the_table_between_its_widths():
         {'widths': widths, 'seconds': [1 + 10 * i * o for i in widths[0] for o in widths[1]]},
         {'widths': widths[1:], 'seconds': [1, 1, 1]},
     ]
-    price, alive = predicted(channels, {'call': 1.0, 'layers': rows}), np.ones(channels.count, bool)
-    assert price.of(alive) == pytest.approx(1 + 4 + 10 * 4 * 5 + 0)
+    price, keep = predicted(channels, {'call': 1.0, 'layers': rows}), np.ones(channels.count, bool)
+    assert price.of(keep) == pytest.approx(1 + 4 + 10 * 4 * 5 + 0)
     first = channels.layers['Conv_0'][0]
-    alive[first] = False
-    assert price.of(alive) == pytest.approx(1 + 3 + 10 * 3 * 5)
+    keep[first] = False
+    assert price.of(keep) == pytest.approx(1 + 3 + 10 * 3 * 5)
 
 
 @pytest.mark.parametrize(
@@ -183,8 +184,8 @@ def test_a_pruned_network_competes_with_the_whole_one():
     module, variables = TinyNet(), trained_variables(TinyNet())
     teacher = from_linen(module, variables, image_shape=IMAGE_SHAPE, mean=MEAN, std=STD)
     channels = find_channels(module, IMAGE_SHAPE)
-    alive = np.arange(channels.count) % 2 == 0
-    narrow, left = Narrow(module, channels.kept(alive)), channels.sliced(alive, variables)
+    keep = np.arange(channels.count) % 2 == 0
+    narrow, left = PrunedModule(module, channels.kept(keep)), channels.sliced(keep, variables)
     config = InversionConfig((Stage(3, 0.1),), Weights(competition=10.0))
     invert = make_inverter(teacher, config, make_mesh(1), lambda variables, x: narrow.apply(variables, x, train=False))
     told = invert(jax.random.split(jax.random.key(0), 1), np.array([[0, 1, 2, 0]]), left).metrics['competition']
@@ -201,9 +202,9 @@ def test_a_pruning_from_its_pool_to_its_report_and_again(finished, tmp_path, mon
         counts['learned'].append((learner.name, len(images), len(labels), lesson.rounds.images))
         return learn(config, workdir, learner, lesson, images, labels)
 
-    def measure_and_tell(self, alive, variables, images, *args):
+    def measure_and_tell(self, keep, variables, images, *args):
         counts['measured'].append(len(images))
-        return measure(self, alive, variables, images, *args)
+        return measure(self, keep, variables, images, *args)
 
     def fill_and_tell(self, numbers, rival, **notes):
         rivals.append((self._method, notes['step'], rival))

@@ -159,7 +159,7 @@ def test_a_mobilenet_is_as_wide_as_that_of_torchvision():
     module = create('mobilenet_v2', 10, 1.4)
     assert (module.channels, module.last) == ((48, 24, 32, 48, 88, 136, 224, 448), 1792)
     assert create('mobilenet_v2', 10, 0.75).channels == (24, 16, 24, 24, 48, 72, 120, 240)
-    # Narrow ones keep the last layer whole; the golden weights, a quarter as wide, have it so too.
+    # PrunedModule ones keep the last layer whole; the golden weights, a quarter as wide, have it so too.
     assert json.loads(str(GOLDEN['mobilenet_v2/shapes']))['classifier.1.weight'] == [10, 1280]
 
 

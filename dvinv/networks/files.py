@@ -15,7 +15,7 @@ from safetensors.numpy import save
 
 from dvinv.errors import DvinvError
 from dvinv.networks import formats, registry
-from dvinv.networks.channels.module import Narrow
+from dvinv.networks.channels.module import PrunedModule
 from dvinv.networks.classifier import Classifier, apply_fn_of, flatten, unflatten
 from dvinv.networks.weights import MisfitError, agreement, count_classes, import_weights, read_state_dict, refuse_values
 from dvinv.runtime.files import write_atomic
@@ -83,7 +83,9 @@ def module_of(about: dict, own=None) -> nn.Module:
             'or the function that returns it: dvinv.load(..., module=module).'
         )
     module = own if own is not None else registry.create(about['network'], about['num_classes'], about['width'])
-    return Narrow(module, {layer: tuple(left) for layer, left in about['kept'].items()}) if about.get('kept') else module
+    return (
+        PrunedModule(module, {layer: tuple(left) for layer, left in about['kept'].items()}) if about.get('kept') else module
+    )
 
 
 def classifier_of(module, variables, about: dict) -> Classifier:

@@ -1,7 +1,7 @@
-"""How much a network would miss each unit of its channels.
+"""How much a network would miss each group of its channels.
 
 First-order Taylor (arXiv 1912.08795, section 4.3; Molchanov et al., arXiv 1906.10771): imagine a gate, 1 when open, behind
-every BatchNorm. Closing those of unit u changes the loss L by about -sum dL/dg, and over batches
+every BatchNorm. Closing those of group u changes the loss L by about -sum dL/dg, and over batches
 
     importance(u) = E[(sum over the gates g of u of dL/dg)^2]
 
@@ -19,19 +19,19 @@ import optax
 from dvinv.evaluation.divergence import divergence
 from dvinv.inversion import Teacher
 from dvinv.inversion.tap import running_statistics
-from dvinv.networks.channels.units import STAYS, Channels
+from dvinv.networks.channels.groups import FIXED, ChannelGroups
 from dvinv.networks.classifier import flatten
 
 METHODS = ('taylor', 'magnitude', 'random')
 
 
 class Importance:
-    """Of the units of one network, by any method; variables are those of the whole, with zeros where units are gone.
+    """Of the groups of one network, by any method; variables are those of the whole, with zeros where groups are gone.
 
     Their shapes never change, so one program serves a whole pruning.
     """
 
-    def __init__(self, module: nn.Module, teacher: Teacher, channels: Channels):
+    def __init__(self, module: nn.Module, teacher: Teacher, channels: ChannelGroups):
         """Compiles nothing yet.
 
         Args:
@@ -43,7 +43,7 @@ class Importance:
         self._products = jax.jit(self._gate_products, static_argnames='equal')
 
     def taylor(self, variables: dict, batches: Iterable[np.ndarray], equal: bool) -> np.ndarray:
-        """float64 [units].
+        """float64 [groups].
 
         Args:
           batches: images uint8 [B, H, W, C].
@@ -57,14 +57,14 @@ class Importance:
         return total / count
 
     def magnitude(self, variables: dict) -> np.ndarray:
-        """Root of the mean square of what the gates multiply, float64 [units]."""
+        """Root of the mean square of what the gates multiply, float64 [groups]."""
         flat = flatten(variables)
         squares = self._summed({path: np.square(_rows(flat[path])).sum(0) for path in self._gates})
         numbers = self._summed({path: np.full(flat[path].shape[-1], len(_rows(flat[path]))) for path in self._gates})
         return np.sqrt(squares / numbers)
 
     def random(self, seed: int | tuple[int, ...]) -> np.ndarray:
-        """float64 [units]."""
+        """float64 [groups]."""
         return np.random.default_rng(seed).random(self._count)
 
     def _gate_products(self, variables, teacher_variables, images, equal: bool) -> dict:
@@ -84,24 +84,26 @@ class Importance:
         }
 
     def _summed(self, values: dict) -> np.ndarray:
-        """Sums over the gates of each unit, from what belongs to the gates along variables' last axes."""
+        """Sums over the gates of each group, from what belongs to the gates along variables' last axes."""
         sums = np.zeros(self._count + 1)
-        for path, units in self._gates.items():
-            np.add.at(sums, units, np.asarray(values[path], np.float64))
-        return sums[:-1]  # the last gathers what is no unit's
+        for path, groups in self._gates.items():
+            np.add.at(sums, groups, np.asarray(values[path], np.float64))
+        return sums[:-1]  # the last gathers what is no group's
 
 
 def _rows(leaf):
     return leaf.reshape(-1, leaf.shape[-1])
 
 
-def _gates(channels: Channels) -> dict[str, np.ndarray]:
-    """{the path of a variable that gates multiply: the unit of each gate along its last axis, or STAYS}."""
+def _gates(channels: ChannelGroups) -> dict[str, np.ndarray]:
+    """{the path of a variable that gates multiply: the group of each gate along its last axis, or FIXED}."""
     normed = running_statistics(channels.shapes)
     makes = {path: axes[-1] for path, axes in channels.axes.items() if path.startswith('params/') and axes[-1] is not None}
     behind_norms = {path for path in makes if path.removeprefix('params/').rpartition('/')[0] in normed}
     covered = np.zeros(channels.count + 1, bool)
     for path in behind_norms:
         covered[makes[path]] = True
-    covered[STAYS] = True
-    return {path: units if path in behind_norms else np.where(covered[units], STAYS, units) for path, units in makes.items()}
+    covered[FIXED] = True
+    return {
+        path: groups if path in behind_norms else np.where(covered[groups], FIXED, groups) for path, groups in makes.items()
+    }

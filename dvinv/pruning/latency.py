@@ -17,8 +17,8 @@ from scipy.interpolate import RegularGridInterpolator
 
 from dvinv.networks import Classifier
 from dvinv.networks.channels.cost import Cost, Term
+from dvinv.networks.channels.groups import ChannelGroups
 from dvinv.networks.channels.rules import Product, is_depthwise
-from dvinv.networks.channels.units import Channels
 from dvinv.networks.suited import suited_to
 
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the channels along an axis: the grid
@@ -32,7 +32,7 @@ def latency(network: Classifier, batch_size: int, repetitions: int = 15) -> floa
 
 
 def measure_table(
-    channels: Channels, batch_size: int, multiple: int = 1, progress: Callable[[int, int], None] = lambda done, of: None
+    channels: ChannelGroups, batch_size: int, multiple: int = 1, progress: Callable[[int, int], None] = lambda done, of: None
 ) -> dict:
     """Seconds of every layer of a network at the widths of the grid, and of an empty call; plain numbers, fit for JSON.
 
@@ -55,8 +55,8 @@ def measure_table(
     }
 
 
-def predicted(channels: Channels, table: dict) -> Cost:
-    """Seconds of a forward pass by a table of `measure_table`, as a cost of the units that are left."""
+def predicted(channels: ChannelGroups, table: dict) -> Cost:
+    """Seconds of a forward pass by a table of `measure_table`, as a cost of the groups that are left."""
     terms = [Term((), lambda: table['call'])]
     for product, row in zip(channels.products, table['layers'], strict=True):
         terms.append(Term(product.axes, _interpolated(row['widths'], row['seconds'], table['call'])))

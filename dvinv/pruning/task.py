@@ -1,6 +1,6 @@
 """The task `pruning`: the teacher loses channels, step by step, and learns on synthesized images to do without them.
 
-The channels that can only go together are units (`networks.channels`). A step measures how much the network would miss each
+The channels that can only go together are groups (`networks.channels`). A step measures how much the network would miss each
 (`importance`), removes the least missed until it costs what the step may leave (`removal`), slices them out of the arrays
 and fine-tunes what is left by distillation from the whole teacher (arXiv 1912.08795, section 4.3). Where the config asks for
 it, images are first made in competition with what is left (`competition`). They join the pool for `pruned` alone;
@@ -22,7 +22,7 @@ from dvinv.evaluation.held_out import HeldOut, learned_rows
 from dvinv.inversion.execution import in_precision
 from dvinv.inversion.tap import find_statistics
 from dvinv.networks import Classifier, load_classifier, load_network, save_network
-from dvinv.networks.channels import Narrow, find_channels
+from dvinv.networks.channels import PrunedModule, find_channels
 from dvinv.networks.channels.cost import Cost
 from dvinv.networks.classifier import join_names
 from dvinv.pipeline.run import Run
@@ -54,7 +54,7 @@ def validate(run: Run) -> None:
     validate_devices(settings, 'pruning', run.training_mesh.size)
     run.validate_changeable()
     module = teacher.module
-    if isinstance(module, Narrow):
+    if isinstance(module, PrunedModule):
         raise DvinvError(
             f'teacher.weights is {run.settings.teacher.weights!r}, a network that has lost channels; prune a whole one.'
         )
@@ -130,10 +130,10 @@ def complete(run: Run) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Pruned:
-    """The network after a step, and which of the teacher's units are left in it, bool [units]."""
+    """The network after a step, and which of the teacher's groups are left in it, bool [groups]."""
 
     network: Classifier
-    alive: np.ndarray
+    keep: np.ndarray
 
 
 class Pruner:
@@ -164,13 +164,13 @@ class Pruner:
           control: 'untuned' (never learns), 'magnitude' or 'random' (removed by these), or '' for none.
           competing: whether images made in competition join them in each step.
         """
-        settings, alive = self._settings, np.ones(self._channels.count, bool)
+        settings, keep = self._settings, np.ones(self._channels.count, bool)
         variables, done = self._variables, []
         for step in range(1, settings.steps + 1):
             path = self._workdir.network(name if step == settings.steps else f'{name}_{step}')
             there = self._workdir.has_network(path.stem)
             if competing or not there:
-                learner = self._slimmed(path.stem, step, alive, variables, images, control)
+                learner = self._slimmed(path.stem, step, keep, variables, images, control)
             if competing:
                 pool = competition.images_against(self._run, learner)
                 images, labels = Joined(images, pool.rows('images')), Joined(labels, pool.rows('labels'))
@@ -181,15 +181,15 @@ class Pruner:
                 else:
                     learn(self._run, learner, self._lesson(learner, updates, len(labels)), images, labels)
             variables, about = load_network(path)
-            alive = self._channels.alive(about.get('kept', {}))
-            done.append(Pruned(load_classifier(path, self._own), alive))
+            keep = self._channels.keep_mask(about.get('kept', {}))
+            done.append(Pruned(load_classifier(path, self._own), keep))
         return done
 
     def ratios(self, pruned: Pruned) -> dict[str, float | None]:
         """What `pruned` costs, as shares of what the teacher does; latencies are measured here and now."""
         size = self._settings.latency_batch
         measures = (*EXACT, *(('latency',) if self._table else ()))
-        ratios = {f'{measure}_ratio': self._share(measure, pruned.alive) for measure in measures}
+        ratios = {f'{measure}_ratio': self._share(measure, pruned.keep) for measure in measures}
         return {
             **ratios,
             'latency_ratio': latency(pruned.network, size) / latency(self._teacher, size),
@@ -198,27 +198,27 @@ class Pruner:
 
     def story(self, steps: list[Pruned], accuracies: list[float | None]) -> dict:
         """For the report: what the teacher and the network after each step cost and score, and how wide its layers are."""
-        alive = [np.ones(self._channels.count, bool), *(step.alive for step in steps)]
-        rows = [{f'{measure}_ratio': self._share(measure, one) for measure in EXACT} for one in alive]
+        keep = [np.ones(self._channels.count, bool), *(step.keep for step in steps)]
+        rows = [{f'{measure}_ratio': self._share(measure, one) for measure in EXACT} for one in keep]
         return {
             'steps': [{**row, 'test_accuracy': score} for row, score in zip(rows, accuracies, strict=True)],
             'widths': {
-                layer: [len(units), int(self._channels.there(units, alive[-1]).sum())]
-                for layer, units in self._channels.layers.items()
+                layer: [len(groups), int(self._channels.there(groups, keep[-1]).sum())]
+                for layer, groups in self._channels.layers.items()
             },
         }
 
-    def _share(self, measure: str, alive: np.ndarray) -> float:
+    def _share(self, measure: str, keep: np.ndarray) -> float:
         price = self._price(measure)
-        return price.of(alive) / price.of(np.ones_like(alive))
+        return price.of(keep) / price.of(np.ones_like(keep))
 
     def _price(self, measure: str) -> Cost:
-        """What the network costs, by its units that are left."""
+        """What the network costs, by its groups that are left."""
         return EXACT[measure](self._channels) if measure in EXACT else predicted(self._channels, self._table)
 
     def _decided(self, name: str, choose: Callable[[], np.ndarray]) -> np.ndarray:
-        """The units left by `choose`, kept on disk before any learning: a checkpoint is of these, whatever rounding does."""
-        return self._channels.alive(self._kept_in(f'pruning/{name}.json', lambda: self._channels.kept(choose())))
+        """Returns the groups that `choose` keeps, from disk where they are: a checkpoint is of these, whatever rounding does."""
+        return self._channels.keep_mask(self._kept_in(f'pruning/{name}.json', lambda: self._channels.kept(choose())))
 
     def _kept_in(self, name: str, compute: Callable[[], dict]) -> dict:
         """What a JSON file of the work directory has, or what process 0 computes, who writes it there."""
@@ -232,48 +232,48 @@ class Pruner:
 
         return decide(read_or_compute, name)
 
-    def _next(self, alive, variables: dict, images: Array, step: int, control: str) -> np.ndarray:
-        """The units that are left after a step of those, bool [units], before it."""
+    def _next(self, keep, variables: dict, images: Array, step: int, control: str) -> np.ndarray:
+        """The groups that are left after a step of those, bool [groups], before it."""
         settings = self._settings
         method = control if control in ('magnitude', 'random') else settings.importance
-        whole = self._channels.restored(alive, variables)
+        whole = self._channels.restored(keep, variables)
         seed = 16 * self._run.settings.seed + ROLE
         if method == 'taylor':
             rows = np.random.default_rng((seed, step)).permutation(len(images))
             size = min(settings.batch_size, len(rows))
             starts = range(0, min(len(rows) - size + 1, size * settings.importance_batches), size)
             batches = (images[np.sort(rows[start : start + size])] for start in starts)
-            importance = self._importance.taylor(whole, batches, equal=bool(alive.all()))
+            importance = self._importance.taylor(whole, batches, equal=bool(keep.all()))
         else:
             importance = (
                 self._importance.magnitude(whole) if method == 'magnitude' else self._importance.random((seed, step))
             )
-        scores = removal_scores(settings, importance, self._price(settings.cost) if settings.eta else None, alive)
+        scores = removal_scores(settings, importance, self._price(settings.cost) if settings.eta else None, keep)
         price = self._price(settings.measure)
-        most = settings.target_of_step(step) * price.of(np.ones_like(alive))
-        left = without_lowest(self._channels, alive, scores, price, most, settings)
+        most = settings.target_of_step(step) * price.of(np.ones_like(keep))
+        left = without_lowest(self._channels, keep, scores, price, most, settings)
         if price.of(left) > most and step == settings.steps:
             raise DvinvError(
                 f'pruning.target_ratio is {settings.target_ratio}, but with {settings.min_channels} channels in every layer '
-                f'{price.of(left) / price.of(np.ones_like(alive)):.3f} of the {settings.measure} are left; ask for more, or '
+                f'{price.of(left) / price.of(np.ones_like(keep)):.3f} of the {settings.measure} are left; ask for more, or '
                 'lower pruning.min_channels.'
             )
         return left
 
-    def _slimmed(self, name: str, step: int, alive, variables: dict, images: Array, control: str) -> Learner:
-        """The network that a step makes of that with `variables` and the units `alive`, before it learns."""
-        left = self._decided(name, lambda: self._next(alive, variables, images, step, control))
-        kept, start = self._channels.kept(left), self._channels.sliced(left, self._channels.restored(alive, variables))
+    def _slimmed(self, name: str, step: int, keep, variables: dict, images: Array, control: str) -> Learner:
+        """The network that a step makes of that with `variables` and the groups `keep`, before it learns."""
+        left = self._decided(name, lambda: self._next(keep, variables, images, step, control))
+        kept, start = self._channels.kept(left), self._channels.sliced(left, self._channels.restored(keep, variables))
         network = StudentSettings(network=self._about['network'], width=self._about['width'])
         return Learner('pruning', name, network, self._teacher, ROLE, step, start, kept, self._own)
 
     def _lesson(self, learner: Learner, updates: int, count: int) -> Lesson:
-        settings, alive = dataclasses.replace(self._settings, updates=updates), self._channels.alive(learner.kept)
+        settings, keep = dataclasses.replace(self._settings, updates=updates), self._channels.keep_mask(learner.kept)
         means = find_statistics(self._channels.shapes)
         left = {
-            layer: np.flatnonzero(self._channels.there(units, alive))
+            layer: np.flatnonzero(self._channels.there(groups, keep))
             for layer in self._teacher.tap.layers
-            if (units := self._channels.axes[join_names(means[layer][0])][-1]) is not None
+            if (groups := self._channels.axes[join_names(means[layer][0])][-1]) is not None
         }
         layers = self._teacher.tap.layers if settings.hint else ()
         teacher = in_precision(self._teacher, settings.precision)

@@ -479,7 +479,7 @@ class Learner:
       role: makes a seed of its own of the run's; students that are compared share it, and so their start and shuffles.
       part: of a network that learns in several trainings, which one this is; each shuffles anew.
       start: variables that it goes on from (see `Training`); None: random ones.
-      kept: the channels that are left of a pruned network (see `networks.channels.Narrow`).
+      kept: the channels that are left of a pruned network (see `networks.channels.PrunedModule`).
       own: the user's network (see `inversion.modules`) that learns instead of `network`; None: that does.
     """
 

@@ -1,4 +1,4 @@
-"""What a network costs with some of its channels gone, and what the removal of each unit would save."""
+"""What a network costs with some of its channels gone, and what the removal of each group would save."""
 
 import dataclasses
 import math
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dvinv.networks.channels.units import STAYS, Channels
+from dvinv.networks.channels.groups import FIXED, ChannelGroups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Term:
     """The cost of one layer or variable, by how many channels are left along its axes.
 
     Attributes:
-      axes: the units of the places along each.
+      axes: the groups of the places along each.
       price: (numbers of channels left, float [...] an axis) -> cost [...].
     """
 
@@ -26,20 +26,20 @@ class Term:
 class Cost:
     """A sum of terms."""
 
-    count: int  # of units
+    count: int  # of groups
     terms: tuple[Term, ...]
 
-    def of(self, alive: np.ndarray) -> float:
-        """The cost with the units that are left, bool [count]."""
-        left = np.append(alive, True)
+    def of(self, keep: np.ndarray) -> float:
+        """The cost with the groups that are left, bool [count]."""
+        left = np.append(keep, True)
         return float(sum(term.price(*(left[axis].sum() for axis in term.axes)) for term in self.terms))
 
-    def savings(self, alive: np.ndarray) -> np.ndarray:
-        """What the removal of each unit, alone, would save, float [count]; 0 for those that are gone."""
-        left, total = np.append(alive, True), np.zeros(self.count)
+    def savings(self, keep: np.ndarray) -> np.ndarray:
+        """What the removal of each group, alone, would save, float [count]; 0 for those that are gone."""
+        left, total = np.append(keep, True), np.zeros(self.count)
         for term in self.terms:
             now = [left[axis].sum() for axis in term.axes]
-            mine = [np.bincount(axis[axis != STAYS], minlength=self.count) * alive for axis in term.axes]
+            mine = [np.bincount(axis[axis != FIXED], minlength=self.count) * keep for axis in term.axes]
             touched = np.flatnonzero(sum(mine))
             if len(touched):
                 then = [n - gone[touched] for n, gone in zip(now, mine, strict=True)]
@@ -47,24 +47,24 @@ class Cost:
         return total
 
 
-def flops(channels: Channels) -> Cost:
+def flops(channels: ChannelGroups) -> Cost:
     """Floating-point operations of convolutions and matrix products for one image, two a multiply-add; exact."""
     return Cost(channels.count, tuple(Term(p.axes, _volume(2 * p.fixed)) for p in channels.products))
 
 
-def parameters(channels: Channels) -> Cost:
+def parameters(channels: ChannelGroups) -> Cost:
     """Trained numbers; exact."""
     terms = []
     for path, axes in channels.axes.items():
         if path.startswith('params/'):
-            fixed = math.prod(n for n, units in zip(channels.whole[path].shape, axes, strict=True) if units is None)
-            terms.append(Term(tuple(units for units in axes if units is not None), _volume(fixed)))
+            fixed = math.prod(n for n, groups in zip(channels.whole[path].shape, axes, strict=True) if groups is None)
+            terms.append(Term(tuple(groups for groups in axes if groups is not None), _volume(fixed)))
     return Cost(channels.count, tuple(terms))
 
 
-def filters(channels: Channels) -> Cost:
+def filters(channels: ChannelGroups) -> Cost:
     """Channels that layers make."""
-    return Cost(channels.count, tuple(Term((units,), _volume(1)) for units in channels.layers.values()))
+    return Cost(channels.count, tuple(Term((groups,), _volume(1)) for groups in channels.layers.values()))
 
 
 def _volume(fixed: int) -> Callable[..., np.ndarray]:

@@ -7,11 +7,11 @@ import flax
 import flax.linen as nn
 import jax
 
-from dvinv.networks.channels.narrow import narrowed
-from dvinv.networks.channels.units import find_channels
+from dvinv.networks.channels.groups import find_channels
+from dvinv.networks.channels.pruned_function import pruned_function
 
 
-class Narrow(nn.Module):
+class PrunedModule(nn.Module):
     """`network` with fewer channels: same layers and names of variables, smaller arrays. x [B, H, W, C] -> logits [B, K].
 
     It can be initialised, applied, trained, saved and listened to (its BatchNorms by `inversion.tap`) as the network itself.
@@ -29,10 +29,10 @@ class Narrow(nn.Module):
         if isinstance(network, nn.Module):
             network = network.clone(parent=None, _deep_clone=True)  # no part of this module, which has its own variables
         channels = find_channels(network, x.shape[1:])
-        alive = channels.alive(self.kept)
+        keep = channels.keep_mask(self.kept)
         if self.is_initializing():
             whole = network.init(self.make_rng('params'), x, train=train)
-            self._put(channels.sliced(alive, whole))
+            self._put(channels.sliced(keep, whole))
             return network.apply(whole, x, train=False)
         rngs = {name: self.make_rng(name) for name in ('dropout',) if self.has_rng(name)}
 
@@ -42,7 +42,7 @@ class Narrow(nn.Module):
         variables = {name: tree for name, tree in flax.core.unfreeze(self.variables).items() if tree}
         # Shapes of the whole network's, dtypes of ours (a half-precision copy, say).
         example = jax.tree.map(lambda whole, leaf: jax.ShapeDtypeStruct(whole.shape, leaf.dtype), channels.shapes, variables)
-        logits, changed = narrowed(whole, (example, x, rngs), channels.places(alive))(variables, x, rngs)
+        logits, changed = pruned_function(whole, (example, x, rngs), channels.places(keep))(variables, x, rngs)
         self._put(changed)
         return logits
 

@@ -1,7 +1,7 @@
 """How channels pass through the operations of a network.
 
-An axis of a value has a label: the atoms (see ties.py) of its places, int [n], or None where it is no axis of channels,
-such as that of the images of a batch or of pixels. A rule takes the labels of an operation's inputs, ties what must go
+An axis of a value has a label: the slots (see coupling.py) of its places, int [n], or None where it is no axis of channels,
+such as that of the images of a batch or of pixels. A rule takes the labels of an operation's inputs, coupling what must go
 together, and gives the labels of its outputs.
 """
 
@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from dvinv.networks.channels.coupling import Coupling, Pin
 from dvinv.networks.channels.flat import Operation, Program
-from dvinv.networks.channels.ties import Pin, Ties
 
 Labels = tuple[np.ndarray | None, ...]  # one an axis
 
@@ -37,7 +37,7 @@ class Product:
       layer: where it is called, without the network's own name.
       operation: what it does.
       fixed: the product of the lengths, of all that its multiply-adds run over, that are no channels.
-      axes: the atoms of those that are; for one image there are fixed * len(axes[0]) * ... multiply-adds.
+      axes: the slots of those that are; for one image there are fixed * len(axes[0]) * ... multiply-adds.
       operands: of each operand's axes, which of `axes` it is, or None (for the images of a grouped convolution, too).
     """
 
@@ -48,13 +48,13 @@ class Product:
     operands: tuple[tuple[int | None, ...], ...]
 
 
-def follow(program: Program, inputs: dict[int, Labels], ties: Ties) -> tuple[dict[int, Labels], list[Product]]:
+def follow(program: Program, inputs: dict[int, Labels], coupling: Coupling) -> tuple[dict[int, Labels], list[Product]]:
     """The labels of all values of a program, by their numbers, from those of its inputs; and its products."""
     labels, products = dict(inputs), []
     for operation in program.operations:
         given = [_labels(value, shape, labels) for value, shape in zip(operation.inputs, operation.shapes, strict=True)]
         rule = _rule(operation.name)
-        made = rule(operation, given, ties) if any(axis is not None for one in given for axis in one) else None
+        made = rule(operation, given, coupling) if any(axis is not None for one in given for axis in one) else None
         if made is None:
             made = [(None,) * len(shape) for shape in operation.results]
         labels.update(zip(operation.outputs, made, strict=True))
@@ -78,51 +78,51 @@ def _rule(name: str) -> Callable:
     return RULES.get(name, _unknown)
 
 
-def _pin(operation: Operation, ties: Ties, *axes) -> None:
-    for atoms in axes:
-        if atoms is not None:
-            ties.pin(atoms, Pin(operation.name, operation.where))
+def _pin(operation: Operation, coupling: Coupling, *axes) -> None:
+    for slots in axes:
+        if slots is not None:
+            coupling.pin(slots, Pin(operation.name, operation.where))
 
 
-def _together(operation: Operation, ties: Ties, first, second) -> None:
+def _together(operation: Operation, coupling: Coupling, first, second) -> None:
     """Tie two axes that are summed over together; one that meets an axis of no channels must stay as it is."""
     if first is None or second is None:
-        _pin(operation, ties, first, second)
+        _pin(operation, coupling, first, second)
     else:
-        ties.tie(first, second)
+        coupling.couple(first, second)
 
 
-def _unknown(operation: Operation, given: list[Labels], ties: Ties) -> None:
+def _unknown(operation: Operation, given: list[Labels], coupling: Coupling) -> None:
     for one in given:
-        _pin(operation, ties, *one)
+        _pin(operation, coupling, *one)
 
 
-def _elementwise(operation: Operation, given: list[Labels], ties: Ties) -> list[Labels]:
+def _elementwise(operation: Operation, given: list[Labels], coupling: Coupling) -> list[Labels]:
     made = []
     for axis, length in enumerate(operation.results[0]):
         for one, shape in zip(given, operation.shapes, strict=True):
             if shape and shape[axis] != length:
-                _pin(operation, ties, one[axis])  # the one place of an axis that meets all of another
+                _pin(operation, coupling, one[axis])  # the one place of an axis that meets all of another
         met = [one[axis] for one, shape in zip(given, operation.shapes, strict=True) if shape and shape[axis] == length]
-        met = [atoms for atoms in met if atoms is not None]
+        met = [slots for slots in met if slots is not None]
         for other in met[1:]:
-            ties.tie(met[0], other)
+            coupling.couple(met[0], other)
         made.append(met[0] if met else None)
     return [tuple(made)] * len(operation.results)
 
 
-def _convolution(operation: Operation, given: list[Labels], ties: Ties) -> list[Labels]:
+def _convolution(operation: Operation, given: list[Labels], coupling: Coupling) -> list[Labels]:
     (images, kernel), params = given, operation.params
     numbers, groups = params['dimension_numbers'], params['feature_group_count']
     batch, channels, *pixels = (images[axis] for axis in numbers.lhs_spec)
     outputs, inputs, *taps = (kernel[axis] for axis in numbers.rhs_spec)
     if params['batch_group_count'] > 1:
-        return _unknown(operation, given, ties)
-    _pin(operation, ties, *pixels, *taps)
+        return _unknown(operation, given, coupling)
+    _pin(operation, coupling, *pixels, *taps)
     if groups == 1:
-        _together(operation, ties, channels, inputs)
+        _together(operation, coupling, channels, inputs)
     else:
-        _grouped(operation, ties, groups, channels, inputs, outputs)
+        _grouped(operation, coupling, groups, channels, inputs, outputs)
     made = dict(zip(numbers.out_spec, (batch, outputs, *(None for _ in pixels)), strict=True))
     return [tuple(made[axis] for axis in range(len(made)))]
 
@@ -133,33 +133,33 @@ def is_depthwise(operation: Operation) -> bool:
     return operation.params['feature_group_count'] > 1 and kernel[operation.params['dimension_numbers'].rhs_spec[1]] == 1
 
 
-def _grouped(operation: Operation, ties: Ties, groups: int, channels, inputs, outputs) -> None:
+def _grouped(operation: Operation, coupling: Coupling, groups: int, channels, inputs, outputs) -> None:
     """Depthwise, a channel goes with its group; of larger groups, all lose the same of their channels."""
     if channels is None or outputs is None:
-        return _pin(operation, ties, channels, inputs, outputs)
+        return _pin(operation, coupling, channels, inputs, outputs)
     made = outputs.reshape(groups, -1)
     if is_depthwise(operation):
-        _pin(operation, ties, inputs)
-        ties.tie(np.repeat(channels, made.shape[1]), outputs)
+        _pin(operation, coupling, inputs)
+        coupling.couple(np.repeat(channels, made.shape[1]), outputs)
         return None
     taken = channels.reshape(groups, -1)
     for one in (taken, made):
-        ties.tie(np.tile(one[0], groups - 1), one[1:].ravel())
-    return _together(operation, ties, taken[0], inputs)
+        coupling.couple(np.tile(one[0], groups - 1), one[1:].ravel())
+    return _together(operation, coupling, taken[0], inputs)
 
 
-def _dot(operation: Operation, given: list[Labels], ties: Ties) -> list[Labels]:
+def _dot(operation: Operation, given: list[Labels], coupling: Coupling) -> list[Labels]:
     (contracted, batched), (first, second) = operation.params['dimension_numbers'], given
     for a, b in zip(*contracted, strict=True):
-        _together(operation, ties, first[a], second[b])
+        _together(operation, coupling, first[a], second[b])
     for a, b in zip(*batched, strict=True):
         if first[a] is not None and second[b] is not None:
-            ties.tie(first[a], second[b])
+            coupling.couple(first[a], second[b])
         else:
-            _pin(operation, ties, first[a], second[b])
+            _pin(operation, coupling, first[a], second[b])
     made = [first[a] for a in batched[0]]
     for one, taken in ((first, {*contracted[0], *batched[0]}), (second, {*contracted[1], *batched[1]})):
-        made += [atoms for axis, atoms in enumerate(one) if axis not in taken]
+        made += [slots for axis, slots in enumerate(one) if axis not in taken]
     return [tuple(made)]
 
 
@@ -184,29 +184,29 @@ def _product(operation: Operation, given: list[Labels]) -> Product:
         runs += [(None, None, result[axis]) for axis in (numbers.out_spec[0], *numbers.out_spec[2:])]
     fixed, axes, operands = 1, [], [[None] * len(shape), [None] * len(other)]
     for first, second, length in runs:
-        atoms = given[1][second] if second is not None else given[0][first] if first is not None else None
-        if atoms is None:
+        slots = given[1][second] if second is not None else given[0][first] if first is not None else None
+        if slots is None:
             fixed *= length
             continue
         for operand, axis in ((0, first), (1, second)):
             if axis is not None:
                 operands[operand][axis] = len(axes)
-        axes.append(atoms)
+        axes.append(slots)
     layer = operation.where.partition('/')[2] or operation.where
     return Product(layer, operation, fixed, tuple(axes), tuple(map(tuple, operands)))
 
 
-def _broadcast(operation: Operation, given: list[Labels], ties: Ties) -> list[Labels]:
+def _broadcast(operation: Operation, given: list[Labels], coupling: Coupling) -> list[Labels]:
     made = [None] * len(operation.results[0])
     for axis, to in enumerate(operation.params['broadcast_dimensions']):
         if operation.shapes[0][axis] == operation.results[0][to]:
             made[to] = given[0][axis]
         else:
-            _pin(operation, ties, given[0][axis])
+            _pin(operation, coupling, given[0][axis])
     return [tuple(made)]
 
 
-def _reshape(operation: Operation, given: list[Labels], ties: Ties) -> list[Labels]:
+def _reshape(operation: Operation, given: list[Labels], coupling: Coupling) -> list[Labels]:
     """Axes that are merged go on together, with one of channels among them; one that is split must stay."""
     (shape, *_), (result,) = operation.shapes, operation.results
     made: list = [None] * len(result)
@@ -218,7 +218,7 @@ def _reshape(operation: Operation, given: list[Labels], ties: Ties) -> list[Labe
             whole = np.expand_dims(given[0][labelled[0]], [i for i, axis in enumerate(ours) if axis != labelled[0]])
             made[long[0]] = np.broadcast_to(whole, [shape[axis] for axis in ours]).ravel()
         else:
-            _pin(operation, ties, *(given[0][axis] for axis in labelled))
+            _pin(operation, coupling, *(given[0][axis] for axis in labelled))
     return [tuple(made)]
 
 
@@ -241,64 +241,64 @@ def _blocks(shape, result):
         yield ours, theirs
 
 
-def _transpose(operation: Operation, given: list[Labels], ties: Ties) -> list[Labels]:
+def _transpose(operation: Operation, given: list[Labels], coupling: Coupling) -> list[Labels]:
     return [tuple(given[0][axis] for axis in operation.params['permutation'])]
 
 
-def _squeeze(operation: Operation, given: list[Labels], ties: Ties) -> list[Labels]:
+def _squeeze(operation: Operation, given: list[Labels], coupling: Coupling) -> list[Labels]:
     gone = operation.params['dimensions']
-    _pin(operation, ties, *(given[0][axis] for axis in gone))
-    return [tuple(atoms for axis, atoms in enumerate(given[0]) if axis not in gone)]
+    _pin(operation, coupling, *(given[0][axis] for axis in gone))
+    return [tuple(slots for axis, slots in enumerate(given[0]) if axis not in gone)]
 
 
-def _reduction(operation: Operation, given: list[Labels], ties: Ties) -> list[Labels]:
+def _reduction(operation: Operation, given: list[Labels], coupling: Coupling) -> list[Labels]:
     gone = operation.params['axes']
-    _pin(operation, ties, *(given[0][axis] for axis in gone))  # a mean over channels, say
-    return [tuple(atoms for axis, atoms in enumerate(given[0]) if axis not in gone)] * len(operation.results)
+    _pin(operation, coupling, *(given[0][axis] for axis in gone))  # a mean over channels, say
+    return [tuple(slots for axis, slots in enumerate(given[0]) if axis not in gone)] * len(operation.results)
 
 
-def _window(operation: Operation, given: list[Labels], ties: Ties) -> list[Labels]:
+def _window(operation: Operation, given: list[Labels], coupling: Coupling) -> list[Labels]:
     params, made = operation.params, []
-    for axis, atoms in enumerate(given[0]):
+    for axis, slots in enumerate(given[0]):
         alone = params['window_dimensions'][axis] == params['window_strides'][axis] == 1 and not any(params['padding'][axis])
         if not alone:
-            _pin(operation, ties, atoms)
-        made.append(atoms if alone else None)
+            _pin(operation, coupling, slots)
+        made.append(slots if alone else None)
     return [tuple(made)] * len(operation.results)
 
 
-def _concatenate(operation: Operation, given: list[Labels], ties: Ties) -> list[Labels]:
+def _concatenate(operation: Operation, given: list[Labels], coupling: Coupling) -> list[Labels]:
     along = operation.params['dimension']
     alike = _elementwise(
         dataclasses.replace(operation, results=(operation.shapes[0],)),
-        [tuple(None if axis == along else atoms for axis, atoms in enumerate(one)) for one in given],
-        ties,
+        [tuple(None if axis == along else slots for axis, slots in enumerate(one)) for one in given],
+        coupling,
     )[0]
     joined = None
     if any(one[along] is not None for one in given):
         parts = [
-            ties.fresh(shape[along]) if one[along] is None else one[along]
+            coupling.fresh(shape[along]) if one[along] is None else one[along]
             for one, shape in zip(given, operation.shapes, strict=True)
         ]
         joined = np.concatenate(parts)
-    return [tuple(joined if axis == along else atoms for axis, atoms in enumerate(alike))]
+    return [tuple(joined if axis == along else slots for axis, slots in enumerate(alike))]
 
 
-def _padding(operation: Operation, given: list[Labels], ties: Ties) -> list[Labels]:
+def _padding(operation: Operation, given: list[Labels], coupling: Coupling) -> list[Labels]:
     made = []
-    for atoms, (before, after, between) in zip(given[0], operation.params['padding_config'], strict=True):
-        if atoms is None or before == after == between == 0:
-            made.append(atoms)
+    for slots, (before, after, between) in zip(given[0], operation.params['padding_config'], strict=True):
+        if slots is None or before == after == between == 0:
+            made.append(slots)
         elif between or min(before, after) < 0:
-            _pin(operation, ties, atoms)
+            _pin(operation, coupling, slots)
             made.append(None)
         else:  # a shortcut that brings no channels where others do: those go with the others
-            made.append(np.concatenate([ties.fresh(before), atoms, ties.fresh(after)]))
+            made.append(np.concatenate([coupling.fresh(before), slots, coupling.fresh(after)]))
     return [tuple(made)]
 
 
-def _slice(operation: Operation, given: list[Labels], ties: Ties) -> list[Labels]:
-    return [tuple(None if atoms is None else atoms[part] for atoms, part in zip(given[0], parts(operation), strict=True))]
+def _slice(operation: Operation, given: list[Labels], coupling: Coupling) -> list[Labels]:
+    return [tuple(None if slots is None else slots[part] for slots, part in zip(given[0], parts(operation), strict=True))]
 
 
 def parts(operation: Operation) -> tuple[slice, ...]:

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dvinv.errors import DvinvError
+from dvinv.networks.channels.coupling import Coupling
 from dvinv.networks.channels.flat import Operation, flat_program
 from dvinv.networks.channels.rules import ELEMENTWISE, Labels, follow, is_depthwise, parts
-from dvinv.networks.channels.ties import Ties
 
 
-def narrowed(fn: Callable, example, kept: dict[int, dict[int, np.ndarray]]):
+def pruned_function(fn: Callable, example, kept: dict[int, dict[int, np.ndarray]]):
     """`fn` for fewer channels.
 
     Args:
@@ -32,19 +32,19 @@ def narrowed(fn: Callable, example, kept: dict[int, dict[int, np.ndarray]]):
       DvinvError: channels are missing that can only go together with others that are there.
     """
     closed, result = jax.make_jaxpr(fn, return_shape=True)(*example)
-    program, ties = flat_program(closed), Ties()
-    there = []  # of each leaf's atoms
+    program, coupling = flat_program(closed), Coupling()
+    there = []  # of each leaf's slots
     inputs: dict[int, Labels] = {}
     for leaf, (number, variable) in enumerate(zip(program.inputs, closed.jaxpr.invars, strict=True)):
         axes = []
         for axis, length in enumerate(variable.aval.shape):
             mine = kept.get(leaf, {}).get(axis)
-            axes.append(None if mine is None else ties.fresh(length))
+            axes.append(None if mine is None else coupling.fresh(length))
             if mine is not None:
                 there.append(mine)
         inputs[number] = tuple(axes)
-    labels, _ = follow(program, inputs, ties)
-    alive = _alive(ties, np.concatenate([np.zeros(0, bool), *there]))
+    labels, _ = follow(program, inputs, coupling)
+    keep = _keep(coupling, np.concatenate([np.zeros(0, bool), *there]))
 
     def run(*args):
         values = dict(program.constants) | dict(zip(program.inputs, jax.tree.leaves(args), strict=True))
@@ -53,28 +53,28 @@ def narrowed(fn: Callable, example, kept: dict[int, dict[int, np.ndarray]]):
             given = [labels.get(v, ()) if isinstance(v, int) else () for v in operation.inputs]
             made = [labels[v] for v in operation.outputs]
             rule = _fitted if operation.name in ELEMENTWISE else RULES.get(operation.name, _as_it_is)
-            values.update(zip(operation.outputs, rule(operation, arrays, given, made, alive), strict=True))
+            values.update(zip(operation.outputs, rule(operation, arrays, given, made, keep), strict=True))
         return jax.tree.unflatten(jax.tree.structure(result), [_value(v, values) for v in program.outputs])
 
     return run
 
 
-def _alive(ties: Ties, there: np.ndarray) -> np.ndarray:
-    """Which atoms are there, bool [atoms], if those of the arguments, the first ones, are there as told."""
-    unit = ties.units()
-    gone = np.zeros(len(unit), bool)
-    gone[unit[: len(there)][~there]] = True
-    alive = ~gone[unit]
-    broken = np.flatnonzero(alive[: len(there)] != there)
+def _keep(coupling: Coupling, there: np.ndarray) -> np.ndarray:
+    """Which slots are there, bool [slots], if those of the arguments, the first ones, are there as told."""
+    group = coupling.groups()
+    gone = np.zeros(len(group), bool)
+    gone[group[: len(there)][~there]] = True
+    keep = ~gone[group]
+    broken = np.flatnonzero(keep[: len(there)] != there)
     if len(broken):
         raise DvinvError(
             f'Channels are missing that can only go together with others that are still there ({len(broken)} of '
             f'{len(there)} places): these are no channels of this network.'
         )
-    for atoms, why in ties.pins():
-        if not alive[atoms].all():
+    for slots, why in coupling.pins():
+        if not keep[slots].all():
             raise DvinvError(f'Channels are missing that {why.operation} in {why.where} cannot do without.')
-    return alive
+    return keep
 
 
 def _value(v, values: dict):
@@ -86,71 +86,71 @@ def _taken(array, axis: int, there: np.ndarray):
     return array if there.all() else jnp.take(array, np.flatnonzero(there), axis)
 
 
-def _as_it_is(operation: Operation, arrays, given, made, alive) -> list:
+def _as_it_is(operation: Operation, arrays, given, made, keep) -> list:
     return operation.call(operation.params, arrays)
 
 
-def _fitted(operation: Operation, arrays, given, made, alive) -> list:
+def _fitted(operation: Operation, arrays, given, made, keep) -> list:
     """An elementwise operation: what knows of no channels, such as a random mask, is cut to those that are there."""
-    for axis, atoms in enumerate(made[0]):
-        if atoms is None:
+    for axis, slots in enumerate(made[0]):
+        if slots is None:
             continue
         for index, (array, labels, shape) in enumerate(zip(arrays, given, operation.shapes, strict=True)):
-            if shape and shape[axis] == len(atoms) and (not labels or labels[axis] is None):
-                arrays[index] = _taken(array, axis, alive[atoms])
+            if shape and shape[axis] == len(slots) and (not labels or labels[axis] is None):
+                arrays[index] = _taken(array, axis, keep[slots])
     return operation.call(operation.params, arrays)
 
 
-def _convolution(operation: Operation, arrays, given, made, alive) -> list:
+def _convolution(operation: Operation, arrays, given, made, keep) -> list:
     params = dict(operation.params)
     if is_depthwise(operation):
         params['feature_group_count'] = arrays[0].shape[params['dimension_numbers'].lhs_spec[1]]
     return operation.call(params, arrays)
 
 
-def _reshaped(name: str, operation: Operation, arrays, given, made, alive) -> list:
+def _reshaped(name: str, operation: Operation, arrays, given, made, keep) -> list:
     """An operation that is told, as `name`, the shape of what it makes."""
     shape = [
-        length if atoms is None else int(alive[atoms].sum())
-        for length, atoms in zip(operation.results[0], made[0], strict=True)
+        length if slots is None else int(keep[slots].sum())
+        for length, slots in zip(operation.results[0], made[0], strict=True)
     ]
     return operation.call(operation.params | {name: tuple(shape)}, arrays)
 
 
-def _concatenated(operation: Operation, arrays, given, made, alive) -> list:
+def _concatenated(operation: Operation, arrays, given, made, keep) -> list:
     along = operation.params['dimension']
     for index, (array, labels, shape) in enumerate(zip(arrays, given, operation.shapes, strict=True)):
-        for axis, atoms in enumerate(made[0]):
-            if atoms is not None and axis != along and (not labels or labels[axis] is None):
-                arrays[index] = _taken(array, axis, alive[atoms])
+        for axis, slots in enumerate(made[0]):
+            if slots is not None and axis != along and (not labels or labels[axis] is None):
+                arrays[index] = _taken(array, axis, keep[slots])
         if made[0][along] is not None and (not labels or labels[along] is None):
             start = sum(other[along] for other in operation.shapes[:index])
-            arrays[index] = _taken(array, along, alive[made[0][along][start : start + shape[along]]])
+            arrays[index] = _taken(array, along, keep[made[0][along][start : start + shape[along]]])
     return operation.call(operation.params, arrays)
 
 
-def _padded(operation: Operation, arrays, given, made, alive) -> list:
+def _padded(operation: Operation, arrays, given, made, keep) -> list:
     """Of the margin, only what is there."""
     (padded,) = operation.call(operation.params, arrays)
     for axis, (before, after, _) in enumerate(operation.params['padding_config']):
-        atoms = made[0][axis]
-        if atoms is not None and before + after:
+        slots = made[0][axis]
+        if slots is not None and before + after:
             within = np.ones(padded.shape[axis], bool)
-            within[:before] = alive[atoms[:before]]
-            within[len(within) - after :] = alive[atoms[len(atoms) - after :]]
+            within[:before] = keep[slots[:before]]
+            within[len(within) - after :] = keep[slots[len(slots) - after :]]
             padded = _taken(padded, axis, within)
     return [padded]
 
 
-def _sliced(operation: Operation, arrays, given, made, alive) -> list:
+def _sliced(operation: Operation, arrays, given, made, keep) -> list:
     (array,) = arrays
-    for axis, (part, atoms) in enumerate(zip(parts(operation), made[0], strict=True)):
-        if atoms is None:
+    for axis, (part, slots) in enumerate(zip(parts(operation), made[0], strict=True)):
+        if slots is None:
             array = jax.lax.slice_in_dim(array, part.start, part.stop, part.step, axis)
         else:
             asked = np.zeros(operation.shapes[0][axis], bool)
             asked[part] = True
-            array = _taken(array, axis, asked[alive[given[0][axis]]])
+            array = _taken(array, axis, asked[keep[given[0][axis]]])
     return [array]
 
 
