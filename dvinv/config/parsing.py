@@ -23,6 +23,8 @@ RENAMED = {
     'pruning.protected': 'pruning.ignored_layers',
 }
 
+EXAMPLES = {int: 100, float: 0.1, str: 'resnet20'}  # values of each type, for sentences
+
 
 def default_config(preset: str = '') -> ml_collections.ConfigDict:
     """Returns all fields with their defaults, for a config file to change.
@@ -105,9 +107,9 @@ def _value(kind: Any, value: Any, path: str) -> Any:
     origin, inner = get_origin(kind) or kind, get_args(kind)
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping | ml_collections.ConfigDict):
-            needed = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
-            example = ', '.join(f"'{name}': ..." for name in needed)
-            raise DvinvError(f'{path} is {value!r}; it must be a dict, as in {{{example}}}.')
+            needed = [field for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
+            example = {field.name: EXAMPLES[field.type] for field in needed}
+            raise DvinvError(f'{path} is {value!r}; it must be a dict, as in {example}.')
         return _parsed(kind, value, path)
     if origin is tuple:
         if not isinstance(value, tuple | list):
@@ -132,4 +134,4 @@ def _unknown(path: str, known: list[str]) -> str:
         return f'The config field {path} is now called {new}.'
     close = difflib.get_close_matches(path, known, 1)
     meant = f'did you mean {close[0]!r}?' if close else f'choose among {", ".join(known)}.'
-    return f'The config has no field {path!r}; {meant} (--helpfull lists all fields.)'
+    return f'The config has no field {path!r}; {meant} --helpfull lists all fields.'

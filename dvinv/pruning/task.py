@@ -217,7 +217,7 @@ class Pruner:
         return EXACT[measure](self._channels) if measure in EXACT else predicted(self._channels, self._table)
 
     def _decided(self, name: str, choose: Callable[[], np.ndarray]) -> np.ndarray:
-        """Returns the groups that `choose` keeps, from disk where they are: a checkpoint is of these, whatever rounding does."""
+        """Returns the groups that `choose` keeps, from disk if they are there: a resume must not choose others."""
         return self._channels.keep_mask(self._kept_in(f'pruning/{name}.json', lambda: self._channels.kept(choose())))
 
     def _kept_in(self, name: str, compute: Callable[[], dict]) -> dict:

@@ -1,7 +1,7 @@
 """Which channels can only be removed together.
 
-Every place along an axis of a variable is a slot. Following the network's operations couples slots that must go together (the
-two sides of a sum, what a convolution makes and the next one takes), and pins those that must stay.
+Every place along an axis of a variable is a slot. Following the operations of a network couples slots that must go together
+(the two sides of a sum, what a convolution makes and the next one takes), and pins those that must stay.
 """
 
 import dataclasses
