@@ -267,7 +267,7 @@ class Dvinv:
         """What the other contestants are to have alike, and what a step costs."""
         import jax
 
-        from dvinv.evaluation.accuracy import flops
+        from dvinv.evaluation.scoring import flops
         from dvinv.networks.classifier import flatten
 
         return {

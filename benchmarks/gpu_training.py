@@ -126,7 +126,7 @@ class DvinvTraining:
 
     def about(self) -> dict:
         """Returns the weights, and the operations of a step: the teacher's forward pass, three times the student's."""
-        from dvinv.evaluation.accuracy import flops
+        from dvinv.evaluation.scoring import flops
         from dvinv.networks.classifier import flatten
 
         networks = {'teacher': self._teacher, 'student': self._student}

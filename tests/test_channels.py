@@ -8,7 +8,7 @@ import pytest
 from tiny import TinyNet, trained_variables
 
 from dvinv import DvinvError
-from dvinv.evaluation import accuracy as evaluation
+from dvinv.evaluation import scoring as evaluation
 from dvinv.inversion import from_linen
 from dvinv.networks import NETWORKS, classifier_of, create, load_classifier, save_network
 from dvinv.networks.channels import PrunedModule, cost, find_channels

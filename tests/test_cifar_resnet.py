@@ -7,7 +7,7 @@ import pytest
 
 from dvinv import from_linen
 from dvinv.errors import DvinvError
-from dvinv.evaluation.accuracy import logits_of, top_accuracy
+from dvinv.evaluation.scoring import logits_of, top_accuracy
 from dvinv.networks.cifar_resnet import CifarResNet
 from dvinv.networks.weights import import_weights, read_state_dict
 

@@ -15,7 +15,7 @@ from dvinv.data.folders import labels_of
 from dvinv.data.pictures import resize
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
-from dvinv.evaluation.accuracy import validate_fits
+from dvinv.evaluation.scoring import validate_fits
 
 
 def images(count=6, height=8, width=8, channels=3):

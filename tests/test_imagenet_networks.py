@@ -14,7 +14,7 @@ from dvinv import from_linen
 from dvinv.config import DataSettings
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
-from dvinv.evaluation.accuracy import logits_of, top_accuracy
+from dvinv.evaluation.scoring import logits_of, top_accuracy
 from dvinv.networks import classifier_of, create, image_shape, read_classifier, shapes_of
 from dvinv.networks.weights import import_weights, read_state_dict
 

@@ -16,7 +16,7 @@ from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
 from dvinv.distillation import task as distillation
 from dvinv.errors import DvinvError
-from dvinv.evaluation.accuracy import top_accuracy
+from dvinv.evaluation.scoring import top_accuracy
 from dvinv.networks import load_classifier
 from dvinv.pipeline import seeds
 from dvinv.pipeline import tasks as pipeline

@@ -12,8 +12,7 @@ from smoke import flip
 from tiny import IMAGE_SHAPE, tiny_teacher, trained_variables
 
 from dvinv.errors import DvinvError
-from dvinv.evaluation import accuracy
-from dvinv.evaluation.accuracy import flops, logits_of, top_accuracy
+from dvinv.evaluation.scoring import accuracy, flops, logits_of, top_accuracy
 from dvinv.networks import NETWORKS, Classifier, create, image_shape, load_classifier, load_network, save_network
 
 SMALL = ('small_convnet', 'small_resnet')

@@ -11,8 +11,8 @@ from tiny import IMAGE_SHAPE, saved, tiny_teacher
 from dvinv.config import DataSettings, parse
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
-from dvinv.evaluation import accuracy, quality
-from dvinv.evaluation.accuracy import logits_of
+from dvinv.evaluation import quality
+from dvinv.evaluation.scoring import accuracy, logits_of
 from dvinv.networks import load_classifier
 from dvinv.pipeline import tasks as pipeline
 from dvinv.teacher import task as teacher

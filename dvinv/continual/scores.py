@@ -7,7 +7,7 @@ import numpy as np
 from dvinv.continual.chains import MAIN
 from dvinv.continual.stream import Step, test_images
 from dvinv.data.dataset import Split
-from dvinv.evaluation.accuracy import logits_of
+from dvinv.evaluation.scoring import logits_of
 from dvinv.inversion import Teacher
 from dvinv.pipeline.run import Run
 

@@ -4,8 +4,8 @@ from dvinv.config import DATA_FREE_CONTROLS
 from dvinv.distillation import student
 from dvinv.distillation.student import hints_of, lesson_of, print_hints, student_of
 from dvinv.errors import DvinvError
-from dvinv.evaluation.accuracy import flops, test_accuracy
 from dvinv.evaluation.held_out import HeldOut, learned_rows
+from dvinv.evaluation.scoring import flops, test_accuracy
 from dvinv.networks import Classifier
 from dvinv.pipeline.run import Run
 from dvinv.synthesis import synthesizer

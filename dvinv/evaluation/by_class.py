@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from dvinv.data.dataset import Split
-from dvinv.evaluation.accuracy import logits_of
 from dvinv.evaluation.quality import evenly
+from dvinv.evaluation.scoring import logits_of
 from dvinv.networks import Classifier
 from dvinv.report.heat_map import heat_map
 from dvinv.report.page import Section, Table, percent

@@ -10,8 +10,8 @@ import numpy as np
 from dvinv.config import Settings
 from dvinv.data.chosen import Chosen
 from dvinv.data.pool import ImagePool
-from dvinv.evaluation.accuracy import logits_of
 from dvinv.evaluation.divergence import divergence
+from dvinv.evaluation.scoring import logits_of
 from dvinv.networks import Classifier
 from dvinv.runtime import preemption
 

@@ -19,7 +19,7 @@ import numpy as np
 from dvinv.data.dataset import RealData
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
-from dvinv.evaluation.accuracy import among_top, logits_and_features_of
+from dvinv.evaluation.scoring import among_top, logits_and_features_of
 from dvinv.networks import Classifier
 from dvinv.report.page import Table, percent
 

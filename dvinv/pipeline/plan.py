@@ -14,7 +14,7 @@ import numpy as np
 from dvinv.config import CONTINUAL_LOSSES, TASKS, Settings, Stage
 from dvinv.continual.chains import chains_of
 from dvinv.errors import DvinvError
-from dvinv.evaluation.accuracy import flops
+from dvinv.evaluation.scoring import flops
 from dvinv.inversion import Teacher, balanced_labels
 from dvinv.inversion.programs import Programs
 from dvinv.networks import Classifier, apply_fn_of, shapes_of

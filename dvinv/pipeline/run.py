@@ -12,7 +12,7 @@ from dvinv.config import DataSettings, Settings
 from dvinv.data.dataset import RealData
 from dvinv.data.real import Datasets
 from dvinv.errors import DvinvError, listed
-from dvinv.evaluation.accuracy import validate_fits
+from dvinv.evaluation.scoring import validate_fits
 from dvinv.inversion import Teacher
 from dvinv.inversion.modules import trained_part, validate_trainable
 from dvinv.inversion.tap import running_statistics

@@ -17,8 +17,8 @@ from dvinv.config import DATA_FREE_CONTROLS, StudentSettings, validate_devices
 from dvinv.data.joined import Joined
 from dvinv.distillation.student import distillation_loss
 from dvinv.errors import DvinvError
-from dvinv.evaluation.accuracy import test_accuracy
 from dvinv.evaluation.held_out import HeldOut, learned_rows
+from dvinv.evaluation.scoring import test_accuracy
 from dvinv.inversion.execution import in_precision
 from dvinv.inversion.tap import find_statistics
 from dvinv.networks import Classifier, load_classifier, load_network, save_network

@@ -7,8 +7,8 @@ import numpy as np
 
 from dvinv.config import QuantizationSettings
 from dvinv.data.dataset import RealData
-from dvinv.evaluation.accuracy import among_top, logits_of, validate_fits
 from dvinv.evaluation.divergence import divergence
+from dvinv.evaluation.scoring import among_top, logits_of, validate_fits
 from dvinv.networks import Classifier
 from dvinv.networks.quantized.folding import Folded
 from dvinv.networks.quantized.network import Bits, quantize, simulated

@@ -10,10 +10,9 @@ from dvinv.continual.section import continual_section, continual_tiles
 from dvinv.data.dataset import RealData
 from dvinv.data.pool import ImagePool
 from dvinv.distillation.student import student_of
-from dvinv.evaluation import accuracy
-from dvinv.evaluation.accuracy import flops
 from dvinv.evaluation.by_class import agreement_table, class_section, compare
 from dvinv.evaluation.quality import evenly, figures_of_sets, quality_table
+from dvinv.evaluation.scoring import accuracy, flops
 from dvinv.networks import load_classifier
 from dvinv.networks.quantized.network import load_quantized
 from dvinv.pipeline.run import Run

@@ -13,7 +13,7 @@ import dvinv
 from dvinv.config import Settings, nested
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError, say
-from dvinv.evaluation.accuracy import logits_of
+from dvinv.evaluation.scoring import logits_of
 from dvinv.inversion import (
     Inversion,
     Teacher,

@@ -9,7 +9,7 @@ import numpy as np
 
 from dvinv.data.pool import ImagePool
 from dvinv.distillation import student
-from dvinv.evaluation.accuracy import among_top, logits_of, validate_fits
+from dvinv.evaluation.scoring import among_top, logits_of, validate_fits
 from dvinv.inversion import make_feature_loss
 from dvinv.networks import Classifier
 from dvinv.pipeline.run import Run

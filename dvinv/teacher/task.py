@@ -5,7 +5,7 @@ import optax
 
 from dvinv.config import LabelTrainingSettings, validate_devices
 from dvinv.errors import DvinvError
-from dvinv.evaluation.accuracy import flops, test_accuracy
+from dvinv.evaluation.scoring import flops, test_accuracy
 from dvinv.inversion.teacher import Teacher
 from dvinv.networks import Classifier, create, shapes_of
 from dvinv.pipeline.run import Role, Run
