@@ -27,6 +27,7 @@ def base_config(preset: str = '') -> ml_collections.ConfigDict:
     """All fields with their defaults; synthesis as in the preset of this name (see `dvinv.inversion.presets`).
 
     '': as in that for images of the teacher's size. Its fields are None until `settle` fills them; what is set stays.
+    The config is locked; fields of a user's own are added within `with config.unlocked():`.
     """
     config = ml_collections.ConfigDict()
     config.seed = 0  # of all that is drawn by chance
@@ -77,25 +78,31 @@ def base_config(preset: str = '') -> ml_collections.ConfigDict:
             # 'module:function' that returns a dvinv.Teacher, or a Flax module (it may take num_classes, and rngs for an NNX
             # model), which is trained here, or read from `weights` that dvinv wrote; else network and weights:
             'factory': '',
-            'network': 'small_resnet',
-            'width': 1.0,
+            'network': 'small_resnet',  # one of dvinv.networks, see the README
+            'width': 1.0,  # factor of the network's numbers of channels
             'weights': '',  # path of a network file, or of weights that others published; trained when empty
             'image_shape': (),  # height, width, channels, where the weights come from others; (): the network's usual ones
             # For pixels in [0, 1]; (): of the weights file where it tells them, else of this network's published weights, or
             # .5 each where the network is trained here.
             'mean': (),
-            'std': (),
-            'training': {**recipe, 'label_smoothing': 0.0},
+            'std': (),  # as mean
+            'training': {
+                **recipe,
+                'label_smoothing': 0.0,  # share of the target that is spread evenly over all classes
+            },
         }
     )
     config.verifier = ml_collections.ConfigDict(
         {
             'network': 'small_convnet',  # '': no verifier
-            'width': 1.0,
-            'weights': '',
+            'width': 1.0,  # factor of the network's numbers of channels
+            'weights': '',  # path of a network file, or of weights that others published; trained when empty
             'mean': (),  # where the weights come from others; (): as for the teacher, but the teacher's where none are known
-            'std': (),
-            'training': {**recipe, 'label_smoothing': 0.0},
+            'std': (),  # as mean
+            'training': {
+                **recipe,
+                'label_smoothing': 0.0,  # share of the target that is spread evenly over all classes
+            },
         }
     )
     # Others, never trained here, whose share of recognised images the report tells beside its: a dict each, with width, mean
@@ -104,16 +111,16 @@ def base_config(preset: str = '') -> ml_collections.ConfigDict:
     config.student = ml_collections.ConfigDict(
         {
             'factory': '',  # 'module:function' that returns a Flax module, as of the teacher; '': by network and width
-            'network': 'small_resnet',
-            'width': 1.0,
+            'network': 'small_resnet',  # one of dvinv.networks, see the README
+            'width': 1.0,  # factor of the network's numbers of channels
             'inherit': False,  # start from the teacher's weights in the layers that both have, by name, depth and shape
         }
     )
     config.synthesis = ml_collections.ConfigDict(
         {
-            'method': 'deepinversion',
-            'images': 1024,
-            'batch_size': 256,
+            'method': 'deepinversion',  # or 'adaptive' (against a student), 'prior_only' (no feature term), 'noise'
+            'images': 1024,  # of the pool, a multiple of batch_size
+            'batch_size': 256,  # images that are optimized together: their joint statistics are compared with the network's
             'classes': (),  # numbers of the classes that images are made of, in turn; (): all
             'batches_per_round': 0,  # so many join the pool every distillation.updates_per_round; 0: all before the first
             'controls': (),  # lesser methods that `images` are made by too, for the report: 'noise', 'prior_only'
@@ -123,7 +130,7 @@ def base_config(preset: str = '') -> ml_collections.ConfigDict:
     config.distillation = ml_collections.ConfigDict(
         {
             **recipe,
-            'temperature': 3.0,
+            'temperature': 3.0,  # that both networks' logits are divided by in the loss
             'hint': 0.0,  # weight of what the student is compared with besides the answers; 0: the paper, answers alone
             # 'layers': the inputs of BatchNorm layers that both have; 'stages': the last values of each resolution, for any
             # two networks; 'none'; or 'auto': layers where both have the same ones, else stages.
@@ -139,7 +146,7 @@ def base_config(preset: str = '') -> ml_collections.ConfigDict:
         {
             **recipe,  # of the fine-tuning after the last step
             'updates_per_step': 100,  # of that after every step
-            'temperature': 3.0,
+            'temperature': 3.0,  # that both networks' logits are divided by in the loss
             'hint': 0.0,  # weight of the BatchNorm inputs of channels that are left
             **dataclasses.asdict(Removal()),
             'adaptive_batches': 0,  # made in every step in competition with the network just pruned; 0: the pool alone
@@ -162,7 +169,7 @@ def base_config(preset: str = '') -> ml_collections.ConfigDict:
             'iterations': 10,  # of a synthesis a line
         }
     )
-    return config
+    return config.lock()  # a typo would add a field that nothing reads
 
 
 def shrink(config, width: float = 0.25) -> None:

@@ -26,6 +26,7 @@ CLASSES = {
     'quantization.training': (Recipe,),
 }
 FIELD = re.compile(r"\s*(?:config\.(?P<top>\w+) = |'(?P<key>\w+)': |(?P<attribute>\w+): \w)")
+NESTED = re.compile(r"\s*'(\w+)': \{$")  # a group within a group
 GROUP = re.compile(r'\s*config\.(\w+) = ml_collections\.ConfigDict\(')
 
 
@@ -52,15 +53,19 @@ def fields() -> list[tuple[str, str, object]]:
 
 def _comments(source: str) -> dict[str, str]:
     """Returns {field: its comment}, of the field's line and of the lines above it; with its group in a config's source."""
-    found, above, group = {}, [], ''
+    found, above, group, inner = {}, [], '', ''
     for line in source.splitlines():
         if (text := line.strip()).startswith('#'):
             above.append(text.lstrip('# '))
             continue
         if opened := GROUP.match(line):
             group = f'{opened[1]}.'
+        elif opened := NESTED.match(line):
+            inner = f'{opened[1]}.'
+        elif text == '},':
+            inner = ''
         elif field := FIELD.match(line):
-            name = field['top'] or f'{group}{field["key"] or field["attribute"]}'
+            name = field['top'] or f'{group}{inner}{field["key"] or field["attribute"]}'
             _, _, comment = line.partition('  # ')
             found.setdefault(name, ' '.join([*above, comment]).strip())
         above = []

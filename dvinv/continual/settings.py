@@ -19,9 +19,9 @@ class Continual:
     loss: str = 'deepinversion'  # the paper's; or 'always_be_dreaming', where old and new classes are alike
     temperature: float = 1.0  # of the divergences from the old network
     old_images: float = 1.0  # weights, see losses.py; of the first loss
-    old_answers: float = 1.0
-    head: float = 1.0  # of the second
-    features: float = 1.0
+    old_answers: float = 1.0  # of the first loss: the old network's answers on new images
+    head: float = 1.0  # of the second loss: cross-entropy of the head alone
+    features: float = 1.0  # of the second loss: distance of the features from the old network's
     controls: tuple[str, ...] = ('finetune', 'lwf_mc', 'replay', 'joint')  # or the other loss, by its name
 
     @property

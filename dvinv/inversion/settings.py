@@ -23,11 +23,11 @@ class Stage:
     resolution: int = 0  # height in pixels of what the teacher sees, at most the image's; 0: the image's own
     schedule: str = 'cosine'  # 'cosine' (to 0) or 'constant'
     warmup: int = 0  # iterations of linear warm-up from 0
-    beta1: float = 0.9
-    beta2: float = 0.999
+    beta1: float = 0.9  # of Adam: decay of the mean of gradients
+    beta2: float = 0.999  # of Adam: decay of the mean of their squares
     augmentation: str = 'roll'  # 'roll' (paper) or 'crop': see augmentation.py
     jitter: int = 0  # pixels, at this stage's resolution
-    flip: bool = False
+    flip: bool = False  # mirror what the teacher sees with probability 1/2
     noise: float = 0.0  # deviation, up to, of Gaussian noise an image, for pixels in [0, 1]
     clip: bool = True  # keep pixels in the valid range [0, 1] (before normalisation); a spectrum keeps them there anyway
 
@@ -59,8 +59,8 @@ class Weights:
     main: float = 1.0  # cross-entropy to the target labels
     feature: float = 0.01  # BatchNorm moments against running statistics
     first_bn_multiplier: float = 1.0  # of the first BatchNorm layer within the feature term
-    total_variation: float = 1e-4
-    l2: float = 0.0
+    total_variation: float = 1e-4  # differences of neighbouring pixels
+    l2: float = 0.0  # norm of the pixels
     competition: float = 0.0  # Adaptive DeepInversion; needs a student
 
 

@@ -23,7 +23,7 @@ class Removal:
     left: float = 0.5  # of the whole network's
     steps: int = 5  # in which it is reached, fine-tuned in between; as many per cent go in each
     importance: str = 'taylor'  # or 'magnitude', 'random'
-    importance_batches: int = 10
+    importance_batches: int = 10  # batches of the pool that the importance is a mean over
     eta: float = 0.0  # how much of a share of the importance a share of the cost is worth (the paper's hardware-aware term)
     cost: str = 'latency'  # that eta is about; one of the measures
     least: int = 2  # channels that every layer keeps
