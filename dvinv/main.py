@@ -20,7 +20,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import dvinv
-from dvinv.errors import DvinvError, listed
+from dvinv.errors import DvinvError, listed, say
 from dvinv.runtime import preemption
 
 # A module that teacher.factory names may define flags of these names too, as many a training script does: they give way.
@@ -209,7 +209,7 @@ def cli() -> None:
     try:
         app.run(main, flags_parser=_parse)
     except DvinvError as error:
-        print(f'dvinv: {error}', file=sys.stderr)
+        say(str(error))
         sys.exit(1)
 
 

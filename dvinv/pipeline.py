@@ -108,10 +108,16 @@ def run(config, workdir) -> dict:
     check(config, workdir)
     with contextlib.closing(open_workdir(workdir, config)) as workdir:
         for task in TASKS:
-            preemption.leave_if_asked()
+            preemption.leave_if_asked(_saved(workdir))
             if task in config.tasks and not _finished(task, config, workdir):
                 run_task(task, config, workdir)
         return workdir.results
+
+
+def _saved(workdir: Workdir) -> str:
+    """Returns what is saved of a run between two tasks."""
+    finished = ', '.join(workdir.results)
+    return f'{finished}: finished and saved' if finished else 'no task was begun, so nothing had to be saved'
 
 
 def _finished(task: str, config, workdir: Workdir) -> bool:
