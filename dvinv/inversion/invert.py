@@ -18,6 +18,7 @@ from dvinv.networks.suited import suited_to
 from dvinv.runtime.devices import make_mesh, on_mesh
 
 REPORT_EVERY = 20  # iterations between two looks at the metrics, at least
+FAR = 20  # times the distance of black and white that normalised images are from grey at most
 
 
 def check_resolutions(teacher: Teacher, config: InversionConfig) -> None:
@@ -272,8 +273,24 @@ def feature_loss(teacher: Teacher, images, config: InversionConfig | str | None 
         raise DvinvError(f'The images have the shape {images.shape}; the network takes [B, {shape}].')
     stage, (key, kind) = _settings(config, teacher).stages[-1], _key_data(key)
     with jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):
-        x = teacher.normalise(images) if images.dtype == np.uint8 else images.astype(np.float32)
+        x = teacher.normalise(images) if images.dtype == np.uint8 else _normalised(teacher, images)
         return float(make_feature_loss(teacher, stage)(teacher.variables, x, jax.random.wrap_key_data(key, impl=kind)))
+
+
+def _normalised(teacher: Teacher, images: np.ndarray) -> np.ndarray:
+    """Returns images that are normalised as float32.
+
+    Raises:
+      DvinvError: they are far outside of black and white, as pixels from 0 to 255 are that were not normalised.
+    """
+    low, high = teacher.valid_range
+    if not (np.abs(images - (low + high) / 2) <= FAR * (high - low)).all():
+        raise DvinvError(
+            f'The images are {images.dtype} with values from {images.min():.4g} to {images.max():.4g}, so they must be '
+            f'normalised: black is {low.min():.4g} for this network, white {high.max():.4g}. Pixels from 0 to 255 must be '
+            'uint8.'
+        )
+    return images.astype(np.float32)
 
 
 def _stage_of(config: InversionConfig, iteration: int) -> Stage:
