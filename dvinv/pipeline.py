@@ -117,7 +117,7 @@ def run(config, workdir) -> dict:
 def _saved(workdir: Workdir) -> str:
     """Returns what is saved of a run between two tasks."""
     finished = ', '.join(workdir.results)
-    return f'{finished}: finished and saved' if finished else 'no task was begun, so nothing had to be saved'
+    return f'what {finished} made is saved' if finished else 'no task was under way, so nothing had to be saved'
 
 
 def _finished(task: str, config, workdir: Workdir) -> bool:

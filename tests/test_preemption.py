@@ -150,7 +150,7 @@ def test_a_task_does_not_begin_after_sigterm(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         pipeline.run(run_config(), tmp_path)
     assert ended.value.code == 143
-    said = 'dvinv: SIGTERM: no task was begun, so nothing had to be saved; the same command goes on from here.\n'
+    said = 'dvinv: SIGTERM: no task was under way, so nothing had to be saved; the same command goes on from here.\n'
     assert capsys.readouterr().err == said
 
 
