@@ -11,14 +11,16 @@ import ast
 import contextlib
 import difflib
 import re
+import traceback
 from importlib.metadata import version
 from pathlib import Path
 
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 import dvinv
-from dvinv.errors import DvinvError, listed
+from dvinv.errors import DvinvError, listed, say
 from dvinv.runtime import preemption
 
 # A module that teacher.factory names may define flags of these names too, as many a training script does: they give way.
@@ -145,13 +147,44 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _unknown(error: Exception) -> str:
-    """Returns the sentence for an error of ml_collections, which quotes its own once more where it tells of a key."""
-    text = str(error.args[0])
+    """Returns the sentence for a field that a flag or a config file names in vain, and for another error of the file.
+
+    The message of ml_collections begins with the name, in quotes, where it was read, and with 'Key' where it was set; that
+    of a KeyError is quoted once more.
+    """
+    text, place = str(error.args[0]), _place(error)
     with contextlib.suppress(ValueError, SyntaxError):
         text = str(ast.literal_eval(text))
-    if found := re.fullmatch(r"""'(.+)'\s+Did you mean "(.+)" instead of ".+"\?""", text):
-        return f'The config has no field {found[1]!r}; did you mean {found[2]!r}? (--helpfull lists all fields.)'
+    if found := re.match(r"""'(\w+)'(?=\s|$)|Key "(\w+)" does not exist""", text):
+        name, meant = found[1] or found[2], re.search(r'Did you mean "(.+)" instead of', text)
+        close = f'; did you mean {meant[1]!r}?' if meant else _nearest(name)
+        the = f'{place}the' if place else 'The'
+        return f'{the} config has no field {name!r}{close} (--helpfull lists all fields.)'
+    if place:
+        return f'{place}{" ".join(text.split())}'
     return f'The config has no such field or type: {" ".join(text.split())} (--helpfull lists all fields.)'
+
+
+def _nearest(name: str) -> str:
+    """Returns the end of a sentence that names the field of any group with a similar name, if there is one."""
+    from dvinv.config import RENAMED
+    from dvinv.config.documentation import fields
+
+    for old, new in RENAMED.items():
+        if name == old.split('.')[-1]:
+            return f'; it is now called {new}'
+    paths = {field.path.split('.')[-1]: field.path for field in reversed(fields())}  # of several the first
+    close = difflib.get_close_matches(name, paths, 1, 0.6)
+    return f'; did you mean config.{paths[close[0]]}?' if close else ''
+
+
+def _place(error: Exception) -> str:
+    """Returns the line of the user's file that an error comes from, as the start of a sentence; '' if from a flag."""
+    libraries = tuple(str(Path(source.__file__).parent) for source in (dvinv, flags, ml_collections))
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith((*libraries, '<')) and frame.line:
+            return f'{frame.filename}, line {frame.lineno}, `{frame.line.strip()}`: '
+    return ''
 
 
 def _check_config_file(argv: list[str]) -> None:
@@ -179,7 +212,7 @@ def cli() -> None:
     try:
         app.run(main, flags_parser=_parse)
     except DvinvError as error:
-        print(f'dvinv: {error}', file=sys.stderr)
+        say(str(error))
         sys.exit(1)
 
 

@@ -85,6 +85,9 @@ OWN = ('--config', 'tests/own_config.py')
     [
         (('--workdir', 'w', *SMOKE, '--config.synthesis.imagse=3'), ["no field 'imagse'; did you mean 'images'?"]),
         (('--workdir', 'w', *SMOKE, '--config.sede=3'), ["no field 'sede'; did you mean 'seed'?"]),
+        (('--workdir', 'w', *SMOKE, '--config.checkpoint_evry=3'), ['did you mean config.logging.checkpoint_every?']),
+        (('--workdir', 'w', *SMOKE, '--config.foo=3'), ["The config has no field 'foo' (--helpfull lists all fields)."]),
+        (('--workdir', 'w', *SMOKE, '--config.pruning.left=.5'), ["no field 'left'; it is now called pruning.target_ratio"]),
         (('--workdir', 'w', *SMOKE, '--config.seed=first'), ['--config.seed=first', 'int']),
         (('--workdir', 'w', *SMOKE, '--config.teacher.training.learning_rate=high'), ['learning_rate=high', 'float']),
         (('--workdir', 'w', *SMOKE, '--config.synthesis.stages[0].iterations=x'), ['stages[0].iterations=x', 'int']),
@@ -126,6 +129,24 @@ def test_a_config_file_that_fails_is_told(parse, tmp_path):
     (tmp_path / 'config.py').write_text("def get_config(): return open('/no/such/file')")
     words = "The config file fails: No such file or directory: '/no/such/file'"
     assert parse('--workdir', 'w', '--config', str(tmp_path / 'config.py')).startswith(words)
+
+
+@pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
+@pytest.mark.parametrize(
+    ('line', 'sentence'),
+    [
+        ('config.synthesis.imagse = 3', "the config has no field 'imagse'; did you mean 'images'? ("),
+        ('config.distillation.update(updats=3)', "the config has no field 'updats'; did you mean 'updates'? ("),
+        ('config.teacher.training.fo = 3', "the config has no field 'fo' (--helpfull lists all fields; one of your own"),
+        ('config.seed = config.synthesis.image', "the config has no field 'image'; did you mean 'images'? ("),
+        ('config.seed = pathlib.Pth', "module 'pathlib' has no attribute 'Pth'"),
+    ],
+)
+def test_a_typo_in_a_config_file_is_told_with_its_line(parse, tmp_path, line, sentence):
+    path = tmp_path / 'config.py'
+    begin = 'import pathlib\nfrom dvinv.configuration import base_config\ndef get_config():\n    config = base_config()\n'
+    path.write_text(f'{begin}    {line}\n    return config\n')
+    assert parse('--workdir', 'w', '--config', str(path)).startswith(f'{path}, line 5, `{line}`: {sentence}')
 
 
 def test_an_unknown_key_ends_the_process_with_one_line(command, tmp_path):
@@ -198,8 +219,6 @@ ADAPTIVE = {
         ({'verifiers': ('resnet20=w.npz',)}, ["verifiers[0] is 'resnet20=w.npz'", 'must be a dict']),
         ({'teacher__mean': (0.3, 0.3)}, ['2 means', 'a mean and a deviation a channel']),
         ({'teacher__std': (0.0,)}, ['std is (0.0,)', 'above 0']),
-        ({'teacher__training__optimiser': 'adam'}, ['teacher.training.optimiser is now called teacher.training.optimizer']),
-        ({'pruning__left': 0.5}, ['pruning.left is now called pruning.target_ratio']),
         ({'teacher__training__optimizer': 'lion'}, ["teacher.training.optimizer is 'lion'", 'adam, sgd']),
         ({'distillation__updates': 0}, ['distillation.updates is 0', 'at least 1']),
         ({'distillation__temperature': 0.0}, ['distillation.temperature is 0.0', 'above 0']),

@@ -3,17 +3,20 @@
 import ast
 import dataclasses
 import json
+import math
 import runpy
 
+import jax
 import numpy as np
 import pytest
+from dvinv.run import Run
 from smoke import NAMES, ROOT
 from tiny import saved, trained_variables
 
 from dvinv.config import PRESETS, parse, preset_for
 from dvinv.data.real import DATA_SETS
-from dvinv.networks import create
-from dvinv.networks.classifier import flatten
+from dvinv.networks import create, shapes_of
+from dvinv.networks.classifier import flatten, name_of
 from dvinv.networks.naming import find_keys
 from dvinv.networks.registry import image_shape
 from dvinv.pipeline import tasks as pipeline
@@ -57,9 +60,20 @@ def test_the_smoke_run_needs_nothing_that_is_not_here(path):
 @each_config
 def test_an_argument_that_it_does_not_know_is_refused(path):
     students = 'resnet20, resnet8, wrn16_1, vgg, mobilenet, answers'
-    others = f'pictures, paper|paper|fast|answers|{students}|short, spectrum|mixup|twos|digits|10, 20|71'
+    others = f'pictures, paper|paper|fast|answers|{students}|short, spectrum|mixup|twos|digits|10, 20|71|nnx'
     with pytest.raises(ValueError, match=rf"knows the (argument|arguments ({others}) and) smoke, not 'smok'"):
         read(path, 'smok')
+
+
+def test_the_template_has_its_networks_in_nnx_too():
+    config, linen = (read(ROOT / 'configs' / 'own_network.py', argument) for argument in ('nnx', ''))
+    teacher = pipeline.validated(config).planned_teacher
+    assert 'Nnx' in name_of(teacher.module)
+    whole = shapes_of(Run(parse(linen)).factory_network, (8, 8, 1))['params']
+    assert teacher.parameters == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(whole))
+    fresh = read(ROOT / 'configs' / 'own_network.py', 'nnx')
+    fresh.update(teacher=linen.teacher, student=linen.student)
+    assert fresh == linen
 
 
 @pytest.mark.parametrize(('argument', 'preset'), [('pictures', 'cifar10_crop'), ('paper', 'cifar10_paper')])

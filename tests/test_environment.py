@@ -78,6 +78,7 @@ def test_every_field_is_listed_with_its_comment():
         ('seed=0', 'of all random numbers'),
         ('data.train_path=', 'of the training images (npz, folders)'),
         ('teacher.training.optimizer=', "'adam' (with decoupled weight decay)"),
+        ('teacher.training.label_smoothing=', 'share of the target that is spread'),
         ('teacher.mean=()', 'For pixels in [0, 1]; (): of the weights file'),
         ('synthesis.stages[0].jitter=', "pixels, at this stage's resolution"),
         ('synthesis.weights.feature=', 'BatchNorm moments against running statistics'),

@@ -12,7 +12,7 @@ from tiny import IMAGE_SHAPE, tiny_teacher
 
 from dvinv import DvinvError, balanced_labels, invert
 from dvinv.config import InversionConfig, Stage, Weights, default_config, parse
-from dvinv.inversion import losses, make_feature_loss, make_inverter
+from dvinv.inversion import Inversion, losses, make_feature_loss, make_inverter
 from dvinv.inversion.objective import objective
 from dvinv.inversion.parameterization import initial_parameters
 from dvinv.inversion.step import InversionState, make_step
@@ -46,6 +46,19 @@ def _gradient(arguments):
     """(gradient of the objective with respect to the pixels, its terms)."""
     images = arguments.pop('images')
     return jax.jit(jax.grad(lambda x: objective(images=x, **arguments), has_aux=True))(images)
+
+
+# What is shown of a result
+
+
+def test_results_and_networks_are_shown_in_one_line(teacher):
+    result = Inversion(np.zeros((6, 8, 8, 2), np.float32), {'loss': np.array([3.0, 2.5])}, LABELS)
+    assert repr(result) == ('Inversion(images float32 [6, 8, 8, 2], labels 0, 1, 2, 0, 1, 2, 2 iterations, final loss 2.5)')
+    many = Inversion(np.zeros((2, 20, 8, 8, 2)), {}, np.zeros((2, 20), int))
+    assert repr(many) == f'Inversion(images float64 [2, 20, 8, 8, 2], labels {", ".join("0" * 12)} and 28 more)'
+    assert repr(Inversion(np.zeros(1), {})) == 'Inversion(images float64 [1])'
+    assert repr(teacher).startswith('Teacher(image_shape=(8, 8, 2), num_classes=3, mean=(0.4, 0.6), std=(0.2, 0.3), ')
+    assert len(repr(teacher)) < 125
 
 
 # Golden values
@@ -146,6 +159,7 @@ def test_many_iterations_a_dispatch_are_the_same_inversion(teacher):
     np.testing.assert_allclose(many.images[0], one.images, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(many.metrics['loss'][0], one.metrics['loss'], rtol=1e-4)
     assert reports[-1] == (5, set(one.metrics))
+    assert [*one.labels] == [*many.labels[0]] == [*LABELS]
 
 
 # The objective and its gradient

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from smoke import NAMES, flip, lasting, smoke_config
+from tiny import IMAGE_SHAPE, trained_variables
 
 import dvinv
 from dvinv.data.pool import ImagePool
@@ -17,7 +18,7 @@ from dvinv.data.real import load_real
 from dvinv.distillation import task as distillation
 from dvinv.errors import DvinvError
 from dvinv.evaluation.scoring import top_accuracy
-from dvinv.networks import load_classifier
+from dvinv.networks import create, load_classifier, load_network, save_network
 from dvinv.pipeline import seeds
 from dvinv.pipeline import tasks as pipeline
 from dvinv.pipeline.run import Run
@@ -146,10 +147,37 @@ def test_a_loaded_student_scores_what_the_results_say(finished):
     assert sum(leaf.size for leaf in jax.tree.leaves(variables['params'])) == results(finished)['distillation']['parameters']
 
 
+def test_controls_are_loaded_by_their_names(tmp_path):
+    """Each from a file of its own; which files belong to a task follows from their names."""
+    other = {'verifier': 'teacher', 'noise': 'distillation', 'student_of_20': 'distillation', 'untuned': 'pruning'}
+    other |= {'pruned_by_noise': 'pruning', 'pruned_1': 'pruning', 'joint': 'continual', 'finetune_1': 'continual'}
+    (tmp_path / 'networks').mkdir()
+    for seed, name in enumerate([*other, 'student', 'pruned']):
+        module = create('small_convnet', 3, 0.25)
+        variables = trained_variables(module, seed=seed)
+        about = {'network': 'small_convnet', 'width': 0.25, 'num_classes': 3}
+        about |= {'image_shape': IMAGE_SHAPE, 'mean': (0.5, 0.5), 'std': (0.2, 0.2)}
+        save_network(tmp_path / 'networks' / f'{name}.safetensors', variables, about)
+        other.setdefault(name, {'student': 'distillation', 'pruned': 'pruning'}.get(name))
+    for name, task in other.items():
+        found = dvinv.load(tmp_path, task, name)[1]
+        jax.tree.map(np.testing.assert_array_equal, found, load_network(tmp_path / 'networks' / f'{name}.safetensors')[0])
+    pruned, by_noise = (dvinv.load(tmp_path, 'pruning', name)[1] for name in ('', 'noise'))
+    jax.tree.map(np.testing.assert_array_equal, by_noise, dvinv.load(tmp_path, 'pruning', 'pruned_by_noise')[1])
+    jax.tree.map(np.testing.assert_array_equal, pruned, dvinv.load(tmp_path, 'pruning', 'pruned')[1])
+    assert not np.array_equal(jax.tree.leaves(pruned)[0], jax.tree.leaves(by_noise)[0])
+    sentence = "The task distillation has no network 'real' in .*; beside its result, .* there are noise, student_of_20."
+    with pytest.raises(DvinvError, match=sentence):
+        dvinv.load(tmp_path, 'distillation', 'real')
+    with pytest.raises(DvinvError, match='there are finetune_1, joint'):
+        dvinv.load(tmp_path, 'continual', '../student')
+
+
 def test_what_makes_no_network_cannot_be_loaded(finished, tmp_path):
     with pytest.raises(
         DvinvError,
-        match="'synthesis' makes no network; choose one of teacher, distillation, pruning, continual, quantization",
+        match="'synthesis' makes no network; choose one of teacher, distillation, pruning, continual, quantization, and .*"
+        r"controls, as in dvinv\.load\(workdir, 'distillation', 'noise'\)",
     ):
         dvinv.load(finished, 'synthesis')
     with pytest.raises(DvinvError, match='is not there'):

@@ -178,3 +178,6 @@ def test_the_settings_and_the_key_may_be_left_out(teacher, monkeypatch):
     assert loss == pytest.approx(first.metrics['feature'][0], rel=0.3)
     with pytest.raises(DvinvError, match=r'shape \(3, 8, 8\); the network takes \[B, 8, 8, 2\]'):
         feature_loss(teacher, pixels[..., 0])
+    with pytest.raises(DvinvError, match=r'float32 with values from .* to 255, .* Pixels from 0 to 255 must be uint8'):
+        feature_loss(teacher, np.maximum(pixels, 255 * (pixels == pixels.max())).astype(np.float32))
+    assert np.isfinite(feature_loss(teacher, 3 * first.images))  # beyond black and white, as without clip

@@ -20,7 +20,8 @@ from dvinv.inversion.invert import Unfinished
 from dvinv.pipeline import tasks as pipeline
 from dvinv.runtime import preemption
 from dvinv.runtime.devices import make_mesh
-from dvinv.synthesis.synthesizer import Synthesizer
+from dvinv.synthesis.pools import open_pool
+from dvinv.synthesis.synthesizer import Synthesizer, in_words
 from dvinv.synthesis.unfinished import UnfinishedBatches
 
 BATCH = 8
@@ -97,7 +98,7 @@ def pauses(monkeypatch):
     return pauses
 
 
-def test_what_is_under_way_is_saved_and_goes_on(undisturbed, tmp_path, monkeypatch, pauses):
+def test_what_is_under_way_is_saved_and_goes_on(undisturbed, tmp_path, monkeypatch, pauses, capsys):
     """Saved by the clock, then killed; saved at SIGTERM; gone on with other devices, but for a state that is damaged."""
     run, saved = tmp_path / 'run', tmp_path / 'run' / 'checkpoints' / 'synthesis-deepinversion'
     batches = UnfinishedBatches(saved, pipeline.validated(run_config()).planned_teacher.digest())
@@ -115,6 +116,8 @@ def test_what_is_under_way_is_saved_and_goes_on(undisturbed, tmp_path, monkeypat
         with pytest.raises(SystemExit) as ended:
             pipeline.run(run_config(), run)
     assert ended.value.code == 143
+    said = 'SIGTERM: of 4 batches of deepinversion 0 are finished and 4 under way saved at iteration 6 of 9; the same'
+    assert said in capsys.readouterr().err
     assert [batches.load(number).iterations for number in range(4)] == [6] * 4
 
     flip(saved / 'batch-000003.state')
@@ -148,7 +151,26 @@ def test_a_task_does_not_begin_after_sigterm(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         pipeline.run(run_config(), tmp_path)
     assert ended.value.code == 143
-    assert 'the same command goes on from here' in capsys.readouterr().err
+    said = 'dvinv: SIGTERM: no task was under way, so nothing had to be saved; the same command goes on from here.\n'
+    assert capsys.readouterr().err == said
+
+
+def test_what_is_said_to_be_saved_of_batches(tmp_path, capsys):
+    run = pipeline.validated(run_config(), tmp_path)
+    run.open_workdir()
+    synthesizer = Synthesizer(run, run.teacher, open_pool(run), 'noise', 'synthesis', 'noise')
+    assert synthesizer._kept(0) == 'no batch of noise was begun, so nothing had to be saved'
+    synthesizer._made = 3
+    assert synthesizer._kept(0) == 'of 4 batches of noise 3 are finished'
+    assert synthesizer._kept(1) == 'of 4 batches of noise 3 are finished and 1 under way saved'
+
+
+def test_progress_names_the_batches_that_its_loss_is_of():
+    assert [in_words(numbers, 8) for numbers in ([2], [4, 3], [0, 5, 2])] == [
+        'batch 3 of 8',
+        'batches 4 to 5 of 8',
+        'batches 1, 3, 6 of 8',
+    ]
 
 
 def test_minutes_below_zero_are_refused(tmp_path):
@@ -176,7 +198,7 @@ def started(folder, code, grace=0.5, first=''):
 SAVES = """import time; print("ready", flush=True)
 while not preemption.asked(): time.sleep(0.01)
 time.sleep(1.5); print("saved", flush=True)
-preemption.leave_if_asked()"""
+preemption.leave_if_asked('3 of 5 are saved')"""
 
 
 @pytest.mark.parametrize(
@@ -189,9 +211,9 @@ preemption.leave_if_asked()"""
             'is in a long computation and ends now',
             '',
         ),
-        (signal.SIGTERM, LOOKS, 'SIGTERM: all is saved', ''),
-        (signal.SIGTERM, SAVES, 'SIGTERM: all is saved', 'saved\n'),
-        (signal.SIGINT, LOOKS, 'Ctrl-C: all is saved; the same command goes on from here.', ''),
+        (signal.SIGTERM, LOOKS, 'SIGTERM: nothing under way had to be saved', ''),
+        (signal.SIGTERM, SAVES, 'SIGTERM: 3 of 5 are saved; the same', 'saved\n'),
+        (signal.SIGINT, LOOKS, 'Ctrl-C: nothing under way had to be saved; the same command goes on from here.', ''),
         (signal.SIGINT, f'preemption.install(0)\n{WAITS}', 'Ctrl-C: this process ends at once.', ''),
     ],
 )

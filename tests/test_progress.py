@@ -94,7 +94,13 @@ def test_a_bar_of_a_wide_terminal_has_the_terms_and_says_that_it_compiles(monkey
         assert '0/4 updates, compiling' in stream.getvalue()
         progress.update(4, cross_entropy=2.0, loss=1.0)
     assert '4/4 updates, loss 1, cross entropy 2' in stream.getvalue()
-    assert re.search(r'synthesis: done, 4 updates in \d s\n$', stream.getvalue())
+    with Progress('synthesis', 8, 'iterations', stream=stream) as progress:
+        progress.update(7, loss=1.0)
+        progress.compiles()
+        assert stream.getvalue().endswith(' 7/8 iterations, compiling\r')
+        progress.update(8, 'batches 1 to 2 of 4', cross_entropy=2.0, loss=1.0)
+    assert '8/8 iterations, batches 1 to 2 of 4: loss 1, cross entropy 2' in stream.getvalue()
+    assert re.search(r'synthesis: done, 4 updates in \d s\n', stream.getvalue())
 
 
 def test_a_sentence_takes_the_place_of_a_bar(monkeypatch):

@@ -30,6 +30,17 @@ def test_the_own_model_example_runs(tmp_path, monkeypatch):
     with Image.open('my_digits.png') as made, Image.open(ROOT / 'docs' / 'own_network.png') as shown:
         assert made.size == shown.size
 
+    example = re.search(r'```python\n(from flax import nnx\n.*?)```', README, re.DOTALL).group(1)  # goes on from the first
+    long, short = 'block(1, 32, 1), block(32, 32, 1), block(32, 64, 2), block(64, 64, 1)', 'block(1, 64, 2)'
+    assert long in example
+    example = example.replace(long, short).replace('range(600)', 'range(2)')
+    example, inverted, rest = example.rpartition('result = dvinv.invert(teacher, dvinv.balanced_labels(0, 100, 10))\n')
+    assert inverted  # as above; that takes its time
+    assert not rest
+    exec(compile(example, 'README.md', 'exec'), names)
+    assert names['teacher'].image_shape == (8, 8, 1)
+    assert names['model'](names['batch']()[0]).shape == (64, 10)
+
 
 def test_commands_name_files_that_exist():
     for path in re.findall(r'(?:configs|launch|benchmarks|docs)/\w+\.\w+', README):

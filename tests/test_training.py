@@ -87,9 +87,9 @@ def test_a_killed_training_ends_with_the_bits_of_an_undisturbed_one(undisturbed,
     assert metrics == undisturbed[1]
 
 
-def test_sigterm_keeps_a_checkpoint_of_any_update(undisturbed, tmp_path, monkeypatch):
+def test_sigterm_keeps_a_checkpoint_of_any_update(undisturbed, tmp_path, monkeypatch, capsys):
     """Also between two lines of metrics, whose mean is that of an undisturbed training."""
-    for update in (3, 5):
+    for update in (0, 3, 5):
         with monkeypatch.context() as patch:
 
             def chosen(seed, number, *args, patch=patch, update=update):
@@ -101,7 +101,9 @@ def test_sigterm_keeps_a_checkpoint_of_any_update(undisturbed, tmp_path, monkeyp
             with pytest.raises(SystemExit) as ended:
                 _fit(tmp_path)
         assert ended.value.code == 143
-        assert (tmp_path / 'checkpoints' / 'teacher' / f'{update:09d}.json').exists()
+        assert (tmp_path / 'checkpoints' / 'teacher' / f'{update:09d}.json').exists() == bool(update)
+        said = f'{update} of 8 updates of the teacher are saved' if update else 'no update of the teacher was made'
+        assert f'SIGTERM: {said}' in capsys.readouterr().err
     variables, metrics = _fit(tmp_path)
     _same(variables, undisturbed[0])
     assert metrics == undisturbed[1]

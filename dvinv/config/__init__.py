@@ -1,7 +1,7 @@
 """Every setting of a run, once: frozen dataclasses that validate themselves, and the ConfigDict that config files change."""
 
 from dvinv.config.inversion import InversionConfig, Stage, Weights
-from dvinv.config.parsing import current_name, default_config, parse, parse_group
+from dvinv.config.parsing import RENAMED, current_name, default_config, parse, parse_group
 from dvinv.config.presets import PRESETS, preset_for
 from dvinv.config.settings import (
     CONTROLLED,
@@ -35,6 +35,7 @@ __all__ = [
     'CONTROLLED',
     'DATA_FREE_CONTROLS',
     'PRESETS',
+    'RENAMED',
     'TASKS',
     'ContinualSettings',
     'DataSettings',

@@ -32,9 +32,13 @@ def default_config(preset: str = '') -> ml_collections.ConfigDict:
     Args:
       preset: name of the preset of the synthesis, see `presets.PRESETS`; '': its fields are None, and a run fills those that
         stay so from the preset for images of the teacher's size.
+
+    Returns:
+      A locked config: to set a field that does not exist is an error.
     """
     settings = Settings()
-    return _as_config(settings.with_preset(PRESETS[preset]) if preset else settings)
+    config = _as_config(settings.with_preset(PRESETS[preset]) if preset else settings)
+    return config.lock()  # a typo would add a field that nothing reads
 
 
 def parse(config: ml_collections.ConfigDict | Settings) -> Settings:

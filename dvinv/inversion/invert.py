@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dvinv.config import PRESETS, InversionConfig, Stage, preset_for
-from dvinv.errors import DvinvError
+from dvinv.errors import DvinvError, listed
 from dvinv.inversion import losses
 from dvinv.inversion.objective import view
 from dvinv.inversion.programs import programs_of
@@ -17,6 +17,7 @@ from dvinv.networks.suited import suited_to
 from dvinv.runtime.devices import make_mesh, on_mesh
 
 REPORT_EVERY = 20  # iterations between two looks at the metrics, at least
+FAR = 20  # times the distance of black and white that normalised images are from grey at most
 
 
 def validate_resolutions(teacher: Teacher, config: InversionConfig) -> None:
@@ -57,10 +58,22 @@ class Inversion:
     Attributes:
       images: [..., B, H, W, C] float32, normalised; the last iterate, never the "best".
       metrics: {'loss' or an unweighted term: [..., iterations] float32}, each before that iteration's update.
+      labels: [..., B] int, what the images are of; None where that was not kept.
     """
 
     images: np.ndarray
     metrics: dict[str, np.ndarray]
+    labels: np.ndarray | None = None
+
+    def __repr__(self):
+        """Says in one line what it holds, without the arrays: shapes, labels, iterations and the mean of the last losses."""
+        parts = [f'images {self.images.dtype} {[*self.images.shape]}']
+        if self.labels is not None:
+            parts.append(f'labels {listed([str(label) for label in np.ravel(self.labels)])}')
+        if 'loss' in self.metrics:
+            losses = self.metrics['loss']
+            parts.append(f'{losses.shape[-1]} iterations, final loss {losses[..., -1].mean():.4g}')
+        return f'Inversion({", ".join(parts)})'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +135,7 @@ def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student
         expected = 1 if split else mesh.size
         if batches != expected:
             raise ValueError(f'this inverter takes {expected} batches at a time, not {batches}')
-        labels, student_variables = programs.labels(labels), programs.everywhere(student_variables)
+        asked, labels, student_variables = labels, programs.labels(labels), programs.everywhere(student_variables)
         log = _Log(on_chunk, most=-(-REPORT_EVERY // programs.dispatch))
         state, done = programs.begin(keys, batch_size), 0
         if begun:
@@ -154,7 +167,7 @@ def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student
                 f'The images are not finite after the last of {config.iterations} iterations: lower the learning rate.'
             )
         metrics = log.terms()
-        return Inversion(images, {term: values[None] for term, values in metrics.items()} if split else metrics)
+        return Inversion(images, {term: values[None] for term, values in metrics.items()} if split else metrics, asked)
 
     return run
 
@@ -193,7 +206,7 @@ def invert(
     with on_mesh(mesh), jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):
         run = make_inverter(teacher, config, mesh, student_fn)
         result = run(jax.random.wrap_key_data(key[None], impl=kind), labels[None], student_variables)
-    return Inversion(result.images[0], {term: values[0] for term, values in result.metrics.items()})
+    return Inversion(result.images[0], {term: values[0] for term, values in result.metrics.items()}, labels)
 
 
 def _settings(config, teacher: Teacher) -> InversionConfig:
@@ -259,8 +272,24 @@ def feature_loss(teacher: Teacher, images, config: InversionConfig | str | None 
         raise DvinvError(f'The images have the shape {images.shape}; the network takes [B, {shape}].')
     stage, (key, kind) = _settings(config, teacher).stages[-1], _key_data(key)
     with jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):
-        x = teacher.normalise(images) if images.dtype == np.uint8 else images.astype(np.float32)
+        x = teacher.normalise(images) if images.dtype == np.uint8 else _normalised(teacher, images)
         return float(make_feature_loss(teacher, stage)(teacher.variables, x, jax.random.wrap_key_data(key, impl=kind)))
+
+
+def _normalised(teacher: Teacher, images: np.ndarray) -> np.ndarray:
+    """Returns images that are normalised as float32.
+
+    Raises:
+      DvinvError: they are far outside of black and white, as pixels from 0 to 255 are that were not normalised.
+    """
+    low, high = teacher.valid_range
+    if not (np.abs(images - (low + high) / 2) <= FAR * (high - low)).all():
+        raise DvinvError(
+            f'The images are {images.dtype} with values from {images.min():.4g} to {images.max():.4g}, so they must be '
+            f'normalised: black is {low.min():.4g} for this network, white {high.max():.4g}. Pixels from 0 to 255 must be '
+            'uint8.'
+        )
+    return images.astype(np.float32)
 
 
 def _stage_of(config: InversionConfig, iteration: int) -> Stage:

@@ -16,7 +16,7 @@ from dvinv.inversion.tap import LinenTap, running_statistics
 from dvinv.networks.classifier import Classifier, check_finite, check_normalisation, flatten, unflatten
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Teacher(Classifier):
     """A trained, frozen classifier whose BatchNorm inputs can be listened to."""
 

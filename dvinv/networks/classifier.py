@@ -32,6 +32,12 @@ class Classifier:
     mean: tuple[float, ...]  # a channel, for pixels in [0, 1]
     std: tuple[float, ...]
 
+    def __repr__(self):
+        """Says what it is in one line, without its weights."""
+        pixels = f'image_shape={self.image_shape}, num_classes={self.num_classes}, mean={self.mean}, std={self.std}'
+        count = sum(int(np.size(leaf)) for leaf in jax.tree.leaves(self.variables))
+        return f'{type(self).__name__}({pixels}, {count:,} numbers in variables)'
+
     def normalise(self, images):
         """Pixels, uint8 or float in [0, 1], [..., H, W, C], to the float32 that the network takes."""
         pixels = images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images

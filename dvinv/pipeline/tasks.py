@@ -21,6 +21,7 @@ from dvinv.pruning import task as pruning
 from dvinv.quantization import task as quantization
 from dvinv.report import task as report
 from dvinv.runtime import preemption
+from dvinv.runtime.workdir import Workdir
 from dvinv.synthesis import task as synthesis
 from dvinv.teacher import task as teacher
 
@@ -51,7 +52,7 @@ def run(config: ml_collections.ConfigDict | Settings, workdir) -> dict:
     run = validated(config, workdir)
     with contextlib.closing(run.open_workdir()):
         for task in TASKS:
-            preemption.leave_if_asked()
+            preemption.leave_if_asked(_saved(run.workdir))
             if task in run.settings.tasks and not _is_finished(task, run):
                 run_task(task, run)
         return run.workdir.results
@@ -86,6 +87,12 @@ def run_task(task: str, run: Run) -> None:
     if figures is not None:
         seconds = round(run.workdir.wall_seconds(task), 2)
         run.workdir.add_results(task, {**figures, 'seed': run.settings.seed, 'wall_seconds': seconds})
+
+
+def _saved(workdir: Workdir) -> str:
+    """Returns what is saved of a run between two tasks."""
+    finished = ', '.join(workdir.results)
+    return f'what {finished} made is saved' if finished else 'no task was under way, so nothing had to be saved'
 
 
 def _with_preset(run: Run) -> Settings:

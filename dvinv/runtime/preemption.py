@@ -58,17 +58,18 @@ def asked() -> bool:
     return _asked_anywhere() if _several() else _asked
 
 
-def leave_if_asked(alone: bool = False) -> None:
+def leave_if_asked(saved: str = '', alone: bool = False) -> None:
     """End the process, where a signal came and all is saved that is to be.
 
     Args:
+      saved: what was saved, as a main clause; '': nothing is under way here that a new start would lose.
       alone: the caller does what not all of several processes do, or not at the same points: only a single process leaves.
 
     Raises:
       SystemExit: with the status 143, or 130 after Ctrl-C.
     """
     if not (alone and _several()) and asked():
-        say(f'{NAMES[_number]}: all is saved; the same command goes on from here.')
+        say(f'{NAMES[_number]}: {saved or "nothing under way had to be saved"}; the same command goes on from here.')
         raise SystemExit(128 + _number)
 
 

@@ -49,8 +49,13 @@ class Progress:
         self._done += count
         self._skipped += count
 
-    def update(self, done: int, **values: float) -> None:
-        """Now `done` of the total; `values` are shown beside it, as far as there is room."""
+    def compiles(self) -> None:
+        """Says so on a terminal, until the next update."""
+        if self._terminal:
+            self._draw({}, compiles=True)
+
+    def update(self, done: int, of: str = '', **values: float) -> None:
+        """Now `done` of the total; `values` (of a part of the work that `of` names) are shown as far as there is room."""
         now = self._clock()
         if self._skipped:
             self._print(f'goes on after {self._skipped:,} of {self._total:,} {self._unit}')
@@ -63,9 +68,9 @@ class Progress:
         if now - self._last >= (DRAWN if self._terminal else self._every) or (self._terminal and done >= self._total):
             self._last = now
             if self._terminal:
-                self._draw(values)
+                self._draw(values, of)
             else:
-                self._print(', '.join([self._count(), *_terms(values)]))
+                self._print(', '.join([self._count(), *_terms(values, of)]))
 
     def __enter__(self):
         return self
@@ -77,20 +82,22 @@ class Progress:
         elif self._terminal:
             print(CLEAR, end='', file=self._stream, flush=True)
 
-    def _count(self) -> str:
-        """Returns how much is done, and how long the rest takes where that is known."""
+    def _count(self, compiles: bool = False) -> str:
+        """Returns how much is done, and how long the rest takes where that is known, or that something is compiled."""
         text = f'{self._done:,}/{self._total:,} {self._unit}'
+        if compiles or (self._marked is None and self._unit in COMPILED):
+            return f'{text}, compiling'
         if self._paces and self._done < self._total:
             return f'{text}, {duration(statistics.median(self._paces) * (self._total - self._done))} left'
-        return f'{text}, compiling' if self._marked is None and self._unit in COMPILED else text
+        return text
 
-    def _draw(self, values: dict[str, float]) -> None:
+    def _draw(self, values: dict[str, float], of: str = '', compiles: bool = False) -> None:
         """Draws the bar over what stands in its line; the cursor is left at the line's start, for what is printed next."""
         width = _columns(self._stream) - 1
-        title, text = self._title, self._count()
+        title, text = self._title, self._count(compiles)
         if len(title) + BAR + len(text) + 2 > width:
             title = '…' + title[len(title) - max(0, width - BAR - len(text) - 3) :]
-        for term in _terms(values):
+        for term in _terms(values, of):
             if len(title) + BAR + len(text) + len(term) + 4 > width:
                 break
             text += f', {term}'
@@ -103,9 +110,10 @@ class Progress:
         print(f'{CLEAR if self._terminal else ""}{self._title}: {text}', file=self._stream, flush=True)
 
 
-def _terms(values: dict[str, float]) -> list[str]:
-    """Returns the values with their names, the loss first."""
-    return [f'{name.replace("_", " ")} {values[name]:.4g}' for name in sorted(values, key=lambda name: name != 'loss')]
+def _terms(values: dict[str, float], of: str) -> list[str]:
+    """Returns the values with their names, the loss first, and before it what they are of."""
+    terms = [f'{name.replace("_", " ")} {values[name]:.4g}' for name in sorted(values, key=lambda name: name != 'loss')]
+    return [f'{of}: {terms[0]}', *terms[1:]] if of and terms else terms
 
 
 def _columns(stream) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import dvinv
 from dvinv.config import Settings, nested
 from dvinv.data.pool import ImagePool
-from dvinv.errors import DvinvError, say
+from dvinv.errors import DvinvError, listed, say
 from dvinv.evaluation.scoring import logits_of
 from dvinv.inversion import (
     Inversion,
@@ -158,11 +158,11 @@ class Synthesizer:
         self._iterations = 0 if method == 'noise' else settings.iterations
         self._weights = dataclasses.asdict(settings.weights)
         self._seed_key = jax.random.key(run.settings.seed)
-        batches = run.settings.synthesis.batches
+        self._batches = batches = run.settings.synthesis.batches
         each, unit = (self._iterations, 'iterations') if self._iterations else (1, 'batches')
         self._made = batches - len(missing)  # batches that are finished
         self._progress = Progress(f'{task}: {series}', batches * each, unit, self._made * each)
-        self._saved, self._pauses = time.monotonic(), 0
+        self._saved, self._pauses, self._scored = time.monotonic(), 0, False
 
     def __enter__(self):
         return self
@@ -179,7 +179,7 @@ class Synthesizer:
         """
         group = self._settings.synthesis
         for batches, iterations in self._groups(numbers, student_variables):
-            preemption.leave_if_asked()
+            preemption.leave_if_asked(self._kept(len(self._unfinished.numbers())))
             self._saved, own = time.monotonic(), self._own(batches)
             # Every device has work, that all processes have as many dispatches; repeats are dropped.
             padded = (own or batches[-1:]) + (own or batches)[-1:] * (self._abreast - max(1, len(own)))
@@ -191,10 +191,13 @@ class Synthesizer:
                 keys,
                 labels,
                 student_variables,
-                functools.partial(self._report, len(batches)),
+                functools.partial(self._report, batches),
                 begun=[self._unfinished.load(number, student_variables) for number in padded] if iterations else None,
                 pause=functools.partial(self._pause, own, student_variables),
             )
+            if not self._scored:  # the first images of this process: what scores them is compiled
+                self._progress.compiles()
+                self._scored = True
             for row, number in enumerate(own if self._keeps else ()):
                 curve = _curve(row, inversion.metrics, self._settings.logging.iterations)
                 self._write(number, keys[row], labels[row], inversion.images[row], {**notes, 'curve': curve})
@@ -233,13 +236,23 @@ class Synthesizer:
     def _pause(self, numbers: list[int], student_variables, take: Callable) -> None:
         """Between two dispatches: save what is under way, now and then, and before leaving."""
         leave = preemption.asked()
+        iteration = 0
         if leave or self._is_due():
             for number, batch in zip(numbers, take(), strict=False):  # repeats are dropped
+                iteration = batch.iterations
                 if self._keeps:
                     self._unfinished.save(number, batch, student_variables)
             self._saved = time.monotonic()
         if leave:
-            preemption.leave_if_asked()
+            preemption.leave_if_asked(self._kept(len(numbers), iteration))
+
+    def _kept(self, under_way: int, iteration: int = 0) -> str:
+        """Returns what is saved of the batches, as a main clause; `iteration` is that of those under way, 0 if unknown."""
+        if not (self._made or under_way):
+            return f'no batch of {self._series} was begun, so nothing had to be saved'
+        at = f' at iteration {iteration:,} of {self._iterations:,}' if iteration else ''
+        saved = f' and {under_way} under way saved{at}' if under_way else ''
+        return f'of {self._batches} batches of {self._series} {self._made} are finished{saved}'
 
     def _is_due(self) -> bool:
         """Whether what is under way is to be saved; where processes save a batch together, the same on all."""
@@ -253,9 +266,10 @@ class Synthesizer:
             return due()
         return self._pauses % VOTE == 0 and decide(due, 'the clock')
 
-    def _report(self, abreast: int, done: int, terms: dict) -> None:
-        """Progress: `done` iterations of each of the `abreast` batches, after those of earlier ones."""
-        self._progress.update(self._made * self._iterations + abreast * done, **terms)
+    def _report(self, numbers: list[int], done: int, terms: dict) -> None:
+        """Progress: `done` iterations of each of the batches of these numbers, after those of earlier ones."""
+        of = in_words(numbers, self._batches) if len(numbers) < self._batches else ''
+        self._progress.update(self._made * self._iterations + len(numbers) * done, of, **terms)
         self._workdir.tick(self._task)
 
     def _write(self, number: int, key: jax.Array, labels: np.ndarray, x: np.ndarray, notes: dict) -> None:
@@ -300,6 +314,14 @@ def _make_noise(teacher: Teacher, decode: Callable):
         return Inversion(np.stack([decode(initial_parameters(key, batch_size, teacher.image_shape)[0]) for key in keys]), {})
 
     return run
+
+
+def in_words(numbers: list[int], count: int) -> str:
+    """Returns what the terminal calls batches of these numbers, which are counted from 1 there."""
+    first, last = min(numbers) + 1, max(numbers) + 1
+    if last - first + 1 > len(numbers):
+        return f'batches {listed([str(number + 1) for number in sorted(numbers)], 4)} of {count}'
+    return f'batch {first} of {count}' if first == last else f'batches {first} to {last} of {count}'
 
 
 def _curve(row: int, metrics: dict, every: int) -> dict[str, list]:

@@ -1,5 +1,6 @@
 """Networks that a run made, for use elsewhere."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,37 +22,67 @@ RESULTS = {
     'continual': 'continual',
     'quantization': 'quantized_',  # and the setting
 }
+# task -> the names of its other network files: controls, and what it had before its last step
+OTHERS = {
+    'teacher': 'verifier',
+    'distillation': r'student_of_\d+|noise|prior_only|real',
+    'pruning': r'(untuned|magnitude|random|pruned_by_(noise|prior_only|real))(_\d+)?|pruned_\d+',
+    'continual': r'(finetune|lwf_mc|replay|joint|deepinversion|always_be_dreaming)(_\d+)?|continual_\d+',
+}
 
 
 def load(workdir, task: str, setting: str = '', *, teacher: Classifier | None = None, module=None) -> tuple[Callable, dict]:
-    """(apply_fn, variables) of the network that `task` made in `workdir`.
+    """(apply_fn, variables) of a network that `task` made in `workdir`.
 
     `apply_fn(variables, x)` gives logits [B, K] of normalised images x [B, H, W, C], in eval mode. The file itself,
     `workdir`/networks/NAME.safetensors, is readable wherever safetensors is.
 
     Args:
-      setting: of the task quantization, for instance 'w8a8'; '': the one whose file is smallest.
+      setting: which of its networks. '': the one that it is for; else that of a control, by its name in the config ('noise',
+        'real'), or a file in `workdir`/networks by its stem ('verifier', 'student_of_256', 'pruned_2'). Of quantization, the
+        bits, for instance 'w8a8'; '': those of the smallest file.
       teacher: that was quantized, where it is a user's own network (teacher.factory) instead of one of dvinv.networks: the
         file has its weights in few bits, but not its program. Not needed otherwise.
       module: the network of other tasks, where it is a user's own (teacher.factory, student.factory): a Flax module, Linen
         or NNX, or the function or class that gives it; the whole one of a pruned network, and with any number of classes.
 
     Raises:
-      DvinvError: no such task, or it has not finished there, or the file is damaged.
+      DvinvError: no such task or network (names those that there are), or it has not finished there, or the file is damaged.
     """
     if task not in RESULTS:
-        raise DvinvError(f'The task {task!r} makes no network; choose one of {", ".join(RESULTS)}.')
+        raise DvinvError(
+            f'The task {task!r} makes no network; choose one of {", ".join(RESULTS)}, and with it, where wanted, one of its '
+            "controls, as in dvinv.load(workdir, 'distillation', 'noise')."
+        )
     if task == 'quantization':
         network = load_quantized(_quantized(Path(workdir) / 'networks', setting), teacher)
         return network.apply_fn, network.variables
-    path = Path(workdir) / 'networks' / f'{RESULTS[task]}.safetensors'
-    if task == 'teacher' and not path.exists():
+    path = Path(workdir) / 'networks' / f'{_other(Path(workdir), task, setting) or RESULTS[task]}.safetensors'
+    if task == 'teacher' and not setting and not path.exists():
         raise DvinvError(
             f'{workdir} has no teacher of its own: either the task teacher has not finished there, or the teacher came from '
             'elsewhere (teacher.weights, teacher.factory in config.json); dvinv.networks.read_classifier reads weights.'
         )
     network = load_classifier(path, module if module is None else _own(module, path))
     return network.apply_fn, network.variables
+
+
+def _other(workdir: Path, task: str, setting: str) -> str:
+    """Returns the stem of the file of one of the task's other networks, '' where its result is meant.
+
+    Raises:
+      DvinvError: there is no such file.
+    """
+    if setting in ('', RESULTS[task]):
+        return ''
+    files = sorted(path.stem for path in (workdir / 'networks').glob('*.safetensors'))
+    there = {name.removeprefix('pruned_by_'): name for name in files if re.fullmatch(OTHERS[task], name)}
+    if not (name := there.get(setting.removeprefix('pruned_by_'))):
+        raise DvinvError(
+            f'The task {task} has no network {setting!r} in {workdir}; beside its result, which is loaded without a name, '
+            f'there are {", ".join(there) or "none"}.'
+        )
+    return name
 
 
 def _own(source, path: Path):

@@ -358,14 +358,17 @@ class Training:
             out_shardings=everywhere,
         )
         self._checkpoints = Checkpoints(workdir.path / 'checkpoints' / series)
+        # It begins to be drawn here, for what follows is compiled.
+        self._progress = Progress(task if task == series else f'{task}: {series}', recipe.updates, 'updates')
         key = jax.random.key(seed)
         state = self._train_step.initial_state(jax.random.fold_in(key, 0), start)
         self.step, state = self._checkpoints.restore(state) or (0, state)
+        self._saved = self.step  # updates in the newest checkpoint
+        self._progress.pass_over(self.step)
         self._losses = self._checkpoints.notes().get('losses', [])  # since the last line of metrics
         self._line = None  # (step, losses) of a line of metrics that is yet to be written
         workdir.metrics.cut(task, series, self.step)
         self._state, self._key = self._train_step.place((of_primary(state), jax.random.fold_in(key, 1)))
-        self._progress = Progress(task if task == series else f'{task}: {series}', recipe.updates, 'updates', self.step)
 
     def __enter__(self):
         return self
@@ -389,7 +392,6 @@ class Training:
           ValueError: images that should have come by then are not there.
           SystemExit: SIGTERM came; a checkpoint was kept.
         """
-        saved = self.step
         expected = self._lesson.come_by(max(until - 1, 0))
         if len(images) < expected:
             raise ValueError(f'by update {until} there should be {expected} images, not {len(images)}')
@@ -399,9 +401,9 @@ class Training:
             for (_, count), chosen in zip(dispatches, batches, strict=True):
                 if preemption.asked():
                     self._write_line()
-                    if self.step > saved:
+                    if self.step > self._saved:
                         self._checkpoint({'losses': _floats(self._losses)})
-                    preemption.leave_if_asked()
+                    preemption.leave_if_asked(self._kept())
                 self._state, losses = self._train_step(self._state, chosen, self._key)
                 self._losses.append(losses)
                 running.append(losses)
@@ -416,7 +418,6 @@ class Training:
                         self._write_line()
                     if pause and self.step < self._lesson.recipe.updates:
                         self._checkpoint()
-                        saved = self.step
 
     def _dispatches(self, until: int) -> list[tuple[int, int]]:
         """Returns (first update, number of updates) of every dispatch up to update `until`.
@@ -446,6 +447,14 @@ class Training:
 
     def _checkpoint(self, notes: dict | None = None) -> None:
         self._checkpoints.save(self.step, jax.device_get(self._state), notes)
+        self._saved = self.step
+
+    def _kept(self) -> str:
+        """Returns what is saved of the training, as a main clause."""
+        total = self._lesson.recipe.updates
+        if not self._saved:
+            return f'no update of the {self._series} was made, so nothing had to be saved'
+        return f'{self._saved:,} of {total:,} updates of the {self._series} are saved'
 
     def finish(self, images: Array, labels: Array) -> dict:
         """Learn to the end and, where the recipe says so, estimate BatchNorm statistics again; returns the variables.
@@ -455,8 +464,10 @@ class Training:
         """
         recipe = self._lesson.recipe
         self.advance(images, labels, recipe.updates)
+        if recipe.reestimate and self.step > self._saved:
+            self._checkpoint()
         for step in range(recipe.updates, recipe.updates + recipe.reestimate):
-            preemption.leave_if_asked()
+            preemption.leave_if_asked(self._kept())
             rows = self._lesson.rows(self._seed, step)
             self._state = self._reestimate(self._state, place(images[rows], self._split), self._key)
         variables = self.variables
