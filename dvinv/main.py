@@ -159,7 +159,7 @@ def _unknown(error: Exception) -> str:
         name, meant = found[1] or found[2], re.search(r'Did you mean "(.+)" instead of', text)
         close = f'; did you mean {meant[1]!r}?' if meant else _nearest(name)
         the = f'{place}the' if place else 'The'
-        return f'{the} config has no field {name!r}{close} (--helpfull lists all fields.)'
+        return f'{the} config has no field {name!r}{close} (--helpfull lists all fields).'
     if place:
         return f'{place}{" ".join(text.split())}'
     return f'The config has no such field or type: {" ".join(text.split())} (--helpfull lists all fields.)'

@@ -9,7 +9,6 @@ import runpy
 import jax
 import numpy as np
 import pytest
-from dvinv.run import Run
 from smoke import NAMES, ROOT
 from tiny import saved, trained_variables
 
@@ -20,6 +19,7 @@ from dvinv.networks.classifier import flatten, name_of
 from dvinv.networks.naming import find_keys
 from dvinv.networks.registry import image_shape
 from dvinv.pipeline import tasks as pipeline
+from dvinv.pipeline.run import Run
 
 CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
 QUICKLY = {'XLA_FLAGS': '--xla_backend_optimization_level=0'}  # for what is mostly compiled
