@@ -11,6 +11,7 @@ from dvinv.errors import DvinvError
 from dvinv.held_out import learned_rows
 from dvinv.inversion import Teacher
 from dvinv.pools import missing_batches
+from dvinv.runtime.processes import decide
 from dvinv.runtime.workdir import Workdir
 from dvinv.student import lesson_of, print_hints
 from dvinv.synthesizer import Synthesizer
@@ -33,11 +34,13 @@ def fill_pool(
       task, series: what the metrics of the batches go by.
 
     Raises:
-      DvinvError: a batch is missing from a round that the student has left behind.
+      DvinvError: a batch is missing from a round that the student has left behind, a sidecar is damaged, or the pool is of
+        another teacher.
     """
     missing, rounds, per_round = missing_batches(config, pool), rounds_of(config), config.synthesis.batches_per_round
     if not missing:
         return
+    decide(lambda: [pool.notes(number) for number in pool.numbers()] and None, 'a look at the pool')
     lesson = lesson_of(config, teacher, rounds)
     print_hints(config, teacher)
     with (

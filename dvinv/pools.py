@@ -1,6 +1,6 @@
 """Which pool a run makes or is given, and what it lacks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from dvinv.configuration import DATA_FREE_CONTROLS
 from dvinv.data.pool import DamagedError, ImagePool
@@ -52,12 +52,8 @@ def missing_batches(config, pool: ImagePool) -> list[int]:
     return decide(lambda: sorted({*all_batches(config)} - {*pool.numbers()}), 'a list of the pool')
 
 
-def put_aside_damaged(pool: ImagePool, look: Callable[[int], object], task: str) -> None:
-    """Tell of the damaged batches of a pool of ours; they are missing then, to be made anew. Process 0 looks, of several.
-
-    Args:
-      look: `pool.notes`, which looks at the sidecar alone, or `pool.check`, which reads all.
-      task: whose pool it is.
+def put_aside_damaged(pool: ImagePool, task: str) -> None:
+    """Reports the damaged batches of a pool that the run makes; they are missing then, to be made anew. Process 0 looks.
 
     Raises:
       DvinvError: a batch was made from another teacher.
@@ -70,7 +66,7 @@ def put_aside_damaged(pool: ImagePool, look: Callable[[int], object], task: str)
             for done, number in enumerate(numbers, 1):
                 preemption.leave_if_asked(alone=True)
                 try:
-                    look(number)
+                    pool.check(number)
                 except DamagedError as error:
                     aside = pool.folder / 'quarantine'
                     say(f'{task}: {error.what}; it is put into {aside}, and made anew.')

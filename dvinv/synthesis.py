@@ -14,7 +14,7 @@ from dvinv.data.real import load_real
 from dvinv.evaluation import among_top, logits_of
 from dvinv.inversion import Teacher, make_feature_loss
 from dvinv.networks import Classifier
-from dvinv.pools import controls_are_whole, missing_batches, open_pool, put_aside_damaged
+from dvinv.pools import controls_are_whole, missing_batches, open_pool
 from dvinv.runtime import preemption
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.pictures import class_grid
@@ -51,7 +51,6 @@ def _fill(config, workdir: Workdir, teacher: Teacher, pool: ImagePool) -> None:
     if method == 'adaptive':
         adaptive.fill_pool(config, workdir, teacher, pool, student_of(config, teacher), 'synthesis', method)
         return
-    put_aside_damaged(pool, pool.check, 'synthesis')
     fill_pool(config, workdir, teacher, pool, method, 'synthesis', method)
 
 

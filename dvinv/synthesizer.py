@@ -74,7 +74,7 @@ class Synthesizer:
           student_fn: (variables, x) -> logits in eval mode, the competitor of 'adaptive'.
 
         Raises:
-          DvinvError: settings that do not fit the teacher, or a pool of another teacher.
+          DvinvError: settings that do not fit the teacher.
         """
         settings = inversion_config(config, method)
         self._split = settings.bn_stats == 'global'
@@ -85,7 +85,9 @@ class Synthesizer:
         self._classes = np.asarray(config.synthesis.classes or range(teacher.num_classes), np.int32)
         missing = missing_batches(config, pool)
         self._unfinished = UnfinishedBatches(workdir.path / 'checkpoints' / f'{task}-{series}', teacher.digest())
-        decide(self._tidy, 'a look at the pool')
+        if is_primary():
+            for number in {*self._unfinished.numbers()} - {*missing}:  # the run was killed before it dropped these
+                self._unfinished.drop(number)
         scale = in_scale(settings.pixel_scale, teacher)
         self._paint = make_paint(settings.canvas, settings.contrast, teacher, scale)
         if method == 'noise':
@@ -142,14 +144,6 @@ class Synthesizer:
             self._progress.update(self._made * max(1, self._iterations))
             self._workdir.tick(self._task)
         meet(f'batches of {self._series}')
-
-    def _tidy(self) -> None:
-        """Refuses another teacher's pool, and drops saved states of finished batches: the run was killed between the two."""
-        finished = self._pool.numbers()
-        for number in finished:
-            self._pool.notes(number)
-        for number in {*finished} & {*self._unfinished.numbers()}:
-            self._unfinished.drop(number)
 
     def _groups(self, numbers: list[int], student_variables) -> list[tuple[list[int], int]]:
         """Batches to invert side by side, over all processes, and how many iterations of them are done: of all as many."""
@@ -229,11 +223,15 @@ def fill_pool(
     task: str,
     series: str,
 ) -> None:
-    """Make what the pool lacks, by a method without a competitor; for the arguments see `Synthesizer`.
+    """Makes what the pool lacks, and what is damaged anew, by a method without a competitor.
 
-    A batch whose sidecar is damaged is lacking too; whether images are damaged tells who reads them.
+    Args:
+      pool, method, task, series: see `Synthesizer`.
+
+    Raises:
+      DvinvError: the pool was made from another teacher, or as `Synthesizer`.
     """
-    put_aside_damaged(pool, pool.notes, task)
+    put_aside_damaged(pool, task)
     if missing := missing_batches(config, pool):
         with Synthesizer(config, workdir, teacher, pool, method, task, series) as synthesizer:
             synthesizer.fill(missing)
