@@ -19,7 +19,7 @@ from dvinv.pools import finished_pool, open_control
 from dvinv.pruning.section import pruning_section, pruning_sentence, pruning_tile
 from dvinv.quality import evenly, figures_of_sets, quality_table
 from dvinv.quantization.section import quantization_section, quantization_sentence, quantization_tile, smallest
-from dvinv.runtime import provenance
+from dvinv.runtime import versions
 from dvinv.runtime.banner import device_names
 from dvinv.runtime.charts import line_chart, line_panels
 from dvinv.runtime.files import write_atomic
@@ -125,9 +125,9 @@ def _facts(config, workdir: Workdir, results: dict) -> dict:
     files = [(workdir.path / name) for name in FILES if (workdir.path / name).exists()]
     return {
         'Made': f'{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}',
-        'Command': provenance.command(),
+        'Command': versions.command(),
         'Device': device_names(config.devices),
-        'Versions': provenance.packages(),
+        'Versions': versions.packages(),
         'Time': duration(seconds) + ' for all tasks, compilation included' if seconds else '',
         'Networks': [(f'{file.stem} ({file.stat().st_size / 1e6:.2f} MB)', f'networks/{file.name}') for file in networks],
         'Figures': [(file.name, file.name) for file in files],
