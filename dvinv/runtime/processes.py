@@ -53,12 +53,12 @@ def joined(distributed: bool | None = None, coordinator: str = '', count: int = 
         jax.distributed.shutdown()
         raise
     except DvinvError as error:
-        _end(str(error), 1)
+        _end(f'process {jax.process_index()}: {error}', 1)
     except Exception as error:
         if isinstance(error, ValueError | RuntimeError) and GONE.search(str(error)):
-            _end(f'Another process of the run has ended ({str(error).splitlines()[0][:200]}).', LOST)
+            _end(f'Another process of the run has ended, and says why ({str(error).splitlines()[0][:200]}).', LOST)
         traceback.print_exc()
-        _end(f'Process {jax.process_index()} has failed.', 1)
+        _end(f'process {jax.process_index()} has failed.', 1)
     else:
         jax.distributed.shutdown()
 
