@@ -313,6 +313,30 @@ def second_of_two(monkeypatch):
     return second_of_two
 
 
+@pytest.mark.parametrize(
+    ('error', 'sentence', 'status'),
+    [
+        (DvinvError('The disk is full.'), 'process 1: The disk is full.', 1),
+        (KeyError('a bug'), 'process 1 has failed.', 1),
+        (
+            RuntimeError('Gloo all-reduce failed: Connection closed by peer\nmore'),
+            'Another process of the run has ended, and says why (Gloo all-reduce failed: Connection closed by peer).',
+            processes.LOST,
+        ),
+    ],
+)
+def test_a_process_that_fails_says_which_one_it_is(second_of_two, monkeypatch, error, sentence, status):
+    def end(*said):
+        raise SystemExit(said)
+
+    second_of_two()
+    monkeypatch.setattr(processes, '_join', lambda *_: None)
+    monkeypatch.setattr(processes, '_end', end)
+    with pytest.raises(SystemExit) as ended, processes.joined(None, 'host:1', 2, 1):
+        raise error
+    assert ended.value.code == (sentence, status)
+
+
 def test_process_0_decides_for_all(second_of_two):
     assert processes.decide(lambda: [1, 'a'], 'this') == [1, 'a']
     second_of_two({'value': [2, 'b']}, {'error': 'The disk is full.'})

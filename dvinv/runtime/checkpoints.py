@@ -156,7 +156,7 @@ def _global(leaf) -> np.ndarray | jax.Array:
         return leaf
     here = jax.local_devices()[0]
     elsewhere = next(device for device in jax.devices() if device.process_index != here.process_index)
-    sharding = NamedSharding(Mesh([here, elsewhere], ('copy',)), P())  # Orbax writes the first copy
+    sharding = NamedSharding(Mesh(np.array([here, elsewhere]), ('copy',)), P())  # Orbax writes the first copy
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, [jax.device_put(leaf, here)])
 
 
