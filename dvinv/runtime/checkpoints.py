@@ -6,7 +6,7 @@ when every file still has the manifest's sha256.
 
 Each checkpoint is written by one process, and waits for no other. Orbax 0.12 has three obstacles to that where there are
 several processes: arrays of numpy are written by process 0 only, and silently left out elsewhere; arrays that lie on one
-process alone are refused; and an `AsyncCheckpointer` (`StandardCheckpointer` is one) signals through keys that all processes
+process alone are refused; and what saves in the background (`StandardCheckpointer`) signals through keys that all processes
 share. See `_global` and `_save`.
 """
 
@@ -150,11 +150,10 @@ def _save(folder: Path, state) -> None:
 
 
 def _global(leaf) -> np.ndarray | jax.Array:
-    """Returns an array as Orbax writes it from this process: of several, as one that another process seems to have too."""
-    leaf = np.asarray(leaf)
-    if jax.process_count() == 1:
+    """Returns an array as Orbax writes it from this process: but on process 0, as if another process had a copy too."""
+    leaf, here = np.asarray(leaf), jax.local_devices()[0]
+    if here.process_index == 0:
         return leaf
-    here = jax.local_devices()[0]
     elsewhere = next(device for device in jax.devices() if device.process_index != here.process_index)
     sharding = NamedSharding(Mesh(np.array([here, elsewhere]), ('copy',)), P())  # Orbax writes the first copy
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, [jax.device_put(leaf, here)])
