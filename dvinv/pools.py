@@ -1,4 +1,4 @@
-"""Which pool a run makes or is given, and what it lacks."""
+"""Chooses the pool that a run makes or is given, and finds the batches that are missing from it."""
 
 from collections.abc import Sequence
 
@@ -13,14 +13,14 @@ from dvinv.runtime.workdir import Workdir
 
 
 def open_pool(config, workdir: Workdir, teacher: Teacher) -> ImagePool:
-    """The pool of this run: an existing one where the config names it."""
+    """Returns the pool of this run: an existing one where the config names it."""
     if config.pool:
         return ImagePool(config.pool, teacher.digest())
     return ImagePool(workdir.path / 'pool', teacher.digest(), ours=True)
 
 
 def finished_pool(config, workdir: Workdir, teacher: Teacher) -> ImagePool:
-    """The pool of this run, for what comes after synthesis.
+    """Returns the pool of this run for the tasks after synthesis.
 
     Raises:
       DvinvError: batches are missing that this run was to make.
@@ -32,23 +32,23 @@ def finished_pool(config, workdir: Workdir, teacher: Teacher) -> ImagePool:
 
 
 def open_control(workdir: Workdir, method: str, teacher_digest: str = '', ours: bool = False) -> ImagePool:
-    """The pool of images that a lesser method makes, whichever task it is for; for digest and `ours` see `ImagePool`."""
+    """Returns the pool of the images of a control, for all tasks; for digest and `ours` see `ImagePool`."""
     return ImagePool(workdir.path / 'controls' / method, teacher_digest, ours)
 
 
 def all_batches(config) -> list[int]:
-    """Numbers of the batches that make up the pool."""
+    """Returns the numbers of the batches that make up the pool."""
     return [*range(config.synthesis.images // config.synthesis.batch_size)]
 
 
 def controls_are_whole(config, workdir: Workdir, controls: Sequence[str]) -> bool:
-    """Whether all images are there of those `controls` that learn from images which a lesser method makes."""
+    """Returns whether the pools of `controls` are complete, of those controls that have synthesized images."""
     pools = [open_control(workdir, control) for control in controls if control in DATA_FREE_CONTROLS]
     return not any(missing_batches(config, pool) for pool in pools)
 
 
 def missing_batches(config, pool: ImagePool) -> list[int]:
-    """Numbers of the batches that the pool lacks; of several processes, as process 0 sees it."""
+    """Returns the numbers of the batches that are missing from the pool; of several processes, as process 0 sees it."""
     return decide(lambda: sorted({*all_batches(config)} - {*pool.numbers()}), 'a list of the pool')
 
 

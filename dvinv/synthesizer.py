@@ -1,4 +1,4 @@
-"""Numbered batches of images from a teacher, by one of the methods, into a pool."""
+"""Synthesizes numbered batches of images from a teacher, by one of the methods, into a pool."""
 
 import dataclasses
 import functools
@@ -27,14 +27,14 @@ VOTE = 20  # dispatches between two looks of several processes at the clock of p
 
 
 def control_pool(config, workdir: Workdir, teacher: Teacher, method: str, task: str) -> ImagePool:
-    """Images by a lesser method, from the same noise and with the budget of `config.synthesis`; made by `task`."""
+    """Returns the pool of a control, filled during `task`: the same initial noise and budget as `config.synthesis`."""
     pool = open_control(workdir, method, teacher.digest(), ours=True)
     fill_pool(config, workdir, teacher, pool, method, task, f'{method}_images')
     return pool
 
 
 def abreast(config, devices: int, method: str = '') -> int:
-    """How many batches a process with so many devices inverts side by side; `method` is the config's when empty."""
+    """Returns how many batches a process with so many devices inverts side by side; `method` '': the config's."""
     group = config.synthesis
     if config.bn_stats == 'global':
         return 1
@@ -112,7 +112,7 @@ class Synthesizer:
         return self._progress.__exit__(*exception)
 
     def fill(self, numbers: list[int], student_variables=None, **notes) -> None:
-        """Synthesize the batches of these numbers; `notes` go into their sidecars.
+        """Synthesizes the batches of these numbers; `notes` go into their sidecars.
 
         Raises:
           DvinvError: a loss that is not a number, or a full disk. Batches that were finished stay.
@@ -146,7 +146,7 @@ class Synthesizer:
         meet(f'batches of {self._series}')
 
     def _groups(self, numbers: list[int], student_variables) -> list[tuple[list[int], int]]:
-        """Batches to invert side by side, over all processes, and how many iterations of them are done: of all as many."""
+        """Returns the groups of batches to invert side by side over all processes, each with the iterations done."""
 
         def begun() -> list[int]:
             states = (self._unfinished.load(number, student_variables) for number in numbers)
@@ -160,11 +160,11 @@ class Synthesizer:
         return groups
 
     def _own(self, batches: list[int]) -> list[int]:
-        """Those of a group of batches that this process takes part in."""
+        """Returns those of a group of batches that this process takes part in."""
         return batches if self._split else batches[jax.process_index() * self._abreast :][: self._abreast]
 
     def _pause(self, numbers: list[int], student_variables, take: Callable) -> None:
-        """Between two dispatches: save what is under way, now and then, and before leaving."""
+        """Saves the batches under way where that is due, between two dispatches, and before the process leaves."""
         leave = preemption.asked()
         if leave or self._is_due():
             for number, batch in zip(numbers, take(), strict=False):  # repeats are dropped
@@ -175,7 +175,7 @@ class Synthesizer:
             preemption.leave_if_asked()
 
     def _is_due(self) -> bool:
-        """Whether what is under way is to be saved; where processes save a batch together, the same on all."""
+        """Returns whether to save the batches under way; where processes save a batch together, the same on all."""
         minutes = self._config.logging.checkpoint_minutes
         self._pauses += 1
 
@@ -187,22 +187,22 @@ class Synthesizer:
         return self._pauses % VOTE == 0 and decide(due, 'the clock')
 
     def _report(self, abreast: int, done: int, terms: dict) -> None:
-        """Progress: `done` iterations of each of the `abreast` batches, after those of earlier ones."""
+        """Reports progress: `done` iterations of each of the `abreast` batches, after those of earlier ones."""
         self._progress.update(self._made * self._iterations + abreast * done, **terms)
         self._workdir.tick(self._task)
 
     def _write(self, number: int, key: jax.Array, labels: np.ndarray, x: np.ndarray, notes: dict) -> None:
         teacher, images = self._teacher, self._teacher.to_uint8(x)
         canvas, view_key = blank_canvas(key, len(labels), teacher.image_shape)
-        told = plain(self._config.synthesis)
-        del told['controls']  # no image depends on what is made beside it
+        settings = plain(self._config.synthesis)
+        del settings['controls']  # no image depends on them
         about = {
             'batch': number,
             'iterations': self._iterations,
             'feature_loss_first': float(self._measure(teacher.variables, self._paint(canvas), view_key)),
             'feature_loss_last': float(self._measure(teacher.variables, teacher.normalise(images), view_key)),
             'config': {
-                **told,
+                **settings,
                 'seed': self._config.seed,
                 'bn_stats': self._config.bn_stats,
                 'method': self._method,
@@ -238,7 +238,7 @@ def fill_pool(
 
 
 def _make_noise(teacher: Teacher, paint: Callable):
-    """What `make_inverter` returns, for the control that ends where every inversion starts."""
+    """Returns what `make_inverter` does, for the control that ends where every inversion starts."""
 
     def run(keys, labels, *_, **__) -> Inversion:
         batch_size = np.shape(labels)[1]
@@ -248,7 +248,7 @@ def _make_noise(teacher: Teacher, paint: Callable):
 
 
 def _curve(row: int, metrics: dict, every: int) -> dict[str, list]:
-    """The terms of one batch, every so many iterations and at the last; {'step': iterations, term: its values there}."""
+    """Returns the terms of one batch, every so many iterations and at the last: {'step': iterations, term: its values}."""
     if not metrics:
         return {}
     last = len(metrics['loss'][row]) - 1
