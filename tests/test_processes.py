@@ -347,11 +347,16 @@ def test_process_0_decides_for_all(second_of_two):
 
 def test_another_config_or_version_on_another_process_is_refused_by_name(second_of_two, monkeypatch):
     second_of_two({'value': {'seed': 0, 'jax': '0.1', 'same': 1}})
-    monkeypatch.setattr(processes.multihost_utils, 'process_allgather', lambda mine: np.stack([mine + np.uint8(1), mine]))
+    monkeypatch.setattr(processes.multihost_utils, 'process_allgather', lambda differs: np.array([False, differs]))
     with pytest.raises(
         DvinvError, match=r"differ: jax \('0\.1' in process 0, '0\.2' here\), seed \(0 in process 0, 1 here\)\."
     ):
         processes.refuse_differing({'seed': 1, 'jax': '0.2', 'same': 1}, 'configs and versions')
+    second_of_two({'value': {'seed': 0}}, {'value': {'seed': 0}})
+    processes.refuse_differing({'seed': 0}, 'configs')
+    monkeypatch.setattr(processes.multihost_utils, 'process_allgather', lambda differs: np.array([False, differs, True]))
+    with pytest.raises(DvinvError, match='The configs of the processes differ: another process says how'):
+        processes.refuse_differing({'seed': 0}, 'configs')
 
 
 def test_a_wait_that_takes_too_long_ends_the_process(capfd):
