@@ -126,7 +126,7 @@ def test_a_disk_that_is_full_for_tensorstore_is_told_too(folder, monkeypatch):
     def fail(*_, **__):
         raise ValueError('RESOURCE_EXHAUSTED: Error writing "a/0": Failed to write 3 bytes: No space left on device [28]')
 
-    monkeypatch.setattr(ocp.StandardCheckpointer, 'save', fail)
+    monkeypatch.setattr(ocp.Checkpointer, 'save', fail)
     with pytest.raises(DvinvError, match=r'The disk is full: .*student/000000020 could not be written'):
         Checkpoints(folder).save(20, state(20))
     check_is_ten(folder)

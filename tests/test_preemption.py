@@ -1,5 +1,7 @@
 """SIGTERM and Ctrl-C in the middle of batches: what is under way is saved, and goes on to the bit."""
 
+import contextlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,12 +16,14 @@ from smoke import flip, synthesis_config
 
 from dvinv import balanced_labels
 from dvinv.config import InversionConfig, Stage
+from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
 from dvinv.inversion import make_inverter
 from dvinv.inversion.invert import Unfinished
 from dvinv.pipeline import tasks as pipeline
 from dvinv.runtime import preemption
 from dvinv.runtime.devices import make_mesh
+from dvinv.synthesis import task as synthesis
 from dvinv.synthesis.pools import open_pool
 from dvinv.synthesis.synthesizer import Synthesizer, in_words
 from dvinv.synthesis.unfinished import UnfinishedBatches
@@ -112,7 +116,7 @@ def test_what_is_under_way_is_saved_and_goes_on(undisturbed, tmp_path, monkeypat
     assert [batches.load(number).iterations for number in range(4)] == [3] * 4
 
     with monkeypatch.context() as patch:
-        pauses.before(3, lambda: patch.setattr(preemption, '_asked', True))
+        pauses.before(3, lambda: patch.setattr(preemption, '_came', signal.SIGTERM))
         with pytest.raises(SystemExit) as ended:
             pipeline.run(run_config(), run)
     assert ended.value.code == 143
@@ -120,12 +124,24 @@ def test_what_is_under_way_is_saved_and_goes_on(undisturbed, tmp_path, monkeypat
     assert said in capsys.readouterr().err
     assert [batches.load(number).iterations for number in range(4)] == [6] * 4
 
-    flip(saved / 'batch-000003.state')
+    flip(saved / 'batch-000003' / '000000006' / '_METADATA')
     pauses.before(0, None)
     pipeline.run(run_config(devices=2), run)
     assert pauses == [[0, 1]] * 2 + [[2]] * 2 + [[3]] * 8
     assert content(run) == content(undisturbed)
     assert not [*saved.iterdir()]
+
+
+def test_a_resume_reads_every_sidecar_once(undisturbed, tmp_path, monkeypatch):
+    run, config = shutil.copytree(undisturbed, tmp_path / 'run'), run_config()
+    (run / 'pool' / 'shard-000003.json').unlink()
+    read, original = [], ImagePool.notes
+    monkeypatch.setattr(ImagePool, 'notes', lambda pool, number: read.append(number) or original(pool, number))
+    resumed = pipeline.validated(config, run)
+    with contextlib.closing(resumed.open_workdir()):
+        synthesis._fill(resumed, open_pool(resumed))
+    assert read == [0, 1, 2]
+    assert content(run) == content(undisturbed)
 
 
 def test_a_damaged_state_and_one_of_another_teacher_are_passed_over(tmp_path):
@@ -137,17 +153,23 @@ def test_a_damaged_state_and_one_of_another_teacher_are_passed_over(tmp_path):
     assert [leaf.tolist() for leaf in found.state] == [leaf.tolist() for leaf in state]
     assert set(found.metrics) == {'loss', 'feature'}
     assert batches.load(3) is batches.load(4, student) is other.load(3, student) is None
-    path = tmp_path / 'batch-000003.state'
-    for position in range(0, path.stat().st_size, 7):
-        flip(path, position)
+    paths = [path for path in tmp_path.rglob('*') if path.is_file() and path.stat().st_size]
+    assert len(paths) > 4
+    for path in paths:
+        flip(path, path.stat().st_size // 3)
         assert batches.load(3, student) is None
-        flip(path, position)
-    path.write_bytes(path.read_bytes()[:-50])
+        flip(path, path.stat().st_size // 3)
+    manifest = tmp_path / 'batch-000003' / '000000002.json'
+    manifest.write_bytes(manifest.read_bytes()[:-50])
     assert batches.load(3, student) is None
+    batches.save(3, Unfinished(2, state, {'loss': np.ones(2)}), student)  # in the place of the damaged one
+    assert batches.load(3, student).iterations == 2
+    batches.drop(3)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_task_does_not_begin_after_sigterm(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(preemption, '_asked', True)
+    monkeypatch.setattr(preemption, '_came', signal.SIGTERM)
     with pytest.raises(SystemExit) as ended:
         pipeline.run(run_config(), tmp_path)
     assert ended.value.code == 143

@@ -23,6 +23,7 @@ from dvinv.pipeline import tasks as pipeline
 from dvinv.runtime import processes
 from dvinv.runtime.metrics import Metrics
 from dvinv.runtime.workdir import Workdir
+from dvinv.synthesis.unfinished import UnfinishedBatches
 
 COUNT = 2
 # XLA splits some sums by the number of its threads, which are as many as there are devices or cores, or NPROC.
@@ -137,14 +138,17 @@ def test_processes_split_a_batch_and_teach_together(begin, tmp_path, method):
 
 TRAINING = """
 import sys
+from pathlib import Path
 sys.path[:0] = [{tests!r}]
 import jax, numpy as np
 from smoke import smoke_config
+from dvinv.inversion.invert import Unfinished
 from dvinv.networks import Classifier, create
 from dvinv.config import TrainingSettings
 from dvinv.training.sampling import Rounds
 from dvinv.runtime import processes
 from dvinv.runtime.devices import make_mesh
+from dvinv.synthesis.unfinished import UnfinishedBatches
 from dvinv.teacher.task import supervised
 from dvinv.training.trainer import Lesson, TrainStep
 
@@ -168,30 +172,57 @@ with processes.joined(None, *{joined!r}):
     for chosen in step.batches.each([np.arange(16, dtype=np.int32) + 8 * i for i in range(5)]):
         state, loss = step(state, chosen, key)
         losses.append(float(loss))
+    batches, index = UnfinishedBatches(Path({folder!r}), 'teacher'), jax.process_index()
+    for iterations in range(1, 4 if index else 9):  # not as many in each process: none waits for another
+        state = [np.full((4, 100), index, np.float32), np.arange(iterations, dtype=np.int32), np.array(index, np.int32)]
+        batches.save(index, Unfinished(iterations, state, {{'loss': np.full(iterations, index, np.float32)}}))
+        assert batches.load(index).iterations == iterations
+    processes.meet('saved')
+    assert [batches.load(i).state[2] for i in range({count})] == [*range({count})]
     held = sum(shard.data.shape[0] for shard in chosen[0].addressable_shards) if {count} > 1 else 16
     print(json.dumps({{'losses': losses, 'read': images.read, 'held': held}}))
 """
 
 
-def test_each_process_reads_its_part_of_a_batch_and_the_losses_are_those_of_one():
-    def outputs(count):
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """(what two processes print that train and save together, what one prints, the folder where the two have saved)."""
+
+    def outputs(count, folder):
         port = _free_port()
         found = []
         for index in range(count):
             joined = (f'127.0.0.1:{port}', count, index) if count > 1 else ()
-            code = 'import json\n' + TRAINING.format(tests=str(Path(__file__).parent), joined=joined, count=count)
+            fields = {'tests': str(Path(__file__).parent), 'joined': joined, 'count': count, 'folder': str(folder)}
+            code = 'import json\n' + TRAINING.format(**fields)
             environment = {**os.environ, **THREADS, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(4 // count)}
             found.append(subprocess.Popen([sys.executable, '-c', code], env=environment, stdout=subprocess.PIPE, text=True))
         said = [process.communicate()[0] for process in found]
         assert [process.returncode for process in found] == [0] * count, said
         return [json.loads(next(line for line in text.splitlines() if line.startswith('{'))) for text in said]
 
-    first, second = outputs(2)
+    folder = tmp_path_factory.mktemp('saved')
+    return outputs(2, folder), outputs(1, tmp_path_factory.mktemp('alone')), folder
+
+
+def test_each_process_reads_its_part_of_a_batch_and_the_losses_are_those_of_one(trained):
+    (first, second), (alone,), _ = trained
     assert first['losses'] == second['losses']
     assert first['read'] == second['read'] == [8] * 5
     assert first['held'] == second['held'] == 8
-    (alone,) = outputs(1)
     np.testing.assert_allclose(first['losses'], alone['losses'], rtol=1e-5)
+
+
+def test_each_process_saves_its_batches_and_another_number_of_processes_loads_them(trained):
+    batches = UnfinishedBatches(trained[2], 'teacher')
+    assert batches.numbers() == [0, 1]
+    for index, iterations in enumerate((8, 3)):
+        batch = batches.load(index)
+        assert batch.iterations == iterations
+        expected = [np.full((4, 100), index, np.float32), np.arange(iterations, dtype=np.int32), np.array(index, np.int32)]
+        for found, leaf in zip(batch.state, expected, strict=True):
+            np.testing.assert_array_equal(found, leaf, strict=True)
+        np.testing.assert_array_equal(batch.metrics['loss'], np.full(iterations, index, np.float32), strict=True)
 
 
 @pytest.mark.parametrize('index', [0, 1])
@@ -284,6 +315,30 @@ def second_of_two(monkeypatch):
     return second_of_two
 
 
+@pytest.mark.parametrize(
+    ('error', 'sentence', 'status'),
+    [
+        (DvinvError('The disk is full.'), 'process 1: The disk is full.', 1),
+        (KeyError('a bug'), 'process 1 has failed.', 1),
+        (
+            RuntimeError('Gloo all-reduce failed: Connection closed by peer\nmore'),
+            'Another process of the run has ended, and says why (Gloo all-reduce failed: Connection closed by peer).',
+            processes.LOST,
+        ),
+    ],
+)
+def test_a_process_that_fails_says_which_one_it_is(second_of_two, monkeypatch, error, sentence, status):
+    def end(*said):
+        raise SystemExit(said)
+
+    second_of_two()
+    monkeypatch.setattr(processes, '_join', lambda *_: None)
+    monkeypatch.setattr(processes, '_end', end)
+    with pytest.raises(SystemExit) as ended, processes.joined(None, 'host:1', 2, 1):
+        raise error
+    assert ended.value.code == (sentence, status)
+
+
 def test_process_0_decides_for_all(second_of_two):
     assert processes.decide(lambda: [1, 'a'], 'this') == [1, 'a']
     second_of_two({'value': [2, 'b']}, {'error': 'The disk is full.'})
@@ -294,11 +349,16 @@ def test_process_0_decides_for_all(second_of_two):
 
 def test_another_config_or_version_on_another_process_is_refused_by_name(second_of_two, monkeypatch):
     second_of_two({'value': {'seed': 0, 'jax': '0.1', 'same': 1}})
-    monkeypatch.setattr(processes.multihost_utils, 'process_allgather', lambda mine: np.stack([mine + np.uint8(1), mine]))
+    monkeypatch.setattr(processes.multihost_utils, 'process_allgather', lambda differs: np.array([False, differs]))
     with pytest.raises(
         DvinvError, match=r"differ: jax \('0\.1' in process 0, '0\.2' here\), seed \(0 in process 0, 1 here\)\."
     ):
         processes.refuse_differing({'seed': 1, 'jax': '0.2', 'same': 1}, 'configs and versions')
+    second_of_two({'value': {'seed': 0}}, {'value': {'seed': 0}})
+    processes.refuse_differing({'seed': 0}, 'configs')
+    monkeypatch.setattr(processes.multihost_utils, 'process_allgather', lambda differs: np.array([False, differs, True]))
+    with pytest.raises(DvinvError, match='The configs of the processes differ: another process says how'):
+        processes.refuse_differing({'seed': 0}, 'configs')
 
 
 def test_a_wait_that_takes_too_long_ends_the_process(capfd):

@@ -1,6 +1,7 @@
 """The training loop: resumed to the bit, every image once an epoch, schedules, statistics, devices, losses that blow up."""
 
 import dataclasses
+import signal
 import types
 
 import jax
@@ -94,7 +95,7 @@ def test_sigterm_keeps_a_checkpoint_of_any_update(undisturbed, tmp_path, monkeyp
 
             def chosen(seed, number, *args, patch=patch, update=update):
                 if number == update + 1:  # which is read while the one before is made
-                    patch.setattr(preemption, '_asked', True)
+                    patch.setattr(preemption, '_came', signal.SIGTERM)
                 return chosen_images(seed, number, *args)
 
             patch.setattr(dvinv.training.trainer, 'chosen_images', chosen)

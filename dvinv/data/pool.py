@@ -119,7 +119,7 @@ class ImagePool:
         Raises:
           DamagedError: the shard is missing, truncated or changed.
         """
-        self.check(number)
+        self.validate(number)
         with np.load(self._shard(number), allow_pickle=False) as arrays:
             return dict(arrays)
 
@@ -133,7 +133,7 @@ class ImagePool:
         numbers = self.finished()
         for number in numbers:
             preemption.leave_if_asked(alone=True)
-            self.check(number)
+            self.validate(number)
         return Rows([self._shard(number) for number in numbers], name)
 
     @property
@@ -141,7 +141,7 @@ class ImagePool:
         """Of the teacher."""
         return self.rows('logits').shape[1]
 
-    def check(self, number: int) -> None:
+    def validate(self, number: int) -> None:
         """Look whether a shard is as it was written.
 
         Raises:

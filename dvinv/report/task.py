@@ -20,7 +20,7 @@ from dvinv.pruning.section import pruning_section, pruning_sentence, pruning_til
 from dvinv.quantization.section import quantization_section, quantization_sentence, quantization_tile, smallest
 from dvinv.report.charts import line_chart, line_panels
 from dvinv.report.page import Picture, Section, Table, Tile, class_picture, number, percent, render
-from dvinv.runtime import provenance
+from dvinv.runtime import versions
 from dvinv.runtime.banner import device_names
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.metrics import Metrics
@@ -126,9 +126,9 @@ def _facts(run: Run, results: dict) -> dict:
     files = [(workdir.path / name) for name in FILES if (workdir.path / name).exists()]
     return {
         'Made': f'{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}',
-        'Command': provenance.command(),
+        'Command': versions.command(),
         'Device': device_names(run.settings.devices),
-        'Versions': provenance.packages(),
+        'Versions': versions.packages(),
         'Time': duration(seconds) + ' for all tasks, compilation included' if seconds else '',
         'Networks': [(f'{file.stem} ({file.stat().st_size / 1e6:.2f} MB)', f'networks/{file.name}') for file in networks],
         'Figures': [(file.name, file.name) for file in files],

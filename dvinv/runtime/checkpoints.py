@@ -1,8 +1,13 @@
-"""Checkpoints of a training: Orbax writes them, a checksum of every file guards them.
+"""Checkpoints of trainings and of batches of images: Orbax writes them, a checksum of every file guards them.
 
 Orbax restores a flipped byte without a word, takes any folder named by a number for a checkpoint, and so cannot tell a
 good one from a bad one. Here a checkpoint exists when its manifest, written last, exists; and it is restored only
 when every file still has the manifest's sha256.
+
+Each checkpoint is written by one process, and waits for no other. Orbax 0.12 has three obstacles to that where there are
+several processes: arrays of numpy are written by process 0 only, and silently left out elsewhere; arrays that lie on one
+process alone are refused; and what saves in the background (`StandardCheckpointer`) signals through keys that all processes
+share. See `_global` and `_save`.
 """
 
 import errno
@@ -12,7 +17,10 @@ import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from dvinv.errors import DvinvError
 from dvinv.runtime.files import disk_full_told, sha256_of, write_atomic
@@ -21,80 +29,92 @@ from dvinv.runtime.processes import decide, is_primary
 MARGIN = 2**20  # bytes that must be free beside the arrays of a checkpoint
 
 
-class Checkpoints:
-    """The newest checkpoint of one training, in a folder of its own."""
+class DamagedCheckpointError(DvinvError):
+    """A file of a checkpoint is missing, or is not the one that was written."""
 
-    def __init__(self, folder: Path):
-        self._folder = Path(folder).absolute()
+
+class Checkpoints:
+    """The newest checkpoint of one training, or of one batch of images, in a folder of its own."""
+
+    def __init__(self, folder: Path, own: bool = False):
+        """Touches no file yet.
+
+        Args:
+          own: only this process saves it. Else all processes have the same state, make the same calls, and process 0 saves.
+        """
+        self._folder, self._own = Path(folder).absolute(), own
 
     def save(self, step: int, state, notes: dict | None = None) -> None:
-        """Write `state` (a pytree of arrays) as that of `step`, with `notes` for JSON; then drop older ones.
-
-        Of several processes, which have the same state, process 0 alone writes.
+        """Writes `state` (a pytree of arrays) as that of `step`, with `notes` for JSON; then drops older ones.
 
         Raises:
           DvinvError: the disk is full. The older checkpoint stands.
         """
-        if not is_primary():
+        if not (self._own or is_primary()):
             return
         target = self._folder / f'{step:09d}'
+        self._manifest(step).unlink(missing_ok=True)  # one that was passed over, as it is damaged for instance
         self._sweep()
         try:
             with disk_full_told(target):
                 self._check_room(state)
-                with _checkpointer() as checkpointer:
-                    checkpointer.save(target, state)
+                _save(target, state)
             files = {str(p.relative_to(target)): sha256_of(p) for p in sorted(target.rglob('*')) if p.is_file()}
-            write_atomic(
-                self._manifest(step), json.dumps({'step': step, 'sha256': files, 'notes': notes or {}}, indent=1).encode()
-            )
+            manifest = {'step': step, 'sha256': files, 'notes': notes or {}}
+            write_atomic(self._manifest(step), json.dumps(manifest, indent=1).encode(), own=True)
             for older in self._steps():
                 if older != step:
                     self._manifest(older).unlink()
         finally:
             self._sweep()
 
-    def restore(self, template):
-        """(step, state) of the newest checkpoint, or None where there is none.
+    def restore(self, template=None):
+        """Returns (step, state) of the newest checkpoint, arrays of numpy, or None where there is none.
 
         Args:
-          template: a pytree like the saved state, of arrays or `jax.ShapeDtypeStruct`.
+          template: a pytree like the saved state, of arrays or `jax.ShapeDtypeStruct`; None: it is of dicts and lists.
 
         Raises:
-          DvinvError: a file of it is missing or not the one that was written (named).
+          DamagedCheckpointError: a file of it is missing or not the one that was written (named).
         """
-        step = decide(lambda: max(self._steps(), default=None), 'a list of checkpoints')
+        step = self._newest() if self._own else decide(self._newest, 'a list of checkpoints')
         if step is None:
             return None
         folder, way_out = self._folder / f'{step:09d}', f'delete {self._folder} to train this network again from its start'
         try:
             files = json.loads(self._manifest(step).read_text())['sha256'].items()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DvinvError(f'The checkpoint manifest {self._manifest(step)} is damaged; {way_out}.') from error
+            raise DamagedCheckpointError(f'The checkpoint manifest {self._manifest(step)} is damaged; {way_out}.') from error
         for name, sha256 in files:
             if not (folder / name).exists():
-                raise DvinvError(f'The checkpoint file {folder / name} is missing; {way_out}.')
+                raise DamagedCheckpointError(f'The checkpoint file {folder / name} is missing; {way_out}.')
             if sha256_of(folder / name) != sha256:
-                raise DvinvError(
+                raise DamagedCheckpointError(
                     f'The checkpoint file {folder / name} is damaged (its sha256 is not the one written); {way_out}.'
                 )
-        with _checkpointer() as checkpointer:
-            return step, checkpointer.restore(folder, jax.tree.map(ocp.utils.to_shape_dtype_struct, template))
+        with ocp.StandardCheckpointer(multiprocessing_options=_this_process()) as checkpointer:
+            if template is None:
+                template = checkpointer.metadata(folder).item_metadata.tree
+            return step, checkpointer.restore(folder, jax.tree.map(_shape, template))
 
     def notes(self) -> dict:
-        """What was noted with the newest checkpoint."""
-        steps = self._steps()
-        return json.loads(self._manifest(steps[-1]).read_text()).get('notes', {}) if steps else {}
+        """Returns what was noted with the newest checkpoint."""
+        step = self._newest()
+        return {} if step is None else json.loads(self._manifest(step).read_text()).get('notes', {})
+
+    def drop(self) -> None:
+        """Deletes the checkpoint."""
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _check_room(self, state) -> None:
-        """Raise on a full disk before Orbax starts, whose threads would answer with tracebacks of their own."""
+        """Raises on a full disk before Orbax starts, whose threads would answer with tracebacks of their own."""
         self._folder.mkdir(parents=True, exist_ok=True)
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + MARGIN
         if shutil.disk_usage(self._folder).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _sweep(self) -> None:
-        """Delete the folders without a manifest: older checkpoints, and what is left of a save that failed or was killed."""
+        """Deletes the folders without a manifest: older checkpoints, and saves that failed or were killed."""
         kept = {self._manifest(step).stem for step in self._steps()}
         for entry in self._folder.glob('*'):
             if entry.is_dir() and entry.name not in kept:
@@ -106,9 +126,38 @@ class Checkpoints:
     def _steps(self) -> list[int]:
         return sorted(int(p.stem) for p in self._folder.glob('*.json') if p.stem.isdigit())
 
+    def _newest(self) -> int | None:
+        return max(self._steps(), default=None)
 
-def _checkpointer() -> ocp.StandardCheckpointer:
-    """Orbax's, for this process alone: it would have each of several write a part."""
-    mine = jax.process_index()
-    options = ocp.options.MultiprocessingOptions(primary_host=mine, active_processes={mine})
-    return ocp.StandardCheckpointer(multiprocessing_options=options)
+
+def _this_process() -> ocp.options.MultiprocessingOptions:
+    """Returns the options under which Orbax waits for no other process."""
+    index = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
+
+
+def _save(folder: Path, state) -> None:
+    """Writes a pytree of arrays, by this process alone, in the format of `ocp.StandardCheckpointer`."""
+    options, handlers = _this_process(), ocp.type_handlers
+    # With `use_replica_parallel`, Orbax's default, other processes would be expected to write parts of the arrays.
+    arrays = handlers.ArrayHandler(
+        primary_host=options.primary_host, use_replica_parallel=False, enable_write_sharding_file=False
+    )
+    registry = handlers.create_type_handler_registry((np.ndarray, handlers.NumpyHandler()), (jax.Array, arrays))
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, multiprocessing_options=options)
+    with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
+        checkpointer.save(folder, args=ocp.args.PyTreeSave(jax.tree.map(_global, state)))
+
+
+def _global(leaf) -> np.ndarray | jax.Array:
+    """Returns an array as Orbax writes it from this process: but on process 0, as if another process had a copy too."""
+    leaf, here = np.asarray(leaf), jax.local_devices()[0]
+    if here.process_index == 0:
+        return leaf
+    elsewhere = next(device for device in jax.devices() if device.process_index != here.process_index)
+    sharding = NamedSharding(Mesh(np.array([here, elsewhere]), ('copy',)), P())  # Orbax writes the first copy
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, [jax.device_put(leaf, here)])
+
+
+def _shape(leaf) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

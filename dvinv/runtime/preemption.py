@@ -9,6 +9,7 @@ process as it is. Nothing that was saved is lost: files are written atomically, 
 keeps Python's lock is out of its reach.
 """
 
+import itertools
 import os
 import signal
 import socket
@@ -22,19 +23,18 @@ GRACE = 20.0  # seconds until somebody has looked at the note; where Kubernetes 
 SAVING = 10  # times as long, from one look at the note to the next or to the end: to save takes its time
 HINT = 3.0  # seconds after Ctrl-C until it is said how to end at once
 
-_asked = False
-_number = signal.SIGTERM  # which signal came first
-_looked = threading.Event()
+_came = None  # the note: the signal that came first
+_looked = threading.Event()  # at the note
 _bell = None  # what is sent there wakes the thread
-_points = 0  # at which several processes have asked for a signal
-_handed = False  # Ctrl-C, to JAX
+_points = itertools.count(1)  # at which several processes ask for a signal
 _agreed = False  # that all processes leave now
 
 
 def install(grace: float = GRACE) -> None:
-    """From now on the signals leave a note instead of ending the process. For main alone: a library leaves signals be.
+    """Makes the signals leave a note instead of ending the process. For main alone: a library leaves signals be.
 
-    Ctrl-C stays ignored where it is, as in what a shell starts in its background.
+    Of several processes JAX has taken SIGTERM over, which it reports to all; Ctrl-C is handed to it as one. Ctrl-C stays
+    ignored where it is, as in what a shell starts in its background.
 
     Args:
       grace: seconds after which the process ends where nobody looks at the note; 0: nothing is to be saved.
@@ -45,21 +45,20 @@ def install(grace: float = GRACE) -> None:
     signal.set_wakeup_fd(bell.fileno(), warn_on_full_buffer=False)  # Python's handler in C writes the signal's number there
     _bell = bell  # lets go of an earlier one
     for number in NAMES:
-        taken = number == signal.SIGTERM and _several()  # by JAX, which tells all processes
-        if signal.getsignal(number) is not signal.SIG_IGN and not taken:
-            signal.signal(number, lambda came, frame: _note(came))
+        if signal.getsignal(number) is not signal.SIG_IGN and not (number == signal.SIGTERM and _several()):
+            signal.signal(number, _handle)
     threading.Thread(target=_listen, args=(listening, grace), daemon=True).start()
 
 
 def asked() -> bool:
     """Returns whether a signal came. Of several processes all get the same answer: each calls this at the same points."""
-    if _asked and threading.current_thread() is threading.main_thread():
+    if _came and threading.current_thread() is threading.main_thread():
         _looked.set()
-    return _asked_anywhere() if _several() else _asked
+    return _asked_anywhere() if _several() else bool(_came)
 
 
 def leave_if_asked(saved: str = '', alone: bool = False) -> None:
-    """End the process, where a signal came and all is saved that is to be.
+    """Ends the process, where a signal came and all is saved that is to be.
 
     Args:
       saved: what was saved, as a main clause; '': nothing is under way here that a new start would lose.
@@ -69,8 +68,8 @@ def leave_if_asked(saved: str = '', alone: bool = False) -> None:
       SystemExit: with the status 143, or 130 after Ctrl-C.
     """
     if not (alone and _several()) and asked():
-        say(f'{NAMES[_number]}: {saved or "nothing under way had to be saved"}; the same command goes on from here.')
-        raise SystemExit(128 + _number)
+        say(f'{NAMES[_came]}: {saved or "nothing under way had to be saved"}; the same command goes on from here.')
+        raise SystemExit(128 + _came)
 
 
 def _several() -> bool:
@@ -79,29 +78,26 @@ def _several() -> bool:
 
 
 def _asked_anywhere() -> bool:
-    """Returns whether a signal came to any of several processes, the same on all: JAX agrees on a point after it.
-
-    JAX has taken SIGTERM over when it joined the processes; Ctrl-C is handed to it as one.
-    """
-    global _points, _handed, _agreed
+    """Returns whether a signal came to any of several processes, the same on all: JAX agrees on a point after it."""
+    global _agreed
     from jax.experimental import multihost_utils
 
-    if _asked and not _handed:
-        _handed = True
-        os.kill(os.getpid(), signal.SIGTERM)
-    if not _agreed:
-        _points += 1
-        _agreed = multihost_utils.reached_preemption_sync_point(_points)
-        if _agreed:
-            _note(signal.SIGTERM)
+    if not _agreed and multihost_utils.reached_preemption_sync_point(next(_points)):
+        _agreed = True
+        _note(signal.SIGTERM)
     return _agreed
+
+
+def _handle(number: int, _) -> None:
+    _note(number)
+    if _several():
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _note(number: int) -> None:
     """Leaves the note; the signal that came first stays on it."""
-    global _asked, _number
-    if not _asked:
-        _number, _asked = signal.Signals(number), True
+    global _came
+    _came = _came or signal.Signals(number)
 
 
 def _listen(bell: socket.socket, grace: float) -> None:
@@ -123,20 +119,20 @@ def _listen(bell: socket.socket, grace: float) -> None:
 def _wait(grace: float) -> None:
     """Ends the process where the note is not looked at."""
     if not grace:
-        _end(f'{NAMES[_number]}: this process ends at once.')
+        _end(f'{NAMES[_came]}: this process ends at once.')
     patience = grace
-    if _number == signal.SIGINT and grace > HINT and not _looked.wait(HINT):
+    if _came == signal.SIGINT and grace > HINT and not _looked.wait(HINT):
         say('Ctrl-C: this process ends when it has saved what it is at; Ctrl-C again ends it at once.')
         patience -= HINT
     while _looked.wait(patience):
         _looked.clear()
         patience = SAVING * grace
-    name = NAMES[_number]
-    _end(f'{name}: this process is in a long computation and ends now; the same command goes on from what was saved.')
+    what = 'this process is in a long computation and ends now; the same command goes on from what was saved.'
+    _end(f'{NAMES[_came]}: {what}')
 
 
 def _end(sentence: str) -> None:
     """Ends the process as it is, with the status of the signal that came first."""
     say(sentence)
     sys.stdout.flush()
-    os._exit(128 + _number)
+    os._exit(128 + _came)

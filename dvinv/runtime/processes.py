@@ -6,7 +6,6 @@ on files, clocks or rounding; `decide` hands these to all. A process that dies e
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -53,12 +52,12 @@ def joined(distributed: bool | None = None, coordinator: str = '', count: int = 
         jax.distributed.shutdown()
         raise
     except DvinvError as error:
-        _end(str(error), 1)
+        _end(f'process {jax.process_index()}: {error}', 1)
     except Exception as error:
         if isinstance(error, ValueError | RuntimeError) and GONE.search(str(error)):
-            _end(f'Another process of the run has ended ({str(error).splitlines()[0][:200]}).', LOST)
+            _end(f'Another process of the run has ended, and says why ({str(error).splitlines()[0][:200]}).', LOST)
         traceback.print_exc()
-        _end(f'Process {jax.process_index()} has failed.', 1)
+        _end(f'process {jax.process_index()} has failed.', 1)
     else:
         jax.distributed.shutdown()
 
@@ -116,21 +115,16 @@ def refuse_differing(about: Mapping[str, Any], what: str) -> None:
     """
     if jax.process_count() == 1:
         return
-    about = json.loads(json.dumps(about))
-    digest = np.frombuffer(hashlib.sha256(json.dumps(about, sort_keys=True).encode()).digest(), np.uint8)
-    digests = multihost_utils.process_allgather(digest)
-    if (digests == digests[0]).all():
-        return
+    about, absent = json.loads(json.dumps(about)), object()
     first = decide(lambda: about, what)
-    absent = object()
     differing = [
         f'{key} ({first.get(key)!r} in process 0, {about.get(key)!r} here)'
         for key in sorted({*first, *about})
         if first.get(key, absent) != about.get(key, absent)
     ]
-    others = [str(index) for index, row in enumerate(digests) if not (row == digests[0]).all()]
-    here = listed(differing, 8) if differing else f'process {listed(others)} says how'
-    raise DvinvError(f'The {what} of the processes differ: {here}. Give all processes the same, and start them again.')
+    if multihost_utils.process_allgather(np.array(bool(differing))).any():
+        here = listed(differing, 8) if differing else 'another process says how'
+        raise DvinvError(f'The {what} of the processes differ: {here}. Give all processes the same, and start them again.')
 
 
 def _several(distributed: bool | None, coordinator: str, count: int, index: int) -> bool:

@@ -1,4 +1,4 @@
-"""Which packages make the images, under which settings. Others make other bits.
+"""How a run came about: by which command, with which packages, under which settings. Others make other bits.
 
 A run may go on under other packages, which is said, and differs in last bits. Settings of JAX that change random numbers or
 precision would make images of two kinds in one pool: under others than its own a run does not go on.
@@ -8,7 +8,10 @@ import enum
 import importlib.metadata
 import json
 import os
+import platform
+import shlex
 import sys
+from collections.abc import Container
 from pathlib import Path
 
 import jax
@@ -43,7 +46,7 @@ FILE = 'versions.json'
 
 
 def versions() -> dict[str, str]:
-    """{package: its version here}, dvinv's among them, and {setting: its value here}."""
+    """Returns {package: its version here}, dvinv's among them, and {setting: its value here}."""
     packages = {'dvinv': dvinv.__version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}
     variables = {name: os.environ.get(name, '').split() for name in ENVIRONMENT}
     return {
@@ -61,60 +64,56 @@ def _value(setting) -> str:
 
 
 def refuse_other_settings(folder: Path) -> None:
-    """Refuse to go on with a run under other settings of JAX than it had.
+    """Refuses to go on with a run under other settings of JAX than it had.
 
     Raises:
       DvinvError: names the settings, and how to set them as they were.
     """
-    there, here = _recorded(folder), versions()
-    differing = [name for name in SETTINGS if name in there and name in here and there[name] != here[name]]
-    if differing:
-        assigned = ' '.join(_assigned(name, there) for name in differing)
+    if differing := _differing(folder, SETTINGS):
+        assigned = ' '.join(
+            f'no {name.upper()}' if there == 'None' else f'{name.upper()}={there}' for name, (there, _) in differing.items()
+        )
         raise DvinvError(
-            f'{folder} holds a run under other settings of JAX: {differing_from(folder, differing)}. Its images would be of '
-            f'two kinds; set them as they were ({assigned} in the environment), or choose another --workdir.'
+            f'{folder} holds a run under other settings of JAX: {_sentence(differing)}. Its images would be of two kinds; '
+            f'set them as they were ({assigned} in the environment), or choose another --workdir.'
         )
 
 
-def _assigned(name: str, values: dict) -> str:
-    """Returns what to do in the environment, that a setting of JAX has its value."""
-    return f'no {name.upper()}' if values[name] == 'None' else f'{name.upper()}={values[name]}'
-
-
 def record(folder: Path) -> None:
-    """Leave the versions in the work directory, and tell where a run goes on under others than it had."""
-    if differing := differing_from(folder):
+    """Leaves the versions in the work directory, and says where a run goes on under others than it had."""
+    if differing := _differing(folder, versions()):
         print(
-            f'This run goes on under other versions: {differing}. What is made from now on may differ from what would have '
-            'been made, in its last bits.',
+            f'This run goes on under other versions: {_sentence(differing)}. What is made from now on may differ from what '
+            'would have been made, in its last bits.',
             file=sys.stderr,
         )
     write_atomic(folder / FILE, (json.dumps(versions(), indent=2, sort_keys=True) + '\n').encode())
 
 
-def differing_from(folder: Path, names: list[str] | None = None) -> str:
-    """'jax 0.10.2 there, 0.12.0 here' and so on, against the versions that the run left there; '' where nothing differs.
-
-    Args:
-      names: of the packages and settings to look at; None: all. Settings that are not recorded are passed over.
-    """
-    there, here = _recorded(folder), versions()
-    if not there:
-        return ''
-    names = [name for name in here if name in there or name in ('dvinv', *PACKAGES)] if names is None else names
-    return listed(
-        [
-            f'{name} {there.get(name) or "none"} there, {here[name] or "none"} here'
-            for name in names
-            if there.get(name) != here[name]
-        ],
-        8,
-    )
+def command() -> str:
+    """Returns the command line that started this process; '' where it was not dvinv's, as in a notebook."""
+    program, *arguments = sys.argv or ['']
+    path = Path(program)
+    if path.name == 'main.py' and path.parent.name == 'dvinv':
+        return shlex.join(['python', '-m', 'dvinv.main', *arguments])
+    return shlex.join(['dvinv', *arguments]) if path.stem == 'dvinv' else ''
 
 
-def _recorded(folder: Path) -> dict:
-    """Returns what the run left last; {} where there is nothing that can be read."""
+def packages() -> str:
+    """Returns the versions of dvinv, Python and the packages that the results depend on."""
+    found = versions()
+    return ', '.join([*(f'{name} {found[name]}' for name in ('dvinv', *PACKAGES)), f'Python {platform.python_version()}'])
+
+
+def _differing(folder: Path, names: Container[str]) -> dict[str, tuple[str, str]]:
+    """Returns {name: (value there, value here)} of those of `names` that the run left with another value than they have."""
     try:
-        return dict(json.loads((folder / FILE).read_text()))
+        there = dict(json.loads((folder / FILE).read_text()))
     except (FileNotFoundError, ValueError, TypeError):
         return {}
+    here = {name: value for name, value in versions().items() if name in names and name in there}
+    return {name: (there[name], value) for name, value in here.items() if there[name] != value}
+
+
+def _sentence(differing: dict[str, tuple[str, str]]) -> str:
+    return listed([f'{name} {there or "none"} there, {here or "none"} here' for name, (there, here) in differing.items()], 8)

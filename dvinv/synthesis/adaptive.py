@@ -11,6 +11,7 @@ from dvinv.errors import DvinvError
 from dvinv.evaluation.held_out import learned_rows
 from dvinv.inversion import Teacher
 from dvinv.pipeline.run import Run
+from dvinv.runtime.processes import decide
 from dvinv.synthesis.pools import missing_batches
 from dvinv.synthesis.synthesizer import Synthesizer
 from dvinv.training.sampling import rounds_of
@@ -25,12 +26,14 @@ def fill_pool(run: Run, teacher: Teacher, pool: ImagePool, student: Learner, tas
       task, series: what the metrics of the batches go by.
 
     Raises:
-      DvinvError: a batch is missing from a round that the student has left behind.
+      DvinvError: a batch is missing from a round that the student has left behind, a sidecar is damaged, or the pool is of
+        another teacher.
     """
     settings = run.settings.synthesis
     missing, rounds, per_round = missing_batches(settings, pool), rounds_of(run.settings), settings.batches_per_round
     if not missing:
         return
+    decide(lambda: [pool.notes(number) for number in pool.numbers()] and None, 'a look at the pool')
     lesson = lesson_of(run, teacher, rounds)
     print_hints(run, teacher)
     with (

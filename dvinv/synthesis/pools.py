@@ -1,6 +1,6 @@
-"""Which pool a run makes or is given, and what it lacks."""
+"""Chooses the pool that a run makes or is given, and finds the batches that are missing from it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from dvinv.config import DATA_FREE_CONTROLS, SynthesisSettings
 from dvinv.data.pool import DamagedError, ImagePool
@@ -32,7 +32,7 @@ def finished_pool(run: Run) -> ImagePool:
 
 
 def open_control(workdir: Workdir, method: str, teacher_digest: str = '', ours: bool = False) -> ImagePool:
-    """The pool of images that a lesser method makes, whichever task it is for; for digest and `ours` see `ImagePool`."""
+    """Returns the pool of the images of a control, for all tasks; for digest and `ours` see `ImagePool`."""
     return ImagePool(workdir.path / 'controls' / method, teacher_digest, ours)
 
 
@@ -47,28 +47,24 @@ def missing_batches(synthesis: SynthesisSettings, pool: ImagePool) -> list[int]:
     return decide(lambda: sorted({*range(synthesis.batches)} - {*pool.numbers()}), 'a list of the pool')
 
 
-def put_aside_damaged(pool: ImagePool, look: Callable[[int], object], task: str) -> None:
-    """Tell of the damaged batches of a pool of ours; they are missing then, to be made anew. Process 0 looks, of several.
-
-    Args:
-      look: `pool.notes`, which looks at the sidecar alone, or `pool.check`, which reads all.
-      task: whose pool it is.
+def put_aside_damaged(pool: ImagePool, task: str) -> None:
+    """Reports the damaged batches of a pool that the run makes; they are missing then, to be made anew. Process 0 looks.
 
     Raises:
       DvinvError: a batch was made from another teacher.
       SystemExit: SIGTERM came.
     """
 
-    def check() -> None:
+    def put_aside() -> None:
         numbers = pool.numbers()
         with Progress(f'{task}: checking the pool', len(numbers), 'batches', brief=True) as progress:
             for done, number in enumerate(numbers, 1):
                 preemption.leave_if_asked(alone=True)
                 try:
-                    look(number)
+                    pool.validate(number)
                 except DamagedError as error:
                     aside = pool.folder / 'quarantine'
                     say(f'{task}: {error.what}; it is put into {aside}, and made anew.')
                 progress.update(done)
 
-    decide(check, 'a check of the pool')
+    decide(put_aside, 'a check of the pool')

@@ -1,4 +1,4 @@
-"""Numbered batches of images from a teacher, by one of the methods, into a pool."""
+"""Synthesizes numbered batches of images from a teacher, by one of the methods, into a pool."""
 
 import dataclasses
 import functools
@@ -134,7 +134,7 @@ class Synthesizer:
           student_fn: (variables, x) -> logits in eval mode, the competitor of 'adaptive'.
 
         Raises:
-          DvinvError: settings that do not fit the teacher, or a pool of another teacher.
+          DvinvError: settings that do not fit the teacher.
         """
         settings = run.settings.inversion_config(method)
         self._split = settings.bn_stats == 'global'
@@ -146,7 +146,9 @@ class Synthesizer:
         self._classes = np.asarray(run.settings.synthesis.classes or range(teacher.num_classes), np.int32)
         missing = missing_batches(run.settings.synthesis, pool)
         self._unfinished = UnfinishedBatches(run.workdir.path / 'checkpoints' / f'{task}-{series}', teacher.digest())
-        decide(self._tidy, 'a look at the pool')
+        if is_primary():
+            for number in {*self._unfinished.numbers()} - {*missing}:  # the run was killed before it dropped these
+                self._unfinished.drop(number)
         scale = pixel_scale_of(settings.pixel_scale, teacher)
         self._decode = make_decode(settings.parameterization, settings.contrast, teacher, scale)
         if method == 'noise':
@@ -171,7 +173,7 @@ class Synthesizer:
         return self._progress.__exit__(*exception)
 
     def fill(self, numbers: list[int], student_variables=None, **notes) -> None:
-        """Synthesize the batches of these numbers; `notes` go into their sidecars.
+        """Synthesizes the batches of these numbers; `notes` go into their sidecars.
 
         Raises:
           DvinvError: a loss that is not a number, or a full disk. Batches that were finished stay.
@@ -207,16 +209,8 @@ class Synthesizer:
             self._workdir.tick(self._task)
         meet(f'batches of {self._series}')
 
-    def _tidy(self) -> None:
-        """Refuses another teacher's pool, and drops saved states of finished batches: the run was killed between the two."""
-        finished = self._pool.numbers()
-        for number in finished:
-            self._pool.notes(number)
-        for number in {*finished} & {*self._unfinished.numbers()}:
-            self._unfinished.drop(number)
-
     def _groups(self, numbers: list[int], student_variables) -> list[tuple[list[int], int]]:
-        """Batches to invert side by side, over all processes, and how many iterations of them are done: of all as many."""
+        """Returns the groups of batches to invert side by side over all processes, each with the iterations done."""
 
         def begun() -> list[int]:
             states = (self._unfinished.load(number, student_variables) for number in numbers)
@@ -230,11 +224,11 @@ class Synthesizer:
         return groups
 
     def _own(self, batches: list[int]) -> list[int]:
-        """Those of a group of batches that this process takes part in."""
+        """Returns those of a group of batches that this process takes part in."""
         return batches if self._split else batches[jax.process_index() * self._abreast :][: self._abreast]
 
     def _pause(self, numbers: list[int], student_variables, take: Callable) -> None:
-        """Between two dispatches: save what is under way, now and then, and before leaving."""
+        """Saves the batches under way where that is due, between two dispatches, and before the process leaves."""
         leave = preemption.asked()
         iteration = 0
         if leave or self._is_due():
@@ -296,11 +290,15 @@ class Synthesizer:
 
 
 def fill_pool(run: Run, teacher: Teacher, pool: ImagePool, method: str, task: str, series: str) -> None:
-    """Makes what is missing from the pool, by a method without a competitor; for the arguments see `Synthesizer`.
+    """Makes what is missing from the pool, and what is damaged anew, by a method without a competitor.
 
-    A batch with a damaged sidecar is missing too; whether images are damaged tells who reads them.
+    Args:
+      pool, method, task, series: see `Synthesizer`.
+
+    Raises:
+      DvinvError: the pool was made from another teacher, or as `Synthesizer`.
     """
-    put_aside_damaged(pool, pool.notes, task)
+    put_aside_damaged(pool, task)
     if missing := missing_batches(run.settings.synthesis, pool):
         with Synthesizer(run, teacher, pool, method, task, series) as synthesizer:
             synthesizer.fill(missing)
@@ -325,7 +323,7 @@ def in_words(numbers: list[int], count: int) -> str:
 
 
 def _curve(row: int, metrics: dict, every: int) -> dict[str, list]:
-    """The terms of one batch, every so many iterations and at the last; {'step': iterations, term: its values there}."""
+    """Returns the terms of one batch, every so many iterations and at the last: {'step': iterations, term: its values}."""
     if not metrics:
         return {}
     last = len(metrics['loss'][row]) - 1

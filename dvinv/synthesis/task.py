@@ -18,7 +18,7 @@ from dvinv.runtime.files import write_atomic
 from dvinv.runtime.pictures import class_grid
 from dvinv.runtime.workdir import Workdir
 from dvinv.synthesis import adaptive, synthesizer
-from dvinv.synthesis.pools import controls_are_whole, missing_batches, open_pool, put_aside_damaged
+from dvinv.synthesis.pools import controls_are_whole, missing_batches, open_pool
 from dvinv.synthesis.synthesizer import control_pool, fill_pool
 from dvinv.teacher import task as teacher
 from dvinv.training.sampling import rounds_of
@@ -62,7 +62,6 @@ def _fill(run: Run, pool: ImagePool) -> None:
     if method == 'adaptive':
         adaptive.fill_pool(run, run.teacher, pool, student.student_of(run, run.teacher), 'synthesis', method)
         return
-    put_aside_damaged(pool, pool.check, 'synthesis')
     fill_pool(run, run.teacher, pool, method, 'synthesis', method)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dvinv.runtime import provenance
+from dvinv.runtime import versions
 
 
 @pytest.mark.parametrize(
@@ -17,9 +17,9 @@ from dvinv.runtime import provenance
 )
 def test_the_command_can_be_given_again(monkeypatch, argv, told):
     monkeypatch.setattr('sys.argv', argv)
-    assert provenance.command() == told
+    assert versions.command() == told
 
 
 def test_the_packages_are_named():
-    assert 'dvinv 0' in provenance.packages()
-    assert 'Python 3.' in provenance.packages()
+    assert 'dvinv 0' in versions.packages()
+    assert 'Python 3.' in versions.packages()
