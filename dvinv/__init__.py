@@ -9,6 +9,7 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for those who read types without 
     from dvinv.errors import DvinvError as DvinvError
     from dvinv.inversion import PRESETS as PRESETS
     from dvinv.inversion import InversionConfig as InversionConfig
+    from dvinv.inversion import Moments as Moments
     from dvinv.inversion import Stage as Stage
     from dvinv.inversion import Teacher as Teacher
     from dvinv.inversion import Weights as Weights
@@ -17,12 +18,14 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for those who read types without 
     from dvinv.inversion import from_linen as from_linen
     from dvinv.inversion import from_nnx as from_nnx
     from dvinv.inversion import invert as invert
+    from dvinv.inversion import record_moments as record_moments
     from dvinv.loading import load as load
     from dvinv.pipeline import run as run
 
 _EXPORTS = {
     'DvinvError': 'dvinv.errors',
     'InversionConfig': 'dvinv.inversion',
+    'Moments': 'dvinv.inversion',
     'PRESETS': 'dvinv.inversion',
     'Stage': 'dvinv.inversion',
     'Teacher': 'dvinv.inversion',
@@ -34,6 +37,7 @@ _EXPORTS = {
     'from_nnx': 'dvinv.inversion',
     'invert': 'dvinv.inversion',
     'load': 'dvinv.loading',
+    'record_moments': 'dvinv.inversion',
     'run': 'dvinv.pipeline',
 }
 __all__ = list(_EXPORTS)

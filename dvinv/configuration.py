@@ -85,6 +85,9 @@ def base_config(preset: str = '') -> ml_collections.ConfigDict:
             # .5 each where the network is trained here.
             'mean': (),
             'std': (),
+            # Of a network without BatchNorm, or in the place of its running statistics: a file of `python -m dvinv.moments`.
+            'moments': '',
+            'moments_images': 0,  # or so many real training images, from which the task teacher records them; 0: none
             'training': {**recipe, 'label_smoothing': 0.0},
         }
     )

@@ -185,6 +185,7 @@ def _synthesis(
             ['Teacher takes them for their class', percent(made['teacher_accuracy'])],
             ['Verifier takes them for their class', percent(made['verifier_accuracy'])],
             ['Verifier, among its first five', percent(made['verifier_top5_accuracy'])],
+            ['Statistics of the teacher that they are drawn to', made.get('statistics', 'running statistics')],
             ['Feature loss of the initial noise', number(made['feature_loss_first'])],
             ['Feature loss of the finished images', number(made['feature_loss_last'])],
             ['Feature loss of real batches', number(made['feature_loss_real'])],

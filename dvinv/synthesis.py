@@ -21,7 +21,7 @@ from dvinv.runtime.pictures import class_grid
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.student import student_of
 from dvinv.synthesizer import control_pool, fill_pool
-from dvinv.teacher import check_fits, load, load_verifier
+from dvinv.teacher import check_fits, load, load_verifier, statistics_of
 
 
 def run(config, workdir) -> dict:
@@ -38,6 +38,7 @@ def run(config, workdir) -> dict:
     return {
         **_judge(pool, verifier),
         'rounds': 1 if config.pool else rounds_of(config).count,
+        'statistics': statistics_of(config, workdir, teacher),
         'feature_loss_real': _real_feature_loss(config, teacher, pool),
     }
 
@@ -69,14 +70,15 @@ def _judge(pool: ImagePool, verifier: Classifier | None) -> dict:
             totals['verifier'] += among_top(logits, labels).sum()
             totals['verifier_top5'] += among_top(logits, labels, 5).sum()
         for end in ('first', 'last'):
-            totals[end] += notes[f'feature_loss_{end}']
+            totals[end] += notes[f'feature_loss_{end}'] or 0.0
+    matched = notes['feature_loss_last'] is not None  # else the teacher has no statistics
     judges = {'teacher': True, 'verifier': verifier, 'verifier_top5': verifier}
     return {
         'images': totals['images'],
         'batches': len(numbers),
         'iterations': pool.notes(numbers[0])['iterations'],
         **{f'{name}_accuracy': float(totals[name] / totals['images']) if there else None for name, there in judges.items()},
-        **{f'feature_loss_{end}': totals[end] / len(numbers) for end in ('first', 'last')},
+        **{f'feature_loss_{end}': totals[end] / len(numbers) if matched else None for end in ('first', 'last')},
     }
 
 
@@ -94,7 +96,7 @@ def _real_feature_loss(config, teacher: Teacher, pool: ImagePool) -> float | Non
     that makes images sees it.
     """
     data = load_real(config.data)
-    if data is None or data.train is None:
+    if data is None or data.train is None or not teacher.statistics(teacher.variables):
         return None
     check_fits(teacher, data)
     stage = inversion_config(config).stages[-1]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable
 
@@ -197,6 +198,11 @@ class Synthesizer:
         self._progress.update(self._made * self._iterations + abreast * done, **terms)
         self._workdir.tick(self._task)
 
+    def _feature_loss(self, x, key: jax.Array) -> float | None:
+        """Returns R_feature of a batch; None of a teacher without statistics."""
+        value = float(self._measure(self._teacher.variables, x, key))
+        return None if math.isnan(value) and not self._teacher.statistics(self._teacher.variables) else value
+
     def _write(self, number: int, key: jax.Array, labels: np.ndarray, x: np.ndarray, notes: dict) -> None:
         teacher, images = self._teacher, self._teacher.to_uint8(x)
         canvas, view_key = blank_canvas(key, len(labels), teacher.image_shape)
@@ -205,8 +211,8 @@ class Synthesizer:
         about = {
             'batch': number,
             'iterations': self._iterations,
-            'feature_loss_first': float(self._measure(teacher.variables, self._paint(canvas), view_key)),
-            'feature_loss_last': float(self._measure(teacher.variables, teacher.normalise(images), view_key)),
+            'feature_loss_first': self._feature_loss(self._paint(canvas), view_key),
+            'feature_loss_last': self._feature_loss(teacher.normalise(images), view_key),
             'config': {
                 **told,
                 'seed': self._config.seed,

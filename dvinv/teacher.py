@@ -12,13 +12,17 @@ from dvinv.data.real import load_real
 from dvinv.errors import DvinvError, listed
 from dvinv.evaluation import accuracy, flops
 from dvinv.factories import of_teacher
+from dvinv.inversion.augmentation import Augmentation
 from dvinv.inversion.modules import check_trainable, trained_part
+from dvinv.inversion.moments import Moments
+from dvinv.inversion.recording import LEAST, record_moments, with_shapes
 from dvinv.inversion.tap import running_statistics
 from dvinv.inversion.teacher import Teacher, teacher_of, trusted_linen
-from dvinv.networks import Classifier, classifier_of, create, load_classifier, load_network, read_classifier, shapes_of
+from dvinv.networks import Classifier, create, load_classifier, load_network, read_classifier, shapes_of
 from dvinv.networks.classifier import check_finite, flatten
 from dvinv.networks.files import refuse_other
 from dvinv.rounds import Rounds
+from dvinv.runtime.processes import is_primary, meet
 from dvinv.runtime.workdir import Workdir, open_workdir
 from dvinv.student import say_larger
 from dvinv.training import Learner, Lesson, PlannedTraining, learn
@@ -32,13 +36,15 @@ def run(config, workdir) -> dict:
     """Train what is not given, score teacher and verifier on the real test images; returns the figures."""
     workdir = open_workdir(workdir, config)
     data, verifier, scores = load_real(config.data), None, {}
-    teacher = _blank(config, data) if is_trained_here('teacher', config) else load(config, workdir)
+    teacher = _blank(config, data) if is_trained_here('teacher', config) else _bare(config, workdir)
     if config.verifier.network and config.verifier.weights:  # first: it may be refused
         verifier = load_verifier(config, workdir, teacher)
         scores['verifier'] = _score('verifier', verifier, data, config)
     if is_trained_here('teacher', config):
         _train('teacher', config, workdir, data, teacher)
-        teacher = load(config, workdir)
+        teacher = _bare(config, workdir)
+    if config.teacher.moments_images:
+        _record(config, workdir, data, teacher)
     scores['teacher'] = _score('teacher', teacher, data, config)
     if is_trained_here('verifier', config):
         _train('verifier', config, workdir, data, teacher)
@@ -76,20 +82,66 @@ def planned_trainings(config, teacher: Teacher) -> list[PlannedTraining]:
 
 def complete(config, workdir: Workdir) -> bool:
     """Whether the networks of the finished task are still there: a damaged file is deleted by its owner."""
-    return all(workdir.has_network(name) for name in ROLES if is_trained_here(name, config))
+    recorded = ('moments',) if config.teacher.moments_images else ()
+    return all(workdir.has_network(name) for name in (*(n for n in ROLES if is_trained_here(n, config)), *recorded))
 
 
 def is_there(config, workdir: Workdir) -> bool:
     """Whether `load` finds the teacher: it is given, or trained already."""
-    return not is_trained_here('teacher', config) or workdir.has_network('teacher')
+    recorded = not config.teacher.moments_images or workdir.has_network('moments')
+    return recorded and (not is_trained_here('teacher', config) or workdir.has_network('teacher'))
 
 
-def load(config, workdir: Workdir | None) -> Teacher | Classifier:
+def load(config, workdir: Workdir | None) -> Teacher:
     """The teacher of a run: from the user's factory, from a weights file, or as the task `teacher` trained it.
+
+    It has the moments that the config names, or the task recorded; without `workdir`, the shapes of these.
 
     Raises:
       DvinvError: it is not there, cannot be imported, or cannot be inverted.
     """
+    teacher, group = _bare(config, workdir), config.teacher
+    if group.moments:
+        return teacher.with_moments(group.moments)
+    if not group.moments_images:
+        return teacher
+    if workdir is None:
+        return with_shapes(teacher)
+    if not workdir.has_network('moments'):
+        raise DvinvError(f'There are no moments in {workdir.path} yet; run the task teacher first, or set teacher.moments.')
+    return teacher.with_moments(workdir.network('moments'))
+
+
+def statistics_of(config, workdir: Workdir, teacher: Teacher) -> str:
+    """Returns what the images of a teacher are drawn to, in words."""
+    layers, group = len(teacher.statistics(teacher.variables)), config.teacher
+    if group.moments or group.moments_images:
+        moments = Moments.load(group.moments or workdir.network('moments'))
+        return f'recorded moments of {moments.images:,} images, {layers} layers'
+    return f'running statistics, {layers} layers' if layers else 'none'
+
+
+def _record(config, workdir: Workdir, data: RealData, teacher: Teacher) -> None:
+    """Records the moments of `teacher.moments_images` real training images, as it was shown them, as many of each class."""
+    if workdir.has_network('moments'):
+        return
+    group, labels = config.teacher, data.train.labels
+    order = np.random.default_rng(config.seed).permutation(len(labels))
+    turns = np.zeros(len(labels), int)  # of an image among those of its class
+    for label in np.unique(labels):
+        rows = order[labels[order] == label]
+        turns[rows] = np.arange(len(rows))
+    chosen = np.sort(np.argsort(turns, kind='stable')[: group.moments_images])
+    look = recipe_of(group.training).look
+    look = None if look == Augmentation() else look
+    moments = record_moments(teacher, data.train.images[chosen], augmentation=look, key=config.seed)
+    if is_primary():
+        moments.save(workdir.network('moments'))
+    meet('moments of the teacher')
+
+
+def _bare(config, workdir: Workdir | None) -> Teacher:
+    """`load` without recorded moments."""
     group = config.teacher
     if group.factory:
         teacher = of_teacher(config)
@@ -98,26 +150,22 @@ def load(config, workdir: Workdir | None) -> Teacher | Classifier:
             return teacher_of(module, variables, **{name: about[name] for name in ('image_shape', 'mean', 'std')})
         check_finite(teacher.variables, f'teacher.factory {group.factory!r}')  # it may have been changed since it was made
         return teacher
-    return _to_invert(config, *read(config, workdir))
+    return _to_invert(*read(config, workdir))
 
 
-def _to_invert(config, module, variables, about: dict) -> Teacher | Classifier:
+def _to_invert(module, variables, about: dict) -> Teacher:
     """Returns the `Teacher` of a Linen module with its variables and the description of `networks.save_network`.
-
-    Where the task `teacher` is the only one, and inverts nothing, a network without running statistics is a `Classifier`.
 
     Raises:
       DvinvError: it cannot be inverted.
     """
-    if {*config.tasks} <= {'teacher'} and not running_statistics(variables):
-        return classifier_of(module, variables, about)
     return trusted_linen(module, variables, image_shape=about['image_shape'], mean=about['mean'], std=about['std'])
 
 
 def image_shape(config) -> tuple[int, int, int]:
     """(H, W, C) of the run's teacher, whether it is trained already or not."""
     if not is_trained_here('teacher', config) and (config.teacher.factory or config.teacher.network):
-        return load(config, None).image_shape
+        return _bare(config, None).image_shape
     data = load_real(config.data)
     return data.image_shape if data else check(config).image_shape  # which refuses it
 
@@ -242,6 +290,7 @@ def check(config) -> Teacher | Classifier:
             )
     if needed and 'teacher' in config.tasks:
         _check_classes(data)
+    _check_moments(config, data)
     if is_trained_here('teacher', config):
         group, shape = config.teacher, data.image_shape
         if group.image_shape and tuple(group.image_shape) != tuple(shape):
@@ -257,7 +306,9 @@ def check(config) -> Teacher | Classifier:
         else:
             module = create(group.network, data.num_classes, group.width)
             about = {'image_shape': shape, 'num_classes': data.num_classes, 'mean': mean, 'std': std}
-            teacher = _to_invert(config, module, shapes_of(module, shape), about)
+            teacher = _to_invert(module, shapes_of(module, shape), about)
+        if config.teacher.moments_images:
+            teacher = with_shapes(teacher)
     else:
         teacher = load(config, None)
         if not config.teacher.factory:
@@ -284,6 +335,28 @@ def check(config) -> Teacher | Classifier:
             _check_takes('student', config.student, teacher)
         say_larger(config, teacher)
     return teacher
+
+
+def _check_moments(config, data: RealData | None) -> None:
+    """Refuse moments that are of no network yet, or that there are no images for."""
+    group, count = config.teacher, config.teacher.moments_images
+    if count and (count < LEAST or group.moments):
+        raise DvinvError(
+            f'teacher.moments_images is {count}'
+            + (f', and teacher.moments is {group.moments!r}; give one of them.' if group.moments else '')
+            + ('' if group.moments else f'; moments are of at least {LEAST} images, better of 100 (0: none are recorded).')
+        )
+    if count and (data is None or data.train is None):
+        raise DvinvError(
+            f'teacher.moments_images is {count}, but there are no real training images to record moments from; name some by '
+            'data.name and data.train_path, or give a file that was made where they are, teacher.moments=FILE '
+            '(python -m dvinv.moments).'
+        )
+    if group.moments and is_trained_here('teacher', config):
+        raise DvinvError(
+            f'teacher.moments is {group.moments!r}, but the teacher is yet to be trained, so they are of another network; '
+            'record those of this one by teacher.moments_images=100.'
+        )
 
 
 def _check_classes(data: RealData) -> None:

@@ -1,6 +1,6 @@
 """The heart: pixels are optimised until a frozen teacher is sure of them and finds their statistics familiar.
 
-Pure functions, no files and no flags. Read in the order settings, teacher, tap, nnx_tap, augmentation, losses, objective,
+Pure functions, no files and no flags. Read in the order settings, teacher, tap, nnx_tap, moments, recording, augmentation, losses, objective,
 execution, canvas, step, programs, invert.
 """
 
@@ -9,13 +9,16 @@ from dvinv.inversion.invert import (
     balanced_labels,
     check_labels,
     check_resolutions,
+    check_statistics,
     feature_loss,
     invert,
     make_feature_loss,
     make_inverter,
     takes_resolutions,
 )
+from dvinv.inversion.moments import Moments
 from dvinv.inversion.presets import PRESETS, preset_for
+from dvinv.inversion.recording import record_moments
 from dvinv.inversion.settings import InversionConfig, Stage, Weights
 from dvinv.inversion.teacher import Teacher, from_linen, from_nnx
 
@@ -23,12 +26,14 @@ __all__ = [
     'PRESETS',
     'Inversion',
     'InversionConfig',
+    'Moments',
     'Stage',
     'Teacher',
     'Weights',
     'balanced_labels',
     'check_labels',
     'check_resolutions',
+    'check_statistics',
     'feature_loss',
     'from_linen',
     'from_nnx',
@@ -36,5 +41,6 @@ __all__ = [
     'make_feature_loss',
     'make_inverter',
     'preset_for',
+    'record_moments',
     'takes_resolutions',
 ]

@@ -49,15 +49,12 @@ def objective(
     logits, moments = teacher.tap(variables, shown, axis)
     smooth = rescaled(shown if config.prior_on == 'view' else scaled, teacher, in_scale(config.pixel_scale, teacher))
     weights = config.weights
-    terms = {
-        'cross_entropy': (weights.main, cross_entropy(logits, labels, axis)),
-        'feature': (
-            weights.feature,
-            feature_loss(feature_terms(moments, teacher.statistics(variables)), weights.first_bn_multiplier),
-        ),
-        'total_variation': (weights.total_variation, TOTAL_VARIATION[config.total_variation](smooth, axis)),
-        'l2': (weights.l2, L2[config.l2](smooth, axis)),
-    }
+    terms = {'cross_entropy': (weights.main, cross_entropy(logits, labels, axis))}
+    if moments:
+        features = feature_terms(moments, teacher.statistics(variables))
+        terms['feature'] = weights.feature, feature_loss(features, weights.first_bn_multiplier)
+    terms['total_variation'] = weights.total_variation, TOTAL_VARIATION[config.total_variation](smooth, axis)
+    terms['l2'] = weights.l2, L2[config.l2](smooth, axis)
     if student_fn is not None:
         student_logits = student_fn(student_variables, shown)
         terms['competition'] = (weights.competition, competition(logits, student_logits, axis))

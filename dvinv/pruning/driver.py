@@ -300,7 +300,7 @@ class Pruner:
         left = {
             layer: np.flatnonzero(self._channels.there(units, alive))
             for layer in self._teacher.tap.layers
-            if (units := self._channels.axes[join_names(means[layer][0])][-1]) is not None
+            if layer in means and (units := self._channels.axes[join_names(means[layer][0])][-1]) is not None
         }
         layers = self._teacher.tap.layers if group.hint else ()
         teacher = in_precision(self._teacher, group.precision)

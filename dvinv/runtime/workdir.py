@@ -24,7 +24,13 @@ from dvinv.runtime.versions import record, refuse_other_settings, versions
 # made anew each time).
 EXEMPT = ('tasks', 'devices', 'logging', 'verifiers', 'synthesis.controls')
 # Keys that earlier versions did not have, with the values by which such a run goes on as it was.
-ADDED = {'student.factory': '', 'held_out': 0.0, 'synthesis.pixel_scale': 'network'}
+ADDED = {
+    'student.factory': '',
+    'held_out': 0.0,
+    'synthesis.pixel_scale': 'network',
+    'teacher.moments': '',
+    'teacher.moments_images': 0,
+}
 
 # What a run makes, but for its records: until one of these is there, a folder may get another config.
 MADE = (
