@@ -1,6 +1,6 @@
 """A vision transformer inverted by recorded moments, real 8x8 digits. CPU is enough.
 
-    python -m dvinv.main --config configs/digits_vit.py --workdir runs/digits_vit
+python -m dvinv.main --config configs/digits_vit.py --workdir runs/digits_vit
 """
 
 import ml_collections

@@ -1,5 +1,6 @@
 """The task `teacher`: the network that is inverted and the verifier that judges the images, trained or read, then scored."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -16,7 +17,6 @@ from dvinv.inversion.augmentation import Augmentation
 from dvinv.inversion.modules import check_trainable, trained_part
 from dvinv.inversion.moments import Moments
 from dvinv.inversion.recording import LEAST, record_moments, with_shapes
-from dvinv.inversion.tap import running_statistics
 from dvinv.inversion.teacher import Teacher, teacher_of, trusted_linen
 from dvinv.networks import Classifier, create, load_classifier, load_network, read_classifier, shapes_of
 from dvinv.networks.classifier import check_finite, flatten
@@ -29,6 +29,7 @@ from dvinv.training import Learner, Lesson, PlannedTraining, learn
 from dvinv.verifiers import check_alike, load_others, print_pixels, read_verifier, refuse_chance
 
 MEASURED = 10_000  # images, at most, of which the mean and std of pixels are taken
+NO_IMAGES = 'There are no real training images to record moments from'
 ROLES = {'teacher': 1, 'verifier': 2}
 
 
@@ -36,13 +37,13 @@ def run(config, workdir) -> dict:
     """Train what is not given, score teacher and verifier on the real test images; returns the figures."""
     workdir = open_workdir(workdir, config)
     data, verifier, scores = load_real(config.data), None, {}
-    teacher = _blank(config, data) if is_trained_here('teacher', config) else _bare(config, workdir)
+    teacher = _blank(config, data) if is_trained_here('teacher', config) else load_bare(config, workdir)
     if config.verifier.network and config.verifier.weights:  # first: it may be refused
         verifier = load_verifier(config, workdir, teacher)
         scores['verifier'] = _score('verifier', verifier, data, config)
     if is_trained_here('teacher', config):
         _train('teacher', config, workdir, data, teacher)
-        teacher = _bare(config, workdir)
+        teacher = load_bare(config, workdir)
     if config.teacher.moments_images:
         _record(config, workdir, data, teacher)
     scores['teacher'] = _score('teacher', teacher, data, config)
@@ -100,7 +101,7 @@ def load(config, workdir: Workdir | None) -> Teacher:
     Raises:
       DvinvError: it is not there, cannot be imported, or cannot be inverted.
     """
-    teacher, group = _bare(config, workdir), config.teacher
+    teacher, group = load_bare(config, workdir), config.teacher
     if group.moments:
         return teacher.with_moments(group.moments)
     if not group.moments_images:
@@ -122,25 +123,36 @@ def statistics_of(config, workdir: Workdir, teacher: Teacher) -> str:
 
 
 def _record(config, workdir: Workdir, data: RealData, teacher: Teacher) -> None:
-    """Records the moments of `teacher.moments_images` real training images, as it was shown them, as many of each class."""
-    if workdir.has_network('moments'):
-        return
-    group, labels = config.teacher, data.train.labels
+    """Records the moments that the config asks for into the work directory."""
+    if not workdir.has_network('moments'):
+        moments = record(config, data, teacher, config.teacher.moments_images)
+        if is_primary():
+            moments.save(workdir.network('moments'))
+        meet('moments of the teacher')
+
+
+def record(config, data: RealData | None, teacher: Teacher, images: int, layers: Iterable[str] = ()) -> Moments:
+    """Records the moments of so many real training images, as `teacher.training` shows them, as many of each class.
+
+    Raises:
+      DvinvError: there are no training images, or see `record_moments`.
+    """
+    if data is None or data.train is None:
+        raise DvinvError(f'{NO_IMAGES}; name some by data.name and data.train_path.')
+    check_fits(teacher, data)
+    labels = data.train.labels
     order = np.random.default_rng(config.seed).permutation(len(labels))
     turns = np.zeros(len(labels), int)  # of an image among those of its class
     for label in np.unique(labels):
         rows = order[labels[order] == label]
         turns[rows] = np.arange(len(rows))
-    chosen = np.sort(np.argsort(turns, kind='stable')[: group.moments_images])
-    look = recipe_of(group.training).look
+    chosen = np.sort(np.argsort(turns, kind='stable')[: max(0, images)])
+    look = recipe_of(config.teacher.training).look
     look = None if look == Augmentation() else look
-    moments = record_moments(teacher, data.train.images[chosen], augmentation=look, key=config.seed)
-    if is_primary():
-        moments.save(workdir.network('moments'))
-    meet('moments of the teacher')
+    return record_moments(teacher, data.train.images[chosen], layers, augmentation=look, key=config.seed)
 
 
-def _bare(config, workdir: Workdir | None) -> Teacher:
+def load_bare(config, workdir: Workdir | None) -> Teacher:
     """`load` without recorded moments."""
     group = config.teacher
     if group.factory:
@@ -165,7 +177,7 @@ def _to_invert(module, variables, about: dict) -> Teacher:
 def image_shape(config) -> tuple[int, int, int]:
     """(H, W, C) of the run's teacher, whether it is trained already or not."""
     if not is_trained_here('teacher', config) and (config.teacher.factory or config.teacher.network):
-        return _bare(config, None).image_shape
+        return load_bare(config, None).image_shape
     data = load_real(config.data)
     return data.image_shape if data else check(config).image_shape  # which refuses it
 
@@ -348,8 +360,8 @@ def _check_moments(config, data: RealData | None) -> None:
         )
     if count and (data is None or data.train is None):
         raise DvinvError(
-            f'teacher.moments_images is {count}, but there are no real training images to record moments from; name some by '
-            'data.name and data.train_path, or give a file that was made where they are, teacher.moments=FILE '
+            f'teacher.moments_images is {count}, but {NO_IMAGES[0].lower()}{NO_IMAGES[1:]}; name some by data.name and '
+            'data.train_path, or give a file that was made where they are, teacher.moments=FILE '
             '(python -m dvinv.moments).'
         )
     if group.moments and is_trained_here('teacher', config):

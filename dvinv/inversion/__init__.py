@@ -1,7 +1,7 @@
 """The heart: pixels are optimised until a frozen teacher is sure of them and finds their statistics familiar.
 
-Pure functions, no files and no flags. Read in the order settings, teacher, tap, nnx_tap, moments, recording, augmentation, losses, objective,
-execution, canvas, step, programs, invert.
+Pure functions, no files (but of moments) and no flags. Read in the order settings, teacher, tap, nnx_tap, moments,
+recording, augmentation, losses, objective, execution, canvas, step, programs, invert.
 """
 
 from dvinv.inversion.invert import (

@@ -198,7 +198,9 @@ def _array(value):
 @functools.cache
 def _listening(layer: type) -> type:
     """A subclass of the class `layer` with an ear before each `__call__` that it has or inherits."""
-    inherited = [base for c in layer.__mro__[1:] if c is not Generic for base in ((_ear(), c) if '__call__' in vars(c) else (c,))]
+    inherited = [
+        base for c in layer.__mro__[1:] if c is not Generic for base in ((_ear(), c) if '__call__' in vars(c) else (c,))
+    ]
     return _ear(layer, *inherited)
 
 

@@ -124,7 +124,7 @@ def default_places(teacher: Teacher) -> tuple[str, ...]:
         places = [path + OUTPUT for path in modules if path in owners][:-1]
     if not places:
         raise DvinvError(
-            'The network has no layer that normalises, no residual block and fewer than two layers with weights; name what to '
-            'record by layers, patterns of paths or classes.'
+            'The network has no layer that normalises, no residual block and fewer than two layers with weights; name what '
+            'to record by layers, patterns of paths or classes.'
         )
     return in_order(modules, places)

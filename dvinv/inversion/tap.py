@@ -1,4 +1,4 @@
-"""The tap: the moments of every BatchNorm input of an unmodified Flax network, or of what any of its layers takes or returns.
+"""The tap: the moments of every BatchNorm input of an unmodified Flax network, or of what any layers take or return.
 
 Any layer that owns running statistics (`batch_stats/mean` and `batch_stats/var`, or others with such names, as
 `running_mean` and `running_var`, in any collection) counts as a BatchNorm, whatever its class. While the network runs,
@@ -163,7 +163,7 @@ def shifted_moments(layer, running_mean: jax.Array | None, x: jax.Array, mask: j
     With a mask, over the places where it is true: (p d, p s, p), where p is their share. Without a running mean: (p mean,
     p variance, p), in two passes.
     """
-    axes = layer.axis if running_mean is not None and hasattr(layer, 'axis') or normalises_batches(layer) else -1
+    axes = layer.axis if (running_mean is not None and hasattr(layer, 'axis')) or normalises_batches(layer) else -1
     features = {a % x.ndim for a in (axes if isinstance(axes, tuple | list) else (axes,))}
     reduced = tuple(a for a in range(x.ndim) if a not in features)
     if running_mean is None:
@@ -284,8 +284,8 @@ class Tap(abc.ABC):
         if recorded:
             if missed:
                 raise DvinvError(
-                    f'The moments are of layers that {name} does not have, or not with so many channels: {listed(missed, 4)}. '
-                    'Record those of this network.'
+                    f'The moments are of layers that {name} does not have, or not with so many channels: '
+                    f'{listed(missed, 4)}. Record those of this network.'
                 )
             return
         idle = self._idle(variables, self._example) if missed else set()
@@ -426,8 +426,8 @@ class Tap(abc.ABC):
                 classes = dict.fromkeys(module.__name__ for path, module in modules.items() if path)
                 raise DvinvError(
                     f'The pattern {pattern!r} fits no layer of {self._name}. A pattern is a path, for instance '
-                    f"{listed([*filter(None, modules)], 3)}, or a class, {listed([*classes], 6)}, with * for any characters, "
-                    f'and {OUTPUT!r} after it for what the layer returns.'
+                    f'{listed([*filter(None, modules)], 3)}, or a class, {listed([*classes], 6)}, with * for any '
+                    f'characters, and {OUTPUT!r} after it for what the layer returns.'
                 )
             wanted.update(dict.fromkeys(path + output for path in found))
         return in_order(modules, wanted)
