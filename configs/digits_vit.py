@@ -15,17 +15,16 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     augmentation = {'shift': 1, 'noise': 0.1}
     config.teacher.update(network='small_vit', moments_images=100)
     config.teacher.training.update(
-        updates=1000, learning_rate=2e-3, warmup=100, batch_size=64, weight_decay=5e-2, clip_norm=1.0, **augmentation
+        updates=1500, learning_rate=2e-3, warmup=100, batch_size=64, weight_decay=5e-2, clip_norm=1.0, **augmentation
     )
     config.verifier.training.update(
         updates=600, learning_rate=2e-3, warmup=60, batch_size=64, weight_decay=5e-4, **augmentation
     )
-    config.student.network = 'small_vit'
+    config.student.network = 'small_resnet'
     config.student.width = 0.5
-    config.synthesis.update(images=1024, batch_size=512)
-    config.distillation.update(
-        updates=1000, learning_rate=2e-3, warmup=100, batch_size=64, weight_decay=5e-2, clip_norm=1.0, **augmentation
-    )
+    config.synthesis.update(images=1024, batch_size=256)
+    config.synthesis.weights.feature = 0.03
+    config.distillation.update(updates=600, learning_rate=3e-2, warmup=40, batch_size=64, weight_decay=5e-4, **augmentation)
     config.logging.checkpoint_every = 200
     if arg == 'smoke':
         shrink(config)

@@ -177,6 +177,7 @@ def shrink(config, width: float = 0.25) -> None:
         config.data.update(name='digits', image_size=32)
         config.teacher.mean, config.teacher.std = (0.3053,), (0.3761,)
     config.teacher.width, config.verifier.width = width, width
+    config.teacher.moments_images = min(config.teacher.moments_images, 20)
     config.verifiers = ()
     config.student.width = width if config.distillation.hint else width / 2  # hints of layers need one shape
     trainings = (config.teacher.training, config.verifier.training, config.quantization.training)
@@ -280,6 +281,7 @@ def inversion_config(config, method: str = '') -> InversionConfig:
         group.recompute,
         group.iterations_per_dispatch,
         group.pixel_scale,
+        tuple(group.attention),
     )
 
 

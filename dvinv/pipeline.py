@@ -11,7 +11,7 @@ from dvinv.continual import check as continual_check
 from dvinv.continual import driver as continual
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError, say
-from dvinv.inversion import Teacher, check_labels, check_resolutions, check_statistics, takes_resolutions
+from dvinv.inversion import Teacher, attention_of, check_labels, check_resolutions, check_statistics, takes_resolutions
 from dvinv.pruning import driver as pruning
 from dvinv.quantization import driver as quantization
 from dvinv.runtime import preemption
@@ -83,6 +83,8 @@ def check(config, workdir=None) -> Teacher:
         check_resolutions(to_invert, settings)
         if makes_images and config.synthesis.method != 'noise':
             check_statistics(to_invert, settings)
+        if makes_images and settings.weights.patch_similarity:
+            attention_of(to_invert, settings)
     if makes_images:
         check_labels(np.array(config.synthesis.classes, int), to_invert.num_classes)
         configuration.check_count(config, 'synthesis.images', images, to_invert.num_classes)

@@ -1,5 +1,6 @@
 """Networks without BatchNorm: what is captured, recorded, kept in a file and matched."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -14,9 +15,13 @@ import dvinv
 from dvinv import moments as command
 from dvinv import pipeline
 from dvinv.errors import DvinvError
-from dvinv.inversion.augmentation import Augmentation
+from dvinv.inversion import attention_of
+from dvinv.inversion.augmentation import Augmentation, centred, color_shift_each
+from dvinv.inversion.objective import objective, view
+from dvinv.inversion.priors import patch_similarity_entropy
 from dvinv.inversion.recording import default_places
 from dvinv.networks import create, shapes_of
+from dvinv.networks.vision_transformer import VisionTransformer
 
 QUICKLY = {'xla_backend_optimization_level': 0}  # what runs once is not worth optimising
 PICTURES = {'image_shape': IMAGE_SHAPE, 'mean': MEAN, 'std': STD}
@@ -188,6 +193,70 @@ def test_a_file_holds_the_moments_and_what_they_are_of(tmp_path):
     assert path.stat().st_size < 4000  # no image
     own = dvinv.from_linen(Loop(), loop().variables, **PICTURES, moments=str(path))
     assert own.digest() == loop().with_moments(recorded()).digest()
+
+
+# Without any statistics
+
+
+def test_the_entropy_of_similarities_is_that_of_their_density():
+    """Against the integral over a fine grid, and low where all patches are equally alike."""
+    rng = np.random.default_rng(0)
+    same = rng.normal(size=(1, 1, 6)) + 0.1 * rng.normal(size=(2, 12, 6))
+    parts = np.concatenate([rng.normal(size=(2, 1, 6)).repeat(6, 1), rng.normal(size=(2, 1, 6)).repeat(6, 1)], 1)
+    parts = parts + 0.1 * rng.normal(size=parts.shape)
+    expected = []
+    for tokens in parts:
+        units = tokens / np.linalg.norm(tokens, axis=1, keepdims=True)
+        values = (units @ units.T)[np.triu_indices(12, 1)]
+        width = 1.06 * values.std() * len(values) ** -0.2
+        grid = np.linspace(values.min() - 4 * width, values.max() + 4 * width, 2000)
+        density = np.exp(-0.5 * ((grid[:, None] - values) / width) ** 2).mean(1) / (width * np.sqrt(2 * np.pi))
+        expected.append(-np.trapezoid(density * np.log(density + 1e-12), grid))
+    entropy = jax.jit(patch_similarity_entropy, compiler_options=QUICKLY)
+    images = parts.reshape(2, 12, 1, 6).astype(np.float32)
+    np.testing.assert_allclose(entropy(images), np.mean(expected), atol=0.02)
+    assert entropy(same.reshape(images.shape).astype(np.float32)) < entropy(images) - 0.5
+    gradient = jax.jit(jax.grad(patch_similarity_entropy), compiler_options=QUICKLY)
+    assert np.isfinite(gradient(np.ones((2, 12, 6), np.float32))).all()
+
+
+def test_the_prior_is_the_sum_over_the_attention_layers_of_a_network():
+    module = VisionTransformer(3, channels=8, depth=2, patch=2, head=4, token=False)
+    teacher = dvinv.from_linen(module, trained_variables(module), **PICTURES)
+    weights = dvinv.Weights(feature=0.0, patch_similarity=0.5)
+    config = dvinv.InversionConfig((dvinv.Stage(1, 0.1, color_shift=0.5, centre=0.5),), weights)
+    places = attention_of(teacher, config)
+    assert places == tuple(f'blocks_{block}/attn:output' for block in range(2))
+    x, arguments = jax.random.normal(jax.random.key(0), (5, *IMAGE_SHAPE)), (np.arange(5) % 3, teacher.variables, None)
+
+    def run(x, key):
+        attended = dataclasses.replace(config, attention=places)
+        _, terms = objective(teacher, attended, config.stages[0], None, x, *arguments, key)
+        _, shown = view(teacher, config.stages[0], x, key)
+        return terms, teacher.tap(teacher.variables, shown, capture=places)[2]
+
+    terms, captured = jax.jit(run, compiler_options=QUICKLY)(x, jax.random.key(1))
+    assert 'feature' not in terms
+    expected = -sum(patch_similarity_entropy(tokens) for (tokens,) in captured.values())
+    np.testing.assert_allclose(terms['patch_similarity'], expected, rtol=1e-4)
+    with pytest.raises(DvinvError, match=r"pattern '\*Attention\*:output' fits no layer of Loop"):
+        attention_of(loop(), config)
+    with pytest.raises(
+        DvinvError, match=r'patch_similarity is 0.5, but Dense_1:output, which attention names, is not an array'
+    ):
+        attention_of(loop(), dataclasses.replace(config, attention=('Dense:output',)))
+
+
+def test_colours_are_shifted_a_channel_and_image_and_the_middle_is_shown():
+    x = np.ones((3, 8, 8, 2), np.float32)
+    shifted = np.asarray(color_shift_each(jax.random.key(0), x, 1.0))
+    assert (shifted == shifted[:, :1, :1]).all()  # one number a channel and image
+    assert len(np.unique(shifted)) == 6
+    picture = np.arange(8, dtype=np.float32)[None, :, None, None] * np.ones((1, 8, 8, 1), np.float32)
+    middle = np.asarray(centred(picture, 0.5))
+    assert middle.shape == picture.shape
+    assert (middle.min(), middle.max()) == (2, 5)
+    assert centred(picture, 1.0) is picture
 
 
 # Mistakes

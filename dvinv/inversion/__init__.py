@@ -1,11 +1,12 @@
 """The heart: pixels are optimised until a frozen teacher is sure of them and finds their statistics familiar.
 
 Pure functions, no files (but of moments) and no flags. Read in the order settings, teacher, tap, nnx_tap, moments,
-recording, augmentation, losses, objective, execution, canvas, step, programs, invert.
+recording, augmentation, losses, priors, objective, execution, canvas, step, programs, invert.
 """
 
 from dvinv.inversion.invert import (
     Inversion,
+    attention_of,
     balanced_labels,
     check_labels,
     check_resolutions,
@@ -30,6 +31,7 @@ __all__ = [
     'Stage',
     'Teacher',
     'Weights',
+    'attention_of',
     'balanced_labels',
     'check_labels',
     'check_resolutions',

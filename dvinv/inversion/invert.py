@@ -57,6 +57,23 @@ def check_statistics(teacher: Teacher, config: InversionConfig) -> None:
         )
 
 
+def attention_of(teacher: Teacher, config: InversionConfig) -> tuple[str, ...]:
+    """Returns the places of the attention outputs that `weights.patch_similarity` is of.
+
+    Raises:
+      DvinvError: the network has no such layers, or they are within lifted loops.
+    """
+    places, x = teacher.tap.find(teacher.variables, config.attention), np.zeros((1, *teacher.image_shape), np.float32)
+    _, _, captured = jax.eval_shape(lambda v, x: teacher.tap(v, x, capture=places), teacher.variables, x)
+    missed = [place for place in places if not all(getattr(call, 'ndim', 0) > 2 for call in captured.get(place, [None]))]
+    if missed:
+        raise DvinvError(
+            f'weights.patch_similarity is {config.weights.patch_similarity}, but {missed[0]}, which attention names, is not '
+            'an array of patches [B, ..., C] that can be captured; name the layers whose it is, or set the weight to 0.'
+        )
+    return places
+
+
 def takes_resolutions(teacher: Teacher, config: InversionConfig) -> bool:
     """Whether the network takes images of the resolutions of all stages: one that flattens them takes a single one."""
     try:
@@ -121,6 +138,8 @@ def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student
     """
     config.check(teacher.image_shape)
     check_statistics(teacher, config)
+    if config.weights.patch_similarity:
+        config = dataclasses.replace(config, attention=attention_of(teacher, config))
     programs, split = programs_of(teacher, config, mesh, student_fn), config.bn_stats == 'global'
     if not programs.checked:
         check_resolutions(teacher, config)

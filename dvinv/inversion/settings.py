@@ -29,6 +29,8 @@ class Stage:
     jitter: int = 0  # pixels, at this stage's resolution
     flip: bool = False
     noise: float = 0.0  # deviation, up to, of Gaussian noise an image, for pixels in [0, 1]
+    color_shift: float = 0.0  # strength of random scales and shifts of the channels of each image that is shown
+    centre: float = 1.0  # share of height and width, in the middle, that is shown, scaled up; 1: the whole picture
     clip: bool = True  # keep pixels in the valid range [0, 1] (before normalisation); a spectrum keeps them there anyway
 
     def shown_size(self, height: int, width: int) -> tuple[int, int]:
@@ -40,7 +42,7 @@ class Stage:
     @property
     def look(self) -> Augmentation:
         """How the teacher is shown the images."""
-        return Augmentation(self.augmentation, self.jitter, self.flip, self.noise)
+        return Augmentation(self.augmentation, self.jitter, self.flip, self.noise, color_shift=self.color_shift)
 
     def optimiser(self) -> optax.GradientTransformation:
         """Adam on the pixels, with this stage's schedule."""
@@ -62,6 +64,7 @@ class Weights:
     total_variation: float = 1e-4
     l2: float = 0.0
     competition: float = 0.0  # Adaptive DeepInversion; needs a student
+    patch_similarity: float = 0.0  # entropy of the similarities between patches, of networks with attention: see priors.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +85,8 @@ class InversionConfig:
     # What steps and first noise of 'pixels', and priors, are measured in: pixels of mean .5 and std .25 for any network
     # ('common'), or, where that network takes normalised pixels, in its own mean and std ('network': paper).
     pixel_scale: str = 'common'
+
+    attention: tuple[str, ...] = ('*Attention*:output',)  # patterns of the layers of `weights.patch_similarity`
 
     @property
     def iterations(self) -> int:
@@ -114,8 +119,12 @@ class InversionConfig:
             _one_of(f'stages[{i}].augmentation', stage.augmentation, ('roll', 'crop'))
             _one_of(f'stages[{i}].schedule', stage.schedule, ('cosine', 'constant'))
             _at_least(f'stages[{i}].iterations', stage.iterations, 1)
-            for field in ('resolution', 'warmup', 'jitter', 'noise', 'learning_rate'):
+            for field in ('resolution', 'warmup', 'jitter', 'noise', 'learning_rate', 'color_shift'):
                 _at_least(f'stages[{i}].{field}', getattr(stage, field), 0)
+            if not 0 < stage.centre <= 1:
+                raise DvinvError(
+                    f'stages[{i}].centre is {stage.centre}; it is a share of the picture, above 0 and at most 1.'
+                )
             if stage.resolution > height:
                 raise DvinvError(
                     f'stages[{i}].resolution is {stage.resolution}, but the images have a height of {height} pixels; choose '

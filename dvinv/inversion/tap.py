@@ -18,7 +18,6 @@ import abc
 import contextlib
 import copy
 import dataclasses
-import fnmatch
 import functools
 import inspect
 import re
@@ -413,7 +412,7 @@ class Tap(abc.ABC):
 
         Args:
           patterns: of a layer's path ('blocks_*/norm1') or class ('LayerNorm', or one that it inherits from), with * for any
-            characters. The layer's input is meant, or with ':output' after it what it returns.
+            characters but a slash, ** for any. The layer's input is meant, or with ':output' after it what it returns.
 
         Raises:
           DvinvError: a pattern fits nothing.
@@ -524,7 +523,9 @@ def in_order(modules: Iterable[str], places: Iterable[str]) -> tuple[str, ...]:
 
 def _fits(path: str, module: type, pattern: str) -> bool:
     """Whether a pattern of `Tap.find` names the layer of this path and class."""
-    return any(fnmatch.fnmatchcase(name, pattern) for name in (path, *(base.__name__ for base in module.__mro__)))
+    parts = {'**': '.*', '*': '[^/]*'}
+    expression = ''.join(parts.get(part, re.escape(part)) for part in re.split(r'(\*\*|\*)', pattern))
+    return any(re.fullmatch(expression, name) for name in (path, *(base.__name__ for base in module.__mro__)))
 
 
 class LinenTap(Tap):

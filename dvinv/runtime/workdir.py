@@ -30,6 +30,9 @@ ADDED = {
     'synthesis.pixel_scale': 'network',
     'teacher.moments': '',
     'teacher.moments_images': 0,
+    'synthesis.attention': ['*Attention*:output'],
+    'synthesis.weights.patch_similarity': 0.0,
+    **{f'synthesis.stages[{i}].{name}': value for i in range(9) for name, value in (('color_shift', 0.0), ('centre', 1.0))},
 }
 
 # What a run makes, but for its records: until one of these is there, a folder may get another config.
