@@ -263,11 +263,11 @@ def _stage(index: int, entry) -> Stage:
 
 
 def inversion_config(config, method: str = '') -> InversionConfig:
-    """`config.synthesis` as the inversion core takes it; `prior_only` has no feature term."""
+    """`config.synthesis` as the inversion core takes it; `prior_only` has no term of the network but the class."""
     group = config.synthesis
     weights = Weights(**group.weights)
     if (method or group.method) == 'prior_only':
-        weights = dataclasses.replace(weights, feature=0.0)
+        weights = dataclasses.replace(weights, feature=0.0, patch_similarity=0.0)
     return InversionConfig(
         tuple(_stage(index, stage) for index, stage in enumerate(group.stages)),
         weights,

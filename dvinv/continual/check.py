@@ -13,7 +13,7 @@ from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
 from dvinv.inversion import Teacher
 from dvinv.inversion.modules import LinenModule, trained_part, with_classes
-from dvinv.networks.classifier import flatten
+from dvinv.networks.classifier import MOMENTS, flatten
 from dvinv.runtime.devices import make_mesh, training_mesh
 from dvinv.teacher import check_changeable
 
@@ -70,6 +70,11 @@ def _is_there(workdir, name: str) -> bool:
 def _check_network(config, teacher: Teacher, settings) -> None:
     """Refuse a teacher whose head does not match its data or config, and a head that a loss cannot take."""
     check_changeable(config, teacher)
+    if MOMENTS in teacher.variables:
+        raise DvinvError(
+            'teacher.moments and teacher.moments_images are of the first network alone, and tasks make images of every one '
+            'that follows it, too; leave them out (and where these have no BatchNorm, set synthesis.weights.feature=0).'
+        )
     blank = network_of(config, teacher, teacher.num_classes)
     ours, theirs = (
         {path: tuple(np.shape(leaf)) for path, leaf in flatten(trained_part(network.variables)).items()}

@@ -22,6 +22,7 @@ from dvinv.errors import DvinvError
 from dvinv.held_out import HeldOut, learned_rows
 from dvinv.inversion import Teacher
 from dvinv.inversion.execution import in_precision
+from dvinv.inversion.modules import trained_part
 from dvinv.inversion.tap import find_statistics
 from dvinv.networks import Classifier, load_classifier, load_network, save_network
 from dvinv.networks.channels import Narrow, find_channels
@@ -95,11 +96,17 @@ def planned_trainings(config, teacher: Teacher) -> list[PlannedTraining]:
     group = config.pruning
     updates = group.steps * group.updates_per_step + group.updates
     recipe, module = dataclasses.replace(recipe_of(group), updates=updates), teacher.module
-    layers = teacher.tap.layers if group.hint else ()
+    layers = _compared(teacher) if group.hint else ()
     loss = distillation_loss(in_precision(teacher, group.precision), group.temperature, group.hint, layers)
     lesson = Lesson(recipe, loss, Rounds(config.synthesis.images), teacher.variables)
     networks = 1 + sum(control != 'untuned' for control in group.controls)
     return [PlannedTraining('pruned', module, lesson, teacher, networks, teacher)]
+
+
+def _compared(teacher: Teacher) -> tuple[str, ...]:
+    """Returns the layers with running statistics: the teacher may have recorded moments of others, too."""
+    own = find_statistics(trained_part(teacher.variables))
+    return tuple(layer for layer in teacher.tap.layers if layer in own)
 
 
 def complete(config, workdir: Workdir) -> bool:
@@ -299,10 +306,10 @@ class Pruner:
         recipe, means = dataclasses.replace(recipe_of(group), updates=updates), find_statistics(self._channels.shapes)
         left = {
             layer: np.flatnonzero(self._channels.there(units, alive))
-            for layer in self._teacher.tap.layers
-            if layer in means and (units := self._channels.axes[join_names(means[layer][0])][-1]) is not None
+            for layer in _compared(self._teacher)
+            if (units := self._channels.axes[join_names(means[layer][0])][-1]) is not None
         }
-        layers = self._teacher.tap.layers if group.hint else ()
+        layers = _compared(self._teacher) if group.hint else ()
         teacher = in_precision(self._teacher, group.precision)
         loss = distillation_loss(teacher, group.temperature, group.hint, layers, left)
         return Lesson(recipe, loss, Rounds(count), self._teacher.variables)

@@ -40,7 +40,8 @@ def run(config, workdir) -> dict:
     workdir = open_workdir(workdir, config)
     settings, teacher = quantization_of(config), load(config, workdir)
     pool = finished_pool(config, workdir, teacher) if settings.images or settings.distilled else None
-    plain = fold(teacher.apply_fn, teacher.variables, teacher.image_shape)
+    weights = teacher.without_moments().variables
+    plain = fold(teacher.apply_fn, weights, teacher.image_shape)
     network = equalise(plain) if settings.equalise else plain
     ladder = _observed(config, teacher, network, pool)
     about = description(config, workdir)
@@ -62,7 +63,7 @@ def run(config, workdir) -> dict:
         ladder = ladder.beside(control, on_images(network, teacher, _evenly(images, settings.images)))
     held_out = pool and HeldOut(config, teacher, pool)
     unequalised = _observed(config, teacher, plain, pool) if settings.equalise else None
-    scores, float_bytes = Scores(teacher, data), len(network_bytes(teacher.variables, about))
+    scores, float_bytes = Scores(teacher, data), len(network_bytes(weights, about))
     figures = {}
     for setting in settings.settings:
         path = workdir.network(file_name(setting))
