@@ -137,7 +137,13 @@ def _facts(config, workdir: Workdir, results: dict) -> dict:
 def _summary(results: dict, name: str, how: str) -> str:
     made, taught = results['synthesis'], results.get('distillation')
     verdict = 'was sure of them' if made['teacher_accuracy'] > 0.5 else 'leaned towards their class'
-    text = f'{made["images"]:,} images were synthesized by {name}, without any data: {how.format(verdict)}.'
+    source, statistics = 'without any data', made.get('statistics', '')
+    if statistics.startswith('recorded'):
+        source = f'from the network and {statistics}'
+        how = how.replace('the statistics of its BatchNorm inputs', 'these moments')
+    elif statistics == 'none':
+        name, how = f'{name} without its feature term', UNTIL
+    text = f'{made["images"]:,} images were synthesized by {name}, {source}: {how.format(verdict)}.'
     if taught is None:
         return text
     if taught['test_accuracy'] is None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,7 @@ from tiny import IMAGE_SHAPE, MEAN, STD, saved, tiny_teacher, trained_variables
 
 import dvinv
 from dvinv import moments as command
-from dvinv import pipeline
+from dvinv import pipeline, report
 from dvinv.errors import DvinvError
 from dvinv.inversion import attention_of
 from dvinv.inversion.augmentation import Augmentation, centred, color_shift_each
@@ -341,3 +342,19 @@ def test_a_network_of_a_users_own_is_recorded_by_the_command_and_inverted(tmp_pa
     assert figures['statistics'] == 'recorded moments of 20 images, 1 layers'
     assert figures['feature_loss_last'] < figures['feature_loss_first']
     assert pipeline.run(config, tmp_path / 'run')['synthesis'] == figures
+
+
+@pytest.mark.parametrize(
+    ('statistics', 'sentence'),
+    [
+        ('running statistics, 2 layers', 'DeepInversion, without any data: .* found the statistics of its BatchNorm inputs'),
+        (
+            'recorded moments of 9 images, 2 layers',
+            'from the network and recorded moments of 9 images.* found these moments',
+        ),
+        ('none', r'DeepInversion without its feature term, without any data: [^,]* was sure of them\.'),
+    ],
+)
+def test_the_report_names_the_way_of_inversion(statistics, sentence):
+    made = {'images': 10, 'teacher_accuracy': 0.9, 'statistics': statistics}
+    assert re.search(sentence, report._summary({'synthesis': made}, *report.METHODS['deepinversion']))
