@@ -163,7 +163,7 @@ class Bare(nn.Module):
 
 
 def test_of_a_network_without_normalisations_and_blocks_all_outputs_are_recorded():
-    teacher = dvinv.from_linen(Bare(), shapes_of(Bare(), IMAGE_SHAPE), **PICTURES)
+    teacher = dvinv.from_linen(Bare(), trained_variables(Bare()), **PICTURES)
     assert default_places(teacher) == ('Conv_0:output', 'Conv_1:output')
 
 
@@ -350,7 +350,7 @@ def test_a_network_of_a_users_own_is_recorded_by_the_command_and_inverted(tmp_pa
         ('running statistics, 2 layers', 'DeepInversion, without any data: .* found the statistics of its BatchNorm inputs'),
         (
             'recorded moments of 9 images, 2 layers',
-            'from the network and recorded moments of 9 images.* found these moments',
+            'the network and recorded moments of 9 images.* found these moments',
         ),
         ('none', r'DeepInversion without its feature term, without any data: [^,]* was sure of them\.'),
     ],
