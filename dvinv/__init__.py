@@ -11,18 +11,21 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for those who read types without 
     from dvinv.config import Weights as Weights
     from dvinv.config import default_config as default_config
     from dvinv.errors import DvinvError as DvinvError
+    from dvinv.inversion import Moments as Moments
     from dvinv.inversion import Teacher as Teacher
     from dvinv.inversion import balanced_labels as balanced_labels
     from dvinv.inversion import feature_loss as feature_loss
     from dvinv.inversion import from_linen as from_linen
     from dvinv.inversion import from_nnx as from_nnx
     from dvinv.inversion import invert as invert
+    from dvinv.inversion import record_moments as record_moments
     from dvinv.pipeline.tasks import run as run
     from dvinv.teacher.loading import load as load
 
 _EXPORTS = {
     'DvinvError': 'dvinv.errors',
     'InversionConfig': 'dvinv.config',
+    'Moments': 'dvinv.inversion',
     'PRESETS': 'dvinv.config',
     'Stage': 'dvinv.config',
     'Teacher': 'dvinv.inversion',
@@ -34,6 +37,7 @@ _EXPORTS = {
     'from_nnx': 'dvinv.inversion',
     'invert': 'dvinv.inversion',
     'load': 'dvinv.teacher.loading',
+    'record_moments': 'dvinv.inversion',
     'run': 'dvinv.pipeline.tasks',
 }
 __all__ = list(_EXPORTS)

@@ -94,6 +94,16 @@ def main(_) -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
+    """Parses the flags of a run, and refuses those that do not make one."""
+    rest = parse_flags(argv)
+    if not (_WORKDIR.value or _PLAN.value):
+        raise DvinvError('--workdir is missing: name the folder for all that the run writes.')
+    if _SEEDS.value < 0:
+        raise DvinvError(f'--seeds is {_SEEDS.value}; it must be at least 1, or 0 for a single run.')
+    return rest
+
+
+def parse_flags(argv: list[str]) -> list[str]:
     """absl's flag parser, with a sentence for what it would answer with a traceback or not at all."""
     _check_config_file(argv)
     for argument in argv[1:]:
@@ -139,10 +149,6 @@ def _parse(argv: list[str]) -> list[str]:
         raise DvinvError(f'{reason} (--helpfull lists all flags.)') from error
     if len(rest) > 1:
         raise DvinvError(f'Nothing is known to be done with the argument {rest[1]!r}; flags start with --.')
-    if not (_WORKDIR.value or _PLAN.value):
-        raise DvinvError('--workdir is missing: name the folder for all that the run writes.')
-    if _SEEDS.value < 0:
-        raise DvinvError(f'--seeds is {_SEEDS.value}; it must be at least 1, or 0 for a single run.')
     return rest
 
 

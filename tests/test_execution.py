@@ -112,7 +112,7 @@ def test_an_nnx_teacher_runs_the_same_ways(student):
 @pytest.mark.parametrize(
     ('changes', 'words'),
     [
-        ({'precision': 'half'}, "precision is 'half'; choose one of 'float32', 'bfloat16'"),
+        ({'precision': 'half'}, "precision is 'half'; choose one of float32, bfloat16"),
         ({'recompute': -1}, 'recompute is -1'),
     ],
 )

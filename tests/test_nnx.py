@@ -324,18 +324,9 @@ class NoCall(nnx.Module):
         self.norm = nnx.BatchNorm(2, rngs=rngs)
 
 
-class NoNorm(nnx.Module):
-    def __init__(self, rngs):
-        self.head = nnx.Linear(2, 3, rngs=rngs)
-
-    def __call__(self, x):
-        return self.head(x).mean((1, 2))
-
-
 @pytest.mark.parametrize(
     ('make', 'fields', 'options', 'sentence'),
     [
-        (NoNorm, {}, {}, 'NoNorm has no running statistics .* needs a network with BatchNorm'),
         (NoCall, {}, {}, 'NoCall cannot be applied to images of shape 8x8x2 .* not callable'),
         (ByMethod, {}, {}, 'ByMethod keeps running statistics that the tap cannot reach: blocks/norm\\.'),
         (Net, {'arrangement': 'loop'}, {}, 'Net keeps running statistics that the tap cannot reach: blocks/norm\\.'),

@@ -46,6 +46,9 @@ def report_of(tmp_path):
         none = {'verifier__network': '', 'distillation__controls': ()}
         config = smoke_config(teacher__factory='factories:own', pool=pool, **{**none, **changes})
         config.synthesis.update(method='deepinversion' if pool else method, images=2 * config.synthesis.batch_size)
+        if method == 'adaptive':
+            config.synthesis.update(batches_per_round=1)
+            config.synthesis.weights.competition = config.distillation.updates_per_round = 1
         images, labels = numbered([0, 1], size=8)
         stored = ImagePool(pool or tmp_path / 'run' / 'pool', factories.own().digest())
         terms = {'loss': 3.0, 'cross_entropy': 1.0, 'feature': 2.0, 'total_variation': 3.0, 'l2': 4.0}
@@ -229,12 +232,12 @@ def test_a_pool_that_lacks_a_batch_is_refused(report_of, tmp_path):
 
 
 def test_the_curve_by_image_count_shows_what_was_measured(report_of):
-    figures = {f'test_accuracy_of_{count}_images': score for count, score in ((1024, 0.75), (40, None), (256, 0.5))}
-    page = report_of('adaptive', figures=figures.items(), distillation__counts=(1024, 40, 256, 7))
+    figures = {f'test_accuracy_of_{count}_images': score for count, score in ((36, 0.75), (12, None), (24, 0.5))}
+    page = report_of('adaptive', figures=figures.items(), distillation__counts=(36, 12, 24, 7))
     assert _charts(page)['Student accuracy against image count'] == ['Student']
-    assert re.findall(r'<title>Student: (\S+) at (\S+)</title>', page) == [('0.5', '256'), ('0.75', '1,024')]
+    assert re.findall(r'<title>Student: (\S+) at (\S+)</title>', page) == [('0.5', '24'), ('0.75', '36')]
     found = re.findall(r'<td class="words">([\d,]+)</td><td>([\d.%]+)</td></tr>', page)
-    assert found == [('256', '50.0%'), ('1,024', '75.0%')]
+    assert found == [('24', '50.0%'), ('36', '75.0%')]
 
 
 @pytest.mark.parametrize('counts', [(), (20, 40)])

@@ -296,16 +296,9 @@ class SharedByAll(nn.Module):
         return scan()(Block()(x)[0], None)[0].mean((1, 2))
 
 
-class NoNorm(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(3)(x).mean((1, 2))
-
-
 @pytest.mark.parametrize(
     ('module', 'options', 'sentence'),
     [
-        (NoNorm(), {}, 'NoNorm has no running statistics .* needs a network with BatchNorm'),
         (Hidden(), {}, 'Hidden keeps running statistics that the tap cannot reach: secret\\.'),
         (SharedByAll(), {}, 'SharedByAll keeps running statistics that the tap cannot reach: .*ScanBlock_0/BatchNorm_0'),
         (Moody(), {'call_kwargs': {}}, 'Moody wants to update its running statistics, .* call_kwargs, .* \\(now {}\\)'),

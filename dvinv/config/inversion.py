@@ -25,6 +25,8 @@ class Stage:
     jitter: int = 0  # pixels, at this stage's resolution
     flip: bool = False  # mirror by a coin: the whole batch ('roll') or each image ('crop')
     noise: float = 0.0  # largest standard deviation of Gaussian noise in an image, for pixels in [0, 1]
+    color_shift: float = 0.0  # strength of random scales and shifts of the channels of each image that is shown
+    centre: float = 1.0  # share of height and width, in the middle, that is shown, scaled up; 1: the whole picture
     clip: bool = True  # keep pixels in the valid range [0, 1] (before normalisation); 'fourier' keeps them there anyway
 
     def __post_init__(self):
@@ -35,7 +37,9 @@ class Stage:
         """
         validate_choices(self)
         validate_bounds(self, 1, 'iterations')
-        validate_bounds(self, 0, 'resolution', 'warmup', 'jitter', 'noise', 'learning_rate')
+        validate_bounds(self, 0, 'resolution', 'warmup', 'jitter', 'noise', 'learning_rate', 'color_shift')
+        if not 0 < self.centre <= 1:
+            raise DvinvError(f'centre is {self.centre}; it is a share of the picture, above 0 and at most 1.')
         if self.warmup >= self.iterations and self.schedule == 'cosine':
             raise DvinvError(
                 f'warmup is {self.warmup}, but the stage has only {self.iterations} iterations; the cosine needs some after '
@@ -68,6 +72,8 @@ class Weights:
     total_variation: float = 1e-4  # of neighbouring pixels
     l2: float = 0.0  # of all pixels
     competition: float = 0.0  # Adaptive DeepInversion; needs a student
+    # Entropy of the similarities between patches, of networks with attention: see dvinv.inversion.priors.
+    patch_similarity: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +99,7 @@ class InversionConfig:
     # What steps and first noise of 'pixels', and priors, are measured in: pixels of mean .5 and std .25 for any network
     # ('common'), or, where that network takes normalised pixels, in its own mean and std ('network': paper).
     pixel_scale: Literal['common', 'network'] = 'common'
+    attention: tuple[str, ...] = ('*Attention*:output',)  # patterns of the layers of `weights.patch_similarity`
 
     def __post_init__(self):
         """Validates the fields.

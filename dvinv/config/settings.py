@@ -55,6 +55,9 @@ class TeacherSettings:
     # .5 each where the network is trained here.
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()  # as `mean`
+    # Of a network without BatchNorm, or in the place of its running statistics: a file of `python -m dvinv.moments`.
+    moments: str = ''
+    moments_images: int = 0  # or so many real training images, from which the task teacher records them; 0: none
     training: LabelTrainingSettings = LabelTrainingSettings()  # where the network is trained here
 
     def __post_init__(self):
@@ -66,6 +69,13 @@ class TeacherSettings:
         shape = self.image_shape
         if shape and not (len(shape) == 3 and all(type(length) is int and length > 0 for length in shape)):
             raise DvinvError(f'image_shape is {shape}; it must be (height, width, channels), or () for the usual.')
+        if self.moments_images and self.moments:
+            raise DvinvError(f'moments_images is {self.moments_images}, and moments is {self.moments!r}; give one of them.')
+        if self.moments_images and self.moments_images < 2:
+            raise DvinvError(
+                f'moments_images is {self.moments_images}; moments are of at least 2 images, better of 100 (0: none are '
+                'recorded).'
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +147,7 @@ class SynthesisSettings:
     recompute: int = 0
     iterations_per_dispatch: int = 0
     pixel_scale: str | None = None
+    attention: tuple[str, ...] | None = None
 
     def __post_init__(self):
         """Validates the fields.
@@ -168,13 +179,13 @@ class SynthesisSettings:
 
         Args:
           bn_stats: of the run.
-          method: '': `self.method`; 'prior_only' has no feature term.
+          method: '': `self.method`; 'prior_only' has no term of the network but the class.
         """
         names = {field.name for field in dataclasses.fields(InversionConfig)} - {'bn_stats', 'weights'}
         values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         weights = self.weights
         if (method or self.method) == 'prior_only':
-            weights = dataclasses.replace(weights, feature=0.0)
+            weights = dataclasses.replace(weights, feature=0.0, patch_similarity=0.0)
         return InversionConfig(weights=weights, bn_stats=bn_stats, **values)
 
 

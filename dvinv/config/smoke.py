@@ -19,6 +19,7 @@ def shrink(config: ml_collections.ConfigDict, width: float = 0.25) -> None:
         config.data.update(name='digits', image_size=32)
         config.teacher.mean, config.teacher.std = (0.3053,), (0.3761,)
     config.teacher.width, config.verifier.width = width, width
+    config.teacher.moments_images = min(config.teacher.moments_images, 20)
     config.verifiers = ()
     config.student.width = width if config.distillation.hint else width / 2  # hints of layers need one shape
     trainings = (config.teacher.training, config.verifier.training, config.quantization.training)

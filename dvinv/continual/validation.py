@@ -8,7 +8,7 @@ from dvinv.continual.stream import steps_of, test_images, training_images
 from dvinv.distillation import student
 from dvinv.errors import DvinvError
 from dvinv.inversion.modules import LinenModule, trained_part, with_classes
-from dvinv.networks.classifier import flatten
+from dvinv.networks.classifier import MOMENTS, flatten
 from dvinv.pipeline.run import Run
 from dvinv.synthesis import synthesizer
 
@@ -62,6 +62,11 @@ def _validate_network(run: Run) -> None:
     """Validates that the head of the teacher matches its data and settings, and that the losses can take it."""
     run.validate_changeable()
     settings, group, teacher = run.settings.continual, run.settings.teacher, run.planned_teacher
+    if MOMENTS in teacher.variables:
+        raise DvinvError(
+            'teacher.moments and teacher.moments_images are of the first network alone, and tasks make images of every one '
+            'that follows it, too; leave them out (and where these have no BatchNorm, set synthesis.weights.feature=0).'
+        )
     blank = network_of(run, teacher, teacher.num_classes)
     expected, found = (
         {path: tuple(np.shape(leaf)) for path, leaf in flatten(trained_part(network.variables)).items()}

@@ -95,7 +95,7 @@ def choose_hints(kind: str, module, teacher: Teacher) -> Hints:
                 f"of one of the teacher's ({listed([*in_teacher], 3)}); set distillation.hints='stages', which compares any "
                 "two networks, or 'none'."
             )
-        if kind == 'layers' or len(shared) == len(in_teacher) == len(in_student):
+        if kind == 'layers' or 0 < len(shared) == len(in_teacher) == len(in_student):
             return Hints(layers=shared)
     of_teacher = find_stages(teacher.apply_fn, teacher.variables, images, name='The teacher')
     of_student = find_stages(student, shapes, images, rngs, name='The student')

@@ -115,6 +115,29 @@ def resized_crop_each(key: jax.Array, x: jax.Array, least: float, axis: str | No
     return jax.vmap(cut)(x, scales, offsets)
 
 
+def color_shift_each(key: jax.Array, x: jax.Array, strength: float, axis: str | None = None) -> jax.Array:
+    """Scales and shifts each channel of each image, normalised [B, H, W, C]: the ColorShift of arXiv 2201.12961.
+
+    x' = exp(v) x - u,   u, v uniform in [-strength, strength], a channel and image
+    """
+    shape = (1, 1, x.shape[-1])
+    draws = per_image(lambda n: jax.random.uniform(key, (n, 2, *shape), minval=-1, maxval=1), x.shape[0], axis) * strength
+    return jnp.exp(draws[:, 1]) * x - draws[:, 0]
+
+
+def centred(x: jax.Array, share: float) -> jax.Array:
+    """The middle of images [B, H, W, C], so much of their height and width, scaled up to their size.
+
+    Inversions that begin there, and see more from stage to stage, put their things into the middle of the picture (the
+    centring and zoom of Plug-In Inversion, arXiv 2201.12961, section 3).
+    """
+    if share >= 1:
+        return x
+    height, width = (max(1, round(share * length)) for length in x.shape[1:3])
+    top, left = (x.shape[1] - height) // 2, (x.shape[2] - width) // 2
+    return jax.image.resize(x[:, top : top + height, left : left + width], x.shape, 'linear')
+
+
 def color_jitter_each(key: jax.Array, x: jax.Array, strength: float, axis: str | None = None) -> jax.Array:
     """Changes contrast, brightness and tint of each image [H, W, C]; -> [B, H, W, C].
 
@@ -164,6 +187,8 @@ class Augmentation:
     cutmix: float = 0.0  # probability that an image gets a rectangle of another. Of whole batches, not split ones
     mixup: float = 0.0  # alpha of the share of another image that is mixed in; 0: none. Of whole batches, not split ones
 
+    color_shift: float = 0.0  # strength of random scales and shifts of each channel, see `color_shift_each`; 0: none
+
     def __call__(self, key: jax.Array, x: jax.Array, network: Classifier, axis: str | None = None) -> jax.Array:
         """The view x' of images x [B, H, W, C] normalised for `network`; `key` is the same on every device of `axis`."""
         dtype = x.dtype  # random numbers may be float64, where JAX is allowed to
@@ -181,6 +206,8 @@ class Augmentation:
         if self.noise:
             # Divided here, not in the program: XLA folds that quotient differently on one device and on several.
             x = add_noise(noise_key, x, (self.noise / np.asarray(network.std)).astype(np.float32), axis)
+        if self.color_shift:
+            x = color_shift_each(jax.random.fold_in(key, 7), x, self.color_shift, axis)
         if self.color_jitter:
             x = color_jitter_each(jax.random.fold_in(key, 5), x, self.color_jitter, axis)
         if self.cutmix:
@@ -191,6 +218,7 @@ class Augmentation:
 def augmentation_of(settings: Stage | TrainingSettings) -> Augmentation:
     """Returns how a stage of an inversion, or a training, changes images before the network sees them."""
     if isinstance(settings, Stage):
-        return Augmentation(settings.augmentation, settings.jitter, settings.flip, settings.noise)
+        shift = settings.color_shift
+        return Augmentation(settings.augmentation, settings.jitter, settings.flip, settings.noise, color_shift=shift)
     names = ('shift', 'flip', 'noise', 'resized_crop', 'color_jitter', 'cutmix', 'mixup')
     return Augmentation('crop', **{name: getattr(settings, name) for name in names})

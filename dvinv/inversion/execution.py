@@ -25,8 +25,8 @@ def executed(teacher: Teacher, student_fn: Callable | None, config: InversionCon
             fn = recomputed(fn, config.recompute)
         return in_bfloat16(fn) if config.precision == 'bfloat16' else fn
 
-    def tap(variables, x, axis: str | None = None):
-        return run(functools.partial(teacher.tap, axis=axis))(variables, x)
+    def tap(variables, x, axis: str | None = None, **capture):
+        return run(functools.partial(teacher.tap, axis=axis, **capture))(variables, x)
 
     return dataclasses.replace(teacher, tap=tap), student_fn and run(student_fn)
 

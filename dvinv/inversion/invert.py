@@ -42,6 +42,38 @@ def validate_resolutions(teacher: Teacher, config: InversionConfig) -> None:
             ) from error
 
 
+def validate_statistics(teacher: Teacher, config: InversionConfig) -> None:
+    """Refuse a network that has nothing for the feature term to match, where that has a weight.
+
+    Raises:
+      DvinvError: says both ways out.
+    """
+    if config.weights.feature and not teacher.statistics(teacher.variables):
+        raise DvinvError(
+            f'The network has no running statistics (it has no BatchNorm) and no recorded moments, so the feature term, of '
+            f'weight {config.weights.feature}, has nothing to match. Either record the moments of about 100 of its training '
+            'images (dvinv.record_moments, or python -m dvinv.moments) and give them: teacher.moments=FILE, or '
+            'from_linen(..., moments=...); or invert it without any, weights.feature=0, by the prior alone.'
+        )
+
+
+def attention_of(teacher: Teacher, config: InversionConfig) -> tuple[str, ...]:
+    """Returns the places of the attention outputs that `weights.patch_similarity` is of.
+
+    Raises:
+      DvinvError: the network has no such layers, or they are within lifted loops.
+    """
+    places, x = teacher.tap.find(teacher.variables, config.attention), np.zeros((1, *teacher.image_shape), np.float32)
+    _, _, captured = jax.eval_shape(lambda v, x: teacher.tap(v, x, capture=places), teacher.variables, x)
+    missed = [place for place in places if not all(getattr(call, 'ndim', 0) > 2 for call in captured.get(place, [None]))]
+    if missed:
+        raise DvinvError(
+            f'weights.patch_similarity is {config.weights.patch_similarity}, but {missed[0]}, which attention names, is not '
+            'an array of patches [B, ..., C] that can be captured; name the layers whose it is, or set the weight to 0.'
+        )
+    return places
+
+
 def takes_resolutions(teacher: Teacher, config: InversionConfig) -> bool:
     """Whether the network takes images of the resolutions of all stages: one that flattens them takes a single one."""
     try:
@@ -117,6 +149,9 @@ def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student
       what `begun` goes on from.
     """
     config.validate_for(teacher.image_shape)
+    validate_statistics(teacher, config)
+    if config.weights.patch_similarity:
+        config = dataclasses.replace(config, attention=attention_of(teacher, config))
     programs, split = programs_of(teacher, config, mesh, student_fn), config.bn_stats == 'global'
     if not programs.checked:
         validate_resolutions(teacher, config)
@@ -241,7 +276,10 @@ def _key_data(key) -> tuple[np.ndarray, str]:
 
 
 def make_feature_loss(teacher: Teacher, stage: Stage):
-    """`(variables, images [B, H, W, C] normalised, key) -> R_feature` with unit layer weights, on the view of `stage`."""
+    """`(variables, images [B, H, W, C] normalised, key) -> R_feature` with unit layer weights, on the view of `stage`.
+
+    Of a network without statistics it is NaN.
+    """
     tap = suited_to(jax.default_backend(), teacher.tap)
 
     @jax.jit
@@ -270,6 +308,8 @@ def feature_loss(teacher: Teacher, images, config: InversionConfig | str | None 
     if images.ndim != 4 or images.shape[1:] != tuple(teacher.image_shape) or not len(images):
         shape = ', '.join(map(str, teacher.image_shape))
         raise DvinvError(f'The images have the shape {images.shape}; the network takes [B, {shape}].')
+    if not teacher.statistics(teacher.variables):
+        raise DvinvError('The network has no running statistics and no recorded moments to set the images against.')
     stage, (key, kind) = _settings(config, teacher).stages[-1], _key_data(key)
     with jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):
         x = teacher.normalise(images) if images.dtype == np.uint8 else _normalised(teacher, images)

@@ -67,8 +67,10 @@ def feature_terms(moments: dict, statistics: dict) -> dict:
 def feature_loss(terms: dict, first_bn_multiplier: float = 1.0) -> jax.Array:
     """R_feature = sum_l m_l R_l, with m = `first_bn_multiplier` for the first layer in forward order and 1 elsewhere.
 
-    Of a first layer that is a stack (`nn.scan`), the first element alone carries the multiplier.
+    Of a first layer that is a stack (`nn.scan`), the first element alone carries the multiplier. NaN without any layer.
     """
+    if not terms:
+        return jnp.float32(jnp.nan)
     total = sum(jnp.sum(term) for term in terms.values())
     first = jnp.ravel(next(iter(terms.values())))[0]
     return total + (first_bn_multiplier - 1.0) * first

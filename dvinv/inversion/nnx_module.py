@@ -15,7 +15,7 @@ from flax.traverse_util import unflatten_dict
 
 from dvinv.inversion import nnx_tap
 from dvinv.inversion.modules import in_training, trained_part
-from dvinv.inversion.tap import PRIVATE, SOWN, STATISTICS, find_statistics, whole_input
+from dvinv.inversion.tap import PRIVATE, SOWN, STATISTICS, Ears, running_means, whole_input
 from dvinv.networks.classifier import flatten, unflatten
 
 
@@ -66,9 +66,9 @@ class NnxModule:
         model = nnx.clone(self.model)
         if train:  # an attribute may have the method's name
             model.train() if callable(model.train) else nnx.Module.train(model)
-        places = find_statistics(nnx_tap.variables_of(model))
+        ears = Ears(whole_input, running_means(nnx_tap.variables_of(model)))
         _, _, noise = nnx_tap.split(model)
-        notes = nnx_tap.listen(model, places, whole_input)
+        notes = nnx_tap.listen(model, ears)
         return nnx.graphdef(model), noise, notes, in_training(self.arguments) if train else dict(self.arguments)
 
     def init(self, key: jax.Array, x, train: bool = False) -> dict:
@@ -96,7 +96,7 @@ class NnxModule:
         keys = [_noise(leaf, key, number) for number, leaf in enumerate(noise.values())]
         variables = jax.tree.map(jnp.asarray, variables)  # NNX would write new statistics into arrays of NumPy
         model = nnx_tap.merged(graph, self._paths, variables, dict(zip(noise, keys, strict=True)))
-        notes.calls = Counter()
+        notes.calls, notes.within = Counter(), set()
         returned, heard = nnx.capture(model, nnx_tap.Heard)(x, **arguments)
         logits = self.pick(returned) if self.pick else returned
         if mutable is False:

@@ -9,6 +9,7 @@ import functools
 import operator
 from collections import Counter
 from collections.abc import Callable
+from typing import Generic
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +19,19 @@ from flax.traverse_util import unflatten_dict
 from dvinv.errors import DvinvError
 from dvinv.inversion.tap import (
     DRAWS,
+    KEPT,
     LEARNS,
+    OUTPUT,
     SOWN,
     STATISTICS,
+    Ears,
     Tap,
-    find_statistics,
+    answer_of,
+    by_place,
     input_of,
     mask_of,
-    shifted_moments,
-    whole_input,
+    normalises_batches,
+    sown_name,
 )
 from dvinv.networks.classifier import join_names
 
@@ -93,11 +98,12 @@ def merged(graph, paths: list[tuple[str, tuple]], variables, noise: dict) -> nnx
     return nnx.merge(graph, nnx.from_flat_state(weights | noise))
 
 
-def listen(model: nnx.Module, places: dict, hear: Callable) -> '_Notes':
-    """Gives ears to the layers of `model` that own the running statistics at `places`; returns their notes."""
-    notes = _Notes(hear, {layer: mean[-1] for layer, (mean, _) in places.items()})
+def listen(model: nnx.Module, ears: Ears) -> '_Notes':
+    """Gives ears to the layers of `model` at their places; returns their notes."""
+    notes = _Notes(ears)
     for path, module in [*nnx.iter_modules(model)]:
-        if (layer := join_names(path)) in places:
+        layer = join_names(path)
+        if not ears.places.isdisjoint((layer, layer + OUTPUT)):
             if not hasattr(module, 'dvinv_notes'):
                 module.__class__ = _listening(type(module))
             module.dvinv_notes = (layer, notes)
@@ -109,13 +115,12 @@ class NnxTap(Tap):
 
     def __init__(self, model: nnx.Module, variables, example, call_kwargs: dict, logits: Callable | None = None):
         """See `Tap`. `model` is in eval mode, `variables` are its; it is taken over, so it must be a clone."""
-        places = find_statistics(variables)
         self._graph, _, self._noise = split(model)
         self._paths = paths_of(model)
-        self._listening = {}  # {hear: (graph, notes)}: a graph each, for what is traced inside may be cached by its graph
-        for hear in (shifted_moments, whole_input):
-            notes = listen(model, places, hear)
-            self._listening[hear] = nnx.graphdef(model), notes
+        self._modules = {join_names(path): type(module) for path, module in nnx.iter_modules(model) if callable(module)}
+        graph, state = nnx.split(model)
+        self._whole = graph, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+        self._listening = {}  # {ears: (graph, notes)}: a graph each, for what is traced inside may be cached by its graph
         super().__init__(model, variables, example, call_kwargs, logits)
         self._check_silence(variables, example)
 
@@ -128,13 +133,22 @@ class NnxTap(Tap):
         returned = nnx.capture(self._model(self._graph, variables, noise))(x, **self._kwargs)
         return self._pick(returned)
 
-    def _listen(self, variables, x, calls: Counter, hear: Callable):
-        graph, notes = self._listening[hear]
-        notes.calls = calls
+    def modules(self, variables) -> dict[str, type]:
+        """See `Tap`; all that the model has, the order that of its attributes."""
+        return self._modules
+
+    def _listen(self, variables, x, calls: Counter, ears: Ears):
+        if ears not in self._listening:
+            model = nnx.merge(*self._whole)
+            notes = listen(model, ears)
+            self._listening[ears] = nnx.graphdef(model), notes
+        graph, notes = self._listening[ears]
+        notes.calls, notes.within = calls, set()
         returned, sown = nnx.capture(self._model(graph, variables), Heard)(x, **self._kwargs)
         if notes.learning:
             raise self._in_training(*LEARNS)
-        return self._pick(returned), {join_names(path[:-1]): heard for path, heard in values(sown).items()}
+        flat = values(sown)
+        return self._pick(returned), by_place(flat, SOWN), by_place(flat, KEPT)
 
     def _model(self, graph, variables, noise=None) -> nnx.Module:
         """The network with these weights, and with any random keys: its logits do not depend on them."""
@@ -156,11 +170,24 @@ class NnxTap(Tap):
 class _Notes:
     """What ears listen for, and note down while JAX traces. A static part of the graph, equal to itself alone."""
 
-    def __init__(self, hear: Callable, names: dict[str, str]):
-        self.hear = hear
-        self.names = names  # {layer: the attribute that is its running mean}
-        self.calls = Counter()  # of each layer
+    def __init__(self, ears: Ears):
+        self.ears = ears
+        self.calls = Counter()  # of each place
+        self.within = set()  # the layers that are being called
         self.learning = set()  # the layers that updated their statistics
+
+    def mean_of(self, module: nnx.Module, layer: str):
+        """The running mean that a layer owns, whatever its attribute is called; None: it is not asked for."""
+        path = self.ears.running.get(layer)
+        return _array(getattr(module, path[-1])) if path else None
+
+    def hear(self, module: nnx.Module, place: str, mean, x, mask) -> None:
+        """Sows what is heard at a place, and counts it."""
+        if place in self.ears.running:
+            module.sow(Heard, sown_name(place, SOWN), self.ears.hear(module, mean, x, mask))
+        if place in self.ears.kept:
+            module.sow(Heard, sown_name(place, KEPT), x)
+        self.calls[place] += 1
 
 
 def _array(value):
@@ -171,7 +198,9 @@ def _array(value):
 @functools.cache
 def _listening(layer: type) -> type:
     """A subclass of the class `layer` with an ear before each `__call__` that it has or inherits."""
-    inherited = [base for c in layer.__mro__[1:] for base in ((_ear(), c) if '__call__' in vars(c) else (c,))]
+    inherited = [
+        base for c in layer.__mro__[1:] if c is not Generic for base in ((_ear(), c) if '__call__' in vars(c) else (c,))
+    ]
     return _ear(layer, *inherited)
 
 
@@ -182,15 +211,22 @@ def _ear(*bases: type) -> type:
         @functools.wraps(bases[0].__call__ if bases else object)  # for its signature
         def __call__(self, *args, **kwargs):
             layer, notes = self.dvinv_notes
-            before, mean = notes.calls[layer], _array(getattr(self, notes.names[layer]))
-            result = super().__call__(*args, **kwargs)
-            if _array(getattr(self, notes.names[layer])) is not mean:
+            before, mean, nested = notes.calls[layer], notes.mean_of(self, layer), layer in notes.within
+            notes.within.add(layer)
+            try:
+                result = super().__call__(*args, **kwargs)
+            finally:
+                if not nested:
+                    notes.within.remove(layer)
+            if notes.mean_of(self, layer) is not mean:
                 notes.learning.add(layer)
             # A subclass that calls super().__call__ passes two ears; the innermost call is the normalisation itself.
-            if notes.calls[layer] == before:
-                mask = mask_of(self, args, kwargs)
-                self.sow(Heard, SOWN, notes.hear(self, mean, input_of(args, kwargs), mask))
-                notes.calls[layer] += 1
+            if layer in notes.ears.places and notes.calls[layer] == before:
+                mask = mask_of(self, args, kwargs) if mean is not None or normalises_batches(self) else None
+                notes.hear(self, layer, mean, input_of(args, kwargs), mask)
+            # And what the outermost one returns is the layer's.
+            if layer + OUTPUT in notes.ears.places and not nested:
+                notes.hear(self, layer + OUTPUT, None, answer_of(result), None)
             return result
 
     Ear.__name__ = bases[0].__name__ if bases else Ear.__name__  # for sentences

@@ -3,7 +3,7 @@
 import jax
 
 from dvinv.config import InversionConfig, Stage
-from dvinv.inversion.augmentation import augmentation_of, scaled_down
+from dvinv.inversion.augmentation import augmentation_of, centred, scaled_down
 from dvinv.inversion.losses import (
     L2,
     TOTAL_VARIATION,
@@ -13,12 +13,13 @@ from dvinv.inversion.losses import (
     feature_terms,
 )
 from dvinv.inversion.parameterization import pixel_scale_of, rescaled
+from dvinv.inversion.priors import patch_similarity
 from dvinv.inversion.teacher import Teacher
 
 
 def view(teacher: Teacher, stage: Stage, images: jax.Array, key: jax.Array, axis: str | None = None):
     """(scaled images, what the teacher sees): images [B, H, W, C] at the stage's resolution, plain and augmented."""
-    scaled = scaled_down(images, stage.view_size(*images.shape[1:3]))
+    scaled = centred(scaled_down(images, stage.view_size(*images.shape[1:3])), stage.centre)
     return scaled, augmentation_of(stage)(key, scaled, teacher, axis)
 
 
@@ -46,18 +47,18 @@ def objective(
       (loss, {term: unweighted value}), float32 scalars.
     """
     scaled, shown = view(teacher, stage, images, key, axis)
-    logits, moments = teacher.tap(variables, shown, axis)
+    attention = config.attention if config.weights.patch_similarity else ()  # places, see `invert.make_inverter`
+    logits, moments, *captured = teacher.tap(variables, shown, axis, **({'capture': attention} if attention else {}))
     smooth = rescaled(shown if config.prior_on == 'view' else scaled, teacher, pixel_scale_of(config.pixel_scale, teacher))
     weights = config.weights
-    terms = {
-        'cross_entropy': (weights.main, cross_entropy(logits, labels, axis)),
-        'feature': (
-            weights.feature,
-            feature_loss(feature_terms(moments, teacher.statistics(variables)), weights.first_bn_multiplier),
-        ),
-        'total_variation': (weights.total_variation, TOTAL_VARIATION[config.total_variation](smooth, axis)),
-        'l2': (weights.l2, L2[config.l2](smooth, axis)),
-    }
+    terms = {'cross_entropy': (weights.main, cross_entropy(logits, labels, axis))}
+    if moments:
+        features = feature_terms(moments, teacher.statistics(variables))
+        terms['feature'] = weights.feature, feature_loss(features, weights.first_bn_multiplier)
+    terms['total_variation'] = weights.total_variation, TOTAL_VARIATION[config.total_variation](smooth, axis)
+    terms['l2'] = weights.l2, L2[config.l2](smooth, axis)
+    if captured:
+        terms['patch_similarity'] = weights.patch_similarity, patch_similarity(*captured, axis)
     if student_fn is not None:
         student_logits = student_fn(student_variables, shown)
         terms['competition'] = (weights.competition, competition(logits, student_logits, axis))

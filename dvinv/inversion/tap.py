@@ -1,4 +1,4 @@
-"""The BatchNorm tap: the moments of every BatchNorm input of an unmodified Flax network.
+"""The tap: the moments of every BatchNorm input of an unmodified Flax network, or of what any layers take or return.
 
 Any layer that owns running statistics (`batch_stats/mean` and `batch_stats/var`, or others with such names, as
 `running_mean` and `running_var`, in any collection) counts as a BatchNorm, whatever its class. While the network runs,
@@ -9,15 +9,20 @@ the moments of what such a layer is called with are sown. They are taken in one 
 which is as exact near the optimum as two passes (E[x^2] - E[x]^2 cancels), and is linear in the images, so that a batch
 split over devices is reduced by one mean of (d, s). The same ears can hand out the inputs themselves, the network's
 features. `LinenTap` is here, `NnxTap` in nnx_tap.py.
+
+Where moments were recorded (the collection `MOMENTS` of the variables, see moments.py), they take the place of all running
+statistics. A place is then the input of any layer, named by its path ('blocks_0/norm1'), or its output ('blocks_0:output').
 """
 
 import abc
 import contextlib
+import copy
+import dataclasses
 import functools
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 import flax
 import flax.linen as nn
@@ -28,11 +33,12 @@ import numpy as np
 from dvinv.errors import DvinvError, in_a_line, listed, say
 from dvinv.inversion.losses import EPSILON, pmean
 from dvinv.networks.channels.flat import flat_program
-from dvinv.networks.classifier import join_names, name_of
+from dvinv.networks.classifier import MOMENTS, join_names, name_of
 
 PRIVATE = 'dvinv_tap'  # the collection that is sown into
 STATISTICS = 'batch_stats'  # Flax's collection of running statistics; the second choice for sowing
-SOWN = 'dvinv_heard'  # the name of the sown variable
+SOWN, KEPT = 'dvinv_heard', 'dvinv_kept'  # the names of the sown variables: moments (or inputs), and what is captured
+OUTPUT = ':output'  # after the path of a layer: what it returns, in place of what it is called with
 
 # Words by which the names of a running mean and a running variance differ, and how either is known by its name alone.
 NAMES = ('mean', 'var'), ('mean', 'variance'), ('Mean', 'Var'), ('Mean', 'Variance')
@@ -51,9 +57,11 @@ def find_statistics(variables) -> dict[str, tuple[tuple[str, ...], tuple[str, ..
     A path is (collection, names of modules, name of the variable). A mean and a variance are of one module and of one shape,
     and their names differ in these words alone. Of several pairs of a module that with Flax's own collection and names is
     taken, else the first. Outside of Flax's collection a module that has others within is none that normalises: there it may
-    be the network, with the mean and variance of pixels.
+    be the network, with the mean and variance of pixels. Recorded moments are all that counts, where there are any.
     """
     flat, found = _non_intermediates(variables), {}
+    if recorded := [path[1] for path in flat if path[0] == MOMENTS and path[-1] == 'mean']:
+        return {place: ((MOMENTS, place, 'mean'), (MOMENTS, place, 'var')) for place in recorded}
     outer = {path[1:end] for path in flat for end in range(1, len(path) - 1)}
     for path, leaf in sorted(flat.items(), key=lambda item: (item[0][0] != STATISTICS, item[0][-1] != 'mean')):
         for mean, variance in NAMES:
@@ -63,6 +71,11 @@ def find_statistics(variables) -> dict[str, tuple[tuple[str, ...], tuple[str, ..
                 found.setdefault(join_names(path[1:-1]), (path, mate))
                 break
     return found
+
+
+def running_means(variables) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Returns (layer, path of its running mean) of each layer, for `Ears`."""
+    return tuple((layer, mean) for layer, (mean, _) in find_statistics(variables).items())
 
 
 def unpaired_statistics(variables) -> list[str]:
@@ -75,7 +88,7 @@ def unpaired_statistics(variables) -> list[str]:
         join_names(path)
         for path in _non_intermediates(variables)
         if path not in paired
-        and path[0] != 'params'
+        and path[0] not in ('params', MOMENTS)
         and STATISTIC.search(path[-1])
         and (path[0] == STATISTICS or len(path) > 2)
     ]
@@ -95,8 +108,8 @@ def running_statistics(variables) -> dict[str, tuple[jax.Array, jax.Array]]:
 
 
 def input_of(args, kwargs) -> jax.Array:
-    """What a layer that was called with these arguments normalises."""
-    return args[0] if args else kwargs['x'] if 'x' in kwargs else next(iter(kwargs.values()))
+    """What a layer that was called with these arguments normalises; None where there is none."""
+    return args[0] if args else kwargs['x'] if 'x' in kwargs else next(iter(kwargs.values()), None)
 
 
 def mask_of(layer, args, kwargs) -> jax.Array | None:
@@ -132,19 +145,32 @@ def _is_of_channels(shape: tuple[int, ...], x: tuple[int, ...]) -> bool:
     return len(shape) in (2, len(x)) and shape[0] in (1, x[0]) and set(shape[1:-1]) <= {1} and shape[-1] > 1
 
 
-def whole_input(layer, running_mean: jax.Array, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+def answer_of(returned) -> jax.Array | None:
+    """Returns the output of a layer: the first array in what it returned that may have images and channels, if any."""
+    leaves = (leaf for leaf in jax.tree.leaves(returned) if getattr(leaf, 'ndim', 0) > 1)
+    return next((leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)), None)
+
+
+def whole_input(layer, running_mean: jax.Array | None, x: jax.Array, mask: jax.Array | None) -> jax.Array:
     """To hear the input x itself."""
     return x
 
 
-def shifted_moments(layer, running_mean: jax.Array, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, ...]:
+def shifted_moments(layer, running_mean: jax.Array | None, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, ...]:
     """To hear (d, s) of the file's docstring, float32, of the input x of `layer`, over all but its feature axes (`axis`).
 
-    With a mask, over the places where it is true: (p d, p s, p), where p is their share.
+    With a mask, over the places where it is true: (p d, p s, p), where p is their share. Without a running mean: (p mean,
+    p variance, p), in two passes.
     """
-    axes = getattr(layer, 'axis', -1)
+    axes = layer.axis if (running_mean is not None and hasattr(layer, 'axis')) or normalises_batches(layer) else -1
     features = {a % x.ndim for a in (axes if isinstance(axes, tuple | list) else (axes,))}
     reduced = tuple(a for a in range(x.ndim) if a not in features)
+    if running_mean is None:
+        mask = jnp.broadcast_to(True if mask is None else jnp.asarray(mask, bool), x.shape)
+        share, x = mask.mean(reduced, dtype=jnp.float32), x.astype(jnp.float32)
+        mean = jnp.where(mask, x, 0).mean(reduced)
+        centre = jnp.expand_dims(mean / jnp.maximum(share, EPSILON), reduced)
+        return mean, jnp.where(mask, jnp.square(x - centre), 0).mean(reduced), share
     shifted = x.astype(jnp.float32) - jnp.expand_dims(running_mean.astype(jnp.float32), reduced)
     if mask is None:
         return shifted.mean(reduced), jnp.square(shifted).mean(reduced)
@@ -164,16 +190,58 @@ def _moments(running_mean, calls):
     return mean, variance
 
 
-class Tap(abc.ABC):
-    """Runs a network in eval mode and hands out the moments of its BatchNorm inputs.
+def _joint_moments(calls, axis: str | None):
+    """(mean, variance) from what `shifted_moments` hears without a running mean: of all shards, the mean over calls."""
+    means, variances = [], []
+    for mean, variance, share in calls:
+        total = jnp.maximum(pmean(share, axis), EPSILON)
+        joint = pmean(mean, axis) / total
+        apart = jnp.square(mean / jnp.maximum(share, EPSILON) - joint)  # of this shard's mean
+        means.append(joint)
+        variances.append(pmean(variance + share * apart, axis) / total)
+    return sum(means) / len(means), sum(variances) / len(variances)
 
-    A subclass knows how to run its kind of network: `apply_fn` and `_listen`.
+
+def normalises_batches(layer) -> bool:
+    """Whether a layer has the fields of Flax's BatchNorm, by which its moments are those of other axes or places."""
+    return hasattr(layer, 'use_running_average') and hasattr(layer, 'axis')
+
+
+@dataclasses.dataclass(frozen=True)
+class Ears:
+    """What is heard of a forward pass; hashable, for the caches of what was traced.
+
+    Attributes:
+      hear: (layer, running mean or None, x, mask) -> what is sown of each place.
+      means: (place, path of its running mean) of each; the path is () where none is needed.
+      kept: places that are sown as they are, too.
+    """
+
+    hear: Callable
+    means: tuple[tuple[str, tuple[str, ...]], ...]
+    kept: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def running(self) -> dict[str, tuple[str, ...]]:
+        """{place: path of its running mean, or ()}."""
+        return dict(self.means)
+
+    @functools.cached_property
+    def places(self) -> frozenset[str]:
+        """All places."""
+        return frozenset({*self.running, *self.kept})
+
+
+class Tap(abc.ABC):
+    """Runs a network in eval mode and hands out the moments of its BatchNorm inputs, or of the places that were recorded.
+
+    A subclass knows how to run its kind of network: `apply_fn`, `_listen` and `modules`.
 
     Attributes:
       layers: the tapped layers in forward order.
     """
 
-    ways = (None,)  # what may be sown into, first choice first
+    ways, last_ways = (None,), ()  # what may be sown into, first choice first; and where any layers are to be heard
 
     def __init__(self, network, variables, example, call_kwargs: dict, logits: Callable | None):
         """Finds, without computing anything, the way of tapping that reaches every layer with running statistics.
@@ -186,47 +254,47 @@ class Tap(abc.ABC):
           logits: finds the logits in what it returns; None: these are the logits.
 
         Raises:
-          DvinvError: incomplete variables, no running statistics, not in eval mode, wrong input shape, no logits of two
-            classes or more, or layers out of reach (named). What is left out instead, since it is not used in eval mode or
-            is not in Flax's own place, is printed to stderr.
+          DvinvError: incomplete variables, not in eval mode, wrong input shape, no logits of two classes or more, or layers
+            out of reach (named). What is left out instead, since it is not used in eval mode or is not in Flax's own place,
+            is printed to stderr.
         """
-        self._name, self._kwargs, self._places = (name := name_of(network)), call_kwargs, find_statistics(variables)
+        self._name, self._kwargs, self._example = name_of(network), call_kwargs, example
         call = inspect.signature(type(network).__call__) if callable(network) else inspect.Signature()
         self._parameters = [*call.parameters.values()][2:]  # after the network itself and x
         self._pick = logits or (lambda returned: returned)
-        wanted = running_statistics(variables)
-        if not wanted:
+        if not find_statistics(variables):
             self._refuse_incomplete(variables, example)
-            raise DvinvError(
-                f'{name} has no running statistics (nothing under batch_stats has a mean and a '
-                'variance), so there is nothing to match; DeepInversion needs a network with BatchNorm.'
-            )
         self._check_call(variables, example)
-        tries = []
-        for way in self.ways:
-            self._way, calls, moments, reason = way, Counter(), {}, ''
-            try:
-                # What nn.jit has traced before would not be traced again, nor its layers counted.
-                with jax.disable_jit():
-                    _, moments = jax.eval_shape(lambda v, x: self._run(v, x, calls), variables, example)  # noqa: B023
-            except DvinvError:
-                raise
-            except Exception as error:  # Flax and JAX raise many kinds here; the last one is told below
-                reason = f' ({in_a_line(error)})'
-            missed = [layer for layer in wanted if layer not in moments or moments[layer][0].shape != wanted[layer][0].shape]
-            tries.append((len(missed), way, calls, missed, reason))
-            if not missed:
-                break
-        _, self._way, calls, missed, _ = min(tries, key=lambda one: one[0])
-        idle = self._idle(variables, example) if missed else set()
+        self._tune(variables)
+
+    def of(self, variables) -> 'Tap':
+        """Returns the tap of the same network with variables that have other statistics: recorded ones, for instance."""
+        tap = copy.copy(self)
+        tap._tune(variables)
+        return tap
+
+    def _tune(self, variables) -> None:
+        """Finds the way that reaches every layer with statistics among `variables`, and the order of the layers."""
+        name, self._places = self._name, find_statistics(variables)
+        wanted, recorded = running_statistics(variables), MOMENTS in variables
+        shapes = {layer: mean.shape for layer, (mean, _) in wanted.items()}
+        calls, missed, reason = self._reach(variables, shapes, lambda v, x, c: self._run(v, x, c)[1], recorded)
+        self.layers = tuple(layer for layer in calls if layer in wanted and layer not in missed)
+        if recorded:
+            if missed:
+                raise DvinvError(
+                    f'The moments are of layers that {name} does not have, or not with so many channels: '
+                    f'{listed(missed, 4)}. Record those of this network.'
+                )
+            return
+        idle = self._idle(variables, self._example) if missed else set()
         foreign = [layer for layer in missed if layer not in idle and not self._is_of_flax(layer)]
         unreached = [layer for layer in missed if layer not in idle and layer not in foreign]
-        self.layers = tuple(layer for layer in calls if layer in wanted and layer not in missed)
-        if unreached or not self.layers:
+        if unreached or (wanted and not self.layers):
             raise DvinvError(
                 f'{name} keeps running statistics that the tap cannot reach: {", ".join(unreached or missed)}. Call each '
                 'of these layers as module(x) once in the forward pass, and let lifted transforms carry batch_stats on a '
-                f'mapped axis.{tries[-1][-1]}'
+                f'mapped axis.{reason}'
             )
         if idle:
             say(f'{name} does not use {listed(sorted(idle))} in eval mode, so their running statistics are left out.')
@@ -234,6 +302,52 @@ class Tap(abc.ABC):
         if others := [*foreign, *unpaired_statistics(variables)]:
             say(f'{name} has {listed(others)}, named as running statistics, but no layer is known to use them: left out.')
         self._places = {layer: self._places[layer] for layer in self.layers}
+
+    def reaching(self, variables, places: Iterable[str]) -> 'Tap':
+        """Returns this tap for `moments` and `capture` of these places, as of `find`.
+
+        Raises:
+          DvinvError: there are some that it cannot reach; names them.
+        """
+        tap, places = copy.copy(self), tuple(places)
+        shapes = dict.fromkeys(places)
+        _, missed, reason = tap._reach(variables, shapes, lambda v, x, c: tap.moments(v, x, places, c), any_place=True)
+        if missed:
+            raise DvinvError(
+                f'{self._name} has layers that the tap cannot reach: {listed(missed, 4)}. Each must take and return arrays '
+                f'with the channels last, called as module(x).{reason}'
+            )
+        return tap
+
+    def _reach(self, variables, shapes: dict, run: Callable, any_place: bool) -> tuple[Counter, list[str], str]:
+        """Chooses the first way by which all places are heard, else that by which most are.
+
+        Args:
+          shapes: {place: the shape of its mean; None: any}.
+          run: (variables, x, calls) -> {place: (mean, variance)}.
+          any_place: whether the places are of any layers: those of networks without running statistics, which lifted
+            transforms may carry nothing of but the parameters.
+
+        Returns:
+          The calls of each place, the places that are not heard, and the end of a sentence that says why.
+        """
+        tries, reason = [], ''
+        for way in (*self.ways, *(self.last_ways if any_place else ())):
+            self._way, calls, moments = way, Counter(), {}
+            try:
+                # What nn.jit has traced before would not be traced again, nor its layers counted.
+                with jax.disable_jit():
+                    moments = jax.eval_shape(lambda v, x: run(v, x, calls), variables, self._example)  # noqa: B023
+            except DvinvError:
+                raise
+            except Exception as error:  # Flax and JAX raise many kinds here; the last one is told by the caller
+                reason = f' ({in_a_line(error)})'
+            missed = [p for p, shape in shapes.items() if p not in moments or shape not in (None, moments[p][0].shape)]
+            tries.append((len(missed), way, calls, missed))
+            if not missed:
+                break
+        _, self._way, calls, missed = min(tries, key=lambda one: one[0])
+        return calls, missed, reason
 
     def _refuse_incomplete(self, variables, example) -> None:
         """Refuses variables without some of the network's parameters or running statistics."""
@@ -261,30 +375,73 @@ class Tap(abc.ABC):
         """Logits [B, K] of normalised images x [B, H, W, C], in eval mode."""
 
     @abc.abstractmethod
-    def _listen(self, variables, x, calls: Counter, hear: Callable):
-        """(logits, {layer: what is heard of each of its calls}), sown in `self._way`.
+    def modules(self, variables) -> dict[str, type]:
+        """{path: class} of the modules within the network, those of a forward pass in the order of their calls."""
 
-        `hear` is `shifted_moments` or `whole_input`. While JAX traces, `calls` counts the calls of each layer, the first to
-        be called first.
+    @abc.abstractmethod
+    def _listen(self, variables, x, calls: Counter, ears: Ears):
+        """(logits, {place: what is heard of each of its calls}, {place: what is kept of each}), sown in `self._way`.
+
+        While JAX traces, `calls` counts the calls of each place, the first to be called first.
         """
 
-    def __call__(self, variables, x, axis: str | None = None):
-        """(logits [B, K], {layer: (mean, variance)} in forward order); moments over the mesh axis `axis` too, if named."""
-        logits, moments = self._run(variables, x, Counter(), axis)
-        return logits, {layer: moments[layer] for layer in self.layers}
+    def __call__(self, variables, x, axis: str | None = None, capture: tuple[str, ...] = ()):
+        """(logits [B, K], {layer: (mean, variance)} in forward order); moments over the mesh axis `axis` too, if named.
+
+        With `capture`, places as of `find`: a third, {place: its arrays, one a call}.
+        """
+        logits, moments, *captured = self._run(variables, x, Counter(), axis, tuple(capture))
+        return logits, {layer: moments[layer] for layer in self.layers}, *captured
 
     def features(self, variables, x):
         """(logits [B, K], {layer: its BatchNorm input at each of its calls} in forward order).
 
         An input is [B, ...]; that of layers stacked by nn.scan or nn.vmap has their axis before it.
         """
-        logits, heard = self._listen(variables, x, Counter(), whole_input)
+        logits, heard, _ = self._listen(variables, x, Counter(), Ears(whole_input, self._means()))
         return logits, {layer: heard[layer] for layer in self.layers}
 
-    def _run(self, variables, x, calls: Counter, axis: str | None = None):
-        logits, sown = self._listen(variables, x, calls, shifted_moments)
-        statistics = running_statistics(variables)
-        return logits, {layer: _moments(statistics[layer][0], heard) for layer, heard in pmean(sown, axis).items()}
+    def moments(self, variables, x, places: tuple[str, ...], calls: Counter | None = None) -> dict:
+        """Computes {place: (mean, variance)} of a batch x [B, H, W, C], each float32 [..., C], for places of `reaching`."""
+        ears = Ears(shifted_moments, tuple((place, ()) for place in places))
+        _, sown, _ = self._listen(variables, x, Counter() if calls is None else calls, ears)
+        return {place: _joint_moments(heard, None) for place, heard in sown.items()}
+
+    def find(self, variables, patterns: Iterable[str]) -> tuple[str, ...]:
+        """Returns the places that patterns name, in forward order.
+
+        Args:
+          patterns: of a layer's path ('blocks_*/norm1') or class ('LayerNorm', or one that it inherits from), with * for any
+            characters but a slash, ** for any. The layer's input is meant, or with ':output' after it what it returns.
+
+        Raises:
+          DvinvError: a pattern fits nothing.
+        """
+        modules, wanted = self.modules(variables), {}
+        for pattern in patterns:
+            layer, output = pattern.removesuffix(OUTPUT), OUTPUT * pattern.endswith(OUTPUT)
+            found = [path for path, module in modules.items() if path and _fits(path, module, layer)]
+            if not found:
+                classes = dict.fromkeys(module.__name__ for path, module in modules.items() if path)
+                raise DvinvError(
+                    f'The pattern {pattern!r} fits no layer of {self._name}. A pattern is a path, for instance '
+                    f'{listed([*filter(None, modules)], 3)}, or a class, {listed([*classes], 6)}, with * for any '
+                    f'characters, and {OUTPUT!r} after it for what the layer returns.'
+                )
+            wanted.update(dict.fromkeys(path + output for path in found))
+        return in_order(modules, wanted)
+
+    def _means(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        return tuple((place, mean if mean[0] != MOMENTS else ()) for place, (mean, _) in self._places.items())
+
+    def _run(self, variables, x, calls: Counter, axis: str | None = None, capture: tuple[str, ...] = ()):
+        logits, sown, kept = self._listen(variables, x, calls, Ears(shifted_moments, self._means(), capture))
+        if MOMENTS in variables:
+            moments = {place: _joint_moments(heard, axis) for place, heard in sown.items()}
+        else:
+            statistics = running_statistics(variables)
+            moments = {layer: _moments(statistics[layer][0], heard) for layer, heard in pmean(sown, axis).items()}
+        return (logits, moments, kept) if capture else (logits, moments)
 
     def _check_call(self, variables, example) -> None:
         """Trace the network once, in eval mode, and say in a sentence why it cannot be run."""
@@ -347,11 +504,36 @@ def _way_out(returned) -> str:
     return f'Say which of these are the logits: logits=lambda out: out{jax.tree_util.keystr(found[0])}, for instance.'
 
 
+def in_order(modules: Iterable[str], places: Iterable[str]) -> tuple[str, ...]:
+    """Returns places in forward order: what a layer returns comes after all that is within it.
+
+    Args:
+      modules: the paths of modules in the order of their calls.
+    """
+    order = {path: index for index, path in enumerate(modules)}
+
+    def position(place: str) -> tuple[int, int]:
+        path = place.removesuffix(OUTPUT)
+        if path == place:
+            return order[path], 0
+        return max(index for other, index in order.items() if f'{other}/'.startswith(f'{path}/')), 1
+
+    return tuple(sorted(places, key=position))
+
+
+def _fits(path: str, module: type, pattern: str) -> bool:
+    """Whether a pattern of `Tap.find` names the layer of this path and class."""
+    parts = {'**': '.*', '*': '[^/]*'}
+    expression = ''.join(parts.get(part, re.escape(part)) for part in re.split(r'(\*\*|\*)', pattern))
+    return any(re.fullmatch(expression, name) for name in (path, *(base.__name__ for base in module.__mro__)))
+
+
 class LinenTap(Tap):
     """The tap of a Linen module: an interceptor sows what every owner of running statistics is called with."""
 
-    # Lifted transforms (nn.scan, nn.vmap) silently drop collections that they were not told of, but carry batch_stats.
-    ways = (PRIVATE, STATISTICS)
+    # Lifted transforms (nn.scan, nn.vmap) silently drop collections that they were not told of, but carry batch_stats, and
+    # in networks without it the parameters.
+    ways, last_ways = (PRIVATE, STATISTICS), ('params',)
 
     def __init__(self, module: nn.Module, variables, example, call_kwargs: dict, logits: Callable | None = None):
         """See `Tap`."""
@@ -374,10 +556,23 @@ class LinenTap(Tap):
         """Logits [B, K] of normalised images x [B, H, W, C], in eval mode."""
         return self._pick(self._module.apply(variables, x, **self._kwargs))
 
-    def _listen(self, variables, x, calls: Counter, hear: Callable):
-        with LISTENING(hear), _sowing(self._way, calls, hear, self._places):
+    def modules(self, variables) -> dict[str, type]:
+        """See `Tap`."""
+        found = {}
+
+        def intercept(call, args, kwargs, context):
+            if context.method_name == '__call__':
+                found.setdefault(join_names(context.module.path), type(context.module))
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(intercept), jax.disable_jit():
+            jax.eval_shape(lambda v, x: self.apply_fn(v, x), variables, self._example)  # anew: JAX keeps what it has traced
+        return found
+
+    def _listen(self, variables, x, calls: Counter, ears: Ears):
+        with LISTENING(ears), _sowing(self._way, calls, ears):
             returned, sown = self._module.apply(variables, x, mutable=[self._way], **self._kwargs)
-        return self._pick(returned), _heard(sown, self._way)
+        return self._pick(returned), _heard(sown, self._way), _heard(sown, self._way, KEPT)
 
 
 def features_in_training(module: nn.Module, variables, x, rngs: dict, head: str = ''):
@@ -389,8 +584,8 @@ def features_in_training(module: nn.Module, variables, x, rngs: dict, head: str 
       head: path of a layer, 'Dense_1' for instance, that is heard beside the BatchNorm layers: features[head] is one pair,
         what it is called with, and what it answers to that, detached (gradients reach its weights and nothing before it).
     """
-    places = find_statistics(variables)
-    with LISTENING((whole_input, head)), _sowing(PRIVATE, Counter(), whole_input, places), _hearing_head(head):
+    ears = Ears(whole_input, running_means(variables))
+    with LISTENING((ears, head)), _sowing(PRIVATE, Counter(), ears), _hearing_head(head):
         logits, changed = module.apply(variables, x, train=True, mutable=[STATISTICS, PRIVATE], rngs=rngs)
     return logits, _heard(changed, PRIVATE), changed.get(STATISTICS, {})
 
@@ -412,34 +607,57 @@ def _hearing_head(path: str):
         yield
 
 
-def _heard(sown, collection: str) -> dict:
-    """{layer: what was heard of each of its calls} in what a Linen module has sown."""
-    flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(sown).get(collection, {}))
-    return {join_names(path[:-1]): heard for path, heard in flat.items() if path[-1] == SOWN}
+def _heard(sown, collection: str, name: str = SOWN) -> dict:
+    """{place: what was heard of each of its calls} in what a Linen module has sown under this name."""
+    return by_place(flax.traverse_util.flatten_dict(flax.core.unfreeze(sown).get(collection, {})), name)
+
+
+def by_place(flat: Mapping[tuple, tuple], name: str) -> dict[str, tuple]:
+    """{place: what was sown of each of its calls} of {path: value}, for what `sown_name` names."""
+    ends = {sown_name('', name): '', sown_name(OUTPUT, name): OUTPUT}
+    return {join_names(path[:-1]) + ends[path[-1]]: heard for path, heard in flat.items() if path[-1] in ends}
+
+
+def sown_name(place: str, name: str) -> str:
+    """The name of the variable that is sown in the layer of `place`."""
+    return f'{name}_output' if place.endswith(OUTPUT) else name
 
 
 @contextlib.contextmanager
-def _sowing(collection: str, calls: Counter, hear: Callable, places: dict):
-    """Sows what `hear` returns for each call of a Linen layer in `places` into `collection`, and counts it in `calls`."""
+def _sowing(collection: str, calls: Counter, ears: Ears):
+    """Sows what `ears` hear of each call of a Linen layer into `collection`, and counts it in `calls`."""
+    within = set()  # the layers that are being called
 
     def intercept(call, args, kwargs, context):
         module = context.module
         layer = join_names(module.path)
-        if context.method_name != '__call__' or not _owns_statistics(module, places.get(layer)):
+        output, mean = layer + OUTPUT, ears.running.get(layer, ())
+        if context.method_name != '__call__' or ears.places.isdisjoint((layer, output)):
             return call(*args, **kwargs)
-        before = calls[layer]
-        result = call(*args, **kwargs)
+        owner = not mean or module.has_variable(mean[0], mean[-1])
+        before, nested = calls[layer], layer in within
+        within.add(layer)
+        try:
+            result = call(*args, **kwargs)
+        finally:
+            if not nested:
+                within.remove(layer)
         # A subclass that calls super().__call__ passes here twice; the innermost call is the normalisation itself.
-        if calls[layer] == before:
-            mean, _ = places[layer]
-            mask = mask_of(module, args, kwargs)
-            module.sow(collection, SOWN, hear(module, module.get_variable(mean[0], mean[-1]), input_of(args, kwargs), mask))
-            calls[layer] += 1
+        if layer in ears.places and owner and calls[layer] == before:
+            x = input_of(args, kwargs)
+            mask = mask_of(module, args, kwargs) if mean or normalises_batches(module) else None
+            sow(module, layer, module.get_variable(mean[0], mean[-1]) if mean else None, x, mask)
+        # And what the outermost one returns is the layer's.
+        if output in ears.places and not nested:
+            sow(module, output, None, answer_of(result), None)
         return result
+
+    def sow(module, place: str, mean, x, mask) -> None:
+        if place in ears.running:
+            module.sow(collection, sown_name(place, SOWN), ears.hear(module, mean, x, mask))
+        if place in ears.kept:
+            module.sow(collection, sown_name(place, KEPT), x)
+        calls[place] += 1
 
     with nn.intercept_methods(intercept):
         yield
-
-
-def _owns_statistics(module: nn.Module, places) -> bool:
-    return places is not None and all(module.has_variable(path[0], path[-1]) for path in places)

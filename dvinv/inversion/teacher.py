@@ -12,18 +12,45 @@ import numpy as np
 from dvinv.errors import DvinvError, listed
 from dvinv.inversion.contract import check_answers
 from dvinv.inversion.modules import LinenModule, eval_arguments, trainable, unboxed
+from dvinv.inversion.moments import moments_of
 from dvinv.inversion.tap import LinenTap, running_statistics
-from dvinv.networks.classifier import Classifier, check_finite, check_normalisation, flatten, unflatten
+from dvinv.networks.classifier import MOMENTS, Classifier, check_finite, check_normalisation, flatten, unflatten
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Teacher(Classifier):
-    """A trained, frozen classifier whose BatchNorm inputs can be listened to."""
+    """A trained, frozen classifier whose layers can be listened to: its BatchNorms, or those with recorded moments."""
 
     tap: Callable  # (variables, x, axis=None) -> (logits, {layer: (input mean, input variance)}), layers in forward order
     features: Callable  # (variables, x) -> (logits, {layer: its BatchNorm inputs, one a call}), layers in forward order
-    statistics: Callable  # (variables) -> {layer: (running mean, running variance)}
+    statistics: Callable  # (variables) -> {layer: (running mean, running variance)}, or the recorded ones
     module: Any = None  # with `init`, and `apply` with `train`, as of a Linen module: what pruning and others train
+
+    def with_moments(self, moments) -> 'Teacher':
+        """Returns the same network with recorded moments in the place of its running statistics, if it has any.
+
+        Args:
+          moments: what `record_moments` returned, or the path of a file that it was saved to.
+
+        Raises:
+          DvinvError: they are of another network, or the file is missing or damaged.
+        """
+        (recorded, source), bare = moments_of(moments), self.without_moments()
+        recorded.check(bare.digest(), source)
+        return bare.with_variables(recorded.variables())
+
+    def without_moments(self) -> 'Teacher':
+        """Returns the same network as it was before `with_moments`."""
+        if MOMENTS not in self.variables:
+            return self
+        bare = dataclasses.replace(self, variables={k: v for k, v in self.variables.items() if k != MOMENTS})
+        return bare.with_variables({})
+
+    def with_variables(self, more: dict) -> 'Teacher':
+        """Returns the same network with `more` collections among its variables: statistics may be among them."""
+        variables = {**self.variables, **more}
+        tap = self.tap.of(variables)
+        return dataclasses.replace(self, variables=variables, tap=tap, features=tap.features)
 
 
 def from_linen(
@@ -35,6 +62,7 @@ def from_linen(
     std=None,
     call_kwargs: dict | None = None,
     logits: Callable | None = None,
+    moments=None,
 ) -> Teacher:
     """A Teacher from any Flax Linen module, unmodified.
 
@@ -45,15 +73,18 @@ def from_linen(
       mean, std: one number a channel, or one for all, for pixels in [0, 1].
       call_kwargs: what puts the module in eval mode; found from its signature (`train`, `deterministic`, ...) when None.
       logits: takes what the module returns and gives the logits, where it returns more: `lambda out: out[0]` of a tuple.
+      moments: of its layers, for a network without BatchNorm: what `record_moments` returned, or the path of its file.
 
     Raises:
-      DvinvError: the network has no BatchNorm, or one out of reach of the tap, or does not take such images; its weights are
-        not finite, or quantized; or its answers are not those of a classifier (see `contract.check_answers`).
+      DvinvError: the network has a BatchNorm out of reach of the tap, or does not take such images; its weights are not
+        finite, or quantized; its answers are not those of a classifier (see `contract.check_answers`); or the moments are
+        of another network.
     """
     pictures = {'image_shape': image_shape, 'mean': mean, 'std': std}
     teacher = trusted_linen(module, variables, **pictures, call_kwargs=call_kwargs, logits=logits)
     check_answers(teacher, type(module).__name__)
-    return dataclasses.replace(teacher, module=trainable(module, call_kwargs, pick=logits))
+    teacher = dataclasses.replace(teacher, module=trainable(module, call_kwargs, pick=logits))
+    return teacher if moments is None else teacher.with_moments(moments)
 
 
 def trusted_linen(
@@ -79,7 +110,14 @@ def trusted_linen(
 
 
 def from_nnx(
-    model, *, image_shape, mean=None, std=None, call_kwargs: dict | None = None, logits: Callable | None = None
+    model,
+    *,
+    image_shape,
+    mean=None,
+    std=None,
+    call_kwargs: dict | None = None,
+    logits: Callable | None = None,
+    moments=None,
 ) -> Teacher:
     """A Teacher from any Flax NNX model, unmodified: a clone of it is put in eval mode and frozen as it is now.
 
@@ -90,7 +128,7 @@ def from_nnx(
       model: takes x [B, H, W, C] and returns logits [B, K], or what `logits` finds them in.
       image_shape, mean, std: see `from_linen`.
       call_kwargs: what its `__call__` takes beside x in eval mode, over and above `model.eval()`; see `from_linen`.
-      logits: see `from_linen`.
+      logits, moments: see `from_linen`.
 
     Raises:
       DvinvError: see `from_linen`.
@@ -109,7 +147,7 @@ def from_nnx(
     variables, own = _on_host(nnx_tap.variables_of(model), name), trainable(model, call_kwargs, pick=logits)
     teacher = _teacher(nnx_tap.NnxTap, model, variables, *pictures, call_kwargs, logits, own)
     check_answers(teacher, name)
-    return teacher
+    return teacher if moments is None else teacher.with_moments(moments)
 
 
 def teacher_of(module, variables, *, image_shape, mean, std) -> Teacher:

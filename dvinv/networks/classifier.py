@@ -14,6 +14,7 @@ import numpy as np
 
 from dvinv.errors import DvinvError, listed
 
+MOMENTS = 'dvinv_moments'  # the collection of recorded moments among a network's variables, see inversion/moments.py
 # In the name of a running variance; its logarithm may be negative.
 VARIANCE = re.compile(r'(?<!log)(?:^|[\W\d_])var(?:iance)?(?:$|[\W\d_])|(?<![lL]og)Var(?:iance)?$')
 

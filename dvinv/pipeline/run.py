@@ -15,9 +15,9 @@ from dvinv.errors import DvinvError, listed
 from dvinv.evaluation.scoring import validate_fits
 from dvinv.inversion import Teacher
 from dvinv.inversion.modules import trained_part, validate_trainable
-from dvinv.inversion.tap import running_statistics
+from dvinv.inversion.recording import with_shapes
 from dvinv.inversion.teacher import teacher_of, trusted_linen
-from dvinv.networks import Classifier, classifier_of, create, load_classifier, load_network, read_classifier, shapes_of
+from dvinv.networks import Classifier, create, load_classifier, load_network, read_classifier, shapes_of
 from dvinv.networks.classifier import check_finite, flatten
 from dvinv.networks.files import refuse_other
 from dvinv.runtime.devices import make_mesh, training_mesh
@@ -112,8 +112,9 @@ class Run:
 
     @property
     def has_teacher(self) -> bool:
-        """Whether the teacher is given, or trained already."""
-        return not self.is_trained_here('teacher') or self.workdir.has_network('teacher')
+        """Whether the teacher is given, or trained already, with the moments that are recorded here."""
+        recorded = not self.settings.teacher.moments_images or self.workdir.has_network('moments')
+        return recorded and (not self.is_trained_here('teacher') or self.workdir.has_network('teacher'))
 
     @functools.cached_property
     def factory_network(self) -> Any:
@@ -129,9 +130,25 @@ class Run:
     def teacher(self) -> Teacher:
         """The teacher: from the user's function, from a weights file, or as the task `teacher` trained it.
 
+        It has the moments that the settings name, or that the task recorded.
+
         Raises:
           DvinvError: it is not there, cannot be imported, or cannot be inverted.
         """
+        group = self.settings.teacher
+        if group.moments:
+            return self.bare_teacher.with_moments(group.moments)
+        if not group.moments_images:
+            return self.bare_teacher
+        if not self.workdir.has_network('moments'):
+            raise DvinvError(
+                f'There are no moments in {self.workdir.path} yet; run the task teacher first, or set teacher.moments.'
+            )
+        return self.bare_teacher.with_moments(self.workdir.network('moments'))
+
+    @functools.cached_property
+    def bare_teacher(self) -> Teacher:
+        """The teacher without recorded moments."""
         group = self.settings.teacher
         if isinstance(self.factory_network, Teacher):
             # It may have been changed since it was made.
@@ -152,7 +169,13 @@ class Run:
         group, data = self.settings.teacher, self.data
         if not (group.factory or group.network):
             raise DvinvError("teacher.network is empty; name a network, or a function by teacher.factory='module:function'.")
-        teacher = self._blank_teacher() if self.is_trained_here('teacher') else self.teacher
+        self._validate_moments()
+        if self.is_trained_here('teacher'):
+            teacher = self._blank_teacher()
+        else:
+            teacher = self.bare_teacher.with_moments(group.moments) if group.moments else self.bare_teacher
+        if group.moments_images:
+            teacher = with_shapes(teacher)
         if not (group.factory or self.is_trained_here('teacher')):
             print_pixels(group, 'teacher', teacher)
         if data is not None:
@@ -176,7 +199,7 @@ class Run:
         """(H, W, C) of the teacher, whether it is trained already or not."""
         group = self.settings.teacher
         if not self.is_trained_here('teacher') and (group.factory or group.network):
-            return self.teacher.image_shape
+            return self.bare_teacher.image_shape
         return self.data.image_shape if self.data else self.planned_teacher.image_shape  # which refuses it
 
     @functools.cached_property
@@ -311,12 +334,25 @@ class Run:
     def _invertible(self, module, variables, about: dict) -> Any:
         """Returns the `Teacher` of a Linen module with its variables and the description of `networks.save_network`.
 
-        Where the task `teacher` is the only one, and inverts nothing, a network without running statistics is a
-        `Classifier`.
+        Raises:
+          DvinvError: it cannot be inverted.
         """
-        if {*self.settings.tasks} <= {'teacher'} and not running_statistics(variables):
-            return classifier_of(module, variables, about)
         return trusted_linen(module, variables, image_shape=about['image_shape'], mean=about['mean'], std=about['std'])
+
+    def _validate_moments(self) -> None:
+        """Validates that moments are of a network that exists, or that there are images to record them from."""
+        group, data = self.settings.teacher, self.data
+        if group.moments_images and (data is None or data.train is None):
+            raise DvinvError(
+                f'teacher.moments_images is {group.moments_images}, but there are no real training images to record moments '
+                'from; name some by data.name and data.train_path, or give a file that was made where they are, '
+                'teacher.moments=FILE (python -m dvinv.moments).'
+            )
+        if group.moments and self.is_trained_here('teacher'):
+            raise DvinvError(
+                f'teacher.moments is {group.moments!r}, but the teacher is yet to be trained, so they are of another '
+                'network; record those of this one by teacher.moments_images=100.'
+            )
 
     def _own_parts(self) -> tuple[Any, Any, dict]:
         """Returns what `teacher_parts` is, for `teacher.factory`."""

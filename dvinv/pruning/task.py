@@ -19,7 +19,9 @@ from dvinv.distillation.student import distillation_loss
 from dvinv.errors import DvinvError
 from dvinv.evaluation.held_out import HeldOut, learned_rows
 from dvinv.evaluation.scoring import test_accuracy
+from dvinv.inversion import Teacher
 from dvinv.inversion.execution import in_precision
+from dvinv.inversion.modules import trained_part
 from dvinv.inversion.tap import find_statistics
 from dvinv.networks import Classifier, load_classifier, load_network, save_network
 from dvinv.networks.channels import PrunedModule, find_channels
@@ -113,12 +115,18 @@ def planned_trainings(run: Run) -> list[PlannedTraining]:
     """Returns the trainings of the task, for `--plan`: of whole networks, so pruned ones will take less."""
     settings, teacher = run.settings.pruning, run.planned_teacher
     updates = settings.steps * settings.updates_per_step + settings.updates
-    layers = teacher.tap.layers if settings.hint else ()
+    layers = _compared(teacher) if settings.hint else ()
     loss = distillation_loss(in_precision(teacher, settings.precision), settings.temperature, settings.hint, layers)
     rounds = Rounds(run.settings.synthesis.images)
     lesson = Lesson(dataclasses.replace(settings, updates=updates), loss, rounds, teacher.variables)
     networks = 1 + sum(control != 'untuned' for control in settings.controls)
     return [PlannedTraining('pruned', teacher.module, lesson, teacher, networks, teacher)]
+
+
+def _compared(teacher: Teacher) -> tuple[str, ...]:
+    """Returns the layers with running statistics: the teacher may have recorded moments of others, too."""
+    own = find_statistics(trained_part(teacher.variables))
+    return tuple(layer for layer in teacher.tap.layers if layer in own)
 
 
 def complete(run: Run) -> bool:
@@ -272,10 +280,10 @@ class Pruner:
         means = find_statistics(self._channels.shapes)
         left = {
             layer: np.flatnonzero(self._channels.there(groups, keep))
-            for layer in self._teacher.tap.layers
+            for layer in _compared(self._teacher)
             if (groups := self._channels.axes[join_names(means[layer][0])][-1]) is not None
         }
-        layers = self._teacher.tap.layers if settings.hint else ()
+        layers = _compared(self._teacher) if settings.hint else ()
         teacher = in_precision(self._teacher, settings.precision)
         loss = distillation_loss(teacher, settings.temperature, settings.hint, layers, left)
         return Lesson(settings, loss, Rounds(count), self._teacher.variables)

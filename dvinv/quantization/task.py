@@ -38,7 +38,8 @@ def run(run: Run) -> dict:
     """
     settings, teacher, workdir = run.settings.quantization, run.teacher, run.workdir
     pool = finished_pool(run) if settings.images or settings.distilled else None
-    plain = fold(teacher.apply_fn, teacher.variables, teacher.image_shape)
+    weights = teacher.without_moments().variables
+    plain = fold(teacher.apply_fn, weights, teacher.image_shape)
     network = equalise(plain) if settings.equalise else plain
     ladder = _observed(run, network, pool)
     about = run.teacher_parts[2]
@@ -58,7 +59,7 @@ def run(run: Run) -> dict:
         ladder = ladder.beside(control, on_images(network, teacher, _evenly(images, settings.images)))
     held_out = pool and HeldOut(run.settings, teacher, pool)
     unequalised = _observed(run, plain, pool) if settings.equalise else None
-    scores, float_bytes = Scores(teacher, data), len(network_bytes(teacher.variables, about))
+    scores, float_bytes = Scores(teacher, data), len(network_bytes(weights, about))
     figures = {}
     for setting in settings.settings:
         path = workdir.network(file_name(setting))

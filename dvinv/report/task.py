@@ -138,7 +138,13 @@ def _facts(run: Run, results: dict) -> dict:
 def _summary(results: dict, name: str, how: str) -> str:
     made, taught = results['synthesis'], results.get('distillation')
     verdict = 'was sure of them' if made['teacher_accuracy'] > 0.5 else 'leaned towards their class'
-    text = f'{made["images"]:,} images were synthesized by {name}, without any data: {how.format(verdict)}.'
+    source, statistics = 'without any data', made.get('statistics', '')
+    if statistics.startswith('recorded'):
+        source = f'from the network and {statistics}'
+        how = how.replace('the statistics of its BatchNorm inputs', 'these moments')
+    elif statistics == 'none':
+        name, how = f'{name} without its feature term', UNTIL
+    text = f'{made["images"]:,} images were synthesized by {name}, {source}: {how.format(verdict)}.'
     if taught is None:
         return text
     if taught['test_accuracy'] is None:
@@ -186,6 +192,7 @@ def _synthesis(
             ['Teacher takes them for their class', percent(made['teacher_accuracy'])],
             ['Verifier takes them for their class', percent(made['verifier_accuracy'])],
             ['Verifier, among its first five', percent(made['verifier_top5_accuracy'])],
+            ['Statistics of the teacher that they are drawn to', made.get('statistics', 'running statistics')],
             ['Feature loss of the initial noise', number(made['feature_loss_first'])],
             ['Feature loss of the finished images', number(made['feature_loss_last'])],
             ['Feature loss of real batches', number(made['feature_loss_real'])],

@@ -24,7 +24,16 @@ from dvinv.runtime.versions import record, refuse_other_settings, versions
 # made anew each time).
 EXEMPT = ('tasks', 'devices', 'logging', 'verifiers', 'synthesis.controls')
 # Keys that earlier versions did not have, with the values by which such a run goes on as it was.
-ADDED = {'student.factory': '', 'held_out': 0.0, 'synthesis.pixel_scale': 'network'}
+ADDED = {
+    'student.factory': '',
+    'held_out': 0.0,
+    'synthesis.pixel_scale': 'network',
+    'teacher.moments': '',
+    'teacher.moments_images': 0,
+    'synthesis.attention': ['*Attention*:output'],
+    'synthesis.weights.patch_similarity': 0.0,
+    **{f'synthesis.stages[{i}].{name}': value for i in range(9) for name, value in (('color_shift', 0.0), ('centre', 1.0))},
+}
 
 # What a run makes, but for its records: until one of these is there, a folder may get another config.
 MADE = (

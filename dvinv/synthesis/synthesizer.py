@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable
 
@@ -17,11 +18,13 @@ from dvinv.evaluation.scoring import logits_of
 from dvinv.inversion import (
     Inversion,
     Teacher,
+    attention_of,
     balanced_labels,
     make_feature_loss,
     make_inverter,
     validate_labels,
     validate_resolutions,
+    validate_statistics,
 )
 from dvinv.inversion.parameterization import initial_parameters, make_decode, pixel_scale_of
 from dvinv.pipeline.run import Run
@@ -53,6 +56,11 @@ def validate(run: Run) -> None:
     if idle > 0 and is_primary() and not virtual:
         say(f'There are {group.batches} batches, one a device, so {idle} of {split} devices are idle in synthesis.')
     validate_stages(run)
+    config = settings.inversion_config()
+    if group.method != 'noise':
+        validate_statistics(teacher, config)
+    if config.weights.patch_similarity:
+        attention_of(teacher, config)
     validate_labels(np.array(group.classes, int), teacher.num_classes)
     validate_count(run, 'synthesis.images', group.images, teacher.num_classes)
 
@@ -266,6 +274,11 @@ class Synthesizer:
         self._progress.update(self._made * self._iterations + len(numbers) * done, of, **terms)
         self._workdir.tick(self._task)
 
+    def _feature_loss(self, x, key: jax.Array) -> float | None:
+        """Returns R_feature of a batch; None of a teacher without statistics."""
+        value = float(self._measure(self._teacher.variables, x, key))
+        return None if math.isnan(value) and not self._teacher.statistics(self._teacher.variables) else value
+
     def _write(self, number: int, key: jax.Array, labels: np.ndarray, x: np.ndarray, notes: dict) -> None:
         teacher, images = self._teacher, self._teacher.to_uint8(x)
         parameters, view_key = initial_parameters(key, len(labels), teacher.image_shape)
@@ -274,8 +287,8 @@ class Synthesizer:
         about = {
             'batch': number,
             'iterations': self._iterations,
-            'feature_loss_first': float(self._measure(teacher.variables, self._decode(parameters), view_key)),
-            'feature_loss_last': float(self._measure(teacher.variables, teacher.normalise(images), view_key)),
+            'feature_loss_first': self._feature_loss(self._decode(parameters), view_key),
+            'feature_loss_last': self._feature_loss(teacher.normalise(images), view_key),
             'config': {
                 **synthesis,
                 'seed': self._settings.seed,

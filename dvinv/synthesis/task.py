@@ -48,6 +48,7 @@ def run(run: Run) -> dict:
     _write_samples(run.workdir, pool)
     return {
         **_judge(pool, run.verifier),
+        'statistics': teacher.statistics_of(run),
         'rounds': 1 if run.settings.pool else rounds_of(run.settings).count,
         'feature_loss_real': _real_feature_loss(run, pool),
     }
@@ -79,14 +80,15 @@ def _judge(pool: ImagePool, verifier: Classifier | None) -> dict:
             totals['verifier'] += among_top(logits, labels).sum()
             totals['verifier_top5'] += among_top(logits, labels, 5).sum()
         for end in ('first', 'last'):
-            totals[end] += notes[f'feature_loss_{end}']
+            totals[end] += notes[f'feature_loss_{end}'] or 0.0
+    matched = notes['feature_loss_last'] is not None  # else the teacher has no statistics
     judges = {'teacher': True, 'verifier': verifier, 'verifier_top5': verifier}
     return {
         'images': totals['images'],
         'batches': len(numbers),
         'iterations': pool.notes(numbers[0])['iterations'],
         **{f'{name}_accuracy': float(totals[name] / totals['images']) if there else None for name, there in judges.items()},
-        **{f'feature_loss_{end}': totals[end] / len(numbers) for end in ('first', 'last')},
+        **{f'feature_loss_{end}': totals[end] / len(numbers) if matched else None for end in ('first', 'last')},
     }
 
 
@@ -105,7 +107,7 @@ def _real_feature_loss(run: Run, pool: ImagePool) -> float | None:
     images sees it.
     """
     data, network = run.data, run.teacher
-    if data is None or data.train is None:
+    if data is None or data.train is None or not network.statistics(network.variables):
         return None
     validate_fits(network, data)
     stage = run.settings.inversion_config().stages[-1]

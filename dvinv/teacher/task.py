@@ -1,14 +1,21 @@
 """The task `teacher`: the network that is inverted and the verifier that judges the images, trained or read, then scored."""
 
+from collections.abc import Iterable
+
 import jax
+import numpy as np
 import optax
 
 from dvinv.config import LabelTrainingSettings, validate_devices
 from dvinv.errors import DvinvError
-from dvinv.evaluation.scoring import flops, test_accuracy
+from dvinv.evaluation.scoring import flops, test_accuracy, validate_fits
+from dvinv.inversion.augmentation import Augmentation, augmentation_of
+from dvinv.inversion.moments import Moments
+from dvinv.inversion.recording import record_moments
 from dvinv.inversion.teacher import Teacher
 from dvinv.networks import Classifier, create, shapes_of
 from dvinv.pipeline.run import Role, Run
+from dvinv.runtime.processes import is_primary, meet
 from dvinv.teacher.verifiers import print_pixels, refuse_chance
 from dvinv.training.sampling import Rounds
 from dvinv.training.trainer import Learner, Lesson, PlannedTraining, learn
@@ -36,6 +43,11 @@ def run(run: Run) -> dict:
         scores['verifier'] = _score('verifier', run.verifier, run)
     if run.is_trained_here('teacher'):
         _train('teacher', run)
+    if run.settings.teacher.moments_images and not run.workdir.has_network('moments'):
+        moments = record(run, run.settings.teacher.moments_images)
+        if is_primary():
+            moments.save(run.workdir.network('moments'))
+        meet('moments of the teacher')
     scores['teacher'] = _score('teacher', run.teacher, run)
     if run.is_trained_here('verifier'):
         _train('verifier', run)
@@ -63,7 +75,46 @@ def planned_trainings(run: Run) -> list[PlannedTraining]:
 
 def complete(run: Run) -> bool:
     """Whether the networks of the finished task are still there: a damaged file is deleted by its owner."""
-    return all(run.workdir.has_network(role) for role in ROLES if run.is_trained_here(role))
+    names = [role for role in ROLES if run.is_trained_here(role)] + ['moments'] * bool(run.settings.teacher.moments_images)
+    return all(map(run.workdir.has_network, names))
+
+
+def record(run: Run, images: int, layers: Iterable[str] = ()) -> Moments:
+    """Records the moments of the teacher on so many real training images, augmented as for its training.
+
+    Args:
+      images: how many, as many of each class.
+      layers: see `record_moments`.
+
+    Raises:
+      DvinvError: there are no training images, or see `record_moments`.
+    """
+    data = run.data
+    if data is None or data.train is None:
+        raise DvinvError(
+            'There are no real training images to record moments from; name some by data.name and data.train_path.'
+        )
+    validate_fits(run.bare_teacher, data)
+    labels = data.train.labels
+    order = np.random.default_rng(run.settings.seed).permutation(len(labels))
+    turns = np.zeros(len(labels), int)  # of an image among those of its class
+    for label in np.unique(labels):
+        rows = order[labels[order] == label]
+        turns[rows] = np.arange(len(rows))
+    chosen = np.sort(np.argsort(turns, kind='stable')[: max(0, images)])
+    augmentation = augmentation_of(run.settings.teacher.training)
+    augmentation = None if augmentation == Augmentation() else augmentation
+    pictures = data.train.images[chosen]
+    return record_moments(run.bare_teacher, pictures, layers, augmentation=augmentation, key=run.settings.seed)
+
+
+def statistics_of(run: Run) -> str:
+    """Returns what the moments of the images are matched with, in words."""
+    layers, group = len(run.teacher.statistics(run.teacher.variables)), run.settings.teacher
+    if group.moments or group.moments_images:
+        moments = Moments.load(group.moments or run.workdir.network('moments'))
+        return f'recorded moments of {moments.images:,} images, {layers} layers'
+    return f'running statistics, {layers} layers' if layers else 'none'
 
 
 def validate_verifier(run: Run) -> None:

@@ -1,0 +1,37 @@
+"""A vision transformer without any BatchNorm is inverted, and a student learns from the images; real 8x8 digits.
+
+    python -m dvinv.main --config configs/digits_vit.py --workdir runs/digits_vit
+
+The teacher (four blocks, 202 thousand parameters) is trained on 1,437 scanned digits; the task `teacher` then records the
+mean and variance a channel of what its LayerNorms take and its blocks return, over 100 of these images
+(`teacher.moments_images`). 1,024 images are synthesized from the network and these numbers alone; a residual network of an
+eighth of its parameters learns from them. `:free` records nothing: the images are made by the network alone, and by what
+natural pictures have in common (docs/networks_without_batchnorm.md). Every setting was chosen on a validation part of the
+training split (`--config.data.validation=True`). `:smoke` shrinks the run to seconds.
+"""
+
+import ml_collections
+
+from dvinv.config import default_config, shrink
+
+
+def get_config(arg: str = '') -> ml_collections.ConfigDict:
+    """The config; `arg` is '', 'free' or 'smoke'."""
+    config = default_config('digits_vit_free' if arg == 'free' else 'digits_vit')
+    config.teacher.mean, config.teacher.std = (0.3053,), (0.3761,)  # of the training pixels
+    augmentation = {'shift': 1, 'noise': 0.1}
+    optimizer = {'batch_size': 64, 'weight_decay': 5e-4}
+    config.teacher.update(network='small_vit', moments_images=0 if arg == 'free' else 100)
+    config.teacher.training.update(
+        updates=1500, learning_rate=2e-3, warmup=100, clip_norm=1.0, batch_size=64, weight_decay=5e-2, **augmentation
+    )
+    config.verifier.training.update(updates=600, learning_rate=2e-3, warmup=60, **optimizer, **augmentation)
+    config.student.width = 0.5
+    config.synthesis.update(images=1024, batch_size=256)
+    config.distillation.update(updates=600, learning_rate=3e-2, warmup=40, **optimizer, **augmentation)
+    config.logging.checkpoint_every = 200
+    if arg == 'smoke':
+        shrink(config)
+    elif arg not in ('', 'free'):
+        raise ValueError(f'This config knows the arguments free and smoke, not {arg!r}')
+    return config

@@ -1,0 +1,51 @@
+"""Priors for networks that keep no statistics at all, as plain functions: what their attention says of a natural picture."""
+
+import jax
+import jax.numpy as jnp
+
+from dvinv.inversion.losses import EPSILON, pmean
+
+POINTS = 32  # at which the density is taken
+MARGIN = 3.0  # bandwidths beyond the lowest and highest similarity
+
+
+def patch_similarity_entropy(tokens: jax.Array, axis: str | None = None) -> jax.Array:
+    """Computes the differential entropy of the similarities between patches, the mean over images; float32 scalar.
+
+    In pictures of things patches are alike or not, by what they show; in noise all are equally so. So attention outputs of
+    real images have similarities of a wide distribution (PSAQ-ViT, arXiv 2203.02250, section 3):
+
+        G_ij = u_i . u_j / (||u_i|| ||u_j||)       cosine similarity of the outputs u_i and u_j of two patches, i < j
+        f(s) = 1/(M h) sum_m K((s - G_m) / h)      density by a Gaussian kernel K over all M similarities of an image
+        H    = - integral of f(s) log f(s) ds
+
+    The bandwidth h is that of the normal reference rule, 1.06 deviation M^(-1/5); it and the places s have no gradient.
+
+    Args:
+      tokens: what an attention layer returns, [B, ..., C]; all but the first and last axes are of patches.
+      axis: the mesh axis that the batch is split over, or None.
+    """
+    tokens = tokens.reshape(len(tokens), -1, tokens.shape[-1]).astype(jnp.float32)
+    tokens = tokens * jax.lax.rsqrt(jnp.sum(jnp.square(tokens), -1, keepdims=True) + EPSILON)
+    rows, columns = jnp.triu_indices(tokens.shape[1], 1)
+    similarities = jnp.einsum('bic,bjc->bij', tokens, tokens)[:, rows, columns]
+    count = similarities.shape[1]
+    if count < 2:
+        return jnp.float32(0.0)
+    fixed = jax.lax.stop_gradient(similarities)
+    bandwidth = jnp.maximum(1.06 * jnp.std(fixed, 1, keepdims=True) * count**-0.2, 1e-4)
+    low, high = fixed.min(1, keepdims=True) - MARGIN * bandwidth, fixed.max(1, keepdims=True) + MARGIN * bandwidth
+    places = low + (high - low) * jnp.linspace(0.0, 1.0, POINTS)[None]
+    apart = (places[:, :, None] - similarities[:, None]) / bandwidth[:, :, None]
+    density = jnp.exp(-0.5 * jnp.square(apart)).mean(2) / (jnp.sqrt(2 * jnp.pi) * bandwidth)
+    entropy = -jnp.sum(density * jnp.log(density + EPSILON), 1) * (high - low)[:, 0] / (POINTS - 1)
+    return pmean(entropy.mean(), axis)
+
+
+def patch_similarity(captured: dict, axis: str | None = None) -> jax.Array:
+    """Computes the prior of PSAQ-ViT, - sum over blocks of `patch_similarity_entropy`.
+
+    Args:
+      captured: {place: its arrays, one a call} of the attention outputs, as `Tap` captures them.
+    """
+    return -sum(patch_similarity_entropy(tokens, axis) for calls in captured.values() for tokens in calls)

@@ -1,0 +1,130 @@
+"""Recording moments: which layers of a network, and their mean and variance over some images."""
+
+import re
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+
+from dvinv.errors import DvinvError, listed
+from dvinv.inversion.augmentation import Augmentation
+from dvinv.inversion.moments import Moments
+from dvinv.inversion.residuals import residual_blocks
+from dvinv.inversion.tap import OUTPUT, find_statistics, in_order
+from dvinv.inversion.teacher import Teacher
+from dvinv.networks.classifier import flatten, join_names
+
+NORMALISES = re.compile(r'^(?!Weight|Spectral).*Norm(?:aliz\w*|alis\w*)?(?:_?\d+[dD]?)?$')  # the class of such a layer
+LEAST = 2  # images
+
+
+def record_moments(
+    network: Teacher,
+    images,
+    layers: Iterable[str] | str = (),
+    *,
+    augmentation: Augmentation | None = None,
+    views: int = 10,
+    key: int = 0,
+    batch_size: int = 50,
+) -> Moments:
+    """Records the mean and variance a channel, over images and positions, of what layers of a network take or return.
+
+    Args:
+      network: a Teacher, as `from_linen` and `from_nnx` make it.
+      images: some of those that it was trained on, about 100: pixels uint8 [N, H, W, C], or normalised floats.
+      layers: patterns of a layer's path or class, see `Tap.find`; (): the inputs of all BatchNorms, or, of a network without
+        any, the inputs of all layers that normalise and the outputs of all residual blocks (where it has neither, the
+        outputs of all layers with weights but the last).
+      augmentation: with which the network was trained. Images are synthesized so that the network sees them augmented, and
+        should then be compared with moments of augmented images.
+      views: how often each image is shown with `augmentation`; without one, each is shown once.
+      key: seeds the augmentation.
+      batch_size: images that are run at a time.
+
+    Raises:
+      DvinvError: fewer than 2 images, images of another shape, or a pattern that fits no layer.
+    """
+    if not isinstance(network, Teacher):
+        raise DvinvError(
+            f'record_moments takes a dvinv.Teacher, and a {type(network).__name__} is none; make one of the network: '
+            'dvinv.from_linen(module, variables, ...) or dvinv.from_nnx(model, ...).'
+        )
+    teacher, images = network.without_moments(), np.asarray(images)
+    if images.ndim != 4 or images.shape[1:] != tuple(teacher.image_shape) or len(images) < LEAST:
+        shape = ', '.join(map(str, teacher.image_shape))
+        raise DvinvError(
+            f'The images to record moments from have the shape {images.shape}; give at least {LEAST}, better 100, as '
+            f'[N, {shape}].'
+        )
+    if augmentation is not None and views < 1:
+        raise DvinvError(f'views is {views}; it must be at least 1.')
+    places, tap = _places(teacher, layers)
+
+    @jax.jit
+    def run(variables, x, key):
+        shown = x if augmentation is None else augmentation(key, x, teacher)
+        return tap.moments(variables, shown, places)
+
+    totals, count = {}, 0
+    with jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):
+        for view in range(1 if augmentation is None else views):
+            for start in range(0, len(images), batch_size):
+                part = images[start : start + batch_size]
+                x = teacher.normalise(part) if part.dtype == np.uint8 else part.astype(np.float32)
+                found = run(teacher.variables, x, jax.random.fold_in(jax.random.key(key), view * len(images) + start))
+                count = _joined(totals, count, jax.device_get(found), len(part))
+    layers = {place: tuple(np.float32(value) for value in totals[place]) for place in places}
+    if wrong := [place for place, pair in layers.items() if not np.isfinite(pair).all()]:
+        raise DvinvError(f'The moments of {listed(wrong, 4)} are not finite; look at the weights and at the images.')
+    return Moments(layers, teacher.digest(), len(images), 0 if augmentation is None else views)
+
+
+def _joined(totals: dict, count: int, found: dict, more: int) -> int:
+    """Puts the moments of `more` images to the `totals`, in float64, of `count` before; returns how many these are then."""
+    share = more / (count + more)
+    for place, pair in found.items():
+        mean, variance = (np.asarray(value, np.float64) for value in pair)
+        old_mean, old_variance = totals.get(place, (mean, variance))
+        apart = share * (1 - share) * np.square(mean - old_mean)
+        totals[place] = old_mean + share * (mean - old_mean), old_variance + share * (variance - old_variance) + apart
+    return count + more
+
+
+def with_shapes(teacher: Teacher, layers: Iterable[str] | str = ()) -> Teacher:
+    """Returns `teacher`, of shapes, with the shapes of moments that are yet to be recorded; see `record_moments`."""
+    x = jax.ShapeDtypeStruct((LEAST, *teacher.image_shape), np.float32)
+    places, tap = _places(teacher, layers)
+    found = jax.eval_shape(lambda variables, x: tap.moments(variables, x, places), teacher.variables, x)
+    return teacher.with_variables(Moments(found, '', 0).variables())
+
+
+def _places(teacher: Teacher, patterns: Iterable[str] | str):
+    """Returns the places that are recorded, in forward order, and the tap that reaches them."""
+    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    variables = teacher.variables
+    places = teacher.tap.find(variables, patterns) if patterns else default_places(teacher)
+    return places, teacher.tap.reaching(variables, places)
+
+
+def default_places(teacher: Teacher) -> tuple[str, ...]:
+    """Returns the places that `record_moments` takes by itself, in forward order.
+
+    Raises:
+      DvinvError: the network has no layers with weights.
+    """
+    tap, variables = teacher.tap, teacher.variables
+    if find_statistics(variables):
+        return tap.layers
+    modules = tap.modules(variables)
+    norms = [path for path, module in modules.items() if path and NORMALISES.match(module.__name__)]
+    places = [*norms, *(path + OUTPUT for path in residual_blocks(teacher))]
+    if not places:
+        owners = {join_names(path.split('/')[1:-1]) for path, leaf in flatten(variables).items() if np.ndim(leaf) > 1}
+        places = [path + OUTPUT for path in modules if path in owners][:-1]
+    if not places:
+        raise DvinvError(
+            'The network has no layer that normalises, no residual block and fewer than two layers with weights; name what '
+            'to record by layers, patterns of paths or classes.'
+        )
+    return in_order(modules, places)

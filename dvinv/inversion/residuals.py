@@ -1,0 +1,58 @@
+"""Residual blocks of any network, found in its program: modules that return what they take plus what they make of it."""
+
+import jax
+import numpy as np
+
+from dvinv.inversion.tap import OUTPUT
+from dvinv.networks.channels.flat import Program, flat_program
+
+# What changes neither whether an array is a sum nor what it is a sum of: on the way to it, or in a shortcut without weights.
+PASSED = ('relu', 'relu6', 'max', 'convert_element_type', 'reshape', 'squeeze', 'transpose', 'copy', 'pad', 'slice')
+
+
+def residual_blocks(teacher) -> tuple[str, ...]:
+    """Returns the paths of the innermost modules that are residual blocks, in the order of their calls.
+
+    A module is one if its output is a sum, perhaps with a ReLU after it, of its input and of what depends on it; so are the
+    others of its class, which may project their input. What is inside lifted loops (nn.scan) is not looked into.
+    """
+    tap, variables = teacher.tap, teacher.variables
+    modules = {path: module for path, module in tap.modules(variables).items() if path}
+    places = tuple(place for path in modules for place in (path, path + OUTPUT))
+    x = jax.ShapeDtypeStruct((2, *teacher.image_shape), np.float32)
+
+    def arrays(variables, x):
+        _, _, kept = tap(variables, x, capture=places)
+        return {place: calls[0] for place, calls in kept.items() if isinstance(calls[0], jax.Array)}
+
+    closed, shapes = jax.make_jaxpr(arrays, return_shape=True)(variables, x)
+    program = flat_program(closed)
+    value = dict(zip(sorted(shapes), program.outputs, strict=True))  # JAX's order of a dict
+    pairs = {path: (value[path], value[path + OUTPUT]) for path in modules if {path, path + OUTPUT} <= value.keys()}
+    found = {path for path, (taken, returned) in pairs.items() if _adds(program, taken, returned)}
+    inner = {path for path in found if not any(other.startswith(f'{path}/') for other in found)}
+    classes = {modules[path] for path in inner}
+    alike = {path for path, module in modules.items() if module in classes}
+    return tuple(path for path in modules if path in alike and not any(other.startswith(f'{path}/') for other in alike))
+
+
+def _adds(program: Program, taken, returned) -> bool:
+    """Whether the value `returned` is a sum of `taken` and of what depends on it."""
+    made_by = {value: operation for operation in program.operations for value in operation.outputs}
+    depends = {taken}
+    for operation in program.operations:
+        if any(isinstance(value, int) and value in depends for value in operation.inputs):
+            depends.update(operation.outputs)
+    waiting, summands, added = [returned], [], False
+    while waiting:
+        value = waiting.pop()
+        operation = made_by.get(value) if isinstance(value, int) and value != taken else None
+        if operation and operation.name in ('add', 'add_any'):
+            waiting += operation.inputs
+            added = True
+        elif operation and operation.name in PASSED:
+            waiting.append(operation.inputs[0])
+        else:
+            summands.append(value)
+    others = [value for value in summands if isinstance(value, int) and value != taken]
+    return added and taken in summands and not depends.isdisjoint(others)

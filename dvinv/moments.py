@@ -1,0 +1,78 @@
+"""python -m dvinv.moments --config configs/FILE.py --out moments.safetensors [--images 100] [--layers LayerNorm,Block*]
+
+Records the moments of a network's layers from its training images, for networks without BatchNorm: run it where the images
+are, and invert the network anywhere with --config.teacher.moments=moments.safetensors. The file holds no image. The network
+is that of teacher.weights or teacher.factory, or one that a run has trained in --workdir.
+"""
+
+import contextlib
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from dvinv import main as program
+from dvinv.errors import DvinvError
+from dvinv.runtime import preemption
+
+_OUT = flags.DEFINE_string('out', None, 'The file to write.', allow_override=True)
+_IMAGES = flags.DEFINE_integer('images', 100, 'Training images to record from, as many of each class.', allow_override=True)
+_LAYERS = flags.DEFINE_list(
+    'layers',
+    [],
+    "Paths or classes of layers, with * for any characters; their inputs, or with ':output' after it what they return. "
+    'Default: the inputs of all normalisations and the outputs of all residual blocks.',
+    allow_override=True,
+)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    rest = program.parse_flags(argv)  # which defines --config and --workdir
+    if not _OUT.value:
+        raise DvinvError('--out is missing: name the file for the moments, moments.safetensors for instance.')
+    if not Path(_OUT.value).absolute().parent.is_dir():
+        raise DvinvError(f'--out is {_OUT.value!r}, but there is no such folder.')
+    return rest
+
+
+def main(_) -> None:
+    """Records the moments that the flags ask for, and says what was recorded."""
+    logging.set_verbosity(logging.FATAL)
+    print(record(flags.FLAGS.config, flags.FLAGS.workdir, _OUT.value, _IMAGES.value, _LAYERS.value))
+
+
+def record(config, workdir: str | None, out: str, images: int = 100, layers=()) -> str:
+    """Records moments of the teacher of a config into the file `out`; returns a sentence that says of what.
+
+    Args:
+      workdir: the path of the run that has trained the teacher, where the config names no weights.
+
+    Raises:
+      DvinvError: there is no teacher, or there are no training images, or see `record_moments`.
+    """
+    from dvinv.config import parse  # late, so that a mistyped flag is answered at once
+    from dvinv.pipeline.run import Run
+    from dvinv.teacher import task as teacher
+
+    run, opened = Run(parse(config), workdir or ''), contextlib.nullcontext()
+    if run.is_trained_here('teacher'):
+        if not workdir or not (Path(workdir) / 'networks' / 'teacher.safetensors').is_file():
+            raise DvinvError(
+                'The config names no weights of a teacher, and one that a run has trained is not there: give '
+                'teacher.weights, or by --workdir the folder of that run.'
+            )
+        opened = contextlib.closing(run.open_workdir())
+    with opened:
+        moments = teacher.record(run, images, layers)
+    moments.save(out)
+    how = f', each in {moments.views} views like those that it was trained with' if moments.views else ''
+    return f'{out}: the moments of {len(moments.layers)} layers, over {moments.images} training images{how}.'
+
+
+if __name__ == '__main__':
+    preemption.install(grace=0)
+    try:
+        app.run(main, flags_parser=_parse)
+    except DvinvError as error:
+        print(f'dvinv: {error}', file=sys.stderr)
+        sys.exit(1)
