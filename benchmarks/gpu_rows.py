@@ -73,9 +73,8 @@ def _figures(figures: dict, path: str) -> Iterator[tuple[str, dict]]:
                 yield inner, {'value': value['median'], 'low': value['low'], 'high': value['high'], 'unit': 'ratio'}
         elif isinstance(value, dict):
             yield from _figures(value, inner)
-        elif isinstance(value, int | float) and not isinstance(value, bool) and unit and key not in SETTINGS:
-            if not any(part in SETTINGS for part in inner.split('.')):
-                yield inner, {'value': value, 'unit': unit}
+        elif isinstance(value, int | float) and unit and not any(part in SETTINGS for part in inner.split('.')):
+            yield inner, {'value': value, 'unit': unit}
 
 
 if __name__ == '__main__':

@@ -4,8 +4,7 @@ A row is one measured cell. Columns:
 
   what: a key, the same in all rows that differ in the seed alone; 'digits.student'.
   value: a number.
-  unit: 'share' (of 1), '1/s', 's', 'ms', 'min', 'h', 'B', 'MB', 'GB/s', 'GFLOP', 'GFLOP/s', 'TFLOP/s', 'ratio', 'loss', 'nats',
-    'points' or 'count'.
+  unit: one of UNITS; a share is of 1.
   seed: of the run; empty where the value is a mean or belongs to no seed.
   n, std: number of values behind a mean or median, and their sample standard deviation.
   low, high: interval of a median.
@@ -17,26 +16,17 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-COLUMNS = (
-    'what',
-    'value',
-    'unit',
-    'seed',
-    'n',
-    'std',
-    'low',
-    'high',
-    'commit',
-    'date',
-    'machine',
-    'versions',
-    'command',
+COLUMNS = ('what', 'value', 'unit', 'seed', 'n', 'std', 'low', 'high', 'commit', 'date', 'machine', 'versions', 'command')
+UNITS = (
+    *('share', 'points', 'ratio', 'loss', 'nats', 'count', 's', 'ms', 'min', 'h', '1/s'),
+    *('B', 'MB', 'GB/s', 'GFLOP', 'GFLOP/s', 'TFLOP/s'),
 )
 
 
@@ -81,14 +71,15 @@ def this_process() -> dict[str, str]:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = ''  # no clone, or no git
-    arguments = [os.path.basename(part) if os.path.isabs(part) else part for part in sys.argv[1:]]
+    arguments = [re.sub(r'(^|=)/.*/', r'\1', part) for part in sys.argv[1:]]
     script = Path(sys.argv[0]).resolve()
     program = script.relative_to(root) if script.is_relative_to(root) else script.name
     versions = [f'{name} {_version(name)}' for name in ('jax', 'flax', 'optax') if _version(name)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return {
         'commit': commit,
         'date': datetime.datetime.now(datetime.UTC).date().isoformat(),
-        'machine': f'{_processor()}, {len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()} cores',
+        'machine': f'{_processor()}, {cores} cores',
         'versions': ', '.join([*versions, f'python {platform.python_version()}']),
         'command': shlex.join(['python', str(program), *arguments]),
     }

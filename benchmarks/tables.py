@@ -16,7 +16,7 @@ placeholders for the figures, in the format that follows the colon (that of Pyth
   {a.x per a.y:.2f}                 the ratio of the two values
   {a.x * 1000:.1f}, {a.x / 60:.1f}  the value in another unit
 
-`<!-- sources: NAME -->` is the list of what measured the rows behind a table: date, machine, versions, commit and command.
+Between `<!-- sources: NAME NAME -->` and `<!-- end -->` stands what measured the rows of these tables.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from measured import read
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'results'
-BLOCK = re.compile(r'(<!-- (table|sources): (\S+) -->\n)(.*?)(<!-- end -->)', re.DOTALL)
+BLOCK = re.compile(r'(<!-- (table|sources): ([\w ]+) -->\n)(.*?)(<!-- end -->)', re.DOTALL)
 PLACEHOLDER = re.compile(
     r'\{(?P<key>[\w.-]+)(?: (?P<field>std|spread|seeds|interval))?'
     r'(?: (?P<operator>minus|per) (?P<other>[\w.-]+))?(?: (?P<scale>[*/]) (?P<factor>[\d.]+))?(?::(?P<format>[^{}]*))?\}'
@@ -97,12 +97,13 @@ def render_page(text: str, tables: Mapping[str, str], rows: Rows) -> tuple[str, 
     changed = []
 
     def replace(block: re.Match) -> str:
-        start, kind, name, old, end = block.groups()
-        if name not in tables:
-            raise KeyError(f'The table {name} is not defined in results/tables.toml.')
-        new = render(tables[name], rows) if kind == 'table' else sources(tables[name], rows)
+        start, kind, names, old, end = block.groups()
+        if unknown := [name for name in names.split() if name not in tables]:
+            raise KeyError(f'The table {unknown[0]} is not defined in results/tables.toml.')
+        text = ''.join(tables[name] for name in names.split())
+        new = render(text, rows) if kind == 'table' else sources(text, rows)
         if new != old:
-            changed.append(f'{kind} {name}')
+            changed.append(f'{kind} {names}')
         return start + new + end
 
     return BLOCK.sub(replace, text), changed
@@ -115,7 +116,7 @@ def render(table: str, rows: Rows) -> str:
 
 
 def sources(table: str, rows: Rows) -> str:
-    """Returns a Markdown list of what measured the rows behind a table, in the order of their first use."""
+    """Returns a Markdown list of what measured the rows of a text's placeholders, in the order of their first use."""
     used = [row for match in PLACEHOLDER.finditer(table) for key in match.group('key', 'other') if key for row in rows[key]]
     lines: dict[str, list[str]] = {}
     for row in used:

@@ -12,7 +12,7 @@ added as classes 10 to 19, grey pictures enlarged to 32 px (the paper's ImageNet
       --config.teacher.weights=resnet20.npz --config.data.name=npz --config.data.path=TEST.npz
 
 which scores on arrays of your own; `--config.data.train_path=TRAIN.npz --config.continual.controls="('finetune','replay')"`
-are for the control that replays real images. Figures are in benchmarks/RESULTS.md: 86.0% of all
+are for the control that replays real images. Figures are in docs/results.md: 86.0% of all
 20 classes, 84.4% with real images of the old ones, about ten minutes on two busy CPU cores. `:smoke` shrinks the run to
 seconds.
 """

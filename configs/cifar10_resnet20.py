@@ -12,7 +12,7 @@ off, because a student learns little about real pictures from images that exagge
 one architecture, the student is given hints beside the teacher's answers (`distillation.hint`): they are most of what it
 learns in so few updates (`clip_norm` keeps it finite on images that are unlike real ones).
 Without, as in the paper: `--config.distillation.hint=0 --config.distillation.learning_rate=0.005`. What each of these
-choices is worth is in benchmarks/RESULTS.md.
+choices is worth is in docs/experiments.md.
 
 `:pictures` makes one batch of 256 images to look at, in 5 minutes on 2 cores; `:paper` makes it as the paper does, with
 2,000 iterations. `:smoke` shrinks the run to seconds.
