@@ -1,4 +1,4 @@
-"""Measured figures as rows of CSV files: results/*.csv, and what the benchmarks here append with `--csv FILE`.
+"""Measured figures as rows of CSV files: results/*.csv, and what table.py, step_time.py and gpu_rows.py write.
 
 A row is one measured cell. Columns:
 

@@ -12,6 +12,7 @@ from smoke import ROOT
 sys.path.append(str(ROOT / 'benchmarks'))
 import gpu_rows
 import measured
+import step_time
 import tables
 
 FILES = sorted((ROOT / 'results').glob('*.csv'))
@@ -111,6 +112,20 @@ def test_appended_rows_say_what_measured_them(tmp_path, monkeypatch):
     measured.append(tmp_path / 'twice.csv', [{'what': 'x', 'value': 1, 'unit': 'share'}] * 2)
     with pytest.raises(ValueError, match='x with seed none twice'):
         tables.load([tmp_path / 'twice.csv'])
+
+
+def test_step_time_appends_the_keys_of_speed_csv():
+    known = {row['what']: row['unit'] for row in measured.read(ROOT / 'results' / 'speed.csv')}
+    shared = {'network': 'resnet20', 'batch': 64, 'rounds': 9, 'gflops': 71.64, 'fraction_of_peak': 0.45}
+    ratios = {'ratio_over_torch': 0.42, 'ratio_over_torch_frozen': None, 'intervals': {'ratio_over_torch': (0.4, 0.53)}}
+    comparison = step_time.csv_rows(shared | ratios)
+    first = {'what': 'step.resnet20_64.over_eager', 'value': 0.42, 'low': 0.4, 'high': 0.53, 'unit': 'ratio', 'n': 9}
+    assert comparison[0] == first
+    assert len(comparison) == 3  # without PyTorch's frozen form
+    sweep = step_time.csv_rows({'sweep': {'batch': [{'batch': 16, 'gflop': 2.0, 'seconds': 0.04}]}, 'rounds': 7})
+    assert sweep == [{'what': 'sweep.batch_16', 'value': 50.0, 'unit': 'GFLOP/s', 'n': 7}]
+    for row in (*comparison, *sweep):
+        assert known[row['what']] == row['unit']
 
 
 def test_gpu_files_are_in_the_csv():
