@@ -2,7 +2,7 @@
 
     python -m dvinv.main --config configs/cifar10_continual.py --workdir runs/cifar10_continual
 
-trains a ResNet-32 on the first five classes of CIFAR-10 (prepared once, see the README) and teaches it the other five. For a
+trains a ResNet-32 on the first five classes of CIFAR-10 (see docs/real_data.md) and teaches it the other five. For a
 GPU, on which it has not been measured yet.
 
 `:digits` is for a laptop: to a published ResNet-20 that knows the ten classes of CIFAR-10 the ten digits of scikit-learn are

@@ -4,7 +4,7 @@
       --config.teacher.weights=resnet20.th --config.verifier.weights=resnet32.th
 
 The weights are those of https://github.com/akamaster/pytorch_resnet_cifar10 (folder pretrained_models; `.th` needs torch,
-`.npz` and `.safetensors` do not). Scores on CIFAR-10's test images (prepared once, see the README; or
+`.npz` and `.safetensors` do not). Scores on CIFAR-10's test images (see docs/real_data.md; or
 `--config.data.name=npz --config.data.path=TEST.npz` with arrays of your own).
 
 10 batches of 256 images, 20 iterations each (the preset `cifar10_fast`), and 1,200 updates of 16. The class term is nearly
