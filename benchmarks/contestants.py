@@ -188,7 +188,7 @@ def teacher_of(task: Task):
     shapes = flatten(shapes_of(module, shape))
     variables = import_weights(module, shape, state) if task.weights else unflatten(drawn(shapes))
     config = dataclasses.replace(PRESETS[preset], bn_stats='global', precision=task.precision)
-    config.check(shape)
+    config.validate_for(shape)
     return from_linen(module, variables, image_shape=shape, mean=MEAN, std=STD), config
 
 

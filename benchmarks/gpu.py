@@ -11,7 +11,8 @@ the checkout:
     PYTHONUNBUFFERED=1 python3 benchmarks/gpu.py --minutes 9.5 --out "$OUT"
 
 3. Fetch the 8 files of $OUT: a JSON file a stage, log.txt, imagenet.jpg. Each stage is a process of its own and writes its
-file whenever it has a figure, so that one that fails, hangs or is killed loses only itself.
+file whenever it has a figure, so that one that fails, hangs or is killed loses only itself. Copy the JSON files to
+`results/gpu`; `python benchmarks/gpu_rows.py results/gpu` adds the figures to `results/gpu.csv`.
 
 4. At once, while the machine is still held, give the command of step 2 again, with as many `--minutes` as are left: finished
 items are skipped, runs continue where they were ended (`runs/gpu` in the checkout has them). On a fresh machine, copy the

@@ -9,6 +9,8 @@ compared before anything is timed. One batch is split over dvinv's virtual CPU d
 PyTorch's. Each contestant has a process of its own and sleeps while it is not its turn. Ratios are medians over rounds, with
 the interval that holds the median with 95% confidence. The last line is a JSON object. `--alone` leaves PyTorch out.
 
+`--csv FILE` appends the figures to a file such as results/speed.csv (benchmarks/measured.py has the columns).
+
 `--sweep` sets dvinv's time against its work instead: over batches, then over resolutions; the exponent b of work**b.
 """
 
@@ -22,9 +24,11 @@ import signal
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 from contestants import Task, Worker, cores, dvinv, sizes
+from measured import append
 from paired import median_interval
 from table import grid
 from torch_contestant import Torch, Variant
@@ -54,6 +58,8 @@ def main() -> None:
         sys.exit(f'step_time: {error}')
     print(text)
     print(json.dumps(rounded(result)))
+    if arguments.csv:
+        append(arguments.csv, csv_rows(result))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -72,6 +78,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument('--sweep', action='store_true', help='dvinv only, over batches and resolutions')
     parser.add_argument('--batches', type=int, nargs='+', default=BATCHES, help='of the sweep')
     parser.add_argument('--resolutions', type=int, nargs='+', default=(), help="of the sweep; else the network's usual ones")
+    parser.add_argument('--csv', type=Path, help='to which the figures are appended')
     arguments = parser.parse_args(argv)
     for name, least in (('batch', 2), ('resolution', 0), ('devices', 0), ('rounds', 1), ('steps', 0)):
         if getattr(arguments, name) < least:
@@ -265,6 +272,26 @@ def exponent(work: list[float], seconds: list[float]) -> float:
 def versions(jax: dict, torch: dict) -> dict:
     """Of what was measured, from what the contestants tell."""
     return {'python': platform.python_version(), 'jax': jax['version'], 'torch': torch.get('version')}
+
+
+def csv_rows(result: dict) -> list[dict]:
+    """Returns the figures of a comparison or a sweep as rows of measured.COLUMNS."""
+    if 'sweep' in result:
+        return [
+            {'what': f'sweep.{name}_{row[name]}', 'value': rounded(row['gflop'] / row['seconds']), 'unit': 'GFLOP/s'}
+            | {'n': result['rounds']}
+            for name, several in result['sweep'].items()
+            for row in several
+        ]
+    rows = []
+    for what, contestant in (('over_eager', 'torch'), ('over_frozen', 'torch_frozen')):
+        if (ratio := result[f'ratio_over_{contestant}']) is not None:
+            low, high = rounded(result['intervals'][f'ratio_over_{contestant}'])
+            rows.append({'what': what, 'value': rounded(ratio), 'unit': 'ratio', 'low': low, 'high': high})
+    rows.append({'what': 'gflops', 'value': rounded(result['gflops']), 'unit': 'GFLOP/s'})
+    rows.append({'what': 'share_of_peak', 'value': rounded(result['fraction_of_peak']), 'unit': 'share'})
+    step = f'step.{result["network"]}_{result["batch"]}'
+    return [row | {'what': f'{step}.{row["what"]}', 'n': result['rounds']} for row in rows]
 
 
 def rounded(tree):

@@ -7,7 +7,9 @@ A cell is one config, method and seed: a run of `dvinv.main` in WORKDIR/CONFIG/M
 config's teacher and verifier, where no file gives them, are trained once, in WORKDIR/CONFIG/teacher, with seed 0. `real` is
 the upper control, a student of the real training images, beside one of noise: its run makes both.
 
-The same command skips what is finished and resumes what was ended. Writes WORKDIR/table.md and table.json after every cell.
+The same command skips what is finished and resumes what was ended. Writes WORKDIR/table.md, table.json and table.csv (rows
+for results/) after every cell.
+
 Exit status: 0, all is finished; 1, all was tried and some failed; 3, the `--minutes` are over, run it again.
 """
 
@@ -22,6 +24,8 @@ import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+from measured import append
 
 METHODS = ('adaptive', 'deepinversion', 'prior_only', 'noise', 'real')
 OWN = ('seed', 'tasks', 'synthesis.method', 'distillation.controls')  # the settings in which cells differ
@@ -212,7 +216,7 @@ def left(cells: list[Cell], seconds: dict[Cell, float]) -> str:
 
 
 def write(arguments, cells: list[Cell]) -> None:
-    """Write table.json and table.md; ends with a sentence where they would mix results of different settings."""
+    """Write table.json, table.md and table.csv; ends with a sentence where they would mix results of different settings."""
     if strays := unlike(arguments.workdir, cells):
         folder = folder_of(arguments.workdir, strays[0])
         sys.exit(f'{folder} has other settings than the cells before it; delete what is old, or choose another --workdir')
@@ -220,6 +224,8 @@ def write(arguments, cells: list[Cell]) -> None:
     arguments.workdir.mkdir(parents=True, exist_ok=True)
     (arguments.workdir / 'table.json').write_text(json.dumps(table, indent=2) + '\n')
     (arguments.workdir / 'table.md').write_text(markdown(table) + '\n')
+    (arguments.workdir / 'table.csv').unlink(missing_ok=True)
+    append(arguments.workdir / 'table.csv', csv_rows(table))
 
 
 def collect(arguments) -> dict:
@@ -291,6 +297,22 @@ def markdown(table: dict) -> str:
             *grid(['', '', 'minutes, mean', 'longest', *(count.replace('_', ' ') for count in COUNTS)], costs),
         ]
     )
+
+
+def csv_rows(table: dict) -> list[dict]:
+    """Returns what `collect` returns as rows of measured.COLUMNS: accuracy and seconds of every seed."""
+    rows = []
+    for name, config in table['configs'].items():
+        if 'test_accuracy' in config['teacher']:
+            rows.append({'what': f'{name}.teacher', 'value': config['teacher']['test_accuracy'], 'unit': 'share', 'seed': 0})
+        for method, figures in config['students'].items():
+            columns = (('', figures['accuracy']['by_seed'], 'share'), ('_seconds', figures['wall_seconds'], 's'))
+            for ending, by_seed, unit in columns:
+                rows += [
+                    {'what': f'{name}.{method}{ending}', 'value': value, 'unit': unit, 'seed': seed}
+                    for seed, value in by_seed.items()
+                ]
+    return [row for row in rows if row['value'] is not None]
 
 
 def percent(summary: dict, spread: str, seeds: int, sign: str = '') -> str:

@@ -2,7 +2,7 @@
 
     python -m dvinv.main --config configs/cifar100_continual.py --workdir runs/cifar100_continual
 
-trains a ResNet-32 on the first 20 classes of CIFAR-100 (prepared once, see the README), then teaches it 20 more, four times;
+trains a ResNet-32 on the first 20 classes of CIFAR-100 (see docs/real_data.md), then teaches it 20 more, four times;
 `:10` and `:20` are for as many tasks. The loss is that of Always Be Dreaming (arXiv 2106.09701), whose authors report 43.9,
 33.7 and 20.0% in the end for 5, 10 and 20 tasks, and 18.8, 10.9 and 5.7% for DeepInversion's. For a GPU, on which it has not
 been measured yet. `:smoke` shrinks the run to seconds.

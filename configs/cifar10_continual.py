@@ -2,7 +2,7 @@
 
     python -m dvinv.main --config configs/cifar10_continual.py --workdir runs/cifar10_continual
 
-trains a ResNet-32 on the first five classes of CIFAR-10 (prepared once, see the README) and teaches it the other five. For a
+trains a ResNet-32 on the first five classes of CIFAR-10 (see docs/real_data.md) and teaches it the other five. For a
 GPU, on which it has not been measured yet.
 
 `:digits` is for a laptop: to a published ResNet-20 that knows the ten classes of CIFAR-10 the ten digits of scikit-learn are
@@ -12,7 +12,7 @@ added as classes 10 to 19, grey pictures enlarged to 32 px (the paper's ImageNet
       --config.teacher.weights=resnet20.npz --config.data.name=npz --config.data.path=TEST.npz
 
 which scores on arrays of your own; `--config.data.train_path=TRAIN.npz --config.continual.controls="('finetune','replay')"`
-are for the control that replays real images. Figures are in benchmarks/RESULTS.md: 86.0% of all
+are for the control that replays real images. Figures are in docs/results.md: 86.0% of all
 20 classes, 84.4% with real images of the old ones, about ten minutes on two busy CPU cores. `:smoke` shrinks the run to
 seconds.
 """

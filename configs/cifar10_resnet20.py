@@ -4,7 +4,7 @@
       --config.teacher.weights=resnet20.th --config.verifier.weights=resnet32.th
 
 The weights are those of https://github.com/akamaster/pytorch_resnet_cifar10 (folder pretrained_models; `.th` needs torch,
-`.npz` and `.safetensors` do not). Scores on CIFAR-10's test images (prepared once, see the README; or
+`.npz` and `.safetensors` do not). Scores on CIFAR-10's test images (see docs/real_data.md; or
 `--config.data.name=npz --config.data.path=TEST.npz` with arrays of your own).
 
 10 batches of 256 images, 20 iterations each (the preset `cifar10_fast`), and 1,200 updates of 16. The class term is nearly
@@ -12,7 +12,7 @@ off, because a student learns little about real pictures from images that exagge
 one architecture, the student is given hints beside the teacher's answers (`distillation.hint`): they are most of what it
 learns in so few updates (`clip_norm` keeps it finite on images that are unlike real ones).
 Without, as in the paper: `--config.distillation.hint=0 --config.distillation.learning_rate=0.005`. What each of these
-choices is worth is in benchmarks/RESULTS.md.
+choices is worth is in docs/experiments.md.
 
 `:pictures` makes one batch of 256 images to look at, in 5 minutes on 2 cores; `:paper` makes it as the paper does, with
 2,000 iterations. `:smoke` shrinks the run to seconds.

@@ -5,7 +5,7 @@
 
 Weights, data and images as in `cifar10_resnet20.py` (`--config.pool=POOL` takes images that are there already). 8 and 6 bits
 by ranges from 512 of the images; 4 bits by 300 updates of 64 with the float network's answers besides. First and last layer
-have 8 bits throughout. Figures are in benchmarks/RESULTS.md. `:smoke` shrinks the run to seconds.
+have 8 bits throughout. Figures are in docs/results.md. `:smoke` shrinks the run to seconds.
 """
 
 import runpy

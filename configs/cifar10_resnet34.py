@@ -2,7 +2,7 @@
 
     python -m dvinv.main --config configs/cifar10_resnet34.py --workdir runs/cifar10_resnet34
 
-Trains the teacher for 30 epochs on CIFAR-10 (prepared once, see the README; or `--config.teacher.weights=FILE` with weights
+Trains the teacher for 30 epochs on CIFAR-10 (see docs/real_data.md; or `--config.teacher.weights=FILE` with weights
 of your own, and `--config.data.name=npz --config.data.path=TEST.npz --config.data.train_path=TRAIN.npz` with arrays of your
 own). Then 20 rounds: five batches of 256 images, 40 iterations each, against the student of the moment, and 400 updates of
 the student; 7,625 more updates on all 25,600 images. The student is shown 4 million images in all. Everything is in

@@ -15,7 +15,7 @@ family, the student starts from the teacher's weights (`student.inherit`). Measu
 `:resnet20` .906 (two seeds; the ResNet-32 .928), `:wrn16_1` .869 +- .009 (three seeds) and `:vgg` .825 (two; the
 ResNet-20 .915); on one CPU core 7 minutes for the images and 9 to 19 for the student. The others are not measured yet;
 a ResNet-8 is small enough that the weight of its hints falls over the training (`distillation.hint_decay`).
-benchmarks/RESULTS.md tells how the settings were chosen. `:smoke` shrinks the run to seconds.
+docs/experiments.md says how the settings were chosen. `:smoke` shrinks the run to seconds.
 """
 
 from typing import NamedTuple

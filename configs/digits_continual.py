@@ -7,7 +7,7 @@ it learns the other five from their real images and from these, 150 updates. Bes
 LwF.MC on new images alone, replay of real images, joint training. `:twos` begins with 0 and 1 and learns two digits a task,
 in four more tasks. Settings were chosen on a validation part of the training split (`--config.data.validation=True`).
 
-Expected among all ten digits (benchmarks/RESULTS.md): .970, by the other loss .976, after fine-tuning alone .514, with real
+Expected among all ten digits (docs/results.md): .970, by the other loss .976, after fine-tuning alone .514, with real
 images replayed .990; about 90 s on two busy CPU cores, with all controls. `:smoke` shrinks the run to seconds.
 """
 

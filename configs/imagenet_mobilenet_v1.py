@@ -38,10 +38,10 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     config.synthesis.update(images=64, batch_size=64, classes=CLASSES)
     config.synthesis.controls = ('noise',)
     config.distillation.controls = ()
-    if arg in ('short', 'fourier'):
+    if arg in ('short', 'spectrum'):
         for stage, iterations in zip(config.synthesis.stages, (600, 200), strict=True):
             stage.update(iterations=iterations, warmup=50)
-        if arg == 'fourier':
+        if arg == 'spectrum':
             config.synthesis.parameterization = 'fourier'
             for stage in config.synthesis.stages:
                 stage.learning_rate = 0.1

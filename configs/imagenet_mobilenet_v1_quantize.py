@@ -6,7 +6,7 @@
 Weights and data as in `imagenet_mobilenet_v1.py`, whose 64 images in their `:short` form (20 minutes on 2 CPU cores; or
 `--config.pool=POOL`) give the ranges. In 8 bits 82.0% of 1,000 photos, 81.5% before, by images of fewer iterations. With
 `--config.quantization.images=0 --config.quantization.controls="()" --config.tasks="('teacher','quantization')"` no image
-is needed: ranges follow from BatchNorm's statistics (figures in benchmarks/RESULTS.md). `:smoke` shrinks the run to seconds.
+is needed: ranges follow from BatchNorm's statistics (figures in docs/results.md). `:smoke` shrinks the run to seconds.
 """
 
 import runpy

@@ -3,8 +3,8 @@
     python -m dvinv.main --config configs/imagenet_resnet50.py --workdir runs/imagenet_resnet50 \\
       --config.teacher.weights=model.safetensors
 
-The weights are torchvision's or timm's (see the README for how to get them). No data is needed; to score on real pictures,
-add `--config.data.name=folders --config.data.path=VAL --config.data.image_size=224`.
+The weights are torchvision's or timm's (docs/published_networks.md says how to get them). No data is needed; to score on
+real pictures, add `--config.data.name=folders --config.data.path=VAL --config.data.image_size=224`.
 
 2,560 batches of 84 images, 2,000 iterations at 112 px and 1,000 at 224 each, in bfloat16; `--plan` tells what that costs on
 the devices at hand. Distillation as published: 90 epochs of batches of 1,024, SGD 1.024, KL at T = 3 alone, on random

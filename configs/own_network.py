@@ -83,7 +83,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     """The config; `arg` is '', 'nnx' or 'smoke'."""
     config = default_config()  # settings of the synthesis by the size of the images; or by a name of dvinv.PRESETS
     config.teacher.factory, config.student.factory = 'own_network:teacher', 'own_network:student'
-    # Data: 'npz' or 'folders' with data.path and data.train_path are your own, see the README. None at all, for a Teacher:
+    # Data: 'npz' or 'folders' with data.path and data.train_path are your own (docs/real_data.md). None, for a Teacher:
     # config.data.name = config.verifier.network = '', and no 'real' in distillation.controls; agreement with the teacher on
     # images that are held out then takes the place of test accuracy.
     config.data.name = 'digits'

@@ -4,7 +4,7 @@
 #
 #   launch/local.sh [-n N] CONFIG WORKDIR [--config.field=value ...]
 #
-# -n N starts N processes that run as one (see "Several machines" in the README), for CPUs; where one dies, all end and are
+# -n N starts N processes that run as one (see docs/devices_and_clusters.md), for CPUs; where one dies, all end and are
 # started again. SIGTERM (and Ctrl-C) lets them save what they are at, and ends with status 143.
 set -uo pipefail
 usage() {

@@ -282,7 +282,7 @@ def test_a_learning_rate_that_blows_up_is_told_with_its_iteration_over_all_stage
 
 def test_a_last_update_that_blows_up_is_told_too(teacher):
     with pytest.raises(DvinvError, match='not finite'):
-        invert(teacher, LABELS, _config(Stage(1, float('inf'), schedule='constant', clip=False)), KEY)
+        invert(teacher, LABELS, _config(Stage(1, 1e300, schedule='constant', clip=False)), KEY)
 
 
 @pytest.mark.parametrize(

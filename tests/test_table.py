@@ -1,5 +1,6 @@
 """benchmarks/table.py: figures by hand, cells in order and resumed with a stand-in for dvinv, and one real tiny table."""
 
+import csv
 import json
 import os
 import runpy
@@ -16,6 +17,7 @@ import pytest
 from smoke import ROOT
 
 SCRIPT = ROOT / 'benchmarks' / 'table.py'
+sys.path.append(str(SCRIPT.parent))
 table = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
 Cell = table.Cell
 
@@ -254,6 +256,11 @@ def test_cells_are_resumed_where_the_minutes_ended(fill, tmp_path):
     assert err.splitlines()[0] == 'a noise seed 0: 2 of 5 cells finished, about 0.3 min left'
     assert '| noise | 50.00 ± 0.00 (n = 2) |' in out
     assert out == (tmp_path / 'runs' / 'table.md').read_text()
+    with open(tmp_path / 'runs' / 'table.csv') as file:
+        scores = {(row['what'], row['seed']): float(row['value']) for row in csv.DictReader(file)}
+    assert scores['a.teacher', '0'] == 0.9
+    assert scores['a.noise', '1'] == 0.5
+    assert scores['a.adaptive_seconds', '0'] == 6
     students = json.loads((tmp_path / 'runs' / 'table.json').read_text())['configs']['a']['students']
     assert students['adaptive']['accuracy']['by_seed'] == {'0': 0.5, '1': 0.5}
     assert fill('--minutes', '0')[0::3] == (0, [])  # all is finished

@@ -155,7 +155,7 @@ class QuantizationSettings:
     # Of the pool (and of each control), to take ranges from; 0: none, ranges by BatchNorm's statistics.
     images: int = 512
     ranges: Literal['minmax', 'percentile', 'mse'] = 'mse'  # 'minmax', 'percentile' or 'mse' (of least squared error)
-    equalise: bool = False  # channels between two layers are brought to a like range; see benchmarks/RESULTS.md
+    equalise: bool = False  # channels between two layers are brought to a like range; see docs/experiments.md
     correct: bool = True  # bias correction: removes the shift of the means by rounding, by BatchNorm's statistics
     controls: tuple[Literal['noise', 'real'], ...] = ('noise', 'real')  # ranges taken from other images
     temperature: float = 3.0  # of the distillation

@@ -1,6 +1,7 @@
 """An open run: its settings, work directory, devices, real data and networks, each opened once. Tasks are given it."""
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dvinv.config import DataSettings, Settings
+from dvinv.config import DataSettings, Settings, SynthesisSettings
 from dvinv.data.dataset import RealData
 from dvinv.data.real import Datasets
 from dvinv.errors import DvinvError, listed
@@ -34,6 +35,7 @@ class Run:
 
     Attributes:
       settings: of the run.
+      noise_seed: that the first noise of images is drawn from.
       path: of the work directory; None: there will be none.
       mesh: the devices of this process that are used.
       training_mesh: the devices of all processes that a batch of a training is split over.
@@ -48,15 +50,16 @@ class Run:
         Raises:
           DvinvError: more devices than there are.
         """
-        self.settings, self.path = settings, Path(path) if path else None
+        self.settings, self.noise_seed = settings, settings.seed
+        self.path = Path(path) if path else None
         self.mesh = make_mesh(settings.devices)
         self.training_mesh = training_mesh(self.mesh)
         self._datasets, self._workdir, self._validated = Datasets(), None, set()
 
-    def with_settings(self, settings: Settings) -> 'Run':
-        """Returns the same run with other settings of the synthesis or another seed; what is open is shared."""
+    def with_synthesis(self, synthesis: SynthesisSettings, seed: int) -> 'Run':
+        """Returns the same run with another synthesis, from noise by another seed; what is open is shared."""
         other = copy.copy(self)
-        other.settings = settings
+        other.settings, other.noise_seed = dataclasses.replace(self.settings, synthesis=synthesis), seed
         return other
 
     def once(self, validate: Callable[['Run'], None]) -> None:

@@ -7,7 +7,6 @@ import dataclasses
 
 import numpy as np
 
-from dvinv.config import Settings
 from dvinv.data.pool import ImagePool
 from dvinv.networks import apply_fn_of
 from dvinv.pipeline.run import Run
@@ -16,17 +15,16 @@ from dvinv.synthesis.synthesizer import Synthesizer
 from dvinv.training.trainer import Learner
 
 
-def settings_of_step(settings: Settings, role: int, step: int) -> Settings:
-    """Returns the settings that the batches of a step are made by: so many, from noise of its own.
+def run_of_step(run: Run, role: int, step: int) -> Run:
+    """Returns the run as the batches of a step are made by: so many, from noise of its own.
 
     Args:
       role: see `training.Learner`.
     """
-    count = settings.pruning.adaptive_batches
-    images = count * settings.synthesis.batch_size
-    synthesis = dataclasses.replace(settings.synthesis, method='adaptive', images=images, batches_per_round=count)
-    seed = int(np.random.SeedSequence([16 * settings.seed + role, step]).generate_state(1)[0])
-    return dataclasses.replace(settings, synthesis=synthesis, seed=seed)
+    count, synthesis = run.settings.pruning.adaptive_batches, run.settings.synthesis
+    images = count * synthesis.batch_size
+    synthesis = dataclasses.replace(synthesis, method='adaptive', images=images, batches_per_round=count)
+    return run.with_synthesis(synthesis, int(np.random.SeedSequence([16 * run.settings.seed + role, step]).generate_state(1)[0]))
 
 
 def images_against(run: Run, learner: Learner) -> ImagePool:
@@ -35,7 +33,7 @@ def images_against(run: Run, learner: Learner) -> ImagePool:
     Args:
       learner: that network, at its start.
     """
-    run, name = run.with_settings(settings_of_step(run.settings, learner.role, learner.part)), f'pruned_{learner.part}'
+    run, name = run_of_step(run, learner.role, learner.part), f'pruned_{learner.part}'
     pool = ImagePool(run.workdir.path / 'pools' / name, run.teacher.digest(), ours=True)
     if missing := missing_batches(run.settings.synthesis, pool):
         student_fn, series = apply_fn_of(learner.module), f'images_{name}'

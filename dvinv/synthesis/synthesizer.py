@@ -147,7 +147,7 @@ class Synthesizer:
         settings = run.settings.inversion_config(method)
         self._split = settings.bn_stats == 'global'
         self._keeps = is_primary() or not self._split
-        self._settings, self._workdir = run.settings, run.workdir
+        self._settings, self._noise_seed, self._workdir = run.settings, run.noise_seed, run.workdir
         self._teacher, self._pool, self._method = teacher, pool, method
         self._task, self._series = task, series
         self._abreast = abreast(run.settings, run.mesh.size, method)
@@ -167,7 +167,7 @@ class Synthesizer:
         self._measure = make_feature_loss(teacher, settings.stages[-1])
         self._iterations = 0 if method == 'noise' else settings.iterations
         self._weights = dataclasses.asdict(settings.weights)
-        self._seed_key = jax.random.key(run.settings.seed)
+        self._seed_key = jax.random.key(run.noise_seed)
         self._batches = batches = run.settings.synthesis.batches
         each, unit = (self._iterations, 'iterations') if self._iterations else (1, 'batches')
         self._made = batches - len(missing)  # batches that are finished
@@ -291,7 +291,7 @@ class Synthesizer:
             'feature_loss_last': self._feature_loss(teacher.normalise(images), view_key),
             'config': {
                 **synthesis,
-                'seed': self._settings.seed,
+                'seed': self._noise_seed,
                 'bn_stats': self._settings.bn_stats,
                 'method': self._method,
                 'weights': self._weights,
