@@ -329,8 +329,11 @@ def test_the_report_shows_what_each_task_left_of_the_others(undisturbed, data):
         ),
         ({'continual__steps': ({},)}, ['overlap', 'all classes of one data set']),
         ({'continual__steps': ({'classes': (4, 12)},)}, ['(4, 12)', '0 to 9']),
-        ({'continual__steps': ({'class': 4},)}, ["continual.steps[0] has the field 'class'", 'classes']),
-        ({'continual__steps': ({'classes': 4},)}, ["field 'classes' of continual.steps[0] is 4", 'like that']),
+        (
+            {'continual__steps': ({'class': 4},)},
+            ["no field 'continual.steps[0].class'; did you mean 'continual.steps[0].classes'"],
+        ),
+        ({'continual__steps': ({'classes': 4},)}, ['continual.steps[0].classes is 4', 'must be a tuple']),
         ({'continual__steps': (4,)}, ['continual.steps[0] is 4', 'must be a dict']),
         (
             {'continual__steps': ({'name': 'npz', 'path': '{}/test1.npz'},)},

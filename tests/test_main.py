@@ -9,12 +9,12 @@ import factories
 import jax
 import numpy as np
 import pytest
-from smoke import NAMES, flip, lasting, smoke_config
+from smoke import NAMES, flip, lasting, smoke_config, smoke_run
 from tiny import IMAGE_SHAPE, trained_variables
 
 import dvinv
+from dvinv.config import parse
 from dvinv.data.pool import ImagePool
-from dvinv.data.real import load_real
 from dvinv.distillation import task as distillation
 from dvinv.errors import DvinvError
 from dvinv.evaluation.scoring import top_accuracy
@@ -59,8 +59,8 @@ def test_results_have_the_fixed_names(finished):
     assert set(written) == set(NAMES)
     for task, names in NAMES.items():
         assert names <= set(written[task])
-        matching = {'hints', 'hinted_stages'}  # a word and a table
-        assert all(isinstance(value, int | float) for name, value in written[task].items() if name not in matching)
+        words = {'hints', 'hinted_stages', 'statistics'}  # and a table
+        assert all(isinstance(value, int | float) for name, value in written[task].items() if name not in words)
     assert (written['distillation']['hints'], written['distillation']['hinted_stages']) == ('none', [])
     assert written['teacher']['test_images'] == 360
     assert written['synthesis']['images'] == written['distillation']['images'] == 40
@@ -139,7 +139,7 @@ def test_the_report_is_one_page_that_needs_no_other_file(finished):
 def test_a_loaded_student_scores_what_the_results_say(finished):
     apply_fn, variables = dvinv.load(finished, 'distillation')
     student = load_classifier(finished / 'networks' / 'student.safetensors')
-    test = load_real(smoke_config().data).test
+    test = smoke_run().data.test
     x = student.normalise(test.images)
     logits = np.asarray(apply_fn(variables, x))
     np.testing.assert_array_equal(logits, student.apply_fn(student.variables, x))
@@ -349,7 +349,7 @@ def test_several_seeds_give_mean_and_deviation(finished, tmp_path, capsys):
     said = capsys.readouterr().err
     assert f'seed 1 of 2 (config.seed is 0), in {tmp_path / "runs" / "seed-0"}; done, not run again: teacher\n' in said
     assert f'seed 2 of 2 (config.seed is 1), in {tmp_path / "runs" / "seed-1"}\n' in said
-    page = seeds._report(config, summary)
+    page = seeds._report(parse(config), summary)
     rows = re.findall(r'<tr[^>]*><td class="words">(.*?)</td><td>', page)
     links = [f'<a href="seed-{seed}/report.html">seed {seed}</a>' for seed in (0, 1)]
     assert rows == ['mean', 'standard deviation', *links]

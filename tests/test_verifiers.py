@@ -123,6 +123,7 @@ def test_a_published_verifier_beside_a_teacher_of_raw_pixels(real_data):
     """The teacher takes 0 to 255; the ResNet-32 takes what it was trained with."""
     run = smoke_run(
         teacher__factory='factories:raw_pixels',
+        data__name='',
         verifier__network='resnet32',
         verifier__width=1.0,
         verifier__weights=str(real_data / 'cifar10_resnet32.npz'),

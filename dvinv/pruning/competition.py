@@ -24,7 +24,9 @@ def run_of_step(run: Run, role: int, step: int) -> Run:
     count, synthesis = run.settings.pruning.adaptive_batches, run.settings.synthesis
     images = count * synthesis.batch_size
     synthesis = dataclasses.replace(synthesis, method='adaptive', images=images, batches_per_round=count)
-    return run.with_synthesis(synthesis, int(np.random.SeedSequence([16 * run.settings.seed + role, step]).generate_state(1)[0]))
+    return run.with_synthesis(
+        synthesis, int(np.random.SeedSequence([16 * run.settings.seed + role, step]).generate_state(1)[0])
+    )
 
 
 def images_against(run: Run, learner: Learner) -> ImagePool:
