@@ -7,9 +7,9 @@ mean and variance a channel of what its LayerNorms take and its blocks return, o
 (`teacher.moments_images`). 1,024 images are synthesized from the network and these numbers alone; a residual network of
 half its parameters learns from them. `:free` records nothing: the images are made by the network alone, and by what
 natural pictures have in common (docs/networks_without_batchnorm.md). Every setting was chosen on a validation part of the
-training split (`--config.data.validation=True`), where in one run the teacher read .969 of the images right, the student .958,
-and the verifier recognised .914 of the synthesized ones; scores on the test images are yet to be measured. `:smoke` shrinks
-the run to seconds.
+training split (`--config.data.validation=True`), where in one run the teacher read .969 of the images right, the student
+.958, and the verifier recognised .914 of the synthesized ones; scores on the test images are yet to be measured. `:smoke`
+shrinks the run to seconds.
 """
 
 import ml_collections
