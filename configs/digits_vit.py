@@ -4,10 +4,12 @@
 
 The teacher (four blocks, 202 thousand parameters) is trained on 1,437 scanned digits; the task `teacher` then records the
 mean and variance a channel of what its LayerNorms take and its blocks return, over 100 of these images
-(`teacher.moments_images`). 1,024 images are synthesized from the network and these numbers alone; a residual network of an
-eighth of its parameters learns from them. `:free` records nothing: the images are made by the network alone, and by what
+(`teacher.moments_images`). 1,024 images are synthesized from the network and these numbers alone; a residual network of
+half its parameters learns from them. `:free` records nothing: the images are made by the network alone, and by what
 natural pictures have in common (docs/networks_without_batchnorm.md). Every setting was chosen on a validation part of the
-training split (`--config.data.validation=True`). `:smoke` shrinks the run to seconds.
+training split (`--config.data.validation=True`), where in one run the teacher read .969 of the images right, the student
+.958, and the verifier recognised .914 of the synthesized ones; scores on the test images are yet to be measured. `:smoke`
+shrinks the run to seconds.
 """
 
 import ml_collections
@@ -26,9 +28,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
         updates=1500, learning_rate=2e-3, warmup=100, clip_norm=1.0, batch_size=64, weight_decay=5e-2, **augmentation
     )
     config.verifier.training.update(updates=600, learning_rate=2e-3, warmup=60, **optimizer, **augmentation)
-    config.student.width = 0.5
     config.synthesis.update(images=1024, batch_size=256)
-    config.distillation.update(updates=600, learning_rate=3e-2, warmup=40, **optimizer, **augmentation)
+    config.distillation.update(updates=700, learning_rate=3e-2, warmup=40, **optimizer, **augmentation)
     config.logging.checkpoint_every = 200
     if arg == 'smoke':
         shrink(config)
