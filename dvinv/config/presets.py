@@ -106,6 +106,13 @@ PRESETS['32px'] = InversionConfig(
     contrast=1.0,
     prior_on='image',
 )
+# Of pictures in colour: `32px` saturates them in networks of more than a few layers.
+PRESETS['32px_color'] = InversionConfig(
+    stages=(Stage(iterations=200, learning_rate=0.2, jitter=4, **_OWN_STAGE),),
+    weights=Weights(feature=0.1, total_variation=2e-3, competition=1.0),
+    parameterization='fourier',
+    prior_on='image',
+)
 PRESETS['128px'] = InversionConfig(
     stages=(
         Stage(iterations=300, learning_rate=0.1, resolution=64, jitter=8, warmup=50, **_OWN_STAGE),
@@ -127,7 +134,7 @@ PRESETS['224px'] = InversionConfig(
 
 
 def preset_for(image_shape: tuple[int, int, int]) -> str:
-    """Returns the name of the preset for images of this shape, by the number of pixels of the shorter side."""
-    height, width, _ = image_shape
-    size = min(height, width)
-    return next(name for name, least in (('224px', 192), ('128px', 80), ('32px', 24), ('8px', 0)) if size >= least)
+    """Returns the name of the preset for images of this shape, by the number of pixels of the shorter side, and colours."""
+    height, width, channels = image_shape
+    size, of_32 = min(height, width), '32px_color' if channels >= 3 else '32px'
+    return next(name for name, least in (('224px', 192), ('128px', 80), (of_32, 24), ('8px', 0)) if size >= least)
