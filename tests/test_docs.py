@@ -111,7 +111,7 @@ def parameters(function):
     """[(name, kind, default)] of a function or of its definition."""
     if isinstance(function, ast.FunctionDef):
         scope = {}
-        exec(ast.unparse(ast.Module([function], [])), {'Teacher': None, 'Inversion': None}, scope)
+        exec(ast.unparse(ast.Module([function], [])), {'Teacher': None, 'Inversion': None, 'Moments': None}, scope)
         function = scope[function.name]
     return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
 

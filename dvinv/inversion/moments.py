@@ -70,8 +70,8 @@ class Moments:
         """{MOMENTS: {place: {'mean': ..., 'var': ...}}}, the collection that goes among the variables of the network."""
         return {MOMENTS: {place: {'mean': mean, 'var': variance} for place, (mean, variance) in self.layers.items()}}
 
-    def check(self, digest: str, source: str) -> None:
-        """Refuses a network that has another digest; `source` is what the sentence calls the moments.
+    def validate(self, digest: str, source: str) -> None:
+        """Validates that a network has the digest; `source` is what the sentence calls the moments.
 
         Raises:
           DvinvError: says how to record those of this network.
