@@ -83,14 +83,6 @@ PRESETS['digits_vit_free'] = dataclasses.replace(
     _DIGITS, weights=dataclasses.replace(_DIGITS.weights, feature=0.0, patch_similarity=0.1)
 )
 
-# A vision transformer of the digits, by recorded moments; and by nothing but itself (the weight is of an ablation, see
-# docs/networks_without_batchnorm.md).
-_DIGITS = PRESETS['digits']
-PRESETS['digits_vit'] = dataclasses.replace(_DIGITS, weights=dataclasses.replace(_DIGITS.weights, feature=0.03))
-PRESETS['digits_vit_free'] = dataclasses.replace(
-    _DIGITS, weights=dataclasses.replace(_DIGITS.weights, feature=0.0, patch_similarity=0.1)
-)
-
 # For networks of users, see `preset_for`. They may not have been trained on mirrored images, so none are mirrored; noise and
 # shifts ask for shapes that survive them.
 _OWN_STAGE = {'beta1': 0.5, 'beta2': 0.9, 'augmentation': 'crop'}
