@@ -63,7 +63,7 @@ class DvinvTraining:
         import jax
 
         from dvinv.config import default_config, parse
-        from dvinv.distillation.student import lesson_of
+        from dvinv.distillation.student import job_of
         from dvinv.inversion import from_linen
         from dvinv.networks import create, shapes_of
         from dvinv.networks.classifier import flatten, unflatten
@@ -79,8 +79,8 @@ class DvinvTraining:
         variables = [unflatten(drawn(flatten(shapes_of(module, shape)))) for module in modules]
         self._teacher = from_linen(modules[0], variables[0], image_shape=shape, mean=MEAN, std=STD)
         self._student = from_linen(modules[1], variables[1], image_shape=shape, mean=MEAN, std=STD)
-        self._lesson = lesson_of(Run(parse(config)), self._teacher, Rounds(pair.images))
-        self._train_step = TrainStep(modules[1], self._lesson, self._teacher, make_mesh(1), pair.dispatch)
+        self._job = job_of(Run(parse(config)), self._teacher, Rounds(pair.images))
+        self._train_step = TrainStep(modules[1], self._job, self._teacher, make_mesh(1), pair.dispatch)
         self._images, labels = (
             np.random.default_rng(0).integers(0, 256, (pair.images, *shape), np.uint8),
             np.zeros(pair.images),
@@ -96,8 +96,8 @@ class DvinvTraining:
         from dvinv.inversion.augmentation import augmentation_of
 
         key, _ = jax.random.split(jax.random.fold_in(self._key, 0))
-        images = self._images[self._lesson.rows(0, 0)]
-        x = augmentation_of(self._lesson.recipe)(key, self._teacher.normalise(images), self._teacher)
+        images = self._images[self._job.rows(0, 0)]
+        x = augmentation_of(self._job.settings)(key, self._teacher.normalise(images), self._teacher)
         return {'x': np.asarray(x), 'images': self._images}
 
     def first(self) -> dict:
@@ -111,7 +111,7 @@ class DvinvTraining:
 
         dispatch = self._pair.dispatch
         firsts = range(self._step, self._step + dispatches * dispatch, dispatch)
-        rows = (np.stack([self._lesson.rows(0, first + i) for i in range(dispatch)]) for first in firsts)
+        rows = (np.stack([self._job.rows(0, first + i) for i in range(dispatch)]) for first in firsts)
         for chosen in self._train_step.batches.each(rows):
             self._state, losses = self._train_step(self._state, chosen, self._key)
         self._step += dispatches * dispatch

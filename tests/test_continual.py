@@ -19,7 +19,7 @@ from dvinv import DvinvError
 from dvinv.config import ContinualSettings, DataSettings, TrainingSettings
 from dvinv.continual import losses, scores
 from dvinv.continual import task as driver
-from dvinv.continual.lesson import network_of
+from dvinv.continual.jobs import network_of
 from dvinv.data.dataset import Split
 from dvinv.data.digits import read
 from dvinv.data.joined import Joined
@@ -30,7 +30,7 @@ from dvinv.networks.head import grown, head_of
 from dvinv.pipeline import tasks as pipeline
 from dvinv.synthesis.synthesizer import Synthesizer
 from dvinv.training.sampling import Rounds, chosen_images
-from dvinv.training.trainer import Lesson
+from dvinv.training.trainer import TrainJob
 
 # Losses
 
@@ -134,12 +134,12 @@ def test_detached_answers_move_the_head_alone():
 
 
 def test_half_of_a_batch_is_of_each_set():
-    lesson = Lesson(TrainingSettings(9, 6, 0.1), None, Rounds(5), beside=Rounds(9))
-    shown = np.stack([lesson.rows(3, update) for update in range(15)])
+    job = TrainJob(TrainingSettings(9, 6, 0.1), None, Rounds(5), beside=Rounds(9))
+    shown = np.stack([job.rows(3, update) for update in range(15)])
     assert shown[:, :3].max() < 5 <= shown[:, 3:].min()
     assert sorted(shown[:5, :3].ravel()) == sorted([*range(5)] * 3)
     assert sorted(shown[:3, 3:].ravel()) == [*range(5, 14)]
-    assert lesson.come_by(0) == 14
+    assert job.come_by(0) == 14
     first, second = np.arange(5), np.arange(5, 14)
     np.testing.assert_array_equal(Joined(first, second)[shown[7]], shown[7])
 

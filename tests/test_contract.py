@@ -27,7 +27,7 @@ from dvinv.networks.classifier import Classifier, check_finite, flatten, unflatt
 from dvinv.networks.files import load_network
 from dvinv.teacher.task import supervised
 from dvinv.training.sampling import Rounds
-from dvinv.training.trainer import Lesson, initial_state, make_train_step
+from dvinv.training.trainer import TrainJob, initial_state, make_train_step
 
 PICTURES = {'image_shape': IMAGE_SHAPE, 'mean': MEAN, 'std': STD}
 
@@ -621,13 +621,13 @@ def test_no_rank_is_promoted_implicitly_in_the_pixel_step_and_the_train_step():
     recipe = TrainingSettings(
         updates=2, batch_size=4, learning_rate=0.1, shift=1, flip=True, noise=0.1, resized_crop=0.5, mixup=0.2
     )
-    lesson = Lesson(recipe, supervised(0.1), Rounds(4))
+    job = TrainJob(recipe, supervised(0.1), Rounds(4))
     with jax.numpy_rank_promotion('raise'):
         for parameterization in ('pixels', 'fourier'):
             step = make_step(teacher, InversionConfig((stage,), parameterization=parameterization), stage)
             state = InversionState(_images(), stage.make_optimizer().init(_images()), np.int32(0), jax.random.key(0))
             jax.eval_shape(step, state, np.zeros(3, np.int32), teacher.variables, None)
-        train_step = make_train_step(TinyNet(channels=(4,)), lesson, teacher)
+        train_step = make_train_step(TinyNet(channels=(4,)), job, teacher)
         batch = np.zeros((4, *IMAGE_SHAPE), np.uint8), np.zeros(4, np.int32)
         jax.eval_shape(train_step, initial_state(recipe, teacher.variables), *batch, None, jax.random.key(0))
 

@@ -11,7 +11,7 @@ from tiny import IMAGE_SHAPE, tiny_teacher
 from dvinv import DvinvError
 from dvinv.config import nested, parse
 from dvinv.data.pool import ImagePool
-from dvinv.evaluation.held_out import HeldOut, learned_rows
+from dvinv.evaluation.held_out import HeldOut, training_rows
 from dvinv.runtime.workdir import Workdir
 from dvinv.training.sampling import chosen_images, rounds_of
 
@@ -47,7 +47,7 @@ def test_nobody_learns_from_the_last_images_of_a_round(changes, size, held):
     config.update_from_flattened_dict({name.replace('__', '.'): value for name, value in changes.items()})
     settings = parse(config)
     assert settings.pool or settings.round_images == size
-    learned = learned_rows(settings, np.arange(40)[:, None])
+    learned = training_rows(settings, np.arange(40)[:, None])
     assert sorted({*range(40)} - {*learned[np.arange(len(learned))].ravel().tolist()}) == held
     if not config.pool:  # which comes in one round
         rounds = rounds_of(settings)

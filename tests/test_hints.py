@@ -16,7 +16,7 @@ from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, trained, trained_variables
 from dvinv import DvinvError
 from dvinv.config import TrainingSettings, default_config, parse
 from dvinv.distillation.hints import Hints, choose_hints, layer_error, staged_forward
-from dvinv.distillation.student import distillation_loss, lesson_of, staged_loss
+from dvinv.distillation.student import distillation_loss, job_of, staged_loss
 from dvinv.graph import graft, record
 from dvinv.graph.projections import initial_projections, relative_error, to_student, to_teacher
 from dvinv.inversion import from_linen, from_nnx
@@ -28,7 +28,7 @@ from dvinv.pipeline.run import Run
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.workdir import Workdir
 from dvinv.training.sampling import Rounds
-from dvinv.training.trainer import Lesson, Training, TrainStep, initial_state, make_train_step
+from dvinv.training.trainer import Records, Training, TrainJob, TrainStep, initial_state, make_train_step
 
 LAYERS = ('BatchNorm_0', 'BatchNorm_1')
 
@@ -115,16 +115,16 @@ def test_hints_are_added_to_the_answers_loss_and_reach_the_shared_layers_alone(t
 def test_the_configs_hint_is_in_the_lesson():
     config, teacher = default_config('digits'), small_teacher()
     variables = trained(teacher.variables, seed=5)
-    lessons = []
+    jobs = []
     for hint in (0.0, 7.0):
         config.distillation.hint = hint
-        lessons.append(lesson_of(Run(parse(config)), teacher, Rounds(4)).loss_fn)
+        jobs.append(job_of(Run(parse(config)), teacher, Rounds(4)).loss_fn)
 
     @jax.jit
     def measure(x):
         logits, features, _ = features_in_training(create('small_resnet', 10), variables, x, {})
         _, target = teacher.features(teacher.variables, x)
-        without, with_hints = (loss(logits, features, x, None, teacher.variables, 0.0) for loss in lessons)
+        without, with_hints = (loss(logits, features, x, None, teacher.variables, 0.0) for loss in jobs)
         return with_hints - without, layer_error(features, target)
 
     difference, hints = measure(np.random.default_rng(0).normal(size=(4, *teacher.image_shape)).astype(np.float32))
@@ -144,7 +144,7 @@ def test_the_layers_error_falls_by_the_configs_decay():
     config, teacher = default_config('digits'), small_teacher()
     config.distillation.update(hint=8.0, hint_decay=2.0)
     variables, x = trained(teacher.variables, seed=5), np.random.default_rng(0).normal(size=(4, *teacher.image_shape))
-    loss = lesson_of(Run(parse(config)), teacher, Rounds(4)).loss_fn
+    loss = job_of(Run(parse(config)), teacher, Rounds(4)).loss_fn
 
     @jax.jit
     def measure(x):
@@ -162,7 +162,7 @@ def test_a_student_learns_the_teachers_layers_from_hints_and_not_from_answers(te
 
     def distance(hint):
         loss = distillation_loss(teacher, 3.0, hint, LAYERS if hint else ())
-        update = jax.jit(make_train_step(TinyNet(), Lesson(recipe, loss, Rounds(8)), teacher))
+        update = jax.jit(make_train_step(TinyNet(), TrainJob(recipe, loss, Rounds(8)), teacher))
         state = initial_state(recipe, initialise(TinyNet(), jax.random.key(0), IMAGE_SHAPE))
         for _ in range(recipe.updates):
             state, _ = update(state, images, np.zeros(64, np.int32), teacher.variables, jax.random.key(1))
@@ -230,10 +230,10 @@ def test_stages_of_unrelated_networks_are_matched_and_put_in_a_table(kind):
 
 
 def _staged(teacher, module, share=0.5, hint=10.0):
-    """The lesson of a student by its stages."""
+    """The job of a student by its stages."""
     pairs = choose_hints('stages', module, teacher).pairs
     recipe = TrainingSettings(updates=8, batch_size=6, learning_rate=0.03, clip_norm=10.0)
-    return Lesson(
+    return TrainJob(
         recipe,
         staged_loss(3.0, hint),
         Rounds(20),
@@ -243,13 +243,15 @@ def _staged(teacher, module, share=0.5, hint=10.0):
     )
 
 
-def _train(folder, teacher, lesson, stops=()):
+def _train(folder, teacher, job, stops=()):
     """(variables, metrics) of a training that is made again at each of `stops`."""
     images = np.random.default_rng(1).integers(0, 256, (20, *IMAGE_SHAPE), dtype=np.uint8)
     labels, logging = np.zeros(20, np.int32), SimpleNamespace(every=2, checkpoint_every=4)
     workdir = Workdir(folder, {})
     for stop in (*stops, None):
-        with Training(Pooled(), lesson, teacher, 3, make_mesh(1), workdir, 'distillation', 'student', logging) as training:
+        with Training(
+            Pooled(), job, teacher, 3, make_mesh(1), Records(workdir, 'distillation', 'student', logging)
+        ) as training:
             variables = training.advance(images, labels, stop) if stop else training.finish(images, labels)
     workdir.close()
     return variables, [*workdir.metrics.lines('distillation', 'student')]
@@ -258,9 +260,9 @@ def _train(folder, teacher, lesson, stops=()):
 @pytest.mark.parametrize('kind', ['linen', 'nnx'])
 def test_a_student_of_an_unrelated_teacher_learns_and_resumes_to_the_bit(kind, tmp_path):
     teacher = _teachers()[kind]
-    lesson = _staged(teacher, Pooled())
-    variables, metrics = _train(tmp_path / 'once', teacher, lesson)
-    resumed, _ = _train(tmp_path / 'resumed', teacher, lesson, stops=(4,))
+    job = _staged(teacher, Pooled())
+    variables, metrics = _train(tmp_path / 'once', teacher, job)
+    resumed, _ = _train(tmp_path / 'resumed', teacher, job, stops=(4,))
     jax.tree.map(np.testing.assert_array_equal, resumed, variables)
     assert metrics[-1]['loss'] < metrics[0]['loss']
     assert {*variables['params']} == {'first', 'norm', 'second', 'Dense_0'}  # and no projection
@@ -268,10 +270,10 @@ def test_a_student_of_an_unrelated_teacher_learns_and_resumes_to_the_bit(kind, t
 
 def test_grafted_stages_are_entered_from_the_teachers_output_of_the_stage_before():
     teacher, student = _teachers()['linen'], trained_variables(Pooled(), seed=5)
-    lesson, x = _staged(teacher, Pooled(), share=1.0), _images()
-    (full, half), projections = choose_hints('stages', Pooled(), teacher).pairs, lesson.auxiliary
+    job, x = _staged(teacher, Pooled(), share=1.0), _images()
+    (full, half), projections = choose_hints('stages', Pooled(), teacher).pairs, job.auxiliary
     rngs = {'dropout': jax.random.key(2)}
-    _, features, _ = jax.jit(lesson.forward)(student, projections, x, rngs, teacher.variables, 0.0)
+    _, features, _ = jax.jit(job.forward)(student, projections, x, rngs, teacher.variables, 0.0)
     teacher_logits, (teacher_full, teacher_half) = record(teacher.apply_fn, [(8, 8), (4, 4)])(teacher.variables, x)
 
     def own(variables, x):
@@ -291,15 +293,15 @@ def test_grafted_stages_are_entered_from_the_teachers_output_of_the_stage_before
 
 def test_in_bfloat16_stages_are_compared_in_float32():
     teacher = _teachers()['linen']
-    lesson = _staged(in_precision(teacher, 'bfloat16'), Pooled())
-    lesson = dataclasses.replace(lesson, recipe=dataclasses.replace(lesson.recipe, precision='bfloat16'))
-    step = TrainStep(Pooled(), lesson, teacher, make_mesh(1))
+    job = _staged(in_precision(teacher, 'bfloat16'), Pooled())
+    job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, precision='bfloat16'))
+    step = TrainStep(Pooled(), job, teacher, make_mesh(1))
     images = np.random.default_rng(1).integers(0, 256, (6, *IMAGE_SHAPE), dtype=np.uint8)
     state, batch, key = step.initial_state(jax.random.key(0)), (images, np.zeros(6, np.int32)), jax.random.key(1)
-    text = str(jax.make_jaxpr(step.function(several=False))(state, (), batch, lesson.frozen, key))
+    text = str(jax.make_jaxpr(step.function(several=False))(state, (), batch, job.frozen, key))
     assert len(re.findall(r':f32\[[^=]*= conv_general_dilated', text)) == 0
     variables, x = {'params': state.params, 'batch_stats': state.batch_stats}, _images().astype(jnp.bfloat16)
-    _, features, _ = lesson.forward(variables, state.auxiliary, x, {'dropout': key}, teacher.variables, 0.0)
+    _, features, _ = job.forward(variables, state.auxiliary, x, {'dropout': key}, teacher.variables, 0.0)
     assert features['stage_errors'].dtype == np.float32
     state, loss = step(state, batch, key)
     assert np.isfinite(loss)

@@ -15,7 +15,7 @@ from tiny import IMAGE_SHAPE, TinyNet, tiny_teacher, trained
 
 from dvinv import DvinvError, from_linen, from_nnx, load
 from dvinv.config import TrainingSettings
-from dvinv.continual.lesson import head_path, network_of
+from dvinv.continual.jobs import head_path, network_of
 from dvinv.distillation.hints import choose_hints, staged_forward
 from dvinv.distillation.student import distillation_loss, hints_of, student_of
 from dvinv.distillation.student import validate as validate_student
@@ -31,7 +31,7 @@ from dvinv.runtime.workdir import Workdir
 from dvinv.teacher import factories
 from dvinv.teacher import task as teacher
 from dvinv.training.sampling import Rounds
-from dvinv.training.trainer import Lesson, Training
+from dvinv.training.trainer import Records, Training, TrainJob
 
 KEY = jax.random.key(0)
 
@@ -187,14 +187,14 @@ def test_functions_that_give_no_network_are_refused(name, words):
 def test_a_killed_student_of_ones_own_ends_with_the_bits_of_an_undisturbed_one(images, tmp_path):
     like, module = tiny_teacher(), own()
     recipe = TrainingSettings(updates=4, batch_size=2, learning_rate=0.1, warmup=0)
-    lesson = Lesson(recipe, distillation_loss(like, 3.0), Rounds(6), like.variables)
+    job = TrainJob(recipe, distillation_loss(like, 3.0), Rounds(6), like.variables)
     logging = SimpleNamespace(every=2, checkpoint_every=2)
     pixels, labels = like.to_uint8(images), np.zeros(6, np.int32)
 
     workdirs = {name: Workdir(tmp_path / name, {}) for name in ('whole', 'killed')}
 
     def begin(name):
-        return Training(module, lesson, like, 0, make_mesh(1), workdirs[name], 'distillation', 'student', logging)
+        return Training(module, job, like, 0, make_mesh(1), Records(workdirs[name], 'distillation', 'student', logging))
 
     whole = begin('whole').finish(pixels, labels)
     begin('killed').advance(pixels, labels, 2)
@@ -222,8 +222,8 @@ def test_a_factory_is_the_students_and_a_larger_one_is_said(capsys):
     run = smoke_run(student__factory='factories:module', distillation__hint=1.0)
     run.planned_teacher = like = tiny_teacher(num_classes=10)
     assert hints_of(run, like).kind == 'layers'
-    learner = student_of(run, like)
-    assert (learner.about['network'], learner.module.label) == ('', 'TinyNet')
+    target = student_of(run, like)
+    assert (target.about['network'], target.module.label) == ('', 'TinyNet')
     validate_student(run)
     assert capsys.readouterr().err == ''
     run = smoke_run(student__factory='factories:module')
@@ -281,8 +281,8 @@ def test_a_teacher_keeps_its_module(kind):
     assert (grown.num_classes, head_path(run, like)) == (5, {'linen': 'Dense_0', 'nnx': 'head'}[kind])
     assert grown.tap.layers == like.tap.layers
     assert network_of(run, grown, 7).num_classes == 7
-    learner = pruning.Learner('pruning', 'pruned', run.settings.teacher, like, 5, own=like.module, kept={})
-    assert module_of(learner.about, learner.own) is like.module
+    target = pruning.TrainTarget('pruning', 'pruned', run.settings.teacher, like, 5, own=like.module, kept={})
+    assert module_of(target.about, target.own) is like.module
     run.planned_teacher = dataclasses.replace(like, module=None)
     with pytest.raises(DvinvError, match=r'The network of teacher\.factory .* is not known'):
         pruning.validate(run)

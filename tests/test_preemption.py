@@ -19,14 +19,14 @@ from dvinv.config import InversionConfig, Stage
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
 from dvinv.inversion import make_inverter
-from dvinv.inversion.invert import Unfinished
+from dvinv.inversion.invert import BatchCheckpoint
 from dvinv.pipeline import tasks as pipeline
 from dvinv.runtime import preemption
 from dvinv.runtime.devices import make_mesh
 from dvinv.synthesis import task as synthesis
+from dvinv.synthesis.batch_checkpoints import BatchCheckpoints
 from dvinv.synthesis.pools import open_pool
 from dvinv.synthesis.synthesizer import Synthesizer, in_words
-from dvinv.synthesis.unfinished import UnfinishedBatches
 
 BATCH = 8
 STAGES = Stage(4, 0.1, jitter=2, flip=True, warmup=2, schedule='cosine'), Stage(3, 0.05, noise=0.1)
@@ -105,7 +105,7 @@ def pauses(monkeypatch):
 def test_what_is_under_way_is_saved_and_goes_on(undisturbed, tmp_path, monkeypatch, pauses, capsys):
     """Saved by the clock, then killed; saved at SIGTERM; gone on with other devices, but for a state that is damaged."""
     run, saved = tmp_path / 'run', tmp_path / 'run' / 'checkpoints' / 'synthesis-deepinversion'
-    batches = UnfinishedBatches(saved, pipeline.validated(run_config()).planned_teacher.digest())
+    batches = BatchCheckpoints(saved, pipeline.validated(run_config()).planned_teacher.digest())
 
     def kill():
         raise KeyboardInterrupt
@@ -145,9 +145,9 @@ def test_a_resume_reads_every_sidecar_once(undisturbed, tmp_path, monkeypatch):
 
 
 def test_a_damaged_state_and_one_of_another_teacher_are_passed_over(tmp_path):
-    batches, other = UnfinishedBatches(tmp_path, 'teacher'), UnfinishedBatches(tmp_path, 'another')
+    batches, other = BatchCheckpoints(tmp_path, 'teacher'), BatchCheckpoints(tmp_path, 'another')
     state, student = [np.arange(6.0).reshape(2, 3), np.int32(7)], {'params': {'kernel': np.ones(3)}}
-    batches.save(3, Unfinished(2, state, {'loss': np.ones(2), 'feature': np.zeros(2)}), student)
+    batches.save(3, BatchCheckpoint(2, state, {'loss': np.ones(2), 'feature': np.zeros(2)}), student)
     found = batches.load(3, student)
     assert (found.iterations, batches.numbers()) == (2, [3])
     assert [leaf.tolist() for leaf in found.state] == [leaf.tolist() for leaf in state]
@@ -162,7 +162,7 @@ def test_a_damaged_state_and_one_of_another_teacher_are_passed_over(tmp_path):
     manifest = tmp_path / 'batch-000003' / '000000002.json'
     manifest.write_bytes(manifest.read_bytes()[:-50])
     assert batches.load(3, student) is None
-    batches.save(3, Unfinished(2, state, {'loss': np.ones(2)}), student)  # in the place of the damaged one
+    batches.save(3, BatchCheckpoint(2, state, {'loss': np.ones(2)}), student)  # in the place of the damaged one
     assert batches.load(3, student).iterations == 2
     batches.drop(3)
     assert not [*tmp_path.iterdir()]

@@ -23,7 +23,7 @@ from dvinv.pipeline import tasks as pipeline
 from dvinv.runtime import processes
 from dvinv.runtime.metrics import Metrics
 from dvinv.runtime.workdir import Workdir
-from dvinv.synthesis.unfinished import UnfinishedBatches
+from dvinv.synthesis.batch_checkpoints import BatchCheckpoints
 
 COUNT = 2
 # XLA splits some sums by the number of its threads, which are as many as there are devices or cores, or NPROC.
@@ -142,15 +142,15 @@ from pathlib import Path
 sys.path[:0] = [{tests!r}]
 import jax, numpy as np
 from smoke import smoke_config
-from dvinv.inversion.invert import Unfinished
+from dvinv.inversion.invert import BatchCheckpoint
 from dvinv.networks import Classifier, create
 from dvinv.config import TrainingSettings
 from dvinv.training.sampling import Rounds
 from dvinv.runtime import processes
 from dvinv.runtime.devices import make_mesh
-from dvinv.synthesis.unfinished import UnfinishedBatches
+from dvinv.synthesis.batch_checkpoints import BatchCheckpoints
 from dvinv.teacher.task import supervised
-from dvinv.training.trainer import Lesson, TrainStep
+from dvinv.training.trainer import TrainJob, TrainStep
 
 class Counted:
     def __init__(self, array): self.array, self.read = array, []
@@ -164,18 +164,18 @@ with processes.joined(None, *{joined!r}):
     labels = rng.integers(0, 10, 64).astype(np.int32)
     like = Classifier(None, None, (8, 8, 1), 10, (0.5,), (0.5,))
     recipe = TrainingSettings(updates=5, batch_size=16, learning_rate=0.01, warmup=0)
-    lesson = Lesson(recipe, supervised(0.0), Rounds(64))
-    step = TrainStep(create('small_convnet', 10, 0.25), lesson, like, make_mesh(0, of_all=True))
+    job = TrainJob(recipe, supervised(0.0), Rounds(64))
+    step = TrainStep(create('small_convnet', 10, 0.25), job, like, make_mesh(0, of_all=True))
     state = step.place(step.initial_state(jax.random.key(0)))
     step.batches.load(images, labels)
     losses, key = [], step.place(jax.random.key(1))
     for chosen in step.batches.each([np.arange(16, dtype=np.int32) + 8 * i for i in range(5)]):
         state, loss = step(state, chosen, key)
         losses.append(float(loss))
-    batches, index = UnfinishedBatches(Path({folder!r}), 'teacher'), jax.process_index()
+    batches, index = BatchCheckpoints(Path({folder!r}), 'teacher'), jax.process_index()
     for iterations in range(1, 4 if index else 9):  # not as many in each process: none waits for another
         state = [np.full((4, 100), index, np.float32), np.arange(iterations, dtype=np.int32), np.array(index, np.int32)]
-        batches.save(index, Unfinished(iterations, state, {{'loss': np.full(iterations, index, np.float32)}}))
+        batches.save(index, BatchCheckpoint(iterations, state, {{'loss': np.full(iterations, index, np.float32)}}))
         assert batches.load(index).iterations == iterations
     processes.meet('saved')
     assert [batches.load(i).state[2] for i in range({count})] == [*range({count})]
@@ -214,7 +214,7 @@ def test_each_process_reads_its_part_of_a_batch_and_the_losses_are_those_of_one(
 
 
 def test_each_process_saves_its_batches_and_another_number_of_processes_loads_them(trained):
-    batches = UnfinishedBatches(trained[2], 'teacher')
+    batches = BatchCheckpoints(trained[2], 'teacher')
     assert batches.numbers() == [0, 1]
     for index, iterations in enumerate((8, 3)):
         batch = batches.load(index)

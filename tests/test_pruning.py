@@ -195,12 +195,12 @@ def test_a_pruned_network_competes_with_the_whole_one():
 def test_a_pruning_from_its_pool_to_its_report_and_again(finished, tmp_path, monkeypatch):
     """Killed in its last step's batch and while it learns from it, it ends with the same bits; what it leaves can be loaded,
     and is smaller. In each step images are made in competition."""
-    learn, measure, fill, rivals = driver.learn, driver.Pruner._next, Synthesizer.fill, []
+    train, measure, fill, rivals = driver.train_network, driver.Pruner._next, Synthesizer.fill, []
     counts = {'measured': [], 'learned': []}
 
-    def learn_and_tell(config, workdir, learner, lesson, images, labels):
-        counts['learned'].append((learner.name, len(images), len(labels), lesson.rounds.images))
-        return learn(config, workdir, learner, lesson, images, labels)
+    def train_and_tell(run, target, job, images, labels):
+        counts['learned'].append((target.name, len(images), len(labels), job.rounds.images))
+        return train(run, target, job, images, labels)
 
     def measure_and_tell(self, keep, variables, images, *args):
         counts['measured'].append(len(images))
@@ -211,7 +211,7 @@ def test_a_pruning_from_its_pool_to_its_report_and_again(finished, tmp_path, mon
         fill(self, numbers, rival, **notes)
 
     monkeypatch.setattr(dvinv.synthesis.synthesizer, 'make_inverter', drawn_inverter)
-    monkeypatch.setattr(driver, 'learn', learn_and_tell)
+    monkeypatch.setattr(driver, 'train_network', train_and_tell)
     monkeypatch.setattr(driver.Pruner, '_next', measure_and_tell)
     monkeypatch.setattr(Synthesizer, 'fill', fill_and_tell)
     config = runpy.run_path(str(ROOT / 'configs' / 'digits_prune.py'))['get_config']('smoke')

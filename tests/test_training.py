@@ -20,7 +20,7 @@ from dvinv.runtime import preemption
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.workdir import Workdir
 from dvinv.training.sampling import Rounds, chosen_images
-from dvinv.training.trainer import Lesson, Training, TrainStep
+from dvinv.training.trainer import Records, Training, TrainJob, TrainStep
 
 CLASSIFIER = Classifier(None, None, IMAGE_SHAPE, 3, MEAN, STD)
 LOGGING = types.SimpleNamespace(every=2, checkpoint_every=4)
@@ -43,10 +43,10 @@ def _data(count=20):
 def _fit(folder, recipe=RECIPE, devices=1, loss=_loss, seed=3, stops=()):
     """(variables, metrics) of a training that stops and goes on at the updates `stops`."""
     images, labels = _data()
-    workdir, lesson = Workdir(folder, {}), Lesson(recipe, loss, Rounds(len(labels)))
+    workdir, job = Workdir(folder, {}), TrainJob(recipe, loss, Rounds(len(labels)))
     try:
         mesh = make_mesh(devices)
-        with Training(TinyNet(), lesson, CLASSIFIER, seed, mesh, workdir, 'teacher', 'teacher', LOGGING) as training:
+        with Training(TinyNet(), job, CLASSIFIER, seed, mesh, Records(workdir, 'teacher', 'teacher', LOGGING)) as training:
             for stop in stops:
                 training.advance(images, labels, stop)
             variables = training.finish(images, labels)
@@ -180,11 +180,11 @@ def test_several_updates_a_dispatch_give_the_bits_of_single_ones(undisturbed, tm
 def _updates(of_a_dispatch, devices=1):
     """(state, losses) after 4 updates by the program that accelerators run."""
     images, labels = _data()
-    lesson, key = Lesson(SHORT, _loss, Rounds(len(labels))), jax.random.key(3)
-    step = TrainStep(TinyNet(), lesson, CLASSIFIER, make_mesh(devices), of_a_dispatch)
+    job, key = TrainJob(SHORT, _loss, Rounds(len(labels))), jax.random.key(3)
+    step = TrainStep(TinyNet(), job, CLASSIFIER, make_mesh(devices), of_a_dispatch)
     step.batches.load(images, labels)
     state, losses = step.place(step.initial_state(key)), []
-    rows = np.stack([lesson.rows(3, number) for number in range(4)])
+    rows = np.stack([job.rows(3, number) for number in range(4)])
     several = of_a_dispatch > 1
     for chosen in step.batches.each(rows.reshape(-1, of_a_dispatch, 8) if several else rows):
         state, loss = step.programs[several](state, step.batches.arrays, chosen, None, key)
@@ -233,7 +233,7 @@ def test_batches_from_the_host_are_read_in_order_and_their_errors_reach_the_trai
 def test_a_dispatch_from_the_host_is_of_so_many_bytes_at_most(monkeypatch, size, updates):
     monkeypatch.setattr(dvinv.training.trainer, 'STREAMED_BYTES', size)
     recipe = dataclasses.replace(RECIPE, batch_size=2**20 // 5 // 128)
-    assert TrainStep(TinyNet(), Lesson(recipe, _loss, Rounds(20)), CLASSIFIER, make_mesh(1), 50).updates == updates
+    assert TrainStep(TinyNet(), TrainJob(recipe, _loss, Rounds(20)), CLASSIFIER, make_mesh(1), 50).updates == updates
 
 
 def test_images_lie_on_the_devices_where_a_quarter_of_the_free_memory_holds_them():
@@ -253,7 +253,7 @@ def test_in_bfloat16_the_loss_is_nearly_the_same_and_all_that_is_kept_is_float32
     losses = []
     for precision in ('float32', 'bfloat16'):
         recipe = dataclasses.replace(RECIPE, precision=precision)
-        step = TrainStep(TinyNet(), Lesson(recipe, _loss, Rounds(20)), CLASSIFIER, make_mesh(1))
+        step = TrainStep(TinyNet(), TrainJob(recipe, _loss, Rounds(20)), CLASSIFIER, make_mesh(1))
         state, loss = step(step.initial_state(jax.random.key(0)), (images[:8], labels[:8]), jax.random.key(1))
         assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(state) if np.issubdtype(leaf.dtype, np.floating))
         assert loss.dtype == np.float32

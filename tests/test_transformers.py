@@ -30,7 +30,7 @@ from dvinv.networks.weights import import_weights
 from dvinv.pipeline import tasks as pipeline
 from dvinv.pipeline.run import Run
 from dvinv.training.sampling import Rounds
-from dvinv.training.trainer import Lesson, initial_state, make_train_step
+from dvinv.training.trainer import TrainJob, initial_state, make_train_step
 
 PARAMETERS = {  # for 1,000 classes, as torchvision and timm publish them
     'vit_b_16': 86_567_656,
@@ -269,11 +269,11 @@ def test_a_vision_transformer_learns_the_answers_and_a_stage_of_another_network(
     recipe = TrainingSettings(updates=12, batch_size=20, learning_rate=0.01)
     staged = staged_forward(student, own, pairs, 0.5, 'cpu')
     projections = initial_projections(jax.random.key(0), pairs)
-    lesson = Lesson(recipe, staged_loss(3.0, 1.0), Rounds(20), own.variables, forward=staged, auxiliary=projections)
+    job = TrainJob(recipe, staged_loss(3.0, 1.0), Rounds(20), own.variables, forward=staged, auxiliary=projections)
     images, labels = np.random.default_rng(1).integers(0, 256, (20, *IMAGE_SHAPE), dtype=np.uint8), np.zeros(20, np.int32)
-    step, losses = jax.jit(make_train_step(student, lesson, own), compiler_options=QUICKLY), []
+    step, losses = jax.jit(make_train_step(student, job, own), compiler_options=QUICKLY), []
     state = initial_state(recipe, trained_variables(student), projections)
     for _ in range(recipe.updates):
-        state, loss = step(state, images, labels, lesson.frozen, jax.random.key(0))
+        state, loss = step(state, images, labels, job.frozen, jax.random.key(0))
         losses.append(float(loss))
     assert losses[-1] < 0.9 * losses[0]

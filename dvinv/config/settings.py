@@ -259,9 +259,9 @@ class Settings:
             self._validate_batches()
         if self.trains_student:
             for count in self.distillation.counts:
-                if type(count) is not int or not 1 <= count <= (count if self.pool else self.learned_images):
+                if type(count) is not int or not 1 <= count <= (count if self.pool else self.training_images):
                     raise DvinvError(
-                        f'distillation.counts names {count!r}; give whole numbers from 1 to the {self.learned_images} '
+                        f'distillation.counts names {count!r}; give whole numbers from 1 to the {self.training_images} '
                         'images that are learned from.'
                     )
 
@@ -293,7 +293,7 @@ class Settings:
         return (self.synthesis.batches_per_round or self.synthesis.batches) * self.synthesis.batch_size
 
     @property
-    def learned_images(self) -> int:
+    def training_images(self) -> int:
         """How many images of the run's own pool are learned from."""
         rounds = self.synthesis.images // max(1, self.round_images)
         return self.synthesis.images - rounds * self.held_out_of(self.round_images)

@@ -15,13 +15,13 @@ import numpy as np
 
 from dvinv.config import CONTINUAL_LOSSES
 from dvinv.continual.chains import MAIN, chains_of, name_of, names_of_networks
-from dvinv.continual.lesson import lesson_of, loss_of, network_of
+from dvinv.continual.jobs import job_of, loss_of, network_of
 from dvinv.continual.scores import figures
 from dvinv.continual.stream import Step, steps_of, training_images
 from dvinv.continual.validation import validate
 from dvinv.data.dataset import Split
 from dvinv.data.pool import ImagePool
-from dvinv.distillation.student import lesson_of as student_lesson
+from dvinv.distillation.student import job_of as student_job
 from dvinv.distillation.student import student_of
 from dvinv.inversion import Teacher
 from dvinv.inversion.modules import trained_part
@@ -31,10 +31,10 @@ from dvinv.runtime.processes import is_primary
 from dvinv.synthesis import adaptive
 from dvinv.synthesis.synthesizer import fill_pool
 from dvinv.training.sampling import Rounds, rounds_of
-from dvinv.training.trainer import Learner, Lesson, PlannedTraining, learn
+from dvinv.training.trainer import PlannedTraining, TrainJob, TrainTarget, train_network
 
 __all__ = ['complete', 'planned_trainings', 'run', 'validate']
-ROLE = 4  # see `training.Learner`; one for all networks, that compared ones start alike
+ROLE = 4  # see `training.TrainTarget`; one for all networks, that compared ones start alike
 
 
 def run(run: Run) -> dict:
@@ -45,9 +45,9 @@ def run(run: Run) -> dict:
     first = dataclasses.replace(grown[0], variables=trained_part(teacher.variables))
     learned = {chain: [first] for chain in chains_of(settings)}
     for number in range(1, len(steps)):
-        learn_task(run, steps[: number + 1], grown[number], learned)
+        train_task(run, steps[: number + 1], grown[number], learned)
     if 'joint' in settings.controls:
-        joint = learn_jointly(run, steps, grown[-1], learned[MAIN][0])
+        joint = train_jointly(run, steps, grown[-1], learned[MAIN][0])
         learned['joint'] = [None] * (len(steps) - 1) + [joint]
     return {**figures(run, steps, learned), 'tasks': len(steps), 'updates': settings.updates}
 
@@ -59,13 +59,13 @@ def planned_trainings(run: Run) -> list[PlannedTraining]:
     module = network_of(run, teacher, steps[-1].first + steps[-1].classes).module
     loss_fn, head = loss_of(run, settings.loss, teacher)
     rounds = Rounds(run.settings.synthesis.images)
-    lesson = Lesson(settings, loss_fn, rounds, teacher.variables, rounds, head)
+    job = TrainJob(settings, loss_fn, rounds, teacher.variables, rounds, head)
     networks = (len(steps) - 1) * (len(chains) + ('joint' in settings.controls))
-    trainings = [PlannedTraining('continual', module, lesson, teacher, networks, teacher)]
+    trainings = [PlannedTraining('continual', module, job, teacher, networks, teacher)]
     if run.settings.synthesis.method == 'adaptive':  # a student for every pool, which is not kept
         pools = 1 + (len(steps) - 2) * sum(_dreams(chain, chains) for chain in chains)
-        lesson = student_lesson(run, teacher, rounds_of(run.settings))
-        trainings.append(PlannedTraining('student', run.student_module(teacher), lesson, teacher, pools, teacher))
+        job = student_job(run, teacher, rounds_of(run.settings))
+        trainings.append(PlannedTraining('student', run.student_module(teacher), job, teacher, pools, teacher))
     return trainings
 
 
@@ -75,7 +75,7 @@ def complete(run: Run) -> bool:
     return all(run.workdir.has_network(name) for name in names_of_networks(settings, len(settings.steps)))
 
 
-def learn_task(run: Run, steps: list[Step], like: Teacher, learned: dict[str, list[Teacher]]) -> None:
+def train_task(run: Run, steps: list[Step], like: Teacher, learned: dict[str, list[Teacher]]) -> None:
     """Every chain of `learned` learns the last of `steps`, and is given one network more.
 
     All synthesis precedes the first look at the task's images, and what is finished is not begun: a task whose networks are
@@ -91,15 +91,15 @@ def learn_task(run: Run, steps: list[Step], like: Teacher, learned: dict[str, li
     new = training_images(run, steps[-1]) if lacking else None
     for chain in lacking:
         current = learned[chain][-1]
-        lesson, images, labels = lesson_of(run, chains[chain], current, new, old.get(chain))
-        learn(run, _learner(run, paths[chain].stem, like, current), lesson, images, labels)
+        job, images, labels = job_of(run, chains[chain], current, new, old.get(chain))
+        train_network(run, _target(run, paths[chain].stem, like, current), job, images, labels)
     for chain, path in paths.items():
         learned[chain].append(dataclasses.replace(like, variables=load_network(path)[0]))
 
 
-def _learner(run: Run, name: str, like: Teacher, before: Teacher) -> Learner:
+def _target(run: Run, name: str, like: Teacher, before: Teacher) -> TrainTarget:
     """Returns the network `name`, which is to be like `like`, and goes on from `before`."""
-    return Learner('continual', name, run.settings.teacher, like, ROLE, start=before.variables, own=run.own_module(like))
+    return TrainTarget('continual', name, run.settings.teacher, like, ROLE, start=before.variables, own=run.own_module(like))
 
 
 def _dreams(chain: str, chains: dict[str, str]) -> bool:
@@ -127,14 +127,14 @@ def _union(splits: list[Split]) -> Split:
     return Split(np.concatenate([split.images for split in splits]), np.concatenate([split.labels for split in splits]))
 
 
-def learn_jointly(run: Run, steps: list[Step], like: Teacher, first: Teacher) -> Teacher:
+def train_jointly(run: Run, steps: list[Step], like: Teacher, first: Teacher) -> Teacher:
     """The control that sees all real images of all tasks at once, with as many updates as others have in all tasks."""
     path = run.workdir.network('joint')
     if not run.workdir.has_network('joint'):
         settings = run.settings.continual
         settings = dataclasses.replace(settings, updates=settings.updates * (len(steps) - 1))
         images = _union([training_images(run, step) for step in steps])
-        lesson = Lesson(settings, loss_of(run, 'joint', first)[0], Rounds(len(images.labels)))
-        learner = _learner(run, 'joint', like, first)
-        learn(run, learner, lesson, images.images, images.labels)
+        job = TrainJob(settings, loss_of(run, 'joint', first)[0], Rounds(len(images.labels)))
+        target = _target(run, 'joint', like, first)
+        train_network(run, target, job, images.images, images.labels)
     return dataclasses.replace(like, variables=load_network(path)[0])

@@ -3,7 +3,7 @@
 import numpy as np
 
 from dvinv.continual.chains import names_of_networks
-from dvinv.continual.lesson import head_path, network_of
+from dvinv.continual.jobs import head_path, network_of
 from dvinv.continual.stream import steps_of, test_images, training_images
 from dvinv.distillation import student
 from dvinv.errors import DvinvError

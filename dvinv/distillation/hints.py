@@ -133,7 +133,7 @@ def staged_forward(module, teacher: Teacher, pairs: tuple[StagePair, ...], share
       platform: that the networks run on, 'cpu', 'gpu' or 'tpu'.
 
     Returns:
-      A `training.Lesson.forward`; its features are {'teacher_logits': [B, K], 'stage_errors': float32 [stages]}.
+      A `training.TrainJob.forward`; its features are {'teacher_logits': [B, K], 'stage_errors': float32 [stages]}.
     """
     resolutions = [pair.student.resolution for pair in pairs]
     of_teacher = suited_to(platform, record(teacher.apply_fn, resolutions))

@@ -1,4 +1,4 @@
-"""The student: what it is taught by the teacher, and when its images come. One lesson for all students that are compared."""
+"""The student: what it is taught by the teacher, and when its images come. One job for all students that are compared."""
 
 import dataclasses
 import sys
@@ -21,10 +21,10 @@ from dvinv.pipeline.run import Run
 from dvinv.runtime.devices import platform_of
 from dvinv.teacher.task import validate_takes
 from dvinv.training.sampling import Rounds
-from dvinv.training.trainer import Learner, Lesson
+from dvinv.training.trainer import TrainJob, TrainTarget
 
 NONE = MappingProxyType({})
-ROLE = 3  # see `training.Learner`; one for all students
+ROLE = 3  # see `training.TrainTarget`; one for all students
 PROJECTIONS = 2  # folded into the key of a student for its projections; a training folds in 0 and 1
 
 
@@ -48,7 +48,7 @@ def validate(run: Run) -> None:
     student_of(run, teacher)
 
 
-def student_of(run: Run, teacher: Teacher, name: str = 'student', task: str = 'distillation') -> Learner:
+def student_of(run: Run, teacher: Teacher, name: str = 'student', task: str = 'distillation') -> TrainTarget:
     """Returns the run's student of `teacher`, or one of another name, to compare it with or for another task.
 
     Raises:
@@ -62,17 +62,17 @@ def student_of(run: Run, teacher: Teacher, name: str = 'student', task: str = 'd
                 'student.inherit is True, but no layer of the student has name and shapes of one of the teacher; set '
                 'student.inherit=False, or choose a student of the same family and width.'
             )
-    return Learner(task, name, group, teacher, ROLE, start=start, own=module if group.factory else None)
+    return TrainTarget(task, name, group, teacher, ROLE, start=start, own=module if group.factory else None)
 
 
-def lesson_of(run: Run, teacher: Teacher, rounds: Rounds) -> Lesson:
+def job_of(run: Run, teacher: Teacher, rounds: Rounds) -> TrainJob:
     """Returns how the run's student learns from `teacher`, on images that come in `rounds`."""
     settings, hints, seed = run.settings.distillation, hints_of(run, teacher), run.settings.seed
     module, teacher = run.student_module(teacher), in_precision(teacher, settings.precision)
     if not hints.pairs:
         loss = distillation_loss(teacher, settings.temperature, settings.hint, hints.layers, decay=settings.hint_decay)
-        return Lesson(settings, loss, rounds, teacher.variables)
-    return Lesson(
+        return TrainJob(settings, loss, rounds, teacher.variables)
+    return TrainJob(
         settings,
         staged_loss(settings.temperature, settings.hint, settings.hint_decay),
         rounds,
@@ -105,7 +105,7 @@ def distillation_loss(
     left: Mapping = NONE,
     decay: float = 0.0,
 ):
-    """Returns the loss of a `Lesson`: T^2 KL(teacher || student) at temperature T, plus `layer_error` of `layers`.
+    """Returns the loss of a `TrainJob`: T^2 KL(teacher || student) at temperature T, plus `layer_error` of `layers`.
 
     The second term has the weight of `hint_weight`. Where the student has lost channels, `left` tells for a layer, int [c],
     which of the teacher's its own are.
@@ -130,7 +130,7 @@ def distillation_loss(
 
 
 def staged_loss(temperature: float, hint: float, decay: float = 0.0):
-    """Returns the loss of a `Lesson` with `hints.staged_forward`:
+    """Returns the loss of a `TrainJob` with `hints.staged_forward`:
 
     T^2 KL(teacher || student) at temperature T + weight * mean over stages of the relative squared error of their outputs
 

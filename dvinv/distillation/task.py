@@ -2,9 +2,9 @@
 
 from dvinv.config import DATA_FREE_CONTROLS
 from dvinv.distillation import student
-from dvinv.distillation.student import hints_of, lesson_of, print_hints, student_of
+from dvinv.distillation.student import hints_of, job_of, print_hints, student_of
 from dvinv.errors import DvinvError
-from dvinv.evaluation.held_out import HeldOut, learned_rows
+from dvinv.evaluation.held_out import HeldOut, training_rows
 from dvinv.evaluation.scoring import flops, test_accuracy
 from dvinv.networks import Classifier
 from dvinv.pipeline.run import Run
@@ -12,7 +12,7 @@ from dvinv.synthesis import synthesizer
 from dvinv.synthesis.pools import controls_are_whole, finished_pool
 from dvinv.synthesis.synthesizer import control_pool
 from dvinv.training.sampling import Rounds, rounds_of
-from dvinv.training.trainer import Array, PlannedTraining, learn
+from dvinv.training.trainer import Array, PlannedTraining, train_network
 
 
 def validate(run: Run) -> None:
@@ -34,7 +34,7 @@ def run(run: Run) -> dict:
     """
     settings, teacher, rounds = run.settings.distillation, run.teacher, rounds_of(run.settings)
     pool = finished_pool(run)
-    images, labels = (learned_rows(run.settings, pool.rows(name)) for name in ('images', 'labels'))
+    images, labels = (training_rows(run.settings, pool.rows(name)) for name in ('images', 'labels'))
     if run.settings.pool:
         rounds = Rounds(len(labels))  # it is there from the start
     for count in settings.counts:
@@ -50,7 +50,7 @@ def run(run: Run) -> dict:
     for control in DATA_FREE_CONTROLS:
         if control in settings.controls:
             lesser = control_pool(run, control, 'distillation')
-            rows = [learned_rows(run.settings, lesser.rows(name)) for name in ('images', 'labels')]
+            rows = [training_rows(run.settings, lesser.rows(name)) for name in ('images', 'labels')]
             students[control] = distil(run, *rows, Rounds(len(rows[1])) if run.settings.pool else rounds, control)
 
     data = run.data
@@ -78,9 +78,9 @@ def run(run: Run) -> dict:
 def planned_trainings(run: Run) -> list[PlannedTraining]:
     """Returns the trainings of the task, for `--plan`: the student's, and as many again as there are others to compare."""
     settings, teacher = run.settings.distillation, run.planned_teacher
-    lesson = lesson_of(run, teacher, rounds_of(run.settings))
+    job = job_of(run, teacher, rounds_of(run.settings))
     others = len(settings.counts) + len(settings.controls) if 'distillation' in run.settings.tasks else 0
-    return [PlannedTraining('student', run.student_module(teacher), lesson, teacher, 1 + others, teacher)]
+    return [PlannedTraining('student', run.student_module(teacher), job, teacher, 1 + others, teacher)]
 
 
 def complete(run: Run) -> bool:
@@ -95,4 +95,4 @@ def distil(run: Run, images: Array, labels: Array, rounds: Rounds, name: str) ->
       images: uint8 [N, H, W, C] to learn from, which come in `rounds`; `labels`: int [N].
       name: of the network's file.
     """
-    return learn(run, student_of(run, run.teacher, name), lesson_of(run, run.teacher, rounds), images, labels)
+    return train_network(run, student_of(run, run.teacher, name), job_of(run, run.teacher, rounds), images, labels)

@@ -18,7 +18,7 @@ from dvinv.runtime import preemption
 FIGURES = ('held_out_agreement', 'held_out_kl', 'held_out_class_agreement')
 
 
-def learned_rows(settings: Settings, array):
+def training_rows(settings: Settings, array):
     """Returns the rows of a pool's array (all of it, or of the rounds that there are) that networks learn from."""
     first, held = _parts(settings, len(array))
     return Chosen(array, first) if len(held) else array

@@ -109,7 +109,7 @@ class Inversion:
 
 
 @dataclasses.dataclass(frozen=True)
-class Unfinished:
+class BatchCheckpoint:
     """One batch in the middle of its inversion, on the host: with its key, labels and config it goes on to the bit.
 
     Attributes:
@@ -145,7 +145,7 @@ def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student
       `run(keys, labels, student_variables=None, on_chunk=None, begun=None, pause=None) -> Inversion` for n batches at a
       time: keys [n] and labels int [n, B], with n the mesh's size in `device` mode and 1 in `global` mode.
       `on_chunk(iterations done, {term: mean})` is called as chunks finish. Between two dispatches `pause(take)` may do as it
-      likes: `take()` gives the n batches as they are, `Unfinished`. Such a list, all after equally many iterations, is
+      likes: `take()` gives the n batches as they are, `BatchCheckpoint`. Such a list, all after equally many iterations, is
       what `begun` goes on from.
     """
     config.validate_for(teacher.image_shape)
@@ -178,10 +178,10 @@ def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student
             state = programs.put(_stage_of(config, done - 1), state, [batch.state for batch in begun])
             log.history.append(_joined([batch.metrics for batch in begun], split))
 
-        def take() -> list[Unfinished]:
+        def take() -> list[BatchCheckpoint]:
             log.collect()
             metrics = _parted(log.terms(), batches, split)
-            return [Unfinished(done, *parts) for parts in zip(programs.take(state), metrics, strict=True)]
+            return [BatchCheckpoint(done, *parts) for parts in zip(programs.take(state), metrics, strict=True)]
 
         first, start = 0, done
         for stage in config.stages:

@@ -277,19 +277,19 @@ def _time_stage(programs: Programs, stage: Stage, labels: np.ndarray, networks: 
     return StagePlan(shown[0], stage.iterations, 2 * forward * labels.size / 1e9, seconds, memory), compile_seconds
 
 
-def plan_training(job: PlannedTraining, every: int, mesh) -> tuple[TrainingPlan, float]:
-    """Returns what the trainings of `job` cost on `mesh`, and the seconds of the compilation.
+def plan_training(planned: PlannedTraining, every: int, mesh) -> tuple[TrainingPlan, float]:
+    """Returns what the trainings of `planned` cost on `mesh`, and the seconds of the compilation.
 
     Args:
-      every: updates between two lines of metrics, see `Lesson.dispatch_length`.
+      every: updates between two lines of metrics, see `TrainJob.dispatch_length`.
     """
-    recipe, like = job.lesson.recipe, job.like
-    step = TrainStep(job.module, job.lesson, like, mesh, job.lesson.dispatch_length(every, platform_of(mesh)))
-    rng, count = np.random.default_rng(0), min(job.lesson.images, 2 * recipe.batch_size)
+    settings, like = planned.job.settings, planned.like
+    step = TrainStep(planned.module, planned.job, like, mesh, planned.job.dispatch_length(every, platform_of(mesh)))
+    rng, count = np.random.default_rng(0), min(planned.job.images, 2 * settings.batch_size)
     step.batches.load(
         rng.integers(0, 256, (count, *like.image_shape), np.uint8), np.arange(count, dtype=np.int32) % like.num_classes
     )
-    shape = (step.updates, recipe.batch_size) if step.updates > 1 else (recipe.batch_size,)
+    shape = (step.updates, settings.batch_size) if step.updates > 1 else (settings.batch_size,)
     (chosen,) = step.batches.each([rng.integers(0, count, shape, np.int32)])
     key = jax.random.key(0)
     state = step.place(step.initial_state(key))
@@ -298,10 +298,12 @@ def plan_training(job: PlannedTraining, every: int, mesh) -> tuple[TrainingPlan,
     jax.block_until_ready(losses)
     compile_seconds = time.perf_counter() - start
     seconds = _median_seconds(lambda state: step(state, chosen, key), state) / step.updates
-    student = Classifier(apply_fn_of(job.module), state.variables, like.image_shape, like.num_classes, like.mean, like.std)
-    forward = 3 * flops(student) + (flops(job.teacher) if job.teacher else 0)
-    gflops = forward * recipe.batch_size / 1e9
-    return TrainingPlan(job.name, job.networks, recipe.updates, recipe.batch_size, gflops, seconds), compile_seconds
+    pictures = like.image_shape, like.num_classes, like.mean, like.std
+    student = Classifier(apply_fn_of(planned.module), state.variables, *pictures)
+    forward = 3 * flops(student) + (flops(planned.teacher) if planned.teacher else 0)
+    gflops = forward * settings.batch_size / 1e9
+    plan = TrainingPlan(planned.name, planned.networks, settings.updates, settings.batch_size, gflops, seconds)
+    return plan, compile_seconds
 
 
 def _median_seconds(step: Callable, state) -> float:

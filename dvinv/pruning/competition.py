@@ -12,14 +12,14 @@ from dvinv.networks import apply_fn_of
 from dvinv.pipeline.run import Run
 from dvinv.synthesis.pools import missing_batches
 from dvinv.synthesis.synthesizer import Synthesizer
-from dvinv.training.trainer import Learner
+from dvinv.training.trainer import TrainTarget
 
 
 def run_of_step(run: Run, role: int, step: int) -> Run:
     """Returns the run as the batches of a step are made by: so many, from noise of its own.
 
     Args:
-      role: see `training.Learner`.
+      role: see `training.TrainTarget`.
     """
     count, synthesis = run.settings.pruning.adaptive_batches, run.settings.synthesis
     images = count * synthesis.batch_size
@@ -29,16 +29,16 @@ def run_of_step(run: Run, role: int, step: int) -> Run:
     )
 
 
-def images_against(run: Run, learner: Learner) -> ImagePool:
+def images_against(run: Run, target: TrainTarget) -> ImagePool:
     """Returns the finished pool of a step, from the whole teacher, against the network just pruned.
 
     Args:
-      learner: that network, at its start.
+      target: that network, at its start.
     """
-    run, name = run_of_step(run, learner.role, learner.part), f'pruned_{learner.part}'
+    run, name = run_of_step(run, target.role, target.part), f'pruned_{target.part}'
     pool = ImagePool(run.workdir.path / 'pools' / name, run.teacher.digest(), ours=True)
     if missing := missing_batches(run.settings.synthesis, pool):
-        student_fn, series = apply_fn_of(learner.module), f'images_{name}'
+        student_fn, series = apply_fn_of(target.module), f'images_{name}'
         with Synthesizer(run, run.teacher, pool, 'adaptive', 'pruning', series, student_fn=student_fn) as synthesizer:
-            synthesizer.fill(missing, learner.start, step=learner.part)
+            synthesizer.fill(missing, target.start, step=target.part)
     return pool

@@ -17,7 +17,7 @@ from dvinv.config import DATA_FREE_CONTROLS, StudentSettings, validate_devices
 from dvinv.data.joined import Joined
 from dvinv.distillation.student import distillation_loss
 from dvinv.errors import DvinvError
-from dvinv.evaluation.held_out import HeldOut, learned_rows
+from dvinv.evaluation.held_out import HeldOut, training_rows
 from dvinv.evaluation.scoring import test_accuracy
 from dvinv.inversion import Teacher
 from dvinv.inversion.execution import in_precision
@@ -39,9 +39,9 @@ from dvinv.synthesis import synthesizer
 from dvinv.synthesis.pools import controls_are_whole, finished_pool
 from dvinv.synthesis.synthesizer import control_pool
 from dvinv.training.sampling import Rounds
-from dvinv.training.trainer import Array, Learner, Lesson, PlannedTraining, learn
+from dvinv.training.trainer import Array, PlannedTraining, TrainJob, TrainTarget, train_network
 
-ROLE = 5  # see `training.Learner`
+ROLE = 5  # see `training.TrainTarget`
 CONTROLS = ('untuned', 'magnitude', 'random', *DATA_FREE_CONTROLS, 'real')
 
 
@@ -77,7 +77,7 @@ def run(run: Run) -> dict:
     """
     settings, pool = run.settings.pruning, finished_pool(run)
     pruner, controls = Pruner(run), settings.controls
-    images, labels = (learned_rows(run.settings, pool.rows(name)) for name in ('images', 'labels'))
+    images, labels = (training_rows(run.settings, pool.rows(name)) for name in ('images', 'labels'))
     networks = {'pruned': pruner.prune('pruned', images, labels, competing=settings.adaptive_batches > 0)}
     for control in ('untuned', 'magnitude', 'random'):
         if control in controls:
@@ -85,7 +85,7 @@ def run(run: Run) -> dict:
     for control in DATA_FREE_CONTROLS:
         if control in controls:
             lesser = control_pool(run, control, 'pruning')
-            rows = [learned_rows(run.settings, lesser.rows(name)) for name in ('images', 'labels')]
+            rows = [training_rows(run.settings, lesser.rows(name)) for name in ('images', 'labels')]
             networks[control] = pruner.prune(f'pruned_by_{control}', *rows)
     data = run.data
     if 'real' in controls:
@@ -118,9 +118,9 @@ def planned_trainings(run: Run) -> list[PlannedTraining]:
     layers = _compared(teacher) if settings.hint else ()
     loss = distillation_loss(in_precision(teacher, settings.precision), settings.temperature, settings.hint, layers)
     rounds = Rounds(run.settings.synthesis.images)
-    lesson = Lesson(dataclasses.replace(settings, updates=updates), loss, rounds, teacher.variables)
+    job = TrainJob(dataclasses.replace(settings, updates=updates), loss, rounds, teacher.variables)
     networks = 1 + sum(control != 'untuned' for control in settings.controls)
-    return [PlannedTraining('pruned', teacher.module, lesson, teacher, networks, teacher)]
+    return [PlannedTraining('pruned', teacher.module, job, teacher, networks, teacher)]
 
 
 def _compared(teacher: Teacher) -> tuple[str, ...]:
@@ -178,16 +178,16 @@ class Pruner:
             path = self._workdir.network(name if step == settings.steps else f'{name}_{step}')
             there = self._workdir.has_network(path.stem)
             if competing or not there:
-                learner = self._slimmed(path.stem, step, keep, variables, images, control)
+                target = self._slimmed(path.stem, step, keep, variables, images, control)
             if competing:
-                pool = competition.images_against(self._run, learner)
+                pool = competition.images_against(self._run, target)
                 images, labels = Joined(images, pool.rows('images')), Joined(labels, pool.rows('labels'))
             if not there:
                 updates = settings.updates_per_step + (settings.updates if step == settings.steps else 0)
                 if control == 'untuned' or not updates:
-                    save_network(path, learner.start, learner.about)
+                    save_network(path, target.start, target.about)
                 else:
-                    learn(self._run, learner, self._lesson(learner, updates, len(labels)), images, labels)
+                    train_network(self._run, target, self._job(target, updates, len(labels)), images, labels)
             variables, about = load_network(path)
             keep = self._channels.keep_mask(about.get('kept', {}))
             done.append(Pruned(load_classifier(path, self._own), keep))
@@ -268,15 +268,15 @@ class Pruner:
             )
         return left
 
-    def _slimmed(self, name: str, step: int, keep, variables: dict, images: Array, control: str) -> Learner:
+    def _slimmed(self, name: str, step: int, keep, variables: dict, images: Array, control: str) -> TrainTarget:
         """The network that a step makes of that with `variables` and the groups `keep`, before it learns."""
         left = self._decided(name, lambda: self._next(keep, variables, images, step, control))
         kept, start = self._channels.kept(left), self._channels.sliced(left, self._channels.restored(keep, variables))
         network = StudentSettings(network=self._about['network'], width=self._about['width'])
-        return Learner('pruning', name, network, self._teacher, ROLE, step, start, kept, self._own)
+        return TrainTarget('pruning', name, network, self._teacher, ROLE, step, start, kept, self._own)
 
-    def _lesson(self, learner: Learner, updates: int, count: int) -> Lesson:
-        settings, keep = dataclasses.replace(self._settings, updates=updates), self._channels.keep_mask(learner.kept)
+    def _job(self, target: TrainTarget, updates: int, count: int) -> TrainJob:
+        settings, keep = dataclasses.replace(self._settings, updates=updates), self._channels.keep_mask(target.kept)
         means = find_statistics(self._channels.shapes)
         left = {
             layer: np.flatnonzero(self._channels.there(groups, keep))
@@ -286,7 +286,7 @@ class Pruner:
         layers = _compared(self._teacher) if settings.hint else ()
         teacher = in_precision(self._teacher, settings.precision)
         loss = distillation_loss(teacher, settings.temperature, settings.hint, layers, left)
-        return Lesson(settings, loss, Rounds(count), self._teacher.variables)
+        return TrainJob(settings, loss, Rounds(count), self._teacher.variables)
 
     def _latencies(self) -> dict:
         """The table of the work directory; a resumed run must remove what an undisturbed one would."""

@@ -8,7 +8,7 @@ import numpy as np
 from dvinv.config import QuantizationSettings, validate_devices
 from dvinv.data.pool import ImagePool
 from dvinv.distillation.student import distillation_loss
-from dvinv.evaluation.held_out import HeldOut, learned_rows
+from dvinv.evaluation.held_out import HeldOut, training_rows
 from dvinv.evaluation.quality import evenly
 from dvinv.inversion import Teacher
 from dvinv.inversion.execution import in_precision
@@ -25,9 +25,9 @@ from dvinv.synthesis import synthesizer
 from dvinv.synthesis.pools import finished_pool
 from dvinv.synthesis.synthesizer import control_pool
 from dvinv.training.sampling import Rounds
-from dvinv.training.trainer import Lesson, PlannedTraining, Training
+from dvinv.training.trainer import PlannedTraining, Records, Training, TrainJob
 
-TASK, ROLE = 'quantization', 6  # see `training.Learner`
+TASK, ROLE = 'quantization', 6  # see `training.TrainTarget`
 
 
 def run(run: Run) -> dict:
@@ -91,8 +91,8 @@ def planned_trainings(run: Run) -> list[PlannedTraining]:
     bits = bits_of_layers(settings, settings.distilled[0], network.layers)
     seen = {'no_images': on_statistics(network, teacher, jax.random.key(0))}
     variables = Ladder(network, seen).variables(bits, 'no_images', 'minmax', settings.correct)
-    module, lesson = _training(settings, teacher, network, variables, run.settings.synthesis.images)
-    return [PlannedTraining('quantized', module, lesson, teacher, len(settings.distilled), teacher)]
+    module, job = _training(settings, teacher, network, variables, run.settings.synthesis.images)
+    return [PlannedTraining('quantized', module, job, teacher, len(settings.distilled), teacher)]
 
 
 def validate(run: Run) -> None:
@@ -132,22 +132,22 @@ def _observed(run: Run, network: Folded, pool: ImagePool | None) -> Ladder:
     key = jax.random.fold_in(jax.random.key(run.settings.seed), ROLE)
     seen = {'no_images': on_statistics(network, teacher, key)}
     if count:
-        seen['pool'] = on_images(network, teacher, _evenly(learned_rows(run.settings, pool.rows('images')), count))
+        seen['pool'] = on_images(network, teacher, _evenly(training_rows(run.settings, pool.rows('images')), count))
     return Ladder(network, seen)
 
 
 def _distil(run: Run, network: Folded, variables: dict, pool: ImagePool, setting: str):
     """Returns the variables after quantization-aware distillation: the float teacher's answers on the pool's images."""
-    images, labels = (learned_rows(run.settings, pool.rows(name)) for name in ('images', 'labels'))
-    module, lesson = _training(run.settings.quantization, run.teacher, network, variables, len(labels))
-    seed, where = 16 * run.settings.seed + ROLE, (run.workdir, TASK, setting, run.settings.logging)
-    with Training(module, lesson, run.teacher, seed, run.training_mesh, *where) as training:
+    images, labels = (training_rows(run.settings, pool.rows(name)) for name in ('images', 'labels'))
+    module, job = _training(run.settings.quantization, run.teacher, network, variables, len(labels))
+    seed, records = 16 * run.settings.seed + ROLE, Records(run.workdir, TASK, setting, run.settings.logging)
+    with Training(module, job, run.teacher, seed, run.training_mesh, records) as training:
         return learned(network, variables, training.finish(images, labels)['params'])
 
 
 def _training(
     settings: QuantizationSettings, teacher: Teacher, network: Folded, variables: dict, count: int
-) -> tuple[QuantizedModule, Lesson]:
+) -> tuple[QuantizedModule, TrainJob]:
     """Returns the module that starts as the quantized `variables`, and how it learns from `count` images."""
     training, apply_fn = settings.training, simulated(network.apply_fn, network.layers)
     if training.precision == 'bfloat16':
@@ -156,7 +156,7 @@ def _training(
     loss = distillation_loss(in_precision(teacher, training.precision), settings.temperature)
     # The logarithms of steps are among the parameters, which bfloat16 would round by percents: products alone are in it.
     training = dataclasses.replace(training, precision='float32')
-    return module, Lesson(training, loss, Rounds(count), teacher.variables)
+    return module, TrainJob(training, loss, Rounds(count), teacher.variables)
 
 
 def _evenly(images, most: int) -> np.ndarray:

@@ -136,7 +136,7 @@ def _facts(run: Run, results: dict) -> dict:
 
 
 def _summary(results: dict, name: str, how: str) -> str:
-    made, taught = results['synthesis'], results.get('distillation')
+    made, distilled = results['synthesis'], results.get('distillation')
     verdict = 'was sure of them' if made['teacher_accuracy'] > 0.5 else 'leaned towards their class'
     source, statistics = 'without any data', made.get('statistics', '')
     if statistics.startswith('recorded'):
@@ -145,13 +145,15 @@ def _summary(results: dict, name: str, how: str) -> str:
     elif statistics == 'none':
         name, how = f'{name} without its feature term', UNTIL
     text = f'{made["images"]:,} images were synthesized by {name}, {source}: {how.format(verdict)}.'
-    if taught is None:
+    if distilled is None:
         return text
-    if taught['test_accuracy'] is None:
-        return text + (f'\n\nA student that learned from them {_agrees(taught)}' if taught.get('held_out_images') else '')
+    if distilled['test_accuracy'] is None:
+        return text + (
+            f'\n\nA student that learned from them {_agrees(distilled)}' if distilled.get('held_out_images') else ''
+        )
     return (
         f'{text}\n\nA student that never saw a real image learned from them, and reads '
-        f'{percent(taught["test_accuracy"])} of the real test images right.'
+        f'{percent(distilled["test_accuracy"])} of the real test images right.'
     )
 
 
@@ -168,11 +170,13 @@ def _tiles(results: dict) -> list[Tile]:
     tiles = [pruning_tile(results['pruning'])] if 'pruning' in results else []
     tiles += continual_tiles(results['continual']) if 'continual' in results else []
     tiles += [quantization_tile(results['quantization'])] if 'quantization' in results else []
-    if taught := results.get('distillation'):
-        if (agreement := taught.get('held_out_agreement')) is not None:
+    if distilled := results.get('distillation'):
+        if (agreement := distilled.get('held_out_agreement')) is not None:
             tiles.append(Tile('Student', percent(agreement), 'agrees with the teacher, synthesized images', agreement))
         else:
-            tiles.append(Tile('Student', percent(taught['test_accuracy']), 'real test accuracy', taught['test_accuracy']))
+            tiles.append(
+                Tile('Student', percent(distilled['test_accuracy']), 'real test accuracy', distilled['test_accuracy'])
+            )
     if teacher := results.get('teacher'):
         tiles.append(Tile('Teacher', percent(teacher['test_accuracy']), 'real test accuracy', teacher['test_accuracy']))
     if made := results.get('synthesis'):
@@ -257,54 +261,55 @@ def _inversions(method: str, rounds: int, pool: ImagePool) -> list[str]:
 
 
 def _distillation(settings: DistillationSettings, results: dict, metrics: Metrics, names: tuple[str, ...]) -> Section:
-    taught = results['distillation']
+    distilled = results['distillation']
     students = {name: STUDENTS[name] for name in STUDENTS if name == 'student' or name in settings.controls}
     rows = [
-        [label, percent(taught['test_accuracy' if name == 'student' else f'{name}_test_accuracy'])]
+        [label, percent(distilled['test_accuracy' if name == 'student' else f'{name}_test_accuracy'])]
         for name, label in students.items()
     ]
     if 'teacher' in results:
         rows.append(['The teacher itself', percent(results['teacher']['test_accuracy'])])
-    held_out = taught.get('held_out_images')
+    held_out = distilled.get('held_out_images')
     if held_out:  # there are no real images to score on
         rows = [
-            [label, percent(taught.get(f'{prefix}held_out_agreement')), number(taught.get(f'{prefix}held_out_kl'))]
+            [label, percent(distilled.get(f'{prefix}held_out_agreement')), number(distilled.get(f'{prefix}held_out_kl'))]
             for name, label in students.items()
             for prefix in ('' if name == 'student' else f'{name}_',)
         ]
-    layers, stages = taught.get('hinted_layers'), taught.get('hinted_stages')
+    layers, stages = distilled.get('hinted_layers'), distilled.get('hinted_stages')
     hints = f', with hints from {layers} BatchNorm layers of the teacher' if layers else ''
     hints = f', with hints from {len(stages)} stages of the teacher' if stages else hints
     table = Table(
         ('Student distilled from', *(('agrees with the teacher', 'KL') if held_out else ('real test accuracy',))),
         rows,
         highlight=0,
-        caption=f'The same student ({taught["parameters"]:,} parameters, {taught["parameters_ratio"]:.2f} of the '
-        f"teacher's), {taught['updates']:,} updates each{hints}; last update, never the best."
+        caption=f'The same student ({distilled["parameters"]:,} parameters, {distilled["parameters_ratio"]:.2f} of the '
+        f"teacher's), {distilled['updates']:,} updates each{hints}; last update, never the best."
         + (f' Compared on {held_out:,} synthesized images that no student learned from.' if held_out else ''),
     )
     curves = {label: _curves(metrics.lines('distillation', name), ['loss'])['loss'] for name, label in students.items()}
     title = f'Distillation loss, T² KL{" and hints" if hints else " to the teacher"} on its own images'
     chart = _losses(curves, title, 'update', 'loss')
-    tables, charts = _by_image_count(settings.counts, taught)
+    tables, charts = _by_image_count(settings.counts, distilled)
     if stages:
         header = 'Resolution', 'teacher', 'student', 'projection'
         tables.append(Table(header, stages, caption='Stages after which student and teacher are compared.', text_columns=4))
-    if shares := taught.get('held_out_class_agreement'):
+    if shares := distilled.get('held_out_class_agreement'):
         tables.append(agreement_table(shares, names))
-    text = f"The student has {taught['parameters_ratio']:.2f} of the teacher's parameters and learned from it alone"
-    if taught.get('held_out_images'):
-        text += f'; it {_agrees(taught)}'
+    text = f"The student has {distilled['parameters_ratio']:.2f} of the teacher's parameters and learned from it alone"
+    if distilled.get('held_out_images'):
+        text += f'; it {_agrees(distilled)}'
     else:
-        text += _and_reads(taught['test_accuracy'], results.get('teacher', {}).get('test_accuracy'), 'the teacher')
+        text += _and_reads(distilled['test_accuracy'], results.get('teacher', {}).get('test_accuracy'), 'the teacher')
     return Section('Distillation', text, tables=[table, *tables], charts=[chart, *charts])
 
 
-def _agrees(taught: dict) -> str:
+def _agrees(distilled: dict) -> str:
     """Returns the end of a sentence about a student that is compared with the teacher without real images."""
+    agreement = percent(distilled['held_out_agreement'])
     return (
-        f'agrees with the teacher on {percent(taught["held_out_agreement"])} of {taught["held_out_images"]:,} synthesized '
-        'images that it did not learn from. How many real images it reads right only real images can tell: often far fewer.'
+        f'agrees with the teacher on {agreement} of {distilled["held_out_images"]:,} synthesized images that it '
+        'did not learn from. How many real images it reads right only real images can tell: often far fewer.'
     )
 
 
@@ -317,9 +322,9 @@ def _and_reads(score: float | None, other: float | None, name: str) -> str:
     )
 
 
-def _by_image_count(counts: tuple[int, ...], taught: dict) -> tuple[list[Table], list[str]]:
+def _by_image_count(counts: tuple[int, ...], distilled: dict) -> tuple[list[Table], list[str]]:
     """The curve of accuracy against image count, as far as it was measured."""
-    scores = {count: taught.get(f'test_accuracy_of_{count}_images') for count in sorted(counts)}
+    scores = {count: distilled.get(f'test_accuracy_of_{count}_images') for count in sorted(counts)}
     points = {count: score for count, score in scores.items() if score is not None}
     if not points:
         return [], []

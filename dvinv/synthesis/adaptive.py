@@ -6,19 +6,19 @@ after the last round is the task `distillation`'s, where the student is that one
 """
 
 from dvinv.data.pool import ImagePool
-from dvinv.distillation.student import lesson_of, print_hints
+from dvinv.distillation.student import job_of, print_hints
 from dvinv.errors import DvinvError
-from dvinv.evaluation.held_out import learned_rows
+from dvinv.evaluation.held_out import training_rows
 from dvinv.inversion import Teacher
 from dvinv.pipeline.run import Run
 from dvinv.runtime.processes import decide
 from dvinv.synthesis.pools import missing_batches
 from dvinv.synthesis.synthesizer import Synthesizer
 from dvinv.training.sampling import rounds_of
-from dvinv.training.trainer import Learner, training_of
+from dvinv.training.trainer import TrainTarget, training_of
 
 
-def fill_pool(run: Run, teacher: Teacher, pool: ImagePool, student: Learner, task: str, series: str) -> None:
+def fill_pool(run: Run, teacher: Teacher, pool: ImagePool, student: TrainTarget, task: str, series: str) -> None:
     """Makes the batches that are missing from the pool, in rounds, and trains the student in between.
 
     Args:
@@ -34,10 +34,10 @@ def fill_pool(run: Run, teacher: Teacher, pool: ImagePool, student: Learner, tas
     if not missing:
         return
     decide(lambda: [pool.notes(number) for number in pool.numbers()] and None, 'a look at the pool')
-    lesson = lesson_of(run, teacher, rounds)
+    job = job_of(run, teacher, rounds)
     print_hints(run, teacher)
     with (
-        training_of(run, student, lesson) as training,
+        training_of(run, student, job) as training,
         Synthesizer(run, teacher, pool, 'adaptive', task, series, student_fn=training.apply_fn) as synthesizer,
     ):
         for number in range(rounds.count):
@@ -51,6 +51,6 @@ def fill_pool(run: Run, teacher: Teacher, pool: ImagePool, student: Learner, tas
                     'the command again: the student learns again up to there, and the batch is made anew.'
                 )
             if training.step < start:
-                training.advance(*(learned_rows(run.settings, pool.rows(name)) for name in ('images', 'labels')), start)
+                training.advance(*(training_rows(run.settings, pool.rows(name)) for name in ('images', 'labels')), start)
             if lacking:
                 synthesizer.fill(lacking, training.variables, round=number, student_updates=start)

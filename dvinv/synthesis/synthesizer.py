@@ -32,8 +32,8 @@ from dvinv.runtime import preemption
 from dvinv.runtime.devices import make_mesh, platform_of
 from dvinv.runtime.processes import decide, is_primary, meet
 from dvinv.runtime.progress import Progress
+from dvinv.synthesis.batch_checkpoints import BatchCheckpoints
 from dvinv.synthesis.pools import missing_batches, open_control, put_aside_damaged
-from dvinv.synthesis.unfinished import UnfinishedBatches
 
 VOTE = 20  # dispatches between two looks of several processes at the clock of process 0, where they save a batch together
 
@@ -153,10 +153,10 @@ class Synthesizer:
         self._abreast = abreast(run.settings, run.mesh.size, method)
         self._classes = np.asarray(run.settings.synthesis.classes or range(teacher.num_classes), np.int32)
         missing = missing_batches(run.settings.synthesis, pool)
-        self._unfinished = UnfinishedBatches(run.workdir.path / 'checkpoints' / f'{task}-{series}', teacher.digest())
+        self._checkpoints = BatchCheckpoints(run.workdir.path / 'checkpoints' / f'{task}-{series}', teacher.digest())
         if is_primary():
-            for number in {*self._unfinished.numbers()} - {*missing}:  # the run was killed before it dropped these
-                self._unfinished.drop(number)
+            for number in {*self._checkpoints.numbers()} - {*missing}:  # the run was killed before it dropped these
+                self._checkpoints.drop(number)
         scale = pixel_scale_of(settings.pixel_scale, teacher)
         self._decode = make_decode(settings.parameterization, settings.contrast, teacher, scale)
         if method == 'noise':
@@ -189,7 +189,7 @@ class Synthesizer:
         """
         group = self._settings.synthesis
         for batches, iterations in self._groups(numbers, student_variables):
-            preemption.leave_if_asked(self._kept(len(self._unfinished.numbers())))
+            preemption.leave_if_asked(self._kept(len(self._checkpoints.numbers())))
             self._saved, own = time.monotonic(), self._own(batches)
             # Every device has work, that all processes have as many dispatches; repeats are dropped.
             padded = (own or batches[-1:]) + (own or batches)[-1:] * (self._abreast - max(1, len(own)))
@@ -202,7 +202,7 @@ class Synthesizer:
                 labels,
                 student_variables,
                 functools.partial(self._report, batches),
-                begun=[self._unfinished.load(number, student_variables) for number in padded] if iterations else None,
+                begun=[self._checkpoints.load(number, student_variables) for number in padded] if iterations else None,
                 pause=functools.partial(self._pause, own, student_variables),
             )
             if not self._scored:  # the first images of this process: what scores them is compiled
@@ -211,7 +211,7 @@ class Synthesizer:
             for row, number in enumerate(own if self._keeps else ()):
                 curve = _curve(row, inversion.metrics, self._settings.logging.iterations)
                 self._write(number, keys[row], labels[row], inversion.images[row], {**notes, 'curve': curve})
-                self._unfinished.drop(number)
+                self._checkpoints.drop(number)
             self._made += len(batches)
             self._progress.update(self._made * max(1, self._iterations))
             self._workdir.tick(self._task)
@@ -221,7 +221,7 @@ class Synthesizer:
         """Returns the groups of batches to invert side by side over all processes, each with the iterations done."""
 
         def begun() -> list[int]:
-            states = (self._unfinished.load(number, student_variables) for number in numbers)
+            states = (self._checkpoints.load(number, student_variables) for number in numbers)
             return [state.iterations if state else 0 for state in states]
 
         done = dict(zip(numbers, decide(begun, 'a look at batches under way'), strict=True))
@@ -243,7 +243,7 @@ class Synthesizer:
             for number, batch in zip(numbers, take(), strict=False):  # repeats are dropped
                 iteration = batch.iterations
                 if self._keeps:
-                    self._unfinished.save(number, batch, student_variables)
+                    self._checkpoints.save(number, batch, student_variables)
             self._saved = time.monotonic()
         if leave:
             preemption.leave_if_asked(self._kept(len(numbers), iteration))

@@ -18,9 +18,9 @@ from dvinv.pipeline.run import Role, Run
 from dvinv.runtime.processes import is_primary, meet
 from dvinv.teacher.verifiers import print_pixels, refuse_chance
 from dvinv.training.sampling import Rounds
-from dvinv.training.trainer import Learner, Lesson, PlannedTraining, learn
+from dvinv.training.trainer import PlannedTraining, TrainJob, TrainTarget, train_network
 
-ROLES: dict[Role, int] = {'teacher': 1, 'verifier': 2}  # see `training.Learner`
+ROLES: dict[Role, int] = {'teacher': 1, 'verifier': 2}  # see `training.TrainTarget`
 
 
 def validate(run: Run) -> None:
@@ -69,7 +69,7 @@ def planned_trainings(run: Run) -> list[PlannedTraining]:
             group, count = getattr(run.settings, role), len(run.data.train.labels)
             own = run.own_module() if role == 'teacher' else None
             module = create(group.network, teacher.num_classes, group.width) if own is None else own
-            trainings.append(PlannedTraining(role, module, _lesson_of(group.training, count), teacher))
+            trainings.append(PlannedTraining(role, module, _job_of(group.training, count), teacher))
     return trainings
 
 
@@ -148,7 +148,7 @@ def validate_takes(role: str, group, teacher: Teacher) -> None:
 
 
 def supervised(label_smoothing: float):
-    """Returns the cross-entropy to the labels, as the loss of a `Lesson`."""
+    """Returns the cross-entropy to the labels, as the loss of a `TrainJob`."""
 
     def loss(logits, features, x, labels, frozen, progress):
         targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
@@ -172,10 +172,10 @@ def _train(role: Role, run: Run) -> None:
     group, train = getattr(run.settings, role), run.data.train
     own = run.factory_network if role == 'teacher' else None
     like = run.blank_classifier() if role == 'teacher' else run.teacher
-    learner = Learner('teacher', role, group, like, ROLES[role], own=own)
-    learn(run, learner, _lesson_of(group.training, len(train.labels)), train.images, train.labels)
+    target = TrainTarget('teacher', role, group, like, ROLES[role], own=own)
+    train_network(run, target, _job_of(group.training, len(train.labels)), train.images, train.labels)
 
 
-def _lesson_of(settings: LabelTrainingSettings, count: int) -> Lesson:
+def _job_of(settings: LabelTrainingSettings, count: int) -> TrainJob:
     """Returns how teacher or verifier learn from `count` images."""
-    return Lesson(settings, supervised(settings.label_smoothing), Rounds(count))
+    return TrainJob(settings, supervised(settings.label_smoothing), Rounds(count))

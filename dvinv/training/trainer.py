@@ -56,7 +56,7 @@ class TrainState:
 
     Attributes:
       params, batch_stats: the network's variables, float32.
-      auxiliary: parameters that are learned with the network and not kept, see `Lesson`.
+      auxiliary: parameters that are learned with the network and not kept, see `TrainJob`.
       opt_state: of the optimizer, for (params, auxiliary).
       step: int32 scalar, updates done.
     """
@@ -74,24 +74,24 @@ class TrainState:
 
 
 @dataclasses.dataclass(frozen=True)
-class Lesson:
-    """What a network is taught, and how.
+class TrainJob:
+    """How a network is trained, and on what.
 
     Attributes:
-      recipe: how.
+      settings: of the training.
       loss_fn: (logits, features, x, labels, frozen, progress) -> scalar; x is the augmented, normalised batch [B, H, W, C],
         features are the network's BatchNorm inputs (see `inversion.tap.features_in_training`) or those of `forward`, and
         progress is the share of the updates that are done.
       rounds: when its images come.
-      frozen: variables that `loss_fn` needs beside, those of a teacher for instance.
+      frozen: further variables that `loss_fn` needs, those of a teacher for instance.
       beside: when a second set of images comes, which follow the first ones; the second half of every batch is of them.
-      head: path of a layer that is heard too, see `inversion.tap.features_in_training`.
+      head: path of a layer that is captured too, see `inversion.tap.features_in_training`.
       forward: (variables, auxiliary, x, rngs, frozen, progress) -> (logits, features for the loss, running statistics), the
         forward pass in train mode. None: `features_in_training`.
       auxiliary: first values of the parameters that are learned with the network and not kept: projections, for instance.
     """
 
-    recipe: TrainingSettings
+    settings: TrainingSettings
     loss_fn: Callable
     rounds: Rounds
     frozen: dict | None = None
@@ -102,7 +102,7 @@ class Lesson:
 
     def rows(self, seed: int, update: int) -> np.ndarray:
         """Which images make up the batch of an update, int32 [B]."""
-        size = self.recipe.batch_size
+        size = self.settings.batch_size
         if self.beside is None:
             return chosen_images(seed, update, size, self.rounds)
         first = chosen_images(seed, update, size // 2, self.rounds)
@@ -112,11 +112,11 @@ class Lesson:
     @property
     def images(self) -> int:
         """How many images there will be in all."""
-        return self.come_by(self.recipe.updates - 1)
+        return self.come_by(self.settings.updates - 1)
 
     def dispatch_length(self, every: int, platform: str) -> int:
-        """Returns how many updates a full dispatch has on `platform`: a divisor of `every`, at most as the recipe says."""
-        most = self.recipe.dispatch_length(platform)
+        """Returns how many updates a full dispatch has on `platform`: a divisor of `every`, at most as the settings says."""
+        most = self.settings.dispatch_length(platform)
         return max(count for count in range(1, min(most, every) + 1) if every % count == 0)
 
     def come_by(self, update: int) -> int:
@@ -126,11 +126,11 @@ class Lesson:
         return self.rounds.images * self.rounds.count + self.beside.come_by(update)
 
 
-def initial_state(recipe: TrainingSettings, variables: dict, auxiliary: Mapping = MappingProxyType({})) -> TrainState:
-    """Returns the state before the first update of a network with these variables; for `auxiliary` see `Lesson`."""
+def initial_state(settings: TrainingSettings, variables: dict, auxiliary: Mapping = MappingProxyType({})) -> TrainState:
+    """Returns the state before the first update of a network with these variables; for `auxiliary` see `TrainJob`."""
     params, batch_stats = variables['params'], variables.get('batch_stats', {})
-    auxiliary = jax.device_get(dict(auxiliary))  # the memory of a state is used again, that of a lesson is not
-    opt_state = recipe.make_optimizer().init((params, auxiliary))
+    auxiliary = jax.device_get(dict(auxiliary))  # the memory of a state is used again, that of a job is not
+    opt_state = settings.make_optimizer().init((params, auxiliary))
     return TrainState(params, batch_stats, auxiliary, opt_state, np.zeros((), np.int32))
 
 
@@ -147,31 +147,31 @@ def _first_variables(module, key: jax.Array, image_shape, start: dict | None) ->
     return grown(jax.device_get(initialise(module, key, image_shape)), start)
 
 
-def make_train_step(module, lesson: Lesson, classifier: Classifier):
+def make_train_step(module, job: TrainJob, classifier: Classifier):
     """Returns the pure train step `(state, images, labels, frozen, key) -> (state, loss)`.
 
     With the precision 'bfloat16' the network runs forward and backward in bfloat16; its parameters, running statistics and
     gradients, the loss and the optimizer state are float32.
 
     Args:
-      lesson: its `frozen` is an argument of the step.
+      job: its `frozen` is an argument of the step.
       classifier: tells how pixels are normalised.
 
     Returns:
       A function of images uint8 [B, H, W, C], labels int [B] and a random key; its loss is a float32 scalar.
     """
-    recipe, optimizer, forward = lesson.recipe, lesson.recipe.make_optimizer(), make_forward(module, lesson)
+    settings, optimizer, forward = job.settings, job.settings.make_optimizer(), make_forward(module, job)
 
     def train_step(state: TrainState, images, labels, frozen, key):
         augmentation_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-        x = augmentation_of(recipe)(augmentation_key, classifier.normalise(images), classifier)
+        x = augmentation_of(settings)(augmentation_key, classifier.normalise(images), classifier)
 
         trained = state.params, state.auxiliary
 
         def loss_of(trained):
-            progress = state.step / recipe.updates
+            progress = state.step / settings.updates
             logits, features, batch_stats = forward(*trained, state.batch_stats, x, dropout_key, frozen, progress)
-            return lesson.loss_fn(logits, features, x, labels, frozen, progress), batch_stats
+            return job.loss_fn(logits, features, x, labels, frozen, progress), batch_stats
 
         (loss, batch_stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(trained)
         updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
@@ -181,21 +181,21 @@ def make_train_step(module, lesson: Lesson, classifier: Classifier):
     return train_step
 
 
-def make_forward(module, lesson: Lesson):
-    """Returns the forward pass in train mode, in the precision of the recipe; logits and running statistics are float32.
+def make_forward(module, job: TrainJob):
+    """Returns the forward pass in train mode, in the precision of the settings; logits and running statistics are float32.
 
     Returns:
-      `(params, auxiliary, batch_stats, x, dropout_key, frozen, progress) -> (logits, features, batch_stats)`; see `Lesson`.
+      `(params, auxiliary, batch_stats, x, dropout_key, frozen, progress) -> (logits, features, batch_stats)`.
     """
-    dtype = jnp.dtype(lesson.recipe.precision)
+    dtype = jnp.dtype(job.settings.precision)
 
     def plain(variables, auxiliary, x, rngs, frozen, progress):
-        return features_in_training(module, variables, x, rngs, lesson.head)
+        return features_in_training(module, variables, x, rngs, job.head)
 
     def forward(params, auxiliary, batch_stats, x, dropout_key, frozen, progress):
         params, auxiliary = cast_floats((params, auxiliary), dtype)
         variables = {'params': params, 'batch_stats': batch_stats}
-        run = lesson.forward or plain
+        run = job.forward or plain
         rngs = {'dropout': dropout_key}
         logits, features, changed = run(variables, auxiliary, x.astype(dtype), rngs, frozen, progress)
         changed = jax.tree.map(lambda new, old: new.astype(old.dtype), changed, batch_stats)
@@ -204,13 +204,13 @@ def make_forward(module, lesson: Lesson):
     return forward
 
 
-def make_reestimate(module, lesson: Lesson, classifier: Classifier):
+def make_reestimate(module, job: TrainJob, classifier: Classifier):
     """Returns `(state, images, key) -> state`: one batch in train mode moves the running statistics, weights stay."""
-    recipe, forward = lesson.recipe, make_forward(module, dataclasses.replace(lesson, forward=None))
+    settings, forward = job.settings, make_forward(module, dataclasses.replace(job, forward=None))
 
     def reestimate(state: TrainState, images, key):
         augmentation_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-        x = augmentation_of(recipe)(augmentation_key, classifier.normalise(images), classifier)
+        x = augmentation_of(settings)(augmentation_key, classifier.normalise(images), classifier)
         _, _, batch_stats = forward(state.params, {}, state.batch_stats, x, dropout_key, None, 1.0)
         return state.replace(batch_stats=batch_stats, step=state.step + 1)
 
@@ -228,33 +228,33 @@ class TrainStep:
       programs: {whether a dispatch is several updates: the jitted function behind `__call__`}; see `function`.
     """
 
-    def __init__(self, module, lesson: Lesson, like: Classifier, mesh: Mesh, updates: int = 0):
+    def __init__(self, module, job: TrainJob, like: Classifier, mesh: Mesh, updates: int = 0):
         """Makes the programs; each is compiled at its first call.
 
         Args:
           module: the Linen module; takes x and `train`.
           like: image shape, mean and std of the network; its variables are not used.
           mesh: batches are split over it; BatchNorm sees the whole batch.
-          updates: of a full dispatch; 0: as the recipe says.
+          updates: of a full dispatch; 0: as the settings says.
         """
         self._mesh, self._everywhere = mesh, NamedSharding(mesh, P())
-        self._lesson, self._module, self._image_shape = lesson, module, like.image_shape
-        self._frozen = self.place(lesson.frozen)
-        self._step = make_train_step(module, lesson, like)
-        self.updates = updates or lesson.recipe.dispatch_length(platform_of(mesh))
-        count, image_bytes = lesson.images, math.prod(like.image_shape)
+        self._job, self._module, self._image_shape = job, module, like.image_shape
+        self._frozen = self.place(job.frozen)
+        self._step = make_train_step(module, job, like)
+        self.updates = updates or job.settings.dispatch_length(platform_of(mesh))
+        count, image_bytes = job.images, math.prod(like.image_shape)
         if fits_on_devices(mesh, count * (image_bytes + 4)):
             self.batches = ResidentBatches(mesh, count, like.image_shape)
         else:
             self.batches = HostBatches(mesh)
-            most = max(1, STREAMED_BYTES // (lesson.recipe.batch_size * image_bytes))
+            most = max(1, STREAMED_BYTES // (job.settings.batch_size * image_bytes))
             self.updates = max(count for count in range(1, min(most, self.updates) + 1) if self.updates % count == 0)
         self.programs = {several: self._jitted(several) for several in (False, True)}
 
     def initial_state(self, key: jax.Array, start: dict | None = None) -> TrainState:
         """Returns the state before the first update: random variables, or those of `start` as far as they go."""
         variables = _first_variables(self._module, key, self._image_shape, start)
-        return initial_state(self._lesson.recipe, variables, self._lesson.auxiliary)
+        return initial_state(self._job.settings, variables, self._job.auxiliary)
 
     def place(self, tree):
         """Returns `tree` with its arrays on every device."""
@@ -309,6 +309,22 @@ class TrainStep:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """Where a training keeps its measurements and checkpoints, and how often.
+
+    Attributes:
+      workdir: the work directory.
+      task, series: what they go by there.
+      logging: `every` so many updates a line of metrics, `checkpoint_every` so many a checkpoint.
+    """
+
+    workdir: Workdir
+    task: str
+    series: str
+    logging: LoggingSettings
+
+
 class Training:
     """A network that learns, in one go or in stretches; a context manager, for its progress.
 
@@ -322,14 +338,11 @@ class Training:
     def __init__(
         self,
         module,
-        lesson: Lesson,
+        job: TrainJob,
         like: Classifier,
         seed: int,
         mesh: Mesh,
-        workdir: Workdir,
-        task: str,
-        series: str,
-        logging: LoggingSettings,
+        records: Records,
         start: dict | None = None,
     ):
         """From random weights, from given ones, or from the last checkpoint.
@@ -338,28 +351,27 @@ class Training:
           module: the Linen module; takes x and `train`.
           like: image shape, mean and std of the network to be; its variables are not used.
           mesh: batches are split over it; BatchNorm sees the whole batch.
-          task, series: what its metrics and checkpoints go by in `workdir`.
-          logging: `every` so many updates a line of metrics, `checkpoint_every` so many a checkpoint.
+          records: where metrics and checkpoints go.
           start: variables to go on from: of some of the layers, or of a network with fewer classes (`networks.head.grown`).
 
         Raises:
           DvinvError: a batch that the devices do not divide, or a damaged checkpoint.
         """
-        recipe = lesson.recipe
-        validate_devices(recipe, series, mesh.size)
+        settings, workdir, task, series = job.settings, records.workdir, records.task, records.series
+        validate_devices(settings, series, mesh.size)
         self.apply_fn = apply_fn_of(module)
-        self._lesson, self._seed, self._logging = lesson, seed, logging
+        self._job, self._seed, self._logging = job, seed, records.logging
         self._workdir, self._task, self._series = workdir, task, series
-        self._train_step = TrainStep(module, lesson, like, mesh, lesson.dispatch_length(logging.every, platform_of(mesh)))
+        self._train_step = TrainStep(module, job, like, mesh, job.dispatch_length(records.logging.every, platform_of(mesh)))
         everywhere, self._split = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
         self._reestimate = jax.jit(
-            make_reestimate(module, lesson, like),
+            make_reestimate(module, job, like),
             in_shardings=(everywhere, self._split, everywhere),
             out_shardings=everywhere,
         )
         self._checkpoints = Checkpoints(workdir.path / 'checkpoints' / series)
         # It begins to be drawn here, for what follows is compiled.
-        self._progress = Progress(task if task == series else f'{task}: {series}', recipe.updates, 'updates')
+        self._progress = Progress(task if task == series else f'{task}: {series}', settings.updates, 'updates')
         key = jax.random.key(seed)
         state = self._train_step.initial_state(jax.random.fold_in(key, 0), start)
         self.step, state = self._checkpoints.restore(state) or (0, state)
@@ -392,7 +404,7 @@ class Training:
           ValueError: images that should have come by then are not there.
           SystemExit: SIGTERM came; a checkpoint was kept.
         """
-        expected = self._lesson.come_by(max(until - 1, 0))
+        expected = self._job.come_by(max(until - 1, 0))
         if len(images) < expected:
             raise ValueError(f'by update {until} there should be {expected} images, not {len(images)}')
         self._train_step.batches.load(images, labels)
@@ -416,7 +428,7 @@ class Training:
                     pause = self.step % self._logging.checkpoint_every == 0 or self.step == until
                     if pause:
                         self._write_line()
-                    if pause and self.step < self._lesson.recipe.updates:
+                    if pause and self.step < self._job.settings.updates:
                         self._checkpoint()
 
     def _dispatches(self, until: int) -> list[tuple[int, int]]:
@@ -434,7 +446,7 @@ class Training:
 
     def _rows(self, first: int, count: int) -> np.ndarray:
         """Returns the images of the batches of a dispatch, int32 [count, B], or [B] of a single update."""
-        rows = [self._lesson.rows(self._seed, step) for step in range(first, first + count)]
+        rows = [self._job.rows(self._seed, step) for step in range(first, first + count)]
         return np.stack(rows) if count > 1 else rows[0]
 
     def _write_line(self) -> None:
@@ -451,24 +463,24 @@ class Training:
 
     def _kept(self) -> str:
         """Returns what is saved of the training, as a main clause."""
-        total = self._lesson.recipe.updates
+        total = self._job.settings.updates
         if not self._saved:
             return f'no update of the {self._series} was made, so nothing had to be saved'
         return f'{self._saved:,} of {total:,} updates of the {self._series} are saved'
 
     def finish(self, images: Array, labels: Array) -> dict:
-        """Learn to the end and, where the recipe says so, estimate BatchNorm statistics again; returns the variables.
+        """Learn to the end and, where the settings says so, estimate BatchNorm statistics again; returns the variables.
 
         Raises:
           DvinvError: as `advance`, or weights that are not finite.
         """
-        recipe = self._lesson.recipe
-        self.advance(images, labels, recipe.updates)
-        if recipe.reestimate and self.step > self._saved:
+        settings = self._job.settings
+        self.advance(images, labels, settings.updates)
+        if settings.reestimate and self.step > self._saved:
             self._checkpoint()
-        for step in range(recipe.updates, recipe.updates + recipe.reestimate):
+        for step in range(settings.updates, settings.updates + settings.reestimate):
             preemption.leave_if_asked(self._kept())
-            rows = self._lesson.rows(self._seed, step)
+            rows = self._job.rows(self._seed, step)
             self._state = self._reestimate(self._state, place(images[rows], self._split), self._key)
         variables = self.variables
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables)):  # by the last update, which no loss saw
@@ -479,19 +491,19 @@ class Training:
 
 
 @dataclasses.dataclass(frozen=True)
-class Learner:
-    """Which network of a run learns.
+class TrainTarget:
+    """Which network of a run is trained.
 
     Attributes:
-      task: during which.
-      name: what its file, metrics and checkpoints go by.
+      task: during which it is trained.
+      name: of its file, metrics and checkpoints.
       network: settings with the fields `network` and `width`.
       like: a classifier of the same image shape, classes, mean and std.
       role: makes a seed of its own of the run's; students that are compared share it, and so their start and shuffles.
-      part: of a network that learns in several trainings, which one this is; each shuffles anew.
+      part: number of the training, of a network that is trained several times; each shuffles anew.
       start: variables that it goes on from (see `Training`); None: random ones.
       kept: the channels that are left of a pruned network (see `networks.channels.PrunedModule`).
-      own: the user's network (see `inversion.modules`) that learns instead of `network`; None: that does.
+      own: the user's network (see `inversion.modules`) that is trained instead of `network`; None: that is.
     """
 
     task: str
@@ -524,40 +536,40 @@ class PlannedTraining:
 
     Attributes:
       name: what the plan calls them.
-      module, lesson, like: see `Training`.
+      module, job, like: see `Training`.
       networks: how many networks are trained like this.
       teacher: a network that every update runs forward too, or None.
     """
 
     name: str
     module: Any
-    lesson: Lesson
+    job: TrainJob
     like: Classifier
     networks: int = 1
     teacher: Classifier | None = None
 
 
-def training_of(run: Run, learner: Learner, lesson: Lesson) -> Training:
+def training_of(run: Run, target: TrainTarget, job: TrainJob) -> Training:
     """Returns the `Training` of a network of a run."""
-    seed = 16 * run.settings.seed + learner.role
-    if learner.part:
-        seed = int(np.random.SeedSequence([seed, learner.part]).generate_state(1)[0])
-    where = run.workdir, learner.task, learner.name, run.settings.logging
-    return Training(learner.module, lesson, learner.like, seed, run.training_mesh, *where, learner.start)
+    seed = 16 * run.settings.seed + target.role
+    if target.part:
+        seed = int(np.random.SeedSequence([seed, target.part]).generate_state(1)[0])
+    records = Records(run.workdir, target.task, target.name, run.settings.logging)
+    return Training(target.module, job, target.like, seed, run.training_mesh, records, target.start)
 
 
-def learn(run: Run, learner: Learner, lesson: Lesson, images: Array, labels: Array) -> Classifier:
+def train_network(run: Run, target: TrainTarget, job: TrainJob, images: Array, labels: Array) -> Classifier:
     """Returns the trained network: from its file where it is finished, else trained (or trained on) and written.
 
     Args:
       images: uint8 [N, H, W, C] to learn from; `labels`: int [N].
     """
-    path = run.workdir.network(learner.name)
-    if not run.workdir.has_network(learner.name):
-        with training_of(run, learner, lesson) as training:
+    path = run.workdir.network(target.name)
+    if not run.workdir.has_network(target.name):
+        with training_of(run, target, job) as training:
             variables = training.finish(images, labels)
-        save_network(path, variables, learner.about)
-    return load_classifier(path, learner.own)
+        save_network(path, variables, target.about)
+    return load_classifier(path, target.own)
 
 
 def _floats(losses: list) -> list[float]:

@@ -11,17 +11,17 @@ import jax
 import numpy as np
 
 import dvinv
-from dvinv.inversion.invert import Unfinished
+from dvinv.inversion.invert import BatchCheckpoint
 from dvinv.runtime.checkpoints import Checkpoints, DamagedCheckpointError
 
 
-class UnfinishedBatches:
+class BatchCheckpoints:
     """Those of one series of batches, in a folder of its own, each in a folder there. Processes save their own batches."""
 
     def __init__(self, folder: Path, teacher_digest: str):
         self._folder, self._teacher = Path(folder), teacher_digest
 
-    def save(self, number: int, batch: Unfinished, student_variables=None) -> None:
+    def save(self, number: int, batch: BatchCheckpoint, student_variables=None) -> None:
         """Keeps batch `number` as it is now.
 
         Args:
@@ -33,7 +33,7 @@ class UnfinishedBatches:
         state = {'state': batch.state, 'metrics': batch.metrics}
         self._checkpoints(number).save(batch.iterations, state, self._about(student_variables))
 
-    def load(self, number: int, student_variables=None) -> Unfinished | None:
+    def load(self, number: int, student_variables=None) -> BatchCheckpoint | None:
         """Returns batch `number` as it was saved; None where it was not, or in vain."""
         checkpoints = self._checkpoints(number)
         try:
@@ -42,7 +42,7 @@ class UnfinishedBatches:
             return None
         if found is None or checkpoints.notes() != self._about(student_variables):
             return None
-        return Unfinished(len(found[1]['metrics']['loss']), **found[1])
+        return BatchCheckpoint(len(found[1]['metrics']['loss']), **found[1])
 
     def numbers(self) -> list[int]:
         """Returns the numbers of the batches that were saved, ascending."""

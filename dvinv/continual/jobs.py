@@ -22,7 +22,7 @@ from dvinv.networks import create, shapes_of
 from dvinv.networks.head import head_of
 from dvinv.pipeline.run import Run
 from dvinv.training.sampling import Rounds
-from dvinv.training.trainer import Lesson
+from dvinv.training.trainer import TrainJob
 
 
 def network_of(run: Run, teacher: Teacher, num_classes: int) -> Teacher:
@@ -35,8 +35,8 @@ def network_of(run: Run, teacher: Teacher, num_classes: int) -> Teacher:
     return from_linen(module, shapes_of(module, teacher.image_shape), image_shape=teacher.image_shape, **pixels)
 
 
-def lesson_of(run: Run, loss: str, current: Teacher, new: Split, old: Split | None) -> tuple:
-    """Returns (lesson, images, labels) of a task: of new images, and of old ones where there are some.
+def job_of(run: Run, loss: str, current: Teacher, new: Split, old: Split | None) -> tuple:
+    """Returns (job, images, labels) of a task: of new images, and of old ones where there are some.
 
     New images come as often to all: without old ones a batch is half as large.
     """
@@ -45,13 +45,13 @@ def lesson_of(run: Run, loss: str, current: Teacher, new: Split, old: Split | No
     rounds = Rounds(len(new.labels))
     if old is None:
         half = dataclasses.replace(settings, batch_size=settings.batch_size // 2)
-        return Lesson(half, loss_fn, rounds, current.variables, head=head), new.images, new.labels
-    lesson = Lesson(settings, loss_fn, rounds, current.variables, Rounds(len(old.labels)), head)
-    return lesson, Joined(new.images, old.images), np.concatenate([new.labels, old.labels])
+        return TrainJob(half, loss_fn, rounds, current.variables, head=head), new.images, new.labels
+    job = TrainJob(settings, loss_fn, rounds, current.variables, Rounds(len(old.labels)), head)
+    return job, Joined(new.images, old.images), np.concatenate([new.labels, old.labels])
 
 
 def loss_of(run: Run, name: str, old: Teacher) -> tuple[Callable, str]:
-    """Returns (the loss of a `Lesson`, the layer that it captures or ''); `frozen` are the variables of the old network."""
+    """Returns (the loss of a `TrainJob`, path of the layer that it captures or ''); its `frozen` is the old network."""
     settings = run.settings.continual
     old = in_precision(old, settings.precision)
     head = head_path(run, old) if name == 'always_be_dreaming' else ''
