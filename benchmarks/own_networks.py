@@ -5,7 +5,7 @@
 A small Flax network with BatchNorm and, as a verifier, one of another architecture and seed are trained here for each of:
 the 8x8 digits inside scikit-learn, the same enlarged to 32x32, and, where the folder `--data` has
 `cifar10_train_jpeg.npz` and `cifar10_test_jpeg.npz`, CIFAR-10 (all training images, about 5 minutes of one core a network).
-Then `dvinv.invert(teacher, labels, key=...)` makes 100 images for each of the keys 0, 1 and 2, and so does the older recipe:
+Then `dvinv.invert(teacher, labels, key=...)` makes 100 images for each of the keys 0, 2 and 3, and so does the older recipe:
 500 iterations by steps of .1, jitter 2, default weights. Shares are means and standard deviations over keys, beside that of
 real test images that the verifier reads right. All feature losses are on the view of the default's last stage, those of 100
 real images too. `--cache FOLDER` keeps the trained networks, and the pictures.
@@ -27,7 +27,7 @@ from PIL import Image
 import dvinv
 
 OLD = dvinv.InversionConfig((dvinv.Stage(iterations=500, learning_rate=0.1, jitter=2),), pixel_scale='network')
-IMAGES, KEYS = 100, 3
+IMAGES, KEYS = 100, (0, 2, 3)  # the preset `32px_color` was chosen on a network of another seed, and the key 1
 
 
 class Plain(nn.Module):
@@ -127,7 +127,7 @@ def row(name: str, data, teacher_net, verifier_net, recipe: dict, cache: Path | 
         apply = jax.jit(lambda pixels: net.apply(variables, (pixels / 255 - mean) / std, train=False).argmax(-1))
         return variables, apply, float((apply(test_x) == test_y).mean())
 
-    variables, _, accuracy = network('teacher', teacher_net, 1)
+    variables, _, accuracy = network('teacher', teacher_net, 3)
     _, verify, verifier_accuracy = network('verifier', verifier_net, 2)
     teacher = dvinv.from_linen(teacher_net, variables, image_shape=x.shape[1:], mean=mean, std=std)
     labels = dvinv.balanced_labels(0, IMAGES, 10)
@@ -140,8 +140,8 @@ def row(name: str, data, teacher_net, verifier_net, recipe: dict, cache: Path | 
     cells.append(f'{losses(real):.2f}')
     for settings in (OLD, None):
         start = time.perf_counter()
-        batches = [teacher.to_uint8(dvinv.invert(teacher, labels, settings, key).images) for key in range(KEYS)]
-        seconds = (time.perf_counter() - start) / KEYS
+        batches = [teacher.to_uint8(dvinv.invert(teacher, labels, settings, key).images) for key in KEYS]
+        seconds = (time.perf_counter() - start) / len(KEYS)
         shares = [np.mean(np.asarray(verify(images)) == labels) for images in batches]
         loss = np.mean([losses(images) for images in batches])
         cells += [f'{loss:.2f}', f'{np.mean(shares):.2f} ± {np.std(shares, ddof=1):.2f}', f'{seconds:.0f}']
