@@ -36,7 +36,7 @@ class Teacher(Classifier):
           DvinvError: they are of another network, or the file is missing or damaged.
         """
         (recorded, source), bare = moments_of(moments), self.without_moments()
-        recorded.check(bare.digest(), source)
+        recorded.validate(bare.digest(), source)
         return bare.with_variables(recorded.variables())
 
     def without_moments(self) -> 'Teacher':
