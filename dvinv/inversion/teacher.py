@@ -22,8 +22,8 @@ class Teacher(Classifier):
     """A trained, frozen classifier with a tap on its BatchNorm layers, or on the layers that have recorded moments."""
 
     tap: Callable  # (variables, x, axis=None) -> (logits, {layer: (input mean, input variance)}), layers in forward order
-    features: Callable  # (variables, x) -> (logits, {layer: its BatchNorm inputs, one a call}), layers in forward order
-    statistics: Callable  # (variables) -> {layer: (running mean, running variance)}, or the recorded ones
+    features: Callable  # (variables, x) -> (logits, {layer: its BatchNorm inputs, one per call}), layers in forward order
+    statistics: Callable  # (variables) -> {layer: (running mean, running variance)}, or recorded moments
     module: Any = None  # has `init` and `apply(..., train=...)` like a Linen module; pruning and other tasks train it
 
     def with_moments(self, moments) -> 'Teacher':
