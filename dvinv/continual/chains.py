@@ -1,4 +1,4 @@
-"""Chains: the sequences of networks that learn the tasks of `continual` one after the other, for the run and its controls."""
+"""Chains: the sequences of networks that learn the tasks of `continual` one by one, for the run and its controls."""
 
 from dvinv.config import ContinualSettings
 

@@ -137,9 +137,9 @@ def distillation_loss(
 def staged_loss(temperature: float, hint: float, decay: float = 0.0):
     """Returns the loss of a `TrainJob` with `hints.staged_forward`.
 
-        T^2 KL(teacher || student) at temperature T + weight * mean over stages of the relative squared error of their outputs
+        T^2 KL(teacher || student) at temperature T + weight * mean over stages of the relative squared error of outputs
 
-    The weight is that of `hint_weight`.
+    The outputs are those of the stages, and the weight is that of `hint_weight`.
     """
 
     def loss(logits, features, x, labels, teacher_variables, progress):
