@@ -25,7 +25,7 @@ class MobileNetV1(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         def layer(x, name: str, channels: int, size: int, stride: int = 1, groups: int = 1):
-            # TensorFlow pads as SAME in Flax: with stride 2, images of even size are padded only at the bottom and right.
+            # TensorFlow pads like Flax's SAME: with stride 2, images of even size are padded only at the bottom and right.
             x = nn.Conv(channels, (size, size), (stride, stride), use_bias=False, feature_group_count=groups, name=name)(x)
             norm = nn.BatchNorm(use_running_average=not train, momentum=0.99, epsilon=1e-3, name=f'{name}_bn')
             return nn.relu6(norm(x))

@@ -132,7 +132,7 @@ def to_flax_layout(path: str, key: str, tensor: np.ndarray, shape: tuple[int, ..
     if not path.endswith('/kernel'):
         same = [length for length in tensor.shape if length > 1] == [length for length in shape if length > 1]
         return tensor.reshape(shape) if same else tensor
-    depthwise = tensor.ndim == len(shape) == 4 and shape[2] == 1  # Keras 3 has the same name for all kernels
+    depthwise = tensor.ndim == len(shape) == 4 and shape[2] == 1  # Keras 3 uses the same name for all kernels
     if key.endswith('/depthwise_kernel') or ('/' in key and depthwise and tensor.shape != shape):
         return tensor.reshape(*tensor.shape[:2], 1, -1)
     if '/' in key:

@@ -23,7 +23,7 @@ def imagenet_stem(x: jax.Array, channels: int, train: bool, norm: Callable = bat
 
 
 class BasicBlock(nn.Module):
-    """conv, BatchNorm, ReLU, conv, BatchNorm; plus the shortcut; ReLU. Returns `channels`."""
+    """conv, BatchNorm, ReLU, conv, BatchNorm; plus the shortcut; ReLU. It returns `channels` channels."""
 
     channels: int
     stride: int
@@ -38,7 +38,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions, each with BatchNorm; plus the shortcut; ReLU. Returns 4 times `channels`.
+    """1x1, 3x3 and 1x1 convolutions, each with BatchNorm; plus the shortcut; ReLU. It returns 4 times `channels` channels.
 
     The 3x3 convolution has the stride, as in torchvision ("v1.5"); the paper gives it to the first 1x1.
     """

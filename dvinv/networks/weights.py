@@ -84,7 +84,7 @@ def agreement(module: nn.Module, template: dict, state: dict[str, np.ndarray]) -
         shape, wanted = to_flax_layout(path, key, state[names[key]], template[path].shape).shape, template[path].shape
         if shape != wanted:
             differing.add(path.rpartition('/')[0] if shape[:-1] == wanted[:-1] and wanted[-1] == 1 else path)
-    return share, len(differing) <= 1 and not differing & keys.keys()  # at most one layer differs, the head
+    return share, len(differing) <= 1 and not differing & keys.keys()  # only the head may differ
 
 
 def count_classes(build: Callable[[int], nn.Module], image_shape, state: dict[str, np.ndarray]) -> int:

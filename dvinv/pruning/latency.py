@@ -112,7 +112,7 @@ def _seconds(product: Product, counts: tuple[int, ...], batch_size: int) -> floa
         groups = params['feature_group_count']
         if is_depthwise(operation):
             params['feature_group_count'] = shapes[0][numbers.lhs_spec[1]]
-        elif groups > 1:  # all groups have as many channels
+        elif groups > 1:  # all groups have the same number of channels
             shapes[0][numbers.lhs_spec[1]] = groups * shapes[1][inputs]
             shapes[1][outputs] = max(1, round(shapes[1][outputs] / groups)) * groups
     else:

@@ -72,7 +72,7 @@ def network_of(source, num_classes: int | None, name: str):
             )
         given = {'num_classes': num_classes} if 'num_classes' in takes else {}
         if 'rngs' in takes:
-            from flax import nnx  # here, as in modules.py
+            from flax import nnx  # imported only when needed, as in modules.py
 
             make = functools.partial(function, **given)
             source = make(rngs=nnx.Rngs(0))

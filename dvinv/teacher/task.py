@@ -83,7 +83,7 @@ def record(run: Run, images: int, layers: Iterable[str] = ()) -> Moments:
     """Records the moments of the teacher on real training images, augmented as for its training.
 
     Args:
-      images: the number of images, divided equally among the classes.
+      images: the number of images, divided among the classes as equally as possible.
       layers: see `record_moments`.
 
     Raises:

@@ -18,7 +18,7 @@ from dvinv.errors import DvinvError, listed
 from dvinv.networks.classifier import join_names
 
 OPERATIONS = ('conv_general_dilated', 'dot_general')
-LOOKED_INTO = ('jit', 'pjit', 'closed_call', 'core_call', 'remat', 'remat2', 'checkpoint')  # as `runtime.program` does
+LOOKED_INTO = ('jit', 'pjit', 'closed_call', 'core_call', 'remat', 'remat2', 'checkpoint')  # calls to inline
 OPAQUE = ('custom_jvp_call', 'custom_vjp_call')  # followed here, but rewriting rules do not apply inside
 CUT = ('min', 'custom_jvp_call')  # the operations that can implement a ReLU6
 SAME = ('convert_element_type', 'copy', 'copy_p', 'stop_gradient', 'reshape', 'broadcast_in_dim', 'squeeze', 'expand_dims')
@@ -122,7 +122,7 @@ class _Graph:
         inputs = [next(self._fresh) for _ in closed.jaxpr.invars]
         self.path = dict(zip(inputs, paths, strict=False))  # of values that are a variable, possibly reshaped
         self.shape = {path: tuple(leaf.shape) for path, leaf in zip(paths, leaves, strict=True)}
-        self.steps, self.numbers = [], {}  # numbers: {index of a step: number of the layer}
+        self.steps, self.numbers = [], {}  # numbers: {index of a step: number among all OPERATIONS}
         self.cuts = {}  # {index of a `min` step: number of that operation, or of the one that contains it, among `CUT`}
         self._cut = itertools.count()
         self._of_images = {*inputs[len(paths) :]}
