@@ -75,7 +75,7 @@ def _inline(graph: Graph, jaxpr, numbers: dict, count: Iterator[int], place: Pla
     """Adds the operations of `jaxpr` to the graph, and its variables to `numbers`, {variable: number of its value}."""
     for index, equation in enumerate(jaxpr.eqns):
         here, where = (*place, index), '/'.join(filter(None, (module, str(equation.source_info.name_stack))))
-        body = _body(equation)
+        body = called_program(equation)
         if body is None:
             numbers.update((variable, next(count)) for variable in equation.outvars)
             values = (tuple(_number(v, numbers) for v in variables) for variables in (equation.invars, equation.outvars))
@@ -93,7 +93,7 @@ def _number(variable, numbers: Mapping) -> int:
     return LITERAL if isinstance(variable, Literal) else numbers[variable]
 
 
-def _body(equation) -> ClosedJaxpr | None:
+def called_program(equation) -> ClosedJaxpr | None:
     """Returns the program of the function that an equation calls; None for any other operation."""
     if equation.primitive not in (jit_p, remat_p, closed_call_p):
         return None
@@ -210,7 +210,7 @@ def _call(equation, inputs: list, places: Mapping[int, tuple], replace: Callable
     """Evaluates the function that an equation calls; a function under `jax.checkpoint` stays under it."""
 
     def run(*arrays):
-        return evaluate(_body(equation), arrays, places, replace)
+        return evaluate(called_program(equation), arrays, places, replace)
 
     if equation.primitive is remat_p:
         run = jax.checkpoint(run, prevent_cse=equation.params['prevent_cse'], policy=equation.params['policy'])

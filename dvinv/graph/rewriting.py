@@ -9,8 +9,10 @@ import math
 from collections.abc import Callable, Mapping
 
 import jax
-from jax.extend.core import ClosedJaxpr, Literal
-from jax.extend.core.primitives import jit_p, remat_p
+from jax.extend.core import Literal
+from jax.extend.core.primitives import remat_p
+
+from dvinv.graph.dataflow import called_program
 
 # A function of an operation's parameters, extended by 'avals', the shapes and dtypes of its inputs. It returns a function of
 # the inputs that replaces the operation, or None to keep the operation.
@@ -114,14 +116,15 @@ def _apply(equation, arrays: list, rules) -> list:
     rule = rules.get(primitive.name)
     if rule and (replacement := rule(params | {'avals': [v.aval for v in equation.invars]})):
         return [replacement(*arrays)]
-    if primitive is jit_p and _holds(params['jaxpr'].jaxpr, rules):
-        return _evaluate(params['jaxpr'], arrays, rules)
-    if primitive is remat_p and _holds(params['jaxpr'], rules):
+    called = called_program(equation)
+    if called is not None and _holds(called.jaxpr, rules):
 
         def inner(*arrays):
-            return _evaluate(ClosedJaxpr(params['jaxpr'], ()), arrays, rules)
+            return _evaluate(called, arrays, rules)
 
-        return jax.checkpoint(inner, prevent_cse=params['prevent_cse'], policy=params['policy'])(*arrays)
+        if primitive is remat_p:
+            inner = jax.checkpoint(inner, prevent_cse=params['prevent_cse'], policy=params['policy'])
+        return inner(*arrays)
     made = primitive.bind(*arrays, **primitive.get_bind_params(params))
     return made if primitive.multiple_results else [made]
 
@@ -129,7 +132,7 @@ def _apply(equation, arrays: list, rules) -> list:
 def _holds(jaxpr, rules) -> bool:
     """Returns whether `jaxpr`, or a program that it calls, has an operation with a rule."""
     for equation in jaxpr.eqns:
-        inner = equation.params.get('jaxpr')
-        if equation.primitive.name in rules or (inner is not None and _holds(getattr(inner, 'jaxpr', inner), rules)):
+        called = called_program(equation)
+        if equation.primitive.name in rules or (called is not None and _holds(called.jaxpr, rules)):
             return True
     return False
