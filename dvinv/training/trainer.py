@@ -55,10 +55,10 @@ class TrainState:
     """The state that a train step updates.
 
     Attributes:
-      params, batch_stats: The variables of the network, float32.
-      auxiliary: Parameters that are trained with the network and discarded afterwards, see `TrainJob`.
-      opt_state: The state of the optimizer, for (params, auxiliary).
-      step: The number of updates done, int32 scalar.
+      params, batch_stats: the variables of the network, float32.
+      auxiliary: parameters that are trained with the network and discarded afterwards, see `TrainJob`.
+      opt_state: the state of the optimizer, for (params, auxiliary).
+      step: the number of updates done, int32 scalar.
     """
 
     params: dict
@@ -78,18 +78,18 @@ class TrainJob:
     """The loss, settings and image schedule of a training.
 
     Attributes:
-      settings: The settings of the training.
+      settings: the settings of the training.
       loss_fn: (logits, features, x, labels, frozen, progress) -> scalar. x is the augmented, normalised batch [B, H, W, C];
         features are the BatchNorm inputs of the network (see `inversion.tap.features_in_training`) or the features that
         `forward` returns; progress is the fraction of the updates that are done.
-      rounds: The schedule by which the images become available.
-      frozen: Further variables that `loss_fn` needs, for instance those of a teacher.
-      beside: The schedule of a second set of images, which follow the first ones in the arrays; the second half of every
+      rounds: the schedule by which the images become available.
+      frozen: further variables that `loss_fn` needs, for instance those of a teacher.
+      beside: the schedule of a second set of images, which follow the first ones in the arrays; the second half of every
         batch is drawn from them. None for a single set.
-      head: The path of a layer that is captured too, see `inversion.tap.features_in_training`.
+      head: the path of a layer that is captured too, see `inversion.tap.features_in_training`.
       forward: (variables, auxiliary, x, rngs, frozen, progress) -> (logits, features for the loss, running statistics), the
         forward pass in train mode. None for `features_in_training`.
-      auxiliary: Initial values of the parameters that are trained with the network and discarded afterwards, for instance
+      auxiliary: initial values of the parameters that are trained with the network and discarded afterwards, for instance
         projections.
     """
 
@@ -160,9 +160,9 @@ def make_train_step(module, job: TrainJob, classifier: Classifier):
     gradients, the loss and the optimizer state are float32.
 
     Args:
-      module: The Linen module of the network.
-      job: The training. Its `frozen` variables are passed to the step as an argument.
-      classifier: Defines how pixels are normalised.
+      module: the Linen module of the network.
+      job: the training. Its `frozen` variables are passed to the step as an argument.
+      classifier: defines how pixels are normalised.
 
     Returns:
       The train step: images are uint8 [B, H, W, C], labels int [B], key is a random key; the loss is a float32 scalar.
@@ -233,8 +233,8 @@ class TrainStep:
     Dispatch is asynchronous: the devices may still be computing the returned arrays.
 
     Attributes:
-      updates: The number of updates in a full dispatch.
-      batches: The source of the batches, a `ResidentBatches` or `HostBatches`.
+      updates: the number of updates in a full dispatch.
+      batches: the source of the batches, a `ResidentBatches` or `HostBatches`.
       programs: {whether a dispatch has several updates: the jitted function behind `__call__`}; see `function`.
     """
 
@@ -242,11 +242,11 @@ class TrainStep:
         """Creates the programs; each is compiled at its first call.
 
         Args:
-          module: The Linen module of the network, called with x and `train`.
-          job: The training.
+          module: the Linen module of the network, called with x and `train`.
+          job: the training.
           like: A classifier with the image shape, mean and std of the network; its variables are not used.
-          mesh: The devices that batches are split over; BatchNorm sees the whole batch.
-          updates: The number of updates in a full dispatch; 0 for that of the settings.
+          mesh: the devices that batches are split over; BatchNorm sees the whole batch.
+          updates: the number of updates in a full dispatch; 0 for that of the settings.
         """
         self._mesh, self._everywhere = mesh, NamedSharding(mesh, P())
         self._job, self._module, self._image_shape = job, module, like.image_shape
@@ -275,9 +275,9 @@ class TrainStep:
         """Runs the updates of one dispatch.
 
         Args:
-          state: The state, on the devices; its buffers are donated, so it must not be read afterwards.
-          chosen: The batches of the dispatch, as `batches.each` yields them.
-          key: The random key of augmentation and dropout, which is folded with the number of the update.
+          state: the state, on the devices; its buffers are donated, so it must not be read afterwards.
+          chosen: the batches of the dispatch, as `batches.each` yields them.
+          key: the random key of augmentation and dropout, which is folded with the number of the update.
 
         Returns:
           The new state, and the losses: float32 [n], or a scalar where the dispatch is a single update.
@@ -297,7 +297,7 @@ class TrainStep:
         """Returns the pure function `(state, arrays, chosen, frozen, key) -> (state, losses)` of a dispatch.
 
         Args:
-          several: Whether the function scans over several updates; otherwise the dispatch is a single update.
+          several: whether the function scans over several updates; otherwise the dispatch is a single update.
         """
         pick, step = self.batches.pick, self._step
 
@@ -325,8 +325,8 @@ class Records:
     """Where a training writes its metrics and checkpoints, and how often.
 
     Attributes:
-      workdir: The work directory.
-      task, series: The names of the task and of the series in the metrics; checkpoints are named by the series.
+      workdir: the work directory.
+      task, series: the names of the task and of the series in the metrics; checkpoints are named by the series.
       logging: A line of metrics is written every `every` updates, a checkpoint every `checkpoint_every` updates.
     """
 
@@ -342,7 +342,7 @@ class Training:
     A training that was killed resumes from its last checkpoint when the object is created again.
 
     Attributes:
-      step: The number of updates done.
+      step: the number of updates done.
       apply_fn: (variables, x) -> logits, the network in eval mode.
     """
 
@@ -359,17 +359,17 @@ class Training:
         """Starts from random variables, from `start`, or from the last checkpoint if there is one.
 
         Args:
-          module: The Linen module of the network, called with x and `train`.
-          job: The training.
+          module: the Linen module of the network, called with x and `train`.
+          job: the training.
           like: A classifier with the image shape, mean and std of the network; its variables are not used.
-          seed: The seed of initial variables, batches, augmentation and dropout.
-          mesh: The devices that batches are split over; BatchNorm sees the whole batch.
-          records: Where metrics and checkpoints are written.
-          start: Initial variables: all of them, those of some of the layers, or those of a network with fewer classes (see
+          seed: the seed of initial variables, batches, augmentation and dropout.
+          mesh: the devices that batches are split over; BatchNorm sees the whole batch.
+          records: where metrics and checkpoints are written.
+          start: initial variables: all of them, those of some of the layers, or those of a network with fewer classes (see
             `networks.head.grown`). None for random variables.
 
         Raises:
-          DvinvError: The batch size is not divisible by the number of devices, or a checkpoint is damaged.
+          DvinvError: the batch size is not divisible by the number of devices, or a checkpoint is damaged.
         """
         settings, workdir, task, series = job.settings, records.workdir, records.task, records.series
         validate_devices(settings, series, mesh.size)
@@ -411,13 +411,13 @@ class Training:
         """Trains up to update `until`, and saves a checkpoint there if it is not the last update.
 
         Args:
-          images: All images that are available by then, in order, uint8 [N, H, W, C].
-          labels: Their labels, int [N].
-          until: The update to train up to.
+          images: all images that are available by then, in order, uint8 [N, H, W, C].
+          labels: their labels, int [N].
+          until: the update to train up to.
 
         Raises:
           DvinvError: A loss is not a finite number (the message names the update), or the disk is full.
-          ValueError: There are fewer images than should be available by then.
+          ValueError: there are fewer images than should be available by then.
           SystemExit: SIGTERM was received; a checkpoint was saved.
         """
         expected = self._job.come_by(max(until - 1, 0))
@@ -490,11 +490,11 @@ class Training:
         BatchNorm statistics are estimated again after the last update, if the settings ask for it.
 
         Args:
-          images: All images of the training, in order, uint8 [N, H, W, C].
-          labels: Their labels, int [N].
+          images: all images of the training, in order, uint8 [N, H, W, C].
+          labels: their labels, int [N].
 
         Raises:
-          DvinvError: As for `advance`, or the weights are not finite.
+          DvinvError: as for `advance`, or the weights are not finite.
         """
         settings = self._job.settings
         self.advance(images, labels, settings.updates)
@@ -517,16 +517,16 @@ class TrainTarget:
     """A network of a run that is to be trained.
 
     Attributes:
-      task: The task during which the network is trained.
-      name: The name of its file, metrics and checkpoints.
-      network: Settings with the fields `network` and `width`.
+      task: the task during which the network is trained.
+      name: the name of its file, metrics and checkpoints.
+      network: settings with the fields `network` and `width`.
       like: A classifier with the same image shape, classes, mean and std.
       role: A number from which, with the seed of the run, the seed of the training is computed. Students that are compared
         share it, and so share their initial variables and shuffles.
-      part: The number of the training, for a network that is trained several times; each training shuffles differently.
-      start: Variables to start from (see `Training`); None for random variables.
-      kept: The kept channels of a pruned network (see `networks.channels.PrunedModule`).
-      own: The user's network (see `inversion.modules`), which is trained instead of `network`; None to train `network`.
+      part: the number of the training, for a network that is trained several times; each training shuffles differently.
+      start: variables to start from (see `Training`); None for random variables.
+      kept: the kept channels of a pruned network (see `networks.channels.PrunedModule`).
+      own: the user's network (see `inversion.modules`), which is trained instead of `network`; None to train `network`.
     """
 
     task: str
@@ -558,9 +558,9 @@ class PlannedTraining:
     """Trainings of equal cost that a config asks for; `--plan` times one of them.
 
     Attributes:
-      name: Their name in the plan.
-      module, job, like: See `Training`.
-      networks: The number of networks that are trained in this way.
+      name: their name in the plan.
+      module, job, like: see `Training`.
+      networks: the number of networks that are trained in this way.
       teacher: A network that every update also runs forward, or None.
     """
 
@@ -585,11 +585,11 @@ def train_network(run: Run, target: TrainTarget, job: TrainJob, images: Array, l
     """Returns the trained network; reads it from its file if that exists, otherwise trains (or resumes) and saves it.
 
     Args:
-      run: The run.
-      target: The network.
-      job: The training.
-      images: Training images, uint8 [N, H, W, C].
-      labels: Their labels, int [N].
+      run: the run.
+      target: the network.
+      job: the training.
+      images: training images, uint8 [N, H, W, C].
+      labels: their labels, int [N].
     """
     path = run.workdir.network(target.name)
     if not run.workdir.has_network(target.name):
