@@ -179,7 +179,7 @@ def _nearest(name: str) -> str:
     for old, new in RENAMED.items():
         if name == old.split('.')[-1]:
             return f'; it is now called {new}'
-    paths = {field.path.split('.')[-1]: field.path for field in reversed(fields())}  # the first one, if several groups have the name
+    paths = {field.path.split('.')[-1]: field.path for field in reversed(fields())}  # the first group wins
     close = difflib.get_close_matches(name, paths, 1, 0.6)
     return f'; did you mean config.{paths[close[0]]}?' if close else ''
 

@@ -1,8 +1,8 @@
 """python -m dvinv.moments --config configs/FILE.py --out moments.safetensors [--images 100] [--layers LayerNorm,Block*]
 
-Records the moments of a network's layers on its training images, for networks without BatchNorm. Run it where the images are,
-and invert the network anywhere with --config.teacher.moments=moments.safetensors. The file contains no image. The network is
-that of teacher.weights or teacher.factory, or one that a run has trained in --workdir.
+Records the moments of a network's layers on its training images, for networks without BatchNorm. Run it where the images
+are, and invert the network anywhere with --config.teacher.moments=moments.safetensors. The file contains no image. The
+network is that of teacher.weights or teacher.factory, or one that a run has trained in --workdir.
 """
 
 import contextlib

@@ -39,8 +39,8 @@ def to_folders(pool: ImagePool, folder: Path) -> None:
 def to_tfds(pool: ImagePool, folder: Path) -> None:
     """Writes a prepared data set for TensorFlow Datasets to `folder/synthesized/1.0.0`.
 
-    It has the split `train` and the features `image` and `label`. `tfds.builder_from_directory(path).as_data_source('train')`
-    reads it without TensorFlow. An existing data set is kept.
+    It has the split `train` and the features `image` and `label`. It can be read without TensorFlow, by
+    `tfds.builder_from_directory(path).as_data_source('train')`. An existing data set is kept.
 
     Raises:
       DvinvError: as for `to_folders`, or the existing data set has another number of images than the pool, which has grown
