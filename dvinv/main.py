@@ -23,6 +23,9 @@ import dvinv
 from dvinv.errors import DvinvError, listed, say
 from dvinv.runtime import preemption
 
+# The folders with the config files of dvinv: in an installed package, and in a clone.
+CONFIGS = Path(__file__).parent / 'configs', Path(__file__).parents[1] / 'configs'
+
 # A module that teacher.factory names may define flags with the same names, as many training scripts do; its flags override.
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'The config file, for instance configs/digits.py.', allow_override=True
@@ -105,7 +108,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses flags with absl; raises a `DvinvError` where absl would print a traceback or nothing at all."""
-    _check_config_file(argv)
+    _find_config_file(argv)
     for argument in argv[1:]:
         if found := re.match(r'--?config\.[^=]*?\.(\d+)(?=[.=\[]|$)', argument):
             start, end = found.span(1)
@@ -193,18 +196,31 @@ def _place(error: Exception) -> str:
     return ''
 
 
-def _check_config_file(argv: list[str]) -> None:
-    """Raises a `DvinvError` if --config names no config file; the message lists the files that there are."""
-    for argument, following in zip(argv[1:], [*argv[2:], ''], strict=True):
-        name, given, value = argument.partition('=')
+def _find_config_file(argv: list[str]) -> None:
+    """Finds the config file that `argv` names, in the working folder or among the config files of dvinv.
+
+    The path of a config file of dvinv is replaced in `argv` by its full path, so that an installed dvinv can run
+    `--config configs/digits.py` from any folder.
+
+    Raises:
+      DvinvError: the file does not exist or is no config file; the message lists the files that there are.
+    """
+    for index in range(1, len(argv)):
+        name, given, value = argv[index].partition('=')
         if name not in ('--config', '-config'):
             continue
-        path = (value if given else following).split(':')[0]
+        place = index if given else index + 1
+        value = value if given else ''.join(argv[place : place + 1])
+        path, colon, argument = value.partition(':')
+        own = next((folder / Path(path).name for folder in CONFIGS if (folder / Path(path).name).is_file()), None)
+        if not Path(path).is_file() and own and Path(path) == Path('configs') / own.name:
+            path = str(own)
+            argv[place] = f'{name}={path}{colon}{argument}' if given else f'{path}{colon}{argument}'
         if Path(path).is_file() and path.endswith('.py'):
             if 'get_config' not in Path(path).read_text(errors='replace'):
                 raise DvinvError(f'{path} is no config file: it must have a function get_config, as those in configs/ have.')
             continue
-        folder = Path('configs') if Path('configs').is_dir() else Path(__file__).parents[1] / 'configs'
+        folder = next((folder for folder in (Path('configs'), *CONFIGS) if folder.is_dir()), Path('configs'))
         names = sorted(file.name for file in folder.glob('*.py'))
         known = f'{folder}/ has {listed(names, 30)}.' if names else 'name a Python file that has a function get_config.'
         close = difflib.get_close_matches(f'{Path(path).stem}.py', names, 1)

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 from absl import flags
-from smoke import flip, lasting, smoke_config
+from smoke import ROOT, flip, lasting, smoke_config
 from tiny import saved
 
 from dvinv import main
@@ -122,6 +122,19 @@ def test_a_mistyped_command_is_told(parse, argv, words):
     assert all(word in message for word in words), message
     assert 'Errno' not in message
     assert '\\' not in message
+
+
+@pytest.mark.parametrize('joined', [False, True])
+def test_config_files_of_dvinv_are_found_from_any_folder(tmp_path, monkeypatch, joined):
+    monkeypatch.chdir(tmp_path)
+    argv = ['dvinv', '--config=configs/digits.py:smoke'] if joined else ['dvinv', '--config', 'configs/digits.py:smoke']
+    main._find_config_file(argv)
+    assert argv[-1] == f'{"--config=" if joined else ""}{ROOT / "configs" / "digits.py"}:smoke'
+    (tmp_path / 'configs').mkdir()
+    (tmp_path / 'configs' / 'digits.py').write_text('def get_config(arg): ...')  # a user's own comes first
+    argv = ['dvinv', '--config=configs/digits.py:smoke']
+    main._find_config_file(argv)
+    assert argv[-1] == '--config=configs/digits.py:smoke'
 
 
 @pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')

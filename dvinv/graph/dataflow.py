@@ -1,7 +1,7 @@
 """A network's program (its jaxpr) as a dataflow graph, and its evaluation with some of its values replaced.
 
 Functions that a program calls (`jit`, `jax.checkpoint`, closed calls) are inlined. Loops, branches and functions with a
-derivative of their own (`jax.nn.relu`, for instance) stay whole, so that every derivative stays as it is.
+custom derivative (`jax.nn.relu`, for instance) stay whole, so that every derivative stays as it is.
 """
 
 import collections
@@ -13,15 +13,22 @@ import jax
 from jax.extend.core import ClosedJaxpr, Literal
 from jax.extend.core.primitives import closed_call_p, jit_p, remat_p
 
-Place = tuple[int, ...]  # of an operation: its index in the program, then in the function that is called there, and so on
+Place = tuple[int, ...]  # an operation's index in the program, then its index in the function that is called there, etc.
 
 CONTRACTIONS = ('conv_general_dilated', 'dot_general', 'ragged_dot_general')  # operations that combine values with weights
-LITERAL = -1  # the number of every value that a program spells out
+LITERAL = -1  # the number that stands for every literal value of a program
 
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """An operation of a program in which the functions that it calls have been inlined. Values are numbered."""
+    """An operation of a program with inlined functions.
+
+    Attributes:
+      equation: The equation of the jaxpr.
+      place: The position of the equation, see `Place`.
+      module: The path of the module in which it is called.
+      inputs, outputs: The numbers of the values that it takes and computes.
+    """
 
     equation: object
     place: Place
@@ -31,7 +38,7 @@ class Operation:
 
     @property
     def name(self) -> str:
-        """The name of the operation, or of the function with a derivative of its own, and of the module that it is in."""
+        """The name of the operation, or of the function with a custom derivative, followed by the name of its module."""
         function = self.equation.params.get('call_jaxpr')
         name = function.jaxpr.debug_info.func_name if function else self.equation.primitive.name
         return f'{name} in {self.module}' if self.module else name
@@ -42,10 +49,10 @@ class Graph:
     """The dataflow graph of a program.
 
     Attributes:
-      operations: In the order of the program.
-      results: {value: [(place, index of the result)]} of the operation that computes it and then of the functions that
-        return it.
-      inputs, outputs: The values that are the program's.
+      operations: The operations in the order of the program.
+      results: {value: [(place, index of the result)]}: the place of the operation that computes the value, followed by the
+        places of the function calls that return it.
+      inputs, outputs: The numbers of the program's input and output values.
     """
 
     operations: list[Operation]
@@ -65,7 +72,7 @@ def graph_of(closed: ClosedJaxpr) -> Graph:
 
 
 def _inline(graph: Graph, jaxpr, numbers: dict, count: Iterator[int], place: Place = (), module: str = '') -> None:
-    """Adds the operations of `jaxpr` to the graph; `numbers` maps its variables to values and grows."""
+    """Adds the operations of `jaxpr` to the graph, and its variables to `numbers`, {variable: number of its value}."""
     for index, equation in enumerate(jaxpr.eqns):
         here, where = (*place, index), '/'.join(filter(None, (module, str(equation.source_info.name_stack))))
         body = _body(equation)
@@ -95,7 +102,7 @@ def _body(equation) -> ClosedJaxpr | None:
 
 
 def _programs(equation) -> Iterator:
-    """Yields the programs inside an operation: the body of a loop, the branches of a condition, a function."""
+    """Yields the programs inside an operation, such as the body of a loop, the branches of a condition, or a function."""
     for leaf in jax.tree.leaves([*equation.params.values()], is_leaf=lambda leaf: hasattr(leaf, 'eqns')):
         if hasattr(leaf, 'eqns'):
             yield leaf
@@ -112,7 +119,7 @@ def contracts(equation) -> bool:
 
 
 def between(operations: Sequence[Operation], images: int, logits: int) -> list[Operation]:
-    """Returns the operations through which data flow from the images to the logits."""
+    """Returns the operations through which data flow from the value `images` to the value `logits`, in order."""
     reached, forward = {images}, []
     for operation in operations:
         if not reached.isdisjoint(operation.inputs):
@@ -127,10 +134,10 @@ def between(operations: Sequence[Operation], images: int, logits: int) -> list[O
 
 
 def cuts(operations: Sequence[Operation], images: int, logits: int) -> Iterator[tuple[Operation, int | None]]:
-    """Yields each operation with its result if all data flow passes it, else with None.
+    """Yields (operation, its result if all data flow through this value, else None) for each operation.
 
-    Every value on a path from the images to the logits comes before such a cut or after it, so that directly after its
-    operation no other value is waiting to be used.
+    Such a value is a cut: every other value on a path from the images to the logits comes before or after it, so that
+    directly after its operation no other value remains to be used.
     """
     uses = {value: index for index, operation in enumerate(operations) for value in operation.inputs}
     uses[logits] = len(operations)
@@ -143,7 +150,11 @@ def cuts(operations: Sequence[Operation], images: int, logits: int) -> Iterator[
 
 
 def place_of(graph: Graph, value: int) -> tuple[Place, tuple[int, ...]]:
-    """Returns where to replace a value: the outermost function that returns it and does not use it itself."""
+    """Returns where to replace a value: at the outermost function call that returns it and does not use it inside.
+
+    Returns:
+      (place of that call or operation, indices of the results that are the value).
+    """
     inside = graph.results[value][0][0]
     users = [operation.place for operation in graph.operations if value in operation.inputs]
     place = min(
@@ -163,11 +174,11 @@ def evaluate(closed: ClosedJaxpr, arrays: list, places: Mapping[int, tuple], rep
     Args:
       closed: The program.
       arrays: Its inputs.
-      places: {index of a stage: (place, results) of its output}.
+      places: {index of a stage: (place, results) of its output, as returned by `place_of`}.
       replace: See `graft`.
 
     Returns:
-      Its outputs, and {index of a stage: its output before it was replaced}.
+      The program's outputs, and {index of a stage: its output before it was replaced}.
     """
     jaxpr, recorded = closed.jaxpr, {}
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *arrays), strict=True))
@@ -196,7 +207,7 @@ def evaluate(closed: ClosedJaxpr, arrays: list, places: Mapping[int, tuple], rep
 
 
 def _call(equation, inputs: list, places: Mapping[int, tuple], replace: Callable) -> tuple[list, dict]:
-    """Evaluates the function that an equation calls; what was recomputed for the gradient still is."""
+    """Evaluates the function that an equation calls; a function under `jax.checkpoint` stays under it."""
 
     def run(*arrays):
         return evaluate(_body(equation), arrays, places, replace)

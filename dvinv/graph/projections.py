@@ -1,13 +1,14 @@
 """Projections between the stage outputs of a teacher and of a student that have different numbers of channels.
 
-A projected pair of stages has two 1x1 convolutions without a bias. They are learned beside the student and not kept:
+A projected pair of stages has two 1x1 convolutions without a bias. They are trained together with the student and discarded
+afterwards:
 
-    to_teacher [C_student, C_teacher] brings the student's output into the teacher's channels, where the two are compared;
-    to_student [C_teacher, C_student] brings the teacher's output into the student's channels, where it takes the place of
-    the student's output.
+    to_teacher [C_student, C_teacher] maps the student's output to the teacher's channels, where the two are compared;
+    to_student [C_teacher, C_student] maps the teacher's output to the student's channels, where it replaces the student's
+    output.
 
-The comparison is made in the teacher's channels alone, so that no projection can make both outputs vanish. What `to_student`
-should be, the later stages of the student learn from their own errors. A pair with the same numbers of channels has none.
+The comparison is made only in the teacher's channels, so that no projection can make both outputs vanish. `to_student` is
+trained by the errors of the later stages of the student. A pair with the same numbers of channels has no projections.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,8 @@ def initial_projections(key: jax.Array, pairs: Sequence[StagePair]) -> dict:
 
     Returns:
       {'16x16': {'to_teacher': float32 [C_student, C_teacher], 'to_student': float32 [C_teacher, C_student]}}. Each matrix is
-      the transpose of the other, with orthonormal rows or columns: in the smaller number of channels, one undoes the other.
+      the transpose of the other, with orthonormal rows or columns: a map to more channels followed by a map back is the
+      identity.
     """
     projections = {}
     for index, pair in enumerate(pairs):
@@ -40,17 +42,17 @@ def initial_projections(key: jax.Array, pairs: Sequence[StagePair]) -> dict:
 
 
 def to_teacher(projections: dict, pair: StagePair, output: jax.Array) -> jax.Array:
-    """Returns the student's output [B, h, w, C_student] in the teacher's channels, [B, h, w, C_teacher]."""
+    """Maps the student's output [B, h, w, C_student] to the teacher's channels, [B, h, w, C_teacher]."""
     return output @ projections[_name(pair)]['to_teacher'] if pair.projected else output
 
 
 def to_student(projections: dict, pair: StagePair, output: jax.Array) -> jax.Array:
-    """Returns the teacher's output [B, h, w, C_teacher] in the student's channels, [B, h, w, C_student]."""
+    """Maps the teacher's output [B, h, w, C_teacher] to the student's channels, [B, h, w, C_student]."""
     return output @ projections[_name(pair)]['to_student'] if pair.projected else output
 
 
 def relative_error(output: jax.Array, teacher_output: jax.Array) -> jax.Array:
-    """Computes E[(output - teacher_output)^2] / E[teacher_output^2], float32 scalar; 0 where the teacher's output is 0."""
+    """Computes E[(output - teacher_output)^2] / E[teacher_output^2], float32 scalar; 0 if the teacher's output is 0."""
     output, teacher_output = output.astype(jnp.float32), teacher_output.astype(jnp.float32)
     power = jnp.square(teacher_output).mean()
     return jnp.square(output - teacher_output).mean() / jnp.where(power > 0, power, jnp.inf)

@@ -1,7 +1,7 @@
-"""A function's program (its jaxpr) run again with some of its operations replaced, or in stretches that are recomputed.
+"""Evaluation of a function's program (its jaxpr) with some operations replaced, or in segments that are recomputed.
 
-So a network that somebody else wrote can be made to suit a backend or a small memory, unmodified. What the rewriting cannot
-look into (scans, custom derivatives) is run as it is.
+A network that somebody else wrote can thus be adapted to a backend or to little memory without changing its code. Operations
+that cannot be inlined (scans, custom derivatives) are run as they are.
 """
 
 import functools
@@ -12,17 +12,20 @@ import jax
 from jax.extend.core import ClosedJaxpr, Literal
 from jax.extend.core.primitives import jit_p, remat_p
 
-# (what an operation is called with as keywords, and 'avals', its arrays' shapes and dtypes) -> what to do in its place with
-# them, or None: leave it
+# A function of an operation's parameters, extended by 'avals', the shapes and dtypes of its inputs. It returns a function of
+# the inputs that replaces the operation, or None to keep the operation.
 Rule = Callable[[dict], Callable | None]
 
 
 def rewritten(fn: Callable, rules: Mapping[str, Rule]) -> Callable:
-    """`fn`, whose operations of the names in `rules` are replaced where the rule gives something to put in their place.
+    """Returns `fn` with operations replaced by rules.
 
     Args:
-      fn: arrays, or trees of them, to a tree of arrays. Differentiable and mappable as before.
-      rules: {name of a primitive: its rule}.
+      fn: A function from arrays, or trees of arrays, to a tree of arrays.
+      rules: {name of a primitive: its rule}. An operation is replaced if the rule returns a replacement.
+
+    Returns:
+      A function that can be differentiated and mapped as `fn` can.
     """
 
     @functools.wraps(fn)
@@ -35,10 +38,14 @@ def rewritten(fn: Callable, rules: Mapping[str, Rule]) -> Callable:
 
 
 def recomputed(fn: Callable, stretches: int) -> Callable:
-    """`fn`, which keeps for its gradient only what passes from one of so many stretches to the next.
+    """Returns `fn` divided into segments; only values that pass between segments are kept for the gradient.
 
-    The rest of a stretch is computed again when the gradient comes by: with n operations and about sqrt(n) stretches the
-    memory falls to about 2 / sqrt(n), for one more forward pass (Chen et al., arXiv 1604.06174).
+    All other values of a segment are recomputed during the backward pass. With n operations and about sqrt(n) segments the
+    memory falls to about 2 / sqrt(n), at the cost of one more forward pass (Chen et al., arXiv 1604.06174).
+
+    Args:
+      fn: A function from arrays, or trees of arrays, to a tree of arrays.
+      stretches: The number of segments.
     """
 
     @functools.wraps(fn)
@@ -48,13 +55,14 @@ def recomputed(fn: Callable, stretches: int) -> Callable:
         values = _bound(closed, jax.tree.leaves(args))
         length = max(1, math.ceil(len(jaxpr.eqns) / stretches))
         cuts = range(0, len(jaxpr.eqns), length)
-        asked = {*_variables(jaxpr.outvars)}  # by what comes after a stretch
+        asked = {*_variables(jaxpr.outvars)}  # the variables that are used after a segment
         plan = []
         for start in reversed(cuts):
             equations = jaxpr.eqns[start : start + length]
             made = [v for equation in equations for v in equation.outvars if v in asked]
             own = {v for equation in equations for v in equation.outvars}
-            # In order of use, not of a set: the same program in every process, for the compilation cache.
+            # In order of use and not in the order of a set, so that the program is the same in every process, as the
+            # compilation cache requires.
             inputs = [*dict.fromkeys(v for equation in equations for v in _variables(equation.invars) if v not in own)]
             asked |= {*inputs}
             plan.append((equations, inputs, made))
@@ -67,7 +75,7 @@ def recomputed(fn: Callable, stretches: int) -> Callable:
 
 
 def _stretch(equations, inputs, made, *arrays) -> list:
-    """What `equations` compute of `made` from the arrays of `inputs`."""
+    """Evaluates `equations` on the arrays of the variables `inputs`; returns the values of the variables `made`."""
     values = dict(zip(inputs, arrays, strict=True))
     _follow(equations, values, {})
     return [values[v] for v in made]
@@ -78,7 +86,7 @@ def _variables(atoms) -> list:
 
 
 def _bound(closed, arrays: list) -> dict:
-    """{variable: its value} at the start of a program."""
+    """Returns {variable: its value} at the start of a program."""
     return dict(zip([*closed.jaxpr.constvars, *closed.jaxpr.invars], [*closed.consts, *arrays], strict=True))
 
 
@@ -93,7 +101,7 @@ def _read(variable, values):
 
 
 def _follow(equations, values: dict, rules) -> None:
-    """Compute `equations` in order; `values` has what they need, and gets what they make."""
+    """Evaluates `equations` in order, taking inputs from `values`, {variable: its value}, and adding results to it."""
     for equation in equations:
         arrays = [_read(v, values) for v in equation.invars]
         with equation.ctx.manager:
@@ -119,7 +127,7 @@ def _apply(equation, arrays: list, rules) -> list:
 
 
 def _holds(jaxpr, rules) -> bool:
-    """Whether an operation with a rule is within reach in `jaxpr`."""
+    """Returns whether `jaxpr`, or a program that it calls, has an operation with a rule."""
     for equation in jaxpr.eqns:
         inner = equation.params.get('jaxpr')
         if equation.primitive.name in rules or (inner is not None and _holds(getattr(inner, 'jaxpr', inner), rules)):

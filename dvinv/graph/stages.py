@@ -1,13 +1,13 @@
 """The stages of a network, found in its program (its jaxpr) and not by name.
 
-A network for images lowers their resolution step by step. The output of a stage is the last value of shape [B, h, w, C] of
-one resolution (h, w) through which all of the data flow from the images to the logits passes: a cut of the dataflow graph.
-In a residual network it is the output of the last block before a strided block, in a VGG the input of a pooling, in a
-MobileNet the input of a strided depthwise convolution. Whatever follows depends on the images through this value alone, so
-the network can be cut there: `record` returns the outputs of its stages, and `graft` replaces them while the network runs.
+A network for images lowers their resolution step by step. The output of a stage is the last value [B, h, w, C] of one
+resolution (h, w) through which all data flow from the images to the logits: a cut of the dataflow graph. In a residual
+network it is the output of the last block before a strided block, in a VGG the input of a pooling, in a MobileNet the input
+of a strided depthwise convolution. All later values depend on the images through this value alone, so that the network can
+be cut there: `record` returns the outputs of its stages, and `graft` replaces them while the network runs.
 
-Functions that a program calls (`jit`, `jax.checkpoint`, closed calls) are looked into. Loops, branches and functions with a
-derivative of their own (`jax.nn.relu`, for instance) stay whole, and so the derivative stays as it is.
+Functions that a program calls (`jit`, `jax.checkpoint`, closed calls) are inlined. Loops, branches and functions with a
+custom derivative (`jax.nn.relu`, for instance) stay whole, so that the derivative stays as it is.
 """
 
 import dataclasses
@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from dvinv.errors import DvinvError, listed
 from dvinv.graph.dataflow import Place, between, contracts, cuts, evaluate, graph_of, hides, place_of
 
-LAYOUT = ('pad', 'transpose')  # operations that prepare a value for the next one; their results are no output of a stage
+# Operations that prepare a value for the next operation; their results are not outputs of a stage.
+LAYOUT = ('pad', 'transpose')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Stage:
     Attributes:
       resolution: (h, w), in pixels.
       channels: C.
-      operation: The operation that computes the output and the module in which it is called, for tables and sentences.
+      operation: The operation that computes the output and the module in which it is called, for tables and messages.
       place: Where the program computes the output: the place of an operation.
       outputs: Which results of that operation are the output.
     """
@@ -57,7 +58,7 @@ class StagePair:
 
     @property
     def projected(self) -> bool:
-        """Whether the numbers of channels differ, so that the comparison takes a projection."""
+        """Whether the numbers of channels differ, so that the comparison needs a projection."""
         return self.teacher.channels != self.student.channels
 
 
@@ -69,14 +70,14 @@ def find_stages(fn: Callable, *args, name: str = 'The network') -> tuple[Stage, 
         `features_in_training` of a module. Only the logits count: running statistics that a network in train mode returns
         as well do not change its stages.
       *args: The arguments of `fn`, arrays or `jax.ShapeDtypeStruct`s. The second one is x [B, H, W, C].
-      name: The subject of the sentence.
+      name: The network's name in messages.
 
     Returns:
-      A stage for each resolution of more than one pixel. The images themselves are no stage, and neither is what is
+      A stage for each resolution of more than one pixel. The images are not a stage, and neither are values that are
       computed from them without weights.
 
     Raises:
-      DvinvError: There is none; names the operation that cannot be looked into, if there is one.
+      DvinvError: There is none. The message names the operation that cannot be inlined, if there is one.
     """
     return _stages(jax.make_jaxpr(fn)(*args), args, name)
 
@@ -95,7 +96,7 @@ def record(fn: Callable, resolutions: Sequence[tuple[int, int]]) -> Callable:
 
 
 def graft(fn: Callable, resolutions: Sequence[tuple[int, int]], replace: Callable) -> Callable:
-    """Returns `fn` with the outputs of its stages recorded and then replaced, so that what follows runs from the new values.
+    """Returns `fn` with the outputs of its stages recorded and replaced; later operations take the new values.
 
     The result can be compiled, differentiated and mapped as `fn` can. It finds the stages each time that it is traced, so
     it may be called with other shapes, and in train mode or not, as long as `fn` has these stages.
@@ -103,8 +104,8 @@ def graft(fn: Callable, resolutions: Sequence[tuple[int, int]], replace: Callabl
     Args:
       fn: See `find_stages`.
       resolutions: (h, w) of the stages.
-      replace: (index in `resolutions`, output [B, h, w, C]) -> the value of the same shape that takes the place of the
-        output, for instance the output of a teacher's stage. It is cast to the dtype of the output.
+      replace: (index in `resolutions`, output [B, h, w, C]) -> the value of the same shape that replaces the output, for
+        instance the output of a teacher's stage. It is cast to the dtype of the output.
 
     Returns:
       (variables, x, ...) -> (what `fn` returns, [the output of each of these stages before it is replaced]).
@@ -138,8 +139,8 @@ def match_stages(teacher: Sequence[Stage], student: Sequence[Stage], image_shape
       image_shape: (H, W, C) of the images.
 
     Returns:
-      A pair for each resolution that both have, in the order of the student. A resolution that only one of them has is left
-      out, for instance where their stems have different strides.
+      A pair for each resolution that both have, in the student's order. A resolution that only one of them has is left out,
+      for instance if their stems have different strides.
 
     Raises:
       DvinvError: They have no resolution in common.
@@ -174,8 +175,8 @@ def _stages(closed, args, name: str) -> tuple[Stage, ...]:
         if output.ndim != 4 or output.shape[0] != args[1].shape[0] or not jnp.issubdtype(output.dtype, jnp.floating):
             continue
         resolution, channels = tuple(output.shape[1:3]), output.shape[3]
-        # What has more rows or columns than a value before it is not [B, h, w, C], and what was computed without weights
-        # since the stage before, as the images themselves or the mean over windows, is no stage of its own.
+        # A value with more rows or columns than an earlier stage is not [B, h, w, C]. A value that is computed without
+        # weights from the stage before it or from the images, such as the mean over windows, is not a separate stage.
         earlier = [other for other in stages if other != resolution]
         coarser = all(new <= old for other in earlier for new, old in zip(resolution, other, strict=True))
         if math.prod(resolution) > 1 and coarser and contractions > max((weights[other] for other in earlier), default=0):

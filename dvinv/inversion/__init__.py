@@ -1,7 +1,8 @@
-"""The heart: pixels are optimised until a frozen teacher is sure of them and finds their statistics familiar.
+"""Inversion, the core of dvinv: images are optimised until a frozen teacher is confident and their statistics match.
 
-Pure functions, no files (but of moments) and no flags. Read in the order teacher, tap, nnx_tap, moments, recording,
-augmentation, losses, priors, objective, execution, parameterization, step, programs, invert; settings are in dvinv.config.
+The package consists of pure functions. It reads no flags and no files except those with recorded moments. A good order to
+read it is teacher, tap, nnx_tap, moments, recording, augmentation, losses, priors, objective, execution, parameterization,
+step, programs, invert. Settings are in dvinv.config.
 """
 
 from dvinv.inversion.invert import (

@@ -1,11 +1,11 @@
-"""What a network is shown: images scaled down, cut, shifted, mirrored, with noise, mixed.
+"""Augmentation of the images that a network takes: scaling, cropping, shifting, mirroring, noise and mixing.
 
 The paper rolls the whole batch by one random offset and flips it by one coin. The alternative, `crop`, pads each image
-with black and cuts a random window of its own: running statistics describe the *augmented* training set, so a
-teacher that was trained on padded random crops is best shown the same.
+with black and cuts a random window that differs from image to image: running statistics describe the *augmented*
+training set, so that a teacher trained on padded random crops should be given such crops here, too.
 
-Random numbers are drawn for the whole batch from a key that no device index enters; a device that holds a part of the
-batch takes its slice of them.
+Random numbers are drawn for the whole batch, from a key that does not depend on the device; a device that holds a part of
+the batch takes its slice of them.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from dvinv.networks.classifier import Classifier
 
 
 def average_pool(x: jax.Array, factor: int) -> jax.Array:
-    """Means of `factor` x `factor` pixels; [B, H, W, C] -> [B, H/factor, W/factor, C]."""
+    """Computes the means of `factor` x `factor` pixels: [B, H, W, C] -> [B, H/factor, W/factor, C]."""
     if factor == 1:
         return x
     b, h, w, c = x.shape
@@ -27,10 +27,18 @@ def average_pool(x: jax.Array, factor: int) -> jax.Array:
 
 
 def scaled_down(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """x [B, H, W, C] at the (height, width) `size`, which is nowhere larger; -> [B, *size, C].
+    """Scales images down to a smaller size.
 
-    Where `size` divides, means of squares. Elsewhere a pixel is the mean of those around its place under a triangle that
-    ends at the neighbours' places (linear interpolation with antialiasing): a matrix an axis.
+    If one factor takes both height and width to `size`, a new pixel is the mean of a square of pixels. Otherwise it is the
+    weighted mean of the pixels around its position, under a triangle that ends at the positions of the neighbouring new
+    pixels (linear interpolation with antialiasing): one matrix product per axis.
+
+    Args:
+      x: [B, H, W, C].
+      size: The new (height, width), neither larger than the old one.
+
+    Returns:
+      [B, *size, C].
     """
     height, width = x.shape[1:3]
     factor = height // size[0]
@@ -43,7 +51,7 @@ def scaled_down(x: jax.Array, size: tuple[int, int]) -> jax.Array:
 
 
 def _triangles(old: int, new: int) -> np.ndarray:
-    """Weights float32 [old, new] of the pixels of a line in those that it is scaled down to; each of these has the sum 1."""
+    """Returns float32 [old, new], the weights of the pixels of a line in those of the scaled line; each column sums to 1."""
     step = old / new
     places = (np.arange(new) + 0.5) * step - 0.5
     weights = np.maximum(0, 1 - np.abs(np.arange(old)[:, None] - places) / step)
@@ -51,18 +59,24 @@ def _triangles(old: int, new: int) -> np.ndarray:
 
 
 def roll(key: jax.Array, x: jax.Array, pixels: int) -> jax.Array:
-    """Roll the whole batch by one offset, uniform in [-pixels, pixels] an axis; what leaves on one side returns."""
+    """Rolls the whole batch by one offset, uniform in [-pixels, pixels] per axis; pixels wrap around at the border."""
     offset = jax.random.randint(key, (2,), -pixels, pixels + 1)
     return jnp.roll(x, offset, (1, 2))
 
 
 def flip(key: jax.Array, x: jax.Array) -> jax.Array:
-    """Mirror the whole batch left to right, by one fair coin."""
+    """Mirrors the whole batch left to right with probability 1/2."""
     return jnp.where(jax.random.bernoulli(key), x[:, :, ::-1], x)
 
 
 def per_image(draw, local: int, axis: str | None):
-    """The `local` rows of `draw(batch)` that belong to this device's images; `draw` makes them for a whole batch."""
+    """Returns the rows of `draw(batch size)` for this device's images.
+
+    Args:
+      draw: A function from the number of images in the whole batch to random numbers, with one row per image.
+      local: The number of images on this device.
+      axis: The mesh axis over which the batch is split, or None.
+    """
     if axis is None:
         return draw(local)
     rows = draw(local * jax.lax.axis_size(axis))
@@ -70,38 +84,39 @@ def per_image(draw, local: int, axis: str | None):
 
 
 def crop_each(key: jax.Array, x: jax.Array, pixels: int, fill: jax.Array, axis: str | None = None) -> jax.Array:
-    """Pad each image by `pixels` on all sides with the colour `fill` [C] and cut a random window of its old size."""
+    """Pads each image by `pixels` on all sides with the colour `fill` [C] and cuts a random window of its old size."""
     if pixels == 0:
         return x
     offsets = per_image(lambda n: jax.random.randint(key, (n, 2), 0, 2 * pixels + 1), x.shape[0], axis)
-    fill = fill[None, None, None]  # expanded, as everywhere: users may let JAX refuse implicit rank promotion
-    # Padding is done around zero, so that any colour (black in normalised space is not 0) serves.
+    fill = fill[None, None, None]  # expanded, because users may let JAX refuse implicit rank promotion
+    # The fill is subtracted first, so that padding with zeros pads with any colour (black in normalised space is not 0).
     padded = jnp.pad(x - fill, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)))
     window = jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), x.shape[1:]))
     return window(padded, offsets) + fill
 
 
 def flip_each(key: jax.Array, x: jax.Array, axis: str | None = None) -> jax.Array:
-    """Mirror each image left to right by a coin of its own."""
+    """Mirrors each image left to right with probability 1/2, independently of the others."""
     coins = per_image(lambda n: jax.random.bernoulli(key, shape=(n, 1, 1, 1)), x.shape[0], axis)
     return jnp.where(coins, x[:, :, ::-1], x)
 
 
 def add_noise(key: jax.Array, x: jax.Array, most: jax.Array, axis: str | None = None) -> jax.Array:
-    """Add Gaussian noise; each image's deviation is drawn from [0, `most`], `most` [C] in normalised space."""
+    """Adds Gaussian noise to each image, with a deviation uniform in [0, `most`]; `most` [C] is in normalised space."""
     deviation_key, noise_key = jax.random.split(key)
     deviations = per_image(lambda n: jax.random.uniform(deviation_key, (n, 1, 1, 1)), x.shape[0], axis)
     noise = per_image(lambda n: jax.random.normal(noise_key, (n, *x.shape[1:])), x.shape[0], axis)
-    # XLA folds `most` into the constants of the draw, or not, depending on the number of devices: the bits must not.
+    # XLA may or may not fold `most` into the constants of the draw, depending on the number of devices; the barrier makes
+    # the result independent of it.
     deviations, noise = jax.lax.optimization_barrier((deviations, noise))
     return x + most[None, None, None] * deviations * noise
 
 
 def resized_crop_each(key: jax.Array, x: jax.Array, least: float, axis: str | None = None) -> jax.Array:
-    """Cut a window of at least the share `least` of its area from each image, and scale it to the image's size.
+    """Cuts a random window from each image and scales it to the image's size.
 
-    Its area is uniform in [`least`, 1] of the image's, its shape log-uniform in [3/4, 4/3] (Szegedy et al., arXiv 1409.4842,
-    section 6), its place uniform; a window that would stick out is narrowed.
+    The area of the window is uniform in [`least`, 1] of the image's area, its aspect ratio log-uniform in [3/4, 4/3]
+    (Szegedy et al., arXiv 1409.4842, section 6), and its position uniform. A window that exceeds the image is narrowed.
     """
     draws = per_image(lambda n: jax.random.uniform(key, (n, 4)), x.shape[0], axis)
     area, shape = least + (1 - least) * draws[:, 0], jnp.exp((2 * draws[:, 1] - 1) * np.log(4 / 3))
@@ -116,9 +131,9 @@ def resized_crop_each(key: jax.Array, x: jax.Array, least: float, axis: str | No
 
 
 def color_shift_each(key: jax.Array, x: jax.Array, strength: float, axis: str | None = None) -> jax.Array:
-    """Scales and shifts each channel of each image, normalised [B, H, W, C]: the ColorShift of arXiv 2201.12961.
+    """Scales and shifts each channel of each normalised image [B, H, W, C]: the ColorShift of arXiv 2201.12961.
 
-    x' = exp(v) x - u,   u, v uniform in [-strength, strength], a channel and image
+    x' = exp(v) x - u,   u, v uniform in [-strength, strength] for each channel and image
     """
     shape = (1, 1, x.shape[-1])
     draws = per_image(lambda n: jax.random.uniform(key, (n, 2, *shape), minval=-1, maxval=1), x.shape[0], axis) * strength
@@ -126,10 +141,10 @@ def color_shift_each(key: jax.Array, x: jax.Array, strength: float, axis: str | 
 
 
 def centred(x: jax.Array, share: float) -> jax.Array:
-    """The middle of images [B, H, W, C], so much of their height and width, scaled up to their size.
+    """Crops the central `share` of the height and width of images [B, H, W, C] and scales it up to their size.
 
-    Inversions that begin there, and see more from stage to stage, put their things into the middle of the picture (the
-    centring and zoom of Plug-In Inversion, arXiv 2201.12961, section 3).
+    An inversion that begins with the centre, and shows the network more from stage to stage, places objects in the middle
+    of the image (the centring and zoom of Plug-In Inversion, arXiv 2201.12961, section 3).
     """
     if share >= 1:
         return x
@@ -139,12 +154,12 @@ def centred(x: jax.Array, share: float) -> jax.Array:
 
 
 def color_jitter_each(key: jax.Array, x: jax.Array, strength: float, axis: str | None = None) -> jax.Array:
-    """Changes contrast, brightness and tint of each image [H, W, C]; -> [B, H, W, C].
+    """Changes contrast, brightness and tint of each image of a batch [B, H, W, C].
 
         x' = m + (x - m) exp(s a) + d s (b + c / 2)
 
-    m and d are the image's mean and standard deviation over pixels and channels, s is `strength`, a and b are one standard
-    normal number an image, c one an image and channel.
+    Here m and d are the image's mean and standard deviation over pixels and channels, and s is `strength`. a and b are
+    standard normal numbers, one per image; c is one per image and channel.
     """
     draws = per_image(lambda n: jax.random.normal(key, (n, 1, 1, 2 + x.shape[-1])), x.shape[0], axis)
     contrast, shift = jnp.exp(strength * draws[..., :1]), strength * (draws[..., 1:2] + draws[..., 2:] / 2)
@@ -153,10 +168,11 @@ def color_jitter_each(key: jax.Array, x: jax.Array, strength: float, axis: str |
 
 
 def cutmix(key: jax.Array, x: jax.Array, probability: float) -> jax.Array:
-    """Pastes a rectangle of its neighbour in reversed order into each image, with `probability` (arXiv 1905.04899).
+    """Pastes a rectangle of another image into each image with `probability` (CutMix, arXiv 1905.04899).
 
-    The rectangle has the shape of the image and a share of its area that is uniform in [0, 1]; its centre is uniform in the
-    image, and what would stick out is cut off. Both images keep their places: the rectangle shows the same part of each.
+    Image i gets a rectangle of image B - 1 - i, at the same position in both. The rectangle has the aspect ratio of the
+    image, a share of its area that is uniform in [0, 1], and a centre that is uniform in the image; parts outside of the
+    image are cut off.
     """
     n, *size = x.shape[:3]
     draws = jax.random.uniform(key, (n, 4))
@@ -169,28 +185,35 @@ def cutmix(key: jax.Array, x: jax.Array, probability: float) -> jax.Array:
 
 
 def mixup(key: jax.Array, x: jax.Array, alpha: float) -> jax.Array:
-    """Every image and its neighbour in reversed order, mixed by one share ~ Beta(alpha, alpha) (arXiv 1710.09412)."""
+    """Mixes image i with image B - 1 - i by one share ~ Beta(alpha, alpha) for the whole batch (arXiv 1710.09412)."""
     share = jax.random.beta(key, alpha, alpha)
     return share * x + (1 - share) * x[::-1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """How images are changed before a network sees them."""
+    """The settings of the random changes to images before a network takes them, applied by calling the object."""
 
-    kind: str = 'crop'  # 'roll' (the paper: one offset, one coin a batch) or 'crop' (one an image; black comes in)
-    shift: int = 0  # pixels, up to
-    flip: bool = False  # mirror left to right, by a coin
-    noise: float = 0.0  # deviation of Gaussian noise, up to, for pixels in [0, 1]
-    resized_crop: float = 0.0  # least share of the image in a random window that is scaled up; 0: no such window
+    kind: str = 'crop'  # 'roll' (the paper: one offset and one coin per batch) or 'crop' (one per image, padded with black)
+    shift: int = 0  # largest shift in pixels
+    flip: bool = False  # mirror left to right with probability 1/2
+    noise: float = 0.0  # largest deviation of Gaussian noise, for pixels in [0, 1]
+    resized_crop: float = 0.0  # least share of the image's area in a random window that is scaled up; 0: no such window
     color_jitter: float = 0.0  # strength of random contrast, brightness and tint; 0: none
-    cutmix: float = 0.0  # probability that an image gets a rectangle of another. Of whole batches, not split ones
-    mixup: float = 0.0  # alpha of the share of another image that is mixed in; 0: none. Of whole batches, not split ones
+    cutmix: float = 0.0  # probability that an image gets a rectangle of another; only for batches that are not split
+    mixup: float = 0.0  # alpha of the share of another image that is mixed in; 0: none; only for batches that are not split
 
     color_shift: float = 0.0  # strength of random scales and shifts of each channel, see `color_shift_each`; 0: none
 
     def __call__(self, key: jax.Array, x: jax.Array, network: Classifier, axis: str | None = None) -> jax.Array:
-        """The view x' of images x [B, H, W, C] normalised for `network`; `key` is the same on every device of `axis`."""
+        """Returns augmented images x' [B, H, W, C].
+
+        Args:
+          key: A random key, the same on every device of `axis`.
+          x: [B, H, W, C], normalised for `network`.
+          network: The network that takes the images; defines black and the scale of noise.
+          axis: The mesh axis over which the batch is split, or None.
+        """
         dtype = x.dtype  # random numbers may be float64, where JAX is allowed to
         shift_key, flip_key, noise_key = jax.random.split(key, 3)
         if self.resized_crop:
@@ -204,7 +227,8 @@ class Augmentation:
         if self.flip:
             x = flip(flip_key, x) if self.kind == 'roll' else flip_each(flip_key, x, axis)
         if self.noise:
-            # Divided here, not in the program: XLA folds that quotient differently on one device and on several.
+            # Divided on the host and not in the program, because XLA folds this quotient differently on one device and on
+            # several.
             x = add_noise(noise_key, x, (self.noise / np.asarray(network.std)).astype(np.float32), axis)
         if self.color_shift:
             x = color_shift_each(jax.random.fold_in(key, 7), x, self.color_shift, axis)
@@ -216,7 +240,7 @@ class Augmentation:
 
 
 def augmentation_of(settings: Stage | TrainingSettings) -> Augmentation:
-    """Returns how a stage of an inversion, or a training, changes images before the network sees them."""
+    """Returns the `Augmentation` of a stage of an inversion, or of a training."""
     if isinstance(settings, Stage):
         shift = settings.color_shift
         return Augmentation(settings.augmentation, settings.jitter, settings.flip, settings.noise, color_shift=shift)

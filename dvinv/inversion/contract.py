@@ -1,4 +1,4 @@
-"""What a network must answer before it is inverted, found out by running it on a few images."""
+"""Checks of a network's outputs before it is inverted, made by running it on a few images."""
 
 from collections.abc import Callable
 
@@ -11,21 +11,23 @@ from dvinv.networks.channels.flat import flat_program
 from dvinv.networks.classifier import Classifier
 
 IMAGES = 4
-TOLERANCE = 0.005  # of what logits differ by from image to image, by which an image's may change; batch moments do far more
-ROUNDING = 2**-8  # the same, of their size: the rounding of bfloat16
+# The most by which an image's logits may change with the other images of the batch: the larger of these shares.
+TOLERANCE = 0.005  # of the range of the logits over the images; moments of the batch cause far larger changes
+ROUNDING = 2**-8  # of the size of the logits: the rounding of bfloat16
 
 
 def check_answers(classifier: Classifier, name: str) -> None:
-    """Refuses a network that does not answer as a classifier must, by its logits for a few images of noise.
+    """Validates that a network returns logits as a classifier must, for a few images of noise.
 
-    Does nothing where the variables are shapes, of a network that is yet to be trained.
+    Does nothing if the variables are shapes, as those of a network that is yet to be trained.
 
     Args:
-      name: what the sentences call the network.
+      classifier: The network.
+      name: The network's name in messages.
 
     Raises:
-      DvinvError: logits that are NaN or +inf, have no gradient with respect to the pixels, are probabilities, or depend on
-        the other images of the batch.
+      DvinvError: The logits are NaN or infinite (one of a masked class may be -inf), have no finite, non-zero gradient with
+        respect to the pixels, are probabilities, or depend on the other images or the size of the batch.
     """
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(classifier.variables)):
         return
@@ -51,7 +53,7 @@ def check_answers(classifier: Classifier, name: str) -> None:
         )
     _check_probabilities(classifier, name, logits, lambda: run(100 * mixed)[0])
     alone = run(np.broadcast_to(mixed[:1], mixed.shape))[0]  # at every place in the batch
-    # Each class by itself, as one may be masked by -1e9.
+    # Each class separately, since one may be masked by -1e9.
     finite = np.isfinite(logits).all(0)
     span, size = np.ptp(logits[:, finite], 0).max(initial=0), np.abs(logits[:, finite]).max(0)
     change = np.abs(logits[:1, finite] - alone[:, finite]).max(0)
@@ -65,11 +67,15 @@ def check_answers(classifier: Classifier, name: str) -> None:
 
 
 def _check_single(classifier: Classifier, name: str) -> None:
-    """Refuses a network that takes batches of some sizes only, by the shape of its answer for one image."""
+    """Validates by shapes that the network returns logits [1, K] for one image; some networks take only one batch size.
+
+    Raises:
+      DvinvError: It does not.
+    """
     x = jax.ShapeDtypeStruct((1, *classifier.image_shape), np.float32)
     try:
         what = str(jax.eval_shape(classifier.apply_fn, classifier.variables, x).shape)
-    except Exception as error:  # the user's network runs; Flax and JAX raise many kinds here
+    except Exception as error:  # the user's network runs here, and Flax and JAX raise many kinds
         what = in_a_line(error)
     if what != str((1, classifier.num_classes)):
         raise DvinvError(
@@ -79,36 +85,46 @@ def _check_single(classifier: Classifier, name: str) -> None:
 
 
 def _compiled(classifier: Classifier, name: str) -> Callable:
-    """Returns `x -> (logits, their gradient)`, numpy float32, for batches of `IMAGES` images."""
-    # One weight a logit, so that those of one image cannot cancel: a softmax's have a sum without a gradient.
+    """Returns `x -> (logits, gradient of their weighted sum)`, numpy float32, for batches of `IMAGES` images."""
+    # A different weight for each logit, so that the gradients of one image's logits cannot cancel: the plain sum of the
+    # outputs of a softmax has no gradient.
     weights = np.random.default_rng(1).normal(size=(IMAGES, classifier.num_classes)).astype(np.float32)
 
     def run(variables, x):
         logits, pull = jax.vjp(lambda x: classifier.apply_fn(variables, x), x)
         return logits.astype(jnp.float32), pull(weights.astype(logits.dtype))[0]
 
-    # Run twice, so not worth optimising.
+    # The program runs only a few times, so that optimising it is not worth the time.
     program = jax.jit(run, compiler_options={'xla_backend_optimization_level': 0})
     x = jax.ShapeDtypeStruct((IMAGES, *classifier.image_shape), np.float32)
     try:
         jax.eval_shape(program, classifier.variables, x)
-    except Exception as error:  # the user's network is differentiated; Flax and JAX raise many kinds here
+    except Exception as error:  # the user's network is differentiated here, and Flax and JAX raise many kinds
         raise DvinvError(f'{name} cannot be differentiated with respect to its images: {in_a_line(error)}') from error
     return lambda x: jax.device_get(program(classifier.variables, x))
 
 
 def _images(image_shape) -> np.ndarray:
-    """Noise, float32 [IMAGES, H, W, C] in [0, 1], of different brightness and contrast, for unlike moments."""
+    """Returns noise, float32 [IMAGES, H, W, C] in [0, 1], with a brightness and contrast that differ from image to image.
+
+    The images therefore have different moments, so that a dependence on the moments of the batch shows.
+    """
     noise = np.random.default_rng(0).uniform(-0.5, 0.5, size=(IMAGES, *image_shape))
     brightness, contrast = (np.reshape(values, (IMAGES, 1, 1, 1)) for values in ((0.5, 0.2, 0.8, 0.4), (0.5, 0.3, 0.1, 0.8)))
     return (brightness + contrast * noise).astype(np.float32)
 
 
 def _check_probabilities(classifier: Classifier, name: str, logits: np.ndarray, of_strong_images: Callable) -> None:
-    """Refuses the answers of a softmax (also in percent) or of sigmoids.
+    """Validates that outputs are not those of a softmax (also in percent) or of sigmoids.
 
     Args:
-      of_strong_images: returns the logits of images with a contrast that drives true logits far from where they were.
+      classifier: The network.
+      name: Its name in messages.
+      logits: Its outputs [B, K].
+      of_strong_images: Returns the outputs for images with so strong a contrast that true logits would change a lot.
+
+    Raises:
+      DvinvError: They are.
     """
     for total, layer, way_out in (
         (1, 'softmax', 'take the log of it'),
@@ -117,7 +133,8 @@ def _check_probabilities(classifier: Classifier, name: str, logits: np.ndarray, 
     ):
         if _are_shares(logits, total):
             strong = of_strong_images()
-            # Sigmoids saturate at both ends, but where contrast is normalised away; logits may stay in [0, 1] as well.
+            # Sigmoids saturate at both ends, unless the network normalises the contrast away. Logits may also stay in
+            # [0, 1], so that the last operation decides then.
             if _are_shares(strong, total) and (total or np.ptp(strong) > 0.5 or _ends_in_sigmoids(classifier)):
                 what = f'not negative, and sum to {total}' if total else 'in [0, 1], however strong its contrast'
                 raise DvinvError(
@@ -127,7 +144,7 @@ def _check_probabilities(classifier: Classifier, name: str, logits: np.ndarray, 
 
 
 def _ends_in_sigmoids(classifier: Classifier) -> bool:
-    """Whether the last operation on the logits, but for changes of their shape and dtype, is a sigmoid."""
+    """Returns whether the last operation on the logits, apart from changes of their shape and dtype, is a sigmoid."""
     x = jax.ShapeDtypeStruct((IMAGES, *classifier.image_shape), np.float32)
     program = flat_program(jax.make_jaxpr(classifier.apply_fn)(classifier.variables, x))
     (value,), passed = program.outputs, ('convert_element_type', 'reshape', 'squeeze', 'slice', 'transpose', 'copy')
@@ -140,7 +157,7 @@ def _ends_in_sigmoids(classifier: Classifier) -> bool:
 
 
 def _are_shares(answers: np.ndarray, total: float) -> bool:
-    """Whether all rows of `answers` [B, K] are not negative and sum to `total`; 0: whether all are in [0, 1]."""
+    """Returns whether all rows of `answers` [B, K] are non-negative and sum to `total`, or are in [0, 1] if that is 0."""
     if not answers.min() >= 0:
         return False
     return bool(np.allclose(answers.sum(1), total, rtol=0.01, atol=0) if total else answers.max() <= 1)

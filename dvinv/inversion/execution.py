@@ -1,6 +1,6 @@
-"""How frozen networks are run while images are made: in the backend's favourite form, in bfloat16, in little memory.
+"""Execution of frozen networks during an inversion: in a form that suits the backend, in bfloat16, or in little memory.
 
-None of it changes what is computed, only how: the networks stay as their authors wrote them.
+These transforms change how a network's function is computed, not the function itself; the user's network stays unmodified.
 """
 
 import dataclasses
@@ -17,7 +17,14 @@ from dvinv.networks.suited import suited_to
 
 
 def executed(teacher: Teacher, student_fn: Callable | None, config: InversionConfig, platform: str):
-    """(teacher, student_fn) whose forward passes are run as `config` asks and `platform` ('cpu', 'gpu', 'tpu') likes."""
+    """Returns (teacher, student_fn) with forward passes run as set in `config` and in a form that suits the platform.
+
+    Args:
+      teacher: The network to invert.
+      student_fn: (student_variables, x) -> logits, or None.
+      config: The settings; `recompute` and `precision` are applied.
+      platform: 'cpu', 'gpu' or 'tpu'.
+    """
 
     def run(fn: Callable) -> Callable:
         fn = suited_to(platform, fn)
@@ -32,7 +39,7 @@ def executed(teacher: Teacher, student_fn: Callable | None, config: InversionCon
 
 
 def in_precision(network: Classifier, precision: str) -> Classifier:
-    """Returns `network`, a Classifier or Teacher, with its answers and features computed in `precision`."""
+    """Returns `network`, a Classifier or Teacher, with its logits and features computed in `precision`."""
     if precision == 'float32':
         return network
     fields = {'apply_fn', 'features'} & {field.name for field in dataclasses.fields(network)}
@@ -40,9 +47,9 @@ def in_precision(network: Classifier, precision: str) -> Classifier:
 
 
 def in_bfloat16(fn: Callable) -> Callable:
-    """`fn(variables, x)` with images and trained weights in bfloat16.
+    """Returns `fn(variables, x)` computed with images and trained weights in bfloat16.
 
-    Running statistics stay float32, and so do the moments that are set against them: the tap takes its sums in float32.
+    Running statistics stay float32, and so do the moments that are compared with them: the tap computes its sums in float32.
     """
 
     def run(variables, x):

@@ -1,4 +1,4 @@
-"""Whole inversions: labels in, images out. The host's loop around the programs of programs.py."""
+"""Inversion of whole batches, from labels to images: the loop on the host around the compiled programs of programs.py."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,15 +16,15 @@ from dvinv.inversion.teacher import Teacher
 from dvinv.networks.suited import suited_to
 from dvinv.runtime.devices import make_mesh, on_mesh
 
-REPORT_EVERY = 20  # iterations between two looks at the metrics, at least
-FAR = 20  # times the distance of black and white that normalised images are from grey at most
+REPORT_EVERY = 20  # the least number of iterations between two fetches of the metrics
+FAR = 20  # the largest distance of normalised images from grey, in multiples of the distance between black and white
 
 
 def validate_resolutions(teacher: Teacher, config: InversionConfig) -> None:
-    """Refuse, by shapes alone, a stage at a resolution that the network cannot take.
+    """Validates, by shapes alone, that the network takes images of the resolution of every stage.
 
     Raises:
-      DvinvError: names the stage and what the network said.
+      DvinvError: The network cannot take such images. The message names the stage and quotes the network's error.
     """
     height, width, channels = teacher.image_shape
     for i, stage in enumerate(config.stages):
@@ -43,10 +43,10 @@ def validate_resolutions(teacher: Teacher, config: InversionConfig) -> None:
 
 
 def validate_statistics(teacher: Teacher, config: InversionConfig) -> None:
-    """Refuse a network that has nothing for the feature term to match, where that has a weight.
+    """Validates that the network has statistics for the feature term to match, if that term has a weight.
 
     Raises:
-      DvinvError: says both ways out.
+      DvinvError: The network has neither running statistics nor recorded moments. The message names both remedies.
     """
     if config.weights.feature and not teacher.statistics(teacher.variables):
         raise DvinvError(
@@ -58,10 +58,10 @@ def validate_statistics(teacher: Teacher, config: InversionConfig) -> None:
 
 
 def attention_of(teacher: Teacher, config: InversionConfig) -> tuple[str, ...]:
-    """Returns the places of the attention outputs that `weights.patch_similarity` is of.
+    """Returns the places of the attention outputs from which the patch similarity term is computed.
 
     Raises:
-      DvinvError: the network has no such layers, or they are within lifted loops.
+      DvinvError: The network has no such layers, or they are inside lifted loops.
     """
     places, x = teacher.tap.find(teacher.variables, config.attention), np.zeros((1, *teacher.image_shape), np.float32)
     _, _, captured = jax.eval_shape(lambda v, x: teacher.tap(v, x, capture=places), teacher.variables, x)
@@ -75,7 +75,7 @@ def attention_of(teacher: Teacher, config: InversionConfig) -> tuple[str, ...]:
 
 
 def takes_resolutions(teacher: Teacher, config: InversionConfig) -> bool:
-    """Whether the network takes images of the resolutions of all stages: one that flattens them takes a single one."""
+    """Returns whether the network takes the resolutions of all stages; a network that flattens its input takes only one."""
     try:
         validate_resolutions(teacher, config)
     except DvinvError:
@@ -85,12 +85,14 @@ def takes_resolutions(teacher: Teacher, config: InversionConfig) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Inversion:
-    """Finished batches.
+    """The result of an inversion: one or several finished batches.
 
     Attributes:
-      images: [..., B, H, W, C] float32, normalised; the last iterate, never the "best".
-      metrics: {'loss' or an unweighted term: [..., iterations] float32}, each before that iteration's update.
-      labels: [..., B] int, what the images are of; None where that was not kept.
+      images: The images of the last iteration, not of the iteration with the lowest loss: [..., B, H, W, C] float32,
+        normalised.
+      metrics: {'loss' or the name of an unweighted term: [..., iterations] float32}. Each value is computed before the
+        update of its iteration.
+      labels: The classes of the images, int [..., B], or None if they were not kept.
     """
 
     images: np.ndarray
@@ -98,7 +100,7 @@ class Inversion:
     labels: np.ndarray | None = None
 
     def __repr__(self):
-        """Says in one line what it holds, without the arrays: shapes, labels, iterations and the mean of the last losses."""
+        """Returns one line with the shapes, labels, number of iterations and mean final loss, without the arrays."""
         parts = [f'images {self.images.dtype} {[*self.images.shape]}']
         if self.labels is not None:
             parts.append(f'labels {listed([str(label) for label in np.ravel(self.labels)])}')
@@ -110,11 +112,13 @@ class Inversion:
 
 @dataclasses.dataclass(frozen=True)
 class BatchCheckpoint:
-    """One batch in the middle of its inversion, on the host: with its key, labels and config it goes on to the bit.
+    """The state of one batch in the middle of its inversion, on the host.
+
+    Together with the batch's key, labels and config it resumes the inversion bit for bit.
 
     Attributes:
-      iterations: done; at least 1.
-      state: what `Programs.take` gives of it.
+      iterations: The number of finished iterations, at least 1.
+      state: The arrays of this batch that `Programs.take` returns.
       metrics: {term: [iterations] float32}.
     """
 
@@ -124,12 +128,16 @@ class BatchCheckpoint:
 
 
 def balanced_labels(number: int, batch_size: int, num_classes: int) -> np.ndarray:
-    """Labels of batch `number`, int32 [B]: classes in turn, on from where the batch before it stopped."""
+    """Returns the labels of batch `number`, int32 [B]: all classes in turn, continued from the end of the previous batch."""
     return ((np.arange(batch_size, dtype=np.int64) + number * batch_size) % num_classes).astype(np.int32)
 
 
 def validate_labels(labels, num_classes: int) -> None:
-    """Refuse labels that the teacher does not know."""
+    """Validates that labels are a vector of integers in [0, num_classes).
+
+    Raises:
+      DvinvError: They are not.
+    """
     labels = np.asarray(labels)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise DvinvError(f'Labels must be a vector of integers; these are {labels.dtype} of shape {labels.shape}.')
@@ -139,14 +147,26 @@ def validate_labels(labels, num_classes: int) -> None:
 
 
 def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student_fn: Callable | None = None):
-    """Compile-once inversion of many batches on one mesh.
+    """Returns a function that inverts many batches on one mesh and is compiled once.
+
+    Args:
+      teacher: The network to invert.
+      config: The settings of the inversion.
+      mesh: The devices.
+      student_fn: (student_variables, x) -> logits, in eval mode: the student of Adaptive DeepInversion; None for plain
+        DeepInversion.
 
     Returns:
-      `run(keys, labels, student_variables=None, on_chunk=None, begun=None, pause=None) -> Inversion` for n batches at a
-      time: keys [n] and labels int [n, B], with n the mesh's size in `device` mode and 1 in `global` mode.
-      `on_chunk(iterations done, {term: mean})` is called as chunks finish. Between two dispatches `pause(take)` may do as it
-      likes: `take()` gives the n batches as they are, `BatchCheckpoint`. Such a list, all after equally many iterations, is
-      what `begun` goes on from.
+      `run(keys, labels, student_variables=None, on_chunk=None, begun=None, pause=None) -> Inversion`, which inverts n
+      batches at a time, where n is the mesh's size in `device` mode and 1 in `global` mode.
+        keys: random keys [n].
+        labels: int [n, B].
+        on_chunk: `on_chunk(iterations done, {term: mean of the last iteration})`, called as chunks finish.
+        begun: a list of n `BatchCheckpoint`s, all after the same number of iterations, from which the inversion resumes.
+        pause: `pause(take)`, called between two dispatches; `take()` returns the n batches as a list of `BatchCheckpoint`s.
+
+    Raises:
+      DvinvError: The settings do not fit the network or its images.
     """
     config.validate_for(teacher.image_shape)
     validate_statistics(teacher, config)
@@ -197,7 +217,7 @@ def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student
             first += stage.iterations
         log.collect()
         images = programs.finish(state)
-        if not np.isfinite(images).all():  # by the very last update, which no loss has seen
+        if not np.isfinite(images).all():  # because of the very last update, after which no loss is computed
             raise DvinvError(
                 f'The images are not finite after the last of {config.iterations} iterations: lower the learning rate.'
             )
@@ -217,21 +237,23 @@ def invert(
     student_variables=None,
     mesh: Mesh | None = None,
 ) -> Inversion:
-    """Synthesize one batch: images that `teacher` takes for `labels` and whose BatchNorm moments match its training set's.
+    """Synthesizes one batch of images that `teacher` classifies as `labels` and that match its BatchNorm statistics.
 
     Args:
-      labels: int [B], one image each.
-      config: the settings, or the name of one of `PRESETS`; None: the preset for images of this size, see `preset_for`.
-      key: of this batch, a random key or the integer that seeds one. The same key, labels and config give the same images.
-      student_fn, student_variables: the competitor of Adaptive DeepInversion, in eval mode; None for plain DeepInversion.
-      mesh: devices for `bn_stats = 'global'` (default: all); a single batch is inverted on one device in `device` mode.
+      teacher: The network to invert.
+      labels: int [B], the class of each image.
+      config: The settings, or the name of one of `PRESETS`. None selects the preset for images of this size, see
+        `preset_for`.
+      key: The batch's random key, or the integer that seeds one. The same key, labels and config give the same images.
+      student_fn, student_variables: The student of Adaptive DeepInversion, in eval mode; None for plain DeepInversion.
+      mesh: The devices for `bn_stats = 'global'` (default: all). In `device` mode a single batch is inverted on one device.
 
     Returns:
-      An `Inversion` with images [B, H, W, C] float32, normalised; `teacher.to_uint8` makes pixels of them.
+      An `Inversion` with images [B, H, W, C] float32, normalised; `teacher.to_uint8` converts them to pixels.
 
     Raises:
-      DvinvError: labels out of range, settings that do not fit the images, a batch that the devices do not divide, or a
-        loss that is not a number (names the step and the term).
+      DvinvError: Labels are out of range, the settings do not fit the images, the number of devices does not divide the
+        batch, or a loss is not finite (the message names the iteration and the term).
     """
     config = _settings(config, teacher)
     labels, (key, kind) = np.asarray(labels), _key_data(key)
@@ -245,7 +267,7 @@ def invert(
 
 
 def _settings(config, teacher: Teacher) -> InversionConfig:
-    """Returns the settings that the argument `config` of `invert` stands for."""
+    """Returns the settings that the argument `config` of `invert` denotes."""
     if config is None:
         preset = PRESETS[preset_for(teacher.image_shape)]
         if takes_resolutions(teacher, preset):
@@ -262,7 +284,7 @@ def _settings(config, teacher: Teacher) -> InversionConfig:
 
 
 def _key_data(key) -> tuple[np.ndarray, str]:
-    """(bits, implementation) of one random key, new or old style, or of the one that an integer seeds."""
+    """Returns (bits, implementation) of one random key, typed or raw uint32, or of the key that an integer seeds."""
     is_array = isinstance(key, jax.Array | np.ndarray | np.generic)
     dtype, shape = (key.dtype, key.shape) if is_array else (type(key) if isinstance(key, int) else object, ())
     if shape == () and jax.dtypes.issubdtype(dtype, np.integer) and -(2**63) <= key < 2**63:
@@ -276,9 +298,11 @@ def _key_data(key) -> tuple[np.ndarray, str]:
 
 
 def make_feature_loss(teacher: Teacher, stage: Stage):
-    """`(variables, images [B, H, W, C] normalised, key) -> R_feature` with unit layer weights, on the view of `stage`.
+    """Returns a compiled function that computes R_feature, with layer weights of 1, of images augmented as in `stage`.
 
-    Of a network without statistics it is NaN.
+    Returns:
+      `(variables, images [B, H, W, C] normalised, key) -> R_feature`, a float32 scalar. It is NaN for a network without
+      statistics.
     """
     tap = suited_to(jax.default_backend(), teacher.tap)
 
@@ -292,17 +316,20 @@ def make_feature_loss(teacher: Teacher, stage: Stage):
 
 
 def feature_loss(teacher: Teacher, images, config: InversionConfig | str | None = None, key: jax.Array | int = 0) -> float:
-    """How far the BatchNorm inputs of a batch are from the running statistics, of synthesized images or of real ones.
+    """Computes how far the BatchNorm inputs of a batch, synthesized or real, are from the running statistics (R_feature).
 
-    A batch of real images is the measure of what can be reached; compare batches of one size, since small ones are further.
+    The value of a batch of real images shows what can be reached. Compare batches of the same size, since the moments of
+    small batches are further from the running statistics.
 
     Args:
-      images: pixels uint8 [B, H, W, C], or normalised floats, as `Inversion.images`.
-      config: see `invert`; the images are shifted, and so on, as in its last stage.
-      key: draws these shifts.
+      teacher: The network.
+      images: Pixels uint8 [B, H, W, C], or normalised floats such as `Inversion.images`.
+      config: See `invert`. The images are augmented as in its last stage.
+      key: The random key of the augmentation, or the integer that seeds one.
 
     Raises:
-      DvinvError: images of another shape than the teacher's.
+      DvinvError: The images do not have the shape that the teacher takes or are not normalised, or the network has neither
+        running statistics nor recorded moments.
     """
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[1:] != tuple(teacher.image_shape) or not len(images):
@@ -317,10 +344,10 @@ def feature_loss(teacher: Teacher, images, config: InversionConfig | str | None 
 
 
 def _normalised(teacher: Teacher, images: np.ndarray) -> np.ndarray:
-    """Returns images that are normalised as float32.
+    """Returns normalised images as float32.
 
     Raises:
-      DvinvError: they are far outside of black and white, as pixels from 0 to 255 are that were not normalised.
+      DvinvError: Values are far outside of the range from black to white, as unnormalised pixels from 0 to 255 are.
     """
     low, high = teacher.valid_range
     if not (np.abs(images - (low + high) / 2) <= FAR * (high - low)).all():
@@ -333,39 +360,43 @@ def _normalised(teacher: Teacher, images: np.ndarray) -> np.ndarray:
 
 
 def _stage_of(config: InversionConfig, iteration: int) -> Stage:
-    """The stage that an iteration of a batch belongs to."""
+    """Returns the stage to which an iteration of a batch belongs."""
     ends = np.cumsum([stage.iterations for stage in config.stages])
     return config.stages[int(np.searchsorted(ends, iteration, side='right'))]
 
 
 def _chunks(iterations: int, most: int) -> list[int]:
-    """Lengths of the dispatches of a stage: equal ones, then the rest."""
+    """Returns the numbers of iterations of the dispatches of a stage: equal ones, then the remainder."""
     full, rest = divmod(iterations, most)
     return [most] * full + [rest] * bool(rest)
 
 
 class _Log:
-    """The metrics of finished chunks, fetched some chunks late: the devices never wait for the host.
+    """The metrics of finished chunks, fetched some chunks late so that the devices never wait for the host.
 
     Attributes:
-      history: {term: [..., iterations]} of each chunk, in order.
+      history: A dict {term: [..., iterations]} for each chunk, in order.
     """
 
     def __init__(self, on_chunk: Callable | None, most: int):
         self._on_chunk, self._most, self._pending, self.history = on_chunk, most, [], []
 
     def add(self, metrics: dict) -> None:
-        """Those of a chunk that is under way; older ones are looked at while it runs."""
+        """Adds the metrics of a dispatched chunk; those of older chunks may be fetched while it runs."""
         if len(self._pending) >= self._most:
             self.collect()
         self._pending.append(metrics)
 
     def terms(self) -> dict[str, np.ndarray]:
-        """{term: [..., iterations]} so far."""
+        """Returns {term: [..., iterations]} of all fetched chunks."""
         return {term: np.concatenate([part[term] for part in self.history], -1) for term in self.history[0]}
 
     def collect(self) -> None:
-        """Fetch the metrics of all chunks so far, stop at the first value that is not a number, and report."""
+        """Fetches the metrics of all chunks added so far, validates them, and reports those of the last iteration.
+
+        Raises:
+          DvinvError: A value is not finite.
+        """
         pending, self._pending = self._pending, []
         for metrics in jax.device_get(pending):
             self._check(metrics, sum(part['loss'].shape[-1] for part in self.history))
@@ -383,7 +414,7 @@ class _Log:
             if not np.isfinite(values).all()
         }
         if bad:
-            # The loss is a sum of the terms: blame a term where one is to blame.
+            # The loss is the sum of the terms: name a term rather than the loss where both became non-finite at once.
             term = min(bad, key=lambda name: (bad[name], name == 'loss'))
             if term == 'cross_entropy' and done + bad[term] == 0 and np.isposinf(np.atleast_2d(metrics[term])[:, 0]).any():
                 raise DvinvError(
@@ -397,10 +428,10 @@ class _Log:
 
 
 def _parted(terms: dict, batches: int, split: bool) -> list[dict]:
-    """Metrics of each batch, {term: [iterations]}, of those of all."""
+    """Splits the metrics of all batches into one dict {term: [iterations]} per batch."""
     return [terms] if split else [{term: values[row] for term, values in terms.items()} for row in range(batches)]
 
 
 def _joined(parts: list[dict], split: bool) -> dict:
-    """The inverse of `_parted`."""
+    """Joins the metrics of the batches: the inverse of `_parted`."""
     return parts[0] if split else {term: np.stack([part[term] for part in parts]) for term in parts[0]}

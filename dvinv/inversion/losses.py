@@ -1,55 +1,56 @@
 """The terms of DeepInversion's objective, as plain functions of arrays (arXiv 1912.08795, section 3).
 
-Every term is returned unweighted; weights are applied in one place, `objective.py`. A batch may be split over
-the devices of a mesh axis: `axis` then names it, and sums are reduced over it *before* the root is taken, so that
-the value is the whole batch's (the feature term, the L2 form of the total variation and CIFAR's L2 couple all
-images of a batch).
+Every term is returned unweighted; the weights are applied only in `objective.py`. A batch may be split over the devices
+of a mesh axis. The argument `axis` then names this axis, and sums are reduced over it *before* the square root is taken,
+so that the value is that of the whole batch (the feature term, the L2 form of the total variation and the L2 term for
+CIFAR couple all images of a batch).
 """
 
 import jax
 import jax.numpy as jnp
 import optax
 
-# Inside every square root: an un-squared L2 norm has a NaN gradient at zero in JAX.
+# Added inside every square root, because the gradient of an L2 norm that is not squared is NaN at zero in JAX.
 EPSILON = 1e-12
-LARGE = 8.0  # running deviation of a first layer, of its channels together, above which it is that of pixels up to 255
-LOG_ZERO = -1e30  # stands for log 0
+LARGE = 8.0  # a first layer with a larger running deviation, over all channels, has pixels from 0 to 255 as its input
+LOG_ZERO = -1e30  # a finite substitute for log 0
 
 
 def psum(tree, axis: str | None):
-    """Sum of a pytree over the mesh axis `axis`; the tree itself when the batch is not split."""
+    """Returns the sum of a pytree over the mesh axis `axis`, or the tree itself if the batch is not split."""
     return tree if axis is None else jax.lax.psum(tree, axis)
 
 
 def pmean(tree, axis: str | None):
-    """Mean of a pytree over the mesh axis `axis` (shards of equal size); the tree itself when the batch is not split."""
+    """Returns the mean of a pytree over the mesh axis `axis` (of equal shards), or the tree itself if it is not split."""
     return tree if axis is None else jax.lax.pmean(tree, axis)
 
 
 def safe_norm(x: jax.Array, axis=None) -> jax.Array:
-    """Un-squared L2 norm ||x||_2 over `axis` (all axes when None), with the gradient 0 at x = 0."""
+    """Computes the L2 norm ||x||_2, not squared, over `axis` (all axes if None), with the gradient 0 at x = 0."""
     return jnp.sqrt(jnp.sum(jnp.square(x), axis=axis) + EPSILON)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, axis: str | None = None) -> jax.Array:
-    """Mean cross-entropy of `logits` [B, K] to integer `labels` [B]; the paper's L(f(x), y), eq. 1."""
+    """Computes the mean cross-entropy of `logits` [B, K] and integer `labels` [B]: L(f(x), y) in eq. 1 of the paper."""
     logits = logits.astype(jnp.float32)
     return pmean(optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), axis)
 
 
 def feature_terms(moments: dict, statistics: dict) -> dict:
-    """The paper's R_feature (eq. 4), one term a BatchNorm layer, in the order of `moments`.
+    """Computes the paper's R_feature (eq. 4), one term per BatchNorm layer, in the order of `moments`.
 
         R_l = || mu_l(x) - E[mu_l] ||_2  +  || sigma^2_l(x) - E[sigma^2_l] ||_2
 
     Args:
       moments: {layer: (mean, variance)} of the layer's *input* over the batch and space, float32 [..., C], biased.
-      statistics: {layer: (running mean, running variance)}, the same shapes.
+      statistics: {layer: (running mean, running variance)}, of the same shapes.
 
     Returns:
-      {layer: scalar, or [...] where a lifted transform stacked several layers into one}. Not divided by channels. The first
-      layer's is in units of its running deviation where that is above `LARGE`: of a network that learned from pixels of 0
-      to 255, its values are as large as the pixels, and would outweigh all other layers and the class.
+      {layer: scalar, or [...] where a lifted transform stacked several layers into one}, not divided by the number of
+      channels. If the running deviation of the first layer is above `LARGE`, its term is computed in units of that
+      deviation: in a network trained on pixels from 0 to 255 the values of the first layer are as large as the pixels, and
+      its term would outweigh all other layers and the cross-entropy.
     """
     units = {}
     if moments:
@@ -65,9 +66,10 @@ def feature_terms(moments: dict, statistics: dict) -> dict:
 
 
 def feature_loss(terms: dict, first_bn_multiplier: float = 1.0) -> jax.Array:
-    """R_feature = sum_l m_l R_l, with m = `first_bn_multiplier` for the first layer in forward order and 1 elsewhere.
+    """Computes R_feature = sum_l m_l R_l, where m_l is `first_bn_multiplier` for the first layer in forward order, else 1.
 
-    Of a first layer that is a stack (`nn.scan`), the first element alone carries the multiplier. NaN without any layer.
+    If the first layer is a stack (`nn.scan`), the multiplier applies to its first element only. The result is NaN if there
+    are no layers.
     """
     if not terms:
         return jnp.float32(jnp.nan)
@@ -77,7 +79,7 @@ def feature_loss(terms: dict, first_bn_multiplier: float = 1.0) -> jax.Array:
 
 
 def _differences(x: jax.Array) -> tuple[jax.Array, ...]:
-    """One-pixel differences of x [B, H, W, C]: horizontal, vertical, and along both diagonals."""
+    """Computes the differences of adjacent pixels of x [B, H, W, C]: horizontal, vertical, and along both diagonals."""
     return (
         x[:, :, 1:] - x[:, :, :-1],
         x[:, 1:] - x[:, :-1],
@@ -87,34 +89,43 @@ def _differences(x: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def total_variation_l2(x: jax.Array, axis: str | None = None) -> jax.Array:
-    """R_tv, L2 form: the sum of four Frobenius norms over the whole batch x [B, H, W, C]; grows as sqrt(B)."""
+    """Computes the L2 form of R_tv: the sum of 4 Frobenius norms over the whole batch x [B, H, W, C]; grows as sqrt(B)."""
     squares = psum(tuple(jnp.sum(jnp.square(d)) for d in _differences(x)), axis)
     return sum(jnp.sqrt(s + EPSILON) for s in squares)
 
 
 def total_variation_l1(x: jax.Array, axis: str | None = None) -> jax.Array:
-    """R_tv, L1 form: the sum of the four means of absolute differences of x [B, H, W, C]; free of B."""
-    # d sign(d) is |d| with the gradient 0 at 0 (that of jnp.abs is 1): clipped pixels are often exactly alike.
+    """Computes the L1 form of R_tv: the sum of four means of absolute differences of x [B, H, W, C]; independent of B."""
+    # d sign(d) is |d| with the gradient 0 at 0 (that of jnp.abs is 1): clipped pixels are often exactly equal.
     return pmean(sum(jnp.mean(d * jnp.sign(d)) for d in _differences(x)), axis)
 
 
 def l2_per_image(x: jax.Array, axis: str | None = None) -> jax.Array:
-    """R_l2 of the ImageNet settings: the mean over images of ||x_i||_2, x [B, H, W, C]."""
+    """Computes R_l2 of the ImageNet settings: the mean over images of ||x_i||_2, for x [B, H, W, C]."""
     return pmean(jnp.mean(safe_norm(x.reshape(x.shape[0], -1), 1)), axis)
 
 
 def l2_per_batch(x: jax.Array, axis: str | None = None) -> jax.Array:
-    """R_l2 of the CIFAR settings: ||x||_2 of the whole batch x [B, H, W, C]; grows as sqrt(B)."""
+    """Computes R_l2 of the CIFAR settings: ||x||_2 of the whole batch x [B, H, W, C]; grows as sqrt(B)."""
     return jnp.sqrt(psum(jnp.sum(jnp.square(x)), axis) + EPSILON)
 
 
 def jensen_shannon(p_logits: jax.Array, q_logits: jax.Array, temperature: float) -> jax.Array:
-    """JS(p, q) = 0.5 KL(p||m) + 0.5 KL(q||m), m = (p + q) / 2, an image; [B, K] twice -> [B], in [0, ln 2].
+    """Computes the Jensen-Shannon divergence of two predictions for each image.
 
-    Masked classes, with a logit of -inf in one or both, count as 0 log 0 = 0.
+        JS(p, q) = 0.5 KL(p||m) + 0.5 KL(q||m),   m = (p + q) / 2
+
+    Masked classes, with a logit of -inf in one or both predictions, count as 0 log 0 = 0.
+
+    Args:
+      p_logits, q_logits: [B, K].
+      temperature: The logits are divided by it.
+
+    Returns:
+      float32 [B], in [0, ln 2].
     """
     log_p, log_q = (jax.nn.log_softmax(logits.astype(jnp.float32) / temperature) for logits in (p_logits, q_logits))
-    # A finite stand-in: products with exp(-inf) = 0, and the gradient of logaddexp at twice -inf, would be NaN.
+    # A finite substitute: products of -inf with exp(-inf) = 0, and the gradient of logaddexp(-inf, -inf), would be NaN.
     log_p, log_q = (jnp.where(log == -jnp.inf, LOG_ZERO, log) for log in (log_p, log_q))
     log_m = jnp.logaddexp(log_p, log_q) - jnp.log(2.0)
     kl_pm = jnp.sum(jnp.exp(log_p) * (log_p - log_m), -1)
@@ -125,10 +136,11 @@ def jensen_shannon(p_logits: jax.Array, q_logits: jax.Array, temperature: float)
 def competition(
     teacher_logits: jax.Array, student_logits: jax.Array, axis: str | None = None, temperature: float = 3.0
 ) -> jax.Array:
-    """R_compete of Adaptive DeepInversion (eq. 5): 1 - JS(p_teacher, p_student), the mean over images.
+    """Computes R_compete of Adaptive DeepInversion (eq. 5): 1 - JS(p_teacher, p_student), the mean over images.
 
-    The paper's true Jensen-Shannon divergence: at most ln 2, so nothing is clipped and the gradient is alive where
-    teacher and student disagree with confidence. It flows through both networks into the pixels.
+    JS is the Jensen-Shannon divergence as the paper defines it. It is at most ln 2, so nothing is clipped, and its gradient
+    does not vanish where teacher and student disagree with confidence. The gradient flows through both networks into the
+    pixels.
     """
     return 1.0 - pmean(jnp.mean(jensen_shannon(teacher_logits, student_logits, temperature)), axis)
 

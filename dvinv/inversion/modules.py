@@ -1,8 +1,8 @@
-"""A user's network behind the calls that training makes: `init`, and `apply` with `train`, as of a Linen module.
+"""Adapters that give a user's network the interface that training uses: `init`, and `apply` with `train`, as in Linen.
 
-The networks of dvinv are Linen modules that take x and `train`. A user's module may say eval mode by another argument or by
-a field, and an NNX model says it by `train()` and `eval()` (nnx_module.py). Variables and their paths stay those of the
-module itself.
+The networks of dvinv are Linen modules that take x and `train`. A user's module may switch to eval mode by another argument
+or by a field, and an NNX model does so by `train()` and `eval()` (nnx_module.py). Variables and their paths stay those of
+the module itself.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from dvinv.inversion.tap import PRIVATE, STATISTICS, features_in_training
 from dvinv.networks.classifier import flatten, join_names
 from dvinv.networks.registry import shapes_of
 
-# Names by which networks say "eval mode", and the value that says so.
+# Names of arguments and fields that switch between train and eval mode, and their values in eval mode.
 EVAL_MODE = {
     **dict.fromkeys(('train', 'training', 'is_train', 'is_training', 'train_mode'), False),
     **dict.fromkeys(('deterministic', 'use_running_average', 'inference', 'is_inference', 'eval_mode', 'is_eval'), True),
@@ -31,23 +31,23 @@ TRAINED = ('params', STATISTICS)  # the collections that are trained, checkpoint
 
 
 def eval_arguments(network) -> dict[str, bool]:
-    """Returns what puts a network in eval mode, {'train': False} for instance, from the signature of its `__call__`."""
+    """Returns arguments that put a network in eval mode, e.g. {'train': False}, from the signature of its `__call__`."""
     parameters = inspect.signature(network.__call__).parameters if callable(network) else {}
     return {name: value for name, value in EVAL_MODE.items() if name in parameters}
 
 
 def in_training(arguments: Mapping) -> dict:
-    """Returns arguments of eval mode with those that say so turned to training."""
+    """Returns arguments of eval mode with those in `EVAL_MODE` switched to train mode."""
     return {name: not value if name in EVAL_MODE else value for name, value in arguments.items()}
 
 
 def trained_part(variables: Mapping) -> dict:
-    """Returns the collections `TRAINED` of a network's variables; sown ones, for instance, are none of it."""
+    """Returns the collections `TRAINED` of a network's variables, which leaves out sown values, for instance."""
     return {name: variables[name] for name in TRAINED if name in variables}
 
 
 def unboxed(node):
-    """Returns nested dicts of nested mappings, without Flax's boxes: `unbox` would shard under a mesh of the caller."""
+    """Returns nested mappings as nested dicts without Flax's boxes; Flax's `unbox` would shard under a caller's mesh."""
     if isinstance(node, Mapping):
         return {name: unboxed(child) for name, child in node.items()}
     return jax.tree.leaves(node)[0] if isinstance(node, flax.core.meta.AxisMetadata) else node
@@ -55,13 +55,14 @@ def unboxed(node):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LinenModule:
-    """A user's Linen module with the calls of one that takes x and `train`.
+    """A user's Linen module with the interface of a module that takes x and `train`.
 
     Attributes:
-      module: as the user made it.
-      arguments: that put it in eval mode, over and above x.
-      head: path of a layer that has `outputs` outputs, whatever the module says; '': none.
-      pick: finds the logits in what the module returns; None: these are the logits.
+      module: The user's module.
+      arguments: The arguments that put it in eval mode, in addition to x.
+      head: The path of a layer that has `outputs` outputs instead of the module's own number; '' for none.
+      outputs: The number of outputs of `head`.
+      pick: A function that extracts the logits from the module's result; None if the result is the logits.
     """
 
     module: nn.Module
@@ -72,12 +73,12 @@ class LinenModule:
 
     @property
     def label(self) -> str:
-        """What sentences call the network."""
+        """The network's name in messages."""
         return type(self.module).__name__
 
     @functools.cached_property
     def _modes(self) -> dict[bool, tuple[nn.Module, dict]]:
-        """{whether it trains: (the module, its arguments)}."""
+        """{whether in train mode: (the module, its arguments)}."""
         fields = {field.name for field in dataclasses.fields(self.module)} & EVAL_MODE.keys() - self.arguments.keys()
         evaluating = {name: EVAL_MODE[name] for name in fields if isinstance(getattr(self.module, name), bool | None)}
         return {
@@ -87,11 +88,11 @@ class LinenModule:
 
     @property
     def switches(self) -> bool:
-        """Whether anything tells the module that it trains."""
+        """Whether an argument or a field switches the module to train mode."""
         return self._modes[False] != self._modes[True]
 
     def init(self, key: jax.Array, x, train: bool = False) -> dict:
-        """Returns random variables, those of the collections `TRAINED`."""
+        """Returns random variables of the collections `TRAINED`."""
         return trained_part(self.initial(key, x))
 
     def initial(self, key: jax.Array, x) -> dict:
@@ -101,7 +102,7 @@ class LinenModule:
             return {'params': {}} | unboxed(module.init(key, x, **arguments))
 
     def apply(self, variables, x, train: bool = False, mutable=False, rngs: Mapping | None = None):
-        """Returns logits [B, K]; with `mutable`, a pair of them and the collections that changed, as Linen's does."""
+        """Returns logits [B, K]; with `mutable`, a pair of logits and changed collections, as Linen's `apply` does."""
         module, arguments = self._modes[train]
         if rngs and 'dropout' in rngs:
             rngs = {'params': jax.random.fold_in(rngs['dropout'], 2), **rngs}  # for streams of other names
@@ -111,17 +112,17 @@ class LinenModule:
         return pick(returned) if mutable is False else (pick(returned[0]), returned[1])
 
     def with_outputs(self, path: str, outputs: int) -> 'LinenModule':
-        """Returns the network with so many outputs of the layer at `path`."""
+        """Returns the network with `outputs` outputs of the layer at `path`."""
         return dataclasses.replace(self, head=path, outputs=outputs)
 
     @contextlib.contextmanager
     def _with_outputs(self):
-        """While open, the head has as many outputs as it is to have."""
+        """Gives the layer `head` its number of outputs while the context is open."""
 
         def intercept(call, args, kwargs, context):
             module = context.module
             if context.method_name == '__call__' and join_names(module.path) == self.head:
-                object.__setattr__(module, 'features', self.outputs)  # of this call's copy; a module is frozen otherwise
+                object.__setattr__(module, 'features', self.outputs)  # changes this call's copy; modules are frozen
             return call(*args, **kwargs)
 
         with nn.intercept_methods(intercept) if self.head else contextlib.nullcontext():
@@ -129,18 +130,21 @@ class LinenModule:
 
 
 def trainable(network, arguments: Mapping | None = None, make: Callable | None = None, pick: Callable | None = None):
-    """Returns a Flax module of the user's with the calls of a Linen module that takes x and `train`; None: it is none.
+    """Returns a user's Flax network with the interface of a Linen module that takes x and `train`.
 
     Args:
-      network: a Linen module or an NNX model.
-      arguments: that put it in eval mode; None: see `eval_arguments`.
-      make: rngs -> another such NNX model, with random weights; None: `init` gives those of the model.
-      pick: finds the logits in what it returns; None: these are the logits.
+      network: A Linen module or an NNX model.
+      arguments: The arguments that put it in eval mode; None finds them by `eval_arguments`.
+      make: rngs -> a new NNX model of the same kind with random weights; if None, `init` returns the model's own weights.
+      pick: A function that extracts the logits from the network's result; None if the result is the logits.
+
+    Returns:
+      A `LinenModule` or an `NnxModule`, or None if `network` is neither a Linen module nor an NNX model.
     """
     arguments = eval_arguments(network) if arguments is None else arguments
     if isinstance(network, nn.Module):
         return LinenModule(network, arguments, pick=pick)
-    if 'flax.nnx' not in sys.modules:  # to import it takes a third of a second that no other run should pay
+    if 'flax.nnx' not in sys.modules:  # its import takes a third of a second that no other run should pay
         return None
     from dvinv.inversion import nnx_module
 
@@ -148,10 +152,10 @@ def trainable(network, arguments: Mapping | None = None, make: Callable | None =
 
 
 def with_classes(module, image_shape, num_classes: int):
-    """Returns a user's `trainable` network with `num_classes` classes: its head, found by shapes, has as many outputs.
+    """Returns a user's `trainable` network with `num_classes` outputs of its head, which is found by shapes.
 
     Raises:
-      DvinvError: no layer is found that has an output a class.
+      DvinvError: No layer is found that has one output per class and can be changed without changing other layers.
     """
     if module.head:
         return module.with_outputs(module.head, num_classes)
@@ -166,7 +170,7 @@ def with_classes(module, image_shape, num_classes: int):
         wider = module.with_outputs(layer, classes + 1)
         try:
             outputs, wide = _outputs(wider, image_shape), flatten(shapes_of(wider, image_shape)['params'])
-        except Exception:  # others depend on this layer of the user's network; Flax and JAX raise many kinds
+        except Exception:  # other layers of the user's network depend on this one; Flax and JAX raise many kinds
             continue
         changed = {path.rpartition('/')[0] for path in shapes if wide[path].shape != shapes[path]}
         if outputs == classes + 1 and changed == {layer}:
@@ -184,16 +188,18 @@ def _outputs(module, image_shape) -> int:
 
 
 def validate_trainable(module, image_shape, num_classes: int, name: str, from_scratch: bool = True) -> None:
-    """Refuses a user's `trainable` network that training could not carry; found out by shapes alone.
+    """Validates, by shapes alone, that a user's `trainable` network can be trained.
 
     Args:
-      num_classes: that its logits must be of.
-      name: what sentences call it.
-      from_scratch: whether its BatchNorm statistics are yet to be found.
+      module: The network.
+      image_shape: (H, W, C) of the images.
+      num_classes: The number of classes of its logits.
+      name: Its name in messages.
+      from_scratch: Whether its BatchNorm statistics are still to be computed.
 
     Raises:
-      DvinvError: it does not take such images, returns other logits, cannot be run in train mode, has variables besides
-        params and batch_stats, or BatchNorms that cannot be told to train.
+      DvinvError: It does not take such images, returns other logits, cannot be run in train mode, has variables besides
+        params and batch_stats, or has BatchNorms that cannot be switched to train mode.
     """
     shape = 'x'.join(map(str, image_shape))
     x = jax.ShapeDtypeStruct((2, *image_shape), np.float32)
@@ -203,7 +209,7 @@ def validate_trainable(module, image_shape, num_classes: int, name: str, from_sc
         logits = jax.eval_shape(lambda v, x: module.apply(v, x, train=False), variables, x)
     except DvinvError:
         raise
-    except Exception as error:  # the user's network runs; Flax and JAX raise many kinds here
+    except Exception as error:  # the user's network runs here, and Flax and JAX raise many kinds
         raise DvinvError(f'{name} cannot take images of {shape}: {in_a_line(error)}') from error
     if getattr(logits, 'shape', None) != (2, num_classes):
         found = jax.tree.map(lambda leaf: leaf.shape, logits)

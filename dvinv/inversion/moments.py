@@ -1,9 +1,9 @@
-"""Recorded moments: what BatchNorm keeps for free, recorded once from some images, for networks of any layers.
+"""Recorded moments: statistics such as BatchNorm keeps, recorded once from some images, for networks with any layers.
 
-The owner of a network runs about 100 of its training images through it, and keeps the mean and variance a channel, over
-images and positions, of what chosen layers take or return. No image can be read off them. Put among the network's variables
-(the collection `MOMENTS`), they are what synthesized images are drawn to, as to running statistics (Table 8 of arXiv
-1912.08795: 90.52 with the moments of 100 images, 90.68 with BatchNorm's own).
+The owner of a network runs about 100 of its training images through it, and keeps the mean and variance per channel, over
+images and positions, of the inputs or outputs of chosen layers. No image can be read off them. Once they are among the
+network's variables (the collection `MOMENTS`), synthesized images are optimised to match them, as they would match running
+statistics (Table 8 of arXiv 1912.08795: 90.52 with the moments of 100 images, 90.68 with BatchNorm's own).
 """
 
 import dataclasses
@@ -18,20 +18,20 @@ from dvinv.networks.classifier import MOMENTS
 from dvinv.networks.files import load_network, network_bytes
 from dvinv.runtime.files import write_atomic
 
-KIND = 'recorded moments'  # stands in the file where others name their network
+KIND = 'recorded moments'  # stored in the field of the file in which other files name their network
 
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """The moments of layers of one network.
+    """The recorded moments of layers of one network.
 
     Attributes:
-      layers: {place: (mean, variance)}, float32 [..., C] each. A place is the path of a layer, the input of which is meant,
-        or with ':output' after it what it returns.
-      digest: of the network, see `Classifier.digest`.
-      images: how many images they are of.
-      views: how often each was shown, augmented anew; 0: once, as it is.
-      version: of dvinv.
+      layers: {place: (mean, variance)}, float32 [..., C] each. A place is the path of a layer, which denotes the layer's
+        input, or the path followed by ':output', which denotes its output.
+      digest: The digest of the network, see `Classifier.digest`.
+      images: The number of images from which they were recorded.
+      views: The number of times that each image was augmented anew; 0 if each was used once, without augmentation.
+      version: The version of dvinv.
     """
 
     layers: Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -41,17 +41,17 @@ class Moments:
     version: str = dvinv.__version__
 
     def save(self, path) -> None:
-        """Writes a safetensors file: the moments, the digest of the network, and what was recorded. It holds no image."""
+        """Writes a safetensors file with the moments, the digest of the network and the other attributes, but no image."""
         about = {'network': KIND, 'layers': [*self.layers], 'teacher': self.digest, 'images': self.images}
         about |= {'views': self.views, 'version': self.version}
         write_atomic(Path(path), network_bytes(self.variables(), about))
 
     @staticmethod
     def load(path) -> 'Moments':
-        """Reads what `save` wrote.
+        """Reads a file that `save` wrote.
 
         Raises:
-          DvinvError: the file is missing, damaged, or another one.
+          DvinvError: The file is missing, damaged, or of another kind.
         """
         what = f'{path} holds no recorded moments'
         if not Path(path).is_file():
@@ -67,14 +67,18 @@ class Moments:
         return Moments(layers, about['teacher'], about['images'], about['views'], about['version'])
 
     def variables(self) -> dict:
-        """{MOMENTS: {place: {'mean': ..., 'var': ...}}}, the collection that goes among the variables of the network."""
+        """Returns {MOMENTS: {place: {'mean': ..., 'var': ...}}}, the collection to add to the variables of the network."""
         return {MOMENTS: {place: {'mean': mean, 'var': variance} for place, (mean, variance) in self.layers.items()}}
 
     def validate(self, digest: str, source: str) -> None:
-        """Validates that a network has the digest; `source` is what the sentence calls the moments.
+        """Validates that the moments were recorded from the network with this digest.
+
+        Args:
+          digest: See `Classifier.digest`.
+          source: The subject of the message, for instance 'These moments'.
 
         Raises:
-          DvinvError: says how to record those of this network.
+          DvinvError: They were not. The message says how to record those of this network.
         """
         if self.digest != digest:
             raise DvinvError(
@@ -84,10 +88,10 @@ class Moments:
 
 
 def moments_of(given) -> tuple[Moments, str]:
-    """Returns the `Moments` that a user gave, itself or the path of its file, and what sentences call it.
+    """Returns the `Moments` that a user gave, as an object or as the path of its file, and its name in messages.
 
     Raises:
-      DvinvError: it is something else, or see `Moments.load`.
+      DvinvError: It is neither, or `Moments.load` cannot read the file.
     """
     if isinstance(given, str | Path):
         return Moments.load(given), f'The moments in {given}'

@@ -1,7 +1,7 @@
-"""An NNX model behind the calls of a Linen module that takes x and `train`; see modules.py.
+"""An adapter that gives an NNX model the interface of a Linen module that takes x and `train`; see modules.py.
 
-The model is split into a static graph for each mode and variables, {'params': ..., 'batch_stats': ...}, as `nnx_tap` does;
-the layers with running statistics sow their inputs as those of Linen do under `inversion.tap`.
+The model is split into a static graph for each mode and variables, {'params': ..., 'batch_stats': ...}, as in `nnx_tap`.
+The layers with running statistics sow their inputs, as Linen layers do under `inversion.tap`.
 """
 
 from collections import Counter
@@ -20,17 +20,17 @@ from dvinv.networks.classifier import flatten, unflatten
 
 
 def is_model(network) -> bool:
-    """Whether `network` is an NNX model."""
+    """Returns whether `network` is an NNX model."""
     return isinstance(network, nnx.Module)
 
 
 class NnxModule:
-    """A user's NNX model with the calls of a Linen module that takes x and `train`.
+    """A user's NNX model with the interface of a Linen module that takes x and `train`.
 
     Attributes:
-      label: what sentences call the network.
-      head: path of a layer that has `outputs` outputs, whatever the model says; '': none.
-      switches: whether anything tells the network that it trains; always.
+      label: The network's name in messages.
+      head: The path of a layer that has `outputs` outputs instead of the model's own number; '' for none.
+      switches: Whether the network can be switched to train mode; always true.
     """
 
     switches = True
@@ -44,10 +44,10 @@ class NnxModule:
         head: str = '',
         outputs: int = 0,
     ):
-        """See `modules.trainable`; the model is left as it is.
+        """Clones the model, which stays unchanged; see `modules.trainable` for the arguments.
 
         Raises:
-          DvinvError: it is a Linen module in an NNX wrapper.
+          DvinvError: The model contains a Linen module in an NNX wrapper.
         """
         nnx_tap.refuse_bridged(model)
         self.label, self.head, self.outputs = type(model).__name__, head, outputs
@@ -56,15 +56,15 @@ class NnxModule:
         self._paths, self._programs = nnx_tap.paths_of(self.model), {}
 
     def _program(self, train: bool):
-        """Returns what `_made` does, made once."""
+        """Returns the cached result of `_made`."""
         if train not in self._programs:
             self._programs[train] = self._made(train)
         return self._programs[train]
 
     def _made(self, train: bool):
-        """Returns (static graph, {path of a random key or count: its shape and dtype}, notes, arguments) of a mode."""
+        """Returns (static graph, {path of a random key or count: its shape and dtype}, notes, arguments) for a mode."""
         model = nnx.clone(self.model)
-        if train:  # an attribute may have the method's name
+        if train:  # the model may have an attribute named train in place of the method
             model.train() if callable(model.train) else nnx.Module.train(model)
         ears = Ears(whole_input, running_means(nnx_tap.variables_of(model)))
         _, _, noise = nnx_tap.split(model)
@@ -72,11 +72,11 @@ class NnxModule:
         return nnx.graphdef(model), noise, notes, in_training(self.arguments) if train else dict(self.arguments)
 
     def init(self, key: jax.Array, x, train: bool = False) -> dict:
-        """Returns random variables where the user's function takes rngs, else those of its model."""
+        """Returns the trained collections of `initial`."""
         return trained_part(self.initial(key, x))
 
     def initial(self, key: jax.Array, x) -> dict:
-        """Returns such variables of all collections."""
+        """Returns random variables of all collections if a function makes models from rngs, else those of the model."""
         variables = nnx_tap.variables_of(self._make(nnx.Rngs(key)) if self._make else self.model)
         if not self.head:
             return variables
@@ -90,7 +90,7 @@ class NnxModule:
         return unflatten(flat)
 
     def apply(self, variables, x, train: bool = False, mutable=False, rngs: Mapping | None = None):
-        """Returns logits [B, K]; with `mutable`, a pair of them and the collections that changed, as Linen's does."""
+        """Returns logits [B, K]; with `mutable`, a pair of logits and changed collections, as Linen's `apply` does."""
         graph, noise, notes, arguments = self._program(train)
         key = (rngs or {}).get('dropout')
         keys = [_noise(leaf, key, number) for number, leaf in enumerate(noise.values())]
@@ -112,12 +112,12 @@ class NnxModule:
         return logits, changed
 
     def with_outputs(self, path: str, outputs: int) -> 'NnxModule':
-        """Returns the network with so many outputs of the layer at `path`."""
+        """Returns the network with `outputs` outputs of the layer at `path`."""
         return NnxModule(self.model, self.arguments, self._make, self.pick, path, outputs)
 
 
 def _noise(leaf, key: jax.Array | None, number: int) -> jax.Array:
-    """Returns a random key from `key`, or zeros where it is None or `leaf` is a count."""
+    """Returns a random key derived from `key`, or zeros if `key` is None or `leaf` is a count."""
     if key is None or not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jnp.zeros(leaf.shape, leaf.dtype)
     key = jax.random.fold_in(key, number)

@@ -1,8 +1,8 @@
-"""The tap of Flax NNX models: a clone whose BatchNorms have ears, its weights taken out into plain dicts.
+"""The tap of Flax NNX models: a clone of the model captures its BatchNorm inputs, and its weights are kept in plain dicts.
 
-The model is split into a static graph and `variables`, {'params': ..., 'batch_stats': ...} as of a Linen module, which
-stay arguments; NNX's objects live only while JAX traces. Keys and counts of random streams are no weights: they are
-left behind, and a network whose logits depend on them is refused.
+The model is split into a static graph and `variables`, {'params': ..., 'batch_stats': ...} like those of a Linen module,
+which remain arguments of all functions; NNX objects exist only while JAX traces. Keys and counts of random streams are not
+weights: they are discarded, and a network with logits that depend on them is refused.
 """
 
 import functools
@@ -35,18 +35,18 @@ from dvinv.inversion.tap import (
 )
 from dvinv.networks.classifier import join_names
 
-GROUPS = {'params': nnx.Param, STATISTICS: nnx.BatchStat, 'others': ...}  # what goes where; the first that fits
+GROUPS = {'params': nnx.Param, STATISTICS: nnx.BatchStat, 'others': ...}  # {group: its type}; the first match counts
 
 
 class Heard(nnx.BatchStat):
-    """The type of what is sown: a kind of BatchStat, so that transforms map them as they map running statistics."""
+    """The type of sown variables: a subclass of BatchStat, so that transforms map them as they map running statistics."""
 
 
 def refuse_bridged(model: nnx.Module) -> None:
-    """Refuses a Linen module in an NNX wrapper.
+    """Validates that no part of the model is a Linen module in an NNX wrapper.
 
     Raises:
-      DvinvError: says how to pass it.
+      DvinvError: One is. The message says how to pass it instead.
     """
     for path, module in nnx.iter_modules(model):
         if isinstance(module, nnx.bridge.ToNNX):
@@ -58,7 +58,7 @@ def refuse_bridged(model: nnx.Module) -> None:
 
 
 def in_eval_mode(model: nnx.Module) -> nnx.Module:
-    """A clone in eval mode, without what sowing may have left in the model."""
+    """Returns a clone of the model in eval mode, without intermediates that may have been sown into the model."""
     clone = nnx.clone(model)
     nnx.pop(clone, nnx.Intermediate)
     clone.eval()
@@ -66,7 +66,7 @@ def in_eval_mode(model: nnx.Module) -> nnx.Module:
 
 
 def variables_of(model: nnx.Module) -> dict:
-    """The model's arrays as nested dicts, {'params': ..., 'batch_stats': ...}, and 'others' where there are any."""
+    """Returns the model's arrays as nested dicts {'params': ..., 'batch_stats': ...}, and 'others' if there are any."""
     _, groups, _ = split(model)
     return {
         name: unflatten_dict({tuple(map(str, path)): value for path, value in flat.items()})
@@ -76,30 +76,37 @@ def variables_of(model: nnx.Module) -> dict:
 
 
 def split(model: nnx.Module):
-    """(static graph, {group: {path: array}}, {path of a random key or count: its shape and dtype})."""
+    """Returns (static graph, {group: {path: array}}, {path of a random key or count: its shape and dtype})."""
     graph, noise, *groups = nnx.split(model, nnx.RngState, *GROUPS.values())
     noise = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in values(noise).items()}
     return graph, dict(zip(GROUPS, map(values, groups), strict=True)), noise
 
 
 def values(state) -> dict:
-    """{path: value} of an NNX state."""
+    """Returns {path: value} of an NNX state."""
     return {path: leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for path, leaf in nnx.to_flat_state(state)}
 
 
 def paths_of(model: nnx.Module) -> list[tuple[str, tuple]]:
-    """(group, path) of each of the model's variables."""
+    """Returns (group, path) of each of the model's variables."""
     return [(group, path) for group, flat in split(model)[1].items() for path in flat]
 
 
 def merged(graph, paths: list[tuple[str, tuple]], variables, noise: dict) -> nnx.Module:
-    """The network of a static graph with weights as of `variables_of`, at `paths`, and random keys, {path: array}."""
+    """Returns a model made from its static graph and its arrays.
+
+    Args:
+      graph: The static graph, as returned by `split`.
+      paths: The paths of the weights, as returned by `paths_of`.
+      variables: The weights, as returned by `variables_of`.
+      noise: {path: array} of random keys and counts.
+    """
     weights = {path: functools.reduce(operator.getitem, map(str, path), variables[group]) for group, path in paths}
     return nnx.merge(graph, nnx.from_flat_state(weights | noise))
 
 
 def listen(model: nnx.Module, ears: Ears) -> '_Notes':
-    """Gives ears to the layers of `model` at their places; returns their notes."""
+    """Makes the layers of `model` capture what `ears` specifies, in place; returns the record of their calls."""
     notes = _Notes(ears)
     for path, module in [*nnx.iter_modules(model)]:
         layer = join_names(path)
@@ -111,30 +118,30 @@ def listen(model: nnx.Module, ears: Ears) -> '_Notes':
 
 
 class NnxTap(Tap):
-    """The tap of an NNX model: the layers that own running statistics become subclasses of themselves that sow."""
+    """The tap of an NNX model: layers with running statistics become instances of subclasses that sow their inputs."""
 
     def __init__(self, model: nnx.Module, variables, example, call_kwargs: dict, logits: Callable | None = None):
-        """See `Tap`. `model` is in eval mode, `variables` are its; it is taken over, so it must be a clone."""
+        """Takes the arguments of `Tap.__init__`. `model` must be in eval mode, and a clone, since the tap keeps it."""
         self._graph, _, self._noise = split(model)
         self._paths = paths_of(model)
         self._modules = {join_names(path): type(module) for path, module in nnx.iter_modules(model) if callable(module)}
         graph, state = nnx.split(model)
         self._whole = graph, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
-        self._listening = {}  # {ears: (graph, notes)}: a graph each, for what is traced inside may be cached by its graph
+        self._listening = {}  # {ears: (graph, notes)}: one graph per `ears`, because JAX may cache traces by the graph
         super().__init__(model, variables, example, call_kwargs, logits)
         self._check_silence(variables, example)
 
     def apply_fn(self, variables, x):
-        """Logits [B, K] of normalised images x [B, H, W, C], in eval mode."""
+        """Computes the logits [B, K] of normalised images x [B, H, W, C], in eval mode."""
         return self._logits(variables, x)
 
     def _logits(self, variables, x, noise=None):
-        # What the network itself may sow goes nowhere: it is captured, and not kept.
+        # Values that the network itself may sow are captured and discarded.
         returned = nnx.capture(self._model(self._graph, variables, noise))(x, **self._kwargs)
         return self._pick(returned)
 
     def modules(self, variables) -> dict[str, type]:
-        """See `Tap`; all that the model has, the order that of its attributes."""
+        """Returns {path: class} of all modules of the model that can be called, in the order of its attributes."""
         return self._modules
 
     def _listen(self, variables, x, calls: Counter, ears: Ears):
@@ -151,12 +158,16 @@ class NnxTap(Tap):
         return self._pick(returned), by_place(flat, SOWN), by_place(flat, KEPT)
 
     def _model(self, graph, variables, noise=None) -> nnx.Module:
-        """The network with these weights, and with any random keys: its logits do not depend on them."""
+        """Returns the model with these weights, and with `noise` or zeros as random keys, on which no logit may depend."""
         noise = noise or [jnp.zeros(leaf.shape, leaf.dtype) for leaf in self._noise.values()]
         return merged(graph, self._paths, variables, dict(zip(self._noise, noise, strict=True)))
 
     def _check_silence(self, variables, example) -> None:
-        """Refuse a network whose logits depend on random keys: mapped over keys alone, logits must not be mapped."""
+        """Validates that the logits do not depend on random keys: under `vmap` over the keys alone, they must be unmapped.
+
+        Raises:
+          DvinvError: They depend on random keys.
+        """
         noise = [jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype) for leaf in self._noise.values()]
         if not noise:
             return
@@ -168,21 +179,21 @@ class NnxTap(Tap):
 
 
 class _Notes:
-    """What ears listen for, and note down while JAX traces. A static part of the graph, equal to itself alone."""
+    """What is captured, and the record of calls while JAX traces; a static part of the graph, compared by identity."""
 
     def __init__(self, ears: Ears):
         self.ears = ears
-        self.calls = Counter()  # of each place
+        self.calls = Counter()  # the number of calls of each place
         self.within = set()  # the layers that are being called
         self.learning = set()  # the layers that updated their statistics
 
     def mean_of(self, module: nnx.Module, layer: str):
-        """The running mean that a layer owns, whatever its attribute is called; None: it is not asked for."""
+        """Returns the running mean that a layer owns, whatever the name of the attribute, or None if it is not needed."""
         path = self.ears.running.get(layer)
         return _array(getattr(module, path[-1])) if path else None
 
     def hear(self, module: nnx.Module, place: str, mean, x, mask) -> None:
-        """Sows what is heard at a place, and counts it."""
+        """Sows the captured values of a place, and counts its call."""
         if place in self.ears.running:
             module.sow(Heard, sown_name(place, SOWN), self.ears.hear(module, mean, x, mask))
         if place in self.ears.kept:
@@ -191,13 +202,13 @@ class _Notes:
 
 
 def _array(value):
-    """The array of an attribute that may be an nnx.Variable or the array itself."""
+    """Returns the array of an attribute that may be an nnx.Variable or the array itself."""
     return value.get_raw_value() if isinstance(value, nnx.Variable) else value
 
 
 @functools.cache
 def _listening(layer: type) -> type:
-    """A subclass of the class `layer` with an ear before each `__call__` that it has or inherits."""
+    """Returns a subclass of the class `layer` that captures before and after each `__call__` that it has or inherits."""
     inherited = [
         base for c in layer.__mro__[1:] if c is not Generic for base in ((_ear(), c) if '__call__' in vars(c) else (c,))
     ]
@@ -205,7 +216,10 @@ def _listening(layer: type) -> type:
 
 
 def _ear(*bases: type) -> type:
-    """A class whose `__call__` sows what is heard of the input, unless one further in the line of inheritance did."""
+    """Returns a class, derived from `bases`, with a `__call__` that sows captured values of the layer.
+
+    If such classes inherit from each other, the innermost `__call__` sows the input and the outermost one the output.
+    """
 
     class Ear(*bases):
         @functools.wraps(bases[0].__call__ if bases else object)  # for its signature
@@ -220,14 +234,14 @@ def _ear(*bases: type) -> type:
                     notes.within.remove(layer)
             if notes.mean_of(self, layer) is not mean:
                 notes.learning.add(layer)
-            # A subclass that calls super().__call__ passes two ears; the innermost call is the normalisation itself.
+            # A subclass that calls super().__call__ gets here twice; the innermost call is the normalisation itself.
             if layer in notes.ears.places and notes.calls[layer] == before:
                 mask = mask_of(self, args, kwargs) if mean is not None or normalises_batches(self) else None
                 notes.hear(self, layer, mean, input_of(args, kwargs), mask)
-            # And what the outermost one returns is the layer's.
+            # The layer's output is what the outermost call returns.
             if layer + OUTPUT in notes.ears.places and not nested:
                 notes.hear(self, layer + OUTPUT, None, answer_of(result), None)
             return result
 
-    Ear.__name__ = bases[0].__name__ if bases else Ear.__name__  # for sentences
+    Ear.__name__ = bases[0].__name__ if bases else Ear.__name__  # for messages
     return Ear

@@ -1,4 +1,4 @@
-"""The objective of DeepInversion (eq. 1 to 5): the one place where the terms meet their weights."""
+"""The objective of DeepInversion (eq. 1 to 5): the only module in which the terms are weighted and summed."""
 
 import jax
 
@@ -18,7 +18,7 @@ from dvinv.inversion.teacher import Teacher
 
 
 def view(teacher: Teacher, stage: Stage, images: jax.Array, key: jax.Array, axis: str | None = None):
-    """(scaled images, what the teacher sees): images [B, H, W, C] at the stage's resolution, plain and augmented."""
+    """Returns images [B, H, W, C] at the stage's resolution, as a pair: plain, and augmented as the teacher's input."""
     scaled = centred(scaled_down(images, stage.view_size(*images.shape[1:3])), stage.centre)
     return scaled, augmentation_of(stage)(key, scaled, teacher, axis)
 
@@ -35,13 +35,19 @@ def objective(
     key,
     axis: str | None = None,
 ):
-    """Loss and its terms for one batch.
+    """Computes the loss of one batch and its terms.
 
     Args:
-      student_fn: (student_variables, x) -> logits, in eval mode: the competitor of Adaptive DeepInversion, or None.
-      images: [B, H, W, C] float32, normalised; `labels`: int [B]; `variables`: the teacher's.
-      key: of this iteration; draws the augmentation.
-      axis: the mesh axis that the batch is split over, or None. All values are then the whole batch's.
+      teacher: The network to invert.
+      config: The settings of the inversion.
+      stage: The current stage.
+      student_fn: (student_variables, x) -> logits, in eval mode: the student of Adaptive DeepInversion, or None.
+      images: [B, H, W, C] float32, normalised.
+      labels: int [B].
+      variables: The teacher's variables.
+      student_variables: The student's variables, or None.
+      key: The random key of this iteration, from which the augmentation is drawn.
+      axis: The mesh axis over which the batch is split, or None. If it is split, all values are those of the whole batch.
 
     Returns:
       (loss, {term: unweighted value}), float32 scalars.

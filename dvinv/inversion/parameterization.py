@@ -1,16 +1,17 @@
-"""Parameterizations of the images: what Adam moves, and how images are decoded from it.
+"""Parameterizations of the images: the parameters that Adam updates, and how images are decoded from them.
 
-'pixels' (paper): the parameters are the images, in normalised space, white noise at first. The normalised space is the
-network's own; that of a network that takes pixels as they are, from 0 to 255 say, would make first noise nearly black and
-steps of Adam invisible, so there, and with `pixel_scale = 'common'` everywhere, it is one for all networks (see
-`pixel_scale_of`).
+'pixels' (paper): the parameters are the images in normalised space, initialised with white noise. The normalised space is
+that of the network. If the network takes unnormalised pixels, for instance from 0 to 255, the initial noise would be nearly
+black in its space and the steps of Adam invisible. Therefore such networks, and with `pixel_scale = 'common'` all networks,
+use one common space (see `pixel_scale_of`).
 
-'fourier': the parameters are white noise too. To decode an image, every frequency is given the amplitude that it has in
-natural pictures, 1/frequency (Field, 1987), the colours are mixed as they are there, and a sigmoid keeps the pixels between
-black and white. Adam moves every parameter by steps of about one size: on pixels that is a step of one size for every
-frequency, which ends in fine patterns that only the teacher understands; here coarse shapes move far and fine ones little,
-and brightness and colour vary from image to image as in real ones. No data is needed for that. (Preconditioning by frequency
-is known from feature visualization: Olah, Mordvintsev and Schubert, 2017.)
+'fourier': the parameters are initialised with white noise as well. Decoding gives every frequency the amplitude that it has
+in natural images, 1/frequency (Field, 1987), mixes the colour channels so that they correlate as in natural images, and
+applies a sigmoid that keeps the pixels between black and white. Adam updates all parameters by steps of about the same size.
+On pixels this is a step of the same size for every frequency, which leads to fine patterns that only the teacher recognises.
+Here coarse shapes change a lot and fine ones little, and brightness and colour vary from image to image as in real ones. No
+data is needed for that. (Preconditioning by frequency is known from feature visualization: Olah, Mordvintsev and Schubert,
+2017.)
 """
 
 import dataclasses
@@ -23,23 +24,24 @@ import numpy as np
 
 from dvinv.networks.classifier import Classifier
 
-COMMON = 0.5, 0.25  # mean and std of pixels in [0, 1]
-NORMALISED = 0.02, 0.6  # least and largest std of normalised pixels, in [0, 1]; of raw ones it is 1/255 or 1
-SHARED = 0.85  # the part of the variance that the channels have in common
+COMMON = 0.5, 0.25  # mean and std of the common space, for pixels in [0, 1]
+NORMALISED = 0.02, 0.6  # least and largest std of networks that normalise pixels in [0, 1]; otherwise it is 1/255 or 1
+SHARED = 0.85  # the share of the variance that the channels have in common
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def initial_parameters(key: jax.Array, batch_size: int, image_shape) -> tuple[jax.Array, jax.Array]:
-    """Returns (parameters ~ N(0, 1), [B, H, W, C] float32, the key that the iterations draw from)."""
+    """Returns (parameters ~ N(0, 1), [B, H, W, C] float32, and the key from which the iterations draw)."""
     parameters_key, step_key = jax.random.split(key)
     return jax.random.normal(parameters_key, (batch_size, *image_shape), jnp.float32), step_key
 
 
 def pixel_scale_of(kind: str, classifier: Classifier) -> Classifier:
-    """Returns `classifier` with the mean and std that 'pixels' and priors are measured in.
+    """Returns `classifier` with the mean and std that define the space of 'pixels' and of the image priors.
 
     Args:
       kind: 'network' or 'common', see `InversionConfig.pixel_scale`.
+      classifier: The network; its mean and std are used with 'network' if it takes normalised pixels.
     """
     least, most = NORMALISED
     if kind == 'network' and all(least <= deviation <= most for deviation in classifier.std):
@@ -49,28 +51,29 @@ def pixel_scale_of(kind: str, classifier: Classifier) -> Classifier:
 
 
 def rescaled(x: jax.Array, old: Classifier, new: Classifier) -> jax.Array:
-    """Returns images [B, H, W, C] that are normalised for `old`, normalised for `new`; the same array where these agree."""
+    """Converts images [B, H, W, C] from the normalisation of `old` to that of `new`; returns `x` itself if they agree."""
     if (old.mean, old.std) == (new.mean, new.std):
         return x
     (old_mean, old_std), (new_mean, new_std) = (np.asarray((c.mean, c.std), np.float64) for c in (old, new))
     scale, shift = old_std / new_std, (old_mean - new_mean) / new_std
-    # Expanded, for users who let JAX refuse implicit rank promotion.
+    # Expanded, because users may let JAX refuse implicit rank promotion.
     return x * scale.astype(np.float32)[None, None, None] + shift.astype(np.float32)[None, None, None]
 
 
 def make_decode(kind: str, contrast: float, classifier: Classifier, scale: Classifier | None = None) -> Callable:
-    """Returns `parameters -> images`, both [B, H, W, C] float32, the images normalised.
+    """Returns the function `parameters -> images`, both [B, H, W, C] float32, the images normalised.
 
     Args:
       kind: 'pixels' or 'fourier'.
-      contrast: of the first images of 'fourier': the standard deviation of what the sigmoid takes.
-      classifier: tells the images' shape, and how pixels in [0, 1] are normalised.
-      scale: tells how those of 'pixels' are, see `pixel_scale_of`; None: in the same way.
+      contrast: The contrast of the first images of 'fourier': the standard deviation of the input of the sigmoid.
+      classifier: The network; defines the images' shape and the normalisation of the decoded images.
+      scale: The classifier with the normalisation of the parameters of 'pixels', see `pixel_scale_of`; None for the same
+        normalisation.
     """
     if kind == 'pixels':
         return lambda parameters: rescaled(parameters, scale or classifier, classifier)
     height, width, channels = classifier.image_shape
-    # One constant array: XLA folds products of constants differently for one and for several devices.
+    # One constant array, because XLA folds products of constants differently for one device and for several.
     amplitudes = np.float32(contrast) * _amplitudes(height, width)[None, ..., None]
     colours = np.linalg.cholesky(SHARED * np.ones((channels, channels)) + (1 - SHARED) * np.eye(channels)).astype(np.float32)
 
@@ -83,8 +86,8 @@ def make_decode(kind: str, contrast: float, classifier: Classifier, scale: Class
 
 
 def _amplitudes(height: int, width: int) -> np.ndarray:
-    """1/frequency, float32 [H, W // 2 + 1], such that unit white noise keeps its variance."""
+    """Returns 1/frequency, float32 [H, W // 2 + 1], scaled so that white noise of variance 1 keeps its variance."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
-    amplitude = 1 / np.maximum(frequency, 1 / max(height, width))  # the mean: as the lowest frequency
+    amplitude = 1 / np.maximum(frequency, 1 / max(height, width))  # frequency 0 as the lowest one
     amplitude /= np.sqrt(np.mean(amplitude**2))
     return amplitude[:, : width // 2 + 1].astype(np.float32)

@@ -1,29 +1,31 @@
-"""Priors for networks that keep no statistics at all, as plain functions: what their attention says of a natural picture."""
+"""Priors for networks without running statistics, as plain functions of attention outputs."""
 
 import jax
 import jax.numpy as jnp
 
 from dvinv.inversion.losses import EPSILON, pmean
 
-POINTS = 32  # at which the density is taken
-MARGIN = 3.0  # bandwidths beyond the lowest and highest similarity
+POINTS = 32  # the number of points at which the density is evaluated
+MARGIN = 3.0  # the first and last point are so many bandwidths beyond the lowest and highest similarity
 
 
 def patch_similarity_entropy(tokens: jax.Array, axis: str | None = None) -> jax.Array:
     """Computes the differential entropy of the similarities between patches, the mean over images; float32 scalar.
 
-    In pictures of things patches are alike or not, by what they show; in noise all are equally so. So attention outputs of
-    real images have similarities of a wide distribution (PSAQ-ViT, arXiv 2203.02250, section 3):
+    In images of objects, patches are similar or dissimilar depending on their content; in noise all patches are equally
+    similar. The similarities of attention outputs of real images therefore have a wide distribution (PSAQ-ViT, arXiv
+    2203.02250, section 3):
 
         G_ij = u_i . u_j / (||u_i|| ||u_j||)       cosine similarity of the outputs u_i and u_j of two patches, i < j
         f(s) = 1/(M h) sum_m K((s - G_m) / h)      density by a Gaussian kernel K over all M similarities of an image
         H    = - integral of f(s) log f(s) ds
 
-    The bandwidth h is that of the normal reference rule, 1.06 deviation M^(-1/5); it and the places s have no gradient.
+    The bandwidth h is that of the normal reference rule, 1.06 deviation M^(-1/5). No gradient flows through h and the
+    points s.
 
     Args:
-      tokens: what an attention layer returns, [B, ..., C]; all but the first and last axes are of patches.
-      axis: the mesh axis that the batch is split over, or None.
+      tokens: The output of an attention layer, [B, ..., C]; all axes except the first and last are axes of patches.
+      axis: The mesh axis over which the batch is split, or None.
     """
     tokens = tokens.reshape(len(tokens), -1, tokens.shape[-1]).astype(jnp.float32)
     tokens = tokens * jax.lax.rsqrt(jnp.sum(jnp.square(tokens), -1, keepdims=True) + EPSILON)
@@ -46,6 +48,10 @@ def patch_similarity(captured: dict, axis: str | None = None) -> jax.Array:
     """Computes the prior of PSAQ-ViT, - sum over blocks of `patch_similarity_entropy`.
 
     Args:
-      captured: {place: its arrays, one a call} of the attention outputs, as `Tap` captures them.
+      captured: The attention outputs as captured by `Tap`, {place: its arrays, one per call}.
+      axis: The mesh axis over which the batch is split, or None.
+
+    Returns:
+      A float32 scalar.
     """
     return -sum(patch_similarity_entropy(tokens, axis) for calls in captured.values() for tokens in calls)

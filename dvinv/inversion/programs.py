@@ -1,8 +1,8 @@
-"""The compiled programs of an inversion, mapped over a device mesh: the first parameters, many iterations, the images.
+"""The compiled programs of an inversion, mapped over a device mesh: initial parameters, many iterations, final images.
 
-`bn_stats = 'device'`: each device inverts whole batches of its own (what `pmap` meant), without any communication.
-`bn_stats = 'global'`: one batch is split over the devices; its losses are those of the whole batch. The devices may be of
-several processes, all of which then make the same calls.
+`bn_stats = 'device'`: each device inverts a whole batch of its own, as under `pmap`, without any communication.
+`bn_stats = 'global'`: one batch is split over the devices, and its losses are those of the whole batch. The devices may
+belong to several processes, which must then all make the same calls.
 """
 
 import dataclasses
@@ -21,38 +21,38 @@ from dvinv.inversion.step import InversionState, make_chunk, make_step
 from dvinv.inversion.teacher import Teacher
 from dvinv.runtime.devices import AXIS, fetch, place, platform_of
 
-PROGRAMS_KEPT = 8  # of different inversions; they hold networks and compiled code, but no weights
+PROGRAMS_KEPT = 8  # cached `Programs`; each holds networks and compiled code, but no weights
 
 
 def programs_of(teacher: Teacher, config: InversionConfig, mesh: Mesh, student_fn: Callable | None = None) -> 'Programs':
-    """Returns `Programs` without variables; the last few are kept, so that the same inversion is compiled once a process.
+    """Returns `Programs` without variables; the last few are cached, so that a process compiles the same inversion once.
 
-    The same is one of a teacher with the same functions (the same `tap`), whatever its variables, with an equal config, on
-    the same devices, against the same `student_fn`.
+    Two inversions are the same if the teachers have the same functions (the same `tap`), whatever their variables, the
+    configs are equal, and the devices and `student_fn` are the same.
     """
     arguments = dataclasses.replace(teacher, variables=None), config, mesh, student_fn
     try:
         hash(arguments)
-    except TypeError:  # stages in a list, say
+    except TypeError:  # for example, stages in a list
         return Programs(*arguments)
     return _kept(*arguments)
 
 
 class Programs:
-    """What the devices of one mesh run for one teacher and one config; each program is compiled at its first call.
+    """The programs that the devices of one mesh run for one teacher and one config; each is compiled at its first call.
 
-    In `device` mode all arrays but the weights have a leading axis, a batch a device.
+    In `device` mode all arrays but the weights have a leading axis with one batch per device.
 
     Attributes:
-      dispatch: iterations that a chunk should have.
-      variables: the teacher's, where `advance` wants them; None where it came without.
-      checked: whether the network takes images of all stages' resolutions, as far as is known.
-      advance: (stage, iterations) -> the program (state, labels, variables, student_variables) -> (state, metrics) of so
-        many iterations. The state is donated; metrics are [n, iterations], or [iterations] of a batch that is split.
+      dispatch: The number of iterations in a chunk.
+      variables: The teacher's variables, placed as `advance` takes them, or None if the teacher has none.
+      checked: Whether the network is known to take images of the resolutions of all stages.
+      advance: (stage, iterations) -> program. The program (state, labels, variables, student_variables) -> (state, metrics)
+        runs that many iterations. The state is donated; metrics are [n, iterations], or [iterations] if the batch is split.
     """
 
     def __init__(self, teacher: Teacher, config: InversionConfig, mesh: Mesh, student_fn: Callable | None = None):
-        """Compiles nothing yet; see `invert.make_inverter` for the arguments."""
+        """Prepares the programs without compiling them; see `invert.make_inverter` for the arguments."""
         platform = platform_of(mesh)
         self._teacher, self._student_fn = executed(teacher, student_fn, config, platform)
         self._config, self._mesh, self._split = config, mesh, config.bn_stats == 'global'
@@ -66,36 +66,42 @@ class Programs:
         self.checked = False
 
     def everywhere(self, variables):
-        """Weights, on every device."""
+        """Places weights on every device."""
         return place(variables, NamedSharding(self._mesh, P()))
 
     def labels(self, labels: np.ndarray) -> jax.Array:
-        """Labels int [n, B], each on the device that has its image: [n, B], or [B] of a batch that is split."""
+        """Places labels int [n, B] on the devices of their images; returns [n, B], or [B] if the batch is split."""
         return place(labels[0] if self._split else labels, NamedSharding(self._mesh, P(AXIS)))
 
     def begin(self, keys: jax.Array, batch_size: int) -> InversionState:
-        """Before the first stage: initial parameters from the keys [n] of the batches."""
-        # Everything is put where the programs leave it, or the first call would be compiled for another placement.
+        """Returns the state before the first stage, with initial parameters drawn from the keys [n] of the batches."""
+        # Arrays are placed as the programs return them, since the first call would otherwise compile for another placement.
         batchwise = NamedSharding(self._mesh, P() if self._split else P(AXIS))
         iteration = np.zeros((), np.int32) if self._split else np.zeros(len(keys), np.int32)
         parameters, step_keys = self._begin(batch_size)(place(keys[0] if self._split else keys, batchwise))
         return InversionState(parameters, None, place(iteration, batchwise), step_keys)
 
     def restart(self, stage: Stage, state: InversionState) -> InversionState:
-        """Adam anew, for the first iteration of `stage`."""
+        """Returns the state with a new optimizer state, for the first iteration of `stage`."""
         return state.replace(opt_state=self._restart(stage)(state.parameters))
 
     def take(self, state: InversionState) -> list[list[np.ndarray]]:
-        """What a state consists of, on the host: of each batch the leaves of parameters, optimizer state and iteration."""
+        """Copies a state to the host; returns for each batch the leaves of parameters, optimizer state and iteration."""
         leaves = fetch(jax.tree.leaves((state.parameters, state.opt_state, state.iteration)), self._mesh)
         if self._split:
             leaves = [leaf[None] for leaf in leaves]
-        # Copies: on CPU a fetched array is the buffer itself, which the next dispatch is given to overwrite.
+        # Copies, because on CPU a fetched array is the buffer itself, which is donated to the next dispatch.
         return [[np.array(leaf[row]) for leaf in leaves] for row in range(len(leaves[0]))]
 
     def put(self, stage: Stage, state: InversionState, taken: list[list[np.ndarray]]) -> InversionState:
-        """The state in the middle of `stage` that was `taken`, of the batches that `state` is the beginning of."""
-        state = self.restart(stage, state)  # tells where everything lies
+        """Returns the state in the middle of `stage` that `take` returned as `taken`.
+
+        Args:
+          stage: The stage of that state.
+          state: The state of the same batches before the first stage, as returned by `begin`.
+          taken: The result of `take`.
+        """
+        state = self.restart(stage, state)  # a state of the right structure, placed on the right devices
         there, tree = jax.tree.flatten((state.parameters, state.opt_state, state.iteration))
         leaves = taken[0] if self._split else [np.stack(rows) for rows in zip(*taken, strict=True)]
         placed = [place(leaf, old.sharding) for leaf, old in zip(leaves, there, strict=True)]
@@ -107,7 +113,7 @@ class Programs:
         return self._mapped(make_chunk(step, iterations), weights=2, donate=True)
 
     def finish(self, state: InversionState) -> np.ndarray:
-        """The images [n, B, H, W, C] float32 that a state's parameters are decoded to."""
+        """Decodes a state's parameters; returns images [n, B, H, W, C] float32 on the host."""
         images = fetch(self._finish(state.parameters), self._mesh)
         return images[None] if self._split else images
 
@@ -122,7 +128,10 @@ _kept = functools.lru_cache(PROGRAMS_KEPT)(Programs)
 
 
 def _over_batches(mesh: Mesh):
-    """Map a per-batch program over the mesh: every argument but the weights has a leading axis, one batch a device."""
+    """Returns a transform that maps a program for one batch over the mesh, with one batch per device.
+
+    Every argument but the weights, which come last, has a leading axis for the batches.
+    """
 
     def wrap(program, weights: int = 0, donate: bool = False):
         def local(*args):
@@ -139,7 +148,7 @@ def _over_batches(mesh: Mesh):
 
 
 def _over_one_batch(mesh: Mesh):
-    """Split the images of one batch over the mesh: what is shaped like images [B, ...] is cut on its first axis."""
+    """Returns a transform that splits one batch over the mesh: arrays [B, H, W, C], of 4 axes, are split on the first."""
 
     def spec(a):
         return P(AXIS) if a.ndim == 4 else P()

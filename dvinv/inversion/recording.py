@@ -1,4 +1,4 @@
-"""Recording moments: which layers of a network, and their mean and variance over some images."""
+"""Recording of moments: the choice of a network's layers, and their mean and variance over some images."""
 
 import re
 from collections.abc import Iterable
@@ -14,8 +14,8 @@ from dvinv.inversion.tap import OUTPUT, find_statistics, in_order
 from dvinv.inversion.teacher import Teacher
 from dvinv.networks.classifier import flatten, join_names
 
-NORMALISES = re.compile(r'^(?!Weight|Spectral).*Norm(?:aliz\w*|alis\w*)?(?:_?\d+[dD]?)?$')  # the class of such a layer
-LEAST = 2  # images
+NORMALISES = re.compile(r'^(?!Weight|Spectral).*Norm(?:aliz\w*|alis\w*)?(?:_?\d+[dD]?)?$')  # class names of such layers
+LEAST = 2  # the least number of images
 
 
 def record_moments(
@@ -28,22 +28,26 @@ def record_moments(
     key: int = 0,
     batch_size: int = 50,
 ) -> Moments:
-    """Records the mean and variance a channel, over images and positions, of what layers of a network take or return.
+    """Records the mean and variance per channel, over images and positions, of inputs or outputs of a network's layers.
 
     Args:
-      network: a Teacher, as `from_linen` and `from_nnx` make it.
-      images: some of those that it was trained on, about 100: pixels uint8 [N, H, W, C], or normalised floats.
-      layers: patterns of a layer's path or class, see `Tap.find`; (): the inputs of all BatchNorms, or, of a network without
-        any, the inputs of all layers that normalise and the outputs of all residual blocks (where it has neither, the
-        outputs of all layers with weights but the last).
-      augmentation: with which the network was trained. Images are synthesized so that the network sees them augmented, and
-        should then be compared with moments of augmented images.
-      views: how often each image is shown with `augmentation`; without one, each is shown once.
-      key: seeds the augmentation.
-      batch_size: images that are run at a time.
+      network: A Teacher, as returned by `from_linen` and `from_nnx`.
+      images: About 100 of the images that it was trained on: pixels uint8 [N, H, W, C], or normalised floats.
+      layers: Patterns of a layer's path or class, see `Tap.find`. The default () selects the inputs of all BatchNorms or, in
+        a network without any, the inputs of all normalization layers and the outputs of all residual blocks. If it has
+        neither, it selects the outputs of all layers with weights except the last one.
+      augmentation: The augmentation with which the network was trained. Synthesized images are augmented before the network
+        takes them, and should then be compared with moments of augmented images.
+      views: The number of times that each image is augmented anew; without `augmentation` each image is used once.
+      key: The seed of the augmentation.
+      batch_size: The number of images that the network takes at a time.
+
+    Returns:
+      The recorded `Moments`.
 
     Raises:
-      DvinvError: fewer than 2 images, images of another shape, or a pattern that fits no layer.
+      DvinvError: There are fewer than 2 images, the images have another shape, a pattern fits no layer, a layer cannot be
+        captured, or the moments are not finite.
     """
     if not isinstance(network, Teacher):
         raise DvinvError(
@@ -81,7 +85,17 @@ def record_moments(
 
 
 def _joined(totals: dict, count: int, found: dict, more: int) -> int:
-    """Puts the moments of `more` images to the `totals`, in float64, of `count` before; returns how many these are then."""
+    """Merges moments of further images into the totals, in place.
+
+    Args:
+      totals: {place: (mean, variance)}, float64, of the images so far.
+      count: The number of images so far.
+      found: {place: (mean, variance)} of the further images.
+      more: The number of further images.
+
+    Returns:
+      The number of all images, count + more.
+    """
     share = more / (count + more)
     for place, pair in found.items():
         mean, variance = (np.asarray(value, np.float64) for value in pair)
@@ -92,7 +106,7 @@ def _joined(totals: dict, count: int, found: dict, more: int) -> int:
 
 
 def with_shapes(teacher: Teacher, layers: Iterable[str] | str = ()) -> Teacher:
-    """Returns `teacher`, of shapes, with the shapes of moments that are yet to be recorded; see `record_moments`."""
+    """Returns `teacher`, which has shapes as variables, with the shapes of moments that `record_moments` is to record."""
     x = jax.ShapeDtypeStruct((LEAST, *teacher.image_shape), np.float32)
     places, tap = _places(teacher, layers)
     found = jax.eval_shape(lambda variables, x: tap.moments(variables, x, places), teacher.variables, x)
@@ -100,7 +114,7 @@ def with_shapes(teacher: Teacher, layers: Iterable[str] | str = ()) -> Teacher:
 
 
 def _places(teacher: Teacher, patterns: Iterable[str] | str):
-    """Returns the places that are recorded, in forward order, and the tap that reaches them."""
+    """Returns the places to record, in forward order, and a tap that captures them."""
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     variables = teacher.variables
     places = teacher.tap.find(variables, patterns) if patterns else default_places(teacher)
@@ -108,10 +122,10 @@ def _places(teacher: Teacher, patterns: Iterable[str] | str):
 
 
 def default_places(teacher: Teacher) -> tuple[str, ...]:
-    """Returns the places that `record_moments` takes by itself, in forward order.
+    """Returns the places that `record_moments` records by default, in forward order.
 
     Raises:
-      DvinvError: the network has no layers with weights.
+      DvinvError: The network has no normalization layer, no residual block and fewer than two layers with weights.
     """
     tap, variables = teacher.tap, teacher.variables
     if find_statistics(variables):

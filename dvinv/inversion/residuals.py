@@ -1,4 +1,4 @@
-"""Residual blocks of any network, found in its program: modules that return what they take plus what they make of it."""
+"""Residual blocks of any network, found in its program: modules that return the sum of their input and a function of it."""
 
 import jax
 import numpy as np
@@ -6,15 +6,17 @@ import numpy as np
 from dvinv.inversion.tap import OUTPUT
 from dvinv.networks.channels.flat import Program, flat_program
 
-# What changes neither whether an array is a sum nor what it is a sum of: on the way to it, or in a shortcut without weights.
+# Operations through which sums are traced back, because they change neither whether an array is a sum nor its summands.
+# They occur after a sum, or in a shortcut without weights.
 PASSED = ('relu', 'relu6', 'max', 'convert_element_type', 'reshape', 'squeeze', 'transpose', 'copy', 'pad', 'slice')
 
 
 def residual_blocks(teacher) -> tuple[str, ...]:
     """Returns the paths of the innermost modules that are residual blocks, in the order of their calls.
 
-    A module is one if its output is a sum, perhaps with a ReLU after it, of its input and of what depends on it; so are the
-    others of its class, which may project their input. What is inside lifted loops (nn.scan) is not looked into.
+    A module is a residual block if its output is a sum, perhaps followed by a ReLU, of its input and of a value that depends
+    on its input. The other modules of its class then count as well, since they may project their input. Modules inside
+    lifted loops (nn.scan) are not examined.
     """
     tap, variables = teacher.tap, teacher.variables
     modules = {path: module for path, module in tap.modules(variables).items() if path}
@@ -27,7 +29,7 @@ def residual_blocks(teacher) -> tuple[str, ...]:
 
     closed, shapes = jax.make_jaxpr(arrays, return_shape=True)(variables, x)
     program = flat_program(closed)
-    value = dict(zip(sorted(shapes), program.outputs, strict=True))  # JAX's order of a dict
+    value = dict(zip(sorted(shapes), program.outputs, strict=True))  # JAX flattens a dict in sorted order
     pairs = {path: (value[path], value[path + OUTPUT]) for path in modules if {path, path + OUTPUT} <= value.keys()}
     found = {path for path, (taken, returned) in pairs.items() if _adds(program, taken, returned)}
     inner = {path for path in found if not any(other.startswith(f'{path}/') for other in found)}
@@ -37,7 +39,7 @@ def residual_blocks(teacher) -> tuple[str, ...]:
 
 
 def _adds(program: Program, taken, returned) -> bool:
-    """Whether the value `returned` is a sum of `taken` and of what depends on it."""
+    """Returns whether the value `returned` is a sum of `taken` and of a value that depends on it."""
     made_by = {value: operation for operation in program.operations for value in operation.outputs}
     depends = {taken}
     for operation in program.operations:

@@ -1,4 +1,4 @@
-"""One iteration of the inversion: a pure step from state to state, and many of them in one dispatch."""
+"""One iteration of the inversion as a pure function from state to state, and many iterations in one dispatch."""
 
 import flax
 import jax
@@ -13,13 +13,14 @@ from dvinv.inversion.teacher import Teacher
 
 @flax.struct.dataclass
 class InversionState:
-    """What changes while one batch is inverted.
+    """The state that changes while one batch is inverted.
 
     Attributes:
-      parameters: [B, H, W, C] float32, what the images are decoded from, always at full resolution: see parameterization.py.
-      opt_state: Adam's, of the present stage.
+      parameters: The parameters from which the images are decoded, [B, H, W, C] float32, always at full resolution; see
+        parameterization.py.
+      opt_state: The state of the current stage's optimizer (Adam).
       iteration: int32 scalar, counted over all stages of the batch.
-      key: the batch's PRNG key; iteration t draws from fold_in(key, t).
+      key: The batch's random key. Iteration t draws from fold_in(key, t).
     """
 
     parameters: jax.Array
@@ -31,7 +32,7 @@ class InversionState:
 def make_step(teacher: Teacher, config: InversionConfig, stage: Stage, student_fn=None, axis: str | None = None):
     """Returns the pure step `(state, labels, variables, student_variables) -> (state, metrics)`.
 
-    The gradient is taken with respect to the parameters only. The metrics are the loss and its unweighted terms at the
+    The gradient is taken with respect to the parameters only. The metrics are the loss and its unweighted terms for the
     images *before* the update.
     """
     optimizer = stage.make_optimizer()
@@ -66,7 +67,7 @@ def make_step(teacher: Teacher, config: InversionConfig, stage: Stage, student_f
 
 
 def make_chunk(step, iterations: int):
-    """`iterations` steps in one dispatch; metrics come back stacked, [iterations] each."""
+    """Returns a function that runs `iterations` steps in one dispatch and returns metrics [iterations]."""
 
     def chunk(state, labels, variables, student_variables):
         def body(state, _):

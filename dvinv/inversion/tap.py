@@ -1,17 +1,17 @@
-"""The tap: the moments of every BatchNorm input of an unmodified Flax network, or of what any layers take or return.
+"""The tap: captures moments of the BatchNorm inputs of an unmodified Flax network, or of inputs and outputs of any layers.
 
-Any layer that owns running statistics (`batch_stats/mean` and `batch_stats/var`, or others with such names, as
+Any layer that owns running statistics (`batch_stats/mean` and `batch_stats/var`, or variables with similar names, such as
 `running_mean` and `running_var`, in any collection) counts as a BatchNorm, whatever its class. While the network runs,
-the moments of what such a layer is called with are sown. They are taken in one pass, shifted by the frozen running mean mu,
+the moments of the input of such a layer are sown. They are computed in one pass, shifted by the frozen running mean mu,
 
     d = E[x - mu],   s = E[(x - mu)^2],   mean = mu + d,   variance = s - d^2   (biased, float32)
 
-which is as exact near the optimum as two passes (E[x^2] - E[x]^2 cancels), and is linear in the images, so that a batch
-split over devices is reduced by one mean of (d, s). The same ears can hand out the inputs themselves, the network's
-features. `LinenTap` is here, `NnxTap` in nnx_tap.py.
+which is as exact near the optimum as two passes (E[x^2] - E[x]^2 suffers from cancellation). (d, s) are means over the
+images, so that those of a batch that is split over devices are the mean of (d, s) over the devices. The same mechanism can
+capture the inputs themselves, which are the network's features. `LinenTap` is here, `NnxTap` in nnx_tap.py.
 
-Where moments were recorded (the collection `MOMENTS` of the variables, see moments.py), they take the place of all running
-statistics. A place is then the input of any layer, named by its path ('blocks_0/norm1'), or its output ('blocks_0:output').
+If moments were recorded (the collection `MOMENTS` of the variables, see moments.py), they replace all running statistics.
+A place is the input of a layer, named by the layer's path ('blocks_0/norm1'), or its output ('blocks_0:output').
 """
 
 import abc
@@ -35,29 +35,34 @@ from dvinv.inversion.losses import EPSILON, pmean
 from dvinv.networks.channels.flat import flat_program
 from dvinv.networks.classifier import MOMENTS, join_names, name_of
 
-PRIVATE = 'dvinv_tap'  # the collection that is sown into
+PRIVATE = 'dvinv_tap'  # the collection into which values are sown
 STATISTICS = 'batch_stats'  # Flax's collection of running statistics; the second choice for sowing
-SOWN, KEPT = 'dvinv_heard', 'dvinv_kept'  # the names of the sown variables: moments (or inputs), and what is captured
-OUTPUT = ':output'  # after the path of a layer: what it returns, in place of what it is called with
+SOWN, KEPT = 'dvinv_heard', 'dvinv_kept'  # names of the sown variables: moments (or inputs), and captured arrays
+OUTPUT = ':output'  # follows the path of a layer and denotes the layer's output instead of its input
 
-# Words by which the names of a running mean and a running variance differ, and how either is known by its name alone.
+# Words by which the names of a running mean and a running variance differ, and a pattern that matches either name.
 NAMES = ('mean', 'var'), ('mean', 'variance'), ('Mean', 'Var'), ('Mean', 'Variance')
 STATISTIC = re.compile(r'(?:^|[\W\d_])(?:mean|var|variance)(?:$|[\W\d_])|Mean|Var(?:iance)?$')
 
-LISTENING = jax.make_user_context()  # what is heard: nn.jit must not take what it traced for one thing for the other
+LISTENING = jax.make_user_context()  # what is captured; nn.jit must not reuse a trace that captured something else
 
-# Symptoms of a network in training mode, and what may put it right.
+# Symptoms of a network in training mode, and arguments that may put it in eval mode.
 LEARNS = 'wants to update its running statistics', {'train': False}
 DRAWS = 'asks for random numbers (dropout?)', {'deterministic': True}
 
 
 def find_statistics(variables) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """{layer: (path of its running mean, path of its running variance)}; layers are module paths such as 'stage1/bn0'.
+    """Finds the running mean and variance of every layer that has them.
 
-    A path is (collection, names of modules, name of the variable). A mean and a variance are of one module and of one shape,
-    and their names differ in these words alone. Of several pairs of a module that with Flax's own collection and names is
-    taken, else the first. Outside of Flax's collection a module that has others within is none that normalises: there it may
-    be the network, with the mean and variance of pixels. Recorded moments are all that counts, where there are any.
+    A mean and a variance belong together if they are variables of one module, have the same shape, and their names differ
+    only by the words in `NAMES`. If a module has several pairs, the pair with Flax's own collection and names is taken, or
+    else the first one. Outside of Flax's collection, a module that contains other modules does not count as a normalization
+    layer: it may be the network itself, with the mean and variance of pixels. If there are recorded moments, only these are
+    returned.
+
+    Returns:
+      {layer: (path of its running mean, path of its running variance)}. Layers are module paths such as 'stage1/bn0'; the
+      path of a variable is (collection, names of modules, name of the variable).
     """
     flat, found = _non_intermediates(variables), {}
     if recorded := [path[1] for path in flat if path[0] == MOMENTS and path[-1] == 'mean']:
@@ -79,9 +84,9 @@ def running_means(variables) -> tuple[tuple[str, tuple[str, ...]], ...]:
 
 
 def unpaired_statistics(variables) -> list[str]:
-    """Paths of what is named as running statistics are, and is in no pair of `find_statistics`.
+    """Returns the paths of variables that are named like running statistics but are in no pair of `find_statistics`.
 
-    The network's own constants, outside of all modules, are left out: those are of pixels.
+    Constants of the network itself, outside of all its modules, are left out: they are the mean and variance of pixels.
     """
     paired = {path for pair in find_statistics(variables).values() for path in pair}
     return [
@@ -95,29 +100,29 @@ def unpaired_statistics(variables) -> list[str]:
 
 
 def _non_intermediates(variables) -> dict:
-    """{path: leaf} of all variables but the intermediates; those in `batch_stats` first."""
+    """Returns {path: leaf} of all variables except intermediates, with those in `batch_stats` first."""
     flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables))
     kept = [item for item in flat.items() if item[0][0] not in ('intermediates', PRIVATE)]
     return dict(sorted(kept, key=lambda item: item[0][0] != STATISTICS))
 
 
 def running_statistics(variables) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """{layer: (running mean, running variance)}, each [..., C]; see `find_statistics`."""
+    """Returns {layer: (running mean, running variance)}, each [..., C]; see `find_statistics`."""
     flat = _non_intermediates(variables)
     return {layer: (flat[mean], flat[variance]) for layer, (mean, variance) in find_statistics(variables).items()}
 
 
 def input_of(args, kwargs) -> jax.Array:
-    """What a layer that was called with these arguments normalises; None where there is none."""
+    """Returns the array that a layer called with these arguments normalises, or None if there is none."""
     return args[0] if args else kwargs['x'] if 'x' in kwargs else next(iter(kwargs.values()), None)
 
 
 def mask_of(layer, args, kwargs) -> jax.Array | None:
-    """Returns the argument `mask` of a call of `layer`: the places that count in its moments, as of Flax's BatchNorm.
+    """Returns the argument `mask` of a call of `layer`, which selects the positions for its moments, as in Flax's BatchNorm.
 
     Raises:
-      DvinvError: the call has another array as argument, which may change the moments; names it. What has a number a
-        channel, as scales and shifts have, is taken to be applied after the normalisation.
+      DvinvError: The call has another array as an argument, which may change the moments; the message names it. Arrays with
+        one number per channel, such as scales and shifts, are assumed to be applied after the normalisation.
     """
     names = list(inspect.signature(type(layer).__call__).parameters)[1:]
     given = {names[i] if i < len(names) else f'number {i + 1}': value for i, value in enumerate(args)} | kwargs
@@ -134,9 +139,9 @@ def mask_of(layer, args, kwargs) -> jax.Array | None:
 
 
 def _is_of_channels(shape: tuple[int, ...], x: tuple[int, ...]) -> bool:
-    """Whether an array of this shape cannot choose among the places of `x`, [B, ..., C]: it is [C], or [B, 1, ..., C].
+    """Returns whether an array of this shape cannot select positions of `x` [B, ..., C], for instance [C] or [B, 1, ..., C].
 
-    [B, D] neither, where that is no mask of the places of an image.
+    An array [B, D] cannot either, unless x is [B, N, C] and D is not C: it may then be a mask of the N positions.
     """
     if len(shape) == 1 or len(x) < 3:
         return shape[-1] == x[-1] and set(shape[:-1]) <= {1}
@@ -146,21 +151,23 @@ def _is_of_channels(shape: tuple[int, ...], x: tuple[int, ...]) -> bool:
 
 
 def answer_of(returned) -> jax.Array | None:
-    """Returns the output of a layer: the first array in what it returned that may have images and channels, if any."""
+    """Returns the first floating-point array with at least two axes among the results of a layer, or None."""
     leaves = (leaf for leaf in jax.tree.leaves(returned) if getattr(leaf, 'ndim', 0) > 1)
     return next((leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)), None)
 
 
 def whole_input(layer, running_mean: jax.Array | None, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """To hear the input x itself."""
+    """Returns the input x itself: the function `hear` of `Ears` that captures inputs."""
     return x
 
 
 def shifted_moments(layer, running_mean: jax.Array | None, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, ...]:
-    """To hear (d, s) of the file's docstring, float32, of the input x of `layer`, over all but its feature axes (`axis`).
+    """Computes moments of the input x of `layer`: the function `hear` of `Ears` that captures moments.
 
-    With a mask, over the places where it is true: (p d, p s, p), where p is their share. Without a running mean: (p mean,
-    p variance, p), in two passes.
+    Returns:
+      (d, s) as defined in the module's docstring, float32, over all axes except the layer's feature axes (`axis`). With a
+      mask they are taken over the positions where it is true, and the result is (p d, p s, p), where p is the share of these
+      positions. Without a running mean it is (p mean, p variance, p), computed in two passes.
     """
     axes = layer.axis if (running_mean is not None and hasattr(layer, 'axis')) or normalises_batches(layer) else -1
     features = {a % x.ndim for a in (axes if isinstance(axes, tuple | list) else (axes,))}
@@ -180,9 +187,10 @@ def shifted_moments(layer, running_mean: jax.Array | None, x: jax.Array, mask: j
 
 
 def _moments(running_mean, calls):
-    """(mean, variance) of a layer from the (d, s) of its calls, or (p d, p s, p) of masked ones.
+    """Computes (mean, variance) of a layer from the (d, s) of its calls, or (p d, p s, p) of calls with a mask.
 
-    The statistics of a layer called more than once a forward pass are running means over its calls: so are these.
+    If a layer is called more than once in a forward pass, the result is the mean over its calls, because its running
+    statistics are means over its calls as well.
     """
     calls = [tuple(x / jnp.maximum(p[0], EPSILON) for x in (d, s)) if p else (d, s) for d, s, *p in calls]
     mean = sum(running_mean.astype(jnp.float32) + d for d, _ in calls) / len(calls)
@@ -191,30 +199,30 @@ def _moments(running_mean, calls):
 
 
 def _joint_moments(calls, axis: str | None):
-    """(mean, variance) from what `shifted_moments` hears without a running mean: of all shards, the mean over calls."""
+    """Computes (mean, variance) over all shards, the mean over calls, from `shifted_moments` without a running mean."""
     means, variances = [], []
     for mean, variance, share in calls:
         total = jnp.maximum(pmean(share, axis), EPSILON)
         joint = pmean(mean, axis) / total
-        apart = jnp.square(mean / jnp.maximum(share, EPSILON) - joint)  # of this shard's mean
+        apart = jnp.square(mean / jnp.maximum(share, EPSILON) - joint)  # squared distance of this shard's mean
         means.append(joint)
         variances.append(pmean(variance + share * apart, axis) / total)
     return sum(means) / len(means), sum(variances) / len(variances)
 
 
 def normalises_batches(layer) -> bool:
-    """Whether a layer has the fields of Flax's BatchNorm, by which its moments are those of other axes or places."""
+    """Returns whether a layer has the fields of Flax's BatchNorm, which determine the axes and positions of its moments."""
     return hasattr(layer, 'use_running_average') and hasattr(layer, 'axis')
 
 
 @dataclasses.dataclass(frozen=True)
 class Ears:
-    """What is heard of a forward pass; hashable, for the caches of what was traced.
+    """The specification of what is captured in a forward pass; hashable, for the caches of traced functions.
 
     Attributes:
-      hear: (layer, running mean or None, x, mask) -> what is sown of each place.
-      means: (place, path of its running mean) of each; the path is () where none is needed.
-      kept: places that are sown as they are, too.
+      hear: (layer, running mean or None, x, mask) -> the value that is sown for each place in `means`.
+      means: A pair (place, path of its running mean) for each place; the path is () where no mean is needed.
+      kept: The places at which the array itself is captured as well.
     """
 
     hear: Callable
@@ -228,39 +236,42 @@ class Ears:
 
     @functools.cached_property
     def places(self) -> frozenset[str]:
-        """All places."""
+        """All places, those in `means` and those in `kept`."""
         return frozenset({*self.running, *self.kept})
 
 
 class Tap(abc.ABC):
-    """Runs a network in eval mode and hands out the moments of its BatchNorm inputs, or of the places that were recorded.
+    """Runs a network in eval mode and returns the moments of its BatchNorm inputs, or of the places with recorded moments.
 
-    A subclass knows how to run its kind of network: `apply_fn`, `_listen` and `modules`.
+    A subclass defines how to run its kind of network: `apply_fn`, `_listen` and `modules`.
 
     Attributes:
-      layers: the tapped layers in forward order.
+      layers: The tapped layers in forward order.
     """
 
-    ways, last_ways = (None,), ()  # what may be sown into, first choice first; and where any layers are to be heard
+    # The collections into which values may be sown, first choice first; and further ones for places of arbitrary layers.
+    ways, last_ways = (None,), ()
 
     def __init__(self, network, variables, example, call_kwargs: dict, logits: Callable | None):
-        """Finds, without computing anything, the way of tapping that reaches every layer with running statistics.
+        """Finds, by shapes alone, the collection to sow into that reaches every layer with running statistics.
+
+        Statistics that cannot be captured are left out, with a message on stderr, if they are not used in eval mode or are
+        not in Flax's own collection.
 
         Args:
-          network: a module or model; for what the sentences call it see `name_of`.
-          variables: its variables (arrays or shapes), with `batch_stats`.
-          example: the shape and dtype of an input, a `jax.ShapeDtypeStruct`.
-          call_kwargs: what it takes beside x in eval mode, for instance {'train': False}.
-          logits: finds the logits in what it returns; None: these are the logits.
+          network: A module or model; messages call it by its `name_of`.
+          variables: Its variables (arrays or shapes), with `batch_stats`.
+          example: The shape and dtype of an input, a `jax.ShapeDtypeStruct`.
+          call_kwargs: The arguments that it takes besides x in eval mode, for instance {'train': False}.
+          logits: A function that extracts the logits from the network's result; None if the result is the logits.
 
         Raises:
-          DvinvError: incomplete variables, not in eval mode, wrong input shape, no logits of two classes or more, or layers
-            out of reach (named). What is left out instead, since it is not used in eval mode or is not in Flax's own place,
-            is printed to stderr.
+          DvinvError: The variables are incomplete, the network is not in eval mode or does not take such an input, it does
+            not return logits of two classes or more, or layers cannot be captured (the message names them).
         """
         self._name, self._kwargs, self._example = name_of(network), call_kwargs, example
         call = inspect.signature(type(network).__call__) if callable(network) else inspect.Signature()
-        self._parameters = [*call.parameters.values()][2:]  # after the network itself and x
+        self._parameters = [*call.parameters.values()][2:]  # those after the network itself and x
         self._pick = logits or (lambda returned: returned)
         if not find_statistics(variables):
             self._refuse_incomplete(variables, example)
@@ -268,13 +279,13 @@ class Tap(abc.ABC):
         self._tune(variables)
 
     def of(self, variables) -> 'Tap':
-        """Returns the tap of the same network with variables that have other statistics: recorded ones, for instance."""
+        """Returns the tap of the same network for variables with other statistics, for instance recorded moments."""
         tap = copy.copy(self)
         tap._tune(variables)
         return tap
 
     def _tune(self, variables) -> None:
-        """Finds the way that reaches every layer with statistics among `variables`, and the order of the layers."""
+        """Finds the collection to sow into that reaches every layer with statistics, and the order of the layers."""
         name, self._places = self._name, find_statistics(variables)
         wanted, recorded = running_statistics(variables), MOMENTS in variables
         shapes = {layer: mean.shape for layer, (mean, _) in wanted.items()}
@@ -304,10 +315,10 @@ class Tap(abc.ABC):
         self._places = {layer: self._places[layer] for layer in self.layers}
 
     def reaching(self, variables, places: Iterable[str]) -> 'Tap':
-        """Returns this tap for `moments` and `capture` of these places, as of `find`.
+        """Returns a copy of this tap that captures these places, as returned by `find`, in `moments` and by `capture`.
 
         Raises:
-          DvinvError: there are some that it cannot reach; names them.
+          DvinvError: Some places cannot be captured; the message names them.
         """
         tap, places = copy.copy(self), tuple(places)
         shapes = dict.fromkeys(places)
@@ -320,27 +331,28 @@ class Tap(abc.ABC):
         return tap
 
     def _reach(self, variables, shapes: dict, run: Callable, any_place: bool) -> tuple[Counter, list[str], str]:
-        """Chooses the first way by which all places are heard, else that by which most are.
+        """Chooses the first collection to sow into by which all places are captured, or else the one that misses fewest.
 
         Args:
-          shapes: {place: the shape of its mean; None: any}.
+          variables: The network's variables (arrays or shapes).
+          shapes: {place: the shape of its mean, or None for any shape}.
           run: (variables, x, calls) -> {place: (mean, variance)}.
-          any_place: whether the places are of any layers: those of networks without running statistics, which lifted
-            transforms may carry nothing of but the parameters.
+          any_place: Whether the places may be of any layers, also in a network without running statistics, in which lifted
+            transforms may carry only the parameters.
 
         Returns:
-          The calls of each place, the places that are not heard, and the end of a sentence that says why.
+          The number of calls of each place, the places that are not captured, and the end of a sentence with the reason.
         """
         tries, reason = [], ''
         for way in (*self.ways, *(self.last_ways if any_place else ())):
             self._way, calls, moments = way, Counter(), {}
             try:
-                # What nn.jit has traced before would not be traced again, nor its layers counted.
+                # Functions under nn.jit that were traced before would not be traced again, and their layers not be counted.
                 with jax.disable_jit():
                     moments = jax.eval_shape(lambda v, x: run(v, x, calls), variables, self._example)  # noqa: B023
             except DvinvError:
                 raise
-            except Exception as error:  # Flax and JAX raise many kinds here; the last one is told by the caller
+            except Exception as error:  # Flax and JAX raise many kinds here; the caller reports the last one
                 reason = f' ({in_a_line(error)})'
             missed = [p for p, shape in shapes.items() if p not in moments or shape not in (None, moments[p][0].shape)]
             tries.append((len(missed), way, calls, missed))
@@ -350,15 +362,15 @@ class Tap(abc.ABC):
         return calls, missed, reason
 
     def _refuse_incomplete(self, variables, example) -> None:
-        """Refuses variables without some of the network's parameters or running statistics."""
-        return  # an NNX model has all of its
+        """Raises a DvinvError if some of the network's parameters or running statistics are not among the variables."""
+        return  # the variables of an NNX model are always complete
 
     def _is_of_flax(self, layer: str) -> bool:
         mean, variance = self._places[layer]
         return (mean[0], mean[-1], variance[-1]) == (STATISTICS, 'mean', 'var')
 
     def _idle(self, variables, example) -> set[str]:
-        """The layers with running statistics that no logit depends on: those that training alone calls."""
+        """Returns the layers with running statistics that no logit depends on: those that are called in training only."""
         program = flat_program(jax.make_jaxpr(self.apply_fn)(variables, example))
         needed = {value for value in program.outputs if isinstance(value, int)}
         for operation in reversed(program.operations):
@@ -372,37 +384,58 @@ class Tap(abc.ABC):
 
     @abc.abstractmethod
     def apply_fn(self, variables, x):
-        """Logits [B, K] of normalised images x [B, H, W, C], in eval mode."""
+        """Computes the logits [B, K] of normalised images x [B, H, W, C], in eval mode."""
 
     @abc.abstractmethod
     def modules(self, variables) -> dict[str, type]:
-        """{path: class} of the modules within the network, those of a forward pass in the order of their calls."""
+        """Returns {path: class} of the modules inside the network, those of a forward pass in the order of their calls."""
 
     @abc.abstractmethod
     def _listen(self, variables, x, calls: Counter, ears: Ears):
-        """(logits, {place: what is heard of each of its calls}, {place: what is kept of each}), sown in `self._way`.
+        """Runs the network and captures values as `ears` specifies, sown into the collection `self._way`.
 
-        While JAX traces, `calls` counts the calls of each place, the first to be called first.
+        Args:
+          variables: The network's variables.
+          x: Normalised images [B, H, W, C].
+          calls: Counts the calls of each place while JAX traces; its keys are in the order of the first calls.
+          ears: What is captured.
+
+        Returns:
+          (logits, {place: the result of `ears.hear` for each of its calls}, {place: the captured array of each of its
+          calls}).
         """
 
     def __call__(self, variables, x, axis: str | None = None, capture: tuple[str, ...] = ()):
-        """(logits [B, K], {layer: (mean, variance)} in forward order); moments over the mesh axis `axis` too, if named.
+        """Computes the logits and the moments of the inputs of the tapped layers.
 
-        With `capture`, places as of `find`: a third, {place: its arrays, one a call}.
+        Args:
+          variables: The network's variables.
+          x: Normalised images [B, H, W, C].
+          axis: The mesh axis over which the batch is split, or None. If named, moments are those of the whole batch.
+          capture: Places, as returned by `find`, at which arrays are captured.
+
+        Returns:
+          (logits [B, K], {layer: (mean, variance)} in forward order). With `capture`, a third item {place: its arrays, one
+          per call}.
         """
         logits, moments, *captured = self._run(variables, x, Counter(), axis, tuple(capture))
         return logits, {layer: moments[layer] for layer in self.layers}, *captured
 
     def features(self, variables, x):
-        """(logits [B, K], {layer: its BatchNorm input at each of its calls} in forward order).
+        """Computes the logits and the inputs of the tapped layers.
 
-        An input is [B, ...]; that of layers stacked by nn.scan or nn.vmap has their axis before it.
+        Returns:
+          (logits [B, K], {layer: a tuple of its BatchNorm inputs, one per call} in forward order). An input is [B, ...]; the
+          input of layers that are stacked by nn.scan or nn.vmap has the stacking axis first.
         """
         logits, heard, _ = self._listen(variables, x, Counter(), Ears(whole_input, self._means()))
         return logits, {layer: heard[layer] for layer in self.layers}
 
     def moments(self, variables, x, places: tuple[str, ...], calls: Counter | None = None) -> dict:
-        """Computes {place: (mean, variance)} of a batch x [B, H, W, C], each float32 [..., C], for places of `reaching`."""
+        """Computes {place: (mean, variance)}, each float32 [..., C], of a batch x [B, H, W, C].
+
+        Call it on the tap that `reaching` returns for these places.
+        """
         ears = Ears(shifted_moments, tuple((place, ()) for place in places))
         _, sown, _ = self._listen(variables, x, Counter() if calls is None else calls, ears)
         return {place: _joint_moments(heard, None) for place, heard in sown.items()}
@@ -411,11 +444,13 @@ class Tap(abc.ABC):
         """Returns the places that patterns name, in forward order.
 
         Args:
-          patterns: of a layer's path ('blocks_*/norm1') or class ('LayerNorm', or one that it inherits from), with * for any
-            characters but a slash, ** for any. The layer's input is meant, or with ':output' after it what it returns.
+          variables: The network's variables (arrays or shapes).
+          patterns: Patterns of a layer's path ('blocks_*/norm1') or class ('LayerNorm', or a class that it inherits from).
+            * stands for any characters except a slash, ** for any characters. A pattern names the layer's input, or with
+            ':output' after it the layer's output.
 
         Raises:
-          DvinvError: a pattern fits nothing.
+          DvinvError: A pattern fits no layer.
         """
         modules, wanted = self.modules(variables), {}
         for pattern in patterns:
@@ -444,7 +479,11 @@ class Tap(abc.ABC):
         return (logits, moments, kept) if capture else (logits, moments)
 
     def _check_call(self, variables, example) -> None:
-        """Trace the network once, in eval mode, and say in a sentence why it cannot be run."""
+        """Traces the network once, in eval mode, and validates its result.
+
+        Raises:
+          DvinvError: It cannot be run, is not in eval mode, or does not return logits of two classes or more.
+        """
         shape = 'x'.join(map(str, example.shape[1:]))
         try:
             logits = jax.eval_shape(self.apply_fn, variables, example)
@@ -479,12 +518,12 @@ class Tap(abc.ABC):
         )
 
     def _arguments(self) -> dict:
-        """{name: default, or `inspect.Parameter.empty`} of what the network takes beside x and `call_kwargs`."""
+        """Returns {name: default or `inspect.Parameter.empty`} of the network's arguments besides x and `call_kwargs`."""
         named = [p for p in self._parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         return {p.name: p.default for p in named if p.name not in self._kwargs}
 
     def _call_hint(self) -> str:
-        """Returns the end of a sentence, which names what the network must be called with besides x; '' for nothing."""
+        """Returns the end of a sentence that names the arguments that the network needs besides x; '' if there are none."""
         needed = [name for name, default in self._arguments().items() if default is inspect.Parameter.empty]
         values = ', '.join(f'{name!r}: ...' for name in needed)
         return (
@@ -493,7 +532,7 @@ class Tap(abc.ABC):
 
 
 def _way_out(returned) -> str:
-    """Returns how the logits [B, K] can be found in what a network returned."""
+    """Returns a sentence on how to extract the logits [B, K] from what a network returned."""
     found = [
         path
         for path, leaf in jax.tree_util.tree_leaves_with_path(returned)
@@ -505,10 +544,11 @@ def _way_out(returned) -> str:
 
 
 def in_order(modules: Iterable[str], places: Iterable[str]) -> tuple[str, ...]:
-    """Returns places in forward order: what a layer returns comes after all that is within it.
+    """Returns places in forward order: the output of a layer comes after everything inside the layer.
 
     Args:
-      modules: the paths of modules in the order of their calls.
+      modules: The paths of modules in the order of their calls.
+      places: The places to sort.
     """
     order = {path: index for index, path in enumerate(modules)}
 
@@ -522,28 +562,28 @@ def in_order(modules: Iterable[str], places: Iterable[str]) -> tuple[str, ...]:
 
 
 def _fits(path: str, module: type, pattern: str) -> bool:
-    """Whether a pattern of `Tap.find` names the layer of this path and class."""
+    """Returns whether a pattern of `Tap.find` names the layer with this path and class."""
     parts = {'**': '.*', '*': '[^/]*'}
     expression = ''.join(parts.get(part, re.escape(part)) for part in re.split(r'(\*\*|\*)', pattern))
     return any(re.fullmatch(expression, name) for name in (path, *(base.__name__ for base in module.__mro__)))
 
 
 class LinenTap(Tap):
-    """The tap of a Linen module: an interceptor sows what every owner of running statistics is called with."""
+    """The tap of a Linen module: an interceptor sows the moments of the input of every layer with running statistics."""
 
-    # Lifted transforms (nn.scan, nn.vmap) silently drop collections that they were not told of, but carry batch_stats, and
-    # in networks without it the parameters.
+    # Lifted transforms (nn.scan, nn.vmap) silently drop collections that they do not name, but they carry batch_stats, and
+    # the parameters in networks without batch_stats.
     ways, last_ways = (PRIVATE, STATISTICS), ('params',)
 
     def __init__(self, module: nn.Module, variables, example, call_kwargs: dict, logits: Callable | None = None):
-        """See `Tap`."""
+        """Takes the arguments of `Tap.__init__`."""
         self._module = module
         super().__init__(module, variables, example, call_kwargs, logits)
 
     def _refuse_incomplete(self, variables, example) -> None:
         try:
             whole = jax.eval_shape(functools.partial(self._module.init, **self._kwargs), jax.random.key(0), example)
-        except Exception:  # the user's network runs; where it fails, another sentence tells why
+        except Exception:  # the user's network runs here; if it fails, another message states the reason
             return
         expected, there = (_non_intermediates(tree) for tree in (whole, variables))
         if missing := [join_names(p) for p in expected if p[0] in ('params', STATISTICS) and p not in there]:
@@ -553,11 +593,11 @@ class LinenTap(Tap):
             )
 
     def apply_fn(self, variables, x):
-        """Logits [B, K] of normalised images x [B, H, W, C], in eval mode."""
+        """Computes the logits [B, K] of normalised images x [B, H, W, C], in eval mode."""
         return self._pick(self._module.apply(variables, x, **self._kwargs))
 
     def modules(self, variables) -> dict[str, type]:
-        """See `Tap`."""
+        """Returns {path: class} of the modules that a forward pass calls, in the order of their first calls."""
         found = {}
 
         def intercept(call, args, kwargs, context):
@@ -566,7 +606,8 @@ class LinenTap(Tap):
             return call(*args, **kwargs)
 
         with nn.intercept_methods(intercept), jax.disable_jit():
-            jax.eval_shape(lambda v, x: self.apply_fn(v, x), variables, self._example)  # anew: JAX keeps what it has traced
+            # A new function, because JAX caches the traces of a known one.
+            jax.eval_shape(lambda v, x: self.apply_fn(v, x), variables, self._example)
         return found
 
     def _listen(self, variables, x, calls: Counter, ears: Ears):
@@ -576,13 +617,19 @@ class LinenTap(Tap):
 
 
 def features_in_training(module: nn.Module, variables, x, rngs: dict, head: str = ''):
-    """A forward pass in train mode: (logits [B, K], features as of `Tap.features`, the new running statistics).
+    """Runs a forward pass in train mode and captures the BatchNorm inputs.
 
     Args:
-      module: takes x and `train`.
+      module: A module that takes x and `train`.
+      variables: Its variables.
+      x: Normalised images [B, H, W, C].
       rngs: {'dropout': key}.
-      head: path of a layer, 'Dense_1' for instance, that is heard beside the BatchNorm layers: features[head] is one pair,
-        what it is called with, and what it answers to that, detached (gradients reach its weights and nothing before it).
+      head: The path of a layer, for instance 'Dense_1', that is captured in addition to the BatchNorm layers. features[head]
+        is a tuple with one pair: the layer's input, and its output for the detached input (gradients of that output reach
+        the layer's weights and nothing before them).
+
+    Returns:
+      (logits [B, K], features as returned by `Tap.features`, the new running statistics).
     """
     ears = Ears(whole_input, running_means(variables))
     with LISTENING((ears, head)), _sowing(PRIVATE, Counter(), ears), _hearing_head(head):
@@ -592,14 +639,15 @@ def features_in_training(module: nn.Module, variables, x, rngs: dict, head: str 
 
 @contextlib.contextmanager
 def _hearing_head(path: str):
-    """While open, the layer at `path` sows (its input, its answer to the detached input)."""
+    """Makes the layer at `path` sow (its input, its output for the detached input) while the context is open."""
 
     def intercept(call, args, kwargs, context):
         module = context.module
         if context.method_name != '__call__' or join_names(module.path) != path:
             return call(*args, **kwargs)
         x = input_of(args, kwargs)
-        answers, detached = jnp.split(call(jnp.concatenate([x, jax.lax.stop_gradient(x)])), 2)  # Flax allows one call
+        # Both inputs in one call, because Flax allows only one.
+        answers, detached = jnp.split(call(jnp.concatenate([x, jax.lax.stop_gradient(x)])), 2)
         module.sow(PRIVATE, SOWN, (x, detached))
         return answers
 
@@ -608,24 +656,24 @@ def _hearing_head(path: str):
 
 
 def _heard(sown, collection: str, name: str = SOWN) -> dict:
-    """{place: what was heard of each of its calls} in what a Linen module has sown under this name."""
+    """Returns {place: the sown value of each of its calls} from what a Linen module has sown under this name."""
     return by_place(flax.traverse_util.flatten_dict(flax.core.unfreeze(sown).get(collection, {})), name)
 
 
 def by_place(flat: Mapping[tuple, tuple], name: str) -> dict[str, tuple]:
-    """{place: what was sown of each of its calls} of {path: value}, for what `sown_name` names."""
+    """Returns {place: the sown value of each of its calls} from {path: value}, for the variables that `sown_name` names."""
     ends = {sown_name('', name): '', sown_name(OUTPUT, name): OUTPUT}
     return {join_names(path[:-1]) + ends[path[-1]]: heard for path, heard in flat.items() if path[-1] in ends}
 
 
 def sown_name(place: str, name: str) -> str:
-    """The name of the variable that is sown in the layer of `place`."""
+    """Returns the name of the variable that is sown in the layer of `place`."""
     return f'{name}_output' if place.endswith(OUTPUT) else name
 
 
 @contextlib.contextmanager
 def _sowing(collection: str, calls: Counter, ears: Ears):
-    """Sows what `ears` hear of each call of a Linen layer into `collection`, and counts it in `calls`."""
+    """Makes each call of a Linen layer sow what `ears` specifies into `collection`, and counts the calls in `calls`."""
     within = set()  # the layers that are being called
 
     def intercept(call, args, kwargs, context):
@@ -642,12 +690,12 @@ def _sowing(collection: str, calls: Counter, ears: Ears):
         finally:
             if not nested:
                 within.remove(layer)
-        # A subclass that calls super().__call__ passes here twice; the innermost call is the normalisation itself.
+        # A subclass that calls super().__call__ gets here twice; the innermost call is the normalisation itself.
         if layer in ears.places and owner and calls[layer] == before:
             x = input_of(args, kwargs)
             mask = mask_of(module, args, kwargs) if mean or normalises_batches(module) else None
             sow(module, layer, module.get_variable(mean[0], mean[-1]) if mean else None, x, mask)
-        # And what the outermost one returns is the layer's.
+        # The layer's output is what the outermost call returns.
         if output in ears.places and not nested:
             sow(module, output, None, answer_of(result), None)
         return result

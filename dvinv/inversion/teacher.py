@@ -1,4 +1,4 @@
-"""The Teacher: all that the rest of dvinv knows of a network. Whatever has these fields is invertible."""
+"""The Teacher: the interface through which dvinv uses a network. Any object with these fields can be inverted."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -19,24 +19,24 @@ from dvinv.networks.classifier import MOMENTS, Classifier, check_finite, check_n
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Teacher(Classifier):
-    """A trained, frozen classifier whose layers can be listened to: its BatchNorms, or those with recorded moments."""
+    """A trained, frozen classifier with a tap on its BatchNorm layers, or on the layers that have recorded moments."""
 
     tap: Callable  # (variables, x, axis=None) -> (logits, {layer: (input mean, input variance)}), layers in forward order
-    features: Callable  # (variables, x) -> (logits, {layer: its BatchNorm inputs, one a call}), layers in forward order
-    statistics: Callable  # (variables) -> {layer: (running mean, running variance)}, or the recorded ones
-    module: Any = None  # with `init`, and `apply` with `train`, as of a Linen module: what pruning and others train
+    features: Callable  # (variables, x) -> (logits, {layer: its BatchNorm inputs, one per call}), layers in forward order
+    statistics: Callable  # (variables) -> {layer: (running mean, running variance)}, or recorded moments
+    module: Any = None  # has `init` and `apply(..., train=...)` like a Linen module; pruning and other tasks train it
 
     def with_moments(self, moments) -> 'Teacher':
-        """Returns the same network with recorded moments in the place of its running statistics, if it has any.
+        """Returns the same network with recorded moments in place of its running statistics, if it has any.
 
         Args:
-          moments: what `record_moments` returned, or the path of a file that it was saved to.
+          moments: The result of `record_moments`, or the path of a file to which it was saved.
 
         Raises:
-          DvinvError: they are of another network, or the file is missing or damaged.
+          DvinvError: The moments were recorded from another network, or the file is missing or damaged.
         """
         (recorded, source), bare = moments_of(moments), self.without_moments()
-        recorded.check(bare.digest(), source)
+        recorded.validate(bare.digest(), source)
         return bare.with_variables(recorded.variables())
 
     def without_moments(self) -> 'Teacher':
@@ -47,7 +47,7 @@ class Teacher(Classifier):
         return bare.with_variables({})
 
     def with_variables(self, more: dict) -> 'Teacher':
-        """Returns the same network with `more` collections among its variables: statistics may be among them."""
+        """Returns the same network with the collections `more` added to its variables; they may contain statistics."""
         variables = {**self.variables, **more}
         tap = self.tap.of(variables)
         return dataclasses.replace(self, variables=variables, tap=tap, features=tap.features)
@@ -64,21 +64,24 @@ def from_linen(
     logits: Callable | None = None,
     moments=None,
 ) -> Teacher:
-    """A Teacher from any Flax Linen module, unmodified.
+    """Returns a Teacher made from any Flax Linen module, unmodified.
 
     Args:
-      module: takes x [B, H, W, C] and returns logits [B, K], or what `logits` finds them in.
-      variables: {'params': ..., 'batch_stats': ...} of the trained network; they are copied to the host.
+      module: A module that takes x [B, H, W, C] and returns logits [B, K], or a value from which `logits` extracts them.
+      variables: {'params': ..., 'batch_stats': ...} of the trained network. They are copied to the host.
       image_shape: (H, W, C).
-      mean, std: one number a channel, or one for all, for pixels in [0, 1].
-      call_kwargs: what puts the module in eval mode; found from its signature (`train`, `deterministic`, ...) when None.
-      logits: takes what the module returns and gives the logits, where it returns more: `lambda out: out[0]` of a tuple.
-      moments: of its layers, for a network without BatchNorm: what `record_moments` returned, or the path of its file.
+      mean, std: One number per channel, or one for all channels, for pixels in [0, 1].
+      call_kwargs: The arguments that put the module in eval mode. None finds them in the signature of its `__call__`, by
+        names such as `train` and `deterministic`.
+      logits: A function from what the module returns to the logits, if it returns more than these: for a tuple,
+        `lambda out: out[0]`.
+      moments: Recorded moments of layers, for a network without BatchNorm: the result of `record_moments`, or the path of
+        its file.
 
     Raises:
-      DvinvError: the network has a BatchNorm out of reach of the tap, or does not take such images; its weights are not
-        finite, or quantized; its answers are not those of a classifier (see `contract.check_answers`); or the moments are
-        of another network.
+      DvinvError: The network has a BatchNorm that the tap cannot reach, or does not take such images; its weights are not
+        finite, or are quantized; its outputs are not those of a classifier (see `contract.check_answers`); or the moments
+        were recorded from another network.
     """
     pictures = {'image_shape': image_shape, 'mean': mean, 'std': std}
     teacher = trusted_linen(module, variables, **pictures, call_kwargs=call_kwargs, logits=logits)
@@ -90,7 +93,7 @@ def from_linen(
 def trusted_linen(
     module, variables, *, image_shape, mean, std, call_kwargs: dict | None = None, logits: Callable | None = None
 ) -> Teacher:
-    """As `from_linen`, but does not run the module: of dvinv's own networks, it is known that they answer with logits."""
+    """Returns a Teacher as `from_linen` does, but does not run the module: dvinv's own networks return logits."""
     if isinstance(module, type):
         raise DvinvError(
             f'from_linen takes a module, and {module.__name__} is a class; make one of it: {module.__name__}(...).'
@@ -119,21 +122,21 @@ def from_nnx(
     logits: Callable | None = None,
     moments=None,
 ) -> Teacher:
-    """A Teacher from any Flax NNX model, unmodified: a clone of it is put in eval mode and frozen as it is now.
+    """Returns a Teacher made from any Flax NNX model, unmodified: a clone of it is put in eval mode and frozen as it is now.
 
-    Its `variables` are nested dicts as of a Linen module, {'params': ..., 'batch_stats': ...}; what is neither nnx.Param nor
-    nnx.BatchStat nor a random key is in 'others'.
+    The Teacher's `variables` are nested dicts like those of a Linen module, {'params': ..., 'batch_stats': ...}. Variables
+    that are neither nnx.Param nor nnx.BatchStat nor state of a random stream are in 'others'.
 
     Args:
-      model: takes x [B, H, W, C] and returns logits [B, K], or what `logits` finds them in.
-      image_shape, mean, std: see `from_linen`.
-      call_kwargs: what its `__call__` takes beside x in eval mode, over and above `model.eval()`; see `from_linen`.
-      logits, moments: see `from_linen`.
+      model: A model that takes x [B, H, W, C] and returns logits [B, K], or a value from which `logits` extracts them.
+      image_shape, mean, std: See `from_linen`.
+      call_kwargs: The arguments of its `__call__` in eval mode besides x, in addition to `model.eval()`; see `from_linen`.
+      logits, moments: See `from_linen`.
 
     Raises:
-      DvinvError: see `from_linen`.
+      DvinvError: See `from_linen`.
     """
-    # Here, for it imports NNX, which takes a third of a second that no other run should pay.
+    # Imported here because it imports NNX, which takes a third of a second that no other run should pay.
     from dvinv.inversion import nnx_tap
 
     if not isinstance(model, nnx_tap.nnx.Module):
@@ -151,10 +154,10 @@ def from_nnx(
 
 
 def teacher_of(module, variables, *, image_shape, mean, std) -> Teacher:
-    """A Teacher from a user's network as `modules.trainable` returns it, with these variables (arrays or shapes).
+    """Returns a Teacher made from a user's network, as returned by `modules.trainable`, and variables (arrays or shapes).
 
     Raises:
-      DvinvError: see `from_linen`.
+      DvinvError: See `from_linen`.
     """
     pictures, variables = _pictures(image_shape, mean, std), _on_host(variables, module.label)
     if isinstance(module, LinenModule):
@@ -169,7 +172,11 @@ def teacher_of(module, variables, *, image_shape, mean, std) -> Teacher:
 
 
 def _pictures(image_shape, mean, std):
-    """(image_shape, mean, std) as tuples, if they go together."""
+    """Returns (image_shape, mean, std) as tuples.
+
+    Raises:
+      DvinvError: They are missing, malformed or do not have the same number of channels.
+    """
     try:
         image_shape = tuple(int(n) for n in image_shape)
     except (TypeError, ValueError) as error:
@@ -198,12 +205,12 @@ def _pictures(image_shape, mean, std):
 
 
 def _on_host(variables, name: str) -> dict:
-    """Returns the variables as nested dicts of numpy arrays: copied, gathered if sharded, out of Flax's boxes.
+    """Returns the variables as nested dicts of numpy arrays: copied, gathered if sharded, and without Flax's boxes.
 
     Shapes and random keys stay as they are.
 
     Raises:
-      DvinvError: they are no dict of arrays, their numbers are not finite, or a parameter is an integer array.
+      DvinvError: They are not a dict of arrays, their numbers are not finite, or a parameter is an integer array.
     """
     if not isinstance(variables, Mapping):
         raise DvinvError(
@@ -225,12 +232,12 @@ def _on_host(variables, name: str) -> dict:
                 return leaf
             if not leaf.is_fully_addressable:
                 raise DvinvError(f'{path} of {name} lies in part on devices of other processes; gather it first.')
-        array = np.array(leaf)  # a copy: the caller's may change, or be donated
+        array = np.array(leaf)  # a copy, because the caller's array may change or be donated
         if array.dtype.kind in 'OSU':
             raise DvinvError(f'{path} of {name} is a {type(leaf).__name__}; every variable must be an array of numbers.')
         return array
 
-    # A leaf may be a tuple, of what the network sowed in `init`.
+    # A leaf may be a tuple of values that the network sowed in `init`.
     flat = {
         path: jax.tree.map(lambda one, path=path: copied(path, one), leaf)
         for path, leaf in flatten(unboxed(variables)).items()

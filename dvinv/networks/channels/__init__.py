@@ -1,4 +1,4 @@
-"""The channels of any Flax network: which of them can only go together, what they cost, and the network without some."""
+"""The channels of any Flax network: which of them can only be removed together, their cost, and the pruned network."""
 
 from dvinv.networks.channels.groups import ChannelGroups, find_channels
 from dvinv.networks.channels.module import PrunedModule

@@ -1,4 +1,4 @@
-"""What a network costs with some of its channels gone, and what the removal of each group would save."""
+"""The cost of a network after the removal of some channels, and the saving by the removal of each channel group."""
 
 import dataclasses
 import math
@@ -11,11 +11,11 @@ from dvinv.networks.channels.groups import FIXED, ChannelGroups
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """The cost of one layer or variable, by how many channels are left along its axes.
+    """The cost of one layer or variable as a function of the numbers of remaining channels along its axes.
 
     Attributes:
-      axes: the groups of the places along each.
-      price: (numbers of channels left, float [...] an axis) -> cost [...].
+      axes: For each axis of channels, the groups of its places.
+      price: (number of remaining channels of each axis, float [...]) -> cost [...].
     """
 
     axes: tuple[np.ndarray, ...]
@@ -24,18 +24,18 @@ class Term:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """A sum of terms."""
+    """A cost of a network: a sum of terms."""
 
-    count: int  # of groups
+    count: int  # the number of channel groups
     terms: tuple[Term, ...]
 
     def of(self, keep: np.ndarray) -> float:
-        """The cost with the groups that are left, bool [count]."""
+        """Computes the cost of the network with the groups in the keep mask, bool [count]."""
         left = np.append(keep, True)
         return float(sum(term.price(*(left[axis].sum() for axis in term.axes)) for term in self.terms))
 
     def savings(self, keep: np.ndarray) -> np.ndarray:
-        """What the removal of each group, alone, would save, float [count]; 0 for those that are gone."""
+        """Computes the saving by the removal of each group alone, float [count]; 0 for groups that are removed already."""
         left, total = np.append(keep, True), np.zeros(self.count)
         for term in self.terms:
             now = [left[axis].sum() for axis in term.axes]
@@ -48,12 +48,15 @@ class Cost:
 
 
 def flops(channels: ChannelGroups) -> Cost:
-    """Floating-point operations of convolutions and matrix products for one image, two a multiply-add; exact."""
+    """Returns the number of floating-point operations of convolutions and matrix products for one image as a cost; exact.
+
+    A multiply-add counts as two operations.
+    """
     return Cost(channels.count, tuple(Term(p.axes, _volume(2 * p.fixed)) for p in channels.products))
 
 
 def parameters(channels: ChannelGroups) -> Cost:
-    """Trained numbers; exact."""
+    """Returns the number of trained parameters as a cost; exact."""
     terms = []
     for path, axes in channels.axes.items():
         if path.startswith('params/'):
@@ -63,7 +66,7 @@ def parameters(channels: ChannelGroups) -> Cost:
 
 
 def filters(channels: ChannelGroups) -> Cost:
-    """Channels that layers make."""
+    """Returns the number of output channels of all layers as a cost."""
     return Cost(channels.count, tuple(Term((groups,), _volume(1)) for groups in channels.layers.values()))
 
 

@@ -1,7 +1,8 @@
-"""Which channels can only be removed together.
+"""Coupling of channels that can only be removed together.
 
-Every place along an axis of a variable is a slot. Following the operations of a network couples slots that must go together
-(the two sides of a sum, what a convolution makes and the next one takes), and pins those that must stay.
+Every place along an axis of a variable is a slot. Following the operations of a network couples slots that must be removed
+together (those of the two sides of a sum, or of a convolution's outputs and the next one's inputs), and pins slots that must
+stay.
 """
 
 import dataclasses
@@ -11,14 +12,14 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Pin:
-    """Why slots must stay: an operation that cannot do without them, and where it is called."""
+    """The reason why slots must stay: an operation that needs all of them, and the path of the module that calls it."""
 
     operation: str
     where: str
 
 
 class Coupling:
-    """Atoms are numbers, counted from 0 as they are made."""
+    """Slots, numbered from 0 in the order in which they are created, with their couplings and pins."""
 
     def __init__(self):
         self._slots = 0
@@ -26,22 +27,22 @@ class Coupling:
         self._pinned: list[tuple[np.ndarray, Pin]] = []
 
     def fresh(self, count: int) -> np.ndarray:
-        """New slots, int64 [count]."""
+        """Creates slots; returns their numbers, int64 [count]."""
         self._slots += count
         return np.arange(self._slots - count, self._slots)
 
     def couple(self, first: np.ndarray, second: np.ndarray) -> None:
-        """`first[i]` and `second[i]`, int [n] both, go together."""
+        """Records that `first[i]` and `second[i]`, int [n] both, can only be removed together."""
         if first is not second:
             self._coupled.append((first, second))
 
     def pin(self, slots: np.ndarray, why: Pin) -> None:
-        """These slots must stay."""
+        """Records that these slots must stay."""
         self._pinned.append((slots, why))
 
     def groups(self) -> np.ndarray:
-        """The group of each slot, int [slots]: those of one group go together."""
-        from scipy.sparse import coo_array  # late: every run imports this module, and few prune
+        """Returns the group of each slot, int [number of slots]; slots of one group can only be removed together."""
+        from scipy.sparse import coo_array  # imported late, because every run imports this module and few prune
         from scipy.sparse.csgraph import connected_components
 
         first, second = (
@@ -51,5 +52,5 @@ class Coupling:
         return connected_components(graph, directed=False)[1]
 
     def pins(self) -> list[tuple[np.ndarray, Pin]]:
-        """What was pinned, and why."""
+        """Returns the pinned slots, each array with its reason."""
         return self._pinned

@@ -1,4 +1,4 @@
-"""A function's program (its jaxpr) as one flat list of operations, with what functions call one another by taken apart."""
+"""A function's program (its jaxpr) as one flat list of operations, with the functions that it calls inlined."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ import jax
 from jax.extend.core import Literal
 from jax.extend.core.primitives import jit_p, remat_p
 
-# Activations whose derivative at their kinks is a choice of theirs, which taking them apart would lose.
+# Activations that define their derivative at their kinks; inlining them would lose this definition.
 ACTIVATIONS = {'relu': jax.nn.relu, 'relu6': jax.nn.relu6}
 
 
@@ -17,13 +17,13 @@ class Operation:
     """One operation on arrays.
 
     Attributes:
-      name: of the primitive, or of an activation.
-      params: what the primitive is called with as keywords.
-      inputs: numbers of the values that it takes; literals as they are.
-      outputs: numbers of those that it makes.
-      shapes, results: of inputs and outputs.
-      where: the modules that it is called in, such as 'CifarResNet/layer1_0/conv1'.
-      call: (params, arrays) -> the list of what it makes.
+      name: The name of the primitive, or of an activation.
+      params: The keyword arguments of the primitive.
+      inputs: The numbers of the values that it takes; literals themselves.
+      outputs: The numbers of the values that it computes.
+      shapes, results: The shapes of the inputs and of the outputs.
+      where: The path of the modules in which it is called, such as 'CifarResNet/layer1_0/conv1'.
+      call: (params, arrays) -> the list of its results.
     """
 
     name: str
@@ -38,9 +38,12 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Operations in order; `inputs` and `outputs` are numbers of values (an output may be a literal, too).
+    """A program as a list of operations.
 
-    `constants` are values that the program brings along.
+    Attributes:
+      operations: The operations in order.
+      inputs, outputs: The numbers of the program's inputs and outputs; an output may also be a literal.
+      constants: {number: value} of the constants in the program.
     """
 
     operations: tuple[Operation, ...]
@@ -50,7 +53,7 @@ class Program:
 
 
 def flat_program(closed) -> Program:
-    """The `Program` of a closed jaxpr. Scans, branches and users' own derivatives stay whole."""
+    """Returns the `Program` of a closed jaxpr. Scans, branches and functions with a user's custom derivative stay whole."""
     count = iter(range(10**9))
     numbers = {v: next(count) for v in [*closed.jaxpr.constvars, *closed.jaxpr.invars]}
     constants = {numbers[v]: value for v, value in zip(closed.jaxpr.constvars, closed.consts, strict=True)}
@@ -76,7 +79,7 @@ def _operations(jaxpr, numbers: dict, constants: dict, count: Iterator[int], out
 
 
 def _inner(equation):
-    """(jaxpr, its constants) of what an equation merely calls; None where it does something of its own."""
+    """Returns (jaxpr, its constants) of the function that an equation calls, or None if the equation is not such a call."""
     primitive, params = equation.primitive, equation.params
     if primitive is jit_p:
         return params['jaxpr'].jaxpr, params['jaxpr'].consts
@@ -88,7 +91,7 @@ def _inner(equation):
 
 
 def _activation(equation) -> str | None:
-    """The name of the activation that an equation is, if it is one of JAX's own."""
+    """Returns the name of the activation in `ACTIVATIONS` that an equation computes, or None."""
     if equation.primitive.name != 'custom_jvp_call' or not _is_jaxs_own(equation):
         return None
     name = equation.params['call_jaxpr'].jaxpr.debug_info.func_name
@@ -96,7 +99,7 @@ def _activation(equation) -> str | None:
 
 
 def _is_jaxs_own(equation) -> bool:
-    """Whether a function with a derivative of its own is JAX's: then that is the derivative of what it consists of."""
+    """Returns whether a function with a custom derivative belongs to JAX; its operations then have the same derivative."""
     return '/jax/_src/' in str(equation.params['call_jaxpr'].jaxpr.debug_info.func_src_info)
 
 

@@ -1,4 +1,4 @@
-"""The channels of a network in groups that can only be removed together, and what each of them is in its variables."""
+"""The channels of a network in groups that can only be removed together, and the places of each group in the variables."""
 
 import dataclasses
 import functools
@@ -16,19 +16,22 @@ from dvinv.networks.channels.rules import Product, follow
 from dvinv.networks.classifier import flatten, name_of, unflatten
 from dvinv.networks.registry import shapes_of
 
-FIXED = -1  # the group of places that cannot be removed
+FIXED = -1  # stands for the group of a place that cannot be removed
 
 
 @dataclasses.dataclass(frozen=True)
 class ChannelGroups:
-    """Units are numbered from 0. Which of them are left is told by `keep`, bool [count], everywhere.
+    """The channel groups of a network, numbered from 0.
+
+    The argument `keep` of the methods is a keep mask, bool [count]: it is true for the groups that remain in the network.
 
     Attributes:
-      count: how many there are that can be removed.
-      shapes: the variables of the whole network, as shapes.
-      axes: {the path of a variable: the groups of the places along each of its axes, int [n], or None}.
-      products: the network's convolutions and matrix products, the groups of their channels in place of slots.
-      pins: why channels stay: the operations that cannot be followed, or that meet all channels at once.
+      count: The number of groups that can be removed.
+      shapes: The variables of the full network, as shapes.
+      axes: {path of a variable: for each of its axes the groups of the places along the axis, int [n], or None for an axis
+        without channels that can be removed}.
+      products: The network's convolutions and matrix products, with groups of channels instead of slots.
+      pins: The reasons why channels must stay: operations that cannot be followed, or that combine all channels at once.
     """
 
     count: int
@@ -39,23 +42,23 @@ class ChannelGroups:
 
     @functools.cached_property
     def whole(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """`shapes` by path."""
+        """`shapes` as a flat dict, {path: shape}."""
         return flatten(self.shapes)
 
     @functools.cached_property
     def layers(self) -> dict[str, np.ndarray]:
-        """{a layer with channels that can be removed: the groups of those that it makes}, in the variables' order."""
+        """{a layer with output channels that can be removed: the groups of its output channels}, in the variables' order."""
         made = {
             path.removeprefix('params/').rpartition('/')[0]: axes[-1] for path, axes in self.axes.items() if _makes(path)
         }
         return {layer: groups for layer, groups in made.items() if groups is not None and (groups != FIXED).any()}
 
     def there(self, groups: np.ndarray, keep: np.ndarray) -> np.ndarray:
-        """Which places of these groups are left, bool [n]."""
-        return np.append(keep, True)[groups]  # FIXED reads the last
+        """Returns a mask, bool [n], of the places with these groups [n] that remain."""
+        return np.append(keep, True)[groups]  # FIXED is -1 and reads the appended True
 
     def places(self, keep: np.ndarray) -> dict[int, dict[int, np.ndarray]]:
-        """Which places are left along the axes of the variables' leaves, by their numbers; as `pruned_function` takes it."""
+        """Returns {number of a leaf of the variables: {axis: mask of its remaining places}}, for `pruned_function`."""
         paths = jax.tree.leaves(unflatten({path: path for path in self.axes}))
         return {
             leaf: {axis: self.there(groups, keep) for axis, groups in enumerate(self.axes[path]) if groups is not None}
@@ -63,15 +66,15 @@ class ChannelGroups:
         }
 
     def masked(self, keep: np.ndarray, variables: dict) -> dict:
-        """The variables, with zeros where groups are gone: the network's old shape, computing what the small one does."""
+        """Returns the variables with zeros in place of removed groups: the full network then acts as the pruned one."""
         return self.restored(keep, self.sliced(keep, variables))
 
     def sliced(self, keep: np.ndarray, variables: dict) -> dict:
-        """The variables without the places of groups that are gone."""
+        """Returns the variables without the places of removed groups."""
         return self._each(keep, variables, lambda leaf, axis, there: leaf.take(np.flatnonzero(there), axis))
 
     def restored(self, keep: np.ndarray, variables: dict) -> dict:
-        """The inverse of `sliced`, with zeros where groups are gone."""
+        """Returns variables of the full network's shapes, with zeros in place of removed groups: the inverse of `sliced`."""
 
         def spread(leaf, axis, there):
             places = np.zeros((*leaf.shape[:axis], len(there), *leaf.shape[axis + 1 :]), leaf.dtype)
@@ -90,15 +93,16 @@ class ChannelGroups:
         return unflatten(changed)
 
     def kept(self, keep: np.ndarray) -> dict[str, tuple[int, ...]]:
-        """{a layer that has lost channels: which of those that it makes are left}."""
+        """Returns {a layer with removed channels: the indices of its remaining output channels}."""
         there = {layer: self.there(groups, keep) for layer, groups in self.layers.items()}
         return {layer: tuple(map(int, np.flatnonzero(mine))) for layer, mine in there.items() if not mine.all()}
 
     def keep_mask(self, kept: dict[str, Iterable[int]]) -> np.ndarray:
-        """The inverse of `kept`.
+        """Returns the keep mask for the remaining output channels of layers: the inverse of `kept`.
 
         Raises:
-          DvinvError: a layer or channel that is not there, or channels that cannot go without others.
+          DvinvError: The network does not have a layer or channel, a removed channel must stay, or channels are kept while
+            others of their group are removed.
         """
         keep, layers = np.ones(self.count, bool), self.layers
         for layer, left in kept.items():
@@ -123,23 +127,26 @@ def _makes(path: str) -> bool:
 
 
 def find_channels(module: nn.Module, image_shape, ignored: tuple[str, ...] = ()) -> ChannelGroups:
-    """The channels of a Linen module that takes images [H, W, C] and `train`.
+    """Finds the channel groups of a Linen module that takes images and `train`.
 
     Args:
-      ignored: layers whose channels stay.
+      module: The network.
+      image_shape: (H, W, C).
+      ignored: The layers that keep all their output channels.
 
     Raises:
-      DvinvError: no channel can be removed (tells what stops it), or there is no such layer to protect.
+      DvinvError: No channel can be removed (the message names the operations that prevent it), or the network does not have
+        an ignored layer.
     """
     try:
         return _found(module, tuple(image_shape), tuple(ignored))
     except TypeError as error:
         if 'hash' not in str(error):
             raise
-        return _found.__wrapped__(module, tuple(image_shape), tuple(ignored))  # a field of it is a list, say
+        return _found.__wrapped__(module, tuple(image_shape), tuple(ignored))  # for example, one of its fields is a list
 
 
-@functools.lru_cache(maxsize=32)  # a pruned network asks again whenever it is traced
+@functools.lru_cache(maxsize=32)  # because a pruned network calls it each time that it is traced
 def _found(module: nn.Module, image_shape: tuple[int, ...], ignored: tuple[str, ...]) -> ChannelGroups:
     variables = shapes_of(module, image_shape)
     image = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
@@ -168,7 +175,7 @@ def _found(module: nn.Module, image_shape: tuple[int, ...], ignored: tuple[str, 
         stays[group[some]] = True
     made = np.zeros_like(stays)
     for some in layers.values():
-        made[group[some]] = True  # else no layer makes it: a bias that is added to nothing, a constant
+        made[group[some]] = True  # other groups are no layer's output, such as a constant or a bias that is added to nothing
     removable = np.flatnonzero(made & ~stays)
     renumbered = np.full(len(stays), FIXED)
     renumbered[removable] = np.arange(len(removable))
@@ -189,7 +196,7 @@ def _found(module: nn.Module, image_shape: tuple[int, ...], ignored: tuple[str, 
 
 
 def _in_units(product: Product, units_of: Callable) -> Product:
-    """A product whose axes have groups in place of slots; one that stays whole counts as no axis of channels."""
+    """Returns a product with groups instead of slots; an axis with no channels that can be removed counts as fixed."""
     axes = [units_of(axis) for axis in product.axes]
     moved = {
         index: sum(groups is not None for groups in axes[:index]) for index, groups in enumerate(axes) if groups is not None

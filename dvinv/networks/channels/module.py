@@ -12,22 +12,25 @@ from dvinv.networks.channels.pruned_function import pruned_function
 
 
 class PrunedModule(nn.Module):
-    """`network` with fewer channels: same layers and names of variables, smaller arrays. x [B, H, W, C] -> logits [B, K].
+    """`network` with fewer channels: the same layers and variable names, but smaller arrays.
 
-    It can be initialised, applied, trained, saved and listened to (its BatchNorms by `inversion.tap`) as the network itself.
+    It maps x [B, H, W, C] to logits [B, K], and can be initialised, applied, trained, saved and tapped (its BatchNorm inputs
+    captured by `inversion.tap`) like the network itself.
 
     Raises, when called:
-      DvinvError: `kept` names no layers or channels of this network, or some that can only go together with others.
+      DvinvError: `kept` names layers or channels that this network does not have, or removes channels without others that
+        must be removed together with them.
     """
 
-    network: Any  # a Linen module that takes x and `train`, or what has its `init` and `apply`
-    kept: Mapping[str, tuple[int, ...]]  # {a layer that has lost channels: which of those that it makes are left}
+    network: Any  # a Linen module that takes x and `train`, or an object with its `init` and `apply`
+    kept: Mapping[str, tuple[int, ...]]  # {a layer with removed channels: the indices of its remaining output channels}
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         network = self.network
         if isinstance(network, nn.Module):
-            network = network.clone(parent=None, _deep_clone=True)  # no part of this module, which has its own variables
+            # Detached, so that it is not a submodule of this module, which has variables of its own.
+            network = network.clone(parent=None, _deep_clone=True)
         channels = find_channels(network, x.shape[1:])
         keep = channels.keep_mask(self.kept)
         if self.is_initializing():
@@ -40,7 +43,7 @@ class PrunedModule(nn.Module):
             return network.apply(variables, x, train=train, rngs=rngs, mutable=self.scope.mutable or [])
 
         variables = {name: tree for name, tree in flax.core.unfreeze(self.variables).items() if tree}
-        # Shapes of the whole network's, dtypes of ours (a half-precision copy, say).
+        # The shapes of the full network's variables, but the dtypes of this module's, which may be a half-precision copy.
         example = jax.tree.map(lambda whole, leaf: jax.ShapeDtypeStruct(whole.shape, leaf.dtype), channels.shapes, variables)
         logits, changed = pruned_function(whole, (example, x, rngs), channels.places(keep))(variables, x, rngs)
         self._put(changed)

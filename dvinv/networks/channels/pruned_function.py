@@ -1,7 +1,8 @@
-"""A function of a network's variables, run on variables that have lost channels.
+"""Evaluation of a function of a network's variables on variables with fewer channels.
 
-Its program is that of the whole network, so whatever the network decides by its shapes (where a shortcut needs a
-projection, say) stays decided; operations are given fewer channels, and the few that are told a shape are told another.
+The program is that of the full network, so that decisions that the network makes by shapes (for example, whether a shortcut
+needs a projection) stay as they are. Operations get arrays with fewer channels, and the few operations with a shape as
+parameter get a changed shape.
 """
 
 import functools
@@ -18,22 +19,24 @@ from dvinv.networks.channels.rules import ELEMENTWISE, Labels, follow, is_depthw
 
 
 def pruned_function(fn: Callable, example, kept: dict[int, dict[int, np.ndarray]]):
-    """`fn` for fewer channels.
+    """Returns `fn` for arguments with fewer channels.
 
     Args:
-      fn: trees of arrays to a tree of arrays.
-      example: its arguments, arrays or shapes, as the whole network takes them.
-      kept: {the number of an argument's leaf: {its axis of channels: which are there, bool [n]}}.
+      fn: A function from trees of arrays to a tree of arrays.
+      example: Its arguments, arrays or shapes, as for the full network.
+      kept: {number of a leaf of the arguments: {its axis of channels: mask of the remaining channels, bool [n]}}.
 
     Returns:
-      A function of arguments whose leaves lack the others. Differentiable with respect to all that `fn` is.
+      A function of arguments that contain only the remaining channels. It can be differentiated with respect to the same
+      arguments as `fn`.
 
     Raises:
-      DvinvError: channels are missing that can only go together with others that are there.
+      DvinvError: Channels are missing that can only be removed together with others that are still present, or that must
+        stay.
     """
     closed, result = jax.make_jaxpr(fn, return_shape=True)(*example)
     program, coupling = flat_program(closed), Coupling()
-    there = []  # of each leaf's slots
+    there = []  # masks of the remaining slots, one array per axis of channels
     inputs: dict[int, Labels] = {}
     for leaf, (number, variable) in enumerate(zip(program.inputs, closed.jaxpr.invars, strict=True)):
         axes = []
@@ -60,7 +63,11 @@ def pruned_function(fn: Callable, example, kept: dict[int, dict[int, np.ndarray]
 
 
 def _keep(coupling: Coupling, there: np.ndarray) -> np.ndarray:
-    """Which slots are there, bool [slots], if those of the arguments, the first ones, are there as told."""
+    """Returns a mask of the remaining slots, bool [number of slots], from the mask of the arguments' slots, the first ones.
+
+    Raises:
+      DvinvError: The mask splits a group, or removes slots that must stay.
+    """
     group = coupling.groups()
     gone = np.zeros(len(group), bool)
     gone[group[: len(there)][~there]] = True
@@ -82,7 +89,7 @@ def _value(v, values: dict):
 
 
 def _taken(array, axis: int, there: np.ndarray):
-    """The places of an axis that are there, bool [n]."""
+    """Returns an array with only those places of an axis that the mask `there`, bool [n], selects."""
     return array if there.all() else jnp.take(array, np.flatnonzero(there), axis)
 
 
@@ -91,7 +98,7 @@ def _as_it_is(operation: Operation, arrays, given, made, keep) -> list:
 
 
 def _fitted(operation: Operation, arrays, given, made, keep) -> list:
-    """An elementwise operation: what knows of no channels, such as a random mask, is cut to those that are there."""
+    """Runs an elementwise operation; inputs without labels, such as a random mask, are cut to the remaining channels."""
     for axis, slots in enumerate(made[0]):
         if slots is None:
             continue
@@ -109,7 +116,7 @@ def _convolution(operation: Operation, arrays, given, made, keep) -> list:
 
 
 def _reshaped(name: str, operation: Operation, arrays, given, made, keep) -> list:
-    """An operation that is told, as `name`, the shape of what it makes."""
+    """Runs an operation that has the shape of its result as the parameter `name`."""
     shape = [
         length if slots is None else int(keep[slots].sum())
         for length, slots in zip(operation.results[0], made[0], strict=True)
@@ -130,7 +137,7 @@ def _concatenated(operation: Operation, arrays, given, made, keep) -> list:
 
 
 def _padded(operation: Operation, arrays, given, made, keep) -> list:
-    """Of the margin, only what is there."""
+    """Runs a padding, with only the remaining channels of the margin."""
     (padded,) = operation.call(operation.params, arrays)
     for axis, (before, after, _) in enumerate(operation.params['padding_config']):
         slots = made[0][axis]

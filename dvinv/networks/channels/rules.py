@@ -1,8 +1,8 @@
-"""How channels pass through the operations of a network.
+"""Rules for how channels pass through the operations of a network.
 
-An axis of a value has a label: the slots (see coupling.py) of its places, int [n], or None where it is no axis of channels,
-such as that of the images of a batch or of pixels. A rule takes the labels of an operation's inputs, coupling what must go
-together, and gives the labels of its outputs.
+Each axis of a value has a label: the slots (see coupling.py) of its places, int [n], or None if it is not an axis of
+channels, such as the axes of the images of a batch or of pixels. A rule takes the labels of an operation's inputs, couples
+slots that must be removed together, and returns the labels of its outputs.
 """
 
 import dataclasses
@@ -14,16 +14,16 @@ import numpy as np
 from dvinv.networks.channels.coupling import Coupling, Pin
 from dvinv.networks.channels.flat import Operation, Program
 
-Labels = tuple[np.ndarray | None, ...]  # one an axis
+Labels = tuple[np.ndarray | None, ...]  # one label per axis
 
-# What computes each place of its result from the same place of its inputs.
+# Operations that compute each place of their result from the same place of their inputs.
 ELEMENTWISE = {
     *('abs', 'add', 'add_any', 'atan2', 'cbrt', 'ceil', 'clamp', 'cos', 'div', 'erf', 'erf_inv', 'erfc', 'exp', 'exp2'),
     *('expm1', 'floor', 'integer_pow', 'log', 'log1p', 'logistic', 'max', 'min', 'mul', 'neg', 'nextafter', 'pow', 'relu'),
     *('relu6', 'rem', 'round', 'rsqrt', 'sign', 'sin', 'sqrt', 'square', 'sub', 'tan', 'tanh'),
     *('and', 'eq', 'ge', 'gt', 'is_finite', 'le', 'lt', 'ne', 'not', 'or', 'select_n', 'xor'),
     *('convert_element_type', 'copy', 'reduce_precision', 'stop_gradient'),
-    'pvary',  # by which a network that is mapped over devices hands its weights to each
+    'pvary',  # passes the weights to each device in a network that is mapped over devices
 }
 REDUCTIONS = {*('argmax', 'argmin', 'reduce_and', 'reduce_max', 'reduce_min', 'reduce_or', 'reduce_prod', 'reduce_sum')}
 WINDOWS = {*('reduce_window', 'reduce_window_max', 'reduce_window_min', 'reduce_window_sum')}
@@ -31,14 +31,17 @@ WINDOWS = {*('reduce_window', 'reduce_window_max', 'reduce_window_min', 'reduce_
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A convolution or matrix product, for its cost.
+    """A convolution or matrix product, described for the computation of its cost.
+
+    The multiply-adds run over several axes. For one image there are fixed * len(axes[0]) * len(axes[1]) * ... of them.
 
     Attributes:
-      layer: where it is called, without the network's own name.
-      operation: what it does.
-      fixed: the product of the lengths, of all that its multiply-adds run over, that are no channels.
-      axes: the slots of those that are; for one image there are fixed * len(axes[0]) * ... multiply-adds.
-      operands: of each operand's axes, which of `axes` it is, or None (for the images of a grouped convolution, too).
+      layer: The path of the module that calls it, without the network's own name.
+      operation: The operation.
+      fixed: The product of the lengths of the axes that are not axes of channels.
+      axes: The slots of each axis of channels.
+      operands: For both operands, and each of their axes, the index of the axis in `axes`. It is None if the axis is not an
+        axis of channels, and for the images of a grouped convolution with several channels per group.
     """
 
     layer: str
@@ -49,7 +52,10 @@ class Product:
 
 
 def follow(program: Program, inputs: dict[int, Labels], coupling: Coupling) -> tuple[dict[int, Labels], list[Product]]:
-    """The labels of all values of a program, by their numbers, from those of its inputs; and its products."""
+    """Returns the labels of all values of a program, {number: labels}, given those of its inputs, and its products.
+
+    Slots are coupled and pinned in `coupling` along the way.
+    """
     labels, products = dict(inputs), []
     for operation in program.operations:
         given = [_labels(value, shape, labels) for value, shape in zip(operation.inputs, operation.shapes, strict=True)]
@@ -85,7 +91,7 @@ def _pin(operation: Operation, coupling: Coupling, *axes) -> None:
 
 
 def _together(operation: Operation, coupling: Coupling, first, second) -> None:
-    """Tie two axes that are summed over together; one that meets an axis of no channels must stay as it is."""
+    """Couples two axes that are summed over together; if only one of them is an axis of channels, it is pinned."""
     if first is None or second is None:
         _pin(operation, coupling, first, second)
     else:
@@ -102,7 +108,7 @@ def _elementwise(operation: Operation, given: list[Labels], coupling: Coupling) 
     for axis, length in enumerate(operation.results[0]):
         for one, shape in zip(given, operation.shapes, strict=True):
             if shape and shape[axis] != length:
-                _pin(operation, coupling, one[axis])  # the one place of an axis that meets all of another
+                _pin(operation, coupling, one[axis])  # a single place that is combined with all places of the other input
         met = [one[axis] for one, shape in zip(given, operation.shapes, strict=True) if shape and shape[axis] == length]
         met = [slots for slots in met if slots is not None]
         for other in met[1:]:
@@ -128,13 +134,17 @@ def _convolution(operation: Operation, given: list[Labels], coupling: Coupling) 
 
 
 def is_depthwise(operation: Operation) -> bool:
-    """Whether each group of a convolution is one channel."""
+    """Returns whether each group of a convolution has one input channel."""
     kernel = operation.shapes[1]
     return operation.params['feature_group_count'] > 1 and kernel[operation.params['dimension_numbers'].rhs_spec[1]] == 1
 
 
 def _grouped(operation: Operation, coupling: Coupling, groups: int, channels, inputs, outputs) -> None:
-    """Depthwise, a channel goes with its group; of larger groups, all lose the same of their channels."""
+    """Couples the channels of a grouped convolution.
+
+    In a depthwise convolution, a channel is coupled with the output channels of its group. With larger groups, channels of
+    the same index in all groups are coupled, so that all groups lose the same channels.
+    """
     if channels is None or outputs is None:
         return _pin(operation, coupling, channels, inputs, outputs)
     made = outputs.reshape(groups, -1)
@@ -164,12 +174,12 @@ def _dot(operation: Operation, given: list[Labels], coupling: Coupling) -> list[
 
 
 def _product(operation: Operation, given: list[Labels]) -> Product:
-    """Its multiply-adds run over the places of its result and, for each, over what is summed."""
+    """Returns the `Product` of an operation; its multiply-adds run over the axes of the result and the summed axes."""
     (shape, other), (result,) = operation.shapes, operation.results
     if operation.name == 'dot_general':
         contracted, batched = operation.params['dimension_numbers']
         pairs = {b: a for a, b in (*zip(*contracted, strict=True), *zip(*batched, strict=True))}
-        # (the axis of the first operand or None, that of the second or None, its length)
+        # (the index of the axis in the first operand or None, in the second operand or None, its length)
         runs = [(None, axis, length) for axis, length in enumerate(other) if axis not in pairs]
         back = {a: b for b, a in pairs.items()}
         runs += [(axis, back.get(axis), length) for axis, length in enumerate(shape)]
@@ -177,7 +187,8 @@ def _product(operation: Operation, given: list[Labels]) -> Product:
         numbers = operation.params['dimension_numbers']
         outputs, inputs, *taps = numbers.rhs_spec
         channels = numbers.lhs_spec[1]
-        # Of larger groups the images have so many times the channels that the kernel takes, which `operands` cannot say.
+        # With larger groups the images have several times as many channels as the kernel's input axis, which `operands`
+        # cannot express.
         alike = inputs if operation.params['feature_group_count'] == 1 else outputs if is_depthwise(operation) else None
         meets = {alike: channels}
         runs = [(meets.get(axis), axis, other[axis]) for axis in (inputs, outputs, *taps)]
@@ -207,14 +218,14 @@ def _broadcast(operation: Operation, given: list[Labels], coupling: Coupling) ->
 
 
 def _reshape(operation: Operation, given: list[Labels], coupling: Coupling) -> list[Labels]:
-    """Axes that are merged go on together, with one of channels among them; one that is split must stay."""
+    """Labels merged axes with one axis of channels among them; pins axes of channels that are split or merged together."""
     (shape, *_), (result,) = operation.shapes, operation.results
     made: list = [None] * len(result)
     for ours, theirs in _blocks(shape, result):
         labelled = [axis for axis in ours if given[0][axis] is not None]
         long = [axis for axis in theirs if result[axis] > 1]
         if len(labelled) == 1 and len(long) == 1:
-            # Every place of the merged axis belongs to the channel that it came from.
+            # Every place of the merged axis has the slot of the channel from which it comes.
             whole = np.expand_dims(given[0][labelled[0]], [i for i, axis in enumerate(ours) if axis != labelled[0]])
             made[long[0]] = np.broadcast_to(whole, [shape[axis] for axis in ours]).ravel()
         else:
@@ -223,7 +234,7 @@ def _reshape(operation: Operation, given: list[Labels], coupling: Coupling) -> l
 
 
 def _blocks(shape, result):
-    """Pairs of stretches of axes, of as many places each, that one reshaping turns into one another."""
+    """Yields pairs of consecutive axes before and after a reshape, (axes of `shape`, axes of `result`), of equal size."""
     ours, theirs, i, j = [], [], 0, 0
     while i < len(shape) or j < len(result):
         sizes = math.prod(shape[axis] for axis in ours), math.prod(result[axis] for axis in theirs)
@@ -253,7 +264,7 @@ def _squeeze(operation: Operation, given: list[Labels], coupling: Coupling) -> l
 
 def _reduction(operation: Operation, given: list[Labels], coupling: Coupling) -> list[Labels]:
     gone = operation.params['axes']
-    _pin(operation, coupling, *(given[0][axis] for axis in gone))  # a mean over channels, say
+    _pin(operation, coupling, *(given[0][axis] for axis in gone))  # for example, a mean over channels
     return [tuple(slots for axis, slots in enumerate(given[0]) if axis not in gone)] * len(operation.results)
 
 
@@ -292,7 +303,7 @@ def _padding(operation: Operation, given: list[Labels], coupling: Coupling) -> l
         elif between or min(before, after) < 0:
             _pin(operation, coupling, slots)
             made.append(None)
-        else:  # a shortcut that brings no channels where others do: those go with the others
+        else:  # a shortcut padded with zero channels: the new slots are coupled where they are added to other channels
             made.append(np.concatenate([coupling.fresh(before), slots, coupling.fresh(after)]))
     return [tuple(made)]
 
@@ -302,7 +313,7 @@ def _slice(operation: Operation, given: list[Labels], coupling: Coupling) -> lis
 
 
 def parts(operation: Operation) -> tuple[slice, ...]:
-    """What a `slice` operation takes of each axis."""
+    """Returns the part of each axis that a `slice` operation takes."""
     params = operation.params
     steps = params['strides'] or (1,) * len(params['start_indices'])
     return tuple(map(slice, params['start_indices'], params['limit_indices'], steps))
