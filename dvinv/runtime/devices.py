@@ -63,7 +63,7 @@ def training_mesh(mesh: Mesh) -> Mesh:
     """Returns the mesh to train on: that of `mesh`, or a single device on CPU, where virtual devices share the same cores.
 
     Several virtual devices would not be faster, and a network trained on CPU would depend on their number. If there are
-    several processes, the mesh has so many devices of each of them.
+    several processes, the mesh has the same number of devices of each process.
     """
     return make_mesh(1 if platform_of(mesh) == 'cpu' else mesh.size, of_all=True)
 
