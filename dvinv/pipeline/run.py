@@ -96,7 +96,7 @@ class Run:
         return self.read_data(self.settings.data)
 
     def read_data(self, settings: DataSettings) -> RealData | None:
-        """Returns the real data of settings other than the run's own, for instance those of a continual learning step.
+        """Returns the real data of settings other than the run's own, for instance those of a task of continual learning.
 
         Raises:
           DvinvError: see `load_real`.

@@ -353,7 +353,7 @@ def _classes(run: Run, data: RealData, names: tuple[str, ...]) -> Section | None
             networks[path.stem], titles[path.stem] = load_quantized(path, teacher), f'network of {setting}'
     digests = {name: network.digest() for name, network in {'teacher': teacher, **networks}.items()}
     found = workdir.read_json('by_class.json', {})
-    if found.get('networks') != digests:  # otherwise only the report is made again
+    if found.get('networks') != digests:  # unchanged networks keep their figures
         found = {'networks': digests, **compare(teacher, networks, data.test)}
         write_atomic(workdir.path / 'by_class.json', (json.dumps(found) + '\n').encode())
     return class_section(found, titles, names)

@@ -31,6 +31,7 @@ def fill_pool(run: Run, teacher: Teacher, pool: ImagePool, student: TrainTarget,
     Raises:
       DvinvError: a batch is missing from a round that the student has already trained past, a sidecar is damaged, or the
         pool was made from another teacher.
+      SystemExit: SIGTERM was received; see `Synthesizer.fill` and `Training.advance`.
     """
     settings = run.settings.synthesis
     missing, rounds, per_round = missing_batches(settings, pool), rounds_of(run.settings), settings.batches_per_round

@@ -41,7 +41,7 @@ def validate(run: Run) -> None:
 def run(run: Run) -> dict:
     """Fills the pool (or checks the one that the settings name) and the pools of the controls; returns the figures."""
     pool = open_pool(run)
-    if not run.settings.pool:  # a pool that the settings name is complete
+    if not run.settings.pool:  # a pool that the settings name was finished elsewhere
         _fill(run, pool)
     for control in run.settings.synthesis.controls:
         control_pool(run, control, 'synthesis')
