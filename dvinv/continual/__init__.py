@@ -1,1 +1,1 @@
-"""The task `continual`: a network learns new classes and never sees a real image of an old one again."""
+"""The task `continual`: class-incremental learning without real images of old classes."""

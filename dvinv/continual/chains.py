@@ -1,4 +1,4 @@
-"""The networks that learn the tasks of `continual` side by side, each from the one that it was: chains, by name."""
+"""Chains: the sequences of networks that learn the tasks of `continual` one by one, for the run and its controls."""
 
 from dvinv.config import ContinualSettings
 
@@ -6,7 +6,7 @@ MAIN = 'continual'
 
 
 def chains_of(settings: ContinualSettings) -> dict[str, str]:
-    """{name: loss} of the networks that learn all tasks, the run's own first."""
+    """Returns {name of a chain: loss} for all chains, that of the run first; `joint` is not a chain."""
     chains = {MAIN: settings.loss}
     for control in settings.controls:
         if control != 'joint':
@@ -15,11 +15,11 @@ def chains_of(settings: ContinualSettings) -> dict[str, str]:
 
 
 def name_of(settings: ContinualSettings, chain: str, number: int) -> str:
-    """What the network of a chain after task `number` goes by: that of the last task by the chain's name."""
+    """Returns the name of the network of a chain after task `number`; after the last task it is the name of the chain."""
     return chain if number == len(settings.steps) else f'{chain}_{number}'
 
 
 def names_of_networks(settings: ContinualSettings, number: int) -> list[str]:
-    """All that are there when task `number` has been learned."""
+    """Returns the names of all networks that result from task `number`."""
     names = [name_of(settings, chain, number) for chain in chains_of(settings)]
     return names + ['joint'] * ('joint' in settings.controls and number == len(settings.steps))

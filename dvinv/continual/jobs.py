@@ -1,4 +1,4 @@
-"""How a chain of the task `continual` is taught one task: its grown network, its batches, its loss."""
+"""The training of a chain of `continual` on one task: the network with more classes, the batches and the loss."""
 
 import dataclasses
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from dvinv.training.trainer import TrainJob
 
 
 def network_of(run: Run, teacher: Teacher, num_classes: int) -> Teacher:
-    """Returns the teacher's network with so many classes; with shapes for weights."""
+    """Returns the teacher's network with `num_classes` classes, and with shapes in place of weights."""
     own, pixels = run.own_module(teacher), {'mean': teacher.mean, 'std': teacher.std}
     if own is not None:
         module = with_classes(own, teacher.image_shape, num_classes)
@@ -36,9 +36,15 @@ def network_of(run: Run, teacher: Teacher, num_classes: int) -> Teacher:
 
 
 def job_of(run: Run, loss: str, current: Teacher, new: Split, old: Split | None) -> tuple:
-    """Returns (job, images, labels) of a task: of new images, and of old ones where there are some.
+    """Returns (job, images, labels) of a task, on new images, and on old ones if there are any.
 
-    New images come as often to all: without old ones a batch is half as large.
+    All losses get the same number of new images per batch: without old images, a batch is half as large.
+
+    Args:
+      loss: the name of the loss.
+      current: the network before the task.
+      new: the images of the new classes.
+      old: the images of the old classes, or None.
     """
     settings = run.settings.continual
     loss_fn, head = loss_of(run, loss, current)
@@ -51,7 +57,7 @@ def job_of(run: Run, loss: str, current: Teacher, new: Split, old: Split | None)
 
 
 def loss_of(run: Run, name: str, old: Teacher) -> tuple[Callable, str]:
-    """Returns (the loss of a `TrainJob`, path of the layer that it captures or ''); its `frozen` is the old network."""
+    """Returns (loss of a `TrainJob`, path of the layer to capture or ''); the argument `frozen` is the old network."""
     settings = run.settings.continual
     old = in_precision(old, settings.precision)
     head = head_path(run, old) if name == 'always_be_dreaming' else ''
@@ -76,7 +82,7 @@ def loss_of(run: Run, name: str, old: Teacher) -> tuple[Callable, str]:
 
 
 def head_path(run: Run, teacher: Teacher) -> str:
-    """Returns the path of the last layer of the teacher's network."""
+    """Returns the path of the head, the last layer, of the teacher's network."""
     group, own = run.settings.teacher, run.own_module(teacher)
     if own is not None:
         return with_classes(own, teacher.image_shape, teacher.num_classes + 1).head

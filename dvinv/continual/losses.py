@@ -1,8 +1,9 @@
-"""What keeps a network from forgetting old classes while it learns new ones, as losses of arrays.
+"""Losses against forgetting old classes while a network learns new ones, as functions of arrays.
 
-In every batch the first half is real images of the new classes, the second half images of the old ones: synthesized from
-the network as it was, the *old network*, or real ones for the control `replay`. Logits are [B, K] with the old classes
-first; the old network's are [B, O], O < K. Each function gives named terms, float32 scalars; `total` alone weighs them.
+In every batch, the first half is real images of the new classes, and the second half images of the old ones: synthesized
+from the network before the task, the *old network*, or real ones for the control `replay`. Logits are [B, K] with the old
+classes first; those of the old network are [B, O], O < K. Each function returns named terms, float32 scalars; only `total`
+applies weights.
 """
 
 import jax
@@ -13,13 +14,13 @@ from dvinv.evaluation.divergence import divergence
 
 
 def deepinversion_terms(logits, old_logits, labels, temperature: float) -> dict[str, jax.Array]:
-    """The paper's loss (arXiv 1912.08795, section 3.4):
+    """Computes the terms of the loss of the DeepInversion paper (arXiv 1912.08795, section 3.4).
 
         KL(p_old(x') || p(x')) + CE(y, p(x)) + KL(p_old(x) || p(x | old classes))
 
-    x' are the old classes' images, x, y the new ones. In the first term p_old is 0 for the new classes, so images of old
-    ones are taught not to be of new ones; in the third p is the softmax over the old classes alone. Divergences are taken
-    at `temperature` T, times T^2.
+    x' are the images of the old classes, and x, y those of the new classes and their labels. In the first term p_old is 0
+    for the new classes, so the network learns that images of old classes are not of new ones. In the third term p is the
+    softmax over the old classes only. Divergences are at `temperature` T, multiplied by T^2.
     """
     classes, half = old_logits.shape[-1], len(logits) // 2
     new, old = logits[:half], logits[half:]
@@ -31,17 +32,17 @@ def deepinversion_terms(logits, old_logits, labels, temperature: float) -> dict[
 
 
 def always_be_dreaming_terms(logits, head_logits, features, old_logits, labels, old_head) -> dict[str, jax.Array]:
-    """The loss of Always Be Dreaming (Smith et al., arXiv 2106.09701, section 5), for old classes that are like new ones:
+    """Computes the terms of Always Be Dreaming (Smith et al., arXiv 2106.09701, section 5), for similar old and new classes.
 
-        new_images   CE of the new images among the new classes alone: nothing pushes old classes away
-        head         CE of all images among all classes, each half weighing as many classes as it is of, on detached
-                     features f: the head alone learns to tell old from new
-        features     mean over images and old classes of |W_old f(x) - W_old f_old(x)|^2: features are kept as far as the old
-                     network's head, frozen, looks at them
+        new_images   CE of the new images over the new classes only, so that it does not push old classes away
+        head         CE of all images over all classes, on detached features f, so that only the head learns to distinguish
+                     old from new; each half has a weight proportional to its number of classes
+        features     mean over images and old classes of |W_old f(x) - W_old f_old(x)|^2, which preserves features in the
+                     directions that the frozen head of the old network uses
 
     Args:
-      head_logits: the head's answers to detached features, [B, K].
-      features: what the head is called with, [B, D].
+      head_logits: the logits of the head on detached features, [B, K].
+      features: the inputs of the head, [B, D].
       old_head: {'kernel': [D, O], 'bias': [O]} of the old network.
     """
     classes, half = old_logits.shape[-1], len(logits) // 2
@@ -56,10 +57,10 @@ def always_be_dreaming_terms(logits, head_logits, features, old_logits, labels, 
 
 
 def lwf_mc_terms(logits, old_logits, labels) -> dict[str, jax.Array]:
-    """LwF.MC (Rebuffi et al., iCaRL, arXiv 1611.07725, sections 3.3 and 4), which sees new images alone:
+    """Computes the terms of LwF.MC (Rebuffi et al., iCaRL, arXiv 1611.07725, sections 3.3 and 4), for new images only.
 
-    mean over images of the sum over classes of the binary cross-entropy of sigmoid(logit), to the label for new classes,
-    to the old network's sigmoid for old ones
+    Each is the mean over images of the sum over classes of the binary cross-entropy of sigmoid(logit). The targets are the
+    labels for new classes, and the sigmoids of the old network for old classes.
     """
     classes = old_logits.shape[-1]
     targets = jax.nn.one_hot(labels - classes, logits.shape[-1] - classes)
@@ -74,10 +75,10 @@ def lwf_mc_terms(logits, old_logits, labels) -> dict[str, jax.Array]:
 
 
 def cross_entropy(logits, labels) -> jax.Array:
-    """Mean over images of -log p(label)."""
+    """Computes the mean over images of -log p(label)."""
     return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels).mean()
 
 
 def total(terms: dict[str, jax.Array], weights: dict[str, float]) -> jax.Array:
-    """The weighted sum; a term without a weight counts once."""
+    """Computes the weighted sum of the terms; the default weight is 1."""
     return sum(weights.get(name, 1.0) * term for name, term in terms.items())

@@ -1,4 +1,4 @@
-"""What networks that learned task after task have kept: the accuracy matrix, and the figures that follow from it."""
+"""The accuracy matrix of networks that were trained on a sequence of tasks, and the figures derived from it."""
 
 import statistics
 
@@ -13,9 +13,13 @@ from dvinv.pipeline.run import Run
 
 
 def figures(run: Run, steps: list[Step], learned: dict[str, list[Teacher | None]]) -> dict:
-    """Returns what the networks score on the real test images of all tasks that they have learned.
+    """Computes the scores of the networks on the real test images of all tasks that they have learned.
 
-    Names without a control's in front are the run's own network's.
+    Figures of a control have its name as a prefix; those of the run's own network have no prefix.
+
+    Args:
+      steps: the tasks.
+      learned: {chain: the network after each task}; None for unknown ones.
     """
     tests = [test_images(run, step) for step in steps]
     sizes = [len(test.labels) for test in tests]
@@ -41,7 +45,7 @@ def figures(run: Run, steps: list[Step], learned: dict[str, list[Teacher | None]
 
 
 def _rights(network: Teacher, tests: list[Split]) -> list[int]:
-    """How many images of each task `network` puts into their class, among all classes that it knows."""
+    """Counts the images of each task that `network` classifies correctly among all of its classes."""
     images, labels = (np.concatenate([getattr(test, field) for test in tests]) for field in ('images', 'labels'))
     right = logits_of(network, images).argmax(1) == labels
     ends = np.cumsum([len(test.labels) for test in tests])
@@ -49,10 +53,13 @@ def _rights(network: Teacher, tests: list[Split]) -> list[int]:
 
 
 def forgetting(matrix: list[list[float] | None]) -> float | None:
-    """Mean over all tasks but the last of the best earlier accuracy less the last one (Chaudhry et al., arXiv 1801.10112).
+    """Computes forgetting: the best earlier accuracy on a task minus the last one (Chaudhry et al., arXiv 1801.10112).
 
     Args:
-      matrix: [task learned][task tested] accuracies, of a task from its own row on. None where rows are unknown.
+      matrix: [task learned][task tested] accuracies, for tested tasks up to the one learned; None for unknown rows.
+
+    Returns:
+      The mean over all tasks but the last; None if there are unknown rows before the last.
     """
     *earlier, last = matrix
     if not all(earlier):

@@ -1,4 +1,4 @@
-"""The part of the report that tells of the task `continual`."""
+"""The section of the report about the task `continual`."""
 
 from collections.abc import Sequence
 
@@ -25,7 +25,7 @@ CONTROLS = {
 
 
 def continual_tiles(found: dict) -> list[Tile]:
-    """The key figures."""
+    """Returns the tiles with the key figures."""
     return [
         Tile(
             'All classes', percent(found['test_accuracy']), 'real test accuracy, old images unseen', found['test_accuracy']
@@ -40,7 +40,7 @@ def continual_tiles(found: dict) -> list[Tile]:
 
 
 def continual_section(run: Run, found: dict) -> Section:
-    """Table, accuracy matrices, and the first images of each task's pool."""
+    """Returns the section: a table, accuracy matrices, and the first images of each task's pool."""
     settings, names = run.settings.continual, class_names_of(run, steps_of(run, run.teacher))
     labels = {MAIN: LOSSES[settings.loss], **CONTROLS}
     chains = [MAIN, *settings.controls]

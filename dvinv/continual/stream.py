@@ -1,8 +1,8 @@
-"""The protocol of continual learning: which classes come when, and from which data set.
+"""The protocol of continual learning: the order of the tasks, and the classes and data set of each.
 
-Task 0 is the teacher's: the classes of the group `data`. The classes of task t follow those of all tasks before it in the
-labels of the network. Training images are read a task at a time; to read test images, those to train on are not touched
-(but for `data.validation`, which scores on a part of them).
+Task 0 is that of the teacher: the classes of the group `data`. In the labels of the network, the classes of task t follow
+those of all earlier tasks. Training images are read one task at a time. Reading test images does not read training images,
+except with `data.validation`, which uses a part of them for scores.
 """
 
 import dataclasses
@@ -18,25 +18,25 @@ from dvinv.pipeline.run import Run
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One task: its data set, and its place among the labels."""
+    """One task: its data set, and its range of labels."""
 
-    field: str  # what a refusal calls it
+    field: str  # its config field, for error messages
     source: DataSettings
     first: int  # the label of its first class
-    classes: int  # how many
+    classes: int  # the number of its classes
     image_shape: tuple[int, int, int]  # H, W, C that the network takes
 
 
 def sources_of(settings: Settings) -> dict[str, DataSettings]:
-    """Returns {field of the config: data set} of task 0 and all that follow.
+    """Returns {config field: data set} of all tasks, from task 0.
 
     Raises:
-      DvinvError: a task that is told wrong, or classes that come twice.
+      DvinvError: the settings of a task are invalid, or two tasks share classes.
     """
     base, sources = settings.data, {'data': settings.data}
     for index, step in enumerate(settings.continual.steps):
         field = f'continual.steps[{index}]'
-        # Another data set has nothing of the first; the same one has all but its classes.
+        # A task with another data set inherits none of the settings in `data`; otherwise it inherits all but the classes.
         values = {} if 'name' in step else {**vars(base), 'classes': ()}
         other = parse_group(DataSettings, {**values, **step}, field)
         sources[field] = dataclasses.replace(other, validation=base.validation)
@@ -57,14 +57,14 @@ def _refuse_overlaps(sources: dict[str, DataSettings]) -> None:
 
 
 def steps_of(run: Run, teacher: Classifier) -> list[Step]:
-    """Task 0, whose classes are the teacher's, and all that follow. Reads no image to train on.
+    """Returns all tasks, from task 0, which has the teacher's classes. It reads no training images.
 
     Raises:
-      DvinvError: a task that is told wrong, or that has no images.
+      DvinvError: the settings of a task are invalid, or it has no images.
     """
     steps, first = [], 0
     for field, source in sources_of(run.settings).items():
-        # The teacher's classes are known without its data.
+        # The number of the teacher's classes is known without its data.
         classes = teacher.num_classes if not steps else len(source.classes) or _scored(run, source, field).num_classes
         steps.append(Step(field, source, first, classes, tuple(teacher.image_shape)))
         first += classes
@@ -72,7 +72,7 @@ def steps_of(run: Run, teacher: Classifier) -> list[Step]:
 
 
 def class_names_of(run: Run, steps: list[Step]) -> list[str]:
-    """Returns the names of all classes in the order of the network's labels: numbers where the data have no names."""
+    """Returns the names of all classes in the order of the network's labels; numbers if the data have no names."""
     names = []
     for step in steps:
         known = _scored(run, step.source, step.field).class_names
@@ -81,7 +81,7 @@ def class_names_of(run: Run, steps: list[Step]) -> list[str]:
 
 
 def training_images(run: Run, step: Step) -> Split:
-    """The real images of a task, to learn from; labels are the network's.
+    """Returns the real training images of a task, with labels of the network.
 
     Raises:
       DvinvError: there are none, or none of one of its classes.
@@ -95,7 +95,7 @@ def training_images(run: Run, step: Step) -> Split:
 
 
 def test_images(run: Run, step: Step) -> Split:
-    """The real images that a task is scored on; labels are the network's."""
+    """Returns the real test images of a task, with labels of the network."""
     return _among_all(_scored(run, step.source, step.field).test, step)
 
 
@@ -109,7 +109,11 @@ def _scored(run: Run, source: DataSettings, field: str):
 
 
 def _among_all(split: Split, step: Step) -> Split:
-    """The images as the network takes them, grey ones in all its channels, with its labels."""
+    """Returns a split with grey images repeated to the network's channels, and with labels of the network.
+
+    Raises:
+      DvinvError: the images have another shape than the network takes, or classes and labels do not match.
+    """
     images, labels, channels = split.images, split.labels, step.image_shape[-1]
     if images.shape[-1] == 1 < channels:
         images = np.repeat(images, channels, -1)

@@ -1,11 +1,12 @@
-"""The task `continual`: a network learns new classes, task after task, and never sees a real image of an old class again.
+"""The task `continual`: class-incremental learning, task by task, without real images of old classes.
 
-Before each task images of all classes so far are synthesized from the network as it is then; with them, and the task's real
-images, it learns on, its head grown by the new classes (arXiv 1912.08795, section 3.4). Controls go through the same tasks
-beside it. Of these `replay` and `joint`, and they alone, are shown real images of old classes.
+Before each task, images of all classes so far are synthesized from the current network. Then outputs for the new classes are
+added to its head, and it is trained on these images and on the task's real images (arXiv 1912.08795, section 3.4). Controls
+go through the same tasks side by side with it. Only the controls `replay` and `joint` use real images of old classes.
 
-With `synthesis.method = 'adaptive'` the images are made against a student of the network, the run's in kind and recipe, that
-learns from them meanwhile, and that is thrown away when the last of them is made.
+With `synthesis.method = 'adaptive'`, the images are synthesized in competition with a student of the network. It has the
+architecture and the settings of the run's student, is trained on these images meanwhile, and is deleted when the pool is
+finished.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ from dvinv.training.sampling import Rounds, rounds_of
 from dvinv.training.trainer import PlannedTraining, TrainJob, TrainTarget, train_network
 
 __all__ = ['complete', 'planned_trainings', 'run', 'validate']
-ROLE = 4  # see `training.TrainTarget`; one for all networks, that compared ones start alike
+ROLE = 4  # see `training.TrainTarget`; the same for all networks, so that compared networks start from the same state
 
 
 def run(run: Run) -> dict:
@@ -53,7 +54,7 @@ def run(run: Run) -> dict:
 
 
 def planned_trainings(run: Run) -> list[PlannedTraining]:
-    """Returns the trainings of the task, for `--plan`: of the last task's networks, which have the most classes."""
+    """Returns the trainings of the task, for `--plan`, all as for the last task, which has the most classes."""
     settings, teacher = run.settings.continual, run.planned_teacher
     steps, chains = steps_of(run, teacher), chains_of(settings)
     module = network_of(run, teacher, steps[-1].first + steps[-1].classes).module
@@ -62,7 +63,7 @@ def planned_trainings(run: Run) -> list[PlannedTraining]:
     job = TrainJob(settings, loss_fn, rounds, teacher.variables, rounds, head)
     networks = (len(steps) - 1) * (len(chains) + ('joint' in settings.controls))
     trainings = [PlannedTraining('continual', module, job, teacher, networks, teacher)]
-    if run.settings.synthesis.method == 'adaptive':  # a student for every pool, which is not kept
+    if run.settings.synthesis.method == 'adaptive':  # a temporary student for every pool
         pools = 1 + (len(steps) - 2) * sum(_dreams(chain, chains) for chain in chains)
         job = student_job(run, teacher, rounds_of(run.settings))
         trainings.append(PlannedTraining('student', run.student_module(teacher), job, teacher, pools, teacher))
@@ -70,16 +71,21 @@ def planned_trainings(run: Run) -> list[PlannedTraining]:
 
 
 def complete(run: Run) -> bool:
-    """Whether the networks of the finished task are still there: a damaged network file is deleted by its owner."""
+    """Returns whether the network files of the finished task still exist; users delete damaged files to recompute them."""
     settings = run.settings.continual
     return all(run.workdir.has_network(name) for name in names_of_networks(settings, len(settings.steps)))
 
 
 def train_task(run: Run, steps: list[Step], like: Teacher, learned: dict[str, list[Teacher]]) -> None:
-    """Every chain of `learned` learns the last of `steps`, and is given one network more.
+    """Trains every chain of `learned` on the last of `steps`, and appends the resulting network to it.
 
-    All synthesis precedes the first look at the task's images, and what is finished is not begun: a task whose networks are
-    there needs no image any more.
+    All synthesis precedes reading the task's images. Networks that exist already are not trained again: a task with all its
+    networks in the work directory needs no images.
+
+    Args:
+      steps: the tasks up to the one to learn.
+      like: the network with the classes of all these tasks; its variables are shapes.
+      learned: {chain: the network after each task}; appended to in place.
     """
     settings, workdir, number = run.settings.continual, run.workdir, len(steps) - 1
     chains = chains_of(settings)
@@ -98,18 +104,18 @@ def train_task(run: Run, steps: list[Step], like: Teacher, learned: dict[str, li
 
 
 def _target(run: Run, name: str, like: Teacher, before: Teacher) -> TrainTarget:
-    """Returns the network `name`, which is to be like `like`, and goes on from `before`."""
+    """Returns the training target of the network `name`, with the architecture of `like` and the weights of `before`."""
     return TrainTarget('continual', name, run.settings.teacher, like, ROLE, start=before.variables, own=run.own_module(like))
 
 
 def _dreams(chain: str, chains: dict[str, str]) -> bool:
-    """Whether a chain learns from images that it synthesizes."""
+    """Returns whether a chain learns from images that it synthesizes."""
     return chain != 'replay' and chains[chain] in CONTINUAL_LOSSES
 
 
 def pool_of(run: Run, chain: str, number: int, current: Teacher) -> Split:
-    """Returns the images, synthesized from the `current` network of a chain, that task `number` is learned with."""
-    # The chains begin with one network, whose images are the same for all.
+    """Returns the images, synthesized from the `current` network of a chain, that are used to learn task `number`."""
+    # All chains begin with the same network, so they share its images.
     name = f'{number}' if chain == MAIN or number == 1 else f'{chain}_{number}'
     pool = ImagePool(run.workdir.path / 'pools' / name, current.digest(), ours=True)
     method, series = run.settings.synthesis.method, ('continual', f'images_{name}')
@@ -128,7 +134,7 @@ def _union(splits: list[Split]) -> Split:
 
 
 def train_jointly(run: Run, steps: list[Step], like: Teacher, first: Teacher) -> Teacher:
-    """The control that sees all real images of all tasks at once, with as many updates as others have in all tasks."""
+    """Trains the control that uses the real images of all tasks at once, with the total number of updates of the others."""
     path = run.workdir.network('joint')
     if not run.workdir.has_network('joint'):
         settings = run.settings.continual

@@ -1,4 +1,4 @@
-"""Validates the task `continual` before anything is written."""
+"""Validation of the task `continual` before anything is written."""
 
 import numpy as np
 
@@ -16,10 +16,10 @@ from dvinv.synthesis import synthesizer
 def validate(run: Run) -> None:
     """Validates that the tasks can be learned.
 
-    The images of tasks that have been learned in the work directory already are not asked for.
+    Training images are not required for tasks with all networks in the work directory.
 
     Raises:
-      DvinvError: names the field, its value and the way out.
+      DvinvError: a setting is invalid, or images are missing; the message names the field, its value and the way out.
     """
     settings, teacher, devices = run.settings.continual, run.planned_teacher, run.training_mesh.size
     if settings.batch_size % (2 * devices):
@@ -59,7 +59,7 @@ def validate(run: Run) -> None:
 
 
 def _validate_network(run: Run) -> None:
-    """Validates that the head of the teacher matches its data and settings, and that the losses can take it."""
+    """Validates that the head of the teacher matches its data and settings, and that the losses support it."""
     run.validate_changeable()
     settings, group, teacher = run.settings.continual, run.settings.teacher, run.planned_teacher
     if MOMENTS in teacher.variables:
@@ -78,7 +78,7 @@ def _validate_network(run: Run) -> None:
             'cannot grow a head; set teacher.network and teacher.width to those of its weights.'
         )
     if group.factory:
-        with_classes(teacher.module, teacher.image_shape, teacher.num_classes + 1)  # refuses a head that cannot grow
+        with_classes(teacher.module, teacher.image_shape, teacher.num_classes + 1)  # refuses heads that cannot grow
     data = run.data
     if data is not None and data.num_classes != teacher.num_classes:
         raise DvinvError(

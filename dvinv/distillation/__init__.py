@@ -1,1 +1,1 @@
-"""A student learns from the teacher on images."""
+"""Distillation of the teacher into a student on images."""

@@ -1,12 +1,12 @@
-"""Hints: a student is drawn to what its teacher computes on the way to its answers (FitNets, arXiv 1412.6550).
+"""Hints: losses that compare intermediates of a student with those of its teacher (FitNets, arXiv 1412.6550).
 
-Not in the DeepInversion paper, where a student is given the teacher's answers alone. Synthesized images give the layers of
-the teacher the moments that real ones give them, and to learn a layer from what goes in and what comes out takes few images.
+The DeepInversion paper has no hints; there a student is trained on the teacher's logits only. Synthesized images give the
+layers of the teacher the same moments as real images, and learning a layer from its inputs and outputs takes few images.
 
 Two networks that have all BatchNorm layers in common are compared at the inputs of these layers. Any other two are compared
-at the outputs of their stages, the last values of each resolution (see `graph.stages`). With grafted stages some images
-of a batch enter a stage of the student from the teacher's stage before it, so that all stages learn from the first update
-on; an idea of LIT (Koratana et al., arXiv 1810.01937), where all images enter from there.
+at the outputs of their stages, the last values of each resolution (see `graph.stages`). With grafted stages, some images of
+a batch enter a stage of the student as the output of the teacher's previous stage, so that all stages learn from the first
+update on. This is an idea of LIT (Koratana et al., arXiv 1810.01937), where all images do so.
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ KINDS = ('auto', 'layers', 'stages', 'none')
 
 @dataclasses.dataclass(frozen=True)
 class Hints:
-    """Where a student is compared with its teacher, besides the answers.
+    """The intermediates at which a student is compared with its teacher, in addition to the logits.
 
     Attributes:
-      layers: BatchNorm layers of one path and input shape in both networks, or none.
-      pairs: stages of one resolution, or none.
+      layers: BatchNorm layers with the same path and input shape in both networks, or none.
+      pairs: pairs of stages with the same resolution, or none.
     """
 
     layers: tuple[str, ...] = ()
@@ -41,11 +41,11 @@ class Hints:
 
     @property
     def kind(self) -> str:
-        """'layers', 'stages' or 'none'."""
+        """The kind of hints: 'layers', 'stages' or 'none'."""
         return 'layers' if self.layers else 'stages' if self.pairs else 'none'
 
     def rows(self) -> list[list[str]]:
-        """Returns the matched stages for a table: resolution, teacher's shape and operation, student's, projection."""
+        """Returns a table row per pair of stages: resolution, teacher's channels and operation, student's, projection."""
         return [
             [
                 '{}x{}'.format(*pair.student.resolution),
@@ -57,7 +57,7 @@ class Hints:
         ]
 
     def __str__(self) -> str:
-        """The matching in a sentence or two, for the terminal."""
+        """Returns a description of the matching for the terminal."""
         if self.layers:
             return f'Hints: the inputs of {len(self.layers)} BatchNorm layers that student and teacher have in common.'
         if not self.pairs:
@@ -72,14 +72,15 @@ def _described(stage: Stage) -> str:
 
 
 def choose_hints(kind: str, module, teacher: Teacher) -> Hints:
-    """Returns the hints for a student, found by shapes alone.
+    """Returns the hints for a student, determined from shapes only.
 
     Args:
-      kind: 'layers', 'stages', 'none', or 'auto': the layers where the two networks have all of them in common, else stages.
+      kind: 'layers', 'stages', 'none', or 'auto': layers if the two networks have all of them in common, else stages.
       module: the Linen module of the student; takes x and `train`.
 
     Raises:
-      DvinvError: no layer, or no stage, is in common; names the operation that hides the stages, if one does.
+      DvinvError: the networks have no layer, or no stage, in common; the message names the operation that hides the stages,
+        if there is one.
     """
     if kind == 'none':
         return Hints()
@@ -112,7 +113,7 @@ def layer_error(features: dict, teacher_features: dict) -> jax.Array:
     """Computes the mean over layers and calls of the relative squared error, float32 scalar; see `relative_error`.
 
     Args:
-      features, teacher_features: {layer: BatchNorm inputs, one a call}; those of the student may be of more layers.
+      features, teacher_features: {layer: BatchNorm inputs, one per call}; `features`, of the student, may have more layers.
     """
     terms = [
         relative_error(own, target)
@@ -127,10 +128,10 @@ def staged_forward(module, teacher: Teacher, pairs: tuple[StagePair, ...], share
 
     Args:
       module: the Linen module of the student; takes x and `train`.
-      share: the probability, at first, with which an image enters a stage as the teacher's output of the stage before
-        (projected into the student's channels), and not as the student's own: a coin a stage and image. It falls to 0
-        linearly over the training, so that the student ends on its own outputs.
-      platform: that the networks run on, 'cpu', 'gpu' or 'tpu'.
+      share: the initial probability with which the output of a stage of the student is replaced by that of the teacher's
+        stage (projected to the student's channels), drawn per stage and image. It falls to 0 linearly over the training, so
+        that the student ends with its own outputs.
+      platform: the platform that the networks run on, 'cpu', 'gpu' or 'tpu'.
 
     Returns:
       A `training.TrainJob.forward`; its features are {'teacher_logits': [B, K], 'stage_errors': float32 [stages]}.

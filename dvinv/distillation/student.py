@@ -1,4 +1,4 @@
-"""The student: what it is taught by the teacher, and when its images come. One job for all students that are compared."""
+"""The student, its losses and its training job, which is the same for all students that are compared."""
 
 import dataclasses
 import sys
@@ -24,15 +24,16 @@ from dvinv.training.sampling import Rounds
 from dvinv.training.trainer import TrainJob, TrainTarget
 
 NONE = MappingProxyType({})
-ROLE = 3  # see `training.TrainTarget`; one for all students
+ROLE = 3  # see `training.TrainTarget`; the same for all students
 PROJECTIONS = 2  # folded into the key of a student for its projections; a training folds in 0 and 1
 
 
 def validate(run: Run) -> None:
-    """Validates the student of a run, and says where it has more parameters than the teacher.
+    """Validates the student of a run, and prints a message if it has more parameters than the teacher.
 
     Raises:
-      DvinvError: it cannot take the teacher's images, be compared with it as the settings say, or inherit from it.
+      DvinvError: the student cannot take the teacher's images, has no intermediates to compare as the settings ask, or
+        cannot inherit weights of the teacher.
     """
     teacher = run.planned_teacher
     validate_devices(run.settings.distillation, 'distillation', run.training_mesh.size)
@@ -49,10 +50,10 @@ def validate(run: Run) -> None:
 
 
 def student_of(run: Run, teacher: Teacher, name: str = 'student', task: str = 'distillation') -> TrainTarget:
-    """Returns the run's student of `teacher`, or one of another name, to compare it with or for another task.
+    """Returns the run's student of `teacher`, or one of another name or task, for instance for a control.
 
     Raises:
-      DvinvError: it should start from weights of the teacher, and no layer fits.
+      DvinvError: the student should start from weights of the teacher, and no layer fits.
     """
     group, module, start = run.settings.student, run.student_module(teacher), None
     if group.inherit:
@@ -66,7 +67,7 @@ def student_of(run: Run, teacher: Teacher, name: str = 'student', task: str = 'd
 
 
 def job_of(run: Run, teacher: Teacher, rounds: Rounds) -> TrainJob:
-    """Returns how the run's student learns from `teacher`, on images that come in `rounds`."""
+    """Returns the training job of the run's student of `teacher`, on images that become available in `rounds`."""
     settings, hints, seed = run.settings.distillation, hints_of(run, teacher), run.settings.seed
     module, teacher = run.student_module(teacher), in_precision(teacher, settings.precision)
     if not hints.pairs:
@@ -83,7 +84,7 @@ def job_of(run: Run, teacher: Teacher, rounds: Rounds) -> TrainJob:
 
 
 def hints_of(run: Run, teacher: Teacher) -> Hints:
-    """Returns where the run's student is compared with `teacher`; nowhere if `distillation.hint` is 0.
+    """Returns the hints with which the run's student is compared with `teacher`; none if `distillation.hint` is 0.
 
     Raises:
       DvinvError: see `choose_hints`.
@@ -93,7 +94,7 @@ def hints_of(run: Run, teacher: Teacher) -> Hints:
 
 
 def print_hints(run: Run, teacher: Teacher) -> None:
-    """Prints where the student is compared with `teacher`, before its training."""
+    """Prints the hints with which the student is compared with `teacher`, before its training."""
     print(hints_of(run, teacher), file=sys.stderr, flush=True)
 
 
@@ -107,11 +108,15 @@ def distillation_loss(
 ):
     """Returns the loss of a `TrainJob`: T^2 KL(teacher || student) at temperature T, plus `layer_error` of `layers`.
 
-    The second term has the weight of `hint_weight`. Where the student has lost channels, `left` tells for a layer, int [c],
-    which of the teacher's its own are.
+    Both networks get the same augmented images. T^2 keeps the scale of the gradient independent of the temperature (Hinton
+    et al., arXiv 1503.02531, section 2).
 
-    Both networks see the same augmented view. T^2 keeps the gradient's size independent of the temperature (Hinton et al.,
-    arXiv 1503.02531, section 2).
+    Args:
+      teacher: the teacher.
+      temperature: T.
+      hint, decay: the weight of the second term, see `hint_weight`.
+      layers: the layers of the second term; none: no such term.
+      left: for a student with pruned channels, {layer: the teacher's channels that remain in the student, int [c]}.
     """
 
     def loss(logits, features, x, labels, teacher_variables, progress):
@@ -130,11 +135,11 @@ def distillation_loss(
 
 
 def staged_loss(temperature: float, hint: float, decay: float = 0.0):
-    """Returns the loss of a `TrainJob` with `hints.staged_forward`:
+    """Returns the loss of a `TrainJob` with `hints.staged_forward`.
 
-    T^2 KL(teacher || student) at temperature T + weight * mean over stages of the relative squared error of their outputs
+        T^2 KL(teacher || student) at temperature T + weight * mean over stages of the relative squared error of outputs
 
-    The weight is that of `hint_weight`.
+    The outputs are those of the stages, and the weight is that of `hint_weight`.
     """
 
     def loss(logits, features, x, labels, teacher_variables, progress):
@@ -145,5 +150,5 @@ def staged_loss(temperature: float, hint: float, decay: float = 0.0):
 
 
 def hint_weight(hint: float, decay: float, progress):
-    """Returns the weight of hints, hint (1 - progress)^decay; progress is the share of the updates that are done."""
+    """Computes the weight of hints, hint (1 - progress)^decay; progress is the share of finished updates."""
     return hint * (1 - progress) ** decay if decay else hint

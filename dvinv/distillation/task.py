@@ -1,4 +1,4 @@
-"""The task `distillation`: a student learns from the teacher's answers on synthesized images; controls learn beside it."""
+"""The task `distillation`: training a student on the teacher's logits on synthesized images, and controls for comparison."""
 
 from dvinv.config import DATA_FREE_CONTROLS
 from dvinv.distillation import student
@@ -19,7 +19,7 @@ def validate(run: Run) -> None:
     """Validates the student, and that its controls have images, before anything is written.
 
     Raises:
-      DvinvError: names the field, its value and the way out.
+      DvinvError: one is invalid; the message names the field, its value and the way out.
     """
     run.validate_real_control('distillation')
     run.once(student.validate)
@@ -30,13 +30,13 @@ def validate(run: Run) -> None:
 def run(run: Run) -> dict:
     """Distils the student and its controls, then scores them on the real test images; returns the figures.
 
-    Real data come in when every data-free student is finished: first for the upper control, then for the scores.
+    Real data are read when every data-free student is finished: first for the upper control, then for the scores.
     """
     settings, teacher, rounds = run.settings.distillation, run.teacher, rounds_of(run.settings)
     pool = finished_pool(run)
     images, labels = (training_rows(run.settings, pool.rows(name)) for name in ('images', 'labels'))
     if run.settings.pool:
-        rounds = Rounds(len(labels))  # it is there from the start
+        rounds = Rounds(len(labels))  # a given pool is complete from the start
     for count in settings.counts:
         if count > len(labels):
             raise DvinvError(f'distillation.counts names {count}, but the pool has {len(labels)} images to learn from.')
@@ -76,7 +76,7 @@ def run(run: Run) -> dict:
 
 
 def planned_trainings(run: Run) -> list[PlannedTraining]:
-    """Returns the trainings of the task, for `--plan`: the student's, and as many again as there are others to compare."""
+    """Returns the trainings of the task, for `--plan`: the student's, repeated for every other student to compare."""
     settings, teacher = run.settings.distillation, run.planned_teacher
     job = job_of(run, teacher, rounds_of(run.settings))
     others = len(settings.counts) + len(settings.controls) if 'distillation' in run.settings.tasks else 0
@@ -84,15 +84,17 @@ def planned_trainings(run: Run) -> list[PlannedTraining]:
 
 
 def complete(run: Run) -> bool:
-    """Whether student and controls' images are still there: what is damaged is deleted by its owner."""
+    """Returns whether student and images of controls still exist; users delete damaged files to recompute them."""
     return controls_are_whole(run, run.settings.distillation.controls) and run.workdir.has_network('student')
 
 
 def distil(run: Run, images: Array, labels: Array, rounds: Rounds, name: str) -> Classifier:
-    """Returns a student of the run's teacher; all that are compared start alike.
+    """Trains a student of the run's teacher; all students that are compared start from the same initialisation.
 
     Args:
-      images: uint8 [N, H, W, C] to learn from, which come in `rounds`; `labels`: int [N].
-      name: of the network's file.
+      images: training images, uint8 [N, H, W, C].
+      labels: int [N].
+      rounds: the schedule by which images become available.
+      name: the name of the network's file.
     """
     return train_network(run, student_of(run, run.teacher, name), job_of(run, run.teacher, rounds), images, labels)

@@ -1,7 +1,7 @@
 """The CIFAR ResNets of He et al. (arXiv 1512.03385, section 4.2): three stages of basic blocks, parameter-free shortcuts.
 
-Semantics and names are those of the published PyTorch weights: submodules' paths spell the state dict's keys
-('layer1_0/conv1' is `layer1.0.conv1`).
+Semantics and names are those of the published PyTorch weights: the paths of submodules correspond to the keys of the state
+dict ('layer1_0/conv1' is `layer1.0.conv1`).
 """
 
 from collections.abc import Callable, Sequence
@@ -15,17 +15,17 @@ from dvinv.networks.torch_layers import batch_norm
 
 
 def option_a(x: jax.Array, channels: int, stride: int, train: bool) -> jax.Array:
-    """The parameter-free shortcut: every `stride`-th pixel, zero channels added on both sides."""
+    """Computes the parameter-free shortcut: every `stride`-th pixel, with zero channels added on both sides."""
     missing = channels - x.shape[-1]
     return jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2)))
 
 
 class CifarResNet(nn.Module):
-    """ResNet-(6n + 2) for 32x32 pictures. x [B, 32, 32, 3] -> logits [B, K]."""
+    """ResNet-(6n + 2) for 32x32 images. x [B, 32, 32, 3] -> logits [B, K]."""
 
     num_classes: int
-    blocks: int  # a stage: n
-    channels: Sequence[int] = (16, 32, 64)  # a stage
+    blocks: int  # per stage: n
+    channels: Sequence[int] = (16, 32, 64)  # per stage
     norm: Callable = batch_norm  # (train, name) -> a layer
 
     @nn.compact

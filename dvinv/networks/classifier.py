@@ -1,4 +1,4 @@
-"""A Classifier: a trained network in eval mode, with what it takes to show it pixels."""
+"""A Classifier: a trained network in eval mode, and the normalisation of its input images."""
 
 import dataclasses
 import hashlib
@@ -15,39 +15,39 @@ import numpy as np
 from dvinv.errors import DvinvError, listed
 
 MOMENTS = 'dvinv_moments'  # the collection of recorded moments among a network's variables, see inversion/moments.py
-# In the name of a running variance; its logarithm may be negative.
+# Matches the name of a running variance, but not of a log-variance, which may be negative.
 VARIANCE = re.compile(r'(?<!log)(?:^|[\W\d_])var(?:iance)?(?:$|[\W\d_])|(?<![lL]og)Var(?:iance)?$')
 
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A frozen network and its contract with images.
+    """A frozen network, its weights, and the shape and normalisation of its input images.
 
-    Weights are a field, but functions take them as an argument: a closure would compile them in as constants.
+    The weights are a field, and `apply_fn` takes them as an argument: a closure would compile them in as constants.
     """
 
     apply_fn: Callable  # (variables, x float [B, H, W, C] normalised) -> logits [B, K], in eval mode
     variables: Any  # {'params': ..., 'batch_stats': ...}
     image_shape: tuple[int, int, int]  # H, W, C
     num_classes: int
-    mean: tuple[float, ...]  # a channel, for pixels in [0, 1]
-    std: tuple[float, ...]
+    mean: tuple[float, ...]  # one number per channel, for pixels in [0, 1]
+    std: tuple[float, ...]  # likewise
 
     def __repr__(self):
-        """Says what it is in one line, without its weights."""
+        """Returns a one-line description without the weights."""
         pixels = f'image_shape={self.image_shape}, num_classes={self.num_classes}, mean={self.mean}, std={self.std}'
         count = sum(int(np.size(leaf)) for leaf in jax.tree.leaves(self.variables))
         return f'{type(self).__name__}({pixels}, {count:,} numbers in variables)'
 
     def normalise(self, images):
-        """Pixels, uint8 or float in [0, 1], [..., H, W, C], to the float32 that the network takes."""
+        """Normalises pixels, uint8 or float in [0, 1], [..., H, W, C], to the float32 input of the network."""
         pixels = images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
-        # Expanded, for users who let JAX refuse implicit rank promotion.
+        # Expanded explicitly, for users who configure JAX to refuse implicit rank promotion.
         mean, std = (jnp.expand_dims(jnp.float32(values), range(pixels.ndim - 1)) for values in (self.mean, self.std))
         return (pixels - mean) / std
 
     def to_uint8(self, x) -> np.ndarray:
-        """Normalised float [..., H, W, C] to pixels uint8, rounded and cut to the valid range."""
+        """Converts normalised float [..., H, W, C] to uint8 pixels, rounded and clipped to the valid range."""
         pixels = np.asarray(x, np.float32) * np.asarray(self.std, np.float32) + np.asarray(self.mean, np.float32)
         return np.clip(np.rint(pixels * 255), 0, 255).astype(np.uint8)
 
@@ -59,11 +59,11 @@ class Classifier:
 
     @property
     def parameters(self) -> int:
-        """How many trained numbers it has."""
+        """The number of trained parameters."""
         return sum(int(np.size(leaf)) for leaf in flatten(self.variables['params']).values())
 
     def digest(self) -> str:
-        """sha256 of the weights and of how images are normalised: the identity of this network."""
+        """Returns the identity of this network: the sha256 of its weights, image shape, class count and normalisation."""
         sha = hashlib.sha256(json.dumps([self.image_shape, self.num_classes, self.mean, self.std]).encode())
         for path, leaf in sorted(flatten(self.variables).items()):
             leaf = np.asarray(leaf)
@@ -73,48 +73,48 @@ class Classifier:
 
 
 def apply_fn_of(module) -> Callable:
-    """`(variables, x) -> logits` of a Linen module that takes x and `train`, in eval mode."""
+    """Returns `(variables, x) -> logits`, in eval mode, for a Linen module that takes x and `train`."""
     return lambda variables, x: module.apply(variables, x, train=False)
 
 
 def name_of(module) -> str:
-    """What sentences call a module: its class, or that of the user's within."""
+    """Returns the name of a module in messages: its `label` where it has one, else the name of its class."""
     return getattr(module, 'label', type(module).__name__)
 
 
 def cast_floats(tree, dtype):
-    """Returns `tree` with its floating-point arrays in `dtype`."""
+    """Returns `tree` with its floating-point arrays cast to `dtype`."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
 
 
 def join_names(names: Iterable) -> str:
-    """Returns the path of names; a slash inside a name becomes %2F, a percent sign %25."""
+    """Joins names to a path with slashes; a slash inside a name becomes %2F, a percent sign %25."""
     return '/'.join(str(name).replace('%', '%25').replace('/', '%2F') for name in names)
 
 
 def flatten(tree) -> dict[str, Any]:
-    """Returns {'params/Conv_0/kernel': leaf} of nested dicts; see `join_names`."""
+    """Flattens nested dicts to {'params/Conv_0/kernel': leaf}; see `join_names`."""
     leaves = flax.traverse_util.flatten_dict(flax.core.unfreeze(tree)).items()
     return {join_names(path): leaf for path, leaf in leaves}
 
 
 def unflatten(flat: dict[str, Any]) -> dict:
-    """The inverse of `flatten`."""
+    """Inverts `flatten`."""
     names = {path: tuple(name.replace('%2F', '/').replace('%25', '%') for name in path.split('/')) for path in flat}
     return flax.traverse_util.unflatten_dict({names[path]: leaf for path, leaf in flat.items()})
 
 
 def check_finite(variables, name: str) -> None:
-    """Refuses numbers that no trained network has: not finite, or a negative running variance.
+    """Refuses values that no trained network has: non-finite numbers and negative running variances.
 
-    A constant (neither in `params` nor in `batch_stats`) may be -inf, as masks of classes are.
+    A constant (neither in `params` nor in `batch_stats`) may be -inf, as class masks are.
 
     Args:
-      variables: nested dicts of arrays; shapes are passed over.
-      name: what the sentence calls the network, or the file that it came from.
+      variables: nested dicts of arrays; `jax.ShapeDtypeStruct` leaves are skipped.
+      name: the name of the network, or of its file, in the error message.
 
     Raises:
-      DvinvError: names the tensors and what is wrong with them.
+      DvinvError: a tensor has such values; the message names the tensors and what is wrong with them.
     """
     problems = {}
     for path, leaf in ((path, leaf) for path, node in flatten(variables).items() for leaf in jax.tree.leaves(node)):
@@ -139,13 +139,14 @@ def check_normalisation(mean: tuple[float, ...], std: tuple[float, ...], prefix:
     """Refuses a mean or standard deviation that is not for pixels in [0, 1].
 
     Args:
-      mean, std: one number a channel.
-      prefix: what the sentence puts before 'mean' and 'std', for instance 'verifier.'.
+      mean, std: one number per channel.
+      prefix: prepended to 'mean' and 'std' in the error message, for instance 'verifier.'.
 
     Raises:
-      DvinvError: names the value; offers it divided by 255 where it is for pixels in 0..255.
+      DvinvError: a value is not finite, out of range, or a standard deviation that is not positive. The message names the
+        value, and for pixels in 0..255 also gives it divided by 255.
     """
-    # Of networks that take pixels in 0..255 less a mean, std is 1.
+    # A network that takes pixels in 0..255 minus a mean has a std of 1.
     also = f', and std as well: {tuple(round(value / 255, 6) for value in std)}' if min(std, default=0) >= 1 else ''
     for name, values, most in (('mean', mean, 1), ('std', std, 10)):
         if not np.isfinite(values).all():

@@ -1,7 +1,7 @@
 """The ConvNeXt of Liu et al. (arXiv 2201.03545): depthwise 7x7 convolutions, LayerNorm, GELU, layer scale.
 
-Submodules' paths spell the keys of timm's state dicts ('stages_0/blocks_0/conv_dw' is `stages.0.blocks.0.conv_dw`);
-torchvision and the authors have the same network under other names.
+The paths of submodules correspond to the keys of timm's state dicts ('stages_0/blocks_0/conv_dw' is
+`stages.0.blocks.0.conv_dw`); torchvision and the authors have the same network under other names.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,15 @@ import jax
 from dvinv.errors import DvinvError
 from dvinv.networks.torch_layers import Mlp, conv, layer_norm
 
-SMALLEST = 32  # height and width that the stem and three strides leave one pixel of
+SMALLEST = 32  # height and width that the stem and three strides reduce to one pixel
 
 
 def torchvision_names(blocks: Sequence[int]) -> dict[str, str]:
-    """Returns {a submodule or variable in timm: in torchvision}, which lists stem, stages and the layers between in turn."""
+    """Returns {name in timm: name in torchvision}, where stem, stages and downsampling layers alternate in one list.
+
+    Args:
+      blocks: the number of blocks per stage.
+    """
     inside = {'conv_dw': 'block.0', 'norm': 'block.2', 'mlp.fc1': 'block.3', 'mlp.fc2': 'block.5', 'gamma': 'layer_scale'}
     names = {'stem.0': 'features.0.0', 'stem.1': 'features.0.1', 'head.norm': 'classifier.0', 'head.fc': 'classifier.2'}
     for stage, count in enumerate(blocks):
@@ -28,7 +32,7 @@ def torchvision_names(blocks: Sequence[int]) -> dict[str, str]:
 
 
 def authors_names(blocks: Sequence[int]) -> dict[str, str]:
-    """Returns the same for the authors' repository."""
+    """Returns {name in timm: name in the authors' repository}; `blocks` is the number of blocks per stage."""
     inside = {'conv_dw': 'dwconv', 'norm': 'norm', 'mlp.fc1': 'pwconv1', 'mlp.fc2': 'pwconv2', 'gamma': 'gamma'}
     names = {
         **{f'stem.{layer}': f'downsample_layers.0.{layer}' for layer in range(2)},
@@ -43,9 +47,9 @@ def authors_names(blocks: Sequence[int]) -> dict[str, str]:
 
 
 class Block(nn.Module):
-    """Depthwise 7x7, LayerNorm, an MLP of 4 times the channels, scaled a channel; plus x.
+    """Depthwise 7x7, LayerNorm, an MLP of 4 times the channels, a scale per channel; plus x.
 
-    While it trains, whole branches are left out for some images (stochastic depth).
+    In training, the branch is dropped for random images, with probability `drop` (stochastic depth).
     """
 
     drop: float
@@ -59,10 +63,10 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """So many blocks; but for the first stage, LayerNorm and a convolution that halves the picture come before them."""
+    """A sequence of blocks; if `halves`, LayerNorm and a convolution that halves the image come before them."""
 
     channels: int
-    drops: Sequence[float]  # a block
+    drops: Sequence[float]  # per block
     halves: bool
 
     @nn.compact
@@ -85,16 +89,16 @@ class Head(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """x [B, 224, 224, 3] -> logits [B, K]; of other pictures too, from 32x32 up, as the head gets the mean over space."""
+    """x [B, 224, 224, 3] -> logits [B, K]; other images from 32x32 up work too: the head gets the mean over space."""
 
     num_classes: int
-    blocks: Sequence[int] = (3, 3, 9, 3)  # a stage
-    channels: Sequence[int] = (96, 192, 384, 768)  # a stage
-    drop: float = 0.1  # probability of leaving out the last block's branch; from 0 in the first, it rises evenly
+    blocks: Sequence[int] = (3, 3, 9, 3)  # per stage
+    channels: Sequence[int] = (96, 192, 384, 768)  # per stage
+    drop: float = 0.1  # probability of dropping the last block's branch; it rises linearly from 0 in the first block
 
     @property
     def aliases(self) -> tuple[dict[str, str], ...]:
-        """Returns what torchvision and the authors call its parts."""
+        """The names in torchvision and in the authors' repository."""
         return torchvision_names(self.blocks), authors_names(self.blocks)
 
     @nn.compact

@@ -1,4 +1,4 @@
-"""What a network's last layer is fed with: the features by which sets of images are compared. For any network."""
+"""The inputs of the last layer of any network: the features with which sets of images are compared."""
 
 from collections.abc import Callable
 
@@ -9,9 +9,9 @@ from dvinv.graph.rewriting import rewritten
 
 
 def with_features(apply_fn: Callable) -> Callable:
-    """`(variables, x) -> (logits [B, K], features [B, D])` of `apply_fn`, which gives the logits alone.
+    """Returns `(variables, x) -> (logits [B, K], features [B, D])` for `apply_fn`, which returns the logits only.
 
-    The features are the first operand of the last matrix product or convolution, its mean over space where it has any.
+    The features are the first operand of the last matrix product or convolution, averaged over spatial axes if it has any.
     """
 
     def run(variables, x):

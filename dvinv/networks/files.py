@@ -1,4 +1,4 @@
-"""Networks as files: dvinv's own, which describe themselves, and weights that others published."""
+"""Network files: those written by dvinv, which contain their description, and published weights of other projects."""
 
 import contextlib
 import functools
@@ -23,30 +23,30 @@ from dvinv.runtime.processes import meet
 
 
 def save_network(path: Path, variables, description: dict) -> None:
-    """Write a network as one safetensors file; see `network_bytes`."""
+    """Writes a network as one safetensors file; see `network_bytes`."""
     write_atomic(path, network_bytes(variables, description))
     meet(f'{path} to be written')
 
 
 def network_bytes(variables, description: dict) -> bytes:
-    """A network as the bytes of a safetensors file.
+    """Serializes a network to the bytes of a safetensors file.
 
     Args:
       variables: nested dicts of arrays; the file's tensor names are paths such as 'params/Conv_0/kernel'.
-      description: what `module_of` needs to build it again: network, width, num_classes, and kept where it was pruned;
-        and image_shape, mean, std.
+      description: the entries that `module_of` needs to rebuild the network (network, width, num_classes, and kept if it
+        was pruned), and image_shape, mean, std.
     """
     tensors = {name: np.ascontiguousarray(leaf) for name, leaf in flatten(variables).items()}
-    # One entry: safetensors writes several in an order that changes from call to call.
+    # A single entry, because safetensors writes several entries in an order that changes from call to call.
     about = {**description, 'sha256': _digest(description, tensors)}
     return save(tensors, {'dvinv': json.dumps(about, sort_keys=True)})
 
 
 def load_network(path: Path) -> tuple[dict, dict]:
-    """(variables as numpy arrays, description) of a file that `save_network` wrote.
+    """Returns (variables as numpy arrays, description) of a file that `save_network` wrote.
 
     Raises:
-      DvinvError: the file is missing, damaged, or not one of dvinv's.
+      DvinvError: the file is missing, damaged, or was not written by dvinv.
     """
     with _opened(path) as file:
         header = (file.metadata() or {}).get('dvinv')
@@ -63,19 +63,21 @@ def load_network(path: Path) -> tuple[dict, dict]:
 
 
 def load_classifier(path: Path, own=None) -> Classifier:
-    """A `Classifier` from a network file; for `own` see `module_of`."""
+    """Loads a `Classifier` from a network file; for `own` see `module_of`."""
     variables, about = load_network(path)
     return classifier_of(module_of(about, own), variables, about)
 
 
 def module_of(about: dict, own=None) -> nn.Module:
-    """The Linen module of a network with the description of `save_network`.
+    """Builds the Linen module of a network from the description that `save_network` stored.
 
     Args:
-      own: the user's whole network, with the calls of a Linen module that takes x and `train`; None: one of dvinv's.
+      about: the description; a pruned network, with an entry `kept`, becomes a `PrunedModule`.
+      own: the user's unpruned network, with the methods of a Linen module that takes x and `train`; None: the network is in
+        the registry.
 
     Raises:
-      DvinvError: no network has this name, or it is a user's and not given.
+      DvinvError: the registry has no network of this name, or the network is a user's own and `own` is not given.
     """
     if own is None and not about['network']:
         raise DvinvError(
@@ -89,7 +91,7 @@ def module_of(about: dict, own=None) -> nn.Module:
 
 
 def classifier_of(module, variables, about: dict) -> Classifier:
-    """The `Classifier` of a Linen module with its variables and the description of `save_network`."""
+    """Returns the `Classifier` of a Linen module, its variables and the description that `save_network` stored."""
     return Classifier(
         apply_fn_of(module),
         variables,
@@ -103,24 +105,25 @@ def classifier_of(module, variables, about: dict) -> Classifier:
 def read_classifier(
     path: Path, network: str, *, mean=(), std=(), width: float = 1.0, image_shape=None, field: str = 'network', otherwise=()
 ):
-    """(module, variables, description) of `network` from a weights file: dvinv's own, or one that others published.
+    """Reads `network` from a weights file written by dvinv or published by another project.
 
     Args:
-      path: what `save_network` wrote, which describes itself; or a file of `weights.read_state_dict`.
-      mean, std: one number a channel, for pixels in [0, 1]; (): those of the file, else of the published weights of
+      path: a file that `save_network` wrote, which contains its description, or a file for `weights.read_state_dict`.
+      mean, std: one number per channel, for pixels in [0, 1]; (): those of the file, else of the published weights of
         `network`, see `registry.published_pixels`.
-      width: as in `registry.create`. The number of classes is read off the weights.
-      image_shape: H, W, C; those of the file, else what `network` is made for when empty.
-      field: what a refusal calls `network`, for instance 'teacher.network'.
-      otherwise: (mean, std) where nothing else tells them; (): refused.
+      width: as in `registry.create`. The number of classes is read from the weights.
+      image_shape: H, W, C; when empty, that of the file, else that of the registry for `network`.
+      field: the setting that holds `network`, in error messages, for instance 'teacher.network'.
+      otherwise: the fallback (mean, std) where neither the arguments nor the registry gives them; (): they are required.
 
     Returns:
-      The Linen module, its variables (nested dicts of numpy arrays, float32 where they are foreign) and a description as
-      in `save_network`.
+      The Linen module, its variables (nested dicts of numpy arrays, float32 if the weights are those of another project)
+      and a description as in `save_network`.
 
     Raises:
-      DvinvError: the file is missing, damaged, describes itself otherwise than the arguments, holds another network (lists
-        the tensors that do not fit, and names the network that does), or values that no trained network has.
+      DvinvError: the file is missing or damaged, its description differs from the arguments, it holds another network (the
+        message lists the tensors that do not fit, and names the registered network that fits), or it holds values that no
+        trained network has.
     """
     path, group, mean, std = Path(path), field.removesuffix('network'), tuple(mean), tuple(std)
     if describes_itself(path):
@@ -160,14 +163,14 @@ def read_classifier(
 
 
 def _fitting(state: dict[str, np.ndarray], network: str, width: float) -> str:
-    """Returns the network of the registry that has the names and shapes of `state`, which `network` has not; '' if none."""
+    """Returns the registered network with the names and shapes of `state`, which do not fit `network`; '' if none."""
 
     def agrees(name: str) -> tuple[float, bool]:
         return agreement(registry.create(name, 1, width), _template(name, width), state)
 
     same_names, family, strangers = agrees(network)[0] == 1, registry.NETWORKS[network].family, set()
     for name, other in registry.NETWORKS.items():
-        # To look at all takes many seconds, so not at families with which the file has no names in common.
+        # Comparing all networks takes many seconds, so families that share no names with the file are skipped.
         if other.family in strangers or (same_names and other.family != family):
             continue
         share, whole = agrees(name)
@@ -185,7 +188,13 @@ def _template(name: str, width: float) -> dict:
 
 
 def refuse_other(path: Path, group: str, about: dict, given: dict) -> None:
-    """Refuses what is `given` (but for what is empty, and the usual width) where the file's description has other values."""
+    """Refuses arguments in `given` that differ from the file's description.
+
+    Empty values and a `width` of 1 count as not given.
+
+    Raises:
+      DvinvError: a value differs.
+    """
     for name, value in given.items():
         if not value or (name == 'width' and value == 1):
             continue
@@ -200,7 +209,7 @@ def refuse_other(path: Path, group: str, about: dict, given: dict) -> None:
 
 
 def describes_itself(path: Path) -> bool:
-    """Whether `save_network` wrote this file.
+    """Returns whether `save_network` wrote this file, so that it contains its description.
 
     Raises:
       DvinvError: the file is missing or damaged.
@@ -213,7 +222,7 @@ def describes_itself(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator:
-    """A safetensors file, open; what goes wrong inside is told in a sentence."""
+    """Yields an open safetensors file; errors on the file inside the context become a one-sentence `DvinvError`."""
     if not Path(path).exists():
         raise DvinvError(f'The network file {path} is not there.')
     try:

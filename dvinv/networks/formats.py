@@ -1,8 +1,8 @@
-"""What a weights file is, by its first bytes rather than by its name, and the tensors that it holds.
+"""Detection of the format of a weights file by its first bytes rather than its name, and reading of its tensors.
 
-A PyTorch state dict comes as `.npz`, `.safetensors`, or in PyTorch's own formats, under any ending (`.pth`, `.pt`, `.th`,
-`.bin`, `.ckpt`, `.pth.tar`): these are read where torch is installed, with weights_only=True, for an untrusted file must not
-run code. Keras and Gluon weights come as `.npz`.
+A PyTorch state dict is stored as `.npz`, as `.safetensors`, or in PyTorch's own formats with any suffix (`.pth`, `.pt`,
+`.th`, `.bin`, `.ckpt`, `.pth.tar`). PyTorch's formats are read if torch is installed, with weights_only=True, because an
+untrusted file must not run code. Keras and Gluon weights are stored as `.npz`.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401  JAX needs it too; numpy knows bfloat16 by it
+import ml_dtypes  # noqa: F401  a dependency of JAX; its import registers bfloat16 with numpy
 import numpy as np
 from safetensors import safe_open
 
@@ -22,8 +22,8 @@ KNOWN = 'a PyTorch state dict (.pth, .pt, .bin, .ckpt, .safetensors), or named a
 STATE_DICT = "save the state dict, torch.save(network.state_dict(), 'weights.pth')"
 KERAS = "save the arrays, np.savez('weights.npz', **{variable.path: variable for variable in network.variables})"
 
-OLD_TORCH = b'\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19'  # the number that PyTorch before 1.6 begins a file with, pickled
-# (the first bytes as a regular expression, what such a file is, how its weights can be had): what dvinv does not read.
+OLD_TORCH = b'\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19'  # the pickled number at the start of files of PyTorch before 1.6
+# Formats that dvinv does not read: (regular expression of the first bytes, name of the format, how to convert the weights).
 OTHERS = (
     (rb'\x80[\x02-\x05]', 'a pickle, which could run code', 'save every tensor under its name by numpy.savez'),
     (rb'version https://git-lfs', 'a pointer of Git LFS in place of the weights', 'get the file itself by git lfs pull'),
@@ -46,19 +46,19 @@ OTHERS = (
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Returns the tensors of a weights file by name, in the dtypes that they have there.
+    """Returns the tensors of a weights file by name, in the dtypes of the file.
 
     Raises:
-      DvinvError: the file is missing, damaged, of a kind that is not read, or would run code.
+      DvinvError: the file is missing, damaged, in an unsupported format, or would run code.
     """
     return READERS[kind_of(path)](path)
 
 
 def kind_of(path: Path) -> str:
-    """Returns which of `READERS` reads the file: by its content, and where that says nothing, by its ending.
+    """Returns the key in `READERS` for a file, determined by its content or, if that is not conclusive, by its suffix.
 
     Raises:
-      DvinvError: the file is missing, or of a kind that is not read; says what it is.
+      DvinvError: the file is missing, or in an unsupported format, which the message names.
     """
     path = Path(path)
     try:
@@ -90,7 +90,7 @@ def kind_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def _damage_told(path: Path) -> Iterator[None]:
-    """Turns what numpy, zipfile, zlib, safetensors and torch raise while they read, of many kinds, into a sentence."""
+    """Converts the many exceptions of numpy, zipfile, zlib, safetensors and torch during reading to a `DvinvError`."""
     try:
         yield
     except DvinvError:
@@ -105,7 +105,7 @@ def _not_read(path: Path, what: str, way_out: str) -> DvinvError:
 
 
 def _kind_of_archive(path: Path) -> str:
-    """`kind_of` a zip archive, which numpy and PyTorch write, and others too."""
+    """Returns `kind_of` a zip archive, a container that numpy, PyTorch and other programs write."""
     with _damage_told(path), zipfile.ZipFile(path) as archive:
         names = archive.namelist()
     if any(re.search(r'(^|/)(constants\.pkl|code/)', name) for name in names):
@@ -138,7 +138,7 @@ def _array_of(path: Path, arrays, name: str) -> np.ndarray:
 
 
 def _keras_name(name: str) -> str:
-    """Returns 'conv1/kernel' of 'conv1/kernel:0', as TensorFlow calls a variable."""
+    """Removes the ':0' that TensorFlow appends to a variable's name: 'conv1/kernel:0' becomes 'conv1/kernel'."""
     return name.removesuffix(':0')
 
 
@@ -151,7 +151,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _refuse_small_floats(path: Path, dtypes: Mapping[str, str]) -> None:
-    """Refuses {name: dtype} of quantized tensors; raises DvinvError where there are some."""
+    """Raises DvinvError if there are quantized tensors; `dtypes` is {name: dtype} of those."""
     if dtypes:
         raise DvinvError(
             f'{path} holds quantized weights: {listed([f"{name} ({dtype})" for name, dtype in dtypes.items()], 3)}. What '
@@ -160,7 +160,7 @@ def _refuse_small_floats(path: Path, dtypes: Mapping[str, str]) -> None:
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
-    """A state dict, or the one in a training checkpoint."""
+    """Reads a state dict, or the one in a training checkpoint."""
     try:
         import torch
     except ImportError as error:
@@ -179,24 +179,26 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     state = _state_dict_of(path, content, torch.is_tensor)
     dtypes = {key: str(tensor.dtype).removeprefix('torch.') for key, tensor in state.items()}
     _refuse_small_floats(path, {key: dtype for key, dtype in dtypes.items() if re.match('q|float[48]', dtype)})
-    with _damage_told(path):  # there are no sparse arrays in numpy
+    with _damage_told(path):  # conversion fails for sparse tensors, which numpy does not have
         return {
             key: (tensor.float() if dtypes[key] == 'bfloat16' else tensor).detach().numpy() for key, tensor in state.items()
         }
 
 
-# What checkpoints call the state dict of the network, in the order of preference where a checkpoint has several.
+# The names of a network's state dict in checkpoints, in the order of preference if a checkpoint has several.
 STATE_DICTS = ('state_dict', 'model_state_dict', 'model', 'net', 'network', 'module', 'params', 'weights')
 
 
 def _state_dict_of(path: Path, content, is_tensor: Callable) -> dict:
-    """Returns the one mapping in a checkpoint that has a network's tensors.
+    """Returns the mapping in a checkpoint that has a network's tensors.
 
     Args:
-      content: nested mappings; a state dict's values are tensors, and numbers and texts beside them count for nothing.
+      path: the path of the file, for messages.
+      content: nested mappings; the values of a state dict are tensors, and numbers and strings next to them are ignored.
+      is_tensor: the function that returns whether a value is a tensor.
 
     Raises:
-      DvinvError: there is none, or there are several and none has a usual name.
+      DvinvError: there is no state dict, or there are several and none has a usual name.
     """
     found = dict(_state_dicts(content, is_tensor))
     if not found:
@@ -217,9 +219,9 @@ def _state_dict_of(path: Path, content, is_tensor: Callable) -> dict:
 
 
 def _state_dicts(content, is_tensor: Callable, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict]]:
-    """Yields (names that lead there, {key: tensor}) of every mapping of tensors within `content`."""
+    """Yields (keys on the path to it, {key: tensor}) for every mapping with tensors within `content`."""
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
-        return  # an optimizer's state goes by numbers
+        return  # the keys of an optimizer's state are numbers
     tensors = {key: value for key, value in content.items() if is_tensor(value)}
     if tensors:
         yield place, tensors
@@ -228,7 +230,7 @@ def _state_dicts(content, is_tensor: Callable, place: tuple[str, ...] = ()) -> I
 
 
 def _inmost(content: Mapping) -> Mapping:
-    """Returns what a checkpoint without tensors has in place of a state dict."""
+    """Returns the mapping that a checkpoint without tensors has in place of a state dict, for the error message."""
     inner = content.get('state_dict')
     return inner if isinstance(inner, Mapping) and inner else content
 

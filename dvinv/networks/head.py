@@ -1,4 +1,4 @@
-"""The head of a network, its last layer, which has an output a class: where it is, and how it gets more of them."""
+"""The head of a network, its last layer with one output per class: how it is found, and how outputs are added to it."""
 
 from collections.abc import Callable
 
@@ -11,9 +11,10 @@ from dvinv.networks.registry import shapes_of
 
 
 def head_of(build: Callable[[int], nn.Module], image_shape) -> str:
-    """The path of the head, 'Dense_1' for instance: the layer whose shape follows `num_classes` in `build(num_classes)`.
+    """Returns the path of the head, for instance 'Dense_1': the layer that changes its shape with `num_classes`.
 
     Args:
+      build: the function of `num_classes` to the Linen module.
       image_shape: H, W, C.
     """
     few, many = (flatten(shapes_of(build(num_classes), image_shape)['params']) for num_classes in (2, 3))
@@ -22,12 +23,15 @@ def head_of(build: Callable[[int], nn.Module], image_shape) -> str:
 
 
 def grown(variables, smaller) -> dict:
-    """`variables` of a network (numpy arrays), with all that a network of fewer classes has learned.
+    """Returns `variables` of a network (numpy arrays) with the weights of a network of fewer classes copied into them.
 
-    The outputs of the head are its last axis; the first of them are those of `smaller`, the others stay as they are.
+    The outputs of the head are its last axis; the first of them become those of `smaller`, the others stay as they are.
+
+    Args:
+      smaller: the variables of the network of fewer classes.
 
     Raises:
-      DvinvError: they differ in more than the number of classes. Names what does not fit.
+      DvinvError: the networks differ in more than the number of classes; the message names the variables that do not fit.
     """
     new, old = flatten(variables), flatten(smaller)
     wrong = {path for path in {*new, *old} if not _fits(new.get(path), old.get(path))}
@@ -41,7 +45,7 @@ def grown(variables, smaller) -> dict:
 
 
 def _fits(leaf, beginning) -> bool:
-    """Whether `beginning` is `leaf` but for its last axis, which may be shorter."""
+    """Returns whether `beginning` has the shape of `leaf`, except for its last axis, which may be shorter."""
     if leaf is None or beginning is None or leaf.ndim != beginning.ndim:
         return False
     return leaf.shape[:-1] == beginning.shape[:-1] and leaf.shape[-1:] >= beginning.shape[-1:]

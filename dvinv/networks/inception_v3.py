@@ -1,8 +1,8 @@
-"""The Inception-v3 of Szegedy et al. (arXiv 1512.00567) as torchvision and timm have it, without its auxiliary head.
+"""The Inception-v3 of Szegedy et al. (arXiv 1512.00567) as in torchvision and timm, without its auxiliary head.
 
-Submodules have the names of their state dicts as they are ('Mixed_5b/branch5x5_1/conv' is `Mixed_5b.branch5x5_1.conv`).
-Published weights take pixels in [-1, 1], mean and std .5: torchvision's `transform_input` turns ImageNet's normalisation
-into that. It is not the TensorFlow graph of 2015 behind published FIDs, which has 1,008 classes and other poolings.
+Submodules have exactly the names of those state dicts ('Mixed_5b/branch5x5_1/conv' is `Mixed_5b.branch5x5_1.conv`).
+Published weights take pixels in [-1, 1], mean and std .5: torchvision's `transform_input` converts ImageNet's normalisation
+to that. This is not the TensorFlow graph of 2015 behind published FIDs, which has 1,008 classes and other poolings.
 """
 
 import functools
@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from dvinv.errors import DvinvError
 from dvinv.networks.torch_layers import batch_norm
 
-SMALLEST = 75  # height and width that stem, poolings and strides leave one pixel of
+SMALLEST = 75  # height and width that stem, poolings and strides reduce to one pixel
 
 
 class Convolution(nn.Module):
-    """A convolution of (height, width) `size` without bias, BatchNorm with epsilon .001, ReLU."""
+    """A convolution with a kernel of (height, width) `size` and no bias, BatchNorm with epsilon .001, and ReLU."""
 
     channels: int
     size: tuple[int, int]
@@ -34,9 +34,10 @@ class Convolution(nn.Module):
 
 
 def layers(unit: int, train: bool) -> Callable:
-    """`layer(x, name, channels, size, stride, padding)`: convolutions of `unit` channels where the published has 16.
+    """Returns `layer(x, name, channels, size, stride, padding)`, which applies a `Convolution`.
 
-    One that halves the picture has no margins, the others keep its size; each becomes a submodule of the caller's.
+    Channel counts are multiplied by `unit` / 16. By default, a layer with a stride has no padding, and the others keep the
+    image size. Each becomes a submodule of the calling module.
     """
 
     def layer(x, name: str, channels: int, size=(1, 1), stride: int = 1, padding: str = ''):
@@ -46,11 +47,11 @@ def layers(unit: int, train: bool) -> Callable:
     return layer
 
 
-# The blocks: (x [B, H, W, C], layer) -> the ends of their branches, to be joined along the channels.
+# The blocks: (x [B, H, W, C], layer) -> the outputs of their branches, to be concatenated along the channels.
 
 
 def block_a(x, layer, pooled: int):
-    """Of 1x1, 5x5, 3x3 twice, and a mean with `pooled` channels."""
+    """Computes the branches 1x1, 5x5, two 3x3, and mean-pooling with `pooled` channels."""
     five = layer(layer(x, 'branch5x5_1', 48), 'branch5x5_2', 64, (5, 5))
     double = layer(layer(x, 'branch3x3dbl_1', 64), 'branch3x3dbl_2', 96, (3, 3))
     double = layer(double, 'branch3x3dbl_3', 96, (3, 3))
@@ -58,14 +59,17 @@ def block_a(x, layer, pooled: int):
 
 
 def block_b(x, layer):
-    """Halves the picture, by 3x3, 3x3 twice, and a maximum."""
+    """Computes branches that halve the image: 3x3, two 3x3, and max-pooling."""
     double = layer(layer(x, 'branch3x3dbl_1', 64), 'branch3x3dbl_2', 96, (3, 3))
     double = layer(double, 'branch3x3dbl_3', 96, (3, 3), 2)
     return layer(x, 'branch3x3', 384, (3, 3), 2), double, max_pool(x)
 
 
 def block_c(x, layer, inner: int):
-    """Of 1x1, 7x7 once and twice, each as a row and a column with `inner` channels between them, and a mean."""
+    """Computes the branches 1x1, one 7x7, two 7x7, and mean-pooling.
+
+    Each 7x7 is a 1x7 and a 7x1 convolution with `inner` channels between them.
+    """
     row, column = (1, 7), (7, 1)
     once = layer(layer(x, 'branch7x7_1', inner), 'branch7x7_2', inner, row)
     once = layer(once, 'branch7x7_3', 192, column)
@@ -76,7 +80,7 @@ def block_c(x, layer, inner: int):
 
 
 def block_d(x, layer):
-    """Halves the picture, by 3x3, 7x7 and 3x3, and a maximum."""
+    """Computes branches that halve the image: 3x3, 7x7 followed by 3x3, and max-pooling."""
     three = layer(layer(x, 'branch3x3_1', 192), 'branch3x3_2', 320, (3, 3), 2)
     seven = layer(layer(x, 'branch7x7x3_1', 192), 'branch7x7x3_2', 192, (1, 7))
     seven = layer(layer(seven, 'branch7x7x3_3', 192, (7, 1)), 'branch7x7x3_4', 192, (3, 3), 2)
@@ -84,7 +88,10 @@ def block_d(x, layer):
 
 
 def block_e(x, layer):
-    """Of 1x1, 3x3 once and twice, which end in a row beside a column, and a mean."""
+    """Computes the branches 1x1, one 3x3, two 3x3, and mean-pooling.
+
+    The last 3x3 of a branch is a 1x3 and a 3x1 convolution side by side.
+    """
     once = layer(x, 'branch3x3_1', 384)
     twice = layer(layer(x, 'branch3x3dbl_1', 448), 'branch3x3dbl_2', 384, (3, 3))
     once = [layer(once, f'branch3x3_2{end}', 384, size) for end, size in (('a', (1, 3)), ('b', (3, 1)))]
@@ -93,12 +100,12 @@ def block_e(x, layer):
 
 
 def mean_pool(x: jax.Array) -> jax.Array:
-    """The mean of 3x3 pixels around each, of the same size; what lies outside counts as 0."""
+    """Averages the 3x3 pixels around each pixel; the size stays the same, and pixels outside the image count as 0."""
     return nn.avg_pool(x, (3, 3), padding='SAME')
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """The largest of 3x3 pixels, in steps of 2, without margins."""
+    """Takes the maximum over windows of 3x3 pixels, with stride 2 and no padding."""
     return nn.max_pool(x, (3, 3), (2, 2))
 
 
@@ -114,9 +121,9 @@ BLOCKS: dict[str, Callable] = {
 
 
 class Mixed(nn.Module):
-    """A block: its branches side by side."""
+    """A block: its branches, concatenated along the channels."""
 
-    branches: Callable  # (x, layer) -> the ends
+    branches: Callable  # (x, layer) -> outputs of the branches
     unit: int
 
     @nn.compact
@@ -125,17 +132,17 @@ class Mixed(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """x [B, 299, 299, 3] -> logits [B, K]; of other pictures too, from 75x75 up, as the head gets the mean over space."""
+    """x [B, 299, 299, 3] -> logits [B, K]; other images from 75x75 up work too: the head gets the mean over space."""
 
     num_classes: int
-    unit: int = 16  # channels where the published network has 16, of which all its counts are multiples
+    unit: int = 16  # channels where the published network has 16; all its channel counts are multiples of 16
 
-    counted: ClassVar[bool] = False  # 'branch5x5_1' is no item of a list
-    unused: ClassVar[tuple[str, ...]] = ('AuxLogits.',)  # the head that helps in training alone
+    counted: ClassVar[bool] = False  # 'branch5x5_1' is not an item of a list
+    unused: ClassVar[tuple[str, ...]] = ('AuxLogits.',)  # the auxiliary head, which is used in training only
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Raises DvinvError for a picture that is too small."""
+        """Computes logits; raises DvinvError for images that are too small."""
         height, width = x.shape[1:3]
         if min(height, width) < SMALLEST:
             raise DvinvError(f'An Inception-v3 takes images of {SMALLEST}x{SMALLEST} or larger, not {height}x{width}.')

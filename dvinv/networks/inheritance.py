@@ -1,7 +1,7 @@
-"""A student that starts from weights of its teacher, where the two have layers of one name and shape (arXiv 2311.18823).
+"""Initialisation of a student from its teacher's weights, for layers with matching names and shapes (arXiv 2311.18823).
 
 Layers are paired by their names and, within a series of numbered ones such as the blocks of a stage, by depth: the first
-with the first, the last with the last, those in between spread evenly over the series of the teacher.
+with the first, the last with the last, and those in between spread evenly over the series of the teacher.
 """
 
 import re
@@ -19,11 +19,12 @@ def inherited(teacher: Mapping, student: Mapping) -> dict:
     """Returns the part of the student's variables that the teacher has weights for.
 
     Args:
-      teacher: variables {'params': ..., 'batch_stats': ...}, arrays.
-      student: variables of the student, arrays or shapes.
+      teacher: the variables of the teacher, {'params': ..., 'batch_stats': ...}, arrays.
+      student: the variables of the student, arrays or shapes.
 
     Returns:
-      Nested dicts as of `student`, of the layers for which all variables have the shapes of the teacher's; may be empty.
+      Nested dicts with the structure of `student`, with the teacher's weights for all layers that have the same shapes in
+      both networks; may be empty.
     """
     names = {}
     for collection in student:
@@ -41,7 +42,7 @@ def inherited(teacher: Mapping, student: Mapping) -> dict:
 
 
 def _paired(teacher, student, teacher_path: tuple[str, ...], student_path: tuple[str, ...]) -> dict[str, str]:
-    """Returns {path of a variable of the student: path of the teacher's} within two modules."""
+    """Returns {path of a variable in the student: path in the teacher} within two modules."""
     if not isinstance(student, Mapping) or not isinstance(teacher, Mapping):
         leaves = not isinstance(student, Mapping) and not isinstance(teacher, Mapping)
         return {join_names(student_path): join_names(teacher_path)} if leaves else {}
@@ -56,7 +57,7 @@ def _paired(teacher, student, teacher_path: tuple[str, ...], student_path: tuple
 
 
 def _series(module: Mapping) -> dict[str, list[str]]:
-    """Returns {name without the number at its end: the names, in the order of their numbers}."""
+    """Returns {name without the number at its end: the full names, in the order of their numbers}."""
     series = defaultdict(list)
     for name in module:
         match = NUMBERED.fullmatch(name)
@@ -65,5 +66,5 @@ def _series(module: Mapping) -> dict[str, list[str]]:
 
 
 def _spread(position: int, count: int, others: int) -> int:
-    """Returns the position among `others` layers of one of `count` layers, ends on ends."""
+    """Maps a position among `count` layers to one among `others` layers, so that the first and last layers correspond."""
     return round(position * (others - 1) / max(1, count - 1))

@@ -1,6 +1,6 @@
-"""The MobileNetV2 of Sandler et al. (arXiv 1801.04381): inverted residuals, ReLU6, no ReLU where they end.
+"""The MobileNetV2 of Sandler et al. (arXiv 1801.04381): inverted residuals, ReLU6, and no ReLU at the end of a block.
 
-Submodules' paths spell the keys of torchvision's state dicts ('features_2/conv_0_1' is `features.2.conv.0.1`).
+The paths of submodules correspond to the keys of torchvision's state dicts ('features_2/conv_0_1' is `features.2.conv.0.1`).
 """
 
 from collections.abc import Sequence
@@ -11,19 +11,19 @@ import jax
 
 from dvinv.networks.torch_layers import batch_norm, conv
 
-BLOCKS, STRIDES = (1, 2, 3, 4, 3, 3, 1), (1, 2, 2, 2, 1, 2, 1)  # a stage; the stride of its first block
-EXPANSION = 6  # of the channels inside a block to those before it; the very first block has none
-LAST = 1280  # channels before the head, at least
+BLOCKS, STRIDES = (1, 2, 3, 4, 3, 3, 1), (1, 2, 2, 2, 1, 2, 1)  # per stage: blocks, stride of the first block
+EXPANSION = 6  # ratio of the channels inside a block to those before it; the very first block has no expansion
+LAST = 1280  # minimum number of channels before the head
 
 
 def in_eighths(channels: float) -> int:
-    """The nearest multiple of 8, at least 8, and not below 90% of `channels`: how torchvision and timm round a width."""
+    """Rounds to the nearest multiple of 8, at least 8 and at least 90% of `channels`, as torchvision and timm do."""
     nearest = max(8, int(channels + 4) // 8 * 8)
     return nearest if nearest >= 0.9 * channels else nearest + 8
 
 
 def timm_names() -> dict[str, str]:
-    """{a submodule in torchvision: in timm}. There a block counts within its stage, and its layers have names."""
+    """Returns {name in torchvision: name in timm}, where blocks are numbered within their stage and layers have names."""
     names = {'features.0.0': 'conv_stem', 'features.0.1': 'bn1', 'classifier.1': 'classifier'}
     first = {'0.0': 'conv_dw', '0.1': 'bn1', '1': 'conv_pw', '2': 'bn2'}
     others = {'0.0': 'conv_pw', '0.1': 'bn1', '1.0': 'conv_dw', '1.1': 'bn2', '2': 'conv_pwl', '3': 'bn3'}
@@ -35,7 +35,10 @@ def timm_names() -> dict[str, str]:
 
 
 class InvertedResidual(nn.Module):
-    """1x1 to `inner` channels, where these are more, depthwise 3x3, 1x1 to `channels`; plus x, where shapes allow."""
+    """A 1x1 convolution to `inner` channels, a depthwise 3x3 and a 1x1 to `channels`, plus x where shapes allow.
+
+    The first convolution is left out if x has `inner` channels already.
+    """
 
     channels: int
     stride: int
@@ -43,7 +46,7 @@ class InvertedResidual(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        y, index = x, 0  # torchvision counts the layers that there are
+        y, index = x, 0  # torchvision numbers only the layers that exist
         if self.inner != x.shape[-1]:
             y = nn.relu6(batch_norm(train, 'conv_0_1')(conv(self.inner, 1, name='conv_0_0')(y)))
             index = 1
@@ -54,11 +57,11 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """x [B, 224, 224, 3] -> logits [B, K]; of pictures of any other size too, as the head gets the mean over space."""
+    """x [B, 224, 224, 3] -> logits [B, K]; images of other sizes work too, because the head gets the mean over space."""
 
     num_classes: int
-    channels: Sequence[int] = (32, 16, 24, 32, 64, 96, 160, 320)  # of the stem, then a stage
-    last: int = LAST  # fewer make LAST: as published, a narrow network keeps them all
+    channels: Sequence[int] = (32, 16, 24, 32, 64, 96, 160, 320)  # of the stem, then per stage
+    last: int = LAST  # smaller values are raised to LAST: as published, a narrow network keeps all of these channels
 
     aliases: ClassVar[dict[str, str]] = timm_names()
 

@@ -1,4 +1,4 @@
-"""What PyTorch, Keras and Gluon (MXNet) call the variables of a Flax network, and how they lay them out.
+"""The names and layouts that PyTorch, Keras and Gluon (MXNet) use for the variables of a Flax network.
 
 Flax       params/layer1_0/conv1/kernel    batch_stats/layer1_0/bn1/mean
 PyTorch    layer1.0.conv1.weight           layer1.0.bn1.running_mean
@@ -15,18 +15,18 @@ import numpy as np
 
 from dvinv.errors import DvinvError, listed
 
-# Flax's names of leaves, and theirs; other leaves have the same name everywhere. Keras has two for a kernel, and others for
-# what layers that normalise have.
+# {name of a leaf in Flax: its name or names in the other framework}; other leaves have the same name everywhere. Keras has
+# two names for a kernel, and other names for the variables of normalisation layers.
 PYTORCH = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias', 'mean': 'running_mean', 'var': 'running_var'}
 KERAS = {'kernel': ('kernel', 'depthwise_kernel'), 'bias': ('bias',)}
 KERAS_BATCH_NORM = {'scale': ('gamma',), 'bias': ('beta',), 'mean': ('moving_mean',), 'var': ('moving_variance',)}
 GLUON = {'kernel': ('weight',), 'bias': ('bias',)}
 GLUON_BATCH_NORM = {'scale': ('gamma',), 'bias': ('beta',), 'mean': ('running_mean',), 'var': ('running_var',)}
-# 'squeezenet0_conv0_weight': the network's name comes first, numbered as the process that saved it happened to count.
+# 'squeezenet0_conv0_weight': the network's name comes first, with a number that depends on the process that saved it.
 GLUON_KEY = re.compile(r'([a-z]+\d+_)\w+_(weight|bias|gamma|beta|running_mean|running_var)')
-# Modules that PyTorch puts around another: for several devices, for compilation, for recomputation.
+# Modules that PyTorch wraps around another: for several devices, for compilation, for recomputation.
 WRAPPERS = {'module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module'}
-AVERAGED = re.compile(r'(^|[._])(ema|averaged?|shadow|swa)([._]|$)')  # in the name of a copy with averaged weights
+AVERAGED = re.compile(r'(^|[._])(ema|averaged?|shadow|swa)([._]|$)')  # matches the name of a copy with averaged weights
 
 
 def find_keys(
@@ -35,14 +35,15 @@ def find_keys(
     aliases: Mapping[str, str] | Sequence[Mapping[str, str]],
     counted: bool = True,
 ) -> dict[str, str]:
-    """{path: the key that it goes by}; one that is not among `keys` is spelled as most of the others are.
+    """Returns {path: key in the file}; a key that is not among `keys` is spelled in the way that most of the others are.
 
     Args:
-      paths: of a network's variables in Flax.
-      keys: those of a file; Keras's have slashes, PyTorch's have dots, Gluon's have neither and one prefix.
-      aliases: {name of a submodule, or its whole path with dots, or that of a variable: what other PyTorch repositories call
-        it}; where there are several repositories, one such mapping for each.
-      counted: '_1' in the name of a submodule is the place in a list, which PyTorch spells '.1'.
+      paths: the paths of a network's variables in Flax.
+      keys: the keys of a file; those of Keras have slashes, those of PyTorch have dots, those of Gluon have neither and one
+        prefix.
+      aliases: {name of a submodule, its full path with dots, or the full name of a variable: its name in other PyTorch
+        repositories}; for several repositories, one such mapping each.
+      counted: whether '_1' in the name of a submodule is an index in a list, which PyTorch spells '.1'.
     """
     keras, prefix = any('/' in key for key in keys), _gluon_prefix(keys)
     if keras:
@@ -61,11 +62,11 @@ def find_keys(
 
 @dataclasses.dataclass(frozen=True)
 class Unwrapped:
-    """The keys of a file that are a network's.
+    """The keys of a file that belong to a network.
 
     Attributes:
-      names: {key as a file of the network alone has it: the key in this file}.
-      aside: the keys of the file that belong to something else.
+      names: {key in a file of only this network: the key in this file}.
+      aside: the keys of the file that do not belong to the network.
     """
 
     names: dict[str, str]
@@ -73,27 +74,28 @@ class Unwrapped:
 
     @property
     def prefix(self) -> str:
-        """What stands before the former keys in the latter, 'module.' for instance."""
+        """The prefix of the keys in this file, for instance 'module.'; '' if there is none."""
         return next((name.removesuffix(key) for key, name in self.names.items() if name.endswith(key)), '')
 
 
 def unwrapped(keys: Collection[str], find: Callable[[Collection[str]], dict[str, str]]) -> Unwrapped:
-    """Returns the keys without what wrappers, training frameworks and averaging put before a network's own.
+    """Removes the prefixes that wrappers, training frameworks and weight averaging put before a network's keys.
 
-    Where a tenth of the network's keys is not found so, the keys are left as they are.
+    If less than a tenth of the network's keys is found after that, the keys stay as they are.
 
     Args:
-      find: keys to {path: key} of the network, as `find_keys`.
+      keys: the keys of a file.
+      find: the function of keys to {path: key} of the network, as `find_keys`.
 
     Raises:
-      DvinvError: several such networks are in the file.
+      DvinvError: the file holds several such networks.
     """
     whole = {key: key for key in keys}
     plain = {'.'.join(part for part in key.split('.') if part not in WRAPPERS): key for key in keys}
     plain = plain if len(plain) == len(keys) else whole
     for names in (whole, plain):
         wanted = {*find(names).values()}
-        if wanted <= names.keys():  # averaged copies may lie next to it
+        if wanted <= names.keys():  # the file may hold averaged copies as well
             copies = {key for key in names if key not in wanted and AVERAGED.search(key.rpartition('.')[0])}
             own = {key: name for key, name in names.items() if key not in copies}
             return Unwrapped(own, tuple(names[key] for key in names if key in copies))
@@ -116,15 +118,21 @@ def unwrapped(keys: Collection[str], find: Callable[[Collection[str]], dict[str,
 
 
 def to_flax_layout(path: str, key: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """OIHW to HWIO and [out, in] to [in, out]; Keras's depthwise [H, W, C, M], for C groups, to [H, W, 1, C * M].
+    """Converts a tensor to the layout that Flax uses for it.
 
-    Where Flax has a dense layer, of a `shape` of two axes, and PyTorch a convolution of the whole picture, OIHW to
-    [I * H * W, O]. What is no kernel, by its `path` in Flax, is laid out alike everywhere, but for axes of length 1.
+    Kernels of PyTorch and Gluon: OIHW to HWIO, and [out, in] to [in, out]. Depthwise kernels of Keras: [H, W, C, M], for C
+    groups, to [H, W, 1, C * M]. Where Flax has a dense layer and PyTorch a convolution over the full image: OIHW to
+    [I * H * W, O]. Other tensors have the same layout in all frameworks, except for axes of length 1.
+
+    Args:
+      path: the path of the variable in Flax; that of a kernel ends in '/kernel'.
+      key: the key of the tensor in the file.
+      shape: the shape of the variable in Flax.
     """
     if not path.endswith('/kernel'):
         same = [length for length in tensor.shape if length > 1] == [length for length in shape if length > 1]
         return tensor.reshape(shape) if same else tensor
-    depthwise = tensor.ndim == len(shape) == 4 and shape[2] == 1  # Keras 3 has the same name for all kernels
+    depthwise = tensor.ndim == len(shape) == 4 and shape[2] == 1  # Keras 3 uses the same name for all kernels
     if key.endswith('/depthwise_kernel') or ('/' in key and depthwise and tensor.shape != shape):
         return tensor.reshape(*tensor.shape[:2], 1, -1)
     if '/' in key:
@@ -135,7 +143,10 @@ def to_flax_layout(path: str, key: str, tensor: np.ndarray, shape: tuple[int, ..
 
 
 def _torch_keys(path: str, aliases: Sequence[Mapping[str, str]], counted: bool) -> list[str]:
-    """'params/layer2_0/downsample_1/scale' -> ['layer2.0.downsample.1.weight', 'layer2.0.shortcut.1.weight']."""
+    """Returns the keys that a variable can have in PyTorch.
+
+    'params/layer2_0/downsample_1/scale' -> ['layer2.0.downsample.1.weight', 'layer2.0.shortcut.1.weight'].
+    """
     *modules, leaf = path.split('/')[1:]
     module = re.sub(r'_(\d+)', r'.\1', '.'.join(modules)) if counted else '.'.join(modules)
     leaf = PYTORCH.get(leaf, leaf)
@@ -148,7 +159,10 @@ def _torch_keys(path: str, aliases: Sequence[Mapping[str, str]], counted: bool) 
 
 
 def _layer_keys(path: str, paths: Collection[str], separator: str, leaves: dict, batch_norm: dict) -> list[str]:
-    """'params/conv1/kernel' -> ['conv1/kernel', 'conv1/depthwise_kernel']; 'params/bn1/bias' -> ['bn1/beta']."""
+    """Returns the keys that a variable can have in Keras or Gluon.
+
+    'params/conv1/kernel' -> ['conv1/kernel', 'conv1/depthwise_kernel']; 'params/bn1/bias' -> ['bn1/beta'].
+    """
     *modules, leaf = path.split('/')[1:]
     layer = '/'.join(modules)
     normalises = f'batch_stats/{layer}/mean' in paths or f'params/{layer}/scale' in paths
@@ -157,7 +171,7 @@ def _layer_keys(path: str, paths: Collection[str], separator: str, leaves: dict,
 
 
 def _gluon_prefix(keys: Collection[str]) -> str:
-    """What most of Gluon's keys begin with, such as 'squeezenet0_'; '' if the keys are not Gluon's."""
+    """Returns the most common prefix of Gluon keys, such as 'squeezenet0_'; '' if the keys are not those of Gluon."""
     if any('.' in key for key in keys):
         return ''
     prefixes = Counter(match[1] for match in map(GLUON_KEY.fullmatch, keys) if match)

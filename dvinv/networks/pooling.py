@@ -10,11 +10,11 @@ from dvinv.networks.windows import Padding, padded, places, shifted, taps
 
 
 def max_pool(x: jax.Array, size: Sequence[int], strides: Sequence[int], padding: Padding) -> jax.Array:
-    """The largest value of every window of x [B, H, W, C]; the gradient goes to the first of equal ones, as XLA's does."""
+    """Takes the maximum of every window of x [B, H, W, C]; the gradient goes to the first of equal values, as in XLA."""
     sizes, x = places(x.shape[1:3], size, strides, padding), padded(x, padding, -jnp.inf)
     return functools.reduce(_larger, (shifted(x, tap, sizes, strides) for tap in taps(size)))
 
 
 def _larger(first, second):
-    """Of both; NaN where one is. (The gradient of jnp.maximum is split where they are equal.)"""
+    """Returns the elementwise maximum, NaN where one is NaN; jnp.maximum would split the gradient between equal values."""
     return jnp.where((second > first) | jnp.isnan(second), second, first)

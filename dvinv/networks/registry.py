@@ -1,4 +1,4 @@
-"""Networks by name."""
+"""The registry of networks by name."""
 
 import dataclasses
 import functools
@@ -26,29 +26,29 @@ from dvinv.networks.wide_resnet import WideResNet
 
 
 def rounded(channels: float) -> int:
-    """The nearest whole number, at least 1."""
+    """Rounds to the nearest integer, at least 1."""
     return max(1, round(channels))
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """What a name stands for."""
+    """An entry of the registry: a module class and the values of its fields."""
 
     family: type[nn.Module]  # __call__(x, train) -> logits
-    image_shape: tuple[int, int, int]  # H, W, C of the images that it is made for
-    widths: dict[str, int | tuple[int, ...]]  # fields of `family` that are counts of channels
-    depths: dict[str, int | tuple[int, ...]] = dataclasses.field(default_factory=dict)  # and of layers
-    parts: dict[str, Callable] = dataclasses.field(default_factory=dict)  # and what else it is made of
-    rounding: Callable[[float], int] = rounded  # of counts of channels, once scaled
-    pixels: tuple[tuple[float, ...], ...] = ((), ())  # mean and std that the published weights take, where all take the same
+    image_shape: tuple[int, int, int]  # H, W, C of the images that the network is designed for
+    widths: dict[str, int | tuple[int, ...]]  # fields of `family` that are channel counts
+    depths: dict[str, int | tuple[int, ...]] = dataclasses.field(default_factory=dict)  # fields that are layer counts
+    parts: dict[str, Callable] = dataclasses.field(default_factory=dict)  # the other fields
+    rounding: Callable[[float], int] = rounded  # of channel counts after scaling by a width
+    pixels: tuple[tuple[float, ...], ...] = ((), ())  # mean and std of the published weights, if all of them use the same
 
 
 CIFAR, DIGITS, IMAGENET = (32, 32, 3), (8, 8, 1), (224, 224, 3)
-IMAGENET_PIXELS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's, Gluon's
-FROM_MINUS_ONE = (0.5,) * 3, (0.5,) * 3  # Keras's
+IMAGENET_PIXELS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of torchvision and Gluon
+FROM_MINUS_ONE = (0.5,) * 3, (0.5,) * 3  # of Keras: pixels in [-1, 1]
 RESNET, VGG_CHANNELS = (64, 128, 256, 512), (64, 128, 256, 512, 512)
-BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # a stage, of a ResNet of this depth
-CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 16: (2, 2, 3, 3, 3)}  # the same of a VGG
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # blocks per stage of a ResNet by depth
+CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 16: (2, 2, 3, 3, 3)}  # convolutions per stage of a VGG by depth
 
 NETWORKS: dict[str, Network] = {
     **{
@@ -130,7 +130,8 @@ NETWORKS: dict[str, Network] = {
         {'block': Bottleneck, 'stem': imagenet_stem, 'norm': group_norm},
         pixels=IMAGENET_PIXELS,
     ),
-    'vit_b_16': Network(VisionTransformer, IMAGENET, {'channels': 768}, rounding=in_heads(64)),  # timm's take other pixels
+    # The published weights of timm and torchvision take different pixels, so none are given here.
+    'vit_b_16': Network(VisionTransformer, IMAGENET, {'channels': 768}, rounding=in_heads(64)),
     **{
         name: Network(VisionTransformer, IMAGENET, {'channels': channels}, rounding=in_heads(64), pixels=IMAGENET_PIXELS)
         for name, channels in (('deit_tiny', 192), ('deit_small', 384))
@@ -155,10 +156,10 @@ NETWORKS: dict[str, Network] = {
 
 
 def create(name: str, num_classes: int, width: float = 1.0) -> nn.Module:
-    """The Linen module `name` with channel counts scaled by `width`.
+    """Returns the Linen module `name` with channel counts scaled by `width`.
 
     Raises:
-      DvinvError: no network has this name, or the width is no positive number.
+      DvinvError: no network has this name, or the width is not positive and finite.
     """
     network = _named(name)
     if not 0 < width < math.inf:
@@ -168,7 +169,7 @@ def create(name: str, num_classes: int, width: float = 1.0) -> nn.Module:
 
 
 def image_shape(name: str) -> tuple[int, int, int]:
-    """[H, W, C] of the images that the network `name` is made for, where nothing else tells.
+    """Returns H, W, C of the images that the network `name` is designed for, the default where no other shape is given.
 
     Raises:
       DvinvError: no network has this name.
@@ -177,7 +178,7 @@ def image_shape(name: str) -> tuple[int, int, int]:
 
 
 def published_pixels(name: str, channels: int) -> tuple[tuple[float, ...], ...]:
-    """(mean, std) that published weights of the network `name` take; () each where that is not known for so many channels.
+    """Returns the (mean, std) of the published weights of the network `name`; ((), ()) if unknown for `channels` channels.
 
     Raises:
       DvinvError: no network has this name.
@@ -193,14 +194,14 @@ def _named(name: str) -> Network:
 
 
 def shapes_of(module, image_shape) -> dict:
-    """Shapes of the variables of a Linen module for images [H, W, C]."""
+    """Returns the shapes of the variables of a Linen module for images [H, W, C]."""
     image = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
     return jax.eval_shape(functools.partial(module.init, train=False), jax.random.key(0), image)
 
 
 def initialise(module, key: jax.Array, image_shape) -> dict:
-    """Random variables of a Linen module for images [H, W, C]."""
-    # Run once, so not worth optimising: XLA spends 8 s on the random numbers of a small network, and 0.7 s like this.
+    """Returns randomly initialised variables of a Linen module for images [H, W, C]."""
+    # Run once, so not worth optimising: XLA spends 8 s on the random numbers of a small network, and 0.7 s without it.
     options = {'xla_backend_optimization_level': 0}
     return jax.jit(lambda k: module.init(k, np.zeros((1, *image_shape), np.float32), train=False), compiler_options=options)(
         key

@@ -1,4 +1,4 @@
-"""What the residual families share: stems, blocks (arXiv 1512.03385, figure 5), stages of them, the mean."""
+"""Parts that the residual families share: stems, blocks (arXiv 1512.03385, figure 5), stages, and the mean over space."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,18 +9,21 @@ from dvinv.networks.torch_layers import batch_norm, conv
 
 
 def small_stem(x: jax.Array, channels: int, train: bool, norm: Callable = batch_norm) -> jax.Array:
-    """CIFAR's: one 3x3 convolution; x [B, H, W, C] -> [B, H, W, channels]."""
+    """Applies the stem for CIFAR: one 3x3 convolution; x [B, H, W, C] -> [B, H, W, channels]."""
     return nn.relu(norm(train, 'bn1')(conv(channels, 3, name='conv1')(x)))
 
 
 def imagenet_stem(x: jax.Array, channels: int, train: bool, norm: Callable = batch_norm) -> jax.Array:
-    """ImageNet's: a 7x7 convolution and a max-pooling, which halve the picture each; to [B, ~H / 4, ~W / 4, channels]."""
+    """Applies the stem for ImageNet: a 7x7 convolution and a max-pooling that halve the image each.
+
+    x [B, H, W, C] -> [B, ~H / 4, ~W / 4, channels].
+    """
     x = nn.relu(norm(train, 'bn1')(conv(channels, 7, 2, name='conv1')(x)))
     return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
 
 
 class BasicBlock(nn.Module):
-    """conv, BatchNorm, ReLU, conv, BatchNorm; plus the shortcut; ReLU. Returns `channels`."""
+    """conv, BatchNorm, ReLU, conv, BatchNorm; plus the shortcut; ReLU. It returns `channels` channels."""
 
     channels: int
     stride: int
@@ -35,7 +38,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions, each with BatchNorm; plus the shortcut; ReLU. Returns 4 times `channels`.
+    """1x1, 3x3 and 1x1 convolutions, each with BatchNorm; plus the shortcut; ReLU. It returns 4 times `channels` channels.
 
     The 3x3 convolution has the stride, as in torchvision ("v1.5"); the paper gives it to the first 1x1.
     """
@@ -64,9 +67,18 @@ def residual_features(
     stem: Callable = small_stem,
     norm: Callable = batch_norm,
 ) -> jax.Array:
-    """[B, F] of x [B, H, W, C]: the stem, then so many blocks a stage, each stage but the first halving the size; the mean.
+    """Computes features [B, F] of x [B, H, W, C]: the stem, the stages, and the mean over space.
 
-    To be called in a module's compact method: submodules 'conv1', 'bn1', 'layer1_0', ... become its own.
+    Every stage but the first halves the image. It must be called in a compact method of a module, and creates the submodules
+    'conv1', 'bn1', 'layer1_0' and so on there.
+
+    Args:
+      blocks: the number of blocks per stage.
+      channels: the number of channels per stage.
+      shortcut: (x, channels, stride, train) -> x, as for `block`.
+      block: `BasicBlock` or `Bottleneck`.
+      stem: (x, channels, train, norm) -> x.
+      norm: (train, name) -> a layer.
     """
     x = stem(x, channels[0], train, norm)
     for stage, (count, width) in enumerate(zip(blocks, channels, strict=True), 1):

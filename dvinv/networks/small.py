@@ -1,4 +1,4 @@
-"""Small networks for small pictures (8x8 to 32x32): a residual one and, as a verifier of another build, a plain one."""
+"""Small networks for small images (8x8 to 32x32): a residual one and, as a verifier of another architecture, a plain one."""
 
 from collections.abc import Sequence
 
@@ -28,13 +28,13 @@ class ResidualBlock(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """A 3x3 stem, a residual block a stage (every stage but the first halves the picture), a dense layer with BatchNorm.
+    """A 3x3 stem, one residual block per stage (all but the first halve the image), and a dense layer with BatchNorm.
 
-    [B, H, W, C] -> logits [B, K].
+    x [B, H, W, C] -> logits [B, K].
     """
 
     num_classes: int
-    channels: Sequence[int] = (32, 64)  # a stage
+    channels: Sequence[int] = (32, 64)  # per stage
     hidden: int = 64
 
     @nn.compact
@@ -48,10 +48,10 @@ class SmallResNet(nn.Module):
 
 
 class SmallConvNet(nn.Module):
-    """Plain 3x3 convolutions with BatchNorm and max-pooling, dropout, a wide dense layer. [B, H, W, C] -> logits [B, K]."""
+    """3x3 convolutions with BatchNorm and max-pooling, dropout, and a wide dense layer. x [B, H, W, C] -> logits [B, K]."""
 
     num_classes: int
-    channels: Sequence[int] = (32, 64)  # a convolution
+    channels: Sequence[int] = (32, 64)  # per convolution
     hidden: int = 128
     dropout: float = 0.3
 

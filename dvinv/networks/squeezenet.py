@@ -1,7 +1,7 @@
 """SqueezeNet 1.1 of Iandola et al. (arXiv 1602.07360): fire modules, no BatchNorm.
 
-Submodules count the convolutions as Gluon does: 'conv0' is `squeezenet0_conv0_weight` and `squeezenet0_conv0_bias`; in
-torchvision's state dict it is `features.0.weight` and `features.0.bias`.
+The convolutions are numbered as in Gluon: 'conv0' is `squeezenet0_conv0_weight` and `squeezenet0_conv0_bias`; in the state
+dict of torchvision it is `features.0.weight` and `features.0.bias`.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from dvinv.errors import DvinvError
 from dvinv.networks.torch_layers import conv
 
 POOLED = (0, 2, 4)  # the fire modules with a max-pooling before them
-SMALLEST = 31  # height and width that the stem and three poolings leave one pixel of
-FIRES = (3, 4, 6, 7, 9, 10, 11, 12)  # where torchvision's list of layers has the fire modules
+SMALLEST = 31  # height and width that the stem and three poolings reduce to one pixel
+FIRES = (3, 4, 6, 7, 9, 10, 11, 12)  # indices of the fire modules in torchvision's list of layers
 
 
 def torchvision_names() -> dict[str, str]:
-    """{a submodule here: in torchvision}."""
+    """Returns {name of a submodule here: name in torchvision}."""
     parts = ('squeeze', 'expand1x1', 'expand3x3')
     fires = [f'features.{place}.{part}' for place in FIRES for part in parts]
     names = ['features.0', *fires, 'classifier.1']
@@ -28,22 +28,22 @@ def torchvision_names() -> dict[str, str]:
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """x [B, H, W, C] halved; a last window that reaches beyond the picture counts, as in Gluon and torchvision."""
+    """Halves x [B, H, W, C] by 3x3 max-pooling; a last partial window counts, as in Gluon and torchvision."""
     margins = [(0, (length - 3) % 2) for length in x.shape[1:3]]
     return nn.max_pool(x, (3, 3), (2, 2), margins)
 
 
 class SqueezeNet(nn.Module):
-    """x [B, 224, 224, 3] -> logits [B, K], none below 0; of other pictures too, from 31x31 up."""
+    """x [B, 224, 224, 3] -> logits [B, K], none below 0; other images from 31x31 up work too."""
 
     num_classes: int
-    channels: Sequence[int] = (64, 16, 16, 32, 32, 48, 48, 64, 64)  # of the stem, then what a fire module squeezes to
+    channels: Sequence[int] = (64, 16, 16, 32, 32, 48, 48, 64, 64)  # of the stem, then of each fire module's squeeze layer
 
     aliases: ClassVar[dict[str, str]] = torchvision_names()
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Raises DvinvError for a picture that is too small to be pooled three times."""
+        """Computes logits; raises DvinvError for images that are too small to be pooled three times."""
         height, width = x.shape[1:3]
         if min(height, width) < SMALLEST:
             raise DvinvError(f'A SqueezeNet takes images of {SMALLEST}x{SMALLEST} or larger, not {height}x{width}.')

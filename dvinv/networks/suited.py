@@ -1,4 +1,4 @@
-"""Any network in the form that XLA's CPU backend is fast at; its results differ by rounding alone.
+"""Rewriting of any network to operations that are fast on XLA's CPU backend; results differ only by rounding.
 
 XLA on CPU has a fast path for plain convolutions of images that are not smaller than the kernel, and none for
 
@@ -7,9 +7,10 @@ XLA on CPU has a fast path for plain convolutions of images that are not smaller
 - 1x1 convolutions, which are matrix products;
 - images smaller than the kernel, as at the end of a VGG: value and gradient of a 3x3 convolution of 32 images of 2x2 pixels
   and 512 channels took 906 ms, and 18 ms as a matrix product;
-- the gradient of max-pooling: 203 ms for a ResNet's first one, of 8 images of 112 px and 64 channels, and 28 ms here.
+- the gradient of max-pooling: 203 ms for the first max-pooling of a ResNet, on 8 images of 112 px and 64 channels, and 28 ms
+  here.
 
-GPUs and TPUs have fast kernels for all of them, and are left alone.
+GPUs and TPUs have fast kernels for all of them, and networks stay unchanged there.
 """
 
 import functools
@@ -26,12 +27,12 @@ IMAGES_LAST = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))  # images and result [B
 
 
 def suited_to(platform: str, fn: Callable) -> Callable:
-    """`fn`, with its operations as the backend `platform` likes them; differentiable with respect to all that it was."""
+    """Returns `fn` with operations that are fast on the backend `platform`, still differentiable in the same arguments."""
     return rewritten(fn, {'conv_general_dilated': _convolution, 'reduce_window_max': _max}) if platform == 'cpu' else fn
 
 
 def _convolution(params: dict) -> Callable | None:
-    """What computes the convolution with these parameters faster; None where nothing is known to."""
+    """Returns a function that computes the convolution with these parameters faster; None if there is none."""
     images, kernel = (aval.shape for aval in params['avals'])
     numbers = params['dimension_numbers']
     dilated = {*params['lhs_dilation'], *params['rhs_dilation']} != {1}
@@ -39,7 +40,7 @@ def _convolution(params: dict) -> Callable | None:
         return None
     groups, strides, padding = params['feature_group_count'], params['window_strides'], tuple(params['padding'])
     margins = [*itertools.chain(*padding)]
-    dtype = params['preferred_element_type']  # of sums and result; None: that of images and kernel
+    dtype = params['preferred_element_type']  # dtype of sums and result; None: that of images and kernel
     product = {'strides': strides, 'precision': params['precision'], 'dtype': dtype}
     if groups == 1 and kernel[:2] == (1, 1) and not any(margins):
         return functools.partial(pointwise, **product)
@@ -51,7 +52,7 @@ def _convolution(params: dict) -> Callable | None:
 
 
 def _max(params: dict) -> Callable | None:
-    """The same for the largest values of windows."""
+    """Returns a function that computes the max-pooling with these parameters faster; None if there is none."""
     (images,) = params['avals']
     size, strides, padding = (params[name] for name in ('window_dimensions', 'window_strides', 'padding'))
     dilated = {*params['base_dilation'], *params['window_dilation']} != {1}

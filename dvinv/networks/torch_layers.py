@@ -1,4 +1,4 @@
-"""Layers with PyTorch's semantics, for the networks whose published weights come from there."""
+"""Layers with PyTorch's semantics, for networks with published PyTorch weights."""
 
 import math
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def conv(channels: int, size: int, stride: int = 1, *, groups: int = 1, bias: bool = False, name: str) -> nn.Conv:
-    """A square convolution, padded alike on every side (Flax's SAME would pad stride 2 on one side only)."""
+    """Returns a square convolution with equal padding on all sides (Flax's SAME would pad stride 2 on one side only)."""
     margin = (size // 2, size // 2)
     return nn.Conv(
         channels, (size, size), (stride, stride), (margin, margin), feature_group_count=groups, use_bias=bias, name=name
@@ -17,12 +17,12 @@ def conv(channels: int, size: int, stride: int = 1, *, groups: int = 1, bias: bo
 
 
 def batch_norm(train: bool, name: str, epsilon: float = 1e-5) -> nn.BatchNorm:
-    """BatchNorm with PyTorch's epsilon and momentum (its .1 is Flax's .9)."""
+    """Returns BatchNorm with PyTorch's epsilon and momentum (its .1 is Flax's .9)."""
     return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=epsilon, name=name)
 
 
 def group_norm(train: bool, name: str, groups: int = 32):
-    """Returns GroupNorm with PyTorch's epsilon, x -> x, in gcd(groups, channels) groups."""
+    """Returns GroupNorm, a function x -> x, with PyTorch's epsilon and gcd(groups, channels) groups."""
 
     def normalise(x: jax.Array) -> jax.Array:
         own = math.gcd(groups, x.shape[-1])
@@ -50,9 +50,10 @@ class Mlp(nn.Module):
 
 
 def adaptive_mean(x: jax.Array, size: int) -> jax.Array:
-    """x [B, H, W, C] averaged to [B, size, size, C], as PyTorch's AdaptiveAvgPool2d does, whatever H and W are.
+    """Averages x [B, H, W, C] to [B, size, size, C] for any H and W, as PyTorch's AdaptiveAvgPool2d does.
 
-    Output i is the mean of the inputs from floor(i n / size) up to, not including, ceil((i + 1) n / size), of n.
+    Along an axis of n inputs, output i is the mean of those from floor(i n / size) up to, but not including,
+    ceil((i + 1) n / size).
     """
     if x.shape[1:3] == (size, size):
         return x
@@ -61,7 +62,7 @@ def adaptive_mean(x: jax.Array, size: int) -> jax.Array:
 
 
 def _windows(length: int, size: int) -> np.ndarray:
-    """The matrix [size, length] that takes these means."""
+    """Returns the matrix [size, length] that computes the means of `adaptive_mean` along one axis."""
     inputs, outputs = np.arange(length), np.arange(size)[:, None]
     inside = (inputs >= outputs * length // size) & (inputs < -(-(outputs + 1) * length // size))
     return inside / inside.sum(1, keepdims=True)

@@ -1,8 +1,9 @@
 """Vision transformers (Dosovitskiy et al., arXiv 2010.11929; DeiT, arXiv 2012.12877): pre-norm blocks, learned positions.
 
-Submodules' paths spell the keys of timm's state dicts ('blocks_0/attn/qkv' is `blocks.0.attn.qkv`). torchvision has the same
-network under other names. Published ones classify by an additional token, the small ones here by the mean over the patches.
-The tokens then stay in the places of an image, [B, h, w, C], as a stage that can be compared with that of another network.
+The paths of submodules correspond to the keys of timm's state dicts ('blocks_0/attn/qkv' is `blocks.0.attn.qkv`). The same
+network has other names in torchvision. Published networks classify an additional token, and the small ones here the mean
+over the patches. In the latter, tokens keep the spatial layout [B, h, w, C], so that they form a stage that can be compared
+with that of another network.
 """
 
 import math
@@ -18,7 +19,12 @@ from dvinv.networks.torch_layers import Mlp, layer_norm
 
 
 def torchvision_names(depth: int, first: str = 'mlp.0', second: str = 'mlp.3') -> dict[str, str]:
-    """Returns {a submodule or variable in timm: in torchvision}; `first` and `second` are the layers of a block's MLP."""
+    """Returns {name in timm: name in torchvision} of submodules and variables.
+
+    Args:
+      depth: the number of blocks.
+      first, second: torchvision's names of the layers of a block's MLP.
+    """
     inside = {
         'norm1': 'ln_1',
         'norm2': 'ln_2',
@@ -37,12 +43,12 @@ def torchvision_names(depth: int, first: str = 'mlp.0', second: str = 'mlp.3') -
 
 
 def in_heads(head: int) -> Callable[[float], int]:
-    """Returns the rounding of a width to whole attention heads of so many channels, at least one."""
+    """Returns a function that rounds a channel count to whole attention heads of `head` channels, at least one."""
     return lambda channels: head * max(1, round(channels / head))
 
 
 class PatchEmbed(nn.Module):
-    """A convolution that takes every patch to a token: x [B, H, W, C] -> [B, H / patch, W / patch, channels]."""
+    """A convolution that maps every patch to a token: x [B, H, W, C] -> [B, H / patch, W / patch, channels]."""
 
     channels: int
     patch: int
@@ -55,7 +61,7 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Self-attention among all tokens of an image, x [B, ..., C] -> the same shape; heads have `head` channels each.
 
-    The outputs of 'qkv' are all queries, then all keys, then all values; within each, head after head.
+    The outputs of 'qkv' are all queries, then all keys, then all values; each is ordered by head.
     """
 
     head: int
@@ -71,7 +77,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then the same with an MLP of 4 times the channels."""
+    """Computes x + attention(norm(x)), then the same with an MLP of 4 times the channels in place of attention."""
 
     head: int
 
@@ -82,24 +88,24 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """x [B, H, W, C] -> logits [B, K]; H and W are multiples of `patch`, and those that the positions were learned for."""
+    """x [B, H, W, C] -> logits [B, K]; H and W are multiples of `patch`, and those that the positions were trained for."""
 
     num_classes: int
     channels: int = 768  # of a token, a multiple of `head`
     depth: int = 12  # blocks
-    patch: int = 16  # pixels, height and width
+    patch: int = 16  # height and width of a patch in pixels
     head: int = 64  # channels of an attention head
-    spread: float = 0.02  # deviation of the positions before training
-    token: bool = True  # an additional token, put before those of the patches, is classified; else the mean of these
+    spread: float = 0.02  # standard deviation of the initial positions
+    token: bool = True  # classify an additional token, placed before those of the patches; else the mean over the patches
 
     @property
     def aliases(self) -> tuple[dict[str, str], ...]:
-        """Returns what two versions of torchvision call its parts: published weights have the names of the older one."""
+        """The names in two versions of torchvision; published weights have the names of the older one."""
         return torchvision_names(self.depth), torchvision_names(self.depth, 'mlp.linear_1', 'mlp.linear_2')
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Computes logits; raises DvinvError for images that patches do not fill, or of another size than the positions."""
+        """Computes logits; raises DvinvError if the image size is no multiple of `patch` or does not fit the positions."""
         grid, prefix = self._grid(x.shape[1:3]), int(self.token)
         shape = 1, prefix + math.prod(grid), self.channels
         x = PatchEmbed(self.channels, self.patch, name='patch_embed')(x)
@@ -121,12 +127,15 @@ class VisionTransformer(nn.Module):
         return nn.Dense(self.num_classes, name='head')(x[:, 0] if prefix else x.mean((1, 2)))
 
     def adapt(self, arrays: dict[str, np.ndarray], image_shape, source: str) -> dict[str, np.ndarray]:
-        """Returns the variables by path, with the positions resampled where they are of another square number of patches.
+        """Returns the variables with positions resampled if they are for another square number of patches.
 
-        As timm does it: bicubic, smoothed where there are fewer than before. The token that is no patch keeps its own.
+        As in timm, resampling is bicubic, with antialiasing when it reduces the number of patches. The additional token
+        keeps its position.
 
         Args:
-          source: what the line that says so calls the weights.
+          arrays: the variables by path.
+          image_shape: H, W, C of the images.
+          source: the name of the weights in the message about resampling.
         """
         path, prefix, grid = 'params/pos_embed', int(self.token), self._grid(image_shape[:2])
         positions = arrays[path]
@@ -141,7 +150,7 @@ class VisionTransformer(nn.Module):
         return arrays | {path: np.concatenate([positions[:, :prefix], resampled], axis=1)}
 
     def _grid(self, size) -> tuple[int, int]:
-        """Returns the rows and columns of patches in images of this size; raises DvinvError if patches do not fill it."""
+        """Returns the rows and columns of patches in an image; raises DvinvError if its size is no multiple of `patch`."""
         height, width = size
         if height % self.patch or width % self.patch or not height * width:
             raise DvinvError(

@@ -1,4 +1,4 @@
-"""Published weights into Flax variables, strictly: every tensor finds its place, every place its tensor."""
+"""Strict conversion of published weights to Flax variables: every variable needs a tensor, and every tensor a variable."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,31 +16,32 @@ from dvinv.networks.registry import shapes_of
 
 
 class MisfitError(DvinvError):
-    """The weights have other names or shapes than the network."""
+    """The names or shapes of the weights do not fit the network."""
 
 
 def read_state_dict(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a weights file by name.
+    """Returns the tensors of a weights file by name.
 
     Raises:
-      DvinvError: the file is missing, damaged, of another kind, or would run code.
+      DvinvError: the file is missing, damaged, in an unsupported format, or would run code.
     """
     return read_tensors(Path(path))
 
 
 def import_weights(module: nn.Module, image_shape, state: dict[str, np.ndarray], source: str = 'These weights') -> dict:
-    """The variables, float32 numpy arrays, of `module` for images [H, W, C] from PyTorch's, Keras's or Gluon's tensors.
+    """Converts PyTorch, Keras or Gluon tensors to the variables of `module` for images [H, W, C], as float32 numpy arrays.
 
-    Submodules' paths spell the keys, as `naming` tells; a `module.aliases` has other names of theirs, and a `module.unused`
-    what keys begin with that are left aside. `module.adapt(arrays, image_shape, source)`, where there is one, changes what
-    depends on the size of images. What wrappers put before the keys is left out, and said once.
+    The keys are derived from the paths of the submodules, see `naming`. Optional attributes of the module change this:
+    `module.aliases` gives alternative names of submodules, `module.unused` the prefixes of keys to ignore, and
+    `module.adapt(arrays, image_shape, source)` changes arrays that depend on the image size. Prefixes that wrappers put
+    before the keys are removed, and a message says so once.
 
     Args:
-      source: what that line calls the weights.
+      source: the name of the weights in that message.
 
     Raises:
-      DvinvError: tensors that are integers, or have values that no trained network has; names them.
-      MisfitError: keys that are missing or left over, or shapes that differ; lists them.
+      DvinvError: tensors are integers, or have values that no trained network has; the message names them.
+      MisfitError: keys are missing or left over, or shapes differ; the message lists them.
     """
     template, state = flatten(shapes_of(module, image_shape)), _without_counters(state)
     found, keys = _matched(module, template, state)
@@ -51,7 +52,7 @@ def import_weights(module: nn.Module, image_shape, state: dict[str, np.ndarray],
     if adapt := getattr(module, 'adapt', None):
         arrays = adapt(arrays, image_shape, source)
     _refuse_shapes(type(module).__name__, {names[key]: (arrays[path], template[path]) for path, key in keys.items()}, state)
-    with np.errstate(over='ignore'):  # what float32 has no number for is refused below
+    with np.errstate(over='ignore'):  # values that overflow float32 are refused below
         arrays = {path: array.astype(np.float32) for path, array in arrays.items()}
     refuse_values({path: names[key] for path, key in keys.items()}, arrays)
     if found.prefix or any(key != name for key, name in names.items()):
@@ -63,13 +64,14 @@ def import_weights(module: nn.Module, image_shape, state: dict[str, np.ndarray],
 
 
 def agreement(module: nn.Module, template: dict, state: dict[str, np.ndarray]) -> tuple[float, bool]:
-    """Returns how much `state` is like the weights of `module`, a network with one class.
+    """Compares `state` with the weights of `module`, a network with one class.
 
     Args:
-      template: {path: shape} of its variables.
+      template: {path: shape} of the variables of `module`.
 
     Returns:
-      Which share of the network's keys it has; and whether names and shapes are the same but for the number of classes.
+      The share of the network's keys that are in `state`, and whether names and shapes agree except for the number of
+      classes.
     """
     state = _without_counters(state)
     found, keys = _matched(module, template, state)
@@ -82,13 +84,14 @@ def agreement(module: nn.Module, template: dict, state: dict[str, np.ndarray]) -
         shape, wanted = to_flax_layout(path, key, state[names[key]], template[path].shape).shape, template[path].shape
         if shape != wanted:
             differing.add(path.rpartition('/')[0] if shape[:-1] == wanted[:-1] and wanted[-1] == 1 else path)
-    return share, len(differing) <= 1 and not differing & keys.keys()  # the head alone
+    return share, len(differing) <= 1 and not differing & keys.keys()  # only the head may differ
 
 
 def count_classes(build: Callable[[int], nn.Module], image_shape, state: dict[str, np.ndarray]) -> int:
-    """The number of classes of the network that `state` is of; 1 where it has no such head, and so does not fit.
+    """Returns the number of classes of the network in `state`; 1 if `state` has no such head and so does not fit.
 
-    The head is what changes its shape with `num_classes` in `build(num_classes)`; its outputs are Flax's last axis.
+    The head is the variable that changes its shape with `num_classes` in `build(num_classes)`; its outputs are the last axis
+    in Flax.
     """
     state, module = _without_counters(state), build(1)
     few, many = (flatten(shapes_of(build(num_classes), image_shape)) for num_classes in (1, 2))
@@ -101,7 +104,7 @@ def count_classes(build: Callable[[int], nn.Module], image_shape, state: dict[st
 
 
 def _matched(module: nn.Module, template, state) -> tuple[Unwrapped, dict[str, str]]:
-    """Returns the keys of `state` that are the network's, and {path: key} of its variables, which may be missing there."""
+    """Returns the keys of `state` that belong to the network, and {path: key} of its variables, also for missing keys."""
 
     def find(keys) -> dict[str, str]:
         return find_keys(template.keys(), keys, getattr(module, 'aliases', {}), getattr(module, 'counted', True))
@@ -112,7 +115,7 @@ def _matched(module: nn.Module, template, state) -> tuple[Unwrapped, dict[str, s
 
 
 def _without_counters(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the tensors but for what counts steps, as BatchNorm's num_batches_tracked does: integers without axes."""
+    """Returns the tensors without step counters such as BatchNorm's num_batches_tracked, which are scalar integers."""
     arrays = {key: np.asarray(value) for key, value in state.items() if not key.endswith('num_batches_tracked')}
     return {key: array for key, array in arrays.items() if array.ndim or jnp.issubdtype(array.dtype, jnp.floating)}
 
@@ -127,7 +130,7 @@ def _refuse_integers(tensors: dict[str, np.ndarray]) -> None:
 
 
 def _refuse_misfits(network: str, file: list[str], found: Unwrapped, wanted: set[str]) -> None:
-    """Refuse keys that are missing or left over; `file` are all keys of the file."""
+    """Refuses keys that are missing or left over; `file` lists all keys of the file."""
     missing, spare = wanted - found.names.keys(), found.names.keys() - wanted
     for problem, unmatched, has in (
         ('lack', [found.prefix + key for key in missing], f' The file has {listed(file, 4)}.'),
@@ -141,7 +144,13 @@ def _refuse_misfits(network: str, file: list[str], found: Unwrapped, wanted: set
 
 
 def _refuse_shapes(network: str, arrays: dict[str, tuple], state: dict[str, np.ndarray]) -> None:
-    """Refuse arrays with other shapes than expected; {name: (array, what is expected)}, shown as `state` has them."""
+    """Refuses arrays of unexpected shapes.
+
+    Args:
+      network: the class name of the network.
+      arrays: {name: (array, expected shape)}.
+      state: the original tensors by name; the message shows their shapes.
+    """
     wrong = [f'{name} {state[name].shape}' for name, (array, wanted) in arrays.items() if array.shape != wanted.shape]
     if wrong:
         raise MisfitError(
@@ -151,7 +160,15 @@ def _refuse_shapes(network: str, arrays: dict[str, tuple], state: dict[str, np.n
 
 
 def refuse_values(names: dict[str, str], arrays: dict[str, np.ndarray]) -> None:
-    """Refuse numbers that no trained network has; `names` are those in the file, and both go by the variables' paths."""
+    """Refuses values that no trained network has.
+
+    Args:
+      names: {path of a variable: its name in the file}.
+      arrays: {path of a variable: array}.
+
+    Raises:
+      DvinvError: an array has NaN, infinite numbers or negative variances.
+    """
     for path, array in arrays.items():
         wrong, what = ~np.isfinite(array), 'NaN or infinite'
         if not wrong.any() and path.startswith('batch_stats/') and path.endswith('/var'):

@@ -1,6 +1,6 @@
 """The Wide ResNets of Zagoruyko and Komodakis (arXiv 1605.07146): pre-activation blocks, few layers, many channels.
 
-Submodules' paths spell the keys of the usual PyTorch port ('block1/layer_0/conv1' is `block1.layer.0.conv1`).
+The paths of submodules correspond to the keys of the usual PyTorch port ('block1/layer_0/conv1' is `block1.layer.0.conv1`).
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from dvinv.networks.torch_layers import batch_norm, conv
 
 
 class Block(nn.Module):
-    """BatchNorm, ReLU, conv, BatchNorm, ReLU, conv; plus x, or where shapes differ a 1x1 convolution of relu(bn1(x))."""
+    """BatchNorm, ReLU, conv, BatchNorm, ReLU, conv; plus x, or if shapes differ plus a 1x1 convolution of relu(bn1(x))."""
 
     channels: int
     stride: int
@@ -28,7 +28,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of as many channels each; the first one has the stride."""
+    """Blocks with the same number of channels; the first one has the stride."""
 
     blocks: int
     channels: int
@@ -42,11 +42,11 @@ class Stage(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WRN-(6n + 4)-k for 32x32 pictures. x [B, 32, 32, 3] -> logits [B, K]."""
+    """WRN-(6n + 4)-k for 32x32 images. x [B, 32, 32, 3] -> logits [B, K]."""
 
     num_classes: int
-    blocks: int  # a stage: n
-    channels: Sequence[int]  # of the stem, then a stage: 16, 16k, 32k, 64k
+    blocks: int  # per stage: n
+    channels: Sequence[int]  # of the stem, then per stage: 16, 16k, 32k, 64k
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:

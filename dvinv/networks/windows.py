@@ -1,6 +1,6 @@
-"""Windows that slide over images: the pixels that each tap of a kernel meets, as whole images.
+"""Sliding windows over images: for each tap of a kernel, the image of all pixels that it is multiplied with.
 
-What convolutions.py and pooling.py have in common. A tap is a place (row, column) of the window.
+Shared by convolutions.py and pooling.py. A tap is a position (row, column) in the window.
 """
 
 import functools
@@ -14,12 +14,12 @@ Padding = tuple[tuple[int, int], tuple[int, int]]  # (above, below), (left, righ
 
 
 def taps(size: Sequence[int]) -> list[tuple[int, int]]:
-    """Of a window of this (height, width), row by row."""
+    """Returns the taps of a window of this (height, width), row by row."""
     return [*itertools.product(*map(range, size))]
 
 
 def places(shape: Sequence[int], size: Sequence[int], strides: Sequence[int], padding: Padding) -> list[int]:
-    """[height, width] of the result for images of (height, width) `shape`."""
+    """Returns [height, width] of the result for images of (height, width) `shape`."""
     return [
         (length + sum(margins) - extent) // stride + 1
         for length, margins, extent, stride in zip(shape, padding, size, strides, strict=True)
@@ -27,17 +27,17 @@ def places(shape: Sequence[int], size: Sequence[int], strides: Sequence[int], pa
 
 
 def padded(x: jax.Array, padding: Padding, value: float = 0.0) -> jax.Array:
-    """x [B, H, W, C] with margins of `value`; a negative margin is cut off."""
+    """Pads x [B, H, W, C] with `value`; negative padding crops."""
     margins = ((0, 0, 0), *((int(before), int(after), 0) for before, after in padding), (0, 0, 0))
     return jax.lax.pad(x, jnp.asarray(value, x.dtype), margins)
 
 
 def shifted(x: jax.Array, tap: Sequence[int], sizes: Sequence[int], strides: Sequence[int]) -> jax.Array:
-    """The pixels of x [B, H, W, C], already padded, that one tap meets, one for each pixel of a result of these `sizes`."""
+    """Returns the pixels of x [B, H, W, C], already padded, at one tap: one for each pixel of a result of these `sizes`."""
     ends = [first + (size - 1) * stride + 1 for first, size, stride in zip(tap, sizes, strides, strict=True)]
     return jax.lax.slice(x, (0, *tap, 0), (len(x), *ends, x.shape[3]), (1, *strides, 1))
 
 
 def total(terms) -> jax.Array:
-    """The sum of a few arrays, in order."""
+    """Returns the sum of a few arrays, added in order."""
     return functools.reduce(jnp.add, terms)

@@ -1,1 +1,1 @@
-"""The task `pruning`: a network that is really smaller, by images synthesized from it."""
+"""The task `pruning`: structured pruning, which makes arrays smaller, with images synthesized from the network."""

@@ -1,6 +1,6 @@
-"""Adaptive DeepInversion while pruning: in every step images are made in competition with the network just pruned.
+"""Adaptive DeepInversion while pruning: every step synthesizes images in competition with the network just pruned.
 
-They show where it has come to disagree with the whole one (arXiv 1912.08795, sections 3.3 and 4.3).
+On these images the pruned network disagrees with the unpruned one (arXiv 1912.08795, sections 3.3 and 4.3).
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from dvinv.training.trainer import TrainTarget
 
 
 def run_of_step(run: Run, role: int, step: int) -> Run:
-    """Returns the run as the batches of a step are made by: so many, from noise of its own.
+    """Returns the run with the synthesis settings of a step: its number of batches, and a seed of its own.
 
     Args:
       role: see `training.TrainTarget`.
@@ -30,10 +30,13 @@ def run_of_step(run: Run, role: int, step: int) -> Run:
 
 
 def images_against(run: Run, target: TrainTarget) -> ImagePool:
-    """Returns the finished pool of a step, from the whole teacher, against the network just pruned.
+    """Synthesizes the pool of a step from the unpruned teacher, in competition with the network just pruned.
 
     Args:
-      target: that network, at its start.
+      target: the pruned network before fine-tuning.
+
+    Returns:
+      The finished pool.
     """
     run, name = run_of_step(run, target.role, target.part), f'pruned_{target.part}'
     pool = ImagePool(run.workdir.path / 'pools' / name, run.teacher.digest(), ours=True)

@@ -1,12 +1,13 @@
-"""How much a network would miss each group of its channels.
+"""The importance of each channel group of a network.
 
-First-order Taylor (arXiv 1912.08795, section 4.3; Molchanov et al., arXiv 1906.10771): imagine a gate, 1 when open, behind
-every BatchNorm. Closing those of group u changes the loss L by about -sum dL/dg, and over batches
+First-order Taylor (arXiv 1912.08795, section 4.3; Molchanov et al., arXiv 1906.10771): imagine a gate, 1 when open, after
+each channel of every BatchNorm. Closing the gates of group u changes the loss L by about -sum dL/dg, and over batches
 
     importance(u) = E[(sum over the gates g of u of dL/dg)^2]
 
-A gate multiplies scale and bias, so dL/dg = scale dL/dscale + bias dL/dbias, and no gate is needed. Units without a
-BatchNorm have theirs behind the layers that make them, in kernel and bias likewise. Magnitude and chance are controls.
+A gate multiplies scale and bias, so dL/dg = scale dL/dscale + bias dL/dbias, and no actual gate is needed. Groups without a
+BatchNorm have their gates after the layers that produce them, where they multiply kernel and bias instead. Magnitude and
+random importance are controls.
 """
 
 from collections.abc import Iterable
@@ -26,29 +27,33 @@ METHODS = ('taylor', 'magnitude', 'random')
 
 
 class Importance:
-    """Of the groups of one network, by any method; variables are those of the whole, with zeros where groups are gone.
+    """Importance of the groups of one network, by any method.
 
-    Their shapes never change, so one program serves a whole pruning.
+    All methods take the variables of the unpruned network, with zeros in place of removed groups. Their shapes never change,
+    so one compiled program serves all steps of pruning.
     """
 
     def __init__(self, module: nn.Module, teacher: Teacher, channels: ChannelGroups):
-        """Compiles nothing yet.
+        """Prepares the functions without compiling them.
 
         Args:
-          module: the whole network; takes x and `train`.
-          teacher: what it shall go on answering like.
+          module: the unpruned network; takes x and `train`.
+          teacher: the network that the pruned one is compared with in the loss.
+          channels: the channel groups of the network.
         """
         self._module, self._teacher = module, teacher
         self._gates, self._count = _gates(channels), channels.count
         self._products = jax.jit(self._gate_products, static_argnames='equal')
 
     def taylor(self, variables: dict, batches: Iterable[np.ndarray], equal: bool) -> np.ndarray:
-        """float64 [groups].
+        """Computes the first-order Taylor importance, float64 [groups].
 
         Args:
+          variables: the variables of the network, with zeros in place of removed groups.
           batches: images uint8 [B, H, W, C].
-          equal: the network still is the teacher. KL(teacher || network) and its gradient are zero then and say nothing:
-            the loss is the cross-entropy to the class that the teacher gives, which of sure images is their own.
+          equal: whether the network still equals the teacher. KL(teacher || network) and its gradient are zero then and
+            carry no information, so the loss is the cross-entropy to the class that the teacher predicts. For images that it
+            classifies with confidence, this is their own class.
         """
         total, count = np.zeros(self._count), 0
         for images in batches:
@@ -57,18 +62,18 @@ class Importance:
         return total / count
 
     def magnitude(self, variables: dict) -> np.ndarray:
-        """Root of the mean square of what the gates multiply, float64 [groups]."""
+        """Computes the root mean square of the weights that the gates multiply, float64 [groups]."""
         flat = flatten(variables)
         squares = self._summed({path: np.square(_rows(flat[path])).sum(0) for path in self._gates})
         numbers = self._summed({path: np.full(flat[path].shape[-1], len(_rows(flat[path]))) for path in self._gates})
         return np.sqrt(squares / numbers)
 
     def random(self, seed: int | tuple[int, ...]) -> np.ndarray:
-        """float64 [groups]."""
+        """Draws uniform random importance, float64 [groups]."""
         return np.random.default_rng(seed).random(self._count)
 
     def _gate_products(self, variables, teacher_variables, images, equal: bool) -> dict:
-        """{path: dL/dg of the gates along a variable's last axis, as far as it goes through this variable}."""
+        """Computes {path of a variable: its part of dL/dg for the gates along its last axis}."""
         x = self._teacher.normalise(images)
         answers = self._teacher.apply_fn(teacher_variables, x)
 
@@ -84,11 +89,15 @@ class Importance:
         }
 
     def _summed(self, values: dict) -> np.ndarray:
-        """Sums over the gates of each group, from what belongs to the gates along variables' last axes."""
+        """Sums values over the gates of each group, float64 [groups].
+
+        Args:
+          values: {path of a variable: one value per gate along its last axis}.
+        """
         sums = np.zeros(self._count + 1)
         for path, groups in self._gates.items():
             np.add.at(sums, groups, np.asarray(values[path], np.float64))
-        return sums[:-1]  # the last gathers what is no group's
+        return sums[:-1]  # the last entry collects values of FIXED gates, which belong to no group
 
 
 def _rows(leaf):
@@ -96,7 +105,7 @@ def _rows(leaf):
 
 
 def _gates(channels: ChannelGroups) -> dict[str, np.ndarray]:
-    """{the path of a variable that gates multiply: the group of each gate along its last axis, or FIXED}."""
+    """Returns {path of a variable that gates multiply: the group of each gate along its last axis, or FIXED}."""
     normed = running_statistics(channels.shapes)
     makes = {path: axes[-1] for path, axes in channels.axes.items() if path.startswith('params/') and axes[-1] is not None}
     behind_norms = {path for path in makes if path.removeprefix('params/').rpartition('/')[0] in normed}

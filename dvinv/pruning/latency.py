@@ -1,8 +1,8 @@
-"""How long a network takes on the device at hand: measured whole, and predicted from a table of its layers at other widths.
+"""The latency of a network on this device: measured end to end, or predicted from a table of layer times at several widths.
 
-The table has, for every convolution and matrix product of the network, the time at a grid of widths; between them it is
-interpolated. Each is timed together with the pass over its result that follows in a network (scale, shift, ReLU), and
-without what a call costs however little it computes, which the whole network pays once.
+The table has the time of every convolution and matrix product of the network on a grid of widths, and is interpolated
+between them. Each layer is timed together with the pass over its result that follows it in a network (scale, shift, ReLU).
+The fixed cost of a call is subtracted, because the full network has it only once.
 """
 
 import itertools
@@ -21,11 +21,11 @@ from dvinv.networks.channels.groups import ChannelGroups
 from dvinv.networks.channels.rules import Product, is_depthwise
 from dvinv.networks.suited import suited_to
 
-SHARES = (0.25, 0.5, 0.75, 1.0)  # of the channels along an axis: the grid
+SHARES = (0.25, 0.5, 0.75, 1.0)  # the grid, as shares of the channels along an axis
 
 
 def latency(network: Classifier, batch_size: int, repetitions: int = 15) -> float:
-    """Median seconds of a forward pass of `batch_size` images."""
+    """Measures the median seconds of a forward pass of `batch_size` images."""
     run = jax.jit(suited_to(jax.default_backend(), network.apply_fn))
     x = jnp.zeros((batch_size, *network.image_shape), jnp.float32)
     return _median_seconds(run, (jax.device_put(network.variables), x), repetitions)
@@ -34,11 +34,12 @@ def latency(network: Classifier, batch_size: int, repetitions: int = 15) -> floa
 def measure_table(
     channels: ChannelGroups, batch_size: int, multiple: int = 1, progress: Callable[[int, int], None] = lambda done, of: None
 ) -> dict:
-    """Seconds of every layer of a network at the widths of the grid, and of an empty call; plain numbers, fit for JSON.
+    """Measures the seconds of every layer at the widths of the grid, and of an empty call; returns plain numbers for JSON.
 
     Args:
-      multiple: that the widths are to be of. Between those that a backend likes and others the time is no straight line:
-        on a CPU, a convolution of 15 channels is half as slow again as one of 16.
+      multiple: the number that all widths of the grid are multiples of. Time is not linear between widths that a backend
+        handles well and others: on a CPU, a convolution of 15 channels takes one and a half times as long as one of 16.
+      progress: called with the number of finished layers and the number of all layers.
     """
     seen, layers = {}, []
     for index, product in enumerate(channels.products):
@@ -56,7 +57,11 @@ def measure_table(
 
 
 def predicted(channels: ChannelGroups, table: dict) -> Cost:
-    """Seconds of a forward pass by a table of `measure_table`, as a cost of the groups that are left."""
+    """Returns the predicted seconds of a forward pass as a `Cost` of the remaining groups.
+
+    Args:
+      table: the result of `measure_table`.
+    """
     terms = [Term((), lambda: table['call'])]
     for product, row in zip(channels.products, table['layers'], strict=True):
         terms.append(Term(product.axes, _interpolated(row['widths'], row['seconds'], table['call'])))
@@ -68,15 +73,18 @@ def _widths(count: int, multiple: int) -> list[int]:
 
 
 def _interpolated(widths: list[list[int]], seconds: list[float], call: float) -> Callable[..., np.ndarray]:
-    """(numbers of channels along each axis) -> seconds beyond an empty call; linear between grid points, level below."""
+    """Returns the function (numbers of channels along each axis) -> seconds beyond an empty call.
+
+    It is linear between grid points, and constant below the smallest width.
+    """
     values = np.maximum(np.reshape(seconds, [len(axis) for axis in widths]) - call, 0.0)
     if not widths:
         return lambda: float(values)
-    # An axis of one width has no slope.
+    # An axis with a single width cannot be interpolated.
     long = [index for index, axis in enumerate(widths) if len(axis) > 1]
     values = values.reshape([len(widths[index]) for index in long])
     for axis in range(len(long)):
-        values = np.maximum.accumulate(values, axis)  # fewer channels never cost more; where they seem to, it is noise
+        values = np.maximum.accumulate(values, axis)  # fewer channels taking longer can only be noise
     if not long:
         return lambda *left: float(values)
     grid = RegularGridInterpolator([widths[index] for index in long], values, bounds_error=False, fill_value=None)
@@ -90,7 +98,7 @@ def _interpolated(widths: list[list[int]], seconds: list[float], call: float) ->
 
 
 def _seconds(product: Product, counts: tuple[int, ...], batch_size: int) -> float:
-    """Seconds of one layer with so many channels along each of its axes."""
+    """Measures the seconds of one layer with `counts` channels along each of its axes."""
     operation = product.operation
     shapes = [
         [length if axis is None else counts[axis] for length, axis in zip(shape, axes, strict=True)]
@@ -104,7 +112,7 @@ def _seconds(product: Product, counts: tuple[int, ...], batch_size: int) -> floa
         groups = params['feature_group_count']
         if is_depthwise(operation):
             params['feature_group_count'] = shapes[0][numbers.lhs_spec[1]]
-        elif groups > 1:  # all groups have as many channels
+        elif groups > 1:  # all groups have the same number of channels
             shapes[0][numbers.lhs_spec[1]] = groups * shapes[1][inputs]
             shapes[1][outputs] = max(1, round(shapes[1][outputs] / groups)) * groups
     else:
@@ -125,7 +133,7 @@ def _median_seconds(run: Callable, args: tuple, repetitions: int) -> float:
 
 
 def timed(run: Callable, args: tuple) -> float:
-    """Seconds of one call, to its end."""
+    """Measures the seconds of one call, until its result is ready."""
     start = time.perf_counter()
     jax.block_until_ready(run(*args))
     return time.perf_counter() - start

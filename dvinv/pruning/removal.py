@@ -1,4 +1,4 @@
-"""Which channel groups of a network go next, until it costs as little as asked."""
+"""The choice of the channel groups to remove until a network reaches a target cost."""
 
 import math
 
@@ -14,11 +14,12 @@ EXACT = {'filters': cost.filters, 'flops': cost.flops, 'parameters': cost.parame
 
 
 def removal_scores(settings: PruningSettings, importance: np.ndarray, price: Cost | None, keep: np.ndarray) -> np.ndarray:
-    """Returns importance(u) - eta * what the removal of u saves, both as shares of the whole; the lowest go first.
+    """Computes importance(u) - eta * savings(u) per group u, both relative to the network; the lowest are removed first.
 
     Args:
-      importance: [groups]; `keep`: bool [groups].
-      price: what the network costs; None where eta is 0.
+      importance: the importance of each group, [groups].
+      price: the cost of the network; None if eta is 0.
+      keep: the keep mask before the removal, bool [groups].
     """
     scores = importance / max(importance[keep].sum(), np.finfo(float).tiny)
     return scores - settings.eta * price.savings(keep) / price.of(keep) if price else scores
@@ -27,10 +28,14 @@ def removal_scores(settings: PruningSettings, importance: np.ndarray, price: Cos
 def without_lowest(
     channels: ChannelGroups, keep: np.ndarray, scores: np.ndarray, price: Cost, most: float, settings: PruningSettings
 ) -> np.ndarray:
-    """`keep` without as many groups of the lowest scores as it takes to cost at most `most`, or as can go.
+    """Removes the groups of the lowest scores until the cost is at most `most` or no more can be removed.
 
     Args:
-      keep, scores: [groups].
+      keep, scores: the keep mask before the removal and the scores, [groups].
+      price: the cost of the network.
+
+    Returns:
+      The keep mask after the removal, bool [groups].
     """
     keep, made = keep.copy(), [groups[groups != FIXED] for groups in channels.layers.values()]
     held = np.stack([np.bincount(groups, minlength=channels.count) for groups in made])  # [layers, groups]
@@ -40,17 +45,17 @@ def without_lowest(
         if price.of(keep) <= most:
             break
         gone = held[:, bundle].sum(1)
-        if (left - gone >= settings.min_channels)[gone > 0].all():  # a layer with fewer loses none
+        if (left - gone >= settings.min_channels)[gone > 0].all():  # else a layer would fall below the minimum
             keep[bundle] = False
             left = left - gone
     return keep
 
 
 def _bundles(held: np.ndarray, keep: np.ndarray, scores: np.ndarray, multiple: int) -> list[np.ndarray]:
-    """Units that go at a time, those of the lowest mean score first.
+    """Returns bundles of groups that are removed together, those of the lowest mean score first.
 
-    Units of the same layers are alike; of these the lowest `multiple` are a bundle, and so on. Where their number is no
-    multiple, the first bundle makes it one.
+    Groups with channels in the same layers are of the same kind. Groups of a kind are sorted by score and bundled by
+    `multiple`. If their number is not a multiple of it, the first bundle is smaller, so that the rest is a multiple.
     """
     _, kinds = np.unique(held, axis=1, return_inverse=True)
     order, bundles = np.argsort(scores, kind='stable'), []
@@ -62,17 +67,17 @@ def _bundles(held: np.ndarray, keep: np.ndarray, scores: np.ndarray, multiple: i
 
 
 def least_reachable(channels: ChannelGroups, price: Cost, settings: PruningSettings) -> float:
-    """The smallest share of the cost that removals lead to, in the order of the groups' numbers (others may differ)."""
+    """Computes the smallest reachable ratio of the cost if groups are removed by number (other orders may differ)."""
     whole = np.ones(channels.count, bool)
     left = without_lowest(channels, whole, np.zeros(channels.count), price, -math.inf, settings)
     return price.of(left) / price.of(whole)
 
 
 def refuse_unreachable(channels: ChannelGroups, price: Cost, settings: PruningSettings) -> None:
-    """Refuse a target below what can be reached.
+    """Refuses a target ratio that cannot be reached.
 
     Raises:
-      DvinvError: tells the least.
+      DvinvError: the target is too low; the message says the smallest reachable ratio.
     """
     least = least_reachable(channels, price, settings)
     if settings.target_ratio < least:

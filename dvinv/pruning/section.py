@@ -1,4 +1,4 @@
-"""What the report tells of a pruning: scores, accuracy against cost, and how wide each layer was and is."""
+"""The section of the report about pruning: scores, accuracy against cost, and layer widths before and after."""
 
 from dvinv.report.charts import line_chart
 from dvinv.report.page import Section, Table, Tile, number, percent
@@ -25,7 +25,7 @@ RATIOS = {
 
 
 def pruning_section(workdir: Workdir, found: dict) -> Section:
-    """The section, from the figures of the task and the file pruning.json."""
+    """Returns the section for the figures of the task and the file pruning.json."""
     story = workdir.read_json('pruning.json', {'steps': [], 'widths': {}})
     names, competing = {**NAMES}, found.get('adaptive_images')
     if competing:
@@ -53,7 +53,7 @@ def pruning_section(workdir: Workdir, found: dict) -> Section:
 
 
 def pruning_sentence(found: dict) -> str:
-    """Returns the result in a sentence."""
+    """Returns a sentence that states the result."""
     flops, parameters = (percent(found[name], 0) for name in ('flops_ratio', 'parameters_ratio'))
     text = f'With {flops} of its FLOPs and {parameters} of its parameters '
     if found['test_accuracy'] is None:
@@ -63,6 +63,6 @@ def pruning_sentence(found: dict) -> str:
 
 
 def pruning_tile(found: dict) -> Tile:
-    """The headline's figure."""
+    """Returns the tile with the key figure."""
     accuracy, note = found['test_accuracy'], f'real test accuracy with {percent(found["flops_ratio"], 0)} of the FLOPs'
     return Tile('Pruned', percent(accuracy), note, accuracy)

@@ -1,10 +1,10 @@
-"""The task `pruning`: the teacher loses channels, step by step, and learns on synthesized images to do without them.
+"""The task `pruning`: channels of the teacher are removed step by step, each followed by fine-tuning on synthesized images.
 
-The channels that can only go together are groups (`networks.channels`). A step measures how much the network would miss each
-(`importance`), removes the least missed until it costs what the step may leave (`removal`), slices them out of the arrays
-and fine-tunes what is left by distillation from the whole teacher (arXiv 1912.08795, section 4.3). Where the config asks for
-it, images are first made in competition with what is left (`competition`). They join the pool for `pruned` alone;
-controls, each of which would need some of its own, go by the pool.
+Channels that can only be removed together form groups (`networks.channels`). A step measures the importance of each group
+(`importance`), removes the least important groups until the cost is at the target of the step (`removal`), slices them out
+of the arrays and fine-tunes the pruned network by distillation from the unpruned teacher (arXiv 1912.08795, section 4.3).
+Optionally, images are first synthesized in competition with the pruned network (`competition`). These images are added to
+the pool for `pruned` only; controls, which would each need competition images of their own, use the pool.
 """
 
 import dataclasses
@@ -46,10 +46,10 @@ CONTROLS = ('untuned', 'magnitude', 'random', *DATA_FREE_CONTROLS, 'real')
 
 
 def validate(run: Run) -> None:
-    """Validates, before anything is written, that the teacher can be pruned as asked.
+    """Validates, before anything is written, that the teacher can be pruned with these settings.
 
     Raises:
-      DvinvError: names the field, its value and the choices.
+      DvinvError: it cannot; the message names the field, its value and the choices.
     """
     settings, teacher = run.settings.pruning, run.planned_teacher
     run.validate_real_control('pruning')
@@ -71,9 +71,9 @@ def validate(run: Run) -> None:
 
 
 def run(run: Run) -> dict:
-    """Prunes by synthesized images, and the controls, then scores all on the real test images; returns the figures.
+    """Prunes with synthesized images and with each control, and scores all on the real test images; returns the figures.
 
-    Real data come in when every data-free network is finished: first for the upper control, then for the scores.
+    Real data are read when every data-free network is finished: first for the upper control, then for the scores.
     """
     settings, pool = run.settings.pruning, finished_pool(run)
     pruner, controls = Pruner(run), settings.controls
@@ -112,7 +112,7 @@ def run(run: Run) -> dict:
 
 
 def planned_trainings(run: Run) -> list[PlannedTraining]:
-    """Returns the trainings of the task, for `--plan`: of whole networks, so pruned ones will take less."""
+    """Returns the trainings of the task, for `--plan`; they are of unpruned networks, so the pruned ones take less time."""
     settings, teacher = run.settings.pruning, run.planned_teacher
     updates = settings.steps * settings.updates_per_step + settings.updates
     layers = _compared(teacher) if settings.hint else ()
@@ -124,13 +124,13 @@ def planned_trainings(run: Run) -> list[PlannedTraining]:
 
 
 def _compared(teacher: Teacher) -> tuple[str, ...]:
-    """Returns the layers with running statistics: the teacher may have recorded moments of others, too."""
+    """Returns the layers with running statistics; the teacher may also have recorded moments of other layers."""
     own = find_statistics(trained_part(teacher.variables))
     return tuple(layer for layer in teacher.tap.layers if layer in own)
 
 
 def complete(run: Run) -> bool:
-    """Whether networks and controls' images are still there: what is damaged is deleted by its owner."""
+    """Returns whether networks and images of controls still exist; users delete damaged files to recompute them."""
     controls, by_images = run.settings.pruning.controls, (*DATA_FREE_CONTROLS, 'real')
     names = (f'pruned_by_{name}' if name in by_images else name for name in controls)
     return controls_are_whole(run, controls) and all(run.workdir.has_network(name) for name in ('pruned', *names))
@@ -138,17 +138,17 @@ def complete(run: Run) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Pruned:
-    """The network after a step, and which of the teacher's groups are left in it, bool [groups]."""
+    """The network after a step, and the keep mask of the teacher's groups in it, bool [groups]."""
 
     network: Classifier
     keep: np.ndarray
 
 
 class Pruner:
-    """Prunes one teacher, by synthesized and other images; all that are compared lose as much in as many steps."""
+    """Prunes one teacher with synthesized and other images, always with the same number of steps and the same targets."""
 
     def __init__(self, run: Run):
-        """Measures a table of latencies where the settings need one and the work directory has none yet."""
+        """Finds the channel groups, and measures the table of latencies if it is needed and not in the work directory."""
         self._run, self._workdir, self._teacher = run, run.workdir, run.teacher
         self._settings = settings = run.settings.pruning
         module, self._variables, self._about = run.teacher_parts
@@ -161,16 +161,18 @@ class Pruner:
 
     @property
     def adaptive_images(self) -> int:
-        """How many images are made in competition, in all steps."""
+        """The number of images synthesized in competition, over all steps."""
         return self._settings.steps * self._settings.adaptive_batches * self._run.settings.synthesis.batch_size
 
     def prune(self, name: str, images: Array, labels: Array, control: str = '', competing: bool = False) -> list[Pruned]:
-        """The network after each step; the last one's file is called `name`.
+        """Prunes the teacher, and returns the network after each step.
 
         Args:
-          images: uint8 [N, H, W, C] to measure on and to learn from; `labels`: int [N].
-          control: 'untuned' (never learns), 'magnitude' or 'random' (removed by these), or '' for none.
-          competing: whether images made in competition join them in each step.
+          name: the name of the file of the last network.
+          images: uint8 [N, H, W, C], to measure importance on and to train on.
+          labels: int [N].
+          control: 'untuned' (no fine-tuning), 'magnitude' or 'random' (the importance used for removal), or '' for none.
+          competing: whether images synthesized in competition are added in each step.
         """
         settings, keep = self._settings, np.ones(self._channels.count, bool)
         variables, done = self._variables, []
@@ -194,7 +196,7 @@ class Pruner:
         return done
 
     def ratios(self, pruned: Pruned) -> dict[str, float | None]:
-        """What `pruned` costs, as shares of what the teacher does; latencies are measured here and now."""
+        """Returns the costs of `pruned` divided by those of the teacher; this call measures the latencies."""
         size = self._settings.latency_batch
         measures = (*EXACT, *(('latency',) if self._table else ()))
         ratios = {f'{measure}_ratio': self._share(measure, pruned.keep) for measure in measures}
@@ -205,7 +207,12 @@ class Pruner:
         }
 
     def story(self, steps: list[Pruned], accuracies: list[float | None]) -> dict:
-        """For the report: what the teacher and the network after each step cost and score, and how wide its layers are."""
+        """Returns data for the report: cost and score of the teacher and after each step, and layer widths.
+
+        Args:
+          steps: the network after each step.
+          accuracies: the test accuracies of the teacher and of the network after each step.
+        """
         keep = [np.ones(self._channels.count, bool), *(step.keep for step in steps)]
         rows = [{f'{measure}_ratio': self._share(measure, one) for measure in EXACT} for one in keep]
         return {
@@ -221,15 +228,15 @@ class Pruner:
         return price.of(keep) / price.of(np.ones_like(keep))
 
     def _price(self, measure: str) -> Cost:
-        """What the network costs, by its groups that are left."""
+        """Returns the cost of the network as a function of its remaining groups."""
         return EXACT[measure](self._channels) if measure in EXACT else predicted(self._channels, self._table)
 
     def _decided(self, name: str, choose: Callable[[], np.ndarray]) -> np.ndarray:
-        """Returns the groups that `choose` keeps, from disk if they are there: a resume must not choose others."""
+        """Returns the keep mask of `choose`, or the one on disk if it exists: a resumed run must keep the same groups."""
         return self._channels.keep_mask(self._kept_in(f'pruning/{name}.json', lambda: self._channels.kept(choose())))
 
     def _kept_in(self, name: str, compute: Callable[[], dict]) -> dict:
-        """What a JSON file of the work directory has, or what process 0 computes, who writes it there."""
+        """Returns the content of a JSON file in the work directory; if it is missing, process 0 computes and writes it."""
 
         def read_or_compute() -> dict:
             value = self._workdir.read_json(name, None)
@@ -241,7 +248,18 @@ class Pruner:
         return decide(read_or_compute, name)
 
     def _next(self, keep, variables: dict, images: Array, step: int, control: str) -> np.ndarray:
-        """The groups that are left after a step of those, bool [groups], before it."""
+        """Returns the keep mask, bool [groups], after a step.
+
+        Args:
+          keep: the keep mask before the step, bool [groups].
+          variables: the variables of the network before the step.
+          images: uint8 [N, H, W, C], to measure importance on.
+          step: the number of the step, from 1.
+          control: as in `prune`.
+
+        Raises:
+          DvinvError: the target of the last step is not reached.
+        """
         settings = self._settings
         method = control if control in ('magnitude', 'random') else settings.importance
         whole = self._channels.restored(keep, variables)
@@ -269,7 +287,12 @@ class Pruner:
         return left
 
     def _slimmed(self, name: str, step: int, keep, variables: dict, images: Array, control: str) -> TrainTarget:
-        """The network that a step makes of that with `variables` and the groups `keep`, before it learns."""
+        """Returns the pruned network of a step before fine-tuning.
+
+        Args:
+          name: the name of its file.
+          keep, variables: the keep mask and the variables of the network before the step.
+        """
         left = self._decided(name, lambda: self._next(keep, variables, images, step, control))
         kept, start = self._channels.kept(left), self._channels.sliced(left, self._channels.restored(keep, variables))
         network = StudentSettings(network=self._about['network'], width=self._about['width'])
@@ -289,7 +312,10 @@ class Pruner:
         return TrainJob(settings, loss, Rounds(count), self._teacher.variables)
 
     def _latencies(self) -> dict:
-        """The table of the work directory; a resumed run must remove what an undisturbed one would."""
+        """Returns the table of latencies, from the work directory if it has one.
+
+        The table is kept so that a resumed run removes the same groups as an uninterrupted one.
+        """
 
         def measure() -> dict:
             with Progress('pruning: latencies', len(self._channels.products), 'layers') as progress:

@@ -1,1 +1,1 @@
-"""The task `quantization`: a network in few bits, by images synthesized from it."""
+"""The task `quantization`: quantizing a network to a few bits with images synthesized from it."""

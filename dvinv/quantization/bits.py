@@ -1,4 +1,4 @@
-"""Which layers of a network are quantized to how many bits."""
+"""The number of bits of each layer of a network."""
 
 import fnmatch
 from collections.abc import Sequence
@@ -13,10 +13,11 @@ def bits_of_layers(settings: QuantizationSettings, setting: str, layers: Sequenc
     """Returns the bits of weights and inputs of each layer.
 
     Args:
-      setting: 'w8a8' for instance.
+      setting: the bits of weights and inputs, for instance 'w8a8'.
+      layers: the layers of the network.
 
     Raises:
-      DvinvError: a pattern of `float_layers` that no layer's name matches, or that leaves nothing to quantize.
+      DvinvError: a pattern of `float_layers` matches no layer, or the patterns match all layers.
     """
     names = [layer.name for layer in layers]
     for pattern in settings.float_layers:

@@ -1,4 +1,4 @@
-"""The rungs of quantization, scored: what ranges by BatchNorm's statistics, by the pool and by other images are worth."""
+"""The ablation of quantization: scores with ranges from BatchNorm statistics, from the pool and from other images."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from dvinv.quantization.bits import bits_of_layers
 
 @dataclasses.dataclass(frozen=True)
 class Ladder:
-    """A folded network, and what its layers were fed with: {source: a layer an `Observation`}.
+    """A folded network and the calibration data of its layers: {source: one `Observation` per layer}.
 
     Sources are 'no_images', 'pool', 'noise' and 'real'.
     """
@@ -27,20 +27,20 @@ class Ladder:
     seen: dict[str, list[Observation]]
 
     def beside(self, source: str, seen: list[Observation]) -> 'Ladder':
-        """The same with one more source."""
+        """Returns a copy with one more source."""
         return Ladder(self.network, {**self.seen, source: seen})
 
     def variables(self, bits: list[Bits], source: str, method: str, correct: bool) -> dict:
-        """The quantized variables with ranges from a source that was observed."""
+        """Returns the quantized variables with ranges from one source, and with bias correction if `correct`."""
         means = [told.means for told in self.seen['no_images']] if correct else None
         return quantize(self.network, bits, self.seen[source], method, means)
 
 
 class Scores:
-    """Accuracies of networks on the real test images; None without real data.
+    """Scores networks on the real test images; all scores are None without real data.
 
     Attributes:
-      float_accuracy: the float network's.
+      float_accuracy: the accuracy of the float network.
     """
 
     def __init__(self, teacher: Classifier, data: RealData | None):
@@ -52,7 +52,10 @@ class Scores:
         self.float_accuracy = None if data is None else float(self._float_right.mean())
 
     def figures(self, network: Classifier) -> dict:
-        """Accuracy, the share of images that it puts into the float network's class, the mean KL(float || it) of answers."""
+        """Returns the accuracy, the agreement with the float network, and the mean KL(float || quantized).
+
+        The agreement is the share of images for which both networks predict the same class.
+        """
         if self._data is None:
             return {'test_accuracy': None, 'test_agreement': None, 'test_kl': None}
         logits = logits_of(network, self._data.test.images)
@@ -63,7 +66,7 @@ class Scores:
         }
 
     def right(self, apply_fn: Callable, variables: dict) -> np.ndarray | None:
-        """Whether a network like the teacher puts each image into its class; bool [N]."""
+        """Returns whether a network with the teacher's inputs and classes classifies each image correctly, bool [N]."""
         if self._data is None:
             return None
         teacher = self._teacher
@@ -73,10 +76,12 @@ class Scores:
 
 
 def rungs(settings: QuantizationSettings, scores: Scores, ladder: Ladder, plain: Ladder | None, setting: str) -> dict:
-    """Figures of every way to calibrate `setting`, without learning.
+    """Returns the figures of every way to calibrate `setting`, without training.
 
     Args:
-      plain: the same without equalisation; None: it is off.
+      ladder: the calibration data of the folded network.
+      plain: the same without equalisation; None: equalisation is off.
+      setting: the bits of weights and inputs, for instance 'w8a8'.
     """
     bits, source = bits_of_layers(settings, setting, ladder.network.layers), 'pool' if settings.images else 'no_images'
     ways = {'no_images': ('no_images', settings.ranges)}
@@ -98,7 +103,7 @@ def rungs(settings: QuantizationSettings, scores: Scores, ladder: Ladder, plain:
 
 
 def _difference(control: str, ours: np.ndarray | None, theirs: np.ndarray | None) -> dict:
-    """How much more is right by the pool than by a control, image by image, with its standard error."""
+    """Returns the accuracy with the pool minus that with a control, paired by image, and its standard error."""
     names = f'pool_minus_{control}', f'pool_minus_{control}_standard_error'
     if ours is None:
         return dict.fromkeys(names)

@@ -1,10 +1,10 @@
-"""The part of the report about networks of few bits: accuracy against bits and megabytes."""
+"""The section of the report about quantized networks: accuracy against bits and megabytes."""
 
 from dvinv.config import BITS, bits_of
 from dvinv.report.charts import line_chart
 from dvinv.report.page import Section, Table, Tile, percent
 
-RUNGS = {  # figure -> what it is called
+RUNGS = {  # figure -> its label
     'no_images_test_accuracy': 'no images',
     'minmax_test_accuracy': 'pool, all values',
     'percentile_test_accuracy': 'pool, percentile',
@@ -23,7 +23,7 @@ def smallest(figures: dict) -> str:
 
 
 def quantization_tile(figures: dict) -> Tile:
-    """The headline's figure."""
+    """Returns the tile with the key figure."""
     setting = smallest(figures)
     accuracy, ratio = figures[setting]['test_accuracy'], percent(figures[setting]['bytes_ratio'], 0)
     if accuracy is None:
@@ -32,7 +32,7 @@ def quantization_tile(figures: dict) -> Tile:
 
 
 def quantization_section(figures: dict) -> Section:
-    """Of the figures of the task `quantization` in results.json."""
+    """Returns the section for the figures of the task `quantization` in results.json."""
     settings = sorted((name for name in figures if BITS.fullmatch(name)), key=bits_of, reverse=True)
     megabytes = figures['float_bytes'] / 1e6
     rows = [
@@ -80,7 +80,7 @@ def quantization_section(figures: dict) -> Section:
 
 
 def quantization_sentence(figures: dict) -> str:
-    """Returns the result in a sentence."""
+    """Returns a sentence that states the result."""
     setting = smallest(figures)
     text, score = f'In {setting} the network takes {percent(figures[setting]["bytes_ratio"])} of its bytes', ''
     if (accuracy := figures[setting]['test_accuracy']) is not None:

@@ -1,4 +1,4 @@
-"""The task `quantization`: the teacher in few bits, without data: by its BatchNorms, by the pool's ranges, by learning."""
+"""The task `quantization`: data-free quantization with BatchNorm statistics, ranges on the pool, and further training."""
 
 import dataclasses
 
@@ -31,10 +31,10 @@ TASK, ROLE = 'quantization', 6  # see `training.TrainTarget`
 
 
 def run(run: Run) -> dict:
-    """Quantizes the teacher to every setting, and score each rung of the ladder on the real test images; returns figures.
+    """Quantizes the teacher to every setting, and scores the ablation on the real test images; returns the figures.
 
-    The rungs: ranges and corrections by BatchNorm's statistics alone; ranges from the pool; learning on the pool. Real
-    images come in when every network is finished: for the upper control and the scores.
+    The ablation compares ranges and bias correction from BatchNorm statistics, ranges from the pool, and training on the
+    pool. Real images are read when every network is finished: for the upper control and the scores.
     """
     settings, teacher, workdir = run.settings.quantization, run.teacher, run.workdir
     pool = finished_pool(run) if settings.images or settings.distilled else None
@@ -96,10 +96,10 @@ def planned_trainings(run: Run) -> list[PlannedTraining]:
 
 
 def validate(run: Run) -> None:
-    """Validates, before anything is written, that the teacher can be quantized as the settings say.
+    """Validates, before anything is written, that the teacher can be quantized with these settings.
 
     Raises:
-      DvinvError: names the field, its value and the way out, or the operation of the network.
+      DvinvError: it cannot; the message names the field, its value and the way out, or the operation of the network.
     """
     settings, teacher = run.settings.quantization, run.planned_teacher
     run.validate_real_control('quantization')
@@ -112,22 +112,22 @@ def validate(run: Run) -> None:
 
 
 def complete(run: Run) -> bool:
-    """Whether the networks of the finished task are still there: a damaged file is deleted by its owner."""
+    """Returns whether the network files of the finished task still exist; users delete damaged files to recompute them."""
     return all(run.workdir.has_network(file_name(setting)) for setting in run.settings.quantization.settings)
 
 
 def file_name(setting: str) -> str:
-    """What the file of the network of a setting goes by."""
+    """Returns the name of the network file of a setting."""
     return f'quantized_{setting}'
 
 
 def _chosen(settings) -> tuple[str, str]:
-    """Where ranges come from, and how they are taken from it."""
+    """Returns the source of ranges and the method to estimate them."""
     return ('pool' if settings.images else 'no_images'), settings.ranges
 
 
 def _observed(run: Run, network: Folded, pool: ImagePool | None) -> Ladder:
-    """Returns what the layers are fed with, without images and on the pool."""
+    """Returns the calibration data of the layers, without images and on the pool."""
     teacher, count = run.teacher, run.settings.quantization.images
     key = jax.random.fold_in(jax.random.key(run.settings.seed), ROLE)
     seen = {'no_images': on_statistics(network, teacher, key)}
@@ -137,7 +137,7 @@ def _observed(run: Run, network: Folded, pool: ImagePool | None) -> Ladder:
 
 
 def _distil(run: Run, network: Folded, variables: dict, pool: ImagePool, setting: str):
-    """Returns the variables after quantization-aware distillation: the float teacher's answers on the pool's images."""
+    """Returns the variables after quantization-aware distillation from the float teacher on the pool's images."""
     images, labels = (training_rows(run.settings, pool.rows(name)) for name in ('images', 'labels'))
     module, job = _training(run.settings.quantization, run.teacher, network, variables, len(labels))
     seed, records = 16 * run.settings.seed + ROLE, Records(run.workdir, TASK, setting, run.settings.logging)
@@ -148,17 +148,17 @@ def _distil(run: Run, network: Folded, variables: dict, pool: ImagePool, setting
 def _training(
     settings: QuantizationSettings, teacher: Teacher, network: Folded, variables: dict, count: int
 ) -> tuple[QuantizedModule, TrainJob]:
-    """Returns the module that starts as the quantized `variables`, and how it learns from `count` images."""
+    """Returns the module that starts at the quantized `variables`, and the job that trains it on `count` images."""
     training, apply_fn = settings.training, simulated(network.apply_fn, network.layers)
     if training.precision == 'bfloat16':
         apply_fn = products_in_bfloat16(apply_fn)
     module = module_of(network, apply_fn, variables)
     loss = distillation_loss(in_precision(teacher, training.precision), settings.temperature)
-    # The logarithms of steps are among the parameters, which bfloat16 would round by percents: products alone are in it.
+    # The parameters include logarithms of steps, which bfloat16 would change by percents, so only products use it.
     training = dataclasses.replace(training, precision='float32')
     return module, TrainJob(training, loss, Rounds(count), teacher.variables)
 
 
 def _evenly(images, most: int) -> np.ndarray:
-    """At most so many of the images, evenly spaced."""
+    """Returns at most `most` of the images, evenly spaced."""
     return images[np.unique(evenly(len(images), most))]

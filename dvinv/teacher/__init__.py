@@ -1,1 +1,1 @@
-"""The teacher and the verifiers: made by a user's function, read from files, or trained."""
+"""The teacher and the verifiers: built by a user's function, read from files, or trained."""

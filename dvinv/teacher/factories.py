@@ -1,4 +1,4 @@
-"""Networks that a config names by 'module:function': what the user's own functions return."""
+"""Networks built by a user's own function, which a config names as 'module:function'."""
 
 import functools
 import importlib
@@ -11,20 +11,22 @@ from dvinv.inversion.modules import trainable
 
 
 def of_teacher(name: str, num_classes: Callable[[], int | None]):
-    """Returns what the function `name` of `teacher.factory` gives: a Teacher, or a network that is yet to be trained.
+    """Returns the result of the function `name` of `teacher.factory`: a Teacher, or an untrained network.
 
     Args:
-      num_classes: returns that of the real data, None where there are none; called where the function takes it.
+      name: 'module:function'.
+      num_classes: returns the number of classes of the real data, or None without real data; called only if the function
+        takes `num_classes`.
 
     Raises:
-      DvinvError: it cannot be imported, takes other arguments, or returns something else.
+      DvinvError: the function cannot be imported, takes other arguments, or returns something else.
     """
     field = 'teacher.factory'
     return built(field, name, num_classes() if 'num_classes' in _parameters(field, name) else None)
 
 
 def of_student(name: str, num_classes: int):
-    """Returns the network that the function `name` of `student.factory` gives, as `trainable` returns it.
+    """Returns the network from the function `name` of `student.factory`, as returned by `trainable`.
 
     Raises:
       DvinvError: see `of_teacher`.
@@ -38,25 +40,27 @@ def of_student(name: str, num_classes: int):
 
 
 def built(field: str, name: str, num_classes: int | None = None):
-    """Returns what the function `name`, 'module:function', returns: a Teacher as it is, else a `trainable` network.
+    """Calls the function `name`, 'module:function', and returns its Teacher unchanged, or its network as `trainable`.
 
     Args:
-      field: of the config, that names the function.
-      num_classes: what it is given where it takes an argument of this name; None: that is not known.
+      field: the config field that names the function.
+      num_classes: the value of the function's argument of this name, if it has one; None: it is not known.
     """
     _parameters(field, name)
     return network_of(_imported(field, name), num_classes, f'{field} {name!r}')
 
 
 def network_of(source, num_classes: int | None, name: str):
-    """Returns a Teacher as it is, else the `trainable` network of a Flax module, or of a function or class that gives one.
+    """Returns a Teacher unchanged, or the `trainable` network of a Flax module; calls a function or class that builds one.
 
     Args:
-      source: a function may take `num_classes`, and for an NNX model `rngs` (nnx.Rngs).
-      name: what sentences call it.
+      source: a Teacher, a Flax module, or a function or class that returns one of them. It may take `num_classes`, and for
+        an NNX model `rngs` (nnx.Rngs).
+      num_classes: the value of that argument; None: it is not known.
+      name: the name of `source` in error messages.
 
     Raises:
-      DvinvError: it is, or returns, something else.
+      DvinvError: `source` is, or returns, something else, or takes `num_classes` when it is not known.
     """
     make = None
     if _makes(source):
@@ -68,7 +72,7 @@ def network_of(source, num_classes: int | None, name: str):
             )
         given = {'num_classes': num_classes} if 'num_classes' in takes else {}
         if 'rngs' in takes:
-            from flax import nnx  # here, as in modules.py
+            from flax import nnx  # imported only when needed, as in modules.py
 
             make = functools.partial(function, **given)
             source = make(rngs=nnx.Rngs(0))
@@ -86,12 +90,12 @@ def network_of(source, num_classes: int | None, name: str):
 
 
 def _makes(source) -> bool:
-    """Whether a network is made by calling `source`."""
+    """Returns whether `source` must be called to build a network."""
     return inspect.isfunction(source) or inspect.isclass(source) or isinstance(source, functools.partial)
 
 
 def _arguments(source) -> dict[str, inspect.Parameter]:
-    """Returns what a function or class is called with; of a class not by its own signature, which NNX hides."""
+    """Returns the parameters of a function, or of the `__init__` of a class; NNX hides the signature of the class itself."""
     parameters = dict(inspect.signature(source.__init__ if inspect.isclass(source) else source).parameters)
     if inspect.isclass(source):
         del parameters[next(iter(parameters))]  # self
@@ -99,7 +103,11 @@ def _arguments(source) -> dict[str, inspect.Parameter]:
 
 
 def _parameters(field: str, name: str) -> tuple[str, ...]:
-    """Returns the names of the arguments of a function, if it needs no others than it is given."""
+    """Returns the names of a function's parameters.
+
+    Raises:
+      DvinvError: it has required parameters other than `num_classes` and `rngs`.
+    """
     source = _imported(field, name)
     parameters = _arguments(source) if _makes(source) else {}
     for parameter in parameters.values():

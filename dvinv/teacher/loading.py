@@ -1,4 +1,4 @@
-"""Networks that a run made, for use elsewhere."""
+"""Loading of the networks of a run, for use outside of it."""
 
 import re
 from collections.abc import Callable
@@ -14,15 +14,15 @@ from dvinv.networks.classifier import flatten
 from dvinv.networks.quantized.network import load_quantized
 from dvinv.teacher.factories import network_of
 
-# task -> the network file that it ends with
+# task -> the stem of its final network file
 RESULTS = {
     'teacher': 'teacher',
     'distillation': 'student',
     'pruning': 'pruned',
     'continual': 'continual',
-    'quantization': 'quantized_',  # and the setting
+    'quantization': 'quantized_',  # followed by the setting
 }
-# task -> the names of its other network files: controls, and what it had before its last step
+# task -> a pattern for the stems of its other network files: controls and intermediate steps
 OTHERS = {
     'teacher': 'verifier',
     'distillation': r'student_of_\d+|noise|prior_only|real',
@@ -32,22 +32,28 @@ OTHERS = {
 
 
 def load(workdir, task: str, setting: str = '', *, teacher: Classifier | None = None, module=None) -> tuple[Callable, dict]:
-    """(apply_fn, variables) of a network that `task` made in `workdir`.
+    """Loads a network that `task` wrote to `workdir`.
 
-    `apply_fn(variables, x)` gives logits [B, K] of normalised images x [B, H, W, C], in eval mode. The file itself,
-    `workdir`/networks/NAME.safetensors, is readable wherever safetensors is.
+    The file itself, `workdir`/networks/NAME.safetensors, can be read with any safetensors library.
 
     Args:
-      setting: which of its networks. '': the one that it is for; else that of a control, by its name in the config ('noise',
-        'real'), or a file in `workdir`/networks by its stem ('verifier', 'student_of_256', 'pruned_2'). Of quantization, the
-        bits, for instance 'w8a8'; '': those of the smallest file.
-      teacher: that was quantized, where it is a user's own network (teacher.factory) instead of one of dvinv.networks: the
-        file has its weights in few bits, but not its program. Not needed otherwise.
-      module: the network of other tasks, where it is a user's own (teacher.factory, student.factory): a Flax module, Linen
-        or NNX, or the function or class that gives it; the whole one of a pruned network, and with any number of classes.
+      workdir: the work directory of the run.
+      task: the name of the task.
+      setting: the network to load. '': the result of the task; else a control, by its name in the config ('noise', 'real'),
+        or a file in `workdir`/networks, by its stem ('verifier', 'student_of_256', 'pruned_2'). For quantization, the bits,
+        for instance 'w8a8'; '': those of the smallest file.
+      teacher: the teacher that was quantized, needed only if it is a user's own network (teacher.factory) rather than one of
+        dvinv.networks: the file has its weights in a few bits, but not its code.
+      module: the network of a task other than quantization, if it is a user's own (teacher.factory, student.factory): a Flax
+        module, Linen or NNX, or the function or class that returns it. For a pruned network this is the unpruned one. Its
+        number of classes does not matter.
+
+    Returns:
+      (apply_fn, variables); `apply_fn(variables, x)` returns logits [B, K] of normalised images x [B, H, W, C] in eval mode.
 
     Raises:
-      DvinvError: no such task or network (names those that there are), or it has not finished there, or the file is damaged.
+      DvinvError: there is no such task or network (the message lists the existing ones), the task has not finished, or the
+        file is damaged.
     """
     if task not in RESULTS:
         raise DvinvError(
@@ -68,7 +74,7 @@ def load(workdir, task: str, setting: str = '', *, teacher: Classifier | None = 
 
 
 def _other(workdir: Path, task: str, setting: str) -> str:
-    """Returns the stem of the file of one of the task's other networks, '' where its result is meant.
+    """Returns the file stem of one of the task's other networks; '' if `setting` selects the result of the task.
 
     Raises:
       DvinvError: there is no such file.
@@ -86,7 +92,11 @@ def _other(workdir: Path, task: str, setting: str) -> str:
 
 
 def _own(source, path: Path):
-    """Returns the user's network of the file `path`, with as many classes."""
+    """Returns the user's network with the number of classes of the file `path`.
+
+    Raises:
+      DvinvError: the names or shapes of the file's weights differ from those of the network.
+    """
     variables, about = load_network(path)
     network = network_of(source, about['num_classes'], 'module')
     network = network.module if isinstance(network, Teacher) else network
@@ -99,7 +109,11 @@ def _own(source, path: Path):
 
 
 def _quantized(folder: Path, setting: str) -> Path:
-    """The file of a setting, or the smallest of all."""
+    """Returns the file of a setting, or the smallest file if `setting` is ''.
+
+    Raises:
+      DvinvError: there is no such file.
+    """
     files = sorted(folder.glob(f'quantized_{setting or "*"}.safetensors'), key=lambda path: (path.stat().st_size, path.name))
     if not files:
         there = sorted(path.stem.removeprefix('quantized_') for path in folder.glob('quantized_*.safetensors'))

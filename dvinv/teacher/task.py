@@ -1,4 +1,4 @@
-"""The task `teacher`: the network that is inverted and the verifier that judges the images, trained or read, then scored."""
+"""The task `teacher`: training or reading, and scoring, of the network to invert and of the verifier that judges images."""
 
 from collections.abc import Iterable
 
@@ -27,7 +27,7 @@ def validate(run: Run) -> None:
     """Validates teacher and verifier before anything is written.
 
     Raises:
-      DvinvError: one could not be trained or read, or does not fit the data.
+      DvinvError: one of them cannot be trained or read, or does not fit the data.
     """
     run.validate_training_data()
     run.once(validate_verifier)
@@ -37,9 +37,9 @@ def validate(run: Run) -> None:
 
 
 def run(run: Run) -> dict:
-    """Trains what is not given, scores teacher and verifier on the real test images; returns the figures."""
+    """Trains teacher and verifier unless they are given, and scores them on the real test images; returns the figures."""
     scores = {}
-    if run.settings.verifier.weights and run.settings.verifier.network:  # first: it may be refused
+    if run.settings.verifier.weights and run.settings.verifier.network:  # first, because it may be refused
         scores['verifier'] = _score('verifier', run.verifier, run)
     if run.is_trained_here('teacher'):
         _train('teacher', run)
@@ -74,20 +74,20 @@ def planned_trainings(run: Run) -> list[PlannedTraining]:
 
 
 def complete(run: Run) -> bool:
-    """Whether the networks of the finished task are still there: a damaged file is deleted by its owner."""
+    """Returns whether the network files of the finished task still exist; users delete damaged files to recompute them."""
     names = [role for role in ROLES if run.is_trained_here(role)] + ['moments'] * bool(run.settings.teacher.moments_images)
     return all(map(run.workdir.has_network, names))
 
 
 def record(run: Run, images: int, layers: Iterable[str] = ()) -> Moments:
-    """Records the moments of the teacher on so many real training images, augmented as for its training.
+    """Records the moments of the teacher on real training images, augmented as for its training.
 
     Args:
-      images: how many, as many of each class.
+      images: the number of images, divided among the classes as equally as possible.
       layers: see `record_moments`.
 
     Raises:
-      DvinvError: there are no training images, or see `record_moments`.
+      DvinvError: there are no training images, they do not fit the teacher, or see `record_moments`.
     """
     data = run.data
     if data is None or data.train is None:
@@ -97,7 +97,7 @@ def record(run: Run, images: int, layers: Iterable[str] = ()) -> Moments:
     validate_fits(run.bare_teacher, data)
     labels = data.train.labels
     order = np.random.default_rng(run.settings.seed).permutation(len(labels))
-    turns = np.zeros(len(labels), int)  # of an image among those of its class
+    turns = np.zeros(len(labels), int)  # the rank of each image within its class, in random order
     for label in np.unique(labels):
         rows = order[labels[order] == label]
         turns[rows] = np.arange(len(rows))
@@ -109,7 +109,7 @@ def record(run: Run, images: int, layers: Iterable[str] = ()) -> Moments:
 
 
 def statistics_of(run: Run) -> str:
-    """Returns what the moments of the images are matched with, in words."""
+    """Returns a description of the statistics that the moments of the images are matched with."""
     layers, group = len(run.teacher.statistics(run.teacher.variables)), run.settings.teacher
     if group.moments or group.moments_images:
         moments = Moments.load(group.moments or run.workdir.network('moments'))
@@ -121,7 +121,7 @@ def validate_verifier(run: Run) -> None:
     """Validates that the verifier of a run takes the teacher's images.
 
     Raises:
-      DvinvError: names the field and the reason.
+      DvinvError: it does not; the message names the field and the reason.
     """
     if run.is_trained_here('verifier'):
         validate_takes('verifier', run.settings.verifier, run.planned_teacher)
@@ -130,25 +130,25 @@ def validate_verifier(run: Run) -> None:
 
 
 def validate_takes(role: str, group, teacher: Teacher) -> None:
-    """Validates, by shapes alone, that a network to be trained takes the teacher's images.
+    """Validates, by shapes only, that a network to be trained takes the teacher's images.
 
     Args:
       role: 'verifier' or 'student'.
-      group: its settings, with `network` and `width`.
+      group: the settings of the network, with `network` and `width`.
 
     Raises:
-      DvinvError: names the network and what it said.
+      DvinvError: it does not; the message names the network and the error that it raised.
     """
     module = create(group.network, teacher.num_classes, group.width)
     try:
         shapes_of(module, teacher.image_shape)
-    except Exception as error:  # Flax and JAX raise many kinds here
+    except Exception as error:  # Flax and JAX raise many types of errors here
         shape, reason = 'x'.join(map(str, teacher.image_shape)), str(error).splitlines()[0]
         raise DvinvError(f'{role}.network is {group.network}, which cannot take images of {shape}: {reason}') from error
 
 
 def supervised(label_smoothing: float):
-    """Returns the cross-entropy to the labels, as the loss of a `TrainJob`."""
+    """Returns the cross-entropy to the labels, with label smoothing, as the loss of a `TrainJob`."""
 
     def loss(logits, features, x, labels, frozen, progress):
         targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
@@ -158,7 +158,7 @@ def supervised(label_smoothing: float):
 
 
 def _score(role: Role, network: Classifier, run: Run) -> float | None:
-    """Returns the test accuracy of 'teacher' or 'verifier'; refuses a verifier that was given and recognises nothing."""
+    """Returns the test accuracy of 'teacher' or 'verifier'; refuses a given verifier that is no better than chance."""
     share, group = test_accuracy(network, run.data), getattr(run.settings, role)
     field = 'verifier' if role == 'verifier' and group.weights else ''
     name = f'The {role} {getattr(group, "factory", "") or group.network}'
@@ -177,5 +177,5 @@ def _train(role: Role, run: Run) -> None:
 
 
 def _job_of(settings: LabelTrainingSettings, count: int) -> TrainJob:
-    """Returns how teacher or verifier learn from `count` images."""
+    """Returns the training job of teacher or verifier on `count` images."""
     return TrainJob(settings, supervised(settings.label_smoothing), Rounds(count))

@@ -1,4 +1,4 @@
-"""Networks that judge images: reading them from weights files, and validating that they can judge."""
+"""Networks that judge images: reading them from weights files, and validating that they fit the teacher."""
 
 from collections.abc import Sequence
 
@@ -8,18 +8,19 @@ from dvinv.inversion.teacher import Teacher
 from dvinv.networks import Classifier, classifier_of, describes_itself, read_classifier
 from dvinv.networks.classifier import check_normalisation
 
-FEW = 100  # real images, below which a share of them does not prove much
+FEW = 100  # number of real images below which an accuracy has little significance
 
 
 def load_more(verifiers: Sequence[MoreVerifierSettings], teacher: Teacher, say: bool = False) -> dict[str, Classifier]:
-    """Returns {network: the network} of additional verifiers, in their order.
+    """Loads the additional verifiers; returns {name of the network: Classifier} in the order of the settings.
 
     Args:
-      verifiers: those of the settings.
-      say: whether `print_pixels` is called for each.
+      verifiers: the settings of the verifiers.
+      teacher: the teacher.
+      say: whether to call `print_pixels` for each.
 
     Raises:
-      DvinvError: one is not there, or takes other pictures or classes than the teacher.
+      DvinvError: a file is missing, or a verifier takes other images or classes than the teacher.
     """
     found = {}
     for index, verifier in enumerate(verifiers):
@@ -34,12 +35,13 @@ def load_more(verifiers: Sequence[MoreVerifierSettings], teacher: Teacher, say: 
 def read_verifier(group: VerifierSettings | MoreVerifierSettings, field: str, teacher: Classifier) -> Classifier:
     """Reads a network that judges images from its weights file.
 
-    Where `group` gives no mean and std: those of the file; else of the published weights of this network, else the
-    teacher's. `print_pixels` says them.
+    If `group` has no mean and std, they are those of the file, else those of the published weights of this network, else
+    those of the teacher. `print_pixels` reports them.
 
     Args:
-      group: names the file and the network.
-      field: of the config, that names them.
+      group: the settings with the file and the network.
+      field: the config field of these settings.
+      teacher: the teacher.
 
     Raises:
       DvinvError: see `read_classifier`.
@@ -59,7 +61,7 @@ def read_verifier(group: VerifierSettings | MoreVerifierSettings, field: str, te
 
 
 def print_pixels(group, field: str, network: Classifier) -> None:
-    """Says, where weights that others published were given without mean or std, with what pixels they are used."""
+    """Prints the mean and std that are used for published weights if the settings do not give both."""
     if (group.mean and group.std) or describes_itself(group.weights):
         return
     say(
@@ -69,14 +71,20 @@ def print_pixels(group, field: str, network: Classifier) -> None:
 
 
 def refuse_chance(share: float | None, count: int, network: Classifier, name: str, field: str, way_out: str) -> None:
-    """Refuses a network from a weights file that recognises no more real images than chance would.
+    """Refuses a network from a weights file if it is no better than chance on real images.
 
     Args:
-      share: of `count` real images that `network` puts into their class; None: there are none.
-      name: what a refusal calls it.
-      field: of the config, with its weights, mean and std; '': it was trained here, and may have been for a short time, so
-        this is said alone. So it is of fewer than `FEW` images, on which a weak network may have bad luck.
-      way_out: besides another mean and std.
+      share: the accuracy on real images; None: there are none.
+      count: the number of those images.
+      network: the network.
+      name: the name of the network in messages.
+      field: the config field with its weights, mean and std; '': it was trained in this run. In that case, perhaps after a
+        short training, a message is printed instead of the refusal. The same holds for fewer than `FEW` images, on which a
+        weak network may score badly by chance.
+      way_out: what the user can do besides setting another mean and std, for the error message.
+
+    Raises:
+      DvinvError: the network is no better than chance, has a `field`, and was scored on at least `FEW` images.
     """
     if share is None or network.num_classes < 2 or share * network.num_classes > 1:
         return
@@ -94,15 +102,15 @@ def refuse_chance(share: float | None, count: int, network: Classifier, name: st
 
 
 def validate_judge(teacher: Teacher, verifier: Classifier, name: str, field: str, without: str) -> None:
-    """Validates that a verifier takes the teacher's pictures and classes.
+    """Validates that a verifier takes the images and classes of the teacher.
 
     Args:
-      name: what the sentence calls it.
-      field: of the config, with its weights, mean and std.
-      without: how to do without it.
+      name: the name of the verifier in error messages.
+      field: the config field with its weights, mean and std.
+      without: how to run without this verifier, for the error message.
 
     Raises:
-      DvinvError: names the field and both values.
+      DvinvError: it does not; the message names the field and both values.
     """
     channels, numbers = teacher.image_shape[-1], (*verifier.mean, *verifier.std)
     fits = len(verifier.mean) == len(verifier.std) == channels and all(isinstance(value, int | float) for value in numbers)

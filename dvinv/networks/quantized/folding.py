@@ -1,6 +1,7 @@
-"""BatchNorms folded into the layers before them, channels scaled to a like range, shifts corrected: all without an image.
+"""BatchNorm folding, cross-layer equalisation and bias correction, without any image.
 
-The network's own code runs on: a folded BatchNorm has variance 1, scale 1, and as its mean minus the one shift that is left.
+The code of the network stays as it is: a folded BatchNorm gets variance 1 and scale 1, and its mean becomes the negative of
+the remaining shift.
 """
 
 import collections
@@ -15,15 +16,16 @@ from dvinv.networks.quantized.layers import Layer, find_layers
 
 @dataclasses.dataclass(frozen=True)
 class Folded:
-    """A network made ready to be quantized.
+    """A network prepared for quantization.
 
     Attributes:
-      apply_fn: (weights, x) -> logits, as it was; see `ceilings`.
-      layers: in the order in which they run.
-      weights: its variables, float32 numpy arrays.
-      statistics: {number of a layer: (mean, deviation)}, float32 [C] each: what its BatchNorm knows of its result, before
-        the shift is added.
-      ceilings: {number of an operation f that is a ReLU6: s, float32 [C]}: it is to be f(s x) / s, channel by channel.
+      apply_fn: (weights, x) -> logits, unchanged by folding; see `ceilings`.
+      layers: the layers in the order in which they run.
+      weights: the variables, float32 numpy arrays.
+      statistics: {number of a layer: (mean, standard deviation)}, float32 [C] each: the statistics of the layer's result
+        before the shift is added, from its BatchNorm.
+      ceilings: {number of an operation f that is a ReLU6: s, float32 [C]}: f(x) must be computed as f(s x) / s, channel by
+        channel.
     """
 
     apply_fn: Callable
@@ -34,9 +36,9 @@ class Folded:
 
 
 def fold(apply_fn: Callable, variables, image_shape) -> Folded:
-    """Every BatchNorm that only follows one layer becomes part of it; the network computes what it did, up to rounding.
+    """Folds every BatchNorm that follows exactly one layer into that layer; logits stay the same up to rounding.
 
-    With k = scale / sqrt(variance + epsilon) a channel: kernel' = k kernel, shift = k (bias - mean) + the BatchNorm's bias.
+    With k = scale / sqrt(variance + epsilon) per channel, kernel' = k kernel and shift = k (bias - mean) + BatchNorm bias.
 
     Raises:
       DvinvError: see `find_layers`.
@@ -47,7 +49,7 @@ def fold(apply_fn: Callable, variables, image_shape) -> Folded:
     uses.update(layer.norm.mean for layer in layers if layer.norm)
     layers = tuple(
         dataclasses.replace(layer, norm=None)
-        if layer.norm and max(uses[layer.kernel], uses[layer.norm.mean]) > 1  # each use would need weights of its own
+        if layer.norm and max(uses[layer.kernel], uses[layer.norm.mean]) > 1  # each use would need its own weights
         else layer
         for layer in layers
     )
@@ -70,13 +72,13 @@ def fold(apply_fn: Callable, variables, image_shape) -> Folded:
 
 
 def equalise(network: Folded) -> Folded:
-    """Channels between two layers scaled such that all have a like share of the few values; computes what it did.
+    """Scales the channels between two layers so that all use a similar share of the quantization range; keeps the logits.
 
-    Cross-layer equalisation (Nagel et al., arXiv 1906.04721, section 4.1) with s = sqrt(r1 / r2) a channel. There r1 and r2
-    are the ranges of the weights before and after it. Here weights have a step an output channel, which makes r1 irrelevant,
-    and the inputs of a layer one step for all channels; so r1 is the range of the channel, known from BatchNorm (its mean
-    plus 3 deviations), and r2 that of the weights that meet it, as a share of each output's own. After a depthwise layer
-    follows no compromise: s = r1.
+    This is cross-layer equalisation (Nagel et al., arXiv 1906.04721, section 4.1) with s = sqrt(r1 / r2) per channel. In the
+    paper, r1 and r2 are the ranges of the weights before and after the channel. Here weights have one step per output
+    channel, which makes that r1 irrelevant, and the inputs of a layer have one step for all channels. So r1 is the range of
+    the channel, known from BatchNorm (mean plus 3 standard deviations), and r2 is the range of the weights that multiply the
+    channel, relative to the range of each output. If the next layer is depthwise, there is no trade-off, and s = r1.
     """
     flat, layers = flatten(network.weights), {layer.number: layer for layer in network.layers}
     uses = collections.Counter(layer.kernel for layer in network.layers)
@@ -96,7 +98,7 @@ def equalise(network: Folded) -> Folded:
         else:
             share = np.abs(kernel) / np.maximum(np.abs(kernel).max(after.contracted, keepdims=True), 1e-12)
             factor = share.max(tuple(axis for axis in range(kernel.ndim) if axis != after.inputs))
-        live = (top > 1e-3 * top.max()) & (factor > 1e-3)  # a channel that is hardly used stays as it is
+        live = (top > 1e-3 * top.max()) & (factor > 1e-3)  # channels that are hardly used stay as they are
         s = np.where(live, (top / np.maximum(factor, 1e-3)), 1.0)
         s = np.where(live, np.clip(s / np.exp(np.log(s[live]).mean()), 1e-2, 1e2) if live.any() else 1.0, 1.0)
         s = (s if alone else np.sqrt(s)).astype(np.float32)
@@ -109,13 +111,13 @@ def equalise(network: Folded) -> Folded:
 
 
 def corrected(network: Folded, whole: dict[str, np.ndarray], means: list[np.ndarray]) -> dict:
-    """The weights of `network` whose shifts make up for what rounding does to the mean of every layer's result.
+    """Returns the weights of `network` with bias correction: shifts compensate the change of each layer's mean result.
 
-    With the error e = rounded kernel - kernel the mean moves by the sum of e E[x] (Nagel et al., section 4.2).
+    With the error e = rounded kernel - kernel, rounding moves the mean by the sum of e E[x] (Nagel et al., section 4.2).
 
     Args:
-      whole: {path of a kernel: it, rounded}.
-      means: float32 [I] of each layer's input channels; `network.layers` in order.
+      whole: {path of a kernel: the rounded kernel}.
+      means: the mean of each input channel, float32 [I], one array per layer in the order of `network.layers`.
     """
     flat = dict(flatten(network.weights))
     for layer, mean in zip(network.layers, means, strict=True):
@@ -134,5 +136,5 @@ def corrected(network: Folded, whole: dict[str, np.ndarray], means: list[np.ndar
 
 
 def _along(values: np.ndarray, like: np.ndarray, axis: int) -> np.ndarray:
-    """`values` [C] in the shape in which they are broadcast along one axis of `like`."""
+    """Reshapes `values` [C] so that they broadcast along one axis of `like`."""
     return values.reshape([-1 if index == axis else 1 for index in range(like.ndim)])

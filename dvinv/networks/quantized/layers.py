@@ -1,8 +1,8 @@
-"""Which convolutions and matrix products of a network have weights, and what follows each, read off the network's jaxpr.
+"""Finds the convolutions and matrix products with weights, and the operations after each, in a network's jaxpr.
 
-So it is found in any Flax network, Linen or NNX, unmodified: a layer is an operation of which one operand is a variable;
-its norm is the BatchNorm that is applied to its result, and to nothing else; it feeds another layer where nothing but a
-BatchNorm and a ReLU or ReLU6 lies between the two, for then a channel may be scaled in one and back in the other.
+This works for any unmodified Flax network, Linen or NNX. A layer is an operation with a variable as one operand. Its norm is
+a BatchNorm that is applied to its result and to nothing else. It feeds another layer if only a BatchNorm and a ReLU or ReLU6
+lie between the two, because a channel can then be scaled in one and scaled back in the other.
 """
 
 import dataclasses
@@ -18,16 +18,16 @@ from dvinv.errors import DvinvError, listed
 from dvinv.networks.classifier import join_names
 
 OPERATIONS = ('conv_general_dilated', 'dot_general')
-LOOKED_INTO = ('jit', 'pjit', 'closed_call', 'core_call', 'remat', 'remat2', 'checkpoint')  # as `runtime.program` does
-OPAQUE = ('custom_jvp_call', 'custom_vjp_call')  # followed here, but no rule reaches inside
-CUT = ('min', 'custom_jvp_call')  # operations that a ReLU6 may be
+LOOKED_INTO = ('jit', 'pjit', 'closed_call', 'core_call', 'remat', 'remat2', 'checkpoint')  # calls to inline
+OPAQUE = ('custom_jvp_call', 'custom_vjp_call')  # followed here, but rewriting rules do not apply inside
+CUT = ('min', 'custom_jvp_call')  # the operations that can implement a ReLU6
 SAME = ('convert_element_type', 'copy', 'copy_p', 'stop_gradient', 'reshape', 'broadcast_in_dim', 'squeeze', 'expand_dims')
 AFFINE = ('add', 'sub', 'mul', 'div')
 
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """A BatchNorm: where its variables are ('' for one that it lacks), and what it adds to the variance."""
+    """A BatchNorm: the paths of its variables ('' for a missing one), and the epsilon that it adds to the variance."""
 
     mean: str
     variance: str
@@ -41,18 +41,19 @@ class Layer:
     """A convolution or matrix product with weights.
 
     Attributes:
-      number: among all convolutions and matrix products, in the order in which they run.
-      kernel: path of its weights.
-      side: which operand they are.
-      contracted: axes of the kernel that are summed over (for a convolution all but its outputs).
-      inputs: the kernel's axis of input channels (of one group), outputs: of output channels; None: not just one.
-      channel: axis of the input's channels; None as for `inputs`.
+      number: the index among all convolutions and matrix products, in the order in which they run.
+      kernel: the path of the weights.
+      side: the index of the operand that is the kernel, 0 or 1.
+      contracted: the axes of the kernel that are summed over (for a convolution all but the output channels).
+      inputs: the kernel's axis of input channels (of one group); None: not exactly one axis.
+      outputs: the kernel's axis of output channels; None: not exactly one axis.
+      channel: the axis of the channels of the input; None: not exactly one axis.
       last: whether channels are the last axis of the result.
-      groups: of a grouped convolution.
-      bias: path of what is added to the result, '' if nothing is.
-      norm: the BatchNorm of its result, if any.
-      feeds: the `number` of the layer that gets its result after a ReLU alone, if any.
-      ceilings: on the way there what has a ceiling (ReLU6), by its number among all `CUT`.
+      groups: the number of groups of a grouped convolution.
+      bias: the path of the bias that is added to the result, '' if there is none.
+      norm: the BatchNorm of the result, if any.
+      feeds: the `number` of the layer that gets the result after at most a BatchNorm and a ReLU, if any.
+      ceilings: the ReLU6 operations on the way to that layer, by their numbers among all `CUT`.
     """
 
     number: int
@@ -71,13 +72,13 @@ class Layer:
 
     @property
     def name(self) -> str:
-        """The kernel's path without what all have in common."""
+        """The path of the kernel without 'params/' and '/kernel'."""
         return self.kernel.removeprefix('params/').removesuffix('/kernel')
 
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """An equation; operands and results are numbers of values, a constant is its value in a list of one."""
+    """An equation of the jaxpr; operands and results are numbers of values, and a constant is a list of one value."""
 
     name: str
     operands: tuple
@@ -87,14 +88,15 @@ class _Step:
 
 
 def find_layers(apply_fn: Callable, variables, image_shape) -> tuple[Layer, ...]:
-    """The layers of a network in the order in which they run.
+    """Finds the layers of a network, in the order in which they run.
 
     Args:
       apply_fn: (variables, x [B, H, W, C]) -> logits.
       variables: nested dicts of arrays, or of their shapes.
 
     Raises:
-      DvinvError: an operation with weights that no rule reaches (inside a loop, for instance), named; or no layer at all.
+      DvinvError: an operation with weights is out of reach of rewriting rules, for instance inside a loop (the message names
+        the operation), or the network has no layer.
     """
     paths, leaves = zip(*_flat(variables), strict=True)
     x = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
@@ -107,21 +109,21 @@ def find_layers(apply_fn: Callable, variables, image_shape) -> tuple[Layer, ...]
 
 
 def _flat(tree) -> list[tuple[str, object]]:
-    """(path, leaf) of nested dicts, in JAX's order."""
+    """Returns [(path, leaf)] of nested dicts, in JAX's order."""
     found = jax.tree_util.tree_flatten_with_path(tree)[0]
     return [(join_names(getattr(key, 'key', key) for key in path), leaf) for path, leaf in found]
 
 
 class _Graph:
-    """The steps of a network without its calls, and who uses what."""
+    """The equations of a network with nested calls inlined, and the users of every value."""
 
     def __init__(self, closed, paths, leaves):
         self._fresh = itertools.count()
         inputs = [next(self._fresh) for _ in closed.jaxpr.invars]
-        self.path = dict(zip(inputs, paths, strict=False))  # of values that are a variable, as it is or in another shape
+        self.path = dict(zip(inputs, paths, strict=False))  # of values that are a variable, possibly reshaped
         self.shape = {path: tuple(leaf.shape) for path, leaf in zip(paths, leaves, strict=True)}
-        self.steps, self.numbers = [], {}  # of layers, by step
-        self.cuts = {}  # {step that is a `min`: number of the operation that it is, or is in}
+        self.steps, self.numbers = [], {}  # numbers: {index of a step: number among all OPERATIONS}
+        self.cuts = {}  # {index of a `min` step: number of that operation, or of the one that contains it, among `CUT`}
         self._cut = itertools.count()
         self._of_images = {*inputs[len(paths) :]}
         self._roots = {value: {path} for value, path in self.path.items()}
@@ -136,7 +138,17 @@ class _Graph:
                 self.users.setdefault(value, []).append(None)
 
     def _inline(self, jaxpr, consts, inputs, within: str = '', cut: int | None = None) -> list:
-        """Append the steps of a jaxpr; `within` a custom derivative, which is the operation `cut` of those in `CUT`."""
+        """Appends the steps of a jaxpr, with nested calls inlined.
+
+        Args:
+          jaxpr: the jaxpr.
+          consts, inputs: the values of its constants and inputs.
+          within: the primitive of the custom derivative that contains the jaxpr, '' if there is none.
+          cut: the number of that operation among `CUT`.
+
+        Returns:
+          The values of the outputs.
+        """
         values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
 
         def read(atom):
@@ -183,16 +195,16 @@ class _Graph:
                     self.path[result] = self.path[values[0]]
 
     def layer(self, index: int) -> Layer | None:
-        """The layer that a step is, if it is one.
+        """Returns the layer at the step `index`, or None if that step is no layer.
 
         Raises:
-          DvinvError: its weights are computed from variables, and are none themselves.
+          DvinvError: its weights are computed from variables or constants rather than being a variable.
         """
         step = self.steps[index]
         if step.name not in OPERATIONS:
             return None
         sides = [side for side in (0, 1) if step.operands[side] not in self._of_images]
-        if len(sides) != 1:  # two activations, as in attention, or weights alone
+        if len(sides) != 1:  # two activations, as in attention, or no activation at all
             return None
         (side,) = sides
         weights = step.operands[side]
@@ -207,7 +219,7 @@ class _Graph:
         return self._followed(Layer(self.numbers[index], path, side, **axes), step.results[0])
 
     def _followed(self, layer: Layer, value: int) -> Layer:
-        """With bias, norm and the layer that it feeds, as far as its result has one user after the other."""
+        """Adds bias, norm and the next layer to `layer`, following its result `value` while it has a single user."""
         if layer.outputs is None:
             return layer
         size, ceilings, between = self.shape[layer.kernel][layer.outputs], [], False
@@ -237,7 +249,7 @@ class _Graph:
             elif step.name in ('max', 'min') and constant:
                 between = True
                 if step.name == 'max' and np.any(np.asarray(other[0])):
-                    return layer  # no ReLU
+                    return layer  # a maximum with another constant than 0 is no ReLU
                 if step.name == 'min':
                     if self.cuts[users[0]] is None:
                         return layer
@@ -248,7 +260,7 @@ class _Graph:
         return layer
 
     def _norm(self, mean: str) -> Norm | None:
-        """The BatchNorm with this running mean; None where its epsilon cannot be told."""
+        """Returns the BatchNorm with this running mean; None if its epsilon cannot be determined."""
         place = mean.removesuffix('/mean')
         variance, params = f'{place}/var', place.replace('batch_stats/', 'params/', 1)
         for step in self.steps:
@@ -261,7 +273,7 @@ class _Graph:
 
 
 def _holds_layers(value) -> bool:
-    """Whether a parameter of an operation is a jaxpr, or some, with convolutions or matrix products."""
+    """Returns whether a parameter of an operation contains a jaxpr with convolutions or matrix products."""
     if isinstance(value, tuple | list):
         return any(map(_holds_layers, value))
     jaxpr = getattr(value, 'jaxpr', value)
@@ -271,7 +283,11 @@ def _holds_layers(value) -> bool:
 
 
 def _axes(step: _Step, side: int) -> dict:
-    """The fields of a `Layer` that tell what its kernel's axes are."""
+    """Returns the fields of a `Layer` that describe the axes of its kernel, input and result.
+
+    Raises:
+      DvinvError: the variables are the images of a convolution.
+    """
     if step.name == 'conv_general_dilated':
         numbers = step.params['dimension_numbers']
         outputs, inputs, *space = numbers.rhs_spec

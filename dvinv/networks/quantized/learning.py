@@ -1,7 +1,7 @@
-"""A quantized network that learns: kernels, shifts and all steps, by the one training loop.
+"""Quantization-aware training of kernels, shifts and all steps, with the same training loop as other networks.
 
-This is LSQ (Esser et al., arXiv 1902.08153). Steps are learned by their logarithm, so that they stay positive and one
-learning rate suits all.
+This is LSQ (Esser et al., arXiv 1902.08153). The parameters are the logarithms of the steps, so that steps stay positive and
+one learning rate suits all.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from dvinv.networks.quantized.folding import Folded
 
 
 class QuantizedModule(nn.Module):
-    """`simulated` as a Linen module whose parameters start at given variables. x [B, H, W, C] -> logits [B, K].
+    """`simulated` as a Linen module with given initial parameters. x [B, H, W, C] -> logits [B, K].
 
-    BatchNorms are folded, so nothing is different in train mode.
+    BatchNorms are folded, so train mode is the same as eval mode.
     """
 
-    apply_fn: Callable  # of `network.simulated`
-    start: Callable  # () -> {name: array}, what is learned
+    apply_fn: Callable  # from `network.simulated`
+    start: Callable  # () -> {name: array}, the initial parameters
     assemble: Callable  # {name: array} -> the variables that apply_fn takes
 
     @nn.compact
@@ -32,19 +32,19 @@ class QuantizedModule(nn.Module):
 
 
 def module_of(network: Folded, apply_fn: Callable, variables: dict) -> QuantizedModule:
-    """The module that begins as the quantized `variables` (see `network.simulated`) of a folded network."""
+    """Returns the module that starts at the quantized `variables` of a folded network; see `network.simulated`."""
     assemble, start = _assembler(network, variables)
     return QuantizedModule(apply_fn, lambda: start, assemble)
 
 
 def learned(network: Folded, variables: dict, params: dict) -> dict:
-    """The quantized variables with what a `module_of` them has learned."""
+    """Returns the quantized variables with the trained `params` of the `module_of` them."""
     assemble, _ = _assembler(network, variables)
     return jax.device_get(jax.jit(assemble)(params))
 
 
 def _assembler(network: Folded, variables: dict) -> tuple[Callable, dict]:
-    """(function of the learned values to all variables, the values to start from)."""
+    """Returns (function of the parameters to all variables, initial parameters)."""
     flat = flatten(variables['weights'])
     shifts = [layer.norm.mean if layer.norm else layer.bias for layer in network.layers]
     places = dict.fromkeys([*(layer.kernel for layer in network.layers), *filter(None, shifts)])
@@ -62,5 +62,5 @@ def _assembler(network: Folded, variables: dict) -> tuple[Callable, dict]:
 
 
 def _name(kind: str, place: str) -> str:
-    """A parameter's name, without the slash that divides the names of a checkpoint."""
+    """Returns the name of a parameter, without slashes, which separate names in a checkpoint."""
     return f'{kind}:{place}'.replace('/', '.')

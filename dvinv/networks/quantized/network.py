@@ -1,6 +1,6 @@
-"""A network whose kernels and layer inputs are of few bits: its variables while it is sought, and its file.
+"""Networks with quantized kernels and layer inputs: the variables during quantization, and the file.
 
-In both it is simulated in float32 on whole numbers of steps. An integer convolution would give the same up to the rounding
+Both are simulated in float32 on whole numbers of steps. An integer convolution would give the same result up to the rounding
 of sums, but XLA has no fast one on CPU.
 """
 
@@ -35,9 +35,13 @@ from dvinv.networks.quantized.rounding import (
 
 
 def with_rules(apply_fn: Callable, layers: Sequence[Layer], around: Callable) -> Callable:
-    """`(weights, ceilings, x) -> logits` of `apply_fn`, a layer computed by `around(its index, bind, operands)`.
+    """Returns `(weights, ceilings, x) -> logits`, which runs `apply_fn` with its layers computed by `around`.
 
-    `bind(*operands)` is the operation itself; for `ceilings` see `folding.Folded`.
+    Args:
+      around: called as `around(index of the layer, bind, operands)`; `bind(*operands)` is the operation itself.
+
+    Returns:
+      The function; for `ceilings` see `folding.Folded`.
     """
     index_of = {layer.number: index for index, layer in enumerate(layers)}
 
@@ -74,7 +78,7 @@ def with_rules(apply_fn: Callable, layers: Sequence[Layer], around: Callable) ->
 
 
 def products_in_bfloat16(apply_fn: Callable) -> Callable:
-    """Returns `apply_fn` with its convolutions and matrix products in bfloat16, and all else as it was.
+    """Returns `apply_fn` with its convolutions and matrix products in bfloat16 and everything else unchanged.
 
     Operands and results are rounded to bfloat16: operands of 8 bits by up to a quarter of a step, of 4 bits by a 64th.
     """
@@ -94,12 +98,13 @@ def products_in_bfloat16(apply_fn: Callable) -> Callable:
     return rewritten(apply_fn, {primitive.name: rule(primitive) for primitive in (conv_general_dilated_p, dot_general_p)})
 
 
-@functools.lru_cache(maxsize=8)  # one function for one network, so that it is compiled once
+@functools.lru_cache(maxsize=8)  # returns the same function for the same network, so that it is compiled once
 def simulated(apply_fn: Callable, layers: tuple[Layer, ...]) -> Callable:
-    """`(variables, x) -> logits`, differentiable; kernels are rounded on the way.
+    """Returns the simulated quantized network, `(variables, x) -> logits`, differentiable; kernels are rounded in the call.
 
-    Variables: 'weights' (of the network, float32), 'steps' and 'tops' ({path of a kernel: its steps, its top}),
-    'inputs' ('step', 'zero' and 'top', float32 [L], a layer each) and 'ceilings'. A layer without steps stays in float32.
+    The variables are 'weights' (of the network, float32), 'steps' and 'tops' ({path of a kernel: its steps, its largest
+    magnitude in steps}), 'inputs' ('step', 'zero' and 'top', float32 [L], one number per layer) and 'ceilings'. A layer
+    without steps stays in float32.
     """
     run = _rounding_inputs(apply_fn, layers)
 
@@ -130,7 +135,7 @@ def _rounding_inputs(apply_fn: Callable, layers: Sequence[Layer]) -> Callable:
 
 @dataclasses.dataclass(frozen=True)
 class Bits:
-    """Of a layer's weights and inputs; 0: float32."""
+    """The numbers of bits of a layer's weights and inputs; 0: float32."""
 
     weights: int
     inputs: int
@@ -139,12 +144,12 @@ class Bits:
 def quantize(
     network: Folded, bits: Sequence[Bits], seen: Sequence[Observation], method: str, means: list[np.ndarray] | None
 ) -> dict:
-    """The variables that `simulated` takes.
+    """Quantizes a folded network; returns the variables that `simulated` takes.
 
     Args:
-      bits, seen: a layer each.
-      method: how ranges are taken from what was `seen`, see `ranges.grid_of`.
-      means: of the layers' input channels, to correct shifts by; None: they stay.
+      bits, seen: the bits, and the calibration data of the inputs, one per layer.
+      method: the range estimator for `seen`, see `ranges.grid_of`.
+      means: the means of the layers' input channels, for bias correction; None: no correction.
     """
     flat = flatten(network.weights)
     steps, tops, whole = {}, {}, {}
@@ -166,15 +171,15 @@ def quantize(
 
 
 def save_quantized(path: Path, variables: dict, bits: dict[str, int], about: dict) -> None:
-    """Write a quantized network as a file that describes itself.
+    """Writes a quantized network as a file that contains its description.
 
-    A kernel is a dense stream of its bits (two numbers a byte at 4), its steps float32 beside it; of what is left (shifts),
-    arrays whose numbers are all the same are one number in the header.
+    A kernel is stored as a dense stream of its bits (two numbers per byte at 4 bits), and its steps as a float32 array. Of
+    the other variables (shifts), an array of equal numbers is stored as one number in the header.
 
     Args:
       variables: as `simulated` takes them.
-      bits: {path of a kernel: of its weights}.
-      about: as for `networks.save_network`; 'network' is '' where the network is no registered one.
+      bits: {path of a kernel: the number of bits of its weights}.
+      about: as for `networks.save_network`; 'network' is '' if the network is not in the registry.
     """
     tensors, constants = {}, {}
     for place, leaf in flatten(variables['weights']).items():
@@ -193,13 +198,13 @@ def save_quantized(path: Path, variables: dict, bits: dict[str, int], about: dic
 
 
 def load_quantized(path: Path, like: Classifier | None = None) -> Classifier:
-    """The network of a file that `save_quantized` wrote; its kernels stay packed in memory.
+    """Loads the network of a file that `save_quantized` wrote; its kernels stay packed in memory.
 
     Args:
-      like: the float network (its shapes and function are used), where the file is not of a registered network.
+      like: the float network (its shapes and function are used); required if the network is not in the registry.
 
     Raises:
-      DvinvError: the file is missing, damaged, no quantized network, or needs `like`.
+      DvinvError: the file is missing, damaged, not a quantized network, of another network than `like`, or needs `like`.
     """
     stored, about = load_network(path)
     if 'bits' not in about:

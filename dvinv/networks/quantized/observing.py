@@ -1,4 +1,4 @@
-"""What the layers of a network are fed with: on images, or, without any, on what BatchNorm knows of every layer's result."""
+"""Calibration: recording the inputs of a network's layers on images, or on samples from the BatchNorm statistics."""
 
 import functools
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from dvinv.networks.quantized.layers import Layer
 from dvinv.networks.quantized.network import with_rules
 from dvinv.networks.quantized.ranges import Observation
 
-SAMPLE = 64  # values a layer and image
+SAMPLE = 64  # values per layer and image
 BATCH = 64
-DRAWS = 512  # images' worth of draws
+DRAWS = 512  # number of images drawn
 
 
 def on_images(network: Folded, classifier: Classifier, images) -> list[Observation]:
-    """A layer an `Observation`, over pixels uint8 [N, H, W, C] (an array, or rows of a pool)."""
+    """Returns an `Observation` per layer, over pixels uint8 [N, H, W, C] (an array, or rows of a pool)."""
     watch, parts = _watching(network.apply_fn, network.layers), []
     for start in range(0, len(images), BATCH):
         x = classifier.normalise(jnp.asarray(images[start : start + BATCH]))
@@ -28,10 +28,10 @@ def on_images(network: Folded, classifier: Classifier, images) -> list[Observati
 
 
 def on_statistics(network: Folded, classifier: Classifier, key: jax.Array) -> list[Observation]:
-    """The same without an image: a BatchNorm's input is drawn from the Gaussian that its statistics tell of.
+    """Returns an `Observation` per layer without images: BatchNorm inputs are drawn from Gaussians with its statistics.
 
-    What lies between (ReLUs, sums, poolings) runs as it is. Draws differ by image and channel, not by pixel, so that a mean
-    over space is as wide as in the worst case. Pixels are drawn evenly.
+    The operations between BatchNorms (ReLUs, sums, poolings) run unchanged. Draws differ by image and channel, but not by
+    pixel, so that a mean over space has the largest possible spread. Pixels are drawn uniformly.
     """
     watch, parts = _watching(network.apply_fn, network.layers), []
     statistics = network.statistics
@@ -44,12 +44,15 @@ def on_statistics(network: Folded, classifier: Classifier, key: jax.Array) -> li
 
 @functools.lru_cache(maxsize=8)
 def _watching(apply_fn: Callable, layers: tuple[Layer, ...]) -> Callable:
-    """The compiled function of a network to the [(low, high, sample, means)] of its layers' inputs."""
+    """Returns the compiled function that computes [(low, high, sample, means)] of the layers' inputs."""
     return jax.jit(functools.partial(_watched, apply_fn, layers))
 
 
 def _watched(apply_fn, layers, weights, ceilings, statistics, key, x):
-    """Results of layers that `statistics` know are drawn anew, by `key`."""
+    """Computes [(low, high, sample, means)] of the layers' inputs.
+
+    The results of layers in `statistics` are replaced by draws with `key`.
+    """
     seen = []
 
     def around(index, bind, operands):

@@ -1,22 +1,22 @@
-"""The range of a layer's inputs that so few values are spread over, from a sample of what it was fed with."""
+"""Range estimation for the inputs of a layer, from a sample of them."""
 
 import dataclasses
 
 import numpy as np
 
 METHODS = ('minmax', 'percentile', 'mse')
-PERCENT = 99.9  # of the magnitudes on either side of 0 that the range keeps
+PERCENT = 99.9  # percentage of the magnitudes on either side of 0 that the range keeps
 SHARES = np.linspace(0.02, 1.0, 99)
 
 
 @dataclasses.dataclass(frozen=True)
 class Observation:
-    """What a layer was fed with.
+    """The recorded inputs of a layer.
 
     Attributes:
       low, high: the extremes.
-      sample: float32 [n], values drawn evenly.
-      means: float32 [I], of each input channel.
+      sample: float32 [n], values drawn uniformly.
+      means: float32 [I], the mean of each input channel.
     """
 
     low: float
@@ -26,10 +26,11 @@ class Observation:
 
 
 def grid_of(seen: Observation, bits: int, method: str) -> tuple[float, float]:
-    """(step, zero) of the grid of 2^bits values for such inputs; see `rounding`.
+    """Returns (step, zero) of the grid of 2^bits values for the inputs of a layer; see `rounding`.
 
     Args:
-      method: 'minmax': all of them; 'percentile': without the outermost; 'mse': with the least squared error.
+      method: 'minmax': the full range; 'percentile': the range without outliers, see `PERCENT`; 'mse': the range with the
+        least squared error.
     """
     low, high = min(seen.low, 0.0), max(seen.high, 0.0)
     if method == 'percentile':

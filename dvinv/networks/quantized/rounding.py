@@ -1,25 +1,26 @@
-"""Numbers of few bits: rounding weights and activations, and a dense stream of bits for a file.
+"""Rounding of weights and activations to a few bits, and their storage as a dense stream of bits.
 
-Weights are symmetric, a step a channel: w = step q with |q| <= 2^(b-1) - 1. Activations are affine, a step a layer:
-x = step (q - zero) with 0 <= q <= 2^b - 1, so that 0 (padding, what a ReLU cuts off) is met exactly.
+Weights are symmetric, with one step per channel: w = step q with |q| <= 2^(b-1) - 1. Activations are affine, with one step
+per layer: x = step (q - zero) with 0 <= q <= 2^b - 1, so that 0 (padding, the negative side of a ReLU) is represented
+exactly.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Shares of the largest magnitude among which the step of least squared error is searched.
+# Fractions of the largest magnitude that are tried in the search for the step of least squared error.
 SHARES = np.linspace(0.3, 1.0, 36)
 
 
 def largest(bits: int) -> int:
-    """The largest magnitude of a weight of so many bits."""
+    """Returns the largest magnitude, in steps, of a weight of `bits` bits."""
     return 2 ** (bits - 1) - 1
 
 
 @jax.custom_jvp
 def rounded(x):
-    """To the nearest whole number; its gradient is passed on as it is (Bengio et al., arXiv 1308.3432)."""
+    """Rounds to the nearest integer, with a straight-through gradient (Bengio et al., arXiv 1308.3432)."""
     return jnp.round(x)
 
 
@@ -27,7 +28,7 @@ rounded.defjvp(lambda x, dx: (jnp.round(x[0]), dx[0]))
 
 
 def round_weights(weights, step, top):
-    """`weights` on the grid of `step` (broadcast), at most `top` steps from 0; as whole numbers of steps.
+    """Rounds `weights` to whole numbers of `step` (broadcast), of a magnitude of at most `top`.
 
     Differentiable in both; the gradient with respect to `step` is that of LSQ (Esser et al., arXiv 1902.08153, eq. 3).
     """
@@ -35,17 +36,17 @@ def round_weights(weights, step, top):
 
 
 def whole_weights(kernel: np.ndarray, step: np.ndarray, bits: int) -> np.ndarray:
-    """The same in NumPy, for good."""
+    """Computes the same as `round_weights` in NumPy, for `bits` bits and without a gradient."""
     return np.clip(np.rint(kernel / step), -largest(bits), largest(bits))
 
 
 def round_inputs(x, step, zero, top):
-    """Activations on a grid of `top` + 1 values, `zero` of them below 0; float, differentiable as `round_weights`."""
+    """Rounds activations to a grid of `top` + 1 values, `zero` of them below 0; float, differentiable as `round_weights`."""
     return (jnp.clip(rounded(x / step) + zero, 0, top) - zero) * step
 
 
 def weight_steps(kernel: np.ndarray, bits: int, contracted: tuple[int, ...]) -> np.ndarray:
-    """The step of each output channel, with the least squared error; float32, 1 along the `contracted` axes."""
+    """Returns the step of least squared error for each output channel; float32, of length 1 along the `contracted` axes."""
     top = largest(bits)
     magnitude = np.abs(kernel).max(contracted, keepdims=True)
     magnitude = np.where(magnitude > 0, magnitude, 1.0)
@@ -60,13 +61,13 @@ def weight_steps(kernel: np.ndarray, bits: int, contracted: tuple[int, ...]) -> 
 
 
 def packed(whole: np.ndarray, bits: int) -> np.ndarray:
-    """Whole numbers as a dense stream of so many bits each, uint8; two a byte at 4 bits."""
+    """Packs integers into a dense stream of `bits` bits each, uint8; two per byte at 4 bits."""
     unsigned = (whole.ravel().astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
     return np.packbits(np.unpackbits(unsigned[:, None], axis=1)[:, -bits:].ravel())
 
 
 def unpacked(stream, bits: int, shape):
-    """The whole numbers of such a stream, float32 of `shape`; also within a compiled function."""
+    """Unpacks the integers of such a stream, float32 of `shape`; also usable within a compiled function."""
     digits = (stream[:, None] >> np.arange(7, -1, -1, dtype=np.uint8)) & 1
     count = int(np.prod(shape))
     digits = digits.reshape(-1)[: count * bits].reshape(count, bits)
