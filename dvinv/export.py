@@ -13,10 +13,10 @@ FORMATS = {'folders': to_folders, 'tfds': to_tfds, 'npz': to_npz}
 
 
 def main(argv: list[str]) -> None:
-    """Export the pool.
+    """Exports a pool in the format that the arguments name.
 
     Raises:
-      DvinvError: there is no pool, or one that is damaged.
+      DvinvError: the pool is empty or damaged, or the disk is full.
     """
     parser = argparse.ArgumentParser(prog='python -m dvinv.export', description='Write a pool in a form that others read.')
     parser.add_argument('--pool', type=Path, required=True, help='the folder with shard-000000.npz and so on')

@@ -5,7 +5,7 @@ import signal
 import sys
 
 if __name__ == '__main__' and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until `cli`: Ctrl-C would end an import with a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until `cli`, so that Ctrl-C in an import prints no traceback
 
 import ast
 import contextlib
@@ -23,10 +23,10 @@ import dvinv
 from dvinv.errors import DvinvError, listed, say
 from dvinv.runtime import preemption
 
-# Where the config files of dvinv are: in an installed package, in a clone.
+# The folders with the config files of dvinv: in an installed package, and in a clone.
 CONFIGS = Path(__file__).parent / 'configs', Path(__file__).parents[1] / 'configs'
 
-# A module that teacher.factory names may define flags of these names too, as many a training script does: they give way.
+# A module that teacher.factory names may define flags with the same names, as many training scripts do; its flags override.
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'The config file, for instance configs/digits.py.', allow_override=True
 )
@@ -62,7 +62,7 @@ _PROCESS_ID = flags.DEFINE_integer('process_id', -1, 'With --coordinator: which 
 
 
 def main(_) -> None:
-    # Imported late, so that a mistyped flag is answered at once; what takes longest only after the banner.
+    # Imported late, so that a mistyped flag is reported at once; the slowest imports come after the banner.
     import jax
 
     from dvinv.config import TASKS, parse
@@ -71,9 +71,9 @@ def main(_) -> None:
     from dvinv.runtime.devices import set_cpu_devices
     from dvinv.runtime.processes import is_primary, joined
 
-    jax.config.update('jax_numpy_rank_promotion', 'allow')  # whatever the environment says, which is for other code
+    jax.config.update('jax_numpy_rank_promotion', 'allow')  # environment settings are meant for other code
     jax.config.update('jax_numpy_dtype_promotion', 'standard')
-    logging.set_verbosity(logging.FATAL)  # Orbax tells much of every checkpoint, and of a full disk with a traceback
+    logging.set_verbosity(logging.FATAL)  # Orbax logs every checkpoint, and tracebacks if the disk is full
     settings = parse(_CONFIG.value)
     set_cpu_devices(settings.devices)
     keep_compiled()
@@ -97,7 +97,7 @@ def main(_) -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """Parses the flags of a run, and refuses those that do not make one."""
+    """Parses the flags of a run, and raises a `DvinvError` for flags that do not define one."""
     rest = parse_flags(argv)
     if not (_WORKDIR.value or _PLAN.value):
         raise DvinvError('--workdir is missing: name the folder for all that the run writes.')
@@ -107,7 +107,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's flag parser, with a sentence for what it would answer with a traceback or not at all."""
+    """Parses flags with absl; raises a `DvinvError` where absl would print a traceback or nothing at all."""
     _find_config_file(argv)
     for argument in argv[1:]:
         if found := re.match(r'--?config\.[^=]*?\.(\d+)(?=[.=\[]|$)', argument):
@@ -117,7 +117,7 @@ def parse_flags(argv: list[str]) -> list[str]:
                 f'{argument[end:]}. In a shell that takes brackets for patterns, quote it.'
             )
     if not any(argument.lstrip('-').startswith(('help', '?')) for argument in argv[1:]):
-        # Now, as the config file, which the next line reads, takes a second or more to import what it needs.
+        # Printed now, because the config file, which is read next, takes a second or more for its imports.
         print(f'dvinv {dvinv.__version__} with JAX {version("jax")}', file=sys.stderr, flush=True)
     if {'--helpfull', '-helpfull'} & {*argv}:
         from dvinv.config.documentation import described
@@ -139,7 +139,7 @@ def parse_flags(argv: list[str]) -> list[str]:
             'start at 0.'
         ) from error
     except (flags.Error, OSError, SyntaxError, ValueError) as error:  # ml_collections raises ValueError for a bad path
-        # Of a config file that fails, absl's message holds a traceback; its last line says what was wrong.
+        # If a config file fails, absl's message contains a traceback; the last line is the error.
         reason = str(error).strip().splitlines()[-1]
         if 'field "stages" is None' in reason:
             raise DvinvError(
@@ -156,10 +156,10 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _unknown(error: Exception) -> str:
-    """Returns the sentence for a field that a flag or a config file names in vain, and for another error of the file.
+    """Returns the message for an unknown field in a flag or a config file, or for another error of the config file.
 
-    The message of ml_collections begins with the name, in quotes, where it was read, and with 'Key' where it was set; that
-    of a KeyError is quoted once more.
+    The message of ml_collections begins with the name in quotes if the field was read, and with 'Key' if it was set. The
+    message of a KeyError is quoted once more.
     """
     text, place = str(error.args[0]), _place(error)
     with contextlib.suppress(ValueError, SyntaxError):
@@ -175,20 +175,20 @@ def _unknown(error: Exception) -> str:
 
 
 def _nearest(name: str) -> str:
-    """Returns the end of a sentence that names the field of any group with a similar name, if there is one."""
+    """Returns the end of a sentence that names a field with a similar name, of any group; '' if there is none."""
     from dvinv.config import RENAMED
     from dvinv.config.documentation import fields
 
     for old, new in RENAMED.items():
         if name == old.split('.')[-1]:
             return f'; it is now called {new}'
-    paths = {field.path.split('.')[-1]: field.path for field in reversed(fields())}  # of several the first
+    paths = {field.path.split('.')[-1]: field.path for field in reversed(fields())}  # the first group wins
     close = difflib.get_close_matches(name, paths, 1, 0.6)
     return f'; did you mean config.{paths[close[0]]}?' if close else ''
 
 
 def _place(error: Exception) -> str:
-    """Returns the line of the user's file that an error comes from, as the start of a sentence; '' if from a flag."""
+    """Returns the start of a sentence that names the line of the user's file with the error; '' if a flag caused it."""
     libraries = tuple(str(Path(source.__file__).parent) for source in (dvinv, flags, ml_collections))
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if not frame.filename.startswith((*libraries, '<')) and frame.line:
@@ -197,12 +197,13 @@ def _place(error: Exception) -> str:
 
 
 def _find_config_file(argv: list[str]) -> None:
-    """Finds the config file that `argv` names, in the working folder or among those of dvinv.
+    """Finds the config file that `argv` names, in the working folder or among the config files of dvinv.
 
-    A file of dvinv is put into `argv` by its whole path: an installed dvinv runs `--config configs/digits.py` anywhere.
+    The path of a config file of dvinv is replaced in `argv` by its full path, so that an installed dvinv can run
+    `--config configs/digits.py` from any folder.
 
     Raises:
-      DvinvError: it is not there, or it is not one; names those that are.
+      DvinvError: the file does not exist or is no config file; the message lists the files that there are.
     """
     for index in range(1, len(argv)):
         name, given, value = argv[index].partition('=')
@@ -228,7 +229,7 @@ def _find_config_file(argv: list[str]) -> None:
 
 
 def cli() -> None:
-    """Run, and answer a user's mistake with one sentence and the exit status 1."""
+    """Runs the program; a user's mistake is reported in one sentence, with exit status 1."""
     preemption.install(grace=0)
     try:
         app.run(main, flags_parser=_parse)

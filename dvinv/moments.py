@@ -1,8 +1,8 @@
 """python -m dvinv.moments --config configs/FILE.py --out moments.safetensors [--images 100] [--layers LayerNorm,Block*]
 
-Records the moments of a network's layers from its training images, for networks without BatchNorm: run it where the images
-are, and invert the network anywhere with --config.teacher.moments=moments.safetensors. The file holds no image. The network
-is that of teacher.weights or teacher.factory, or one that a run has trained in --workdir.
+Records the moments of a network's layers on its training images, for networks without BatchNorm. Run it where the images
+are, and invert the network anywhere with --config.teacher.moments=moments.safetensors. The file contains no image. The
+network is that of teacher.weights or teacher.factory, or one that a run has trained in --workdir.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ _LAYERS = flags.DEFINE_list(
 
 
 def _parse(argv: list[str]) -> list[str]:
-    rest = program.parse_flags(argv)  # which defines --config and --workdir
+    rest = program.parse_flags(argv)  # that module defines --config and --workdir
     if not _OUT.value:
         raise DvinvError('--out is missing: name the file for the moments, moments.safetensors for instance.')
     if not Path(_OUT.value).absolute().parent.is_dir():
@@ -36,21 +36,25 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def main(_) -> None:
-    """Records the moments that the flags ask for, and says what was recorded."""
+    """Records the moments that the flags ask for, and prints a summary."""
     logging.set_verbosity(logging.FATAL)
     print(record(flags.FLAGS.config, flags.FLAGS.workdir, _OUT.value, _IMAGES.value, _LAYERS.value))
 
 
 def record(config, workdir: str | None, out: str, images: int = 100, layers=()) -> str:
-    """Records moments of the teacher of a config into the file `out`; returns a sentence that says of what.
+    """Records moments of the teacher of a config to the file `out`; returns a sentence that summarises them.
 
     Args:
-      workdir: the path of the run that has trained the teacher, where the config names no weights.
+      config: the config.
+      workdir: the path of the run that has trained the teacher, if the config names no weights.
+      out: the path of the file to write.
+      images: the number of training images to record from.
+      layers: paths or classes of layers, as for the flag --layers; empty for the default.
 
     Raises:
       DvinvError: there is no teacher, or there are no training images, or see `record_moments`.
     """
-    from dvinv.config import parse  # late, so that a mistyped flag is answered at once
+    from dvinv.config import parse  # imported late, so that a mistyped flag is reported at once
     from dvinv.pipeline.run import Run
     from dvinv.teacher import task as teacher
 

@@ -1,1 +1,1 @@
-"""Real data in; the image pool in and out."""
+"""Readers of real data, and reading, writing and export of the image pool."""

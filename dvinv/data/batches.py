@@ -1,4 +1,4 @@
-"""Where the batches of a training come from: images that lie on the devices, or batches that are read ahead on the host."""
+"""The sources of training batches: images that reside on the devices, or batches that the host reads ahead."""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,13 +11,13 @@ from jax.sharding import PartitionSpec as P
 
 from dvinv.runtime.devices import AXIS, place, platform_of
 
-RESIDENT_SHARE = 0.25  # of the free memory of a device: what images may take of it, so that most is left for the training
+RESIDENT_SHARE = 0.25  # fraction of a device's free memory that images may take, so that most remains for the training
 
 
 def fits_on_devices(mesh: Mesh, size: int) -> bool:
-    """Returns whether `size` bytes of images should lie on every device of `mesh`.
+    """Returns whether `size` bytes of images should be kept on every device of `mesh`.
 
-    Never on CPU, where host and device share their memory, nor on a backend that does not report its memory.
+    The answer is False on CPU, where host and device share their memory, and on a backend that does not report its memory.
     """
     if platform_of(mesh) == 'cpu':
         return False
@@ -29,10 +29,10 @@ def fits_on_devices(mesh: Mesh, size: int) -> bool:
 
 
 class ResidentBatches:
-    """Batches of images that lie on every device of a mesh; a batch is gathered there, by the numbers of its images.
+    """Batches of images that reside on every device of a mesh; a batch is gathered there by row numbers.
 
     Attributes:
-      arrays: (images uint8 [N, H, W, C], labels int32 [N]) on the devices; zeros where an image has not come yet.
+      arrays: (images uint8 [N, H, W, C], labels int32 [N]) on the devices; rows of images not loaded yet are zeros.
     """
 
     def __init__(self, mesh: Mesh, count: int, image_shape):
@@ -48,15 +48,15 @@ class ResidentBatches:
 
     @staticmethod
     def pick(arrays, chosen):
-        """Returns (images, labels) of the rows `chosen`, int32 [B]; for use inside a compiled program."""
+        """Returns (images, labels) of the row numbers `chosen`, int32 [B]; for use inside a compiled program."""
         images, labels = arrays
         return images[chosen], labels[chosen]
 
     def load(self, images, labels) -> None:
-        """Copies the images that were not there at the last call; those beyond the reserved number are left out.
+        """Copies the images that were added since the last call to the devices; ignores those beyond the reserved number.
 
         Args:
-          images, labels: all so far, in order; arrays, or what is indexed by row numbers like arrays.
+          images, labels: all images so far and their labels, in order; arrays, or objects indexed by rows like arrays.
         """
         rows = np.arange(self._loaded, min(len(images), len(self.arrays[1])))
         if len(rows):
@@ -64,16 +64,16 @@ class ResidentBatches:
             self._loaded += len(rows)
 
     def each(self, dispatches: Iterable[np.ndarray]) -> Iterator[jax.Array]:
-        """Yields the row numbers, int32 [n, B] or [B], of every dispatch, on the devices."""
+        """Yields the row numbers of every dispatch, int32 [n, B] or [B], on the devices."""
         for rows in dispatches:
             yield place(rows, NamedSharding(self._mesh, _split_batch(rows.ndim - 1)))
 
 
 class HostBatches:
-    """Batches that the host reads, from memory or disk, while the devices train on those before.
+    """Batches that the host reads from memory or disk, while the devices train on the previous ones.
 
     Attributes:
-      arrays: nothing, unlike `ResidentBatches`: all that a program needs is in a batch.
+      arrays: an empty tuple, unlike in `ResidentBatches`: a batch holds everything that a program needs.
     """
 
     arrays = ()
@@ -83,15 +83,15 @@ class HostBatches:
 
     @staticmethod
     def pick(arrays, chosen):
-        """Returns `chosen`, which is (images, labels) already."""
+        """Returns `chosen`, which already is (images, labels)."""
         return chosen
 
     def load(self, images, labels) -> None:
-        """Takes the arrays, or what is indexed by rows like arrays, that all batches from now on are read from."""
+        """Sets the arrays, or objects indexed by rows like arrays, from which all following batches are read."""
         self._images, self._labels = images, labels
 
     def each(self, dispatches: Iterable[np.ndarray]) -> Iterator[tuple]:
-        """Yields (images [n, B, H, W, C] or [B, H, W, C], labels) of every dispatch, and reads the next one meanwhile."""
+        """Yields (images [n, B, H, W, C] or [B, H, W, C], labels) of every dispatch, and reads the next one ahead."""
         with ThreadPoolExecutor(1, 'dvinv-batches') as reader:
             ahead = None
             for rows in dispatches:
@@ -103,7 +103,7 @@ class HostBatches:
                 yield ahead.result()
 
     def _read(self, rows: np.ndarray) -> tuple:
-        """The part of the batches that lies on devices of this process, as an array over all of them."""
+        """Reads the part of the batches that belongs to devices of this process; returns arrays over all devices."""
         sharding = NamedSharding(self._mesh, _split_batch(rows.ndim - 1))
         own = rows[..., _own_part(sharding, rows.shape)]
         flat = own.ravel()
@@ -115,12 +115,12 @@ class HostBatches:
 
 
 def _split_batch(axis: int) -> P:
-    """Returns the spec that splits the axis of the images of a batch over the mesh."""
+    """Returns the spec that splits axis number `axis`, the images of a batch, over the mesh."""
     return P(*[None] * axis, AXIS)
 
 
 def _own_part(sharding: NamedSharding, shape: tuple[int, ...]) -> slice:
-    """Returns which images of a batch, the last axis of `shape`, lie on devices of this process: neighbours."""
+    """Returns the slice of the last axis of `shape`, the images of a batch, that is on devices of this process."""
     parts = [index[-1].indices(shape[-1]) for index in sharding.addressable_devices_indices_map(shape).values()]
     return slice(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))
 

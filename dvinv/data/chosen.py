@@ -1,17 +1,17 @@
-"""Some of the rows of an array, none of which is copied: it may lie on disk."""
+"""A view of chosen rows of an array, without a copy: the array may be on disk."""
 
 import numpy as np
 
 
 class Chosen:
-    """Looks like `array[numbers]` to whoever asks for rows by number.
+    """An object that behaves like `array[numbers]` when it is indexed by rows.
 
     Attributes:
-      shape, dtype, ndim: of what was chosen.
+      shape, dtype, ndim: those of the chosen rows.
     """
 
     def __init__(self, array, numbers: np.ndarray):
-        """Rows of an array or of what is indexed like one, by their numbers, int [n]."""
+        """Takes an array, or an object indexed like one, and the numbers of the chosen rows, int [n]."""
         self._array, self._numbers = array, numbers
         self.shape, self.dtype, self.ndim = (len(numbers), *array.shape[1:]), array.dtype, len(array.shape)
 
@@ -19,5 +19,5 @@ class Chosen:
         return self.shape[0]
 
     def __getitem__(self, index) -> np.ndarray:
-        """Rows by number, slice, or array of numbers or booleans, a copy."""
+        """Returns a copy of rows, by number, slice, or array of numbers or booleans."""
         return self._array[self._numbers[index]]

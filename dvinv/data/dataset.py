@@ -1,4 +1,4 @@
-"""What a data set is: images with labels in two parts."""
+"""The types of a data set: images with labels, in a training and a test split."""
 
 import dataclasses
 
@@ -15,20 +15,23 @@ class Split:
     labels: np.ndarray
 
     def of_classes(self, classes: tuple[int, ...]) -> 'Split':
-        """The images of these classes alone, in their old order; labels are positions in `classes`."""
+        """Returns only the images of these classes, in their old order; labels become positions in `classes`."""
         chosen = self.labels[:, None] == np.asarray(classes)
         kept = chosen.any(1)
         return Split(self.images[kept], chosen[kept].argmax(1).astype(np.int32))
 
     def divided(self, held_out: int | float) -> tuple['Split', 'Split']:
-        """Two parts with the same share of every class; `held_out`: the second's number of images, or its share.
+        """Returns two parts with the same share of every class.
 
-        Seed 0, whatever the run's seed: the test images are always the same.
+        The seed is 0 regardless of the seed of the run, so that the test images are always the same.
+
+        Args:
+          held_out: the number of images in the second part (int), or its fraction of all images (float).
 
         Raises:
-          DvinvError: too few images to have every class in both parts.
+          DvinvError: there are too few images to have every class in both parts.
         """
-        from sklearn.model_selection import train_test_split  # late: it takes a second
+        from sklearn.model_selection import train_test_split  # imported late, because it takes a second
 
         try:
             parts = train_test_split(np.arange(len(self.labels)), test_size=held_out, stratify=self.labels, random_state=0)
@@ -43,12 +46,15 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class RealData:
-    """A data set: what may be trained on (None: nothing), and what is only scored.
+    """A data set with a split to train on and a split that is only scored.
 
     Attributes:
-      by_position: the labels are positions among names that do not tell the classes of a network, so a network that fits
-        has exactly `num_classes`.
-      class_names: of all classes in the order of their labels, for people; (): none are known.
+      train: the split to train on; None if there is none.
+      test: the split to score on.
+      num_classes: the number of classes.
+      by_position: whether the labels are positions among names that do not identify the classes of a network; a network that
+        fits the data set then has exactly `num_classes` classes.
+      class_names: the names of all classes in the order of their labels, for display; () if unknown.
     """
 
     train: Split | None
@@ -59,7 +65,7 @@ class RealData:
 
     @property
     def classes_without_images(self) -> tuple[list[int], int]:
-        """(The first classes without an image to train on, at most 12; how many there are.)"""
+        """(The first classes without a training image, at most 12; the number of all such classes.)"""
         present = np.unique(self.train.labels)
         return np.setdiff1d(np.arange(min(self.num_classes, len(present) + 12)), present).tolist(), (
             self.num_classes - len(present)
@@ -67,5 +73,5 @@ class RealData:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """H, W, C."""
+        """The shape (H, W, C) of an image."""
         return self.test.images.shape[1:]

@@ -1,4 +1,4 @@
-"""The digits inside scikit-learn: real data that needs no file."""
+"""The digits that are part of scikit-learn: real data that needs no file."""
 
 import numpy as np
 
@@ -8,8 +8,8 @@ from dvinv.data.pictures import resize
 
 
 def read(source: DataSettings) -> RealData:
-    """The 1,797 scanned digits, 8x8 grey (or enlarged): 1,437 to train on, 360 for the test, stratified."""
-    from sklearn.datasets import load_digits  # late: it takes a second, which a run without it is spared
+    """Returns the 1,797 scanned digits, 8x8 grey (or enlarged): 1,437 training and 360 test images, stratified."""
+    from sklearn.datasets import load_digits  # imported late, because it takes a second and other runs do not need it
 
     bunch = load_digits()
     pixels = np.rint(bunch.images[..., None] * (255 / 16)).astype(np.uint8)  # 17 grey levels, 0 to 16

@@ -1,4 +1,4 @@
-"""An image pool as other programs read it: PNG pictures in class folders, a data set of TensorFlow Datasets, or an .npz."""
+"""Export of an image pool for other programs: PNG pictures in class folders, a TensorFlow Datasets data set, or an .npz."""
 
 import io
 import os
@@ -18,9 +18,10 @@ from dvinv.runtime.progress import Progress
 
 
 def to_folders(pool: ImagePool, folder: Path) -> None:
-    """`folder/CLASS/BATCH-NUMBER.png`; pictures that are there already are left alone, so a killed export goes on.
+    """Writes every image to `folder/CLASS/BATCH-NUMBER.png`.
 
-    Of other numbers of channels than 1 and 3 a picture has what `visible` shows, which is said on the terminal.
+    Existing pictures are not written again, so that a killed export resumes. If images do not have 1 or 3 channels, a
+    picture has the channels that `visible` selects, and a message on the terminal says so.
 
     Raises:
       DvinvError: the pool is empty, a shard is damaged, or the disk is full.
@@ -36,19 +37,21 @@ def to_folders(pool: ImagePool, folder: Path) -> None:
 
 
 def to_tfds(pool: ImagePool, folder: Path) -> None:
-    """A prepared data set, with the split `train` and the features `image` and `label`, in `folder/synthesized/1.0.0`.
+    """Writes a prepared data set for TensorFlow Datasets to `folder/synthesized/1.0.0`.
 
-    `tfds.builder_from_directory(that).as_data_source('train')` reads it, without TensorFlow. One that is there is kept.
+    It has the split `train` and the features `image` and `label`. It can be read without TensorFlow, by
+    `tfds.builder_from_directory(path).as_data_source('train')`. An existing data set is kept.
 
     Raises:
-      DvinvError: as `to_folders`; or one is there that has not as many images as the pool, which has grown since.
+      DvinvError: as for `to_folders`, or the existing data set has another number of images than the pool, which has grown
+        since.
     """
-    import tensorflow_datasets as tfds  # takes a second, and nothing else here needs it
+    import tensorflow_datasets as tfds  # imported late, because it takes a second and nothing else here needs it
 
     (count, *shape), classes = pool.rows('images').shape, pool.num_classes
     pictures = shape[-1] in (1, 3)
 
-    with tfds.core.registered.skip_registration():  # it is nobody else's business, and there may be several
+    with tfds.core.registered.skip_registration():  # the builder is local to this call, and there may be several
 
         class Synthesized(tfds.core.GeneratorBasedBuilder):
             """Images that were synthesized from a trained network."""
@@ -68,7 +71,7 @@ def to_tfds(pool: ImagePool, folder: Path) -> None:
                 return {'train': self._generate_examples()}
 
             def _generate_examples(self):
-                # Encoded here: TensorFlow Datasets itself encodes arrays with TensorFlow.
+                # Images are encoded here, because TensorFlow Datasets would encode arrays with TensorFlow.
                 for name, pixels, label in _pictures(pool, 'tfds'):
                     yield name, {'image': _png(pixels) if pictures else pixels, 'label': label}
 
@@ -85,9 +88,9 @@ def to_npz(pool: ImagePool, folder: Path) -> None:
     """Writes `folder/images.npz` with images uint8 [N, H, W, C] and labels int32 [N], which the data set 'npz' reads.
 
     Raises:
-      DvinvError: as `to_folders`.
+      DvinvError: as for `to_folders`.
     """
-    numbers, (_, *shape) = pool.finished(), pool.rows('images').shape  # batches that come later are left out
+    numbers, (_, *shape) = pool.finished(), pool.rows('images').shape  # batches that are added later are left out
     count, labels, path = sum(pool.notes(number)['images'] for number in numbers), [], folder / 'images.npz'
     with disk_full_told(path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -105,14 +108,14 @@ def to_npz(pool: ImagePool, folder: Path) -> None:
 
 
 def _pictures(pool: ImagePool, what: str) -> Iterator[tuple[str, np.ndarray, int]]:
-    """(name, pixels uint8 [H, W, C], label) of every image, one shard in memory at a time."""
+    """Yields (name, pixels uint8 [H, W, C], label) of every image, with one shard in memory at a time."""
     for number, shard in _shards(pool, pool.numbers(), what):
         for row, (pixels, label) in enumerate(zip(shard['images'], shard['labels'], strict=True)):
             yield f'{number:06d}-{row:04d}', pixels, int(label)
 
 
 def _shards(pool: ImagePool, numbers: list[int], what: str) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """(number, arrays) of each of these shards, with progress."""
+    """Yields (number, arrays) of each of these shards, and displays progress."""
     with Progress(f'export: {what}', len(numbers), 'batches') as progress:
         for done, number in enumerate(numbers, 1):
             yield number, pool.read(number)

@@ -1,8 +1,8 @@
-"""Images in folders: one sub-folder a class, named after it, with PNG, JPEG, WebP or BMP files directly inside.
+"""Images in folders: one sub-folder per class, named after it, with PNG, JPEG, WebP or BMP files directly inside.
 
-The label of a class is its position in `data.class_names`. Without these, folders named by whole numbers (7, 07) have these
-numbers for labels; other names are counted from 0 in the order of the text, with the numbers in it by their size (class_2,
-class_10; 2_dog, 10_ship).
+The label of a class is its position in `data.class_names`. Without class names, folders that are all named by whole numbers
+(7, 07) have these numbers as labels. Otherwise labels count the names from 0 in alphabetical order, where numbers within
+names are ordered by value (class_2 before class_10; 2_dog before 10_ship).
 """
 
 import re
@@ -20,10 +20,10 @@ SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
 
 
 def read(source: DataSettings) -> RealData:
-    """Reads the folders `source.path` and `source.train_path` (if any) in RGB, with labels by `labels_of`.
+    """Reads the folders `source.path` and `source.train_path` (if given) in RGB, with the labels of `labels_of`.
 
     Raises:
-      DvinvError: a folder or a class is missing or empty, its name tells no label, or a file cannot be decoded.
+      DvinvError: a folder or a class is missing or empty, a name has no label, or a file cannot be decoded.
     """
     test = _files(source.path)
     train = _files(source.train_path) if source.train_path else None
@@ -41,14 +41,16 @@ def read(source: DataSettings) -> RealData:
 
 
 def labels_of(names: list[str], class_names: tuple[str, ...], path: str) -> tuple[dict[str, int], bool]:
-    """Returns ({name of a folder: its label}, whether these are positions among the names alone).
+    """Returns ({name of a folder: its label}, whether the labels are only positions among these names).
 
     Args:
-      class_names: in the order of the labels; (): the names themselves tell, see above.
-      path: of the folder that has them, for sentences.
+      names: the names of the folders.
+      class_names: the names of all classes in the order of the labels; () to derive labels from the names, as described at
+        the top of this module.
+      path: the path of the folder that holds them, for error messages.
 
     Raises:
-      DvinvError: two names have one label, or a name is not among `class_names`.
+      DvinvError: two names have the same label, or a name is not among `class_names`.
     """
     if class_names:
         labels = {name: label for label, name in enumerate(class_names)}
@@ -58,7 +60,7 @@ def labels_of(names: list[str], class_names: tuple[str, ...], path: str) -> tupl
                 'folders of all classes, in the order of their labels.'
             )
         return {name: labels[name] for name in names}, False
-    if all(name.isascii() and name.isdecimal() and len(name) < 10 for name in names):  # longer ones are no counts
+    if all(name.isascii() and name.isdecimal() and len(name) < 10 for name in names):  # longer numbers are not labels
         labels = {name: int(name) for name in names}
         label, count = Counter(labels.values()).most_common(1)[0]
         if count > 1:
@@ -69,12 +71,12 @@ def labels_of(names: list[str], class_names: tuple[str, ...], path: str) -> tupl
 
 
 def _in_order(name: str) -> list[tuple[str, int]]:
-    """Returns ('class_', 0), ('', 10) of 'class_10'."""
+    """Returns the sort key of a name, for instance [('class_', 0), ('', 10), ('', 0)] for 'class_10'."""
     return [('', int(part)) if part.isdecimal() else (part, 0) for part in re.split('([0-9]+)', name)]
 
 
 def _files(path: str) -> dict[str, list[Path]]:
-    """The image files of each class; hidden folders and files of other kinds are passed over."""
+    """Returns the image files of each class; ignores hidden folders and files of other types."""
     if not Path(path).is_dir():
         raise DvinvError(f'The data folder {path} is not there.')
     folders = sorted(entry for entry in Path(path).iterdir() if entry.is_dir() and not entry.name.startswith('.'))

@@ -1,17 +1,17 @@
-"""Two sets of images one after the other, neither of which is copied: one may lie on disk."""
+"""A concatenation of two sets of images, without a copy: either may be on disk."""
 
 import numpy as np
 
 
 class Joined:
-    """Looks like an array [N + M, ...] to whoever asks for rows by number: `first` [N, ...], then `second` [M, ...].
+    """An object that behaves like the array [N + M, ...] of `first` [N, ...] and `second` [M, ...] when indexed by rows.
 
     Attributes:
-      shape, dtype: of the whole.
+      shape, dtype: those of the concatenation.
     """
 
     def __init__(self, first, second):
-        """Arrays, `Rows` or joined ones, of one shape but for their lengths."""
+        """Takes two arrays, `Rows` or `Joined`, which may differ in shape only in their lengths."""
         self._first, self._second = first, second
         self.shape, self.dtype = (len(first) + len(second), *first.shape[1:]), first.dtype
 
@@ -19,7 +19,7 @@ class Joined:
         return self.shape[0]
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        """The rows of these numbers, a copy."""
+        """Returns a copy of the rows with these numbers."""
         behind = rows >= len(self._first)
         found = np.empty((len(rows), *self.shape[1:]), self.dtype)
         found[~behind] = self._first[rows[~behind]]

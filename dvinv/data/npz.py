@@ -7,10 +7,10 @@ or
 
     jpeg            uint8: the bytes of all JPEG files, one after the other
     offsets         integers [N + 1]: file i is jpeg[offsets[i]:offsets[i + 1]]
-    header          optional: bytes that every file begins with
+    header          optional: bytes with which every file begins
     labels (or y)   as above
 
-and in both, optionally, class_names: strings [K]. Other arrays may be there, and are not looked at.
+and in both, optionally, class_names: strings [K]. Other arrays in the file are ignored.
 """
 
 from itertools import pairwise
@@ -25,7 +25,7 @@ from dvinv.errors import DvinvError, say_once
 
 LAYOUTS = ({'images', 'labels'}, {'jpeg', 'offsets', 'labels'})
 ALIASES = {'x': 'images', 'y': 'labels'}
-# array -> its type, how many dimensions it may have, and both in words
+# array -> (its types, its possible numbers of dimensions, a description of both)
 ARRAYS = {
     'images': ((np.number, np.bool_), (3, 4), 'numbers [N, H, W], [N, H, W, C] or [N, C, H, W]'),
     'labels': ((np.number, np.bool_), (1, 2), 'whole numbers [N], or one-hot [N, K]'),
@@ -34,16 +34,19 @@ ARRAYS = {
     'header': ((np.uint8,), (1,), 'uint8 [bytes]'),
     'class_names': ((np.str_,), (1,), 'strings [K]'),
 }
-EDGE = 1e-3  # share of the range, by which float pixels may lie outside of it
-DARK = 32  # uint8 images are said to be dark where no pixel is as bright
-FEW_CHANNELS = 4  # up to so many are taken for channels where they stand in front of a larger height and width
+EDGE = 1e-3  # fraction of the range by which float pixels may exceed it
+DARK = 32  # a warning is printed if no pixel of uint8 images is as bright as this
+FEW_CHANNELS = 4  # an axis of at most this length is taken for channels if it precedes a larger height and width
 
 
 def read(source: DataSettings) -> RealData:
-    """The files `source.path` and `source.train_path` (if any); as many classes as they name, or as the highest label tells.
+    """Reads the files `source.path` and `source.train_path` (if given).
+
+    The number of classes is that of the class names, or else follows from the highest label or the one-hot labels.
 
     Raises:
-      DvinvError: a file is missing or damaged, its arrays are not those above, or the two name different classes.
+      DvinvError: a file is missing or damaged, its arrays are not as described at the top of this module, or the two files
+        name different classes.
     """
     test, names, classes = _read(source.path, source.image_size)
     train, train_names, more = _read(source.train_path, source.image_size) if source.train_path else (None, names, 0)
@@ -61,7 +64,7 @@ def read(source: DataSettings) -> RealData:
 
 
 def _read(path: str, image_size: int) -> tuple[Split, list[str], int]:
-    """The images of one file, its class names, and how many classes one-hot labels tell of (0: they are numbers)."""
+    """Returns the images of one file, its class names, and the number of classes of one-hot labels (0 for other labels)."""
     arrays = _arrays(path)
     labels, classes = _as_labels(arrays['labels'], path)
     count = len(arrays['images']) if 'images' in arrays else len(arrays['offsets']) - 1
@@ -81,16 +84,17 @@ def _read(path: str, image_size: int) -> tuple[Split, list[str], int]:
 def as_pixels(images: np.ndarray, path: str) -> np.ndarray:
     """Returns images as uint8 [N, H, W, C].
 
-    Numbers of another type are shares of white where none is above 1 (but for integers, which tell no scale), and levels
-    from 0 to 255, to be rounded, where the largest is above 127: a set of images without a brighter pixel is unlikely. What
-    interpolation adds at either end, a thousandth of the range, is cut.
+    Values of types other than uint8 and bool are taken as fractions of white if none is above 1 (floating-point types only,
+    because integers do not show their scale). They are taken as levels from 0 to 255, and rounded, if the largest is above
+    127: images without a brighter pixel are unlikely. Values that exceed either end of the range by at most a thousandth of
+    it, as after interpolation, are clipped.
 
     Args:
-      images: [N, H, W, C], [N, H, W], or [N, C, H, W] of at most `FEW_CHANNELS` channels.
-      path: of their file, for sentences.
+      images: [N, H, W, C], [N, H, W], or [N, C, H, W] with at most `FEW_CHANNELS` channels.
+      path: the path of their file, for messages.
 
     Raises:
-      DvinvError: the numbers could be of another scale, or are no pixels.
+      DvinvError: the scale of the values is unknown, or they are not pixels.
     """
     if images.ndim == 3:
         images = images[..., None]
@@ -115,12 +119,12 @@ def as_pixels(images: np.ndarray, path: str) -> np.ndarray:
             f'The images of {path} are {images.dtype} from {lowest:g} to {highest:g}, which tells no scale; save them as '
             'uint8 from 0 (black) to 255 (white).'
         )
-    # One by one, for the memory.
+    # Images are converted one by one to save memory.
     return np.stack([np.rint(image * np.float64(scale)).clip(0, 255).astype(np.uint8) for image in images])
 
 
 def _as_labels(labels: np.ndarray, path: str) -> tuple[np.ndarray, int]:
-    """Returns integers [N], and the number of classes where the labels are one-hot [N, K], else 0."""
+    """Returns integer labels [N], and the number of classes if the labels are one-hot [N, K], otherwise 0."""
     classes = 0
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
@@ -142,7 +146,7 @@ def _as_labels(labels: np.ndarray, path: str) -> tuple[np.ndarray, int]:
 
 
 def _files(arrays: dict[str, np.ndarray], path: str) -> dict[str, bytes]:
-    """The JPEG files by a name for sentences."""
+    """Returns {a name for messages: the bytes of a JPEG file}."""
     offsets, jpeg = arrays['offsets'].astype(np.int64), arrays['jpeg'].tobytes()
     header = arrays['header'].tobytes() if 'header' in arrays else b''
     if offsets[0] < 0 or offsets[-1] > len(jpeg) or (np.diff(offsets) < 0).any():
@@ -151,14 +155,14 @@ def _files(arrays: dict[str, np.ndarray], path: str) -> dict[str, bytes]:
 
 
 def _arrays(path: str) -> dict[str, np.ndarray]:
-    """The arrays of a file that are among `ARRAYS`."""
+    """Returns the arrays of a file that are among `ARRAYS`."""
     if not Path(path).is_file():
         raise DvinvError(f'The data file {path} is not there.')
     try:
         with open(path, 'rb') as raw, np.load(raw, allow_pickle=False) as file:
             here = {ALIASES.get(name, name): name for name in file.files}
             arrays = {name: file[here[name]] for name in ARRAYS if name in here}
-    except Exception as error:  # a damaged file makes NumPy, zipfile and zlib raise anything
+    except Exception as error:  # NumPy, zipfile and zlib raise many types of errors for a damaged file
         raise DvinvError(
             f'The data file {path} cannot be read ({error}): it is damaged, no .npz archive, or holds Python objects, which '
             'dvinv does not unpickle.'

@@ -1,4 +1,4 @@
-"""Image files into arrays: decoded, made square on request, stacked."""
+"""Conversion of image files to arrays: decodes pictures, crops them to squares on request, and stacks them."""
 
 import contextlib
 import io
@@ -13,15 +13,15 @@ FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP')
 
 
 def decode(files: dict[str, bytes | Path], image_size: int = 0, mode: str = '') -> np.ndarray:
-    """Image files as uint8 [N, H, W, C].
+    """Returns image files decoded as uint8 [N, H, W, C].
 
     Args:
-      files: at least one; the names are for sentences.
-      image_size: as in `square`; 0: as they are, and all of one size.
-      mode: 'RGB' or 'L'; '': L (C = 1) where every picture is grey, else RGB.
+      files: {a name for messages: the bytes or the path of a file}, at least one.
+      image_size: the size as in `square`; 0 to keep the size of the files, which must all be the same.
+      mode: 'RGB' or 'L'; '' for L (C = 1) if every picture is grey, otherwise RGB.
 
     Raises:
-      DvinvError: a file is damaged, of another format or deeper than 8 bits, or the sizes differ.
+      DvinvError: a file is damaged, has another format or more than 8 bits per channel, or the sizes differ.
     """
     mode = mode or ('L' if all(_mode(*item) == 'L' for item in files.items()) else 'RGB')
     images, first = None, next(iter(files))
@@ -41,18 +41,18 @@ def decode(files: dict[str, bytes | Path], image_size: int = 0, mode: str = '') 
 
 
 def resize(images: np.ndarray, image_size: int) -> np.ndarray:
-    """uint8 [N, H, W, C] made square as in `square`; as they are for 0."""
+    """Returns images, uint8 [N, H, W, C], made square as in `square`; unchanged if `image_size` is 0."""
     if not image_size or images.shape[1:3] == (image_size, image_size):
         return images
     resized = np.empty((len(images), image_size, image_size, images.shape[3]), np.uint8)
     for i, image in enumerate(images):
-        for channel in range(images.shape[3]):  # one by one: Pillow knows few numbers of channels
+        for channel in range(images.shape[3]):  # channel by channel, since Pillow supports few numbers of channels
             resized[i, ..., channel] = square(Image.fromarray(image[..., channel]), image_size)
     return resized
 
 
 def square(picture: Image.Image, size: int) -> Image.Image:
-    """The centre square of a picture whose shorter side is resized to `size`, antialiased."""
+    """Returns the centre square of a picture, after its shorter side is resized to `size` with antialiasing."""
     width, height = (round(side * size / min(picture.size)) for side in picture.size)
     left, top = (width - size) // 2, (height - size) // 2
     return picture.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
@@ -65,7 +65,7 @@ def _mode(name: str, file: bytes | Path) -> str:
 
 def _decode(name: str, file: bytes | Path, mode: str) -> Image.Image:
     with _opened(name, file) as picture:
-        if picture.mode[0] in 'IF':  # Pillow would clip these, not scale them
+        if picture.mode[0] in 'IF':  # Pillow would clip these modes instead of scaling them
             raise DvinvError(f'{name} has more than 8 bits a channel; convert it to 8 bits.')
         return picture.convert(mode)
 
@@ -77,7 +77,7 @@ def _opened(name: str, file: bytes | Path):
             yield picture
     except DvinvError:
         raise
-    except Exception as error:  # a damaged file makes Pillow raise anything
+    except Exception as error:  # Pillow raises many types of errors for a damaged file
         raise DvinvError(
             f'{name} cannot be decoded ({type(error).__name__}): it is damaged, or no {", ".join(FORMATS)} file; replace or '
             'remove it.'

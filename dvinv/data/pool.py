@@ -1,12 +1,12 @@
-"""The image pool: synthesized images on disk, one numbered batch a shard.
+"""The image pool: synthesized images on disk, one shard per numbered batch.
 
     shard-000003.npz   images uint8 [B, H, W, C], labels int32 [B], logits float32 [B, K] of the stored pixels
-    shard-000003.json  sha256 of the npz, the teacher's digest, what the synthesizer noted (curves of the loss terms
-                       among it), and a sha256 of all that
-    quarantine/        shards that were found damaged, for whoever wants to know why
+    shard-000003.json  the sidecar: sha256 of the npz, the teacher's digest, the entries of the synthesizer (including curves
+                       of the loss terms), and a sha256 of all these
+    quarantine/        damaged shards, kept for inspection
 
-The sidecar is written last: a shard without one does not exist. Readable with nothing but numpy, also while it grows.
-Shards are not compressed (noise hardly can be), so that single images can be read from a pool of any size.
+The sidecar is written last: a shard without a sidecar does not exist. A pool can be read with numpy alone, also while it
+grows. Shards are not compressed (noise hardly compresses), so that single images can be read from a pool of any size.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ from dvinv.errors import DvinvError
 from dvinv.runtime import preemption
 from dvinv.runtime.files import sha256_of, state_of, write_atomic
 
-_sound = set()  # (path, `state_of` it) of shards that this process has checked: hashing a large pool takes long
+_sound = set()  # (path, `state_of(path)`) of shards that this process has checked: hashing a large pool takes long
 
 
 class DamagedError(DvinvError):
-    """A shard is missing, truncated or changed, or its sidecar is.
+    """A shard or its sidecar is missing, truncated or changed.
 
     Attributes:
-      what: the sentence without its way out.
+      what: the message without the remedy.
     """
 
     def __init__(self, what: str, way_out: str):
@@ -41,20 +41,29 @@ class DamagedError(DvinvError):
 
 
 class ImagePool:
-    """A pool in a folder. Bytes depend on the images alone, so equal runs make equal pools."""
+    """A pool in a folder. The bytes of its files depend only on the images, so equal runs make equal pools."""
 
     def __init__(self, folder: Path, teacher_digest: str = '', ours: bool = False):
-        """No file is touched yet.
+        """Names the folder; touches no file yet.
 
         Args:
-          teacher_digest: of the teacher that must have made the images; '': any.
-          ours: a damaged shard is put aside as soon as it is found, so that it counts as missing and is made anew.
+          folder: the folder of the pool.
+          teacher_digest: the digest of the teacher that must have made the images; '' for any teacher.
+          ours: whether a damaged shard is moved to quarantine when it is found, so that it counts as missing and is made
+            again.
         """
         self.folder = Path(folder)
         self._digest, self._ours = teacher_digest, ours
 
     def write(self, number: int, images: np.ndarray, labels: np.ndarray, logits: np.ndarray, notes: dict) -> None:
-        """Add batch `number`, whole or not at all.
+        """Adds batch `number` atomically.
+
+        Args:
+          number: the number of the batch.
+          images: uint8 [B, H, W, C].
+          labels: int [B].
+          logits: the teacher's logits of `images`, [B, K].
+          notes: further entries of the sidecar, as JSON.
 
         Raises:
           DvinvError: the disk is full.
@@ -68,12 +77,12 @@ class ImagePool:
         write_atomic(path.with_suffix('.json'), _dumps(sidecar), own=True)
 
     def numbers(self) -> list[int]:
-        """Numbers of the finished shards, ascending."""
+        """Returns the numbers of the finished shards, in ascending order."""
         numbers = (path.stem.removeprefix('shard-') for path in self.folder.glob('shard-*.json'))
         return sorted(int(number) for number in numbers if number.isdecimal())
 
     def finished(self) -> list[int]:
-        """The same, at least one.
+        """Returns the numbers of the finished shards, in ascending order; there is at least one.
 
         Raises:
           DvinvError: the pool is empty.
@@ -83,11 +92,11 @@ class ImagePool:
         return numbers
 
     def notes(self, number: int) -> dict:
-        """The sidecar of a shard.
+        """Returns the contents of the sidecar of a shard.
 
         Raises:
-          DamagedError: it is.
-          DvinvError: the shard was made from another teacher.
+          DamagedError: the sidecar is missing or damaged.
+          DvinvError: the pool was made from another teacher.
         """
         path = self._shard(number).with_suffix('.json')
         try:
@@ -107,14 +116,14 @@ class ImagePool:
         return notes
 
     def measurements(self) -> Iterator[dict]:
-        """Yields the loss terms of all batches, one sidecar at a time: {'batch', 'step' (an iteration), term: its value}."""
+        """Yields {'batch': number, 'step': iteration, term: value} of the loss terms, reading one sidecar at a time."""
         for number in self.numbers():
             curve = self.notes(number).get('curve', {})
             for values in zip(*curve.values(), strict=True):
                 yield {'batch': number, **dict(zip(curve, values, strict=True))}
 
     def read(self, number: int) -> dict[str, np.ndarray]:
-        """{'images', 'labels', 'logits'} of a shard, checked against its sha256.
+        """Returns {'images', 'labels', 'logits'} of a shard, after a check against its sha256.
 
         Raises:
           DamagedError: the shard is missing, truncated or changed.
@@ -124,11 +133,13 @@ class ImagePool:
             return dict(arrays)
 
     def rows(self, name: str) -> Rows:
-        """'images', 'labels' or 'logits' of all shards in order, read as they are asked for; each shard is checked once.
+        """Returns 'images', 'labels' or 'logits' of all shards in order, as rows that are read on access.
+
+        Each shard is checked against its sha256 once per process.
 
         Raises:
           DvinvError: the pool is empty or a shard is damaged.
-          SystemExit: SIGTERM came.
+          SystemExit: SIGTERM was received.
         """
         numbers = self.finished()
         for number in numbers:
@@ -138,14 +149,14 @@ class ImagePool:
 
     @property
     def num_classes(self) -> int:
-        """Of the teacher."""
+        """The number of classes of the teacher."""
         return self.rows('logits').shape[1]
 
     def validate(self, number: int) -> None:
-        """Look whether a shard is as it was written.
+        """Validates that a shard is as it was written.
 
         Raises:
-          DamagedError: it is missing, truncated or changed.
+          DamagedError: the shard or its sidecar is missing, truncated or changed.
         """
         path, notes = self._shard(number), self.notes(number)
         state = state_of(path)

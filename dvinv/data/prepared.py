@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 as tensorflow-datasets prepared them; reading takes no TensorFlow, only preparing does."""
+"""CIFAR-10 and CIFAR-100 as prepared by tensorflow-datasets; preparing needs TensorFlow, reading does not."""
 
 import textwrap
 
@@ -11,12 +11,14 @@ from dvinv.errors import DvinvError
 
 
 def read(source: DataSettings) -> RealData:
-    """The data set `source.name` below `source.path`, TFDS's `data_dir` ('': its default), in array_record files.
+    """Reads the data set `source.name` from array_record files below `source.path`, the `data_dir` of TFDS.
+
+    An empty path stands for the default of TFDS.
 
     Raises:
-      DvinvError: it is not there, in another format or damaged, or the package array-record is missing.
+      DvinvError: the data set is missing, has another format or is damaged, or the package array-record is missing.
     """
-    import tensorflow_datasets as tfds  # takes a second, and only these two data sets need it
+    import tensorflow_datasets as tfds  # imported late, because it takes a second and only these two data sets need it
 
     folder = tfds.core.Path(source.path or tfds.core.constants.DATA_DIR) / source.name
     place = f', data_dir={source.path!r}' if source.path else ''
@@ -33,7 +35,7 @@ def read(source: DataSettings) -> RealData:
         train, test = (list(part) for part in parts)
     except ImportError as error:
         raise DvinvError(f'To read {folder}, the package array-record is needed: pip install array-record.') from error
-    except Exception as error:  # TFDS raises anything
+    except Exception as error:  # TFDS raises many types of errors
         raise DvinvError(
             f'{folder} cannot be read ({textwrap.shorten(str(error), 200)}); delete it, and {way_out}'
         ) from error

@@ -1,4 +1,7 @@
-"""Real images, by data set name: for training teachers, for controls, for scoring. No synthesized pixel depends on them."""
+"""Reads real images by data set name, for training teachers, for controls and for scoring.
+
+No synthesized pixel depends on them.
+"""
 
 import dataclasses
 
@@ -7,7 +10,7 @@ from dvinv.data import digits, folders, npz, prepared
 from dvinv.data.dataset import RealData
 from dvinv.errors import DvinvError
 
-# name -> (reader, the fields of the config's group `data` that it takes)
+# name -> (reader, fields of the config's group `data` that the reader takes)
 DATA_SETS = {
     'digits': (digits.read, ('image_size',)),
     'cifar10': (prepared.read, ('path',)),
@@ -18,27 +21,27 @@ DATA_SETS = {
 
 
 def load_real(settings: DataSettings) -> RealData | None:
-    """Reads real data; returns None for the name '': a run without any.
+    """Reads real data; returns None for the name '', which stands for a run without real data.
 
     Raises:
-      DvinvError: no data set has this name or takes these fields, or what it names cannot be read.
+      DvinvError: no data set has this name or takes these fields, or the data cannot be read.
     """
     return Datasets().load(settings)
 
 
 class Datasets:
-    """Reads real data, and keeps the last data set that was read, and its last choice of classes.
+    """A reader of real data that caches the last data set and its last choice of classes.
 
-    No more: two large ones may not fit into memory.
+    It caches no more, because two large data sets may not fit into memory.
     """
 
     def __init__(self):
-        """Reads nothing yet."""
+        """Creates an empty cache; reads nothing yet."""
         self._whole: tuple[DataSettings | None, RealData | None] = None, None
         self._chosen: tuple[DataSettings | None, RealData | None] = None, None
 
     def load(self, settings: DataSettings) -> RealData | None:
-        """Returns what `load_real` does."""
+        """Reads real data, or returns it from the cache; see `load_real`."""
         if not settings.name:
             return None
         if self._chosen[0] != settings:

@@ -1,6 +1,6 @@
-"""One array that lies in pieces in many `.npz` files, read by rows as they are asked for: memory holds what was asked.
+"""One array stored in pieces in many `.npz` files, read by rows on access: memory only holds the rows that are read.
 
-An `.npz` that was not compressed has its arrays as they are, one row after the other, so a row is a place in the file.
+An uncompressed `.npz` stores its arrays as plain bytes, one row after the other, so that a row is a range of the file.
 """
 
 import bisect
@@ -13,22 +13,22 @@ from pathlib import Path
 
 import numpy as np
 
-# Of a zip archive's local header: 26 bytes that do not matter here, the lengths of the name and of what follows it.
+# The local header of a zip archive: 26 bytes not needed here, the length of the name, and the length of the extra field.
 LOCAL_HEADER = struct.Struct('<26xHH')
 
 
 class Rows:
-    """Looks like an array [N, ...] to whoever indexes it by rows; every access reads from disk.
+    """An object that behaves like an array [N, ...] when it is indexed by rows; every access reads from disk.
 
     Attributes:
-      shape, dtype, ndim: of the whole.
+      shape, dtype, ndim: those of the whole array.
     """
 
     def __init__(self, files: Sequence[Path], name: str):
-        """The array `name` of all `files`, in order; they may differ in length alone.
+        """Opens the array `name` of all `files`, in order; the arrays of the files may differ only in length.
 
         Raises:
-          ValueError: no files, or arrays that do not fit together.
+          ValueError: there are no files, or the arrays differ in shape or dtype.
         """
         self._pieces = [_Piece(file, name) for file in files]
         if not self._pieces or len({(piece.shape[1:], piece.dtype) for piece in self._pieces}) > 1:
@@ -41,13 +41,13 @@ class Rows:
         return self.shape[0]
 
     def __getitem__(self, index) -> np.ndarray:
-        """Rows by number, slice, or array of numbers or booleans, as NumPy would give them: a copy."""
-        wanted = np.arange(len(self))[index]  # refuses what NumPy refuses
+        """Returns a copy of rows, by number, slice, or array of numbers or booleans, with the shape that NumPy returns."""
+        wanted = np.arange(len(self))[index]  # raises the errors that NumPy raises
         numbers = wanted.ravel()
         found = np.empty((len(numbers), *self.shape[1:]), self.dtype)
         order = np.argsort(numbers, kind='stable')
         position = 0
-        while position < len(order):  # the wanted rows of one piece together
+        while position < len(order):  # reads all wanted rows of one piece together
             piece = bisect.bisect_right(self._starts, numbers[order[position]]) - 1
             end = np.searchsorted(numbers, self._starts[piece + 1], sorter=order)
             places = order[position:end]
@@ -57,7 +57,7 @@ class Rows:
 
 
 class _Piece:
-    """The array of one file."""
+    """The part of the array that one file holds."""
 
     def __init__(self, path: Path, name: str):
         self._path, self._name = path, name
@@ -74,14 +74,14 @@ class _Piece:
                 self._offset = about.header_offset + 30 + sum(LOCAL_HEADER.unpack(file.read(30))) + header
 
     def read(self, numbers: np.ndarray) -> np.ndarray:
-        """Rows [n, ...] of these numbers, ascending."""
-        if not self._plain:  # a file that somebody compressed
+        """Returns the rows with these numbers, [n, ...]; the numbers must be ascending."""
+        if not self._plain:  # a file that was compressed later
             with np.load(self._path, allow_pickle=False) as arrays:
                 return arrays[self._name][numbers]
         rows = np.empty((len(numbers), *self.shape[1:]), self.dtype)
         size = rows[:1].nbytes
         with open(self._path, 'rb', buffering=0) as file:
-            # Neighbours in one go. Not by np.memmap, whose pages would count as this process's memory.
+            # Adjacent rows are read at once. The pages of an np.memmap would count as memory of this process.
             for first, last in _runs(numbers):
                 block = os.pread(file.fileno(), size * (last - first), self._offset + size * int(numbers[first]))
                 rows[first:last] = np.frombuffer(block, self.dtype).reshape(-1, *self.shape[1:])
@@ -89,6 +89,6 @@ class _Piece:
 
 
 def _runs(numbers: np.ndarray) -> list[tuple[int, int]]:
-    """[(first, last + 1)] positions of ascending numbers that follow one another without a gap."""
+    """Returns the positions (first, last + 1) of every run of consecutive numbers, for ascending numbers."""
     cuts = np.flatnonzero(np.diff(numbers) != 1) + 1
     return [*itertools.pairwise([0, *cuts.tolist(), len(numbers)])]

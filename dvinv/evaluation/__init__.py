@@ -1,1 +1,1 @@
-"""What networks and images are worth."""
+"""Evaluation of networks and of synthesized images."""

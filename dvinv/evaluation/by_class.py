@@ -1,6 +1,6 @@
-"""The networks of a run class by class on real test images: what each gets right, and where it departs from the teacher.
+"""Compares the networks of a run class by class on real test images: accuracies, and differences from the teacher.
 
-The figures go into by_class.json, tables and matrices of them into the report.
+The figures are written to by_class.json; the report shows them as tables and matrices.
 """
 
 from collections.abc import Sequence
@@ -15,21 +15,25 @@ from dvinv.report.heat_map import heat_map
 from dvinv.report.page import Section, Table, percent
 from dvinv.runtime.pictures import name_of
 
-MOST = 5_000  # test images, evenly spaced
-MOST_CLASSES = 20  # in a table or a matrix; of more, those that differ most
+MOST = 5_000  # maximum number of test images, evenly spaced
+MOST_CLASSES = 20  # maximum number of classes in a table or a matrix; if there are more, those that differ most are shown
 
 
 def compare(teacher: Classifier, networks: dict[str, Classifier], test: Split) -> dict:
-    """Computes accuracies by class, and how often a network answers one class where the teacher answers another.
+    """Computes accuracies by class, and confusion counts between the teacher and each network.
 
     Args:
-      networks: {name: network}, of the teacher's classes.
+      teacher: the network that the others are compared with.
+      networks: {name: network}, with the classes of the teacher.
       test: real images; at most `MOST` are scored.
 
     Returns:
-      'images': how many were looked at; 'classes': the labels that they have; 'test_images': how many of each; 'accuracy':
-      {name: a share a class}, of 'teacher' too; 'confusion': {name: [[class by the teacher, class by the network, images]]},
-      the most frequent first.
+      A dict with these entries:
+        'images': the number of scored images;
+        'classes': the labels that occur among them, ascending;
+        'test_images': the number of images of each of these classes;
+        'accuracy': {name: list of accuracies, one per class}, including 'teacher';
+        'confusion': {name: list of [class by the teacher, class by the network, number of images]}, most frequent first.
     """
     rows = evenly(len(test.labels), MOST)
     images, labels = test.images[rows], np.asarray(test.labels[rows])
@@ -56,9 +60,9 @@ def class_section(found: dict, names: dict[str, str], class_names: Sequence[str]
     """Returns the section of the report.
 
     Args:
-      found: of `compare`.
-      names: {network: what the reader knows it by}.
-      class_names: in the order of labels; (): numbers stand for them.
+      found: the result of `compare`.
+      names: {name of a network: its name for readers}.
+      class_names: the names of classes in the order of labels; () to show numbers.
     """
     labels, networks, accuracy = found['classes'], [*found['confusion']], found['accuracy']
     few, shown = len(labels) <= MOST_CLASSES, range(len(labels))
@@ -105,7 +109,12 @@ def class_section(found: dict, names: dict[str, str], class_names: Sequence[str]
 
 
 def agreement_table(shares: Sequence[float | None], class_names: Sequence[str]) -> Table:
-    """Returns the table of the shares, a class each, of images that student and teacher put into one class."""
+    """Returns the table of agreement by class: the fraction of images that student and teacher assign the same class.
+
+    Args:
+      shares: the agreement for each class; None for a class without images.
+      class_names: see `class_section`.
+    """
     known = [label for label, share in enumerate(shares) if share is not None]
     shown = known if len(known) <= MOST_CLASSES else sorted(known, key=lambda label: shares[label])[:MOST_CLASSES]
     which = '' if shown == known else f', of {len(known)} classes the {MOST_CLASSES} where it is lowest'
@@ -117,12 +126,12 @@ def agreement_table(shares: Sequence[float | None], class_names: Sequence[str]) 
 
 
 def _agreed(pairs: list[list[int]]) -> float:
-    """Returns the share of images that both put into one class."""
+    """Returns the fraction of images that both networks assign the same class."""
     return sum(count for first, second, count in pairs if first == second) / sum(count for *_, count in pairs)
 
 
 def _matrix(pairs: list[list[int]], labels: list[int], name: str, class_names: Sequence[str]) -> str:
-    """Returns the chart of a confusion matrix. A row sums to 100%, less answers that no test image is of."""
+    """Returns the chart of a confusion matrix; a row sums to 100%, less answers in classes that have no test image."""
     counts = {(first, second): count for first, second, count in pairs}
     totals = dict.fromkeys(labels, 0)
     for first, _, count in pairs:

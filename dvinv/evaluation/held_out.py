@@ -1,8 +1,8 @@
-"""Scores without data: a part of the pool that no network learns from, on which networks are compared with the teacher.
+"""Evaluation without data: networks are compared with the teacher on a part of the pool that no network is trained on.
 
-Images of a pool come in rounds, and the last ones of every round are held out, of the lesser methods' pools as well, so that
-all that are compared learn from as many. Where there are real test images, networks are scored on these, and nothing is held
-out.
+The images of a pool are made in rounds, and the last images of every round are held out. The same holds for the pools of the
+controls, so that all networks that are compared are trained on equally many images. If there are real test images, networks
+are scored on these, and nothing is held out.
 """
 
 import numpy as np
@@ -19,14 +19,14 @@ FIGURES = ('held_out_agreement', 'held_out_kl', 'held_out_class_agreement')
 
 
 def training_rows(settings: Settings, array):
-    """Returns the rows of a pool's array (all of it, or of the rounds that there are) that networks learn from."""
+    """Returns the rows of a pool's array that networks are trained on; the array may cover only the rounds made so far."""
     first, held = _parts(settings, len(array))
     return Chosen(array, first) if len(held) else array
 
 
 def _parts(settings: Settings, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the numbers of the images of a pool that are learned from, and of those that are held out, ascending."""
-    size = count if settings.pool else settings.round_images  # an existing pool comes in one round
+    """Returns the row numbers of the training images of a pool and those of the held-out images, both ascending."""
+    size = count if settings.pool else settings.round_images  # an existing pool is a single round
     held = settings.held_out_of(size)
     rows = np.arange(count)
     last = rows % size >= size - held
@@ -34,14 +34,14 @@ def _parts(settings: Settings, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class HeldOut:
-    """The images of a pool that nothing learns from, and the teacher's answers to them.
+    """The held-out images of a pool, and the teacher's logits for them.
 
     Attributes:
-      count: how many there are.
+      count: the number of held-out images.
     """
 
     def __init__(self, settings: Settings, teacher: Classifier, pool: ImagePool):
-        """Runs the teacher on them."""
+        """Runs the teacher on the held-out images of `pool`."""
         images, labels = pool.rows('images'), pool.rows('labels')
         _, rows = _parts(settings, len(labels))
         self.count, self._classes = len(rows), teacher.num_classes
@@ -51,7 +51,7 @@ class HeldOut:
             self._answers = logits_of(teacher, self._images)
 
     def beside(self, networks: dict[str, Classifier], main: str) -> dict:
-        """Returns the `figures` of all networks, with the name of each before them but for `main`; {} without images."""
+        """Returns the `figures` of all networks, prefixed by their names except for that of `main`; {} without images."""
         if not self.count:
             return {}
         compared = {'' if name == main else f'{name}_': self.figures(network) for name, network in networks.items()}
@@ -59,11 +59,12 @@ class HeldOut:
         return {'held_out_images': self.count, **found}
 
     def figures(self, network: Classifier) -> dict:
-        """Returns how near `network` comes to the teacher.
+        """Computes how closely `network` agrees with the teacher on the held-out images.
 
         Returns:
-          'held_out_agreement', the share of images that both put into one class; 'held_out_kl', the mean of KL(teacher ||
-          network) in nats; 'held_out_class_agreement', the share for each class of the labels, None where it has no image.
+          A dict with 'held_out_agreement', the fraction of images that both assign the same class; 'held_out_kl', the mean
+          of KL(teacher || network) in nats; and 'held_out_class_agreement', the agreement for each class of the labels, None
+          for a class without images.
         """
         logits = logits_of(network, self._images)
         same = logits.argmax(1) == self._answers.argmax(1)

@@ -1,15 +1,15 @@
-"""How good images are, in figures: by the answers and features of a network that had no part in making them.
+"""Measures of image quality, from the outputs and features of a network that had no part in making the images.
 
-With p(y|x) its answers and f(x) [D] what its last layer is fed with:
+With p(y|x) the outputs of that network and f(x) [D] the inputs of its last layer:
 
 - inception score: exp E KL(p(y|x) || p(y)) (Salimans et al., arXiv 1606.03498), from 1 to the number of classes;
-- Frechet distance of Gaussians with the features' moments to real ones (Heusel et al., arXiv 1706.08500); biased upwards
-  where images are not many times more than D;
+- Frechet distance between Gaussians with the moments of the features of synthesized and of real images (Heusel et al., arXiv
+  1706.08500); biased upwards unless the number of images is many times D;
 - kernel distance: MMD^2 of f with the kernel (f f' / D + 1)^3, unbiased for any number of images, so it may be below 0
   (Binkowski et al., arXiv 1801.01401);
-- spread: the mean squared distance of features to their class's mean, over that to the mean of all: 0 where a class is one
-  picture again and again, about 1 where classes cannot be told apart;
-- nearest: the mean cosine between an image's features and the nearest other image's.
+- spread: the mean squared distance of features to the mean of their class, divided by that to the mean of all features: 0 if
+  all images of a class are the same, about 1 if classes cannot be told apart;
+- nearest: the mean cosine between the features of an image and those of the nearest other image.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from dvinv.evaluation.scoring import among_top, logits_and_features_of
 from dvinv.networks import Classifier
 from dvinv.report.page import Table, percent
 
-MOST = 5_000  # images, evenly spaced over a pool
+MOST = 5_000  # maximum number of images, evenly spaced over a pool
 KERNEL_MOST = 2_000
 
 SETS = {
@@ -43,7 +43,7 @@ COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """What a network says of a set of images: logits float32 [N, K], features float32 [N, D], and labels int [N]."""
+    """The outputs of a network on a set of images: logits float32 [N, K], features float32 [N, D], and labels int [N]."""
 
     logits: np.ndarray
     features: np.ndarray
@@ -51,21 +51,32 @@ class Judgement:
 
 
 def judge(network: Classifier, images, labels, batch_size: int = 128) -> Judgement:
-    """`network`'s answers on pixels uint8 [N, H, W, C] (an array or rows of a pool), at most `MOST`, evenly spaced."""
+    """Returns the outputs of `network` on at most `MOST` evenly spaced images.
+
+    Args:
+      network: the network that judges.
+      images: pixels uint8 [N, H, W, C], an array or rows of a pool.
+      labels: int [N].
+      batch_size: the number of images that run through the network at a time.
+    """
     chosen = evenly(len(images), MOST)
     return Judgement(*logits_and_features_of(network, images, chosen, batch_size), np.asarray(labels[chosen]))
 
 
 def evenly(count: int, most: int) -> np.ndarray:
-    """At most so many of the numbers below `count`, evenly spaced."""
+    """Returns at most `most` of the numbers below `count`, evenly spaced."""
     return np.linspace(0, count - 1, min(count, most)).round().astype(int)
 
 
 def figures(images: Judgement, real: Judgement | None = None) -> dict:
-    """The figures of a set of images, those that need real ones None without them; see above.
+    """Computes the figures of a set of images, which are described at the top of this module.
+
+    Args:
+      images: the images.
+      real: real images to compare with; None: the distances are None.
 
     Raises:
-      DvinvError: fewer than two images, or real ones judged by another network.
+      DvinvError: there are fewer than two images, or the real images were judged by another network.
     """
     if len(images.labels) < 2 or (real and len(real.labels) < 2):
         raise DvinvError('The quality of images is measured on two or more; there are too few.')
@@ -81,7 +92,10 @@ def figures(images: Judgement, real: Judgement | None = None) -> dict:
 
 
 def distances(images: Judgement, real: Judgement | None) -> dict:
-    """The distances to real images: None without these, 0 of them to themselves, where estimates have an error."""
+    """Computes the distances to real images.
+
+    They are None without real images. Those of real images to themselves are set to 0, because an estimate has an error.
+    """
     if real is None or images is real:
         return dict.fromkeys(('frechet_distance', 'kernel_distance'), None if real is None else 0.0)
     return {
@@ -91,7 +105,7 @@ def distances(images: Judgement, real: Judgement | None) -> dict:
 
 
 def recognised(images: Judgement) -> dict:
-    """The shares whose class is the network's answer, and among its first five: None where it knows no more classes."""
+    """Returns the top-1 and top-5 accuracies of the network; the latter is None if there are at most five classes."""
     several = images.logits.shape[1] > 5
     return {
         'recognised': float(among_top(images.logits, images.labels).mean()),
@@ -102,9 +116,17 @@ def recognised(images: Judgement) -> dict:
 def figures_of_sets(
     verifier: Classifier, others: dict[str, Classifier], pools: dict[str, ImagePool], real: RealData | None
 ) -> dict[str, dict]:
-    """{name: figures} of pools, and of 'real' images (training ones where there are any), to which all are compared.
+    """Computes the figures of several pools and of real images, to which the pools are compared.
 
-    The figures are those of `verifier`; 'verifiers' among them is {network: `recognised`} of the `others`.
+    Args:
+      verifier: the network that judges the images.
+      others: {name: network} of further verifiers.
+      pools: {name: pool}.
+      real: real data, if any; training images are preferred to test images.
+
+    Returns:
+      {name: figures by `verifier`} of all pools and of 'real'. The entry 'verifiers' of the figures is {name: `recognised`}
+      for the networks in `others`.
     """
     sets = {name: (pool.rows('images'), pool.rows('labels')) for name, pool in pools.items()}
     if real:
@@ -121,7 +143,12 @@ def figures_of_sets(
 
 
 def quality_table(found: dict[str, dict], verifier: str) -> Table:
-    """A row a set, for the report. `verifier`: the name of the network that `found` has the figures of."""
+    """Returns the table for the report, with one row per set of images.
+
+    Args:
+      found: the result of `figures_of_sets`.
+      verifier: the name of the network that judged the images.
+    """
     shares = {name: _shares(of, verifier) for name, of in found.items()}
     rows = [[SETS[name], *map(percent, shares[name].values()), *(of[key] for key in COLUMNS)] for name, of in found.items()]
     caption = (
@@ -134,7 +161,7 @@ def quality_table(found: dict[str, dict], verifier: str) -> Table:
 
 
 def _shares(of: dict, verifier: str) -> dict[str, float]:
-    """{heading of a column: the share of a set of images}, by every verifier."""
+    """Returns {heading of a column: accuracy on a set of images} for every verifier."""
     shares = {}
     for network, told in {verifier: of, **of['verifiers']}.items():
         shares |= {network: told['recognised'], f'{network}, top 5': told['recognised_top5']}
@@ -142,16 +169,16 @@ def _shares(of: dict, verifier: str) -> dict[str, float]:
 
 
 def inception_score(logits: np.ndarray) -> float:
-    """exp E KL(p(y|x) || p(y)) of logits [N, K]."""
+    """Computes exp E KL(p(y|x) || p(y)) from logits [N, K]."""
     logits = logits.astype(np.float64)
     log_p = logits - logits.max(1, keepdims=True)
-    log_p = np.maximum(log_p - np.log(np.exp(log_p).sum(1, keepdims=True)), -1e30)  # finite where a class is masked
+    log_p = np.maximum(log_p - np.log(np.exp(log_p).sum(1, keepdims=True)), -1e30)  # keeps masked classes finite
     p = np.exp(log_p)
     return float(np.exp((p * (log_p - np.log(p.mean(0) + 1e-300))).sum(1).mean()))
 
 
 def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
-    """|m_x - m_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^(1/2)) of features [N, D] and [M, D]."""
+    """Computes |m_x - m_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^(1/2)) of features [N, D] and [M, D]."""
     (mean_x, cov_x), (mean_y, cov_y) = ((z.mean(0), np.cov(z, rowvar=False)) for z in (np.float64(x), np.float64(y)))
     # The eigenvalues of S_x S_y are those of the symmetric S_x^(1/2) S_y S_x^(1/2): real and not negative.
     values, vectors = np.linalg.eigh(np.atleast_2d(cov_x))
@@ -163,7 +190,7 @@ def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
-    """Unbiased MMD^2 of features [N, D] and [M, D], at most `KERNEL_MOST` of each, evenly spaced."""
+    """Computes the unbiased MMD^2 of features [N, D] and [M, D], from at most `KERNEL_MOST` evenly spaced rows of each."""
     x, y = (np.float64(z[evenly(len(z), KERNEL_MOST)]) for z in (x, y))
 
     def kernel(a, b):
@@ -177,7 +204,11 @@ def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def spread(features: np.ndarray, labels: np.ndarray) -> float | None:
-    """Squared distances to the mean of the class over those to the mean of all; None where no class has two images."""
+    """Computes the mean squared distance to the class mean over that to the overall mean.
+
+    Returns:
+      The ratio; None if no class has two images.
+    """
     classes, counts = np.unique(labels, return_counts=True)
     several = np.isin(labels, classes[counts > 1])
     if not several.any():
@@ -193,7 +224,7 @@ def spread(features: np.ndarray, labels: np.ndarray) -> float | None:
 
 
 def nearest(features: np.ndarray) -> float:
-    """The mean over images of the largest cosine of its features [N, D] with another's."""
+    """Computes the mean over images of the largest cosine between its features and another image's; features are [N, D]."""
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     best = []
     for start in range(0, len(unit), 1024):

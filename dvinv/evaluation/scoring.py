@@ -1,4 +1,4 @@
-"""One evaluation for all: logits of stored pixels, accuracies, and what a network costs."""
+"""The evaluation that all tasks share: logits of stored pixels, accuracies, and the FLOPs of a network."""
 
 import functools
 from collections.abc import Callable
@@ -21,12 +21,22 @@ def _compiled(apply_fn: Callable, features: bool):
 
 
 def logits_of(network: Classifier, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
-    """Logits float32 [N, K] of pixels uint8 [N, H, W, C], in eval mode; the last batch is padded, so one program serves."""
+    """Computes logits float32 [N, K] of pixels uint8 [N, H, W, C], in eval mode.
+
+    The last batch is padded, so that a single program is compiled.
+    """
     return _in_batches(network, images, np.arange(len(images)), batch_size, features=False)
 
 
 def logits_and_features_of(network: Classifier, images, rows: np.ndarray, batch_size: int = 128) -> tuple:
-    """(logits, features float32 [n, D]) of the images (an array, or rows of a pool) of these numbers [n]."""
+    """Computes logits float32 [n, K] and features float32 [n, D] of chosen images.
+
+    Args:
+      network: the network.
+      images: pixels uint8 [N, H, W, C], an array or rows of a pool.
+      rows: the numbers of the images, int [n].
+      batch_size: the number of images that run through the network at a time.
+    """
     return _in_batches(network, images, rows, batch_size, features=True)
 
 
@@ -44,23 +54,23 @@ def _in_batches(network: Classifier, images, rows: np.ndarray, batch_size: int, 
 
 
 def among_top(logits: np.ndarray, labels: np.ndarray, k: int = 1) -> np.ndarray:
-    """Whether the label of each image is among the `k` highest of its logits [N, K]; bool [N]."""
+    """Returns whether the label of each image is among the `k` highest of its logits [N, K]; bool [N]."""
     best = np.argsort(-logits, axis=1, kind='stable')[:, :k]
     return (best == np.asarray(labels)[:, None]).any(1)
 
 
 def top_accuracy(logits: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
-    """The share (0 to 1) of images whose label is among the `k` highest of their logits [N, K]."""
+    """Returns the fraction (0 to 1) of images that have their label among the `k` highest of their logits [N, K]."""
     return float(among_top(logits, labels, k).mean())
 
 
 def accuracy(network: Classifier, images: np.ndarray, labels: np.ndarray) -> float:
-    """The share (0 to 1) of images uint8 [N, H, W, C] that `network` puts into their class."""
+    """Returns the fraction (0 to 1) of images uint8 [N, H, W, C] that `network` classifies correctly."""
     return top_accuracy(logits_of(network, images), labels)
 
 
 def test_accuracy(network: Classifier, data: RealData | None) -> float | None:
-    """Returns the share of the real test images that `network` puts into their class; None without real data."""
+    """Returns the fraction of the real test images that `network` classifies correctly; None without real data."""
     if data is None:
         return None
     validate_fits(network, data)
@@ -68,10 +78,10 @@ def test_accuracy(network: Classifier, data: RealData | None) -> float | None:
 
 
 def validate_fits(network: Classifier, data: RealData) -> None:
-    """Validates that `network`, a teacher or one with its classes, takes the pictures and classes of a data set.
+    """Validates that a data set has the image shape and the classes of `network`, a teacher or a network with its classes.
 
     Raises:
-      DvinvError: names both shapes, or the classes.
+      DvinvError: it does not; the message names both shapes, or the classes.
     """
     if tuple(network.image_shape) != tuple(data.image_shape):
         taken, given = ('x'.join(map(str, shape)) for shape in (network.image_shape, data.image_shape))
@@ -91,7 +101,7 @@ def validate_fits(network: Classifier, data: RealData) -> None:
 
 
 def flops(network: Classifier) -> int:
-    """Floating-point operations of the convolutions and matrix products for one image, two a multiply-add."""
+    """Counts the floating-point operations of the convolutions and matrix products for one image, two per multiply-add."""
     x = jax.ShapeDtypeStruct((1, *network.image_shape), jnp.float32)
     return _count(jax.make_jaxpr(network.apply_fn)(network.variables, x).jaxpr)
 
@@ -114,6 +124,6 @@ def _count(jaxpr) -> int:
 
 
 def _inner_jaxprs(params: dict) -> list:
-    """The jaxprs that an equation (jit, remat, scan, a custom gradient) carries."""
+    """Returns the inner jaxprs of an equation (jit, remat, scan, a custom gradient)."""
     values = [item for value in params.values() for item in (value if isinstance(value, tuple | list) else [value])]
     return [getattr(value, 'jaxpr', value) for value in values if hasattr(getattr(value, 'jaxpr', value), 'eqns')]

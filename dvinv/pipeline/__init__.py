@@ -1,1 +1,1 @@
-"""What runs the tasks: the open run, their order, their cost beforehand, several seeds."""
+"""Running the tasks: the open run, the order of the tasks, the prediction of their cost, and runs over several seeds."""

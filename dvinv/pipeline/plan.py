@@ -1,6 +1,6 @@
-"""`--plan`: what the tasks of a config will cost on the devices at hand, from a few timed steps; nothing is written.
+"""`--plan`: predicts the cost of the tasks of a config on the available devices from a few timed steps; writes nothing.
 
-A step of a synthesis is one iteration of all the batches that are inverted side by side; a step of a training is one update.
+A step of a synthesis is one iteration of all batches that are inverted side by side. A step of a training is one update.
 """
 
 import dataclasses
@@ -25,20 +25,20 @@ from dvinv.runtime.progress import duration
 from dvinv.synthesis.synthesizer import abreast
 from dvinv.training.trainer import PlannedTraining, TrainStep
 
-TIMED_SECONDS = 1.0  # how long steps are timed, at least; and three dispatches of them
+TIMED_SECONDS = 1.0  # least total time of the timed dispatches; at least three are timed besides the first
 PLANNED = ('teacher', 'distillation', 'pruning', 'continual', 'quantization')  # tasks that train networks
 
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-    """What one stage of a synthesis costs.
+    """The cost of one stage of a synthesis.
 
     Attributes:
-      resolution: height in pixels of what the teacher sees.
-      iterations: of a batch.
-      gflops: of a step: the forward pass and the gradient with respect to the images, of teacher and competitor.
-      seconds: of a step, the median of a few.
-      memory: bytes that a device needs for it, weights included.
+      resolution: the height in pixels of the images that the teacher is given.
+      iterations: the number of iterations of a batch.
+      gflops: GFLOP per step: the forward pass and the gradient with respect to the images, of teacher and competitor.
+      seconds: seconds per step, the median over a few dispatches.
+      memory: bytes of device memory that the stage needs, including the weights.
     """
 
     resolution: int
@@ -50,17 +50,17 @@ class StagePlan:
 
 @dataclasses.dataclass(frozen=True)
 class SynthesisPlan:
-    """What the pools of images cost; times without compilation.
+    """The cost of the image pools; times exclude compilation.
 
     Attributes:
       platform: 'cpu', 'gpu' or 'tpu'.
-      devices: how many are at work.
-      images, batches: of the run's pool.
-      side_by_side: how many batches are inverted at a time.
-      stages: of a batch.
-      pool_bytes: of the pixels and logits of the run's pool.
-      pools: as many times the cost of the run's pool is paid: once, and for images without the feature term and for
-        images that other tasks make.
+      devices: the number of devices in use.
+      images, batches: the size of the run's pool.
+      side_by_side: the number of batches that are inverted at a time.
+      stages: the cost of each stage of a batch.
+      pool_bytes: the size of the pixels and logits of the run's pool.
+      pools: the total cost as a multiple of the cost of the run's pool. It counts the pool itself, the images without the
+        feature term, and the images that other tasks make.
     """
 
     platform: str
@@ -74,7 +74,7 @@ class SynthesisPlan:
 
     @property
     def seconds_per_batch(self) -> float:
-        """Seconds of one batch, with others side by side."""
+        """Seconds per batch, when `side_by_side` batches are inverted at a time."""
         return sum(stage.iterations * stage.seconds for stage in self.stages) / self.side_by_side
 
     @property
@@ -84,11 +84,11 @@ class SynthesisPlan:
 
     @property
     def pflop(self) -> float:
-        """Operations of the run's pool, in 1e15."""
+        """Floating-point operations of the run's pool, in units of 1e15."""
         return sum(stage.iterations * stage.gflops for stage in self.stages) / self.side_by_side * self.batches / 1e6
 
     def __str__(self) -> str:
-        """The images, a table of the stages, the time and size of the pool."""
+        """Returns the number of images, a table of the stages, and the time and size of the pool."""
         lines = [
             f'{self.images:,} images in {self.batches:,} batches, {self.side_by_side} side by side; '
             f'{_devices(self.devices, self.platform)}',
@@ -110,14 +110,15 @@ class SynthesisPlan:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingPlan:
-    """What trainings of one kind cost; times without compilation.
+    """The cost of the trainings of one kind; times exclude compilation.
 
     Attributes:
-      name: of the network.
-      networks: how many are trained like this.
-      updates, batch_size: of each.
-      gflops: of an update: forward and backward pass of the network (3 times a forward pass), and the teacher's answers.
-      seconds: of an update, the median of a few.
+      name: the name of the network.
+      networks: the number of networks that are trained in this way.
+      updates, batch_size: those of each training.
+      gflops: GFLOP per update: forward and backward pass of the network (3 times a forward pass), and the forward pass of
+        the teacher if there is one.
+      seconds: seconds per update, the median over a few dispatches.
     """
 
     name: str
@@ -134,11 +135,11 @@ class TrainingPlan:
 
     @property
     def pflop(self) -> float:
-        """Operations of all the networks, in 1e15."""
+        """Floating-point operations of all the networks, in units of 1e15."""
         return self.networks * self.updates * self.gflops / 1e6
 
     def __str__(self) -> str:
-        """A line of the table of trainings."""
+        """Returns a line of the table of trainings."""
         return (
             f'{self.name:>10} {self.networks:8} {self.updates:9,} {self.batch_size:6} {self.gflops:12,.1f} '
             f'{self.seconds:10.4f} {self.gflops / self.seconds:10,.0f} {self.pflop:10,.3g} {self.total_seconds / 3600:8,.2f}'
@@ -147,13 +148,13 @@ class TrainingPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What all tasks of a config cost.
+    """The cost of all tasks of a config.
 
     Attributes:
-      synthesis: None where no image is optimized.
-      trainings: one a kind of network.
-      training_devices: what they were timed on, '2 gpu devices' for instance.
-      compile_seconds: what compilation took, which is not counted.
+      synthesis: the cost of the image pools; None if no image is optimized.
+      trainings: the cost of the trainings, one entry per kind of network.
+      training_devices: the devices that the trainings were timed on, for instance '2 gpu devices'.
+      compile_seconds: the seconds of compilation, which no other figure includes.
     """
 
     synthesis: SynthesisPlan | None
@@ -169,12 +170,12 @@ class Plan:
 
     @property
     def pflop(self) -> float:
-        """Operations of all synthesis and training, in 1e15."""
+        """Floating-point operations of all synthesis and training, in units of 1e15."""
         made = self.synthesis.pools * self.synthesis.pflop if self.synthesis else 0.0
         return made + sum(training.pflop for training in self.trainings)
 
     def __str__(self) -> str:
-        """Tables of synthesis and trainings, and the sum."""
+        """Returns the tables of synthesis and trainings, and the total."""
         lines = [str(self.synthesis)] if self.synthesis else []
         if self.trainings:
             lines.append(f'trainings on {self.training_devices}')
@@ -192,10 +193,12 @@ class Plan:
 
 
 def plan(config) -> Plan:
-    """Measures what the tasks of `config` cost. Networks to be trained have zeros for weights: they cost the same.
+    """Measures the cost of the tasks of `config`.
+
+    Networks that are yet to be trained get zeros for weights, which does not change the cost.
 
     Raises:
-      DvinvError: what `pipeline.validated` refuses, or a config that optimizes no image and trains no network.
+      DvinvError: as for `tasks.validated`, or the config optimizes no image and trains no network.
     """
     run = pipeline.validated(config)
     settings, mesh, teacher = run.settings, run.training_mesh, run.planned_teacher
@@ -204,7 +207,7 @@ def plan(config) -> Plan:
     synthesis, compile_seconds = plan_synthesis(run, teacher, pools) if pools else (None, 0.0)
     tasks = [task for task in TASKS if task in settings.tasks and task in PLANNED]
     if settings.synthesis.method == 'adaptive' and 'synthesis' in settings.tasks and 'distillation' not in tasks:
-        tasks.append('distillation')  # its student learns while images are made
+        tasks.append('distillation')  # its student is trained while images are made
     jobs = [job for task in tasks for job in pipeline.MODULES[task].planned_trainings(run)]
     if not (synthesis or jobs):
         what = f'pool is {settings.pool!r}' if settings.pool else f'synthesis.method is {settings.synthesis.method!r}'
@@ -218,7 +221,7 @@ def plan(config) -> Plan:
 
 
 def _pools(settings: Settings) -> float:
-    """Returns how many times the cost of the run's pool is paid by all tasks."""
+    """Returns the cost of the images of all tasks as a multiple of the cost of the run's pool."""
     tasks, method, pruning, continual = settings.tasks, settings.synthesis.method, settings.pruning, settings.continual
     pools = float('synthesis' in tasks and not settings.pool and method != 'noise')
     controls = [getattr(settings, task).controls for task in ('synthesis', 'distillation', 'pruning') if task in tasks]
@@ -232,10 +235,11 @@ def _pools(settings: Settings) -> float:
 
 
 def plan_synthesis(run: Run, teacher: Teacher, pools: float = 1.0) -> tuple[SynthesisPlan, float]:
-    """Returns what the pools of a run cost, and the seconds of the compilation.
+    """Returns the cost of the pools of a run, and the seconds of compilation.
 
     Args:
-      teacher: with arrays for weights.
+      run: the run.
+      teacher: the teacher, with arrays for weights (not only shapes).
       pools: see `SynthesisPlan`.
     """
     group, student = run.settings.synthesis, None
@@ -258,7 +262,14 @@ def plan_synthesis(run: Run, teacher: Teacher, pools: float = 1.0) -> tuple[Synt
 
 
 def _time_stage(programs: Programs, stage: Stage, labels: np.ndarray, networks: list[Classifier]) -> tuple[StagePlan, float]:
-    """Returns the stage's plan and the seconds of its compilation; `networks` are the teacher and its competitor, if any."""
+    """Returns the cost of a stage and its seconds of compilation.
+
+    Args:
+      programs: the compiled programs of the inversion.
+      stage: the stage.
+      labels: the labels of the batches that are inverted side by side, int [batches, B].
+      networks: the teacher, and the competitor if there is one.
+    """
     height, width, channels = networks[0].image_shape
     shown = *stage.view_size(height, width), channels
     forward = sum(flops(dataclasses.replace(network, image_shape=shown)) for network in networks)
@@ -278,10 +289,12 @@ def _time_stage(programs: Programs, stage: Stage, labels: np.ndarray, networks: 
 
 
 def plan_training(planned: PlannedTraining, every: int, mesh) -> tuple[TrainingPlan, float]:
-    """Returns what the trainings of `planned` cost on `mesh`, and the seconds of the compilation.
+    """Returns the cost of the trainings of `planned` on `mesh`, and the seconds of compilation.
 
     Args:
-      every: updates between two lines of metrics, see `TrainJob.dispatch_length`.
+      planned: the trainings.
+      every: the number of updates between two lines of metrics, see `TrainJob.dispatch_length`.
+      mesh: the devices of the training.
     """
     settings, like = planned.job.settings, planned.like
     step = TrainStep(planned.module, planned.job, like, mesh, planned.job.dispatch_length(every, platform_of(mesh)))
@@ -307,7 +320,7 @@ def plan_training(planned: PlannedTraining, every: int, mesh) -> tuple[TrainingP
 
 
 def _median_seconds(step: Callable, state) -> float:
-    """Returns the median time of `state, metrics = step(state)`, the first call left out."""
+    """Returns the median seconds of `state, metrics = step(state)`, excluding the first call."""
     times = []
     while len(times) < 4 or sum(times) < TIMED_SECONDS:
         start = time.perf_counter()
@@ -326,7 +339,7 @@ def _hours(seconds: float) -> str:
 
 
 def _arrays(variables):
-    """Returns variables with zeros for those that are shapes only."""
+    """Returns the variables with arrays of zeros in place of `jax.ShapeDtypeStruct` leaves."""
 
     def filled(leaf):
         return np.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf

@@ -1,4 +1,4 @@
-"""An open run: its settings, work directory, devices, real data and networks, each opened once. Tasks are given it."""
+"""The open run that all tasks are passed: settings, work directory, devices, real data and networks, each opened once."""
 
 import copy
 import dataclasses
@@ -27,28 +27,29 @@ from dvinv.teacher import factories
 from dvinv.teacher.verifiers import print_pixels, read_verifier, validate_judge
 
 Role = Literal['teacher', 'verifier']
-MEASURED = 10_000  # images, at most, that the mean and std of pixels are measured on
+MEASURED = 10_000  # maximum number of images that the mean and std of pixels are measured on
 
 
 class Run:
-    """What the tasks of a run share.
+    """The state that the tasks of a run share.
 
     Attributes:
-      settings: of the run.
-      noise_seed: that the first noise of images is drawn from.
-      path: of the work directory; None: there will be none.
+      settings: the settings of the run.
+      noise_seed: the seed of the initial noise of images.
+      path: the path of the work directory; None for a run without one.
       mesh: the devices of this process that are used.
-      training_mesh: the devices of all processes that a batch of a training is split over.
+      training_mesh: the devices of all processes that a training batch is split over.
     """
 
     def __init__(self, settings: Settings, path: str | Path = ''):
-        """Finds the devices; everything else is opened when it is first asked for.
+        """Finds the devices; everything else is opened at its first use.
 
         Args:
-          path: of the work directory, which `open_workdir` opens; '': there will be none.
+          settings: the settings of the run.
+          path: the path of the work directory, which `open_workdir` opens; '' for a run without one.
 
         Raises:
-          DvinvError: more devices than there are.
+          DvinvError: the settings ask for more devices than there are.
         """
         self.settings, self.noise_seed = settings, settings.seed
         self.path = Path(path) if path else None
@@ -57,25 +58,25 @@ class Run:
         self._datasets, self._workdir, self._validated = Datasets(), None, set()
 
     def with_synthesis(self, synthesis: SynthesisSettings, seed: int) -> 'Run':
-        """Returns the same run with another synthesis, from noise by another seed; what is open is shared."""
+        """Returns the run with other synthesis settings and another noise seed; everything already open is shared."""
         other = copy.copy(self)
         other.settings, other.noise_seed = dataclasses.replace(self.settings, synthesis=synthesis), seed
         return other
 
     def once(self, validate: Callable[['Run'], None]) -> None:
-        """Calls a validation that several tasks need, the first time."""
+        """Calls a validation that several tasks share, unless it was called before."""
         if validate not in self._validated:
             self._validated.add(validate)
             validate(self)
 
     @property
     def workdir(self) -> Workdir:
-        """The work directory; there is none while settings are validated, and for `--plan`."""
+        """The open work directory; it is not open during validation and for `--plan`."""
         assert self._workdir is not None, 'the work directory is not open'
         return self._workdir
 
     def open_workdir(self) -> Workdir:
-        """Opens the work directory, which `workdir` is from then on; to be closed by the caller.
+        """Opens the work directory, returns it and sets `workdir` to it; the caller must close it.
 
         Raises:
           DvinvError: see `Workdir`.
@@ -84,18 +85,18 @@ class Run:
         return self._workdir
 
     def is_finished(self, name: str) -> bool:
-        """Whether the file of a network is in the work directory, open or not."""
+        """Returns whether the work directory has the file of a network; the work directory need not be open."""
         return (self.path / 'networks' / f'{name}.safetensors').exists() if self.path else False
 
     # Real data
 
     @property
     def data(self) -> RealData | None:
-        """The real data; None for a run without any."""
+        """The real data; None for a run without real data."""
         return self.read_data(self.settings.data)
 
     def read_data(self, settings: DataSettings) -> RealData | None:
-        """Returns the real data of other settings than the run's own, of a task of continual learning for instance.
+        """Returns the real data of settings other than the run's own, for instance those of a task of continual learning.
 
         Raises:
           DvinvError: see `load_real`.
@@ -105,7 +106,7 @@ class Run:
     # Networks
 
     def is_trained_here(self, role: Role) -> bool:
-        """Whether the task teacher trains this network."""
+        """Returns whether the task `teacher` trains this network."""
         if role == 'verifier':
             return bool(self.settings.verifier.network) and not self.settings.verifier.weights
         group = self.settings.teacher
@@ -115,13 +116,13 @@ class Run:
 
     @property
     def has_teacher(self) -> bool:
-        """Whether the teacher is given, or trained already, with the moments that are recorded here."""
+        """Whether the teacher is given or already trained, and its moments are recorded if this run records them."""
         recorded = not self.settings.teacher.moments_images or self.workdir.has_network('moments')
         return recorded and (not self.is_trained_here('teacher') or self.workdir.has_network('teacher'))
 
     @functools.cached_property
     def factory_network(self) -> Any:
-        """What the function of `teacher.factory` returns: a Teacher, or a network to be trained; None without a function.
+        """The result of the function `teacher.factory`: a Teacher, or a network to be trained; None if there is no function.
 
         Raises:
           DvinvError: see `factories.of_teacher`.
@@ -131,12 +132,12 @@ class Run:
 
     @functools.cached_property
     def teacher(self) -> Teacher:
-        """The teacher: from the user's function, from a weights file, or as the task `teacher` trained it.
+        """The teacher, from the user's function, from a weights file, or from the task `teacher`.
 
         It has the moments that the settings name, or that the task recorded.
 
         Raises:
-          DvinvError: it is not there, cannot be imported, or cannot be inverted.
+          DvinvError: the teacher is missing, cannot be imported, or cannot be inverted.
         """
         group = self.settings.teacher
         if group.moments:
@@ -154,7 +155,7 @@ class Run:
         """The teacher without recorded moments."""
         group = self.settings.teacher
         if isinstance(self.factory_network, Teacher):
-            # It may have been changed since it was made.
+            # The variables may have changed since the Teacher was made.
             check_finite(self.factory_network.variables, f'teacher.factory {group.factory!r}')
             return self.factory_network
         module, variables, about = self.teacher_parts
@@ -164,10 +165,10 @@ class Run:
 
     @functools.cached_property
     def planned_teacher(self) -> Teacher:
-        """The teacher, with shapes for weights where it is yet to be trained; for validation and `--plan`.
+        """The teacher, with shapes for weights if it is yet to be trained; for validation and `--plan`.
 
         Raises:
-          DvinvError: it cannot be inverted, or does not fit the data.
+          DvinvError: the teacher cannot be inverted, or does not fit the data.
         """
         group, data = self.settings.teacher, self.data
         if not (group.factory or group.network):
@@ -184,7 +185,7 @@ class Run:
         if data is not None:
             validate_fits(teacher, data)
             chosen = self.settings.data.classes
-            # The first classes keep their numbers; the task continual has a validation of its own.
+            # The first classes keep their numbers. The task `continual` validates its classes itself.
             if (
                 len(chosen) < teacher.num_classes
                 and chosen != (*range(len(chosen)),)
@@ -199,42 +200,42 @@ class Run:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of the teacher, whether it is trained already or not."""
+        """The image shape (H, W, C) of the teacher, also before it is trained."""
         group = self.settings.teacher
         if not self.is_trained_here('teacher') and (group.factory or group.network):
             return self.bare_teacher.image_shape
-        return self.data.image_shape if self.data else self.planned_teacher.image_shape  # which refuses it
+        return self.data.image_shape if self.data else self.planned_teacher.image_shape  # raises an error
 
     @functools.cached_property
     def teacher_parts(self) -> tuple[Any, Any, dict]:
-        """(module, variables, description) of the teacher, as `networks.read_classifier` gives them.
+        """(module, variables, description) of the teacher, as `networks.read_classifier` returns them.
 
-        The description has the network '' for a user's own.
+        In the description of a user's own network, the entry `network` is ''.
 
         Raises:
-          DvinvError: the file is not there, or of another network.
+          DvinvError: the file is missing, or belongs to another network.
         """
         group, given = self.settings.teacher, {}
         if group.factory:
             return self._own_parts()
-        if group.weights:  # else the file is of this run, and so are the settings that it was made with
+        if group.weights:  # otherwise this run wrote the file, with these settings
             given = {'mean': group.mean, 'std': group.std, 'image_shape': group.image_shape, 'width': group.width}
         return read_classifier(self._file('teacher'), group.network, field='teacher.network', **given)
 
     def own_module(self, teacher: Teacher | None = None) -> Any:
-        """Returns the user's network that is the teacher; None: it is one of dvinv's, known by its name.
+        """Returns the user's network that is the teacher; None if the teacher is one of dvinv's named networks.
 
         Args:
-          teacher: another one made from the run's, with more classes for instance; None: the run's.
+          teacher: a teacher made from that of the run, for instance with more classes; None for that of the run.
         """
         return (teacher or self.planned_teacher).module if self.settings.teacher.factory else None
 
     @functools.cached_property
     def verifier(self) -> Classifier | None:
-        """The network that judges the images, independent of the teacher; None where the settings name none.
+        """The network that judges the images independently of the teacher; None if the settings name no verifier.
 
         Raises:
-          DvinvError: it is not there, or takes other pictures or classes than the teacher.
+          DvinvError: the verifier is missing, or its images or classes differ from those of the teacher.
         """
         group, teacher = self.settings.verifier, self.planned_teacher
         if not group.network:
@@ -245,10 +246,12 @@ class Run:
         return verifier
 
     def student_module(self, teacher: Teacher) -> Any:
-        """Returns the run's student of `teacher`: a Linen module that takes x and `train`, or what has its `init`, `apply`.
+        """Returns the network of the run's student of `teacher`.
+
+        It is a Linen module that takes x and `train`, or an object with the same `init` and `apply`.
 
         Raises:
-          DvinvError: there is no such network, or it cannot be trained here.
+          DvinvError: there is no such network, or it cannot be trained.
         """
         group = self.settings.student
         if not group.factory:
@@ -266,10 +269,10 @@ class Run:
         return {}
 
     def validate_changeable(self) -> None:
-        """Validates that the teacher can be changed and trained on, as pruning and continual learning do.
+        """Validates that the teacher can be modified and trained further, as pruning and continual learning require.
 
         Raises:
-          DvinvError: see `validate_trainable`; or its function made the Teacher without telling the module.
+          DvinvError: see `validate_trainable`, or the user's function returned a Teacher without its module.
         """
         teacher = self.planned_teacher
         if self.settings.teacher.factory:
@@ -284,7 +287,7 @@ class Run:
         """Validates that there are real images for the networks that the task `teacher` trains.
 
         Raises:
-          DvinvError: there are none, or none of some classes.
+          DvinvError: there are no training images, or none of some classes.
         """
         roles = ('teacher', *(('verifier',) if self.settings.needs_verifier else ()))
         needed, data = [role for role in roles if self.is_trained_here(role)], self.data
@@ -299,10 +302,10 @@ class Run:
             _validate_classes(data)
 
     def validate_real_control(self, task: str) -> None:
-        """Validates that there are real training images where the controls of `task` name 'real'.
+        """Validates that there are real training images if the controls of `task` include 'real'.
 
         Raises:
-          DvinvError: there are none.
+          DvinvError: there are no real training images.
         """
         if 'real' in getattr(self.settings, task).controls and not (self.data and self.data.train):
             raise DvinvError(
@@ -311,12 +314,12 @@ class Run:
             )
 
     def blank_classifier(self) -> Classifier:
-        """Returns what a network trained here will be, without weights."""
+        """Returns a classifier without network and weights, with the image shape and classes of networks trained here."""
         data = self.data
         return Classifier(None, None, data.image_shape, data.num_classes, *self._pixels(data))
 
     def _blank_teacher(self) -> Teacher:
-        """Returns the teacher that is trained here, with shapes for weights."""
+        """Returns the teacher that this run trains, with shapes for weights."""
         self.validate_training_data()
         group, data = self.settings.teacher, self.data
         shape = data.image_shape
@@ -335,15 +338,15 @@ class Run:
         return self._invertible(module, shapes_of(module, shape), about)
 
     def _invertible(self, module, variables, about: dict) -> Any:
-        """Returns the `Teacher` of a Linen module with its variables and the description of `networks.save_network`.
+        """Returns the `Teacher` of a Linen module, its variables, and its description as `networks.save_network` takes it.
 
         Raises:
-          DvinvError: it cannot be inverted.
+          DvinvError: the network cannot be inverted.
         """
         return trusted_linen(module, variables, image_shape=about['image_shape'], mean=about['mean'], std=about['std'])
 
     def _validate_moments(self) -> None:
-        """Validates that moments are of a network that exists, or that there are images to record them from."""
+        """Validates that given moments belong to an existing network, and that there are images to record moments from."""
         group, data = self.settings.teacher, self.data
         if group.moments_images and (data is None or data.train is None):
             raise DvinvError(
@@ -358,7 +361,7 @@ class Run:
             )
 
     def _own_parts(self) -> tuple[Any, Any, dict]:
-        """Returns what `teacher_parts` is, for `teacher.factory`."""
+        """Returns `teacher_parts` for a teacher from `teacher.factory`."""
         own, group = self.factory_network, self.settings.teacher
         if isinstance(own, Teacher):
             about = {name: getattr(own, name) for name in ('num_classes', 'image_shape', 'mean', 'std')}
@@ -380,7 +383,7 @@ class Run:
         return own, variables, about
 
     def _file(self, role: Role) -> Path:
-        """Returns the file of teacher or verifier."""
+        """Returns the path of the weights of the teacher or verifier."""
         weights = getattr(self.settings, role).weights
         path = Path(weights or self.workdir.network(role))
         if not weights and not path.exists():
@@ -390,10 +393,10 @@ class Run:
         return path
 
     def _pixels(self, data: RealData) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Returns the mean and std of a teacher that is trained here."""
+        """Returns the mean and std of pixels for a teacher that this run trains."""
         group, half = self.settings.teacher, (0.5,) * data.image_shape[-1]
         usual = half, half
-        if group.factory:  # as users do; with the others 0.5 came first, and stays
+        if group.factory:  # as is usual; dvinv's own networks keep their older default, 0.5
             rows = np.unique(np.linspace(0, len(data.train.labels) - 1, MEASURED).astype(int))
             pixels = data.train.images[rows].reshape(-1, len(half)) / 255
             usual = tuple(tuple(round(float(v), 4) for v in values) for values in (pixels.mean(0), pixels.std(0)))
@@ -401,7 +404,7 @@ class Run:
 
 
 def _validate_classes(data: RealData) -> None:
-    """Validates that a data set has a training image of each of its classes."""
+    """Validates that a data set has at least one training image of each class."""
     first, count = data.classes_without_images
     if not count:
         return

@@ -1,4 +1,4 @@
-"""A config over several seeds: mean and standard deviation of every figure, and the table that is printed."""
+"""Runs a config with several seeds, computes mean and standard deviation of every figure, and formats the printed table."""
 
 import dataclasses
 import fnmatch
@@ -18,7 +18,7 @@ from dvinv.runtime.processes import is_primary
 from dvinv.runtime.progress import duration
 from dvinv.runtime.workdir import holds_work
 
-HEADLINES = {  # what is printed of the figures in results.json, as patterns; in the order of the tasks
+HEADLINES = {  # patterns of the figures in results.json that are printed, in the order of the tasks
     'teacher': ('test_accuracy', 'verifier_test_accuracy'),
     'synthesis': ('images', 'verifier_accuracy', 'feature_loss_last', 'feature_loss_real'),
     'distillation': (
@@ -35,22 +35,27 @@ HEADLINES = {  # what is printed of the figures in results.json, as patterns; in
 
 
 def run(config: ml_collections.ConfigDict | Settings, workdir, count: int) -> dict:
-    """Runs `config` with the seeds config.seed, config.seed + 1, ...; each in `workdir`/seed-S, resumable.
+    """Runs `config` with `count` consecutive seeds from config.seed on, each in the folder `workdir`/seed-S; resumable.
+
+    Args:
+      config: the config.
+      workdir: the path of the folder that holds the folders of all seeds.
+      count: the number of seeds.
 
     Returns:
-      {'seeds': [...], 'runs': [results of each], 'mean': {task: {figure: float}}, 'std': the same}, also written to
-      `workdir`/results.json, and to a page where `report` is a task. The deviation is the sample's (n - 1); None for one
-      seed.
+      {'seeds': list of seeds, 'runs': list of the results of each seed, 'mean': {task: {figure: float}}, 'std': likewise}.
+      The same is written to `workdir`/results.json and, if `report` is a task, to a page. The deviation is that of a sample
+      (n - 1); it is None for one seed.
 
     Raises:
-      DvinvError: `workdir` holds a single run or other seeds, or as for `pipeline.run`.
+      DvinvError: `workdir` holds a single run or other seeds, or as for `tasks.run`.
     """
     settings = parse(config)
     if (Path(workdir) / 'config.json').exists():
         if holds_work(workdir):
             raise DvinvError(f'{workdir} holds a single run; choose another --workdir for several seeds.')
         if is_primary():
-            (Path(workdir) / 'config.json').unlink(missing_ok=True)  # of one that ended before it made anything
+            (Path(workdir) / 'config.json').unlink(missing_ok=True)  # left by a run that ended without results
     seeds, runs = [settings.seed + i for i in range(count)], []
     others = {folder.name for folder in Path(workdir).glob('seed-*') if holds_work(folder)}
     if others := others - {f'seed-{seed}' for seed in seeds}:
@@ -78,7 +83,7 @@ def run(config: ml_collections.ConfigDict | Settings, workdir, count: int) -> di
 
 
 def _report(settings: Settings, summary: dict) -> str:
-    """Returns the page over all seeds: a table a task of its headline figures, and links to the pages of the seeds."""
+    """Returns the page over all seeds: one table of headline figures per task, and links to the pages of the seeds."""
     seeds, sections, tiles = summary['seeds'], [], []
     for task, patterns in HEADLINES.items():
         mean, std = summary['mean'].get(task, {}), summary['std'].get(task, {})
@@ -105,12 +110,12 @@ def _report(settings: Settings, summary: dict) -> str:
 
 
 def _cells(names: list[str], figures: dict) -> list[str | float | None]:
-    """Returns the figures of these names as a table shows them."""
+    """Returns the figures with these names, formatted as table cells."""
     return [percent(figures[name]) if name.endswith('accuracy') else figures[name] for name in names]
 
 
 def _over(runs: list[dict], summarise) -> dict:
-    """{task: {figure: summary}} of the figures that are numbers in every run."""
+    """Returns {task: {figure: summary}} of the figures that are numbers in every run."""
     runs = [{task: _flat(figures) for task, figures in results.items()} for results in runs]
 
     def known(results, task, figure):
@@ -127,7 +132,7 @@ def _over(runs: list[dict], summarise) -> dict:
 
 
 def _flat(figures: dict) -> dict:
-    """The figures of a task, those in an object of their own as 'w4a4.test_accuracy'."""
+    """Returns the figures of a task as a flat dict; a nested figure is named for instance 'w4a4.test_accuracy'."""
     flat = {}
     for name, value in figures.items():
         flat |= {f'{name}.{inner}': of for inner, of in value.items()} if isinstance(value, dict) else {name: value}
@@ -135,10 +140,10 @@ def _flat(figures: dict) -> dict:
 
 
 def table(summary: dict, workdir) -> str:
-    """The headline figures in the order of the tasks, the time, and where all else is, as lines of text.
+    """Returns lines of text with the headline figures by task, the total time, and the paths of report and results.
 
     Args:
-      summary: {'runs': [results of each seed]} at least; figures have a standard deviation where it has them, under 'std'.
+      summary: {'runs': list of the results of each seed}, and optionally 'std', the standard deviations to print.
       workdir: the path of the work directory.
     """
     runs = summary['runs']
@@ -158,7 +163,7 @@ def table(summary: dict, workdir) -> str:
 
 
 def _headlines(figures: dict, patterns: tuple[str, ...]) -> list[str]:
-    """Returns the names of figures that match, pattern by pattern."""
+    """Returns the names of the figures that match, in the order of the patterns."""
     return [name for pattern in patterns for name in figures if fnmatch.fnmatchcase(name, pattern)]
 
 

@@ -2,7 +2,7 @@
 
     teacher -> synthesis -> distillation -> pruning -> continual -> quantization -> report
 
-What is finished is not run again, and what was interrupted goes on where it was: the same command resumes.
+Finished tasks are not run again, and an interrupted task resumes where it stopped: the same command resumes the run.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from dvinv.runtime.workdir import Workdir
 from dvinv.synthesis import task as synthesis
 from dvinv.teacher import task as teacher
 
-# Of every task: `validate(run)`, `run(run)` and, but for the report, `complete(run)`.
+# Every module has `validate(run)` and `run(run)`; all but the report have `complete(run)`.
 MODULES = {
     'teacher': teacher,
     'synthesis': synthesis,
@@ -38,16 +38,20 @@ MODULES = {
 
 
 def run(config: ml_collections.ConfigDict | Settings, workdir) -> dict:
-    """Runs the tasks of a config that `workdir` has no results of yet, or lost files of; returns all results, by task.
+    """Runs those tasks of a config that have no results in `workdir` or have lost files there.
 
-    Of several processes all call it, see `runtime.processes`.
+    If there are several processes, all of them must call it, see `runtime.processes`.
 
     Args:
-      workdir: path of the work directory.
+      config: the config.
+      workdir: the path of the work directory.
+
+    Returns:
+      The results of all tasks, {task: figures}.
 
     Raises:
-      DvinvError: a user's mistake or a full disk, in a sentence. What was finished stays.
-      SystemExit: SIGTERM came (where `preemption.install` was called). What was under way is saved.
+      DvinvError: a user's mistake or a full disk, explained in a sentence. Finished work is kept.
+      SystemExit: SIGTERM was received (where `preemption.install` was called). Work in progress is saved.
     """
     run = validated(config, workdir)
     with contextlib.closing(run.open_workdir()):
@@ -59,13 +63,14 @@ def run(config: ml_collections.ConfigDict | Settings, workdir) -> dict:
 
 
 def validated(config: ml_collections.ConfigDict | Settings, workdir='') -> Run:
-    """Returns the run of a config, when all that can be known to fail has been refused; nothing is written yet.
+    """Returns the run of a config, after all its tasks have been validated; writes nothing.
 
     Args:
-      workdir: path of the work directory, where some of it may be done already; '': there will be none.
+      config: the config.
+      workdir: the path of the work directory, where some tasks may be finished already; '' for a run without one.
 
     Raises:
-      DvinvError: a user's mistake, in a sentence.
+      DvinvError: a user's mistake, explained in a sentence.
     """
     run = Run(parse(config), workdir)
     if run.settings.synthesis.is_open:
@@ -73,7 +78,7 @@ def validated(config: ml_collections.ConfigDict | Settings, workdir='') -> Run:
     if run.settings.pool and not Path(run.settings.pool).is_dir():
         raise DvinvError(f'pool is {run.settings.pool!r}, but there is no such folder.')
     run.validate_training_data()
-    _ = run.planned_teacher  # refuses one that cannot be inverted
+    _ = run.planned_teacher  # raises an error if the teacher cannot be inverted
     for task in TASKS:
         if task in run.settings.tasks:
             MODULES[task].validate(run)
@@ -81,7 +86,7 @@ def validated(config: ml_collections.ConfigDict | Settings, workdir='') -> Run:
 
 
 def run_task(task: str, run: Run) -> None:
-    """Runs one task: its figures, its time and its seed go into results.json."""
+    """Runs one task and writes its figures, wall time and seed to results.json."""
     run.workdir.start_clock(task)
     figures = MODULES[task].run(run)
     if figures is not None:
@@ -90,15 +95,16 @@ def run_task(task: str, run: Run) -> None:
 
 
 def _saved(workdir: Workdir) -> str:
-    """Returns what is saved of a run between two tasks."""
+    """Returns a main clause that says which tasks of a run are saved, for a stop between two tasks."""
     finished = ', '.join(workdir.results)
     return f'what {finished} made is saved' if finished else 'no task was under way, so nothing had to be saved'
 
 
 def _with_preset(run: Run) -> Settings:
-    """Returns the settings with the fields of the synthesis that are None as in the preset for images of the teacher's size.
+    """Returns the settings with the synthesis fields that are None filled from a preset.
 
-    A network that flattens its images takes them at one size: its stages are all at the full resolution.
+    The preset is chosen by the size of the teacher's images. A network that flattens its images takes them at one size only,
+    so its stages are all set to the full resolution.
     """
     chosen, settings = run.settings.synthesis.stages is None, run.settings.with_preset(PRESETS[preset_for(run.image_shape)])
     if not chosen or takes_resolutions(run.planned_teacher, settings.inversion_config()):

@@ -1,1 +1,1 @@
-"""A run on one page."""
+"""The report of a run on one page."""

@@ -1,7 +1,7 @@
-"""Line charts as inline SVG text, drawn with the standard library and numpy alone.
+"""Line charts as inline SVG text, drawn with only the standard library and numpy.
 
-A chart is a string that goes into an HTML page as it is. Colours are CSS variables with fallbacks (`--series-1` to
-`--series-6`, `--grid`, `--muted`) and `currentColor`, so the page decides on light or dark.
+A chart is a string that is inserted into an HTML page unchanged. Colours are CSS variables with fallbacks (`--series-1` to
+`--series-6`, `--grid`, `--muted`) and `currentColor`, so that the page chooses between light and dark.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import numpy as np
 # View-box units; one unit is one CSS pixel when the chart is shown at its natural width.
 WIDTH = 520
 PLOT_HEIGHT = 210
-PANEL_HEIGHT = 96  # of each of several
+PANEL_HEIGHT = 96  # the height of each panel, if there are several
 RIGHT = 16
-# More points than this cannot be told apart at this width.
+# More points than this cannot be distinguished at this width.
 MAX_BUCKETS = 240
-# Hover targets per series: enough to read values off, few enough to keep the page small.
+# Hover targets per series: enough to read values, few enough to keep the page small.
 MAX_TOOLTIPS = 40
-# Up to so many points, each gets a dot: they were measured one by one, and the line between them was not.
+# A series with at most this many points shows each as a dot: only the points were measured, not the line between them.
 MAX_DOTS = 12
-# Beyond this a span of two values may overflow a float; nobody trains there.
+# Beyond this value the difference of two values may overflow a float; no training has such values.
 LARGEST = 1e300
 
 _FALLBACK_COLOURS = ('#2f6fde', '#d9772b', '#1f9a70', '#8a5bd0', '#cf4a6c', '#7b8594')
@@ -37,18 +37,18 @@ def line_chart(
     log_y: bool = False,
     log_x: bool = False,
 ) -> str:
-    """Draws each series as one line, and the points of a short one as dots.
+    """Draws each series as a line, and the points of a short series as dots.
 
     Args:
-      series: name -> (x values, y values), two sequences of one length. None, NaN and infinite values are gaps.
-      title: stands above the chart; about 60 characters fit.
+      series: name -> (x values, y values), two sequences of the same length. None, NaN and infinite values are gaps.
+      title: the title above the chart; about 60 characters fit.
       x_label: name and unit of the x axis.
       y_label: name and unit of the y axis.
-      log_y, log_x: logarithmic axis. Points of zero or less have no place on it: they become gaps and a note counts them.
-        Where no value is positive the axis is linear after all.
+      log_y, log_x: whether the axis is logarithmic. Points of zero or less cannot be drawn on such an axis: they become
+        gaps, and a note gives their number. If no value is positive, the axis is linear.
 
     Returns:
-      One `<svg>` element; '' where no series has a point.
+      One `<svg>` element; '' if no series has a point.
     """
     lines = {name: _clean(name, *xy) for name, xy in series.items()}
     return _chart([lines], title, x_label, y_label, log_y, log_x, PLOT_HEIGHT)
@@ -57,14 +57,14 @@ def line_chart(
 def line_panels(
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, x_label: str, log_y: bool = False
 ) -> str:
-    """Draws each series in a panel of its own, one below the other, over one x axis: for values of different size.
+    """Draws each series in its own panel, one below the other, over a common x axis: for values of different magnitude.
 
     Args:
       series, title, x_label: see `line_chart`. Series without a point are left out.
-      log_y: logarithmic y axes, see `line_chart`.
+      log_y: whether the y axes are logarithmic, see `line_chart`.
 
     Returns:
-      One `<svg>` element; '' where no series has a point.
+      One `<svg>` element; '' if no series has a point.
     """
     lines = {name: _clean(name, *xy) for name, xy in series.items()}
     panels = [{name: xy} for name, xy in lines.items() if np.any(~np.isnan(xy[1]))]
@@ -72,9 +72,14 @@ def line_panels(
 
 
 def _chart(panels: list[dict], title: str, x_label: str, y_label: str, log_y: bool, log_x: bool, height: int) -> str:
-    """Returns one `<svg>` of panels over one x axis: {name: (x, y)} each, with gaps as NaN; '' where nothing is drawn.
+    """Returns one `<svg>` of panels over a common x axis; '' if nothing is drawn.
 
-    A single panel has a legend and `y_label`; of several, each has the names of its series above it.
+    A single panel has a legend and `y_label`. If there are several panels, each has the names of its series above it.
+
+    Args:
+      panels: {name: (x, y)} for each panel, with NaN for gaps.
+      title, x_label, y_label, log_y, log_x: see `line_chart`.
+      height: the height of a panel.
     """
     log_x = log_x and any(np.any(x >= 1 / LARGEST) for lines in panels for x, _ in lines.values())
     panels, hidden = _on_axes(panels, log_y, log_x)
@@ -147,7 +152,11 @@ def _chart(panels: list[dict], title: str, x_label: str, y_label: str, log_y: bo
 
 
 def _on_axes(panels: list[dict], log_y: bool, log_x: bool) -> tuple[list[tuple[bool, dict]], int]:
-    """Returns ([(whether a panel's y axis is logarithmic, its lines with gaps where an axis has no place)], how many)."""
+    """Replaces points that cannot be drawn on logarithmic axes by gaps.
+
+    Returns:
+      A list of (whether the y axis of the panel is logarithmic, its lines), and the number of points replaced.
+    """
     placed, hidden = [], 0
     for lines in panels:
         log = log_y and any(np.any(y >= 1 / LARGEST) for _, y in lines.values())
@@ -162,7 +171,7 @@ def _on_axes(panels: list[dict], log_y: bool, log_x: bool) -> tuple[list[tuple[b
 
 
 def _clean(name, x, y) -> tuple[np.ndarray, np.ndarray]:
-    """Both as float64 [N]; y is NaN wherever the point cannot be drawn."""
+    """Returns x and y as float64 [N]; y is NaN if the point cannot be drawn."""
     x = np.asarray(x, dtype=np.float64).reshape(-1)
     y = np.asarray(y, dtype=np.float64).reshape(-1)
     if len(x) != len(y):
@@ -173,7 +182,7 @@ def _clean(name, x, y) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _limits(values: np.ndarray, padding: float) -> tuple[float, float]:
-    """The range of an axis; never empty, so that a constant or a single point lies in its middle."""
+    """Returns the range of an axis, which is never empty: a constant or a single point is in its middle."""
     if not len(values):
         return 0.0, 1.0
     low, high = float(values.min()), float(values.max())
@@ -185,7 +194,7 @@ def _limits(values: np.ndarray, padding: float) -> tuple[float, float]:
 
 
 def _linear_ticks(low: float, high: float, about: int) -> list[tuple[float, str]]:
-    """Round values within [low, high] in steps of 1, 2 or 5 times a power of ten, with their labels."""
+    """Returns round values within [low, high], in steps of 1, 2 or 5 times a power of ten, with their labels."""
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
@@ -200,8 +209,8 @@ def _linear_ticks(low: float, high: float, about: int) -> list[tuple[float, str]
 
 
 def _log_ticks(low: float, high: float, most: int = 8) -> list[tuple[float, str]]:
-    """Ticks for an axis over the exponents [low, high] of ten: decades, or 1-2-5, or round values, as room allows."""
-    low, high = max(low, -307.0), min(high, 307.0)  # what a float can tell, with room for 5 times as much
+    """Returns ticks of an axis over the exponents [low, high] of ten: decades, 1-2-5, or round values, as space allows."""
+    low, high = max(low, -307.0), min(high, 307.0)  # the range of a float, with room for a factor of 5
     stride = max(1, math.ceil((high - low) / min(6, most)))
     decades = range(math.ceil(low), math.floor(high) + 1)
     if len(decades) >= min(3, most // 2):
@@ -218,7 +227,7 @@ def _plain(value: float) -> str:
 
 
 def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keeps the lowest and the highest point of each bucket, so that a spike survives; a bucket of gaps stays one."""
+    """Keeps the lowest and the highest point of each bucket, so that spikes remain; a bucket of gaps stays a gap."""
     if len(y) <= 2 * MAX_BUCKETS:
         return x, y
     kept = {0, len(y) - 1}
@@ -238,15 +247,16 @@ def _colour(index: int) -> str:
 
 
 def _dashed(index: int) -> bool:
-    """A second round through the colours is dashed."""
+    """Returns whether a line is dashed, which is so when the colours are used a second time."""
     return index // len(_FALLBACK_COLOURS) % 2 == 1
 
 
 def _legend(names: list[str], first: int = 0) -> list[str]:
-    """Rows of `<tspan>`s. They flow within a row, so a page may enlarge the type without anything overlapping.
+    """Returns rows of `<tspan>` elements. They flow within a row, so that a page may enlarge the font without overlaps.
 
     Args:
-      first: index of the first name's colour.
+      names: the names of the series.
+      first: the index of the colour of the first name.
     """
     rows, used = [], WIDTH
     for index, name in enumerate(names, first):
@@ -262,7 +272,7 @@ def _legend(names: list[str], first: int = 0) -> list[str]:
 
 
 def _line(index: int, name: str, x: np.ndarray, y: np.ndarray, across, down) -> str:
-    """One series: a path, dots where points are few, lone or the last, and hover targets with the values."""
+    """Draws one series: a path, dots for few, isolated and last points, and hover targets with the values."""
     drawn = np.flatnonzero(~np.isnan(y))
     if not len(drawn):
         return ''

@@ -1,4 +1,4 @@
-"""A matrix of shares as inline SVG text, a cell each, in the colours of `charts`."""
+"""Heat maps: a matrix of fractions as inline SVG text, with one cell per fraction, in the colours of `charts`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def heat_map(
     row_names: Sequence[str],
     column_names: Sequence[str],
 ) -> str:
-    """Draws each share in [0, 1] as a cell, the darker the higher, with its value in per cent; None is an empty place.
+    """Draws each fraction in [0, 1] as a cell, darker for higher values, with its value in per cent; None is left empty.
 
     Args:
-      rows: from the top; those that are shorter than `column_names` end in empty places.
-      title: stands above; about 60 characters fit where there are some columns.
-      row_names, column_names: in short; longer ones are cut, and whole when pointed at.
+      rows: the rows from the top; rows that are shorter than `column_names` end in empty cells.
+      title: the title above the chart; about 60 characters fit unless there are very few columns.
+      row_names, column_names: short names; longer names are truncated, and shown in full when pointed at.
 
     Returns:
       One `<svg>` element.
@@ -32,7 +32,7 @@ def heat_map(
     muted = 'style="fill:var(--muted,#6b7280)"'
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {width} {height}" role="img"',
-        # Narrower, its figures could not be read: the page lets it scroll.
+        # The figures would be illegible in a narrower chart, so the page scrolls it.
         f'style="min-width:{0.7 * needed:.0f}px;max-width:{1.2 * width:.0f}px"',
         f'aria-label="{escape(title)}" font-family="inherit" font-size="12" fill="currentColor">',
         f'<text class="chart-title" x="0" y="16" font-size="14" font-weight="600">{escape(title)}</text>',
@@ -47,7 +47,7 @@ def heat_map(
             if share is None:
                 continue
             x = left + CELL[0] * column
-            opacity = 0.06 + 0.64 * min(1.0, max(0.0, share))  # never so dark that the figure on it could not be read
+            opacity = 0.06 + 0.64 * min(1.0, max(0.0, share))  # light enough for the figure on it to be legible
             told = f'{name}, {column_names[column]}: {100 * share:.1f}%'
             out.append(
                 f'<rect x="{x + 1}" y="{y + 1}" width="{CELL[0] - 2}" height="{CELL[1] - 2}" rx="4" '

@@ -1,6 +1,6 @@
-"""The report of a run as one HTML file: no script, nothing fetched, the same text for the same inputs.
+"""The report of a run as one HTML file: without scripts or external resources, and with the same text for the same inputs.
 
-It needs no other file, and may have links to those that lie in its folder.
+It needs no other file, but may have links to files in its folder.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from PIL import Image
 from dvinv.runtime.pictures import class_grid, name_of, png_data_uri, shown_classes
 
 UNKNOWN = '–'
-NARROW = 4  # columns of a table that a phone has room for, two of text at most, and that has a chart beside it
-FEW = 2  # images of a class, for which a row would be nearly empty
-LEAST = 0.0001  # of what is shown as a figure
+NARROW = 4  # most columns of a table that fits a phone (with two of text at most) and is placed next to a chart
+FEW = 2  # most images per class at which a row per class would be nearly empty
+LEAST = 0.0001  # smallest magnitude that is shown as a figure
 
-# Numbers of a column line up through tabular figures; charts take their colours from the same variables.
+# Tabular figures align the numbers of a column; charts take their colours from the same variables.
 STYLESHEET = """
 :root { color-scheme: light dark; --page: #fbfbf9; --surface: #fff; --ink: #1c2128; --muted: #667080; --line: #e4e5e1;
   --grid: #e9eae6; --accent: #2f6fde; --tint: #eef3fc; --shade: #1c212838; --series-1: #2f6fde;
@@ -108,7 +108,7 @@ code { font: .92em ui-monospace, monospace; }
 
 @dataclass(frozen=True)
 class Tile:
-    """One key figure of the headline."""
+    """A key figure below the headline."""
 
     label: str
     """What was measured, in two or three words."""
@@ -122,7 +122,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose first column holds names and whose others hold figures."""
+    """A table with names in its first column and figures in the others."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str | int | float | tuple[str, str] | None]]
@@ -149,7 +149,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the report; what is empty is left out."""
+    """A section of the report; empty parts are left out."""
 
     heading: str
     text: str = ''
@@ -161,14 +161,14 @@ class Section:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A fraction in [0, 1] as per cent; None and NaN as an en dash."""
+    """Formats a fraction in [0, 1] as per cent; None and NaN as an en dash."""
     return UNKNOWN if value is None or math.isnan(value) else f'{100 * value:.{digits}f}%'
 
 
 def number(value: float | None) -> str:
-    """Whole numbers in full with separators, others to four significant digits; None and NaN as an en dash.
+    """Formats integers in full with separators, other numbers to four significant digits; None and NaN as an en dash.
 
-    What is above 0 but next to nothing is '<0.0001', what is below it (a rounded difference) '0'.
+    Positive values below 0.0001 are shown as '<0.0001', negative values of that magnitude (rounding errors) as '0'.
     """
     if value is None or math.isnan(value):
         return UNKNOWN
@@ -191,12 +191,14 @@ def class_picture(
     beside: np.ndarray | None = None,
     wide: bool = False,
 ) -> Picture:
-    """Returns a grid with a row a class, and its name before it; of classes with few images, one each, side by side.
+    """Returns a grid with one named row per class, or with one image per class side by side if classes have few images.
 
     Args:
       images, labels, per_class: see `pictures.class_grid`.
-      class_names: in the order of labels; (): numbers stand for them.
-      beside: labels of another set of images, for the places of its grid; None: `labels`.
+      caption: the caption of the picture.
+      class_names: the names of classes in the order of labels; () to show numbers.
+      beside: the labels of another set of images, to use the layout of its grid; None for the layout of `labels`.
+      wide: whether the picture takes the whole width of the page.
     """
     placed = np.asarray(labels if beside is None else beside)
     classes, counts = np.unique(placed, return_counts=True)
@@ -227,14 +229,14 @@ def render(
     footer: str = '',
     facts: Mapping[str, str | Sequence[tuple[str, str]]] | None = None,
 ) -> str:
-    """The page.
+    """Renders the page as HTML.
 
     Args:
-      title: the headline and the name of the browser tab.
-      summary: what was done and what came out; paragraphs with an empty line between them.
-      tiles: the key figures, four to six. Those of an unknown value are left out.
-      sections: in the order of the page.
-      configuration: text of the run's configuration, shown as it is in a part that opens on a click.
+      title: the headline and the title of the browser tab.
+      summary: the method and the results; paragraphs are separated by an empty line.
+      tiles: the key figures, four to six. Tiles with an unknown value are left out.
+      sections: the sections in the order of the page.
+      configuration: the text of the run's configuration, shown unchanged in a part that opens on a click.
       eyebrow: the line above the headline.
       footer: one line at the end.
       facts: {name: text, or links as (text, path relative to the page)} at the end, such as the command and versions.
@@ -257,7 +259,7 @@ def render(
         '</footer>',
     ]
     content = '\n'.join(part for part in body if part)
-    # The policy makes the promise of the first line hold even if a caller's chart breaks it.
+    # The policy forbids scripts and external resources even if the chart of a caller contains them.
     return f"""<!doctype html>
 <html lang="en">
 <head>

@@ -1,4 +1,4 @@
-"""The task `report`: the whole run on one self-contained page, from what the other tasks left in the work directory."""
+"""The task `report`: shows the run on one self-contained page, from the files of the other tasks in the work directory."""
 
 import json
 from collections.abc import Iterable
@@ -28,8 +28,8 @@ from dvinv.runtime.progress import duration
 from dvinv.synthesis.pools import finished_pool, open_control
 from dvinv.teacher.verifiers import load_more, refuse_chance
 
-PER_CLASS, PER_CLASS_BESIDE = 16, 10  # images in a row of a grid that has the whole width, or another beside it
-MOST_SCORED = 500  # real images that tell whether a verifier recognises anything
+PER_CLASS, PER_CLASS_BESIDE = 16, 10  # images per row of a grid with the full width, or next to another
+MOST_SCORED = 500  # maximum number of real images on which a verifier is checked to be better than chance
 TERMS = {
     'cross_entropy': 'cross-entropy',
     'feature': 'feature loss',
@@ -37,7 +37,7 @@ TERMS = {
     'competition': 'competition',
 }
 UNTIL = 'pixels were optimised until a trained network {}'
-METHODS = {  # name, and what it does; the braces take how far the network went along with the labels
+METHODS = {  # (name, description); the braces stand for the verdict of the network on the labels
     'deepinversion': ('DeepInversion', f'{UNTIL} and found the statistics of its BatchNorm inputs familiar'),
     'adaptive': (
         'Adaptive DeepInversion',
@@ -48,7 +48,7 @@ METHODS = {  # name, and what it does; the braces take how far the network went 
     'noise': ('drawing noise', 'every inversion starts from it, and nothing was optimised'),
 }
 CONTROLS = {'prior_only': 'Made without the feature term.', 'noise': 'Noise: where every image starts.'}
-HEADLINES = {  # of the task that a run ends with
+HEADLINES = {  # the headline for the last task of a run
     'teacher': 'a trained network',
     'synthesis': 'images from the network alone',
     'distillation': 'a student from images of the network alone',
@@ -57,7 +57,7 @@ HEADLINES = {  # of the task that a run ends with
     'quantization': 'few bits without data',
 }
 FILES = 'results.json', 'config.json', 'versions.json', 'metrics.jsonl', 'quality.json', 'by_class.json', 'pruning.json'
-COMPARED = {'distillation': ('student', 'student'), 'pruning': ('pruned', 'pruned network')}  # task: its file, in words
+COMPARED = {'distillation': ('student', 'student'), 'pruning': ('pruned', 'pruned network')}  # (file, name in text) by task
 STUDENTS = {
     'student': 'Synthesized images',
     'real': 'Real training images (upper control)',
@@ -72,13 +72,13 @@ def validate(run: Run) -> None:
 
 
 def run(run: Run) -> None:
-    """Writes report.html; tasks that have not run are left out of it."""
+    """Writes report.html; tasks without results are left out."""
     workdir, results, data = run.workdir, run.workdir.results, run.data
     names = (data.class_names if data else ()) or run.settings.data.class_names
     summary, sections = [], []
     if 'synthesis' in results:
         pool = finished_pool(run)
-        method = pool.notes(pool.finished()[0])['config']['method']  # an existing pool's need not be the config's
+        method = pool.notes(pool.finished()[0])['config']['method']  # a given pool may have another method than the config
         summary.append(_summary(results, *METHODS[method]))
         pools = {'synthesized': pool, **_controls(run)}
         sections.append(_synthesis(pools, method, results['synthesis'], data, names))
@@ -111,7 +111,7 @@ def run(run: Run) -> None:
 
 
 def _title(settings: Settings, results: dict) -> str:
-    """Returns the headline: the network, its data, and what the last task made of them."""
+    """Returns the headline: the network, its data, and the headline of the last task."""
     group, path = settings.teacher, Path(settings.data.path)
     data = path.stem if settings.data.name in ('npz', 'folders') else settings.data.name
     what = [headline for task, headline in HEADLINES.items() if task in results]
@@ -119,7 +119,7 @@ def _title(settings: Settings, results: dict) -> str:
 
 
 def _facts(run: Run, results: dict) -> dict:
-    """Returns how the run came about, and its files."""
+    """Returns the facts about the run (date, command, device, versions, time) and links to its files."""
     workdir = run.workdir
     seconds = sum(results[task]['wall_seconds'] for task in TASKS if task in results)
     networks = sorted((workdir.path / 'networks').glob('*.safetensors'))
@@ -223,7 +223,7 @@ def _synthesis(
 
 
 def _quality(run: Run, pools: dict[str, ImagePool]) -> Section:
-    """All sets of images that there are, and real ones, side by side; the figures go into quality.json too."""
+    """Returns the section that compares all sets of images, and real ones; also writes the figures to quality.json."""
     verifier = run.verifier
     if verifier is None:
         text = 'The config names no verifier (verifier.network): no network but the teacher has judged these images.'
@@ -240,13 +240,13 @@ def _quality(run: Run, pools: dict[str, ImagePool]) -> Section:
 
 
 def _controls(run: Run) -> dict[str, ImagePool]:
-    """Those of the lesser methods' pools that there are."""
+    """Returns the pools of the controls that have any images."""
     pools = {name: open_control(run.workdir, name, run.teacher.digest()) for name in CONTROLS}
     return {name: pool for name, pool in pools.items() if pool.numbers()}
 
 
 def _inversions(method: str, rounds: int, pool: ImagePool) -> list[str]:
-    """Charts of the loss terms of a pool's batches: none of noise."""
+    """Returns charts of the loss terms of the batches of a pool; none for noise."""
     curves = _curves(pool.measurements(), TERMS)
     if not any(steps for steps, _ in curves.values()):
         return []
@@ -314,7 +314,7 @@ def _agrees(distilled: dict) -> str:
 
 
 def _and_reads(score: float | None, other: float | None, name: str) -> str:
-    """Returns the end of a sentence about a network: its accuracy and another's, as far as they are known."""
+    """Returns the end of a sentence about a network, with its accuracy and that of another network, as far as known."""
     if score is None:
         return '.'
     return f'; it reads {percent(score)} of the real test images right' + (
@@ -323,7 +323,7 @@ def _and_reads(score: float | None, other: float | None, name: str) -> str:
 
 
 def _by_image_count(counts: tuple[int, ...], distilled: dict) -> tuple[list[Table], list[str]]:
-    """The curve of accuracy against image count, as far as it was measured."""
+    """Returns the table and the chart of accuracy against image count, for the counts that were measured."""
     scores = {count: distilled.get(f'test_accuracy_of_{count}_images') for count in sorted(counts)}
     points = {count: score for count, score in scores.items() if score is not None}
     if not points:
@@ -338,7 +338,7 @@ def _by_image_count(counts: tuple[int, ...], distilled: dict) -> tuple[list[Tabl
 
 
 def _classes(run: Run, data: RealData, names: tuple[str, ...]) -> Section | None:
-    """The networks of the run class by class; the figures go into by_class.json too. None before there is a teacher."""
+    """Returns the section on the networks class by class, and writes by_class.json; None if there is no teacher yet."""
     if not run.has_teacher:
         return None
     teacher, workdir, networks, titles = run.teacher, run.workdir, {}, {}
@@ -353,14 +353,14 @@ def _classes(run: Run, data: RealData, names: tuple[str, ...]) -> Section | None
             networks[path.stem], titles[path.stem] = load_quantized(path, teacher), f'network of {setting}'
     digests = {name: network.digest() for name, network in {'teacher': teacher, **networks}.items()}
     found = workdir.read_json('by_class.json', {})
-    if found.get('networks') != digests:  # else a finished run's report is made anew
+    if found.get('networks') != digests:  # unchanged networks keep their figures
         found = {'networks': digests, **compare(teacher, networks, data.test)}
         write_atomic(workdir.path / 'by_class.json', (json.dumps(found) + '\n').encode())
     return class_section(found, titles, names)
 
 
 def _teacher(run: Run, found: dict) -> Section:
-    """Where the teacher comes from, what it scores, and how it was trained if it was trained here."""
+    """Returns the section on the teacher: its source, its accuracy, and its losses if this run trained it."""
     group = run.settings.teacher
     name = group.factory or group.network
     source = f'was read from {group.weights}' if group.weights else f'came from the function {group.factory}'
@@ -412,7 +412,10 @@ def _grid(pool: ImagePool, caption: str, names: tuple[str, ...], per_class: int,
 
 
 def _curves(lines: Iterable[dict], values: Iterable[str], x: str = 'step') -> dict[str, tuple[list, list]]:
-    """{value: (x, its mean there)} over the lines that tell it, ascending in x; none of the lines is held."""
+    """Returns {value: (list of x, list of means at x)} over the lines that have the value, ascending in x.
+
+    Lines are consumed one at a time and are not kept in memory.
+    """
     totals = {value: {} for value in values}  # {value: {x: [sum, count]}}
     for line in lines:
         for value in line.keys() & totals.keys():
@@ -425,5 +428,5 @@ def _curves(lines: Iterable[dict], values: Iterable[str], x: str = 'step') -> di
 
 
 def _losses(curves: dict[str, tuple[list, list]], *words: str) -> str:
-    """A chart of the curves that have points; title and labels of the axes by `words`."""
+    """Returns a chart of the curves that have points; `words` are the title and the labels of the axes."""
     return line_chart({name: curve for name, curve in curves.items() if curve[0]}, *words, log_y=True)

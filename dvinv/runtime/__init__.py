@@ -1,1 +1,1 @@
-"""The ground floor: devices, the work directory, checkpoints, metrics, progress, and the report page."""
+"""The services that all tasks use: devices, processes, the work directory, checkpoints, metrics and progress."""

@@ -1,4 +1,4 @@
-"""What a run says first: versions, devices, its tasks, what of them is done already, and where the report will be."""
+"""The banner of a run: versions, devices, its tasks, the finished ones among them, and the path of the report."""
 
 import json
 import shutil
@@ -14,21 +14,23 @@ import jax
 from dvinv.config import Settings
 from dvinv.runtime.devices import local_devices
 
-NVIDIA = '0x10de'  # a vendor on the PCI bus
-DISPLAY = '0x03'  # how the class of a graphics card begins there
+NVIDIA = '0x10de'  # vendor id on the PCI bus
+DISPLAY = '0x03'  # prefix of the class of a graphics card on the PCI bus
 PCI = Path('/sys/bus/pci/devices')
 PLUGINS = 'jax_cuda12_plugin', 'jax_cuda13_plugin'
 
 
 def announce(settings: Settings, workdir, tasks: Sequence[str], seeds: int = 0) -> None:
-    """Prints the banner but for its first line, which `dvinv.main` prints as soon as the flags are read.
+    """Prints the banner except for its first line, which `dvinv.main` prints as soon as the flags are read.
 
     Args:
-      tasks: those of the settings, in the order in which they run.
-      seeds: how many the run is repeated with; 0: it is a single run.
+      settings: the settings of the run.
+      workdir: the path of the work directory.
+      tasks: the tasks of the settings, in the order in which they run.
+      seeds: the number of seeds; 0 for a single run.
 
     Raises:
-      DvinvError: JAX cannot use the devices that it was asked to use.
+      DvinvError: JAX cannot use the requested devices.
     """
     lines = [('devices', device_names(settings.devices))]
     if missed := unused_gpu():
@@ -46,7 +48,7 @@ def announce(settings: Settings, workdir, tasks: Sequence[str], seeds: int = 0) 
 
 
 def done_already(workdir, tasks: Sequence[str]) -> list[str]:
-    """Returns those of the tasks that have results in the work directory; a damaged file is left to who opens it."""
+    """Returns the tasks that have results in the work directory; a damaged file counts as empty and is reported later."""
     try:
         results = json.loads((Path(workdir) / 'results.json').read_text())
     except (OSError, ValueError):
@@ -55,7 +57,7 @@ def done_already(workdir, tasks: Sequence[str]) -> list[str]:
 
 
 def device_names(count: int) -> str:
-    """Returns how many devices of what kind the run uses: the first `count` of this process, or all where it is 0."""
+    """Returns a description of the devices that the run uses: the first `count` of this process, or all if it is 0."""
     devices = local_devices()
     kinds = Counter(device.device_kind for device in devices[: count if count > 0 else None])
     if devices[0].platform == 'cpu':
@@ -64,7 +66,7 @@ def device_names(count: int) -> str:
 
 
 def _processor() -> str:
-    """Returns the CPU's name in brackets, where Linux tells one."""
+    """Returns the name of the CPU in brackets; '' if Linux does not report one."""
     try:
         about = Path('/proc/cpuinfo').read_text()
     except OSError:
@@ -74,7 +76,7 @@ def _processor() -> str:
 
 
 def unused_gpu() -> str:
-    """Returns a sentence where this machine has an NVIDIA GPU that JAX does not use, else ''."""
+    """Returns a sentence if this machine has an NVIDIA GPU that JAX does not use, otherwise ''."""
     if jax.default_backend() != 'cpu' or not (name := _gpu()):
         return ''
     here = f'A GPU is there but not used ({name})'
@@ -86,8 +88,8 @@ def unused_gpu() -> str:
 
 
 def _gpu() -> str:
-    """Returns the name of the first NVIDIA GPU by nvidia-smi, or that the PCI bus has one; '' where there is none."""
-    if shutil.which('nvidia-smi'):  # it may be there without a GPU, as in many containers
+    """Returns the name of the first NVIDIA GPU by nvidia-smi, or its place on the PCI bus; '' if there is none."""
+    if shutil.which('nvidia-smi'):  # many containers have it without a GPU
         try:
             answer = subprocess.run(['nvidia-smi', '-L'], capture_output=True, text=True, timeout=5).stdout
         except (OSError, subprocess.TimeoutExpired):

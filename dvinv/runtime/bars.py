@@ -1,19 +1,19 @@
-"""Pairs of bars, what was before and what is left of it, as inline SVG text; colours as in charts.py."""
+"""Charts of pairs of bars, for lengths before and after a reduction, as inline SVG text; colours as in charts.py."""
 
 from collections.abc import Mapping
 from html import escape
 
 WIDTH, ROW, TOP = 520, 16, 34
-CHARACTER = 6.2  # width of one in a row's name
+CHARACTER = 6.2  # width of a character in the name of a row
 
 
 def bars_left(rows: Mapping[str, tuple[float, float]], title: str, unit: str) -> str:
-    """A row for each name: a bar of its length before, and on it one of what is left.
+    """Draws one row per name: a bar of the length before, and over it a bar of the length after.
 
     Args:
-      rows: name -> (before, left).
-      title: stands above the chart.
-      unit: of the lengths, for the labels.
+      rows: name -> (length before, length after).
+      title: the title above the chart.
+      unit: the unit of the lengths, for the labels.
 
     Returns:
       One `<svg>` element.
@@ -24,7 +24,7 @@ def bars_left(rows: Mapping[str, tuple[float, float]], title: str, unit: str) ->
     height = TOP + ROW * len(rows) + 8
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" class="chart dense" viewBox="0 0 {WIDTH} {height}" role="img"',
-        f'style="min-width:{0.9 * WIDTH:.0f}px"',  # narrower, its names could not be read: the page lets it scroll
+        f'style="min-width:{0.9 * WIDTH:.0f}px"',  # names would be illegible in a narrower chart, so the page scrolls it
         f'aria-label="{escape(title)}" font-family="inherit" font-size="11" fill="currentColor">',
         f'<text class="chart-title" x="0" y="16" font-size="14" font-weight="600">{escape(title)}</text>',
     ]

@@ -1,13 +1,13 @@
-"""Checkpoints of trainings and of batches of images: Orbax writes them, a checksum of every file guards them.
+"""Checkpoints of trainings and of batches of images, written by Orbax and verified by a checksum of every file.
 
-Orbax restores a flipped byte without a word, takes any folder named by a number for a checkpoint, and so cannot tell a
-good one from a bad one. Here a checkpoint exists when its manifest, written last, exists; and it is restored only
-when every file still has the manifest's sha256.
+Orbax restores a flipped byte without an error and takes any folder named by a number for a checkpoint, so it cannot tell an
+intact checkpoint from a damaged one. Here a checkpoint exists if its manifest exists, which is written last. It is restored
+only if every file has the sha256 of the manifest.
 
-Each checkpoint is written by one process, and waits for no other. Orbax 0.12 has three obstacles to that where there are
-several processes: arrays of numpy are written by process 0 only, and silently left out elsewhere; arrays that lie on one
-process alone are refused; and what saves in the background (`StandardCheckpointer`) signals through keys that all processes
-share. See `_global` and `_save`.
+Each checkpoint is written by one process, which does not wait for others. With several processes, Orbax 0.12 has three
+obstacles to that: numpy arrays are written by process 0 only and are silently left out on other processes; arrays that are
+on a single process only are rejected; and the checkpointer that saves in the background (`StandardCheckpointer`) signals
+through keys that all processes share. See `_global` and `_save`.
 """
 
 import errno
@@ -26,34 +26,41 @@ from dvinv.errors import DvinvError
 from dvinv.runtime.files import disk_full_told, sha256_of, write_atomic
 from dvinv.runtime.processes import decide, is_primary
 
-MARGIN = 2**20  # bytes that must be free beside the arrays of a checkpoint
+MARGIN = 2**20  # bytes that must be free in addition to the arrays of a checkpoint
 
 
 class DamagedCheckpointError(DvinvError):
-    """A file of a checkpoint is missing, or is not the one that was written."""
+    """A file of a checkpoint is missing or differs from the one that was written."""
 
 
 class Checkpoints:
-    """The newest checkpoint of one training, or of one batch of images, in a folder of its own."""
+    """The newest checkpoint of one training or of one batch of images, in its own folder."""
 
     def __init__(self, folder: Path, own: bool = False):
-        """Touches no file yet.
+        """Names the folder; touches no file yet.
 
         Args:
-          own: only this process saves it. Else all processes have the same state, make the same calls, and process 0 saves.
+          folder: the folder of the checkpoints.
+          own: whether the checkpoint belongs to this process only, which saves it. Otherwise all processes have the same
+            state and make the same calls, and process 0 saves.
         """
         self._folder, self._own = Path(folder).absolute(), own
 
     def save(self, step: int, state, notes: dict | None = None) -> None:
-        """Writes `state` (a pytree of arrays) as that of `step`, with `notes` for JSON; then drops older ones.
+        """Writes the checkpoint of `step`, then deletes older ones.
+
+        Args:
+          step: the number of the step.
+          state: a pytree of arrays.
+          notes: further entries, which can be written as JSON.
 
         Raises:
-          DvinvError: the disk is full. The older checkpoint stands.
+          DvinvError: the disk is full. The older checkpoint is kept.
         """
         if not (self._own or is_primary()):
             return
         target = self._folder / f'{step:09d}'
-        self._manifest(step).unlink(missing_ok=True)  # one that was passed over, as it is damaged for instance
+        self._manifest(step).unlink(missing_ok=True)  # a checkpoint that was not restored, for instance a damaged one
         self._sweep()
         try:
             with disk_full_told(target):
@@ -69,13 +76,15 @@ class Checkpoints:
             self._sweep()
 
     def restore(self, template=None):
-        """Returns (step, state) of the newest checkpoint, arrays of numpy, or None where there is none.
+        """Returns (step, state) of the newest checkpoint, with numpy arrays; None if there is no checkpoint.
 
         Args:
-          template: a pytree like the saved state, of arrays or `jax.ShapeDtypeStruct`; None: it is of dicts and lists.
+          template: a pytree with the structure of the saved state, of arrays or `jax.ShapeDtypeStruct`; None if the state
+            consists of dicts and lists.
 
         Raises:
-          DamagedCheckpointError: a file of it is missing or not the one that was written (named).
+          DamagedCheckpointError: a file of the checkpoint is missing or differs from the one that was written; the message
+            names it.
         """
         step = self._newest() if self._own else decide(self._newest, 'a list of checkpoints')
         if step is None:
@@ -98,23 +107,23 @@ class Checkpoints:
             return step, checkpointer.restore(folder, jax.tree.map(_shape, template))
 
     def notes(self) -> dict:
-        """Returns what was noted with the newest checkpoint."""
+        """Returns the notes that were saved with the newest checkpoint; {} if there is none."""
         step = self._newest()
         return {} if step is None else json.loads(self._manifest(step).read_text()).get('notes', {})
 
     def drop(self) -> None:
-        """Deletes the checkpoint."""
+        """Deletes the folder with all its checkpoints."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _check_room(self, state) -> None:
-        """Raises on a full disk before Orbax starts, whose threads would answer with tracebacks of their own."""
+        """Raises an OSError if the disk is full, before Orbax starts: its threads would print tracebacks."""
         self._folder.mkdir(parents=True, exist_ok=True)
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + MARGIN
         if shutil.disk_usage(self._folder).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _sweep(self) -> None:
-        """Deletes the folders without a manifest: older checkpoints, and saves that failed or were killed."""
+        """Deletes the folders without a manifest: older checkpoints, and saves that failed or were interrupted."""
         kept = {self._manifest(step).stem for step in self._steps()}
         for entry in self._folder.glob('*'):
             if entry.is_dir() and entry.name not in kept:
@@ -131,13 +140,13 @@ class Checkpoints:
 
 
 def _this_process() -> ocp.options.MultiprocessingOptions:
-    """Returns the options under which Orbax waits for no other process."""
+    """Returns the options with which Orbax does not wait for other processes."""
     index = jax.process_index()
     return ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
 
 
 def _save(folder: Path, state) -> None:
-    """Writes a pytree of arrays, by this process alone, in the format of `ocp.StandardCheckpointer`."""
+    """Writes a pytree of arrays from this process only, in the format of `ocp.StandardCheckpointer`."""
     options, handlers = _this_process(), ocp.type_handlers
     # With `use_replica_parallel`, Orbax's default, other processes would be expected to write parts of the arrays.
     arrays = handlers.ArrayHandler(
@@ -150,7 +159,10 @@ def _save(folder: Path, state) -> None:
 
 
 def _global(leaf) -> np.ndarray | jax.Array:
-    """Returns an array as Orbax writes it from this process: but on process 0, as if another process had a copy too."""
+    """Returns an array in a form that Orbax writes from this process.
+
+    On processes other than 0, that is an array sharded as if another process had a copy too.
+    """
     leaf, here = np.asarray(leaf), jax.local_devices()[0]
     if here.process_index == 0:
         return leaf

@@ -1,4 +1,4 @@
-"""Compiled programs, kept between runs."""
+"""The cache of compiled programs, kept between runs."""
 
 import os
 from pathlib import Path
@@ -9,9 +9,10 @@ from dvinv.errors import say_once
 
 
 def keep_compiled() -> None:
-    """Keeps compiled programs in XDG_CACHE_HOME or ~/.cache, unless JAX has a folder for them. Called by main only.
+    """Sets JAX's compilation cache to a folder in XDG_CACHE_HOME or ~/.cache, unless one is set; called by main only.
 
-    Where there is no such folder (a container's user without a home), they are not kept, and that is said once.
+    If there is no such folder (for instance for a user without a home in a container), programs are not cached, and a
+    message says so once.
     """
     if jax.config.jax_compilation_cache_dir:
         return
@@ -20,7 +21,7 @@ def keep_compiled() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(f'{folder} cannot be written to')
-    except (RuntimeError, OSError) as error:  # the former where nothing says which folder is the user's home
+    except (RuntimeError, OSError) as error:  # RuntimeError: the home folder of the user is unknown
         say_once(f'Compiled programs are not kept for later runs ({error}); set XDG_CACHE_HOME to a folder for them.')
         return
     jax.config.update('jax_compilation_cache_dir', str(folder))

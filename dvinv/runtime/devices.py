@@ -1,4 +1,4 @@
-"""Devices as a 1-D mesh with the axis `data`, over which batches are mapped."""
+"""Devices as a 1-D mesh with the axis `data`, over which batches are split."""
 
 import contextlib
 import functools
@@ -16,10 +16,13 @@ AXIS = 'data'
 
 
 def set_cpu_devices(count: int) -> None:
-    """Let the CPU backend offer `count` virtual devices (0: one a core). Call before anything touches a device.
+    """Sets the number of virtual devices of the CPU backend; must be called before any device is used.
 
-    One device leaves half of the cores idle: XLA's convolutions share the work of a small batch badly, whole batches side by
-    side do not share any. Whoever has set JAX_NUM_CPU_DEVICES has decided already, where `count` is 0.
+    One device leaves half of the cores idle: XLA's convolutions parallelise poorly over a small batch, whereas whole batches
+    side by side are independent. If `count` is 0, JAX_NUM_CPU_DEVICES (or the flag in XLA_FLAGS) takes precedence if set.
+
+    Args:
+      count: the number of virtual devices; 0 for one per core.
     """
     decided = jax.config.jax_num_cpu_devices >= 0 or 'xla_force_host_platform_device_count' in os.environ.get(
         'XLA_FLAGS', ''
@@ -29,12 +32,12 @@ def set_cpu_devices(count: int) -> None:
 
 
 def cores() -> int:
-    """How many CPU cores this process may use."""
+    """Returns the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def platform_of(mesh: Mesh) -> str:
-    """'cpu', 'gpu' or 'tpu'."""
+    """Returns the platform of the devices of a mesh: 'cpu', 'gpu' or 'tpu'."""
     return mesh.devices.flat[0].platform
 
 
@@ -46,7 +49,7 @@ def local_devices() -> list[jax.Device]:
     """
     try:
         return jax.local_devices()
-    except (RuntimeError, AssertionError) as error:  # the latter where nothing is installed for the platform
+    except (RuntimeError, AssertionError) as error:  # AssertionError: nothing is installed for the platform
         platforms = jax.config.jax_platforms
         asked = f'JAX_PLATFORMS is {platforms!r}, but ' if platforms else ''
         reason = (str(error) or 'nothing is installed for it').splitlines()[0]
@@ -57,22 +60,23 @@ def local_devices() -> list[jax.Device]:
 
 
 def training_mesh(mesh: Mesh) -> Mesh:
-    """The mesh to train on: `mesh`, but one device where they are virtual ones that share the same CPU cores.
+    """Returns the mesh to train on: that of `mesh`, or a single device on CPU, where virtual devices share the same cores.
 
-    They would gain nothing, and a network trained on CPU would come to depend on their number. Of several processes, these
-    devices of all.
+    Several virtual devices would not be faster, and a network trained on CPU would depend on their number. If there are
+    several processes, the mesh has the same number of devices of each process.
     """
     return make_mesh(1 if platform_of(mesh) == 'cpu' else mesh.size, of_all=True)
 
 
 def make_mesh(count: int = 0, of_all: bool = False) -> Mesh:
-    """A mesh of the first `count` devices of this process (0: all of them).
+    """Returns a mesh of the first `count` devices of this process.
 
     Args:
-      of_all: so many devices of each process of the run, in the order of processes.
+      count: the number of devices; 0 for all.
+      of_all: whether the mesh has `count` devices of each process of the run, in the order of processes.
 
     Raises:
-      DvinvError: fewer devices than asked for, a negative number, or processes with unlike numbers of devices.
+      DvinvError: there are fewer devices than `count`, `count` is negative, or a process has too few devices.
     """
     if count < 0:
         raise DvinvError(f'devices is {count}; it must be at least 1, or 0 for all there are.')
@@ -98,12 +102,12 @@ def make_mesh(count: int = 0, of_all: bool = False) -> Mesh:
 
 
 def on_mesh(mesh: Mesh):
-    """Returns a context in which `mesh` is the current one, if the caller has set another by `jax.set_mesh`."""
+    """Returns a context in which `mesh` is the current mesh, if the caller has set one by `jax.set_mesh`."""
     return contextlib.nullcontext() if jax.sharding.get_abstract_mesh().empty else jax.set_mesh(mesh)
 
 
 def place(tree, sharding: Sharding):
-    """`jax.device_put`, also onto devices of other processes, which must be called with the same values."""
+    """Places a pytree like `jax.device_put`, also on devices of other processes, which must pass the same values."""
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
 
@@ -117,7 +121,7 @@ def place(tree, sharding: Sharding):
 
 
 def fetch(tree, mesh: Mesh):
-    """`jax.device_get`, also of arrays that lie in part with other processes, which must be called too."""
+    """Fetches a pytree like `jax.device_get`, also arrays that are partly on other processes, which must call this too."""
     if all(device.process_index == jax.process_index() for device in mesh.devices.flat):
         return jax.device_get(tree)
     return jax.device_get(_gather(mesh)(tree))

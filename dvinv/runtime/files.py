@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes and checksums."""
+"""Atomic writes and checksums of files."""
 
 import contextlib
 import errno
@@ -13,11 +13,11 @@ from dvinv.runtime.processes import is_primary
 
 @contextlib.contextmanager
 def disk_full_told(path: Path):
-    """Turn "no space left" while writing `path` into a sentence."""
+    """Converts a "no space left" error while writing `path` into a `DvinvError`."""
     try:
         yield
     except (OSError, ValueError) as error:
-        # TensorStore, beneath Orbax, raises a ValueError with the system's words.
+        # TensorStore, which Orbax uses, raises a ValueError with the system's message.
         full = (errno.ENOSPC, errno.EDQUOT)
         if getattr(error, 'errno', None) not in full and not any(os.strerror(code) in str(error) for code in full):
             raise
@@ -28,13 +28,14 @@ def disk_full_told(path: Path):
 
 
 def write_atomic(path: Path, data: bytes | Iterable[bytes], own: bool = False) -> None:
-    """Write `data` to `path`: after a kill or on a full disk the old file stands, or none, never a part.
+    """Writes `data` to `path` atomically: after a kill or on a full disk, the old file (or none) remains, never a part.
 
-    Of several processes, which make the same calls, process 0 alone writes.
+    If there are several processes, which make the same calls, only process 0 writes.
 
     Args:
-      data: parts are taken one by one, and may come from the old file itself.
-      own: the file is this process's alone, and no other process writes it.
+      path: the path of the file.
+      data: the bytes, or parts of them that are taken one by one and may be read from the old file itself.
+      own: whether the file belongs to this process only, so that this process writes it.
 
     Raises:
       DvinvError: the disk is full.
@@ -44,7 +45,7 @@ def write_atomic(path: Path, data: bytes | Iterable[bytes], own: bool = False) -
     path = Path(path)
     with disk_full_told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f'.{path.name}.tmp')  # always the same, so that kills leave no heap of them
+        temporary = path.with_name(f'.{path.name}.tmp')  # a fixed name, so that kills do not leave many files
         try:
             with open(temporary, 'wb') as file:
                 file.writelines([data] if isinstance(data, bytes) else data)
@@ -58,16 +59,16 @@ def write_atomic(path: Path, data: bytes | Iterable[bytes], own: bool = False) -
 
 
 def sha256_of(path: Path) -> str:
-    """Hexadecimal sha256 of a file's bytes."""
+    """Returns the hexadecimal sha256 of the bytes of a file."""
     with open(path, 'rb') as file:
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def state_of(path: Path) -> tuple[int, int, int] | None:
-    """What changes whenever the file at `path` is written or another is put there; None where there is none."""
+    """Returns a value that changes whenever the file at `path` is written or replaced; None if there is no file."""
     try:
         about = path.stat()
     except FileNotFoundError:
         return None
-    # Not the time alone: the clock of some file systems stands still for milliseconds.
+    # The time alone is not enough: the clock of some file systems only advances every few milliseconds.
     return about.st_mtime_ns, about.st_ino, about.st_size

@@ -1,6 +1,6 @@
-"""metrics.jsonl: one line a measurement, cut back to the last checkpoint when a run resumes.
+"""The metrics file metrics.jsonl: one line per measurement, truncated to the last checkpoint when a run resumes.
 
-What is measured of a batch of images stands in its sidecar (`data.pool`). Process 0 writes, of several.
+The measurements of a batch of images are in its sidecar (`data.pool`). If there are several processes, process 0 writes.
 """
 
 import io
@@ -17,18 +17,18 @@ from dvinv.runtime.processes import is_primary
 class Metrics:
     """The measurements of a run.
 
-    A line is {"task", "series", "step", ... floats}; `step` counts updates of a training. A last line that a kill cut short
-    counts as not there.
+    A line has the keys "task", "series" and "step", which counts updates of a training, and further keys with floats. An
+    incomplete last line, which a kill may leave, is ignored.
 
     Raises:
-      DvinvError: a line is damaged; by whatever reads it.
+      DvinvError: a line is damaged; raised by the methods that read.
     """
 
     def __init__(self, path: Path, on_append: Callable[[str], None] = lambda task: None):
         self._path, self._on_append = Path(path), on_append
 
     def append(self, task: str, series: str, lines: list[dict]) -> None:
-        """Add lines, each with a `step`; flushed to the operating system before return."""
+        """Appends lines, each with a `step`, and flushes them to the operating system."""
         text = ''.join(json.dumps({'task': task, 'series': series, **line}) + '\n' for line in lines)
         if is_primary():
             with disk_full_told(self._path), open(self._path, 'a') as file:
@@ -36,7 +36,7 @@ class Metrics:
         self._on_append(task)
 
     def lines(self, task: str, series: str) -> Iterator[dict]:
-        """The lines of a series, each read when it is asked for."""
+        """Yields the lines of a series, reading them one at a time."""
         with self._open() as file:
             for line in file:
                 if line.endswith(b'\n'):
@@ -45,7 +45,7 @@ class Metrics:
                         yield entry
 
     def cut(self, task: str, series: str, step: int) -> None:
-        """Drop the lines of a series beyond `step`, which will happen again, and a last line that a kill cut short."""
+        """Deletes the lines of a series beyond `step`, which will be measured again, and an incomplete last line."""
 
         def stays(line: bytes) -> bool:
             if not line.endswith(b'\n'):

@@ -1,4 +1,4 @@
-"""Arrays of images as one picture: a grid with a row a class, and its text form for a page without other files."""
+"""Pictures of arrays of images: a grid with one row per class, and its data URI for a self-contained page."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from PIL import Image
 
 
 def shown_classes(labels: np.ndarray, max_classes: int = 20) -> list[int]:
-    """The classes that `class_grid` gives a row, from the top.
+    """Returns the classes that have a row in `class_grid`, from the top.
 
     Args:
       labels: int [N].
-      max_classes: where there are more, this many are taken evenly spaced over the sorted classes: neighbouring
-        classes of a large data set tend to be alike (the first twenty of ImageNet are fish and birds).
+      max_classes: the maximum number of classes. If there are more, classes are chosen evenly spaced over the sorted ones:
+        neighbouring classes of a large data set tend to be similar (the first twenty of ImageNet are fish and birds).
     """
     if max_classes < 1:
         raise ValueError(f'max_classes is {max_classes}; a grid needs at least one row.')
@@ -28,18 +28,18 @@ def shown_classes(labels: np.ndarray, max_classes: int = 20) -> list[int]:
 
 
 def name_of(label: int, class_names: Sequence[str]) -> str:
-    """Returns what a class is called: its number where no name is known."""
+    """Returns the name of a class, or its number if no name is known."""
     return class_names[label] if label < len(class_names) else str(label)
 
 
 def visible(pixels: np.ndarray) -> np.ndarray:
-    """Returns what a picture can show of an image.
+    """Returns the channels of an image that a picture can show.
 
     Args:
       pixels: uint8 [H, W, C].
 
     Returns:
-      uint8 [H, W, 3], the first three channels; [H, W] for a single one, and [H, 2 W] for two, side by side.
+      uint8 [H, W, 3], the first three channels; [H, W] for a single channel; [H, 2 W] for two channels, side by side.
     """
     if pixels.shape[-1] > 2:
         return pixels[..., :3]
@@ -56,21 +56,22 @@ def class_grid(
     width: int = 900,
     classes: Sequence[int] = (),
 ) -> Image.Image:
-    """Lays images out with one row a class (ascending) and the first `per_class` images of the class as columns.
+    """Lays images out in a grid, with one row per class and the first `per_class` images of the class as columns.
 
     Args:
-      images: uint8 [N, H, W, C], see `visible`; an array, or what is read by rows: only images of the grid are asked for.
+      images: uint8 [N, H, W, C], see `visible`; an array, or an object read by rows: only the images of the grid are read.
       labels: int [N].
-      per_class: columns.
-      max_classes: rows at most; see `shown_classes`.
-      gap: pixels between neighbours.
-      width: pixels the grid is about to have. Small images grow by a whole factor with nearest neighbour, so that a
-        pixel stays a square; images too large for it shrink by a whole factor with a mean.
-      classes: labels of the rows, from the top; (): see `shown_classes`. Rows of absent ones are transparent.
+      per_class: the number of columns.
+      max_classes: the maximum number of rows; see `shown_classes`.
+      gap: pixels between neighbouring images.
+      width: the approximate width of the grid in pixels. Small images are enlarged by an integer factor with nearest
+        neighbour, so that a pixel stays a square; large images are reduced by an integer factor with a mean.
+      classes: the labels of the rows, from the top; () for those of `shown_classes`, ascending. Rows of classes without
+        images are transparent.
 
     Returns:
-      A picture of mode LA or RGBA. Gaps, and cells of a class with fewer images, are transparent, so the grid suits
-      a light and a dark page.
+      A picture of mode LA or RGBA. Gaps, and empty cells of a class with fewer images, are transparent, so that the grid
+      suits a light and a dark page.
     """
     labels = np.asarray(labels)
     if images.ndim != 4 or not images.shape[-1] or images.dtype != np.uint8:
@@ -98,7 +99,7 @@ def class_grid(
 
 
 def png_data_uri(image: Image.Image) -> str:
-    """The picture as `data:image/png;base64,...`, lossless and the same for the same pixels."""
+    """Returns the picture as a base64 data URI of a PNG, which is lossless and depends only on the pixels."""
     buffer = io.BytesIO()
     image.save(buffer, format='PNG', optimize=True)
     return 'data:image/png;base64,' + base64.b64encode(buffer.getvalue()).decode('ascii')

@@ -1,12 +1,12 @@
-"""SIGTERM and Ctrl-C: the machine is wanted for something else. The run saves what it is at, and ends.
+"""Preemption by SIGTERM and Ctrl-C: the run saves its work in progress and exits.
 
-The signal only leaves a note. Loops look at it between two dispatches, where all is whole, save, and leave with the exit
-status 143 (130 after Ctrl-C), as if the signal had ended them.
+The signal handler only sets a flag. Loops check the flag between two dispatches, where the state is consistent, save, and
+exit with the status 143 (130 after Ctrl-C), as if the signal had ended the process.
 
-Python hears of a signal between two of its own instructions, so not while XLA compiles, which can take minutes. A thread
-hears of it at once, and where the loops do not look at the note for `GRACE` seconds, or at a second Ctrl-C, it ends the
-process as it is. Nothing that was saved is lost: files are written atomically, and locks end with their process. Code that
-keeps Python's lock is out of its reach.
+Python runs signal handlers between two bytecode instructions, so not while XLA compiles, which can take minutes. A thread is
+notified of the signal at once. If the loops do not check the flag for `GRACE` seconds, or at a second Ctrl-C, the thread
+ends the process immediately. Nothing that was saved is lost: files are written atomically, and locks end with their process.
+The thread cannot run while other code holds Python's global interpreter lock.
 """
 
 import itertools
@@ -19,31 +19,31 @@ import threading
 from dvinv.errors import say
 
 NAMES = {signal.SIGTERM: 'SIGTERM', signal.SIGINT: 'Ctrl-C'}
-GRACE = 20.0  # seconds until somebody has looked at the note; where Kubernetes and SLURM wait for 30 before SIGKILL
-SAVING = 10  # times as long, from one look at the note to the next or to the end: to save takes its time
-HINT = 3.0  # seconds after Ctrl-C until it is said how to end at once
+GRACE = 20.0  # seconds in which the flag must be checked; Kubernetes and SLURM wait for 30 before SIGKILL
+SAVING = 10  # factor on `GRACE` from one check of the flag to the next or to the exit, because saving takes time
+HINT = 3.0  # seconds after Ctrl-C until a message says how to exit at once
 
-_came = None  # the note: the signal that came first
-_looked = threading.Event()  # at the note
-_bell = None  # what is sent there wakes the thread
-_points = itertools.count(1)  # at which several processes ask for a signal
-_agreed = False  # that all processes leave now
+_came = None  # the flag: the first signal that was received
+_looked = threading.Event()  # set when the flag is checked
+_bell = None  # the socket that wakes the thread
+_points = itertools.count(1)  # numbers of the points at which several processes check for a signal
+_agreed = False  # whether all processes exit now
 
 
 def install(grace: float = GRACE) -> None:
-    """Makes the signals leave a note instead of ending the process. For main alone: a library leaves signals be.
+    """Installs handlers that set the flag instead of ending the process; for main only, since a library must not do this.
 
-    Of several processes JAX has taken SIGTERM over, which it reports to all; Ctrl-C is handed to it as one. Ctrl-C stays
-    ignored where it is, as in what a shell starts in its background.
+    If there are several processes, JAX handles SIGTERM and reports it to all of them; Ctrl-C is passed on to it as SIGTERM.
+    Ctrl-C stays ignored if it is ignored already, as in a process that a shell starts in the background.
 
     Args:
-      grace: seconds after which the process ends where nobody looks at the note; 0: nothing is to be saved.
+      grace: seconds after which the process ends if the flag is not checked; 0 if there is nothing to save.
     """
     global _bell
     listening, bell = socket.socketpair()
     bell.setblocking(False)
     signal.set_wakeup_fd(bell.fileno(), warn_on_full_buffer=False)  # Python's handler in C writes the signal's number there
-    _bell = bell  # lets go of an earlier one
+    _bell = bell  # drops the socket of an earlier call
     for number in NAMES:
         if signal.getsignal(number) is not signal.SIG_IGN and not (number == signal.SIGTERM and _several()):
             signal.signal(number, _handle)
@@ -51,21 +51,25 @@ def install(grace: float = GRACE) -> None:
 
 
 def asked() -> bool:
-    """Returns whether a signal came. Of several processes all get the same answer: each calls this at the same points."""
+    """Returns whether a signal was received.
+
+    If there are several processes, all must call this at the same points, and all get the same answer.
+    """
     if _came and threading.current_thread() is threading.main_thread():
         _looked.set()
     return _asked_anywhere() if _several() else bool(_came)
 
 
 def leave_if_asked(saved: str = '', alone: bool = False) -> None:
-    """Ends the process, where a signal came and all is saved that is to be.
+    """Exits if a signal was received; the caller must have saved its work.
 
     Args:
-      saved: what was saved, as a main clause; '': nothing is under way here that a new start would lose.
-      alone: the caller does what not all of several processes do, or not at the same points: only a single process leaves.
+      saved: a main clause that says what was saved; '' if nothing would be lost here.
+      alone: whether the caller is code that not all of several processes run, or not at the same points. It then exits only
+        in a run of a single process.
 
     Raises:
-      SystemExit: with the status 143, or 130 after Ctrl-C.
+      SystemExit: a signal was received; the status is 143, or 130 after Ctrl-C.
     """
     if not (alone and _several()) and asked():
         say(f'{NAMES[_came]}: {saved or "nothing under way had to be saved"}; the same command goes on from here.')
@@ -73,12 +77,12 @@ def leave_if_asked(saved: str = '', alone: bool = False) -> None:
 
 
 def _several() -> bool:
-    """Returns whether this is one of several processes, without importing JAX for the answer."""
+    """Returns whether this is one of several processes; does not import JAX."""
     return 'jax' in sys.modules and sys.modules['jax'].distributed.is_initialized()
 
 
 def _asked_anywhere() -> bool:
-    """Returns whether a signal came to any of several processes, the same on all: JAX agrees on a point after it."""
+    """Returns whether any of several processes received a signal; the same on all, since JAX chooses a common point."""
     global _agreed
     from jax.experimental import multihost_utils
 
@@ -95,13 +99,13 @@ def _handle(number: int, _) -> None:
 
 
 def _note(number: int) -> None:
-    """Leaves the note; the signal that came first stays on it."""
+    """Sets the flag to a signal, unless an earlier one is set."""
     global _came
     _came = _came or signal.Signals(number)
 
 
 def _listen(bell: socket.socket, grace: float) -> None:
-    """Leaves the note at the first signal, and ends the process at a second Ctrl-C."""
+    """Sets the flag at the first signal, and ends the process at a second Ctrl-C."""
     came = False
     while rung := bell.recv(64):
         for number in rung:
@@ -117,7 +121,7 @@ def _listen(bell: socket.socket, grace: float) -> None:
 
 
 def _wait(grace: float) -> None:
-    """Ends the process where the note is not looked at."""
+    """Ends the process if the flag is not checked in time."""
     if not grace:
         _end(f'{NAMES[_came]}: this process ends at once.')
     patience = grace
@@ -132,7 +136,7 @@ def _wait(grace: float) -> None:
 
 
 def _end(sentence: str) -> None:
-    """Ends the process as it is, with the status of the signal that came first."""
+    """Ends the process immediately, with the status of the first signal."""
     say(sentence)
     sys.stdout.flush()
     os._exit(128 + _came)

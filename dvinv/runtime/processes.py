@@ -1,8 +1,8 @@
-"""Several processes that run one program: each makes the same calls, on meshes of the devices of all (SPMD).
+"""Several processes that run one program: all make the same calls, on meshes of the devices of all processes (SPMD).
 
-JAX's own engine joins them (`jax.distributed`): under SLURM, Open MPI and on Cloud TPU it finds out which process this is,
-elsewhere flags say so. They see one file system. Process 0 writes the files of the run, and takes the decisions that depend
-on files, clocks or rounding; `decide` hands these to all. A process that dies ends the others; the same command resumes.
+`jax.distributed` joins them. Under SLURM, Open MPI and on Cloud TPU it detects the number of this process; elsewhere flags
+give it. All processes must share a file system. Process 0 writes the files of the run and makes the decisions that depend on
+files, clocks or rounding; `decide` broadcasts them. If a process dies, the others exit; the same command resumes.
 """
 
 import contextlib
@@ -21,25 +21,27 @@ from jax.experimental import multihost_utils
 
 from dvinv.errors import DvinvError, listed, say
 
-JOIN = 300  # seconds to wait for all processes to come
+JOIN = 300  # seconds to wait for all processes to start
 HEARTBEAT = 30  # seconds without a heartbeat after which a process counts as dead
 WAIT = 3600  # seconds to wait for process 0 or for the slowest process
-LOST = 75  # exit status where another process has ended this one: the same command, for all, resumes
-# What JAX, Gloo and NCCL say of a collective that another process has left.
+LOST = 75  # exit status after the loss of another process: the same command, for all processes, resumes
+# Matches the errors of JAX, Gloo and NCCL for a collective that another process has left.
 GONE = re.compile(r'gloo|nccl|coordination|unavailable|deadline|heartbeat|connection (closed|reset)', re.IGNORECASE)
 
 
 @contextlib.contextmanager
 def joined(distributed: bool | None = None, coordinator: str = '', count: int = 0, index: int = -1):
-    """A context in which the processes of the run are joined, if there are several.
+    """Returns a context in which the processes of the run are joined, if there are several.
 
     Args:
-      distributed: None: as the environment says; False: this process alone; True: there must be several.
-      coordinator: 'host:port' of process 0, where the environment does not tell; with `count`, how many processes there are,
-        and `index`, which one this is.
+      distributed: None to detect the processes from the environment; False to run as a single process; True if there must be
+        several processes.
+      coordinator: 'host:port' of process 0, if the environment does not define the processes.
+      count: the number of processes, with `coordinator`.
+      index: the number of this process, with `coordinator`.
 
     Raises:
-      DvinvError: flags that do not fit each other, or nothing tells which process this is.
+      DvinvError: the flags contradict each other, or the number of this process is unknown.
     """
     if not _several(distributed, coordinator, count, index):
         yield
@@ -48,7 +50,7 @@ def joined(distributed: bool | None = None, coordinator: str = '', count: int = 
     try:
         yield
         meet('the end of the run')
-    except SystemExit:  # preemption, at the same point in all processes
+    except SystemExit:  # preemption, which happens at the same point in all processes
         jax.distributed.shutdown()
         raise
     except DvinvError as error:
@@ -63,26 +65,26 @@ def joined(distributed: bool | None = None, coordinator: str = '', count: int = 
 
 
 def is_primary() -> bool:
-    """Whether this is process 0, which writes the files of the run."""
+    """Returns whether this is process 0, which writes the files of the run."""
     return jax.process_index() == 0
 
 
 def meet(name: str) -> None:
-    """Returns when all processes have come here."""
+    """Waits until all processes have reached this barrier."""
     if jax.process_count() > 1:
         with _time_limit(name):
             multihost_utils.sync_global_devices(name)
 
 
 def decide(compute: Callable[[], Any], what: str) -> Any:
-    """Returns on every process what process 0 computes: a value as JSON knows it.
+    """Returns on every process the value that process 0 computes.
 
     Args:
-      compute: called by process 0 alone.
-      what: names the decision where the wait for it is too long.
+      compute: returns a value that JSON can represent; only process 0 calls it.
+      what: the name of the decision, for the message if the wait for it is too long.
 
     Raises:
-      DvinvError: on every process, where `compute` raises it.
+      DvinvError: on every process, if `compute` raises it.
     """
     if jax.process_count() == 1:
         return compute()
@@ -103,15 +105,19 @@ def decide(compute: Callable[[], Any], what: str) -> Any:
 
 
 def of_primary(tree):
-    """Returns a pytree of arrays as process 0 has it; shapes and dtypes must be the same on all."""
+    """Returns the pytree of arrays of process 0 on every process; shapes and dtypes must be the same on all."""
     return multihost_utils.broadcast_one_to_all(tree) if jax.process_count() > 1 else tree
 
 
 def refuse_differing(about: Mapping[str, Any], what: str) -> None:
-    """Refuses to go on where `about`, a dict as JSON knows it, is not the same on all processes.
+    """Validates that `about` is the same on all processes.
+
+    Args:
+      about: a dict that JSON can represent.
+      what: a noun for its contents, for the message.
 
     Raises:
-      DvinvError: on every process; names the keys that differ here.
+      DvinvError: on every process, if `about` differs on any; the message names the keys that differ on this process.
     """
     if jax.process_count() == 1:
         return
@@ -148,26 +154,26 @@ def _several(distributed: bool | None, coordinator: str, count: int, index: int)
 
 def _found(environment: Mapping[str, str]) -> bool:
     """Returns whether a launcher has started several processes: srun, mpirun, or a TPU slice of several hosts."""
-    # Within a batch script, but outside srun, there is one process, whatever was allocated.
+    # In a batch script outside srun there is a single process, regardless of the allocation.
     counts = 'SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE'
     several = any(environment.get(name, '').isdecimal() and int(environment[name]) > 1 for name in counts)
     return several or len([host for host in environment.get('TPU_WORKER_HOSTNAMES', '').split(',') if host.strip()]) > 1
 
 
 def _one_a_host(environment: Mapping[str, str]) -> bool:
-    """Returns whether a launcher has started one process on each host, which then has all devices there."""
+    """Returns whether a launcher has started one process per host, which then uses all devices of the host."""
     tasks = environment.get('SLURM_STEP_TASKS_PER_NODE') or environment.get('OMPI_COMM_WORLD_LOCAL_SIZE') or '1'
     return re.fullmatch(r'1(\(x\d+\))?', tasks) is not None
 
 
 def _join(coordinator: str, count: int, index: int) -> None:
-    """Joins the processes through `jax.distributed`, before anything touches a device."""
+    """Joins the processes through `jax.distributed`, before any device is used."""
     who = f'process {index} of {count}: ' if coordinator else ''
     say(f'{who}waiting for the other processes')
-    # JAX takes one device a process under SLURM and Open MPI where it is told nothing; [] stands for all.
+    # By default JAX uses one device per process under SLURM and Open MPI; [] stands for all devices.
     devices = [] if _one_a_host(os.environ) else None
     given = (coordinator, count, index) if coordinator else ()
-    # JAX would abort without a sentence, so it is given longer.
+    # JAX would abort without a clear message, so its own timeout is longer.
     with _time_limit('all processes to start', JOIN):
         try:
             jax.distributed.initialize(
@@ -189,7 +195,7 @@ def _join(coordinator: str, count: int, index: int) -> None:
 
 @contextlib.contextmanager
 def _time_limit(what: str, seconds: float | None = None):
-    """Ends the process where the context lasts longer: others cannot be waited for, nor can a collective be left."""
+    """Returns a context that ends the process if it lasts longer, because a collective cannot be interrupted otherwise."""
     seconds = WAIT if seconds is None else seconds
     timer = threading.Timer(seconds, _end, (f'Waited {seconds:.0f} s for {what}.', LOST))
     timer.daemon = True
@@ -201,7 +207,7 @@ def _time_limit(what: str, seconds: float | None = None):
 
 
 def _end(sentence: str, status: int) -> None:
-    """Ends the process at once: to shut down as usual would wait for the others."""
+    """Ends the process immediately, because a regular shutdown would wait for the other processes."""
     say(sentence)
     if status == LOST:
         say('The same command, for all processes, resumes from what was saved.')

@@ -1,4 +1,4 @@
-"""Progress with a time of arrival: a bar on a terminal, plain lines elsewhere."""
+"""Progress with the estimated time left: a bar on a terminal, plain lines elsewhere."""
 
 import collections
 import os
@@ -10,17 +10,17 @@ from collections.abc import Callable
 
 from dvinv.errors import CLEAR
 
-BAR = 20  # characters that a bar has at least, where the terminal is not narrower than 80
+BAR = 20  # minimum length of a bar in characters, on a terminal with at least 80 columns
 DRAWN = 0.1  # seconds between two drawings of a bar
-PACES = 50  # so many last stretches tell the speed
-COMPILED = 'iterations', 'updates'  # work in these begins with a compilation
+PACES = 50  # number of recent intervals that the speed is estimated from
+COMPILED = 'iterations', 'updates'  # units of work that begins with a compilation
 
 
 class Progress:
-    """Counts towards `total`; a context manager.
+    """Progress towards a total; a context manager.
 
-    On a terminal a bar that is drawn over; elsewhere (a log file, a pod) a line at most every `every` seconds. `brief`: no
-    word of what was done in less.
+    On a terminal it is a bar that is redrawn in place. Elsewhere (in a log file or a pod) it is a line at most every `every`
+    seconds.
     """
 
     def __init__(
@@ -34,34 +34,51 @@ class Progress:
         stream=None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """Args: `unit`: what is counted, in the plural; `done`: so many were done before this process."""
+        """Starts the display.
+
+        Args:
+          title: the title of the work.
+          total: the number of units of all work.
+          unit: the name of the unit, in the plural.
+          done: the number of units that were done before this process.
+          every: seconds between two lines, if the output is no terminal.
+          brief: whether nothing is printed for work that takes less than `every` seconds.
+          stream: the output; None for standard error.
+          clock: returns the time in seconds.
+        """
         self._title, self._total, self._unit, self._done, self._skipped = title, total, unit, done, done
         self._every, self._brief, self._stream, self._clock = every, brief, stream or sys.stderr, clock
         self._start = self._last = clock()
-        self._marked = None  # when the count last went up
+        self._marked = None  # the time at which the count last increased
         self._paces = collections.deque(maxlen=PACES)  # seconds per unit
         self._terminal = getattr(self._stream, 'isatty', lambda: False)()
         if self._terminal and not brief:
             self._draw({})
 
     def pass_over(self, count: int) -> None:
-        """Of what the next update tells, so much was done before this process: it took none of the time."""
+        """Excludes `count` units of resumed work from the estimate of the time left; they were done before this process."""
         self._done += count
         self._skipped += count
 
     def compiles(self) -> None:
-        """Says so on a terminal, until the next update."""
+        """Shows on a terminal that a program is being compiled, until the next update."""
         if self._terminal:
             self._draw({}, compiles=True)
 
     def update(self, done: int, of: str = '', **values: float) -> None:
-        """Now `done` of the total; `values` (of a part of the work that `of` names) are shown as far as there is room."""
+        """Updates the display.
+
+        Args:
+          done: the number of units done so far.
+          of: the part of the work that `values` belong to; '' for all of it.
+          **values: figures, which are shown as far as there is room.
+        """
         now = self._clock()
         if self._skipped:
             self._print(f'goes on after {self._skipped:,} of {self._total:,} {self._unit}')
             self._skipped = 0
         if done > self._done:
-            # What comes before the first count is compilation; of a later one the median takes no notice.
+            # The time before the first count is compilation. The median is robust to a later compilation.
             if self._marked is not None:
                 self._paces.append((now - self._marked) / (done - self._done))
             self._marked, self._done = now, done
@@ -83,7 +100,7 @@ class Progress:
             print(CLEAR, end='', file=self._stream, flush=True)
 
     def _count(self, compiles: bool = False) -> str:
-        """Returns how much is done, and how long the rest takes where that is known, or that something is compiled."""
+        """Returns the text of the count, followed by the time left if it is known, or by a note about compilation."""
         text = f'{self._done:,}/{self._total:,} {self._unit}'
         if compiles or (self._marked is None and self._unit in COMPILED):
             return f'{text}, compiling'
@@ -92,7 +109,7 @@ class Progress:
         return text
 
     def _draw(self, values: dict[str, float], of: str = '', compiles: bool = False) -> None:
-        """Draws the bar over what stands in its line; the cursor is left at the line's start, for what is printed next."""
+        """Redraws the bar in its line; the cursor returns to the start of the line, for later output."""
         width = _columns(self._stream) - 1
         title, text = self._title, self._count(compiles)
         if len(title) + BAR + len(text) + 2 > width:
@@ -111,13 +128,13 @@ class Progress:
 
 
 def _terms(values: dict[str, float], of: str) -> list[str]:
-    """Returns the values with their names, the loss first, and before it what they are of."""
+    """Returns the values with their names, the loss first; the first one is prefixed with `of`."""
     terms = [f'{name.replace("_", " ")} {values[name]:.4g}' for name in sorted(values, key=lambda name: name != 'loss')]
     return [f'{of}: {terms[0]}', *terms[1:]] if of and terms else terms
 
 
 def _columns(stream) -> int:
-    """Returns how wide the terminal is."""
+    """Returns the width of the terminal in characters."""
     try:
         return os.get_terminal_size(stream.fileno()).columns or 80
     except (OSError, ValueError):
@@ -125,7 +142,7 @@ def _columns(stream) -> int:
 
 
 def duration(seconds: float) -> str:
-    """'7 s', '3 min 20 s', '2 h 05 min'."""
+    """Returns a duration as text, for instance '7 s', '3 min 20 s' or '2 h 05 min'."""
     seconds = round(seconds)
     if seconds < 60:
         return f'{seconds} s'

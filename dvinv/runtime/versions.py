@@ -1,7 +1,8 @@
-"""How a run came about: by which command, with which packages, under which settings. Others make other bits.
+"""The provenance of a run: its command, packages and settings of JAX, on which the bits of its results depend.
 
-A run may go on under other packages, which is said, and differs in last bits. Settings of JAX that change random numbers or
-precision would make images of two kinds in one pool: under others than its own a run does not go on.
+A run may be resumed with other packages; a message then says that results may differ in their last bits. Settings of JAX
+that change random numbers or precision would mix two kinds of images in one pool, so a run is not resumed under other
+settings.
 """
 
 import enum
@@ -21,7 +22,7 @@ from dvinv.errors import DvinvError, listed
 from dvinv.runtime.files import write_atomic
 
 PACKAGES = 'jax', 'jaxlib', 'flax', 'optax', 'numpy'
-SETTINGS = (  # of jax.config; the versions of JAX that lack one have no entry of it
+SETTINGS = (  # names in jax.config; settings that a version of JAX does not have are skipped
     'jax_enable_x64',
     'jax_explicit_x64_dtypes',
     'jax_numpy_dtype_promotion',
@@ -41,12 +42,12 @@ SETTINGS = (  # of jax.config; the versions of JAX that lack one have no entry o
     'eager_constant_folding',
 )
 ENVIRONMENT = 'XLA_FLAGS', 'NVIDIA_TF32_OVERRIDE'
-NO_MATTER = '--xla_force_host_platform_device_count', '--xla_dump'  # in XLA_FLAGS
+NO_MATTER = '--xla_force_host_platform_device_count', '--xla_dump'  # flags in XLA_FLAGS without an effect on results
 FILE = 'versions.json'
 
 
 def versions() -> dict[str, str]:
-    """Returns {package: its version here}, dvinv's among them, and {setting: its value here}."""
+    """Returns the versions of the packages in use, including dvinv, and the values of the settings, in one dict."""
     packages = {'dvinv': dvinv.__version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}
     variables = {name: os.environ.get(name, '').split() for name in ENVIRONMENT}
     return {
@@ -57,17 +58,17 @@ def versions() -> dict[str, str]:
 
 
 def _value(setting) -> str:
-    """Returns a setting as the text that JAX reads from the environment."""
+    """Returns the value of a setting as the text that JAX reads from the environment."""
     if isinstance(setting, enum.Enum):
         setting = setting.value if isinstance(setting.value, str) else setting.name.lower()
     return str(setting)
 
 
 def refuse_other_settings(folder: Path) -> None:
-    """Refuses to go on with a run under other settings of JAX than it had.
+    """Validates that the settings of JAX are those of the run in a folder.
 
     Raises:
-      DvinvError: names the settings, and how to set them as they were.
+      DvinvError: they differ; the message names the settings and says how to restore them.
     """
     if differing := _differing(folder, SETTINGS):
         assigned = ' '.join(
@@ -80,7 +81,7 @@ def refuse_other_settings(folder: Path) -> None:
 
 
 def record(folder: Path) -> None:
-    """Leaves the versions in the work directory, and says where a run goes on under others than it had."""
+    """Writes the versions to the work directory, and prints a message if a run is resumed with other versions."""
     if differing := _differing(folder, versions()):
         print(
             f'This run goes on under other versions: {_sentence(differing)}. What is made from now on may differ from what '
@@ -91,7 +92,7 @@ def record(folder: Path) -> None:
 
 
 def command() -> str:
-    """Returns the command line that started this process; '' where it was not dvinv's, as in a notebook."""
+    """Returns the command line that started this process; '' if it was not dvinv's, as in a notebook."""
     program, *arguments = sys.argv or ['']
     path = Path(program)
     if path.name == 'main.py' and path.parent.name == 'dvinv':
@@ -106,7 +107,7 @@ def packages() -> str:
 
 
 def _differing(folder: Path, names: Container[str]) -> dict[str, tuple[str, str]]:
-    """Returns {name: (value there, value here)} of those of `names` that the run left with another value than they have."""
+    """Returns {name: (recorded value, current value)} of those `names` that differ from the values a run recorded."""
     try:
         there = dict(json.loads((folder / FILE).read_text()))
     except (FileNotFoundError, ValueError, TypeError):

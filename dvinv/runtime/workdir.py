@@ -3,8 +3,8 @@
     config.json  versions.json  results.json  metrics.jsonl  times.json  quality.json  by_class.json  report.html
     checkpoints/  networks/  pool/  pools/  controls/  samples/  pruning/
 
-The same command resumes; another config is refused. Of several processes all read it, and process 0 writes it; batches of
-images are written by the process that made them.
+The same command resumes the run; another config is rejected. If there are several processes, all of them read the work
+directory and process 0 writes to it; batches of images are written by the process that made them.
 """
 
 import json
@@ -20,10 +20,10 @@ from dvinv.runtime.metrics import Metrics
 from dvinv.runtime.processes import decide, meet, refuse_differing
 from dvinv.runtime.versions import record, refuse_other_settings, versions
 
-# Keys that a resumed run may change, since no result depends on them (on verifiers and synthesis.controls the report alone,
-# made anew each time).
+# Keys that a resumed run may change, since no result depends on them. (Only the report, which is made again each time,
+# depends on verifiers and synthesis.controls.)
 EXEMPT = ('tasks', 'devices', 'logging', 'verifiers', 'synthesis.controls')
-# Keys that earlier versions did not have, with the values by which such a run goes on as it was.
+# Keys that earlier versions did not have, with the values under which their runs continue unchanged.
 ADDED = {
     'student.factory': '',
     'held_out': 0.0,
@@ -35,7 +35,7 @@ ADDED = {
     **{f'synthesis.stages[{i}].{name}': value for i in range(9) for name, value in (('color_shift', 0.0), ('centre', 1.0))},
 }
 
-# What a run makes, but for its records: until one of these is there, a folder may get another config.
+# The results of a run, without its records: until one of these exists, a folder may get another config.
 MADE = (
     'results.json',
     'latency.json',
@@ -50,14 +50,14 @@ MADE = (
 
 
 def holds_work(folder: Path) -> bool:
-    """Whether a run has made something in this folder; one that was refused, or ended before, has not."""
+    """Returns whether a run has produced results in this folder; a run that was rejected or ended early has not."""
     places = (Path(folder) / name for name in MADE)
     paths = (path for place in places for path in (place, *place.rglob('*')))
     return any(path.is_file() and not path.name.startswith('.') for path in paths)
 
 
 def flat(tree, prefix='') -> dict:
-    """{'a.b[0].c': leaf} of nested dicts and lists."""
+    """Returns nested dicts and lists as a flat dict {path: leaf}, with paths such as 'a.b[0].c'."""
     if isinstance(tree, dict):
         return {k: v for key, item in tree.items() for k, v in flat(item, f'{prefix}.{key}' if prefix else key).items()}
     if isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
@@ -66,21 +66,21 @@ def flat(tree, prefix='') -> dict:
 
 
 def _is_exempt(key: str) -> bool:
-    """Whether a key of `flat` is one of `EXEMPT`, or within one."""
+    """Returns whether a key of `flat` is in `EXEMPT`, or inside a group that is."""
     return any(key == name or key.startswith((f'{name}.', f'{name}[')) for name in EXEMPT)
 
 
 class Workdir:
-    """An open work directory, of one run at a time.
+    """An open work directory, which only one run can use at a time.
 
     Attributes:
       path: the folder.
       metrics: the measurements of trainings.
 
     Raises:
-      DvinvError: it holds a run that has made something with another config (names the keys) or under other settings of
-        JAX, another run is under way in it, its config.json is damaged, or the processes of the run have different configs
-        or versions.
+      DvinvError: the folder holds results of a run with another config (the message names the keys) or under other settings
+        of JAX, another run is using it, its config.json is damaged, or the processes of the run have different configs or
+        versions.
     """
 
     def __init__(self, path: Path, settings: Settings):
@@ -93,7 +93,7 @@ class Workdir:
         self._started, self._written = {}, 0.0
 
     def _open(self, settings: Settings) -> None:
-        """Locks the folder for this run, and writes down its config and versions."""
+        """Locks the folder for this run, and writes the config and versions of the run to it."""
         try:
             if begun := holds_work(self.path):
                 self.refuse_other(settings)
@@ -108,7 +108,7 @@ class Workdir:
             raise DvinvError(f'Another run is under way in {self.path}; wait, or choose another --workdir.') from error
         try:
             if not begun and self._differing(settings):
-                for name in ('metrics.jsonl', 'times.json'):  # of an earlier start, under a config that goes now
+                for name in ('metrics.jsonl', 'times.json'):  # left by an earlier start, with a config that is replaced now
                     (self.path / name).unlink(missing_ok=True)
             write_atomic(self.path / 'config.json', _dumps(nested(settings)))
             record(self.path)
@@ -117,10 +117,10 @@ class Workdir:
             raise
 
     def refuse_other(self, settings: Settings) -> None:
-        """Refuse a config that is not the one of the run in here, if there is one.
+        """Validates that a config is that of the run in this folder, if there is one.
 
         Raises:
-          DvinvError: names the keys that differ.
+          DvinvError: it is not; the message names the keys that differ.
         """
         if differing := self._differing(settings):
             raise DvinvError(
@@ -129,7 +129,7 @@ class Workdir:
             )
 
     def _differing(self, settings: Settings) -> list[str]:
-        """Returns the keys, with both values, in which a config is not the one in here; none where there is no config."""
+        """Returns the keys, with both values, in which `settings` differ from the folder's config; [] without a config."""
         old = self.read_json('config.json', None)
         if old is None:
             return []
@@ -137,21 +137,21 @@ class Workdir:
         here, there = ({k: v for k, v in flat(c).items() if not _is_exempt(k)} for c in (new, old))
         there = {current_name(name): 'fourier' if value == 'spectrum' else value for name, value in there.items()}
         absent = object()
-        if here.get('data.name'):  # then nothing is held out
+        if here.get('data.name'):  # with real data nothing is held out
             here['held_out'] = there['held_out'] = 0.0
         here, there = ADDED | here, ADDED | there
         keys = sorted(k for k in {*here, *there} if here.get(k, absent) != there.get(k, absent))
         return [f'{k} ({there.get(k, "absent")!r} there, {here.get(k, "absent")!r} here)' for k in keys]
 
     def _refuse_seeds(self) -> None:
-        """Refuses a folder in which the runs of several seeds have their folders."""
+        """Raises a `DvinvError` for a folder that holds the folders of runs with several seeds."""
         if not (self.path / 'config.json').exists() and any(map(holds_work, self.path.glob('seed-*'))):
             raise DvinvError(
                 f'{self.path} holds the runs of several seeds; repeat --seeds to resume them, or choose another --workdir.'
             )
 
     def read_json(self, name: str, default):
-        """The parsed file, or `default` where there is none."""
+        """Returns the contents of a JSON file, or `default` if there is no such file."""
         try:
             return json.loads((self.path / name).read_text())
         except FileNotFoundError:
@@ -160,41 +160,41 @@ class Workdir:
             raise DvinvError(f'{self.path / name} is damaged ({error}); restore it or choose another --workdir.') from error
 
     def network(self, name: str) -> Path:
-        """The file of a finished network."""
+        """Returns the path of the file of a finished network."""
         return self.path / 'networks' / f'{name}.safetensors'
 
     def has_network(self, name: str) -> bool:
-        """Whether the file of a finished network is there; of several processes, as process 0 sees it."""
+        """Returns whether the file of a finished network exists; all processes get the answer of process 0."""
         return decide(self.network(name).exists, f'the network {name}')
 
     @property
     def results(self) -> dict:
-        """Results of the finished tasks, by task."""
+        """The results of the finished tasks, {task: figures}."""
         return self.read_json('results.json', {})
 
     def add_results(self, task: str, results: dict) -> None:
-        """Put a finished task's results beside the others'."""
+        """Adds the results of a finished task to results.json."""
         write_atomic(self.path / 'results.json', _dumps({**self.results, task: results}))
         meet(f'results of {task}')
 
     def start_clock(self, task: str) -> None:
-        """From now on time belongs to `task`, on top of what earlier, killed runs spent on it."""
+        """Starts the clock of `task`, which continues from the time that earlier, killed runs spent on it."""
         self._started[task] = time.monotonic() - self._times.get(task, 0.0)
 
     def wall_seconds(self, task: str) -> float:
-        """Seconds spent on `task` so far, over all runs; remembered on disk."""
+        """Returns the seconds spent on `task` so far, over all runs, and saves them."""
         self._times[task] = time.monotonic() - self._started[task]
         self._written = time.monotonic()
         write_atomic(self.path / 'times.json', _dumps(self._times))
         return self._times[task]
 
     def tick(self, task: str) -> None:
-        """Called with every measurement and now and then in long work, so that a kill loses little of the time spent."""
+        """Saves the time spent on `task` every few seconds; called often in long work, since a kill loses the rest."""
         if task in self._started and time.monotonic() - self._written > 2:
             self.wall_seconds(task)
 
     def close(self) -> None:
-        """Let other runs in."""
+        """Releases the lock, so that other runs can use the folder."""
         self._lock.release()
 
 

@@ -1,1 +1,1 @@
-"""Images from a teacher alone, in numbered batches, into a pool."""
+"""Synthesis of images from a teacher without data, in numbered batches that form a pool."""

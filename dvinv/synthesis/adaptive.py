@@ -1,8 +1,8 @@
-"""Adaptive DeepInversion (arXiv 1912.08795, section 3.3): images are made against a student that learns from them meanwhile.
+"""Adaptive DeepInversion (arXiv 1912.08795, section 3.3): images compete with a student that is trained on earlier images.
 
-Round r begins with the student as it is after `r * distillation.updates_per_round` updates: a checkpoint. Its batches
-compete with that student, and only then does it learn on, from the new images first. What is left of the student's updates
-after the last round is the task `distillation`'s, where the student is that one's.
+Round r begins with the student after `r * distillation.updates_per_round` updates, which is a checkpoint. The batches of the
+round compete with that student. After that the student is trained further, first on the new images. The task `distillation`
+makes the remaining updates after the last round, if the student is its own.
 """
 
 from dvinv.data.pool import ImagePool
@@ -19,15 +19,19 @@ from dvinv.training.trainer import TrainTarget, training_of
 
 
 def fill_pool(run: Run, teacher: Teacher, pool: ImagePool, student: TrainTarget, task: str, series: str) -> None:
-    """Makes the batches that are missing from the pool, in rounds, and trains the student in between.
+    """Makes the batches that are missing from the pool, in rounds, and trains the student between rounds.
 
     Args:
-      student: see `student.student_of`; its checkpoints stay.
-      task, series: what the metrics of the batches go by.
+      run: the run.
+      teacher: the network that is inverted.
+      pool: the pool to fill.
+      student: the competitor, see `student.student_of`; its checkpoints are kept.
+      task, series: the names of the task and of the series in the metrics of the batches.
 
     Raises:
-      DvinvError: a batch is missing from a round that the student has left behind, a sidecar is damaged, or the pool is of
-        another teacher.
+      DvinvError: a batch is missing from a round that the student has already trained past, a sidecar is damaged, or the
+        pool was made from another teacher.
+      SystemExit: SIGTERM was received; see `Synthesizer.fill` and `Training.advance`.
     """
     settings = run.settings.synthesis
     missing, rounds, per_round = missing_batches(settings, pool), rounds_of(run.settings), settings.batches_per_round

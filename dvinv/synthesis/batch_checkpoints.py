@@ -1,7 +1,7 @@
-"""Batches that are under way, as checkpoints: saved on SIGTERM and every so many minutes, dropped with the finished batch.
+"""Checkpoints of unfinished batches: saved on SIGTERM and periodically, deleted when the batch is finished.
 
-Losing such a checkpoint costs time alone, since a batch that starts anew ends with the same bits; so one that is damaged, or
-of another teacher, student or version, is passed over.
+Losing such a checkpoint only costs time, because a batch that is started again ends with the same bits. A checkpoint that is
+damaged, or was made with another teacher, student or version, is therefore ignored.
 """
 
 import hashlib
@@ -16,25 +16,30 @@ from dvinv.runtime.checkpoints import Checkpoints, DamagedCheckpointError
 
 
 class BatchCheckpoints:
-    """Those of one series of batches, in a folder of its own, each in a folder there. Processes save their own batches."""
+    """The checkpoints of one series of batches, in a folder with one subfolder per batch.
+
+    Every process saves its own batches.
+    """
 
     def __init__(self, folder: Path, teacher_digest: str):
         self._folder, self._teacher = Path(folder), teacher_digest
 
     def save(self, number: int, batch: BatchCheckpoint, student_variables=None) -> None:
-        """Keeps batch `number` as it is now.
+        """Saves the current state of batch `number`.
 
         Args:
-          student_variables: of the competitor, where there is one.
+          number: the number of the batch.
+          batch: its state.
+          student_variables: the variables of the competitor, if there is one.
 
         Raises:
-          DvinvError: the disk is full. The older checkpoint stands.
+          DvinvError: the disk is full. The older checkpoint is kept.
         """
         state = {'state': batch.state, 'metrics': batch.metrics}
         self._checkpoints(number).save(batch.iterations, state, self._about(student_variables))
 
     def load(self, number: int, student_variables=None) -> BatchCheckpoint | None:
-        """Returns batch `number` as it was saved; None where it was not, or in vain."""
+        """Returns the saved state of batch `number`; None if there is none that can be resumed."""
         checkpoints = self._checkpoints(number)
         try:
             found = checkpoints.restore()
@@ -45,15 +50,15 @@ class BatchCheckpoints:
         return BatchCheckpoint(len(found[1]['metrics']['loss']), **found[1])
 
     def numbers(self) -> list[int]:
-        """Returns the numbers of the batches that were saved, ascending."""
+        """Returns the numbers of the batches that have a checkpoint, in ascending order."""
         return sorted(int(path.name.removeprefix('batch-')) for path in self._folder.glob('batch-*') if path.is_dir())
 
     def drop(self, number: int) -> None:
-        """Forgets batch `number`, which is finished."""
+        """Deletes the checkpoint of batch `number`, which is finished."""
         self._checkpoints(number).drop()
 
     def _about(self, student_variables) -> dict[str, str]:
-        """Returns what must be the same for a saved batch to go on; the work directory guards the config."""
+        """Returns the properties that must be equal to resume a saved batch; the work directory checks the config."""
         digest = hashlib.sha256()
         for leaf in jax.tree.leaves(student_variables):
             digest.update(np.ascontiguousarray(leaf))

@@ -1,4 +1,4 @@
-"""Chooses the pool that a run makes or is given, and finds the batches that are missing from it."""
+"""Opens the pool that a run makes or is given, and finds the batches that are missing from it."""
 
 from collections.abc import Sequence
 
@@ -13,17 +13,17 @@ from dvinv.runtime.workdir import Workdir
 
 
 def open_pool(run: Run) -> ImagePool:
-    """Returns the pool of a run: an existing one where the settings name it."""
+    """Returns the pool of a run: the pool that the settings name, or that of the work directory."""
     if run.settings.pool:
         return ImagePool(run.settings.pool, run.teacher.digest())
     return ImagePool(run.workdir.path / 'pool', run.teacher.digest(), ours=True)
 
 
 def finished_pool(run: Run) -> ImagePool:
-    """Returns the pool of a run, for what comes after synthesis.
+    """Returns the pool of a run, for the tasks after synthesis.
 
     Raises:
-      DvinvError: batches are missing that this run was to make.
+      DvinvError: batches that this run should have made are missing.
     """
     pool = open_pool(run)
     if not run.settings.pool and (missing := missing_batches(run.settings.synthesis, pool)):
@@ -32,27 +32,29 @@ def finished_pool(run: Run) -> ImagePool:
 
 
 def open_control(workdir: Workdir, method: str, teacher_digest: str = '', ours: bool = False) -> ImagePool:
-    """Returns the pool of the images of a control, for all tasks; for digest and `ours` see `ImagePool`."""
+    """Returns the image pool of a control, which all tasks share; for `teacher_digest` and `ours` see `ImagePool`."""
     return ImagePool(workdir.path / 'controls' / method, teacher_digest, ours)
 
 
 def controls_are_whole(run: Run, controls: Sequence[str]) -> bool:
-    """Whether all images are there of those `controls` that learn from images which a lesser method makes."""
+    """Returns whether the image pools of the data-free `controls` are complete; other controls need no pool."""
     pools = [open_control(run.workdir, control) for control in controls if control in DATA_FREE_CONTROLS]
     return not any(missing_batches(run.settings.synthesis, pool) for pool in pools)
 
 
 def missing_batches(synthesis: SynthesisSettings, pool: ImagePool) -> list[int]:
-    """Returns the numbers of the batches that are missing from a pool; of several processes, as process 0 sees it."""
+    """Returns the numbers of the batches that are missing from a pool; all processes get the list of process 0."""
     return decide(lambda: sorted({*range(synthesis.batches)} - {*pool.numbers()}), 'a list of the pool')
 
 
 def put_aside_damaged(pool: ImagePool, task: str) -> None:
-    """Reports the damaged batches of a pool that the run makes; they are missing then, to be made anew. Process 0 looks.
+    """Reports the damaged batches of a pool that the run makes, and moves them to quarantine, so that they are made again.
+
+    Process 0 does the check.
 
     Raises:
       DvinvError: a batch was made from another teacher.
-      SystemExit: SIGTERM came.
+      SystemExit: SIGTERM was received.
     """
 
     def put_aside() -> None:

@@ -35,14 +35,15 @@ from dvinv.runtime.progress import Progress
 from dvinv.synthesis.batch_checkpoints import BatchCheckpoints
 from dvinv.synthesis.pools import missing_batches, open_control, put_aside_damaged
 
-VOTE = 20  # dispatches between two looks of several processes at the clock of process 0, where they save a batch together
+VOTE = 20  # dispatches between two checks of process 0's clock, where several processes save a batch together
 
 
 def validate(run: Run) -> None:
     """Validates that the images of a run can be made.
 
     Raises:
-      DvinvError: a batch that the devices do not divide, a resolution or classes that the teacher does not know.
+      DvinvError: the batch size is not divisible by the number of devices, the teacher does not support a resolution or a
+        class, or there are too few images.
     """
     settings, group, teacher = run.settings, run.settings.synthesis, run.planned_teacher
     split = make_mesh(settings.devices, of_all=True).size
@@ -52,7 +53,7 @@ def validate(run: Run) -> None:
             'one batch is split over all devices: choose a multiple of their number.'
         )
     idle = split - group.batches if settings.bn_stats == 'device' else 0
-    virtual = split == run.mesh.size and platform_of(run.mesh) == 'cpu'  # devices that share their cores
+    virtual = split == run.mesh.size and platform_of(run.mesh) == 'cpu'  # virtual devices share the CPU's cores
     if idle > 0 and is_primary() and not virtual:
         say(f'There are {group.batches} batches, one a device, so {idle} of {split} devices are idle in synthesis.')
     validate_stages(run)
@@ -66,10 +67,10 @@ def validate(run: Run) -> None:
 
 
 def validate_stages(run: Run) -> None:
-    """Validates that the teacher takes images of the resolutions of all stages.
+    """Validates that the teacher takes images at the resolutions of all stages.
 
     Raises:
-      DvinvError: names the stage and its resolution.
+      DvinvError: it does not; the message names the stage and its resolution.
     """
     config = run.settings.inversion_config()
     config.validate_for(run.planned_teacher.image_shape)
@@ -77,14 +78,16 @@ def validate_stages(run: Run) -> None:
 
 
 def validate_count(run: Run, field: str, images: int, num_classes: int) -> None:
-    """Validates that there are as many images as classes: the last classes would get none.
+    """Validates that there are at least as many images as classes, so that every class gets an image.
 
     Args:
-      field: of the config, that tells the number of images.
-      num_classes: of the network that they are made from.
+      run: the run.
+      field: the field of the config that sets the number of images, for the error message.
+      images: the number of images.
+      num_classes: the number of classes of the network that the images are made from.
 
     Raises:
-      DvinvError: says how to choose the classes.
+      DvinvError: there are too few images; the message says how to choose the classes.
     """
     named = len(run.settings.synthesis.classes)
     if images < (named or num_classes):
@@ -96,32 +99,38 @@ def validate_count(run: Run, field: str, images: int, num_classes: int) -> None:
 
 
 def control_pool(run: Run, method: str, task: str) -> ImagePool:
-    """Returns images by a lesser method, from the same noise and with the budget of the synthesis; made by `task`."""
+    """Returns the image pool of a control; `task` makes it, from the same noise and with the budget of the synthesis."""
     pool = open_control(run.workdir, method, run.teacher.digest(), ours=True)
     fill_pool(run, run.teacher, pool, method, task, f'{method}_images')
     return pool
 
 
 def abreast(settings: Settings, devices: int, method: str = '') -> int:
-    """Returns how many batches a process with so many devices inverts side by side; `method` '': that of the settings."""
+    """Returns the number of batches that a process inverts side by side.
+
+    Args:
+      settings: the settings of the run.
+      devices: the number of devices of the process.
+      method: the synthesis method; '' for that of the settings.
+    """
     group = settings.synthesis
     if settings.bn_stats == 'global':
         return 1
-    # A competitor waits for its round: no more batches than that can be made at a time.
+    # The competitor is trained between rounds, so the batches of one round are the most that can be made at a time.
     adaptive = (method or group.method) == 'adaptive'
     at_a_time = group.batches_per_round if adaptive else group.batches
     return min(devices, -(-at_a_time // jax.process_count()))
 
 
 class Synthesizer:
-    """Fills a pool; a context manager, for its progress.
+    """Fills a pool with batches; a context manager that closes the progress display.
 
-    Batch i depends on the teacher, the settings, fold_in(key(seed), i) and, where one competes, the student alone: not on
-    devices, nor on kills. (A student that learned on several GPUs or TPUs differs by rounding from one that learned on one.)
-    No real image is read here.
+    Batch i depends only on the teacher, the settings, fold_in(key(seed), i) and the student that competes, if there is one.
+    It does not depend on the devices or on interruptions. (A student that was trained on several GPUs or TPUs differs by
+    rounding from one that was trained on a single device.) No real image is read.
 
-    Of several processes all make the same calls. With `bn_stats` 'device' each inverts and writes batches of its own, a
-    batch a device; with 'global' all have a part in each batch, and process 0 writes it.
+    If there are several processes, all of them make the same calls. With `bn_stats` 'device' every process inverts and
+    writes its own batches, one batch per device. With 'global' all processes share every batch, and process 0 writes it.
     """
 
     def __init__(
@@ -134,15 +143,18 @@ class Synthesizer:
         series: str,
         student_fn=None,
     ):
-        """Compiles nothing yet.
+        """Prepares the synthesis; compiles nothing yet.
 
         Args:
+          run: the run.
+          teacher: the network that is inverted.
+          pool: the pool that batches are written to.
           method: 'deepinversion', 'adaptive', 'prior_only' (no feature term) or 'noise' (the initial images themselves).
-          task, series: what its metrics go by.
+          task, series: the names of the task and of the series in progress, messages and checkpoints.
           student_fn: (variables, x) -> logits in eval mode, the competitor of 'adaptive'.
 
         Raises:
-          DvinvError: settings that do not fit the teacher.
+          DvinvError: the settings do not fit the teacher.
         """
         settings = run.settings.inversion_config(method)
         self._split = settings.bn_stats == 'global'
@@ -155,7 +167,8 @@ class Synthesizer:
         missing = missing_batches(run.settings.synthesis, pool)
         self._checkpoints = BatchCheckpoints(run.workdir.path / 'checkpoints' / f'{task}-{series}', teacher.digest())
         if is_primary():
-            for number in {*self._checkpoints.numbers()} - {*missing}:  # the run was killed before it dropped these
+            # A run that was killed may have left checkpoints of finished batches.
+            for number in {*self._checkpoints.numbers()} - {*missing}:
                 self._checkpoints.drop(number)
         scale = pixel_scale_of(settings.pixel_scale, teacher)
         self._decode = make_decode(settings.parameterization, settings.contrast, teacher, scale)
@@ -170,7 +183,7 @@ class Synthesizer:
         self._seed_key = jax.random.key(run.noise_seed)
         self._batches = batches = run.settings.synthesis.batches
         each, unit = (self._iterations, 'iterations') if self._iterations else (1, 'batches')
-        self._made = batches - len(missing)  # batches that are finished
+        self._made = batches - len(missing)  # the number of finished batches
         self._progress = Progress(f'{task}: {series}', batches * each, unit, self._made * each)
         self._saved, self._pauses, self._scored = time.monotonic(), 0, False
 
@@ -181,17 +194,23 @@ class Synthesizer:
         return self._progress.__exit__(*exception)
 
     def fill(self, numbers: list[int], student_variables=None, **notes) -> None:
-        """Synthesizes the batches of these numbers; `notes` go into their sidecars.
+        """Synthesizes batches and writes them to the pool.
+
+        Args:
+          numbers: the numbers of the batches.
+          student_variables: the variables of the competitor, if there is one.
+          **notes: further entries of the sidecars of the batches.
 
         Raises:
-          DvinvError: a loss that is not a number, or a full disk. Batches that were finished stay.
-          SystemExit: SIGTERM came. Batches that were under way are saved.
+          DvinvError: a loss is not a finite number, or the disk is full. Finished batches are kept.
+          SystemExit: SIGTERM was received. Unfinished batches are saved.
         """
         group = self._settings.synthesis
         for batches, iterations in self._groups(numbers, student_variables):
             preemption.leave_if_asked(self._kept(len(self._checkpoints.numbers())))
             self._saved, own = time.monotonic(), self._own(batches)
-            # Every device has work, that all processes have as many dispatches; repeats are dropped.
+            # Batches are repeated until every device has one, so that all processes make the same number of dispatches.
+            # The results of repeated batches are dropped.
             padded = (own or batches[-1:]) + (own or batches)[-1:] * (self._abreast - max(1, len(own)))
             keys = jax.vmap(lambda i: jax.random.fold_in(self._seed_key, i))(np.asarray(padded))
             labels = np.stack([self._classes[balanced_labels(i, group.batch_size, len(self._classes))] for i in padded])
@@ -205,7 +224,7 @@ class Synthesizer:
                 begun=[self._checkpoints.load(number, student_variables) for number in padded] if iterations else None,
                 pause=functools.partial(self._pause, own, student_variables),
             )
-            if not self._scored:  # the first images of this process: what scores them is compiled
+            if not self._scored:  # scoring the first images of this process compiles programs
                 self._progress.compiles()
                 self._scored = True
             for row, number in enumerate(own if self._keeps else ()):
@@ -218,7 +237,7 @@ class Synthesizer:
         meet(f'batches of {self._series}')
 
     def _groups(self, numbers: list[int], student_variables) -> list[tuple[list[int], int]]:
-        """Returns the groups of batches to invert side by side over all processes, each with the iterations done."""
+        """Returns the groups of batches that all processes invert side by side, each with its number of iterations done."""
 
         def begun() -> list[int]:
             states = (self._checkpoints.load(number, student_variables) for number in numbers)
@@ -232,11 +251,11 @@ class Synthesizer:
         return groups
 
     def _own(self, batches: list[int]) -> list[int]:
-        """Returns those of a group of batches that this process takes part in."""
+        """Returns the batches of a group that this process inverts."""
         return batches if self._split else batches[jax.process_index() * self._abreast :][: self._abreast]
 
     def _pause(self, numbers: list[int], student_variables, take: Callable) -> None:
-        """Saves the batches under way where that is due, between two dispatches, and before the process leaves."""
+        """Saves the unfinished batches if that is due or if the process was asked to exit; called between two dispatches."""
         leave = preemption.asked()
         iteration = 0
         if leave or self._is_due():
@@ -249,7 +268,12 @@ class Synthesizer:
             preemption.leave_if_asked(self._kept(len(numbers), iteration))
 
     def _kept(self, under_way: int, iteration: int = 0) -> str:
-        """Returns what is saved of the batches, as a main clause; `iteration` is that of those under way, 0 if unknown."""
+        """Returns a main clause that says how many batches are saved.
+
+        Args:
+          under_way: the number of unfinished batches that are saved.
+          iteration: the iteration of the unfinished batches; 0 if unknown.
+        """
         if not (self._made or under_way):
             return f'no batch of {self._series} was begun, so nothing had to be saved'
         at = f' at iteration {iteration:,} of {self._iterations:,}' if iteration else ''
@@ -257,7 +281,7 @@ class Synthesizer:
         return f'of {self._batches} batches of {self._series} {self._made} are finished{saved}'
 
     def _is_due(self) -> bool:
-        """Whether what is under way is to be saved; where processes save a batch together, the same on all."""
+        """Returns whether unfinished batches should be saved now; the same on all processes if they share a batch."""
         minutes = self._settings.logging.checkpoint_minutes
         self._pauses += 1
 
@@ -269,13 +293,19 @@ class Synthesizer:
         return self._pauses % VOTE == 0 and decide(due, 'the clock')
 
     def _report(self, numbers: list[int], done: int, terms: dict) -> None:
-        """Progress: `done` iterations of each of the batches of these numbers, after those of earlier ones."""
+        """Updates the progress display.
+
+        Args:
+          numbers: the numbers of the batches that are inverted now.
+          done: the number of iterations done on each of them.
+          terms: the values of the loss terms.
+        """
         of = in_words(numbers, self._batches) if len(numbers) < self._batches else ''
         self._progress.update(self._made * self._iterations + len(numbers) * done, of, **terms)
         self._workdir.tick(self._task)
 
     def _feature_loss(self, x, key: jax.Array) -> float | None:
-        """Returns R_feature of a batch; None of a teacher without statistics."""
+        """Returns R_feature of a batch; None for a teacher without statistics."""
         value = float(self._measure(self._teacher.variables, x, key))
         return None if math.isnan(value) and not self._teacher.statistics(self._teacher.variables) else value
 
@@ -303,13 +333,13 @@ class Synthesizer:
 
 
 def fill_pool(run: Run, teacher: Teacher, pool: ImagePool, method: str, task: str, series: str) -> None:
-    """Makes what is missing from the pool, and what is damaged anew, by a method without a competitor.
+    """Makes the missing batches of the pool, and the damaged ones again, by a method without a competitor.
 
     Args:
-      pool, method, task, series: see `Synthesizer`.
+      run, teacher, pool, method, task, series: see `Synthesizer`.
 
     Raises:
-      DvinvError: the pool was made from another teacher, or as `Synthesizer`.
+      DvinvError: the pool was made from another teacher, or as for `Synthesizer`.
     """
     put_aside_damaged(pool, task)
     if missing := missing_batches(run.settings.synthesis, pool):
@@ -318,7 +348,7 @@ def fill_pool(run: Run, teacher: Teacher, pool: ImagePool, method: str, task: st
 
 
 def _make_noise(teacher: Teacher, decode: Callable):
-    """What `make_inverter` returns, for the control that ends where every inversion starts."""
+    """Returns an inverter like that of `make_inverter` for the control 'noise', which returns the initial images."""
 
     def run(keys, labels, *_, **__) -> Inversion:
         batch_size = np.shape(labels)[1]
@@ -328,7 +358,7 @@ def _make_noise(teacher: Teacher, decode: Callable):
 
 
 def in_words(numbers: list[int], count: int) -> str:
-    """Returns what the terminal calls batches of these numbers, which are counted from 1 there."""
+    """Returns the description of batches that the terminal shows, where batches are counted from 1."""
     first, last = min(numbers) + 1, max(numbers) + 1
     if last - first + 1 > len(numbers):
         return f'batches {listed([str(number + 1) for number in sorted(numbers)], 4)} of {count}'
@@ -336,7 +366,16 @@ def in_words(numbers: list[int], count: int) -> str:
 
 
 def _curve(row: int, metrics: dict, every: int) -> dict[str, list]:
-    """Returns the terms of one batch, every so many iterations and at the last: {'step': iterations, term: its values}."""
+    """Returns the loss terms of one batch, every `every` iterations and at the last one.
+
+    Args:
+      row: the row of the batch in the arrays of `metrics`.
+      metrics: the loss terms, {term: array [batches, iterations]}.
+      every: the number of iterations between two values.
+
+    Returns:
+      {'step': list of iterations, term: list of values}; empty if there are no metrics.
+    """
     if not metrics:
         return {}
     last = len(metrics['loss'][row]) - 1

@@ -1,4 +1,4 @@
-"""The task `synthesis`: numbered batches of images from the teacher alone, into the pool."""
+"""The task `synthesis`: fills the pool with numbered batches of images made from the teacher without data."""
 
 import dataclasses
 import io
@@ -28,7 +28,7 @@ def validate(run: Run) -> None:
     """Validates, before anything is written, that the images of the task can be made and judged.
 
     Raises:
-      DvinvError: names the field, its value and the way out.
+      DvinvError: they cannot; the message names the field, its value and the remedy.
     """
     run.once(teacher.validate_verifier)
     run.once(synthesizer.validate_stages if run.settings.pool else synthesizer.validate)
@@ -39,9 +39,9 @@ def validate(run: Run) -> None:
 
 
 def run(run: Run) -> dict:
-    """Fills the pool (or checks the one that the settings name), then its controls, and judges it; returns the figures."""
+    """Fills the pool (or checks the one that the settings name) and the pools of the controls; returns the figures."""
     pool = open_pool(run)
-    if not run.settings.pool:  # which is finished elsewhere
+    if not run.settings.pool:  # a pool that the settings name was finished elsewhere
         _fill(run, pool)
     for control in run.settings.synthesis.controls:
         control_pool(run, control, 'synthesis')
@@ -55,9 +55,10 @@ def run(run: Run) -> dict:
 
 
 def _fill(run: Run, pool: ImagePool) -> None:
-    """Makes what is missing from the pool, and what is damaged anew.
+    """Makes the missing batches of the pool, and the damaged ones again.
 
-    Not what is damaged of a pool that was made against a student, which has learned on: whoever reads the images says so.
+    Damaged batches of an adaptive pool are not made again here, because the student has been trained further since. The code
+    that reads the images reports the damage.
     """
     method = run.settings.synthesis.method
     if method == 'adaptive':
@@ -67,7 +68,7 @@ def _fill(run: Run, pool: ImagePool) -> None:
 
 
 def _judge(pool: ImagePool, verifier: Classifier | None) -> dict:
-    """Figures of the images of a finished pool; one shard at a time is in memory."""
+    """Returns the figures of the images of a finished pool; reads one shard at a time into memory."""
     numbers, totals = pool.finished(), Counter()
     for number in numbers:
         preemption.leave_if_asked(alone=True)
@@ -81,7 +82,7 @@ def _judge(pool: ImagePool, verifier: Classifier | None) -> dict:
             totals['verifier_top5'] += among_top(logits, labels, 5).sum()
         for end in ('first', 'last'):
             totals[end] += notes[f'feature_loss_{end}'] or 0.0
-    matched = notes['feature_loss_last'] is not None  # else the teacher has no statistics
+    matched = notes['feature_loss_last'] is not None  # otherwise the teacher has no statistics
     judges = {'teacher': True, 'verifier': verifier, 'verifier_top5': verifier}
     return {
         'images': totals['images'],
@@ -93,18 +94,18 @@ def _judge(pool: ImagePool, verifier: Classifier | None) -> dict:
 
 
 def complete(run: Run) -> bool:
-    """Whether its pools have all that the task puts there: a damaged shard was put aside, controls may be new."""
+    """Returns whether the pools of the task are complete; shards may be in quarantine, and controls may have been added."""
     synthesis = run.settings.synthesis
     whole = bool(run.settings.pool) or not missing_batches(synthesis, ImagePool(run.workdir.path / 'pool', ''))
     return whole and controls_are_whole(run, synthesis.controls)
 
 
 def _real_feature_loss(run: Run, pool: ImagePool) -> float | None:
-    """Returns R_feature of real training batches of the pool's batch size, under the teacher's own augmentation.
+    """Returns R_feature of real training batches of the pool's batch size, under the augmentation of the teacher's training.
 
-    That is `teacher.training`'s, also where the weights come from elsewhere; for a Teacher that a factory returned, the last
-    stage's. None without real training images. For reference only, computed when the pool is finished: nothing that makes
-    images sees it.
+    The augmentation is that of `teacher.training`, also if the weights are given; for a Teacher that a factory returned, it
+    is that of the last stage. The value is None without real training images or without statistics. It is for reference
+    only and is computed when the pool is finished; the synthesis does not use it.
     """
     data, network = run.data, run.teacher
     if data is None or data.train is None or not network.statistics(network.variables):

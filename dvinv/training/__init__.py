@@ -1,1 +1,1 @@
-"""One training loop for all networks."""
+"""The training loop, shared by all networks."""

@@ -1,4 +1,4 @@
-"""When images come to a student, and which of them each of its updates sees."""
+"""The schedule by which images become available to a student, and the choice of images for each update."""
 
 import dataclasses
 import functools
@@ -10,9 +10,10 @@ from dvinv.config import Settings
 
 @dataclasses.dataclass(frozen=True)
 class Rounds:
-    """`images` new ones come at the start of each of `count` rounds; a round lasts `updates` updates, the last to the end.
+    """The schedule by which images become available to a training.
 
-    One round is a pool that is finished before the student's first update.
+    `images` new images are added at the start of each of `count` rounds. A round lasts `updates` updates, and the last round
+    lasts to the end of the training. A single round stands for a pool that is finished before the student's first update.
     """
 
     images: int
@@ -20,29 +21,30 @@ class Rounds:
     updates: int = 1
 
     def of(self, update: int) -> int:
-        """The round that an update belongs to."""
+        """Returns the number of the round that an update belongs to."""
         return min(update // self.updates, self.count - 1)
 
     def come_by(self, update: int) -> int:
-        """How many images have come when an update is made."""
+        """Returns the number of images that are available when an update is made."""
         return (self.of(update) + 1) * self.images
 
     def first_update(self, round_number: int) -> int:
-        """The update before which the images of a round are made."""
+        """Returns the update before which the images of a round are made."""
         return round_number * self.updates
 
 
 def rounds_of(settings: Settings) -> Rounds:
-    """Returns when the images of the run's own pool come to the student."""
+    """Returns the schedule by which the images of the run's own pool become available to the student."""
     size = settings.round_images
     count = settings.synthesis.images // size
     return Rounds(size - settings.held_out_of(size), count, max(1, settings.distillation.updates_per_round))
 
 
 def chosen_images(seed: int, update: int, batch_size: int, rounds: Rounds) -> np.ndarray:
-    """Which images make up the batch of an update, int32 [B].
+    """Returns the row numbers of the images in the batch of an update, int32 [B].
 
-    A round begins with its new images, each once, and goes on with shuffled epochs of all that have come so far.
+    A round begins with one shuffled epoch of its new images, and continues with shuffled epochs of all images that are
+    available so far.
     """
     now = rounds.of(update)
     old, all_of_them = now * rounds.images, (now + 1) * rounds.images
@@ -60,6 +62,6 @@ def chosen_images(seed: int, update: int, batch_size: int, rounds: Rounds) -> np
     return np.concatenate(chosen).astype(np.int32)
 
 
-@functools.lru_cache(maxsize=4)  # an epoch's end and the next one's start, of two sets of images
+@functools.lru_cache(maxsize=4)  # the end of an epoch and the start of the next one, for two sets of images
 def _shuffled(count: int, *seeds: int) -> np.ndarray:
     return np.random.default_rng(seeds).permutation(count)

@@ -1,7 +1,7 @@
-"""One training loop: teachers and verifiers learn from labels with it, students from a teacher.
+"""The training loop of all networks: teachers and verifiers are trained from labels, students from a teacher.
 
-Randomness is a function of the seed and the update's number alone, and everything that an update depends on is in the
-checkpoint, so a training that was killed ends with the bits of one that was not.
+Randomness is a function of the seed and the number of the update only, and a checkpoint holds everything that an update
+depends on. A training that was killed and resumed therefore ends with the same bits as one that ran through.
 """
 
 import collections
@@ -46,19 +46,19 @@ from dvinv.runtime.workdir import Workdir
 from dvinv.training.sampling import Rounds, chosen_images
 
 Array = np.ndarray | Rows  # in memory, or read by rows
-RUNNING = 2  # dispatches that devices may be given ahead, so that the batches of no more lie there
-STREAMED_BYTES = 2**28  # of images in one dispatch at most, where they do not lie on the devices
+RUNNING = 2  # dispatches that may be enqueued ahead, which limits the batches that occupy device memory
+STREAMED_BYTES = 2**28  # most bytes of images in one dispatch, where images are streamed from the host
 
 
 @flax.struct.dataclass
 class TrainState:
-    """What changes while a network learns.
+    """The state that a train step updates.
 
     Attributes:
-      params, batch_stats: the network's variables, float32.
-      auxiliary: parameters that are learned with the network and not kept, see `TrainJob`.
-      opt_state: of the optimizer, for (params, auxiliary).
-      step: int32 scalar, updates done.
+      params, batch_stats: the variables of the network, float32.
+      auxiliary: parameters that are trained with the network and discarded afterwards, see `TrainJob`.
+      opt_state: the state of the optimizer, for (params, auxiliary).
+      step: the number of updates done, int32 scalar.
     """
 
     params: dict
@@ -69,26 +69,28 @@ class TrainState:
 
     @property
     def variables(self) -> dict:
-        """As a Linen module takes them."""
+        """The variables of the network, in the form that a Linen module takes."""
         return {'params': self.params, 'batch_stats': self.batch_stats}
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainJob:
-    """How a network is trained, and on what.
+    """The loss, settings and image schedule of a training.
 
     Attributes:
-      settings: of the training.
-      loss_fn: (logits, features, x, labels, frozen, progress) -> scalar; x is the augmented, normalised batch [B, H, W, C],
-        features are the network's BatchNorm inputs (see `inversion.tap.features_in_training`) or those of `forward`, and
-        progress is the share of the updates that are done.
-      rounds: when its images come.
-      frozen: further variables that `loss_fn` needs, those of a teacher for instance.
-      beside: when a second set of images comes, which follow the first ones; the second half of every batch is of them.
-      head: path of a layer that is captured too, see `inversion.tap.features_in_training`.
+      settings: the settings of the training.
+      loss_fn: (logits, features, x, labels, frozen, progress) -> scalar. x is the augmented, normalised batch [B, H, W, C];
+        features are the BatchNorm inputs of the network (see `inversion.tap.features_in_training`) or the features that
+        `forward` returns; progress is the fraction of the updates that are done.
+      rounds: the schedule by which the images become available.
+      frozen: further variables that `loss_fn` needs, for instance those of a teacher.
+      beside: the schedule of a second set of images, which follow the first ones in the arrays; the second half of every
+        batch is drawn from them. None for a single set.
+      head: the path of a layer that is captured too, see `inversion.tap.features_in_training`.
       forward: (variables, auxiliary, x, rngs, frozen, progress) -> (logits, features for the loss, running statistics), the
-        forward pass in train mode. None: `features_in_training`.
-      auxiliary: first values of the parameters that are learned with the network and not kept: projections, for instance.
+        forward pass in train mode. None for `features_in_training`.
+      auxiliary: initial values of the parameters that are trained with the network and discarded afterwards, for instance
+        projections.
     """
 
     settings: TrainingSettings
@@ -101,41 +103,45 @@ class TrainJob:
     auxiliary: dict = dataclasses.field(default_factory=dict)
 
     def rows(self, seed: int, update: int) -> np.ndarray:
-        """Which images make up the batch of an update, int32 [B]."""
+        """Returns the row numbers of the images in the batch of an update, int32 [B]."""
         size = self.settings.batch_size
         if self.beside is None:
             return chosen_images(seed, update, size, self.rounds)
         first = chosen_images(seed, update, size // 2, self.rounds)
-        second = chosen_images(2**32 + seed, update, size // 2, self.beside)  # not in step with the first, if as many
+        # Another seed, since two sets of equal size would be shuffled in the same order.
+        second = chosen_images(2**32 + seed, update, size // 2, self.beside)
         return np.concatenate([first, self.rounds.images * self.rounds.count + second])
 
     @property
     def images(self) -> int:
-        """How many images there will be in all."""
+        """The number of images that the training uses in all."""
         return self.come_by(self.settings.updates - 1)
 
     def dispatch_length(self, every: int, platform: str) -> int:
-        """Returns how many updates a full dispatch has on `platform`: a divisor of `every`, at most as the settings says."""
+        """Returns the number of updates in a full dispatch on `platform`.
+
+        It is the largest divisor of `every` that does not exceed the dispatch length of the settings.
+        """
         most = self.settings.dispatch_length(platform)
         return max(count for count in range(1, min(most, every) + 1) if every % count == 0)
 
     def come_by(self, update: int) -> int:
-        """How many images there must be for this update."""
+        """Returns the number of images that must be available for this update."""
         if self.beside is None:
             return self.rounds.come_by(update)
         return self.rounds.images * self.rounds.count + self.beside.come_by(update)
 
 
 def initial_state(settings: TrainingSettings, variables: dict, auxiliary: Mapping = MappingProxyType({})) -> TrainState:
-    """Returns the state before the first update of a network with these variables; for `auxiliary` see `TrainJob`."""
+    """Returns the state before the first update, for a network with these variables; for `auxiliary` see `TrainJob`."""
     params, batch_stats = variables['params'], variables.get('batch_stats', {})
-    auxiliary = jax.device_get(dict(auxiliary))  # the memory of a state is used again, that of a job is not
+    auxiliary = jax.device_get(dict(auxiliary))  # the buffers of a state are donated, those of a job are not
     opt_state = settings.make_optimizer().init((params, auxiliary))
     return TrainState(params, batch_stats, auxiliary, opt_state, np.zeros((), np.int32))
 
 
 def _first_variables(module, key: jax.Array, image_shape, start: dict | None) -> dict:
-    """Those of `start` as far as they go, the others at random."""
+    """Returns initial variables: those that `start` has, and random ones for the others."""
     if start is None:
         return initialise(module, key, image_shape)
     shapes = flatten(jax.tree.map(np.shape, shapes_of(module, image_shape)))
@@ -154,11 +160,12 @@ def make_train_step(module, job: TrainJob, classifier: Classifier):
     gradients, the loss and the optimizer state are float32.
 
     Args:
-      job: its `frozen` is an argument of the step.
-      classifier: tells how pixels are normalised.
+      module: the Linen module of the network.
+      job: the training. Its `frozen` variables are passed to the step as an argument.
+      classifier: defines how pixels are normalised.
 
     Returns:
-      A function of images uint8 [B, H, W, C], labels int [B] and a random key; its loss is a float32 scalar.
+      The train step: images are uint8 [B, H, W, C], labels int [B], key is a random key; the loss is a float32 scalar.
     """
     settings, optimizer, forward = job.settings, job.settings.make_optimizer(), make_forward(module, job)
 
@@ -185,7 +192,7 @@ def make_forward(module, job: TrainJob):
     """Returns the forward pass in train mode, in the precision of the settings; logits and running statistics are float32.
 
     Returns:
-      `(params, auxiliary, batch_stats, x, dropout_key, frozen, progress) -> (logits, features, batch_stats)`.
+      A function `(params, auxiliary, batch_stats, x, dropout_key, frozen, progress) -> (logits, features, batch_stats)`.
     """
     dtype = jnp.dtype(job.settings.precision)
 
@@ -205,7 +212,10 @@ def make_forward(module, job: TrainJob):
 
 
 def make_reestimate(module, job: TrainJob, classifier: Classifier):
-    """Returns `(state, images, key) -> state`: one batch in train mode moves the running statistics, weights stay."""
+    """Returns `(state, images, key) -> state`, which updates running statistics from a batch and keeps the weights.
+
+    The batch runs through the network in train mode.
+    """
     settings, forward = job.settings, make_forward(module, dataclasses.replace(job, forward=None))
 
     def reestimate(state: TrainState, images, key):
@@ -218,24 +228,25 @@ def make_reestimate(module, job: TrainJob, classifier: Classifier):
 
 
 class TrainStep:
-    """The compiled train steps of one network, several a dispatch: state and batches in, state and losses out; no files.
+    """The compiled train steps of one network, with several updates in a dispatch; it reads and writes no files.
 
-    Nothing waits for the devices: what is returned may still be in the making.
+    Dispatch is asynchronous: the devices may still be computing the returned arrays.
 
     Attributes:
-      updates: of a full dispatch.
-      batches: where the images come from, a `ResidentBatches` or `HostBatches`.
-      programs: {whether a dispatch is several updates: the jitted function behind `__call__`}; see `function`.
+      updates: the number of updates in a full dispatch.
+      batches: the source of the batches, a `ResidentBatches` or `HostBatches`.
+      programs: {whether a dispatch has several updates: the jitted function behind `__call__`}; see `function`.
     """
 
     def __init__(self, module, job: TrainJob, like: Classifier, mesh: Mesh, updates: int = 0):
-        """Makes the programs; each is compiled at its first call.
+        """Creates the programs; each is compiled at its first call.
 
         Args:
-          module: the Linen module; takes x and `train`.
-          like: image shape, mean and std of the network; its variables are not used.
-          mesh: batches are split over it; BatchNorm sees the whole batch.
-          updates: of a full dispatch; 0: as the settings says.
+          module: the Linen module of the network, called with x and `train`.
+          job: the training.
+          like: A classifier with the image shape, mean and std of the network; its variables are not used.
+          mesh: the devices that batches are split over; BatchNorm sees the whole batch.
+          updates: the number of updates in a full dispatch; 0 for that of the settings.
         """
         self._mesh, self._everywhere = mesh, NamedSharding(mesh, P())
         self._job, self._module, self._image_shape = job, module, like.image_shape
@@ -252,29 +263,29 @@ class TrainStep:
         self.programs = {several: self._jitted(several) for several in (False, True)}
 
     def initial_state(self, key: jax.Array, start: dict | None = None) -> TrainState:
-        """Returns the state before the first update: random variables, or those of `start` as far as they go."""
+        """Returns the state before the first update: the variables that `start` has, and random ones for the others."""
         variables = _first_variables(self._module, key, self._image_shape, start)
         return initial_state(self._job.settings, variables, self._job.auxiliary)
 
     def place(self, tree):
-        """Returns `tree` with its arrays on every device."""
+        """Returns `tree` with its arrays replicated on every device."""
         return place(tree, self._everywhere)
 
     def __call__(self, state: TrainState, chosen, key: jax.Array) -> tuple[TrainState, jax.Array]:
-        """Makes the updates of one dispatch.
+        """Runs the updates of one dispatch.
 
         Args:
-          state: on the devices; its memory is used again, so it must not be read afterwards.
-          chosen: what `batches.each` yields.
-          key: that augmentation and dropout are drawn from, by the number of the update.
+          state: the state, on the devices; its buffers are donated, so it must not be read afterwards.
+          chosen: the batches of the dispatch, as `batches.each` yields them.
+          key: the random key of augmentation and dropout, which is folded with the number of the update.
 
         Returns:
-          The new state, and the losses, float32 [n], or a scalar where the dispatch is one update.
+          The new state, and the losses: float32 [n], or a scalar where the dispatch is a single update.
         """
         leaves = jax.tree.leaves(chosen)
-        several = leaves[-1].ndim > 1  # rows or labels
+        several = leaves[-1].ndim > 1  # the last leaf holds row numbers or labels
         if several and platform_of(self._mesh) == 'cpu':
-            # XLA runs convolutions in a loop body 12 times slower on CPU; single calls keep their bits too.
+            # XLA runs convolutions in a loop body 12 times slower on CPU. Single calls also give the same bits.
             losses = []
             for i in range(len(leaves[-1])):
                 state, loss = self(state, jax.tree.map(lambda array, i=i: array[i], chosen), key)
@@ -283,10 +294,10 @@ class TrainStep:
         return self.programs[several](state, self.batches.arrays, chosen, self._frozen, key)
 
     def function(self, several: bool):
-        """Returns the pure `(state, arrays, chosen, frozen, key) -> (state, losses)` of a dispatch.
+        """Returns the pure function `(state, arrays, chosen, frozen, key) -> (state, losses)` of a dispatch.
 
         Args:
-          several: whether it scans over the updates of a dispatch; else the dispatch is a single update.
+          several: whether the function scans over several updates; otherwise the dispatch is a single update.
         """
         pick, step = self.batches.pick, self._step
 
@@ -299,7 +310,7 @@ class TrainStep:
         return scan if several else single
 
     def _jitted(self, several: bool):
-        """Returns `function` for the mesh; the memory of the state is used again."""
+        """Returns `function` jitted for the mesh; the buffers of the state are donated."""
         everywhere, split = self._everywhere, NamedSharding(self._mesh, P(*[None] * several, AXIS))
         return jax.jit(
             self.function(several),
@@ -311,12 +322,12 @@ class TrainStep:
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """Where a training keeps its measurements and checkpoints, and how often.
+    """Where a training writes its metrics and checkpoints, and how often.
 
     Attributes:
       workdir: the work directory.
-      task, series: what they go by there.
-      logging: `every` so many updates a line of metrics, `checkpoint_every` so many a checkpoint.
+      task, series: the names of the task and of the series in the metrics; checkpoints are named by the series.
+      logging: A line of metrics is written every `every` updates, a checkpoint every `checkpoint_every` updates.
     """
 
     workdir: Workdir
@@ -326,13 +337,13 @@ class Records:
 
 
 class Training:
-    """A network that learns, in one go or in stretches; a context manager, for its progress.
+    """The training of a network, run in one call or in several; a context manager that closes the progress display.
 
-    A training that was killed goes on from its last checkpoint when it is made again.
+    A training that was killed resumes from its last checkpoint when the object is created again.
 
     Attributes:
-      step: updates done.
-      apply_fn: (variables, x) -> logits, of the network in eval mode.
+      step: the number of updates done.
+      apply_fn: (variables, x) -> logits, the network in eval mode.
     """
 
     def __init__(
@@ -345,17 +356,20 @@ class Training:
         records: Records,
         start: dict | None = None,
     ):
-        """From random weights, from given ones, or from the last checkpoint.
+        """Starts from random variables, from `start`, or from the last checkpoint if there is one.
 
         Args:
-          module: the Linen module; takes x and `train`.
-          like: image shape, mean and std of the network to be; its variables are not used.
-          mesh: batches are split over it; BatchNorm sees the whole batch.
-          records: where metrics and checkpoints go.
-          start: variables to go on from: of some of the layers, or of a network with fewer classes (`networks.head.grown`).
+          module: the Linen module of the network, called with x and `train`.
+          job: the training.
+          like: A classifier with the image shape, mean and std of the network; its variables are not used.
+          seed: the seed of initial variables, batches, augmentation and dropout.
+          mesh: the devices that batches are split over; BatchNorm sees the whole batch.
+          records: where metrics and checkpoints are written.
+          start: initial variables: all of them, those of some of the layers, or those of a network with fewer classes (see
+            `networks.head.grown`). None for random variables.
 
         Raises:
-          DvinvError: a batch that the devices do not divide, or a damaged checkpoint.
+          DvinvError: the batch size is not divisible by the number of devices, or a checkpoint is damaged.
         """
         settings, workdir, task, series = job.settings, records.workdir, records.task, records.series
         validate_devices(settings, series, mesh.size)
@@ -370,15 +384,15 @@ class Training:
             out_shardings=everywhere,
         )
         self._checkpoints = Checkpoints(workdir.path / 'checkpoints' / series)
-        # It begins to be drawn here, for what follows is compiled.
+        # The progress display starts here, because the next lines may compile.
         self._progress = Progress(task if task == series else f'{task}: {series}', settings.updates, 'updates')
         key = jax.random.key(seed)
         state = self._train_step.initial_state(jax.random.fold_in(key, 0), start)
         self.step, state = self._checkpoints.restore(state) or (0, state)
-        self._saved = self.step  # updates in the newest checkpoint
+        self._saved = self.step  # the number of updates in the newest checkpoint
         self._progress.pass_over(self.step)
         self._losses = self._checkpoints.notes().get('losses', [])  # since the last line of metrics
-        self._line = None  # (step, losses) of a line of metrics that is yet to be written
+        self._line = None  # (step, losses) of the line of metrics that is due to be written
         workdir.metrics.cut(task, series, self.step)
         self._state, self._key = self._train_step.place((of_primary(state), jax.random.fold_in(key, 1)))
 
@@ -390,19 +404,21 @@ class Training:
 
     @property
     def variables(self) -> dict:
-        """The network's variables after `step` updates, numpy arrays."""
+        """The variables of the network after `step` updates, as numpy arrays."""
         return jax.device_get(self._state.variables)
 
     def advance(self, images: Array, labels: Array, until: int) -> None:
-        """Learn up to update `until`, and keep a checkpoint of it where it is not the last.
+        """Trains up to update `until`, and saves a checkpoint there if it is not the last update.
 
         Args:
-          images: uint8 [N, H, W, C], all that have come until then, in order; `labels`: int [N].
+          images: all images that are available by then, in order, uint8 [N, H, W, C].
+          labels: their labels, int [N].
+          until: the update to train up to.
 
         Raises:
-          DvinvError: a loss that is not a number (names the update), or a full disk.
-          ValueError: images that should have come by then are not there.
-          SystemExit: SIGTERM came; a checkpoint was kept.
+          DvinvError: A loss is not a finite number (the message names the update), or the disk is full.
+          ValueError: there are fewer images than should be available by then.
+          SystemExit: SIGTERM was received; a checkpoint was saved.
         """
         expected = self._job.come_by(max(until - 1, 0))
         if len(images) < expected:
@@ -422,7 +438,7 @@ class Training:
                 if len(running) > RUNNING:
                     jax.block_until_ready(running.popleft())
                 self.step += count
-                self._write_line()  # of the dispatch before: while the devices are busy with this one
+                self._write_line()  # the line of the previous dispatch, while the devices run this one
                 if self.step % self._logging.every == 0 or self.step == until:
                     self._line, self._losses = (self.step, self._losses), []
                     pause = self.step % self._logging.checkpoint_every == 0 or self.step == until
@@ -434,8 +450,8 @@ class Training:
     def _dispatches(self, until: int) -> list[tuple[int, int]]:
         """Returns (first update, number of updates) of every dispatch up to update `until`.
 
-        They are full where one fits before `until` and before the next line of metrics, else single updates: each other
-        number would be compiled for itself.
+        A dispatch is full where a full one fits before `until` and before the next line of metrics. Otherwise it is a single
+        update, because any other number of updates would have to be compiled separately.
         """
         dispatches, step, full, every = [], self.step, self._train_step.updates, self._logging.every
         while step < until:
@@ -445,12 +461,12 @@ class Training:
         return dispatches
 
     def _rows(self, first: int, count: int) -> np.ndarray:
-        """Returns the images of the batches of a dispatch, int32 [count, B], or [B] of a single update."""
+        """Returns the row numbers of the images in a dispatch, int32 [count, B], or [B] for a single update."""
         rows = [self._job.rows(self._seed, step) for step in range(first, first + count)]
         return np.stack(rows) if count > 1 else rows[0]
 
     def _write_line(self) -> None:
-        """Writes the line of metrics that is due, if one is; waits for its losses."""
+        """Writes the line of metrics that is due, if there is one; blocks until its losses are computed."""
         if self._line is not None:
             (step, losses), self._line = self._line, None
             mean = _checked_mean(losses, step, self._series)
@@ -462,17 +478,23 @@ class Training:
         self._saved = self.step
 
     def _kept(self) -> str:
-        """Returns what is saved of the training, as a main clause."""
+        """Returns a main clause that says how many updates of the training are saved."""
         total = self._job.settings.updates
         if not self._saved:
             return f'no update of the {self._series} was made, so nothing had to be saved'
         return f'{self._saved:,} of {total:,} updates of the {self._series} are saved'
 
     def finish(self, images: Array, labels: Array) -> dict:
-        """Learn to the end and, where the settings says so, estimate BatchNorm statistics again; returns the variables.
+        """Trains to the last update and returns the variables.
+
+        BatchNorm statistics are estimated again after the last update, if the settings ask for it.
+
+        Args:
+          images: all images of the training, in order, uint8 [N, H, W, C].
+          labels: their labels, int [N].
 
         Raises:
-          DvinvError: as `advance`, or weights that are not finite.
+          DvinvError: as for `advance`, or the weights are not finite.
         """
         settings = self._job.settings
         self.advance(images, labels, settings.updates)
@@ -483,7 +505,7 @@ class Training:
             rows = self._job.rows(self._seed, step)
             self._state = self._reestimate(self._state, place(images[rows], self._split), self._key)
         variables = self.variables
-        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables)):  # by the last update, which no loss saw
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables)):  # no loss covers the last update
             raise DvinvError(
                 f'The weights of the {self._series} are not finite after the last update: lower its learning_rate.'
             )
@@ -492,18 +514,19 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class TrainTarget:
-    """Which network of a run is trained.
+    """A network of a run that is to be trained.
 
     Attributes:
-      task: during which it is trained.
-      name: of its file, metrics and checkpoints.
+      task: the task during which the network is trained.
+      name: the name of its file, metrics and checkpoints.
       network: settings with the fields `network` and `width`.
-      like: a classifier of the same image shape, classes, mean and std.
-      role: makes a seed of its own of the run's; students that are compared share it, and so their start and shuffles.
-      part: number of the training, of a network that is trained several times; each shuffles anew.
-      start: variables that it goes on from (see `Training`); None: random ones.
-      kept: the channels that are left of a pruned network (see `networks.channels.PrunedModule`).
-      own: the user's network (see `inversion.modules`) that is trained instead of `network`; None: that is.
+      like: A classifier with the same image shape, classes, mean and std.
+      role: A number from which, with the seed of the run, the seed of the training is computed. Students that are compared
+        share it, and so share their initial variables and shuffles.
+      part: the number of the training, for a network that is trained several times; each training shuffles differently.
+      start: variables to start from (see `Training`); None for random variables.
+      kept: the kept channels of a pruned network (see `networks.channels.PrunedModule`).
+      own: the user's network (see `inversion.modules`), which is trained instead of `network`; None to train `network`.
     """
 
     task: str
@@ -518,7 +541,7 @@ class TrainTarget:
 
     @property
     def about(self) -> dict:
-        """Its description, as `networks.save_network` takes it."""
+        """The description of the network, as `networks.save_network` takes it."""
         about = {field: getattr(self.like, field) for field in ('num_classes', 'image_shape', 'mean', 'std')}
         pruned = {'kept': self.kept} if self.kept else {}
         network, width = ('', 1.0) if self.own is not None else (self.network.network, self.network.width)
@@ -526,19 +549,19 @@ class TrainTarget:
 
     @property
     def module(self):
-        """The network: a Linen module that takes x and `train`, or what has its `init` and `apply`."""
+        """The network: a Linen module that takes x and `train`, or an object with the same `init` and `apply`."""
         return module_of(self.about, self.own)
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedTraining:
-    """Trainings that a config asks for, all of one cost: what `--plan` times.
+    """Trainings of equal cost that a config asks for; `--plan` times one of them.
 
     Attributes:
-      name: what the plan calls them.
+      name: their name in the plan.
       module, job, like: see `Training`.
-      networks: how many networks are trained like this.
-      teacher: a network that every update runs forward too, or None.
+      networks: the number of networks that are trained in this way.
+      teacher: A network that every update also runs forward, or None.
     """
 
     name: str
@@ -559,10 +582,14 @@ def training_of(run: Run, target: TrainTarget, job: TrainJob) -> Training:
 
 
 def train_network(run: Run, target: TrainTarget, job: TrainJob, images: Array, labels: Array) -> Classifier:
-    """Returns the trained network: from its file where it is finished, else trained (or trained on) and written.
+    """Returns the trained network; reads it from its file if that exists, otherwise trains (or resumes) and saves it.
 
     Args:
-      images: uint8 [N, H, W, C] to learn from; `labels`: int [N].
+      run: the run.
+      target: the network.
+      job: the training.
+      images: training images, uint8 [N, H, W, C].
+      labels: their labels, int [N].
     """
     path = run.workdir.network(target.name)
     if not run.workdir.has_network(target.name):
@@ -573,12 +600,16 @@ def train_network(run: Run, target: TrainTarget, job: TrainJob, images: Array, l
 
 
 def _floats(losses: list) -> list[float]:
-    """Returns the losses of single updates and of whole dispatches, one a update, as numbers; waits for them."""
+    """Returns one number per update from the losses of single updates and of dispatches; blocks until they are computed."""
     return [float(loss) for loss in np.concatenate([np.ravel(x) for x in jax.device_get(losses)])] if losses else []
 
 
 def _checked_mean(losses: list, step: int, series: str) -> float:
-    """Mean of the last updates' losses; stops at the first that is not a number."""
+    """Returns the mean of the losses of the updates up to `step`.
+
+    Raises:
+      DvinvError: A loss is not a finite number; the message names the first such update.
+    """
     values = np.asarray(_floats(losses), np.float64)
     if not np.isfinite(values).all():
         wrong = step - len(values) + int(np.argmin(np.isfinite(values))) + 1
