@@ -12,7 +12,7 @@ from dvinv.errors import DvinvError
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A number of iterations at one resolution; Adam starts anew with each stage."""
+    """A number of iterations at one resolution; each stage starts with a new Adam state."""
 
     iterations: int  # each changes all images of a batch
     learning_rate: float  # the highest, after the warm-up
@@ -94,7 +94,7 @@ class InversionConfig:
     bn_stats: Literal['device', 'global'] = 'device'
     # Of the networks' forward and backward pass; 'bfloat16' for GPU and TPU. Losses are float32.
     precision: Precision = 'float32'
-    recompute: int = 0  # to save memory, the stretches of a network of which only the ends are kept; 0: keep everything
+    recompute: int = 0  # to save memory, recompute activations in the backward pass, in this number of segments; 0: keep all
     iterations_per_dispatch: int = 0  # 0: 1 on CPU, where XLA runs convolutions in a loop body 10 times slower; else 100
     # What steps and first noise of 'pixels', and priors, are measured in: pixels of mean .5 and std .25 for any network
     # ('common'), or, where that network takes normalised pixels, in its own mean and std ('network': paper).

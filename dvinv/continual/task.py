@@ -64,7 +64,7 @@ def planned_trainings(run: Run) -> list[PlannedTraining]:
     networks = (len(steps) - 1) * (len(chains) + ('joint' in settings.controls))
     trainings = [PlannedTraining('continual', module, job, teacher, networks, teacher)]
     if run.settings.synthesis.method == 'adaptive':  # a temporary student for every pool
-        pools = 1 + (len(steps) - 2) * sum(_dreams(chain, chains) for chain in chains)
+        pools = 1 + (len(steps) - 2) * sum(_synthesizes(chain, chains) for chain in chains)
         job = student_job(run, teacher, rounds_of(run.settings))
         trainings.append(PlannedTraining('student', run.student_module(teacher), job, teacher, pools, teacher))
     return trainings
@@ -90,12 +90,12 @@ def train_task(run: Run, steps: list[Step], like: Teacher, learned: dict[str, li
     settings, workdir, number = run.settings.continual, run.workdir, len(steps) - 1
     chains = chains_of(settings)
     paths = {chain: workdir.network(name_of(settings, chain, number)) for chain in chains}
-    lacking = [chain for chain, path in paths.items() if not workdir.has_network(path.stem)]
-    old = {chain: pool_of(run, chain, number, learned[chain][-1]) for chain in lacking if _dreams(chain, chains)}
-    if 'replay' in lacking:
+    untrained = [chain for chain, path in paths.items() if not workdir.has_network(path.stem)]
+    old = {chain: pool_of(run, chain, number, learned[chain][-1]) for chain in untrained if _synthesizes(chain, chains)}
+    if 'replay' in untrained:
         old['replay'] = _union([training_images(run, step) for step in steps[:-1]])
-    new = training_images(run, steps[-1]) if lacking else None
-    for chain in lacking:
+    new = training_images(run, steps[-1]) if untrained else None
+    for chain in untrained:
         current = learned[chain][-1]
         job, images, labels = job_of(run, chains[chain], current, new, old.get(chain))
         train_network(run, _target(run, paths[chain].stem, like, current), job, images, labels)
@@ -108,7 +108,7 @@ def _target(run: Run, name: str, like: Teacher, before: Teacher) -> TrainTarget:
     return TrainTarget('continual', name, run.settings.teacher, like, ROLE, start=before.variables, own=run.own_module(like))
 
 
-def _dreams(chain: str, chains: dict[str, str]) -> bool:
+def _synthesizes(chain: str, chains: dict[str, str]) -> bool:
     """Returns whether a chain learns from images that it synthesizes."""
     return chain != 'replay' and chains[chain] in CONTINUAL_LOSSES
 
