@@ -28,7 +28,7 @@ CLASSES = tuple(sorted(np.random.default_rng(0).permutation(1000)[:64].tolist())
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
-    """The config; `arg` is '', 'short', 'fourier' or 'smoke'."""
+    """The config; `arg` is '', 'short', 'spectrum' or 'smoke'."""
     config = default_config('imagenet_multires')
     config.tasks = ('teacher', 'synthesis', 'report')
     config.bn_stats = 'global'

@@ -6,6 +6,7 @@ import numpy as np
 from tiny import TinyNet, trained_variables
 
 from dvinv import from_linen
+from dvinv.networks.vision_transformer import VisionTransformer
 
 
 def _digits_teacher(module, shape=(8, 8, 1)):
@@ -42,6 +43,11 @@ def broken():
     teacher = own()
     jax.tree.leaves(teacher.variables['params'])[-1].fill(np.nan)
     return teacher
+
+
+def attentive():
+    """A network with attention and without BatchNorm."""
+    return _digits_teacher(VisionTransformer(10, channels=8, depth=1, patch=2, head=4, token=False))
 
 
 def probabilities():

@@ -249,6 +249,25 @@ def test_the_prior_is_the_sum_over_the_attention_layers_of_a_network():
         attention_of(loop(), dataclasses.replace(config, attention=('Dense:output',)))
 
 
+def test_a_network_with_attention_and_exact_gelus_is_inverted_from_patterns_of_its_layers():
+    module = VisionTransformer(3, channels=8, depth=1, patch=2, head=4, token=False)
+    teacher = dvinv.from_linen(module, trained_variables(module), **PICTURES)
+    config = dvinv.InversionConfig((dvinv.Stage(2, 0.1),), dvinv.Weights(feature=0.0, patch_similarity=0.5))
+    made = dvinv.invert(teacher, np.arange(4) % 3, config)
+    assert np.isfinite(made.images).all()
+    assert 'patch_similarity' in made.metrics
+
+
+def test_a_jax_that_cannot_split_exact_gelus_is_named(monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError('Primitive polynomial requires varying manual axes to match, but got ...')
+
+    monkeypatch.setattr(jax, 'shard_map', refuse)
+    config = dvinv.InversionConfig((dvinv.Stage(2, 0.1),), dvinv.Weights(feature=0.0), bn_stats='global')
+    with pytest.raises(DvinvError, match=r"JAX [\d.]+ cannot split a network .* take bn_stats='device'"):
+        dvinv.invert(loop(), np.arange(8) % 3, config)
+
+
 def test_colours_are_shifted_a_channel_and_image_and_the_middle_is_shown():
     x = np.ones((3, 8, 8, 2), np.float32)
     shifted = np.asarray(color_shift_each(jax.random.key(0), x, 1.0))
@@ -268,6 +287,7 @@ def test_colours_are_shifted_a_channel_and_image_and_the_middle_is_shown():
     ('call', 'sentence'),
     [
         (lambda: dvinv.record_moments(loop(), IMAGES[:1]), r'have the shape \(1, 8, 8, 2\); give at least 2, better 100'),
+        (lambda: dvinv.record_moments(loop(), IMAGES.astype(np.float32)), r'The images are float32 .* must be uint8\.'),
         (lambda: dvinv.record_moments(loop(), IMAGES[..., :1]), r'shape \(11, 8, 8, 1\); .* \[N, 8, 8, 2\]'),
         (
             lambda: dvinv.record_moments(loop(), IMAGES, 'Nrm'),

@@ -51,6 +51,15 @@ def test_figures_of_a_config():
     assert all(one.seconds > 0 and one.gflops > 0 for one in made.trainings)
 
 
+def test_images_of_a_network_with_attention_are_planned():
+    config = run_path(str(ROOT / 'configs' / 'digits_vit.py'))['get_config']('smoke')
+    config.update(tasks=('synthesis',), verifier={'network': ''})
+    config.teacher.update(factory='factories:attentive', moments_images=0)
+    config.synthesis.weights.update(feature=0.0, patch_similarity=0.1)
+    made = plan(config)
+    assert made.synthesis.stages[0].seconds > 0
+
+
 @pytest.mark.parametrize(
     ('name', 'task', 'expected'),
     [

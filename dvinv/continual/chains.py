@@ -1,6 +1,6 @@
 """Chains: the sequences of networks that learn the tasks of `continual` one by one, for the run and its controls."""
 
-from dvinv.config import ContinualSettings
+from dvinv.config import CONTINUAL_LOSSES, ContinualSettings
 
 MAIN = 'continual'
 
@@ -12,6 +12,16 @@ def chains_of(settings: ContinualSettings) -> dict[str, str]:
         if control != 'joint':
             chains[control] = settings.loss if control == 'replay' else control
     return chains
+
+
+def synthesizing(settings: ContinualSettings) -> list[str]:
+    """Returns the names of the chains that learn from images that they synthesize."""
+    return [chain for chain, loss in chains_of(settings).items() if chain != 'replay' and loss in CONTINUAL_LOSSES]
+
+
+def pools_of(settings: ContinualSettings) -> int:
+    """Returns the number of pools of all tasks: one for the first, which all chains share, then one a chain."""
+    return 1 + (len(settings.steps) - 1) * len(synthesizing(settings))
 
 
 def name_of(settings: ContinualSettings, chain: str, number: int) -> str:

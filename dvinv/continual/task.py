@@ -14,8 +14,7 @@ import shutil
 
 import numpy as np
 
-from dvinv.config import CONTINUAL_LOSSES
-from dvinv.continual.chains import MAIN, chains_of, name_of, names_of_networks
+from dvinv.continual.chains import MAIN, chains_of, name_of, names_of_networks, pools_of, synthesizing
 from dvinv.continual.jobs import job_of, loss_of, network_of
 from dvinv.continual.scores import figures
 from dvinv.continual.stream import Step, steps_of, training_images
@@ -56,17 +55,16 @@ def run(run: Run) -> dict:
 def planned_trainings(run: Run) -> list[PlannedTraining]:
     """Returns the trainings of the task, for `--plan`, all as for the last task, which has the most classes."""
     settings, teacher = run.settings.continual, run.planned_teacher
-    steps, chains = steps_of(run, teacher), chains_of(settings)
+    steps = steps_of(run, teacher)
     module = network_of(run, teacher, steps[-1].first + steps[-1].classes).module
     loss_fn, head = loss_of(run, settings.loss, teacher)
     rounds = Rounds(run.settings.synthesis.images)
     job = TrainJob(settings, loss_fn, rounds, teacher.variables, rounds, head)
-    networks = (len(steps) - 1) * (len(chains) + ('joint' in settings.controls))
+    networks = (len(steps) - 1) * (len(chains_of(settings)) + ('joint' in settings.controls))
     trainings = [PlannedTraining('continual', module, job, teacher, networks, teacher)]
     if run.settings.synthesis.method == 'adaptive':  # a temporary student for every pool
-        pools = 1 + (len(steps) - 2) * sum(_synthesizes(chain, chains) for chain in chains)
         job = student_job(run, teacher, rounds_of(run.settings))
-        trainings.append(PlannedTraining('student', run.student_module(teacher), job, teacher, pools, teacher))
+        trainings.append(PlannedTraining('student', run.student_module(teacher), job, teacher, pools_of(settings), teacher))
     return trainings
 
 
@@ -91,7 +89,7 @@ def train_task(run: Run, steps: list[Step], like: Teacher, learned: dict[str, li
     chains = chains_of(settings)
     paths = {chain: workdir.network(name_of(settings, chain, number)) for chain in chains}
     untrained = [chain for chain, path in paths.items() if not workdir.has_network(path.stem)]
-    old = {chain: pool_of(run, chain, number, learned[chain][-1]) for chain in untrained if _synthesizes(chain, chains)}
+    old = {chain: pool_of(run, chain, number, learned[chain][-1]) for chain in synthesizing(settings) if chain in untrained}
     if 'replay' in untrained:
         old['replay'] = _union([training_images(run, step) for step in steps[:-1]])
     new = training_images(run, steps[-1]) if untrained else None
@@ -106,11 +104,6 @@ def train_task(run: Run, steps: list[Step], like: Teacher, learned: dict[str, li
 def _target(run: Run, name: str, like: Teacher, before: Teacher) -> TrainTarget:
     """Returns the training target of the network `name`, with the architecture of `like` and the weights of `before`."""
     return TrainTarget('continual', name, run.settings.teacher, like, ROLE, start=before.variables, own=run.own_module(like))
-
-
-def _synthesizes(chain: str, chains: dict[str, str]) -> bool:
-    """Returns whether a chain learns from images that it synthesizes."""
-    return chain != 'replay' and chains[chain] in CONTINUAL_LOSSES
 
 
 def pool_of(run: Run, chain: str, number: int, current: Teacher) -> Split:

@@ -1,14 +1,12 @@
 """Validation of the task `continual` before anything is written."""
 
-import numpy as np
-
 from dvinv.continual.chains import names_of_networks
 from dvinv.continual.jobs import head_path, network_of
 from dvinv.continual.stream import steps_of, test_images, training_images
 from dvinv.distillation import student
 from dvinv.errors import DvinvError
 from dvinv.inversion.modules import LinenModule, trained_part, with_classes
-from dvinv.networks.classifier import MOMENTS, flatten
+from dvinv.networks.classifier import MOMENTS, differing_shapes, flatten
 from dvinv.pipeline.run import Run
 from dvinv.synthesis import synthesizer
 
@@ -50,8 +48,10 @@ def validate(run: Run) -> None:
             f'continual.controls names {old_images[0]}, which wants real images of the old classes, but there are none; '
             'leave it out, or name some by data.train_path.'
         )
-    for number, step in enumerate(steps):
+    # Test images first, then training images: reading them in turn would open each data set twice for every task.
+    for step in steps:
         test_images(run, step)
+    for number, step in enumerate(steps):
         if number and all(run.is_finished(name) for name in names_of_networks(settings, number)):
             continue
         if number or old_images:
@@ -68,11 +68,7 @@ def _validate_network(run: Run) -> None:
             'that follows it, too; leave them out (and where these have no BatchNorm, set synthesis.weights.feature=0).'
         )
     blank = network_of(run, teacher, teacher.num_classes)
-    expected, found = (
-        {path: tuple(np.shape(leaf)) for path, leaf in flatten(trained_part(network.variables)).items()}
-        for network in (blank, teacher)
-    )
-    if expected != found:
+    if differing_shapes(*(trained_part(network.variables) for network in (blank, teacher))):
         raise DvinvError(
             f'The teacher is not the {group.network} of width {group.width} that the config tells, so it '
             'cannot grow a head; set teacher.network and teacher.width to those of its weights.'

@@ -11,7 +11,6 @@ from dvinv.inversion.invert import (
     balanced_labels,
     feature_loss,
     invert,
-    make_feature_loss,
     make_inverter,
     takes_resolutions,
     validate_labels,
@@ -19,6 +18,7 @@ from dvinv.inversion.invert import (
     validate_statistics,
 )
 from dvinv.inversion.moments import Moments
+from dvinv.inversion.programs import make_feature_loss
 from dvinv.inversion.recording import record_moments
 from dvinv.inversion.teacher import Teacher, from_linen, from_nnx
 

@@ -9,15 +9,11 @@ from jax.sharding import Mesh
 
 from dvinv.config import PRESETS, InversionConfig, Stage, preset_for
 from dvinv.errors import DvinvError, listed
-from dvinv.inversion import losses
-from dvinv.inversion.objective import view
-from dvinv.inversion.programs import programs_of
-from dvinv.inversion.teacher import Teacher
-from dvinv.networks.suited import suited_to
+from dvinv.inversion.programs import make_feature_loss, programs_of
+from dvinv.inversion.teacher import Teacher, network_input
 from dvinv.runtime.devices import make_mesh, on_mesh
 
 REPORT_EVERY = 20  # the least number of iterations between two fetches of the metrics
-FAR = 20  # the largest distance of normalised images from grey, in multiples of the distance between black and white
 
 
 def validate_resolutions(teacher: Teacher, config: InversionConfig) -> None:
@@ -55,6 +51,17 @@ def validate_statistics(teacher: Teacher, config: InversionConfig) -> None:
             'images (dvinv.record_moments, or python -m dvinv.moments) and give them: teacher.moments=FILE, or '
             'from_linen(..., moments=...); or invert it without any, weights.feature=0, by the prior alone.'
         )
+
+
+def with_attention(teacher: Teacher, config: InversionConfig) -> InversionConfig:
+    """Returns the settings as `Programs` takes them: if attention has a weight, its patterns become places in the network.
+
+    Raises:
+      DvinvError: See `attention_of`.
+    """
+    return (
+        dataclasses.replace(config, attention=attention_of(teacher, config)) if config.weights.patch_similarity else config
+    )
 
 
 def attention_of(teacher: Teacher, config: InversionConfig) -> tuple[str, ...]:
@@ -170,8 +177,7 @@ def make_inverter(teacher: Teacher, config: InversionConfig, mesh: Mesh, student
     """
     config.validate_for(teacher.image_shape)
     validate_statistics(teacher, config)
-    if config.weights.patch_similarity:
-        config = dataclasses.replace(config, attention=attention_of(teacher, config))
+    config = with_attention(teacher, config)
     programs, split = programs_of(teacher, config, mesh, student_fn), config.bn_stats == 'global'
     if not programs.checked:
         validate_resolutions(teacher, config)
@@ -297,24 +303,6 @@ def _key_data(key) -> tuple[np.ndarray, str]:
     return np.asarray(jax.random.key_data(key)), jax.random.key_impl(key)
 
 
-def make_feature_loss(teacher: Teacher, stage: Stage):
-    """Returns a compiled function that computes R_feature, with layer weights of 1, of images augmented as in `stage`.
-
-    Returns:
-      `(variables, images [B, H, W, C] normalised, key) -> R_feature`, a float32 scalar. It is NaN for a network without
-      statistics.
-    """
-    tap = suited_to(jax.default_backend(), teacher.tap)
-
-    @jax.jit
-    def measure(variables, images, key):
-        _, shown = view(teacher, stage, images, key)
-        _, moments = tap(variables, shown)
-        return losses.feature_loss(losses.feature_terms(moments, teacher.statistics(variables)))
-
-    return measure
-
-
 def feature_loss(teacher: Teacher, images, config: InversionConfig | str | None = None, key: jax.Array | int = 0) -> float:
     """Computes how far the BatchNorm inputs of a batch, synthesized or real, are from the running statistics (R_feature).
 
@@ -339,24 +327,8 @@ def feature_loss(teacher: Teacher, images, config: InversionConfig | str | None 
         raise DvinvError('The network has no running statistics and no recorded moments to set the images against.')
     stage, (key, kind) = _settings(config, teacher).stages[-1], _key_data(key)
     with jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):
-        x = teacher.normalise(images) if images.dtype == np.uint8 else _normalised(teacher, images)
-        return float(make_feature_loss(teacher, stage)(teacher.variables, x, jax.random.wrap_key_data(key, impl=kind)))
-
-
-def _normalised(teacher: Teacher, images: np.ndarray) -> np.ndarray:
-    """Returns normalised images as float32.
-
-    Raises:
-      DvinvError: Values are far outside of the range from black to white, as unnormalised pixels from 0 to 255 are.
-    """
-    low, high = teacher.valid_range
-    if not (np.abs(images - (low + high) / 2) <= FAR * (high - low)).all():
-        raise DvinvError(
-            f'The images are {images.dtype} with values from {images.min():.4g} to {images.max():.4g}, so they must be '
-            f'normalised: black is {low.min():.4g} for this network, white {high.max():.4g}. Pixels from 0 to 255 must be '
-            'uint8.'
-        )
-    return images.astype(np.float32)
+        x, measure = network_input(teacher, images), make_feature_loss(teacher, stage)
+        return float(measure(teacher.variables, x, jax.random.wrap_key_data(key, impl=kind)))
 
 
 def _stage_of(config: InversionConfig, iteration: int) -> Stage:

@@ -15,13 +15,17 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dvinv.config import InversionConfig, Stage
+from dvinv.errors import DvinvError
+from dvinv.inversion import losses
 from dvinv.inversion.execution import executed
+from dvinv.inversion.objective import view
 from dvinv.inversion.parameterization import initial_parameters, make_decode, pixel_scale_of
 from dvinv.inversion.step import InversionState, make_chunk, make_step
 from dvinv.inversion.teacher import Teacher
+from dvinv.networks.suited import suited_to
 from dvinv.runtime.devices import AXIS, fetch, place, platform_of
 
-PROGRAMS_KEPT = 8  # cached `Programs`; each holds networks and compiled code, but no weights
+PROGRAMS_KEPT = 16  # cached programs; each holds networks and compiled code, but no weights
 
 
 def programs_of(teacher: Teacher, config: InversionConfig, mesh: Mesh, student_fn: Callable | None = None) -> 'Programs':
@@ -30,12 +34,45 @@ def programs_of(teacher: Teacher, config: InversionConfig, mesh: Mesh, student_f
     Two inversions are the same if the teachers have the same functions (the same `tap`), whatever their variables, the
     configs are equal, and the devices and `student_fn` are the same.
     """
-    arguments = dataclasses.replace(teacher, variables=None), config, mesh, student_fn
+    return _kept(Programs, dataclasses.replace(teacher, variables=None), config, mesh, student_fn)
+
+
+def make_feature_loss(teacher: Teacher, stage: Stage) -> Callable:
+    """Returns a compiled function that computes R_feature, with layer weights of 1, of images augmented as in `stage`.
+
+    The last few are cached, as by `programs_of`.
+
+    Returns:
+      `(variables, images [B, H, W, C] normalised, key) -> R_feature`, a float32 scalar. It is NaN for a network without
+      statistics.
+    """
+    return _kept(_feature_loss, dataclasses.replace(teacher, variables=None), stage, jax.default_backend())
+
+
+def _feature_loss(teacher: Teacher, stage: Stage, backend: str) -> Callable:
+    tap = suited_to(backend, teacher.tap)
+
+    @jax.jit
+    def measure(variables, images, key):
+        _, shown = view(teacher, stage, images, key)
+        _, moments = tap(variables, shown)
+        return losses.feature_loss(losses.feature_terms(moments, teacher.statistics(variables)))
+
+    return measure
+
+
+def _kept(make: Callable, *arguments):
+    """Returns `make(*arguments)`; the results of the last few calls are cached."""
     try:
         hash(arguments)
     except TypeError:  # for example, stages in a list
-        return Programs(*arguments)
-    return _kept(*arguments)
+        return make(*arguments)
+    return _cached(make, *arguments)
+
+
+@functools.lru_cache(PROGRAMS_KEPT)
+def _cached(make: Callable, *arguments):
+    return make(*arguments)
 
 
 class Programs:
@@ -124,9 +161,6 @@ class Programs:
         return self._mapped(stage.make_optimizer().init)
 
 
-_kept = functools.lru_cache(PROGRAMS_KEPT)(Programs)
-
-
 def _over_batches(mesh: Mesh):
     """Returns a transform that maps a program for one batch over the mesh, with one batch per device.
 
@@ -140,7 +174,8 @@ def _over_batches(mesh: Mesh):
 
         def mapped(*args):
             specs = (P(AXIS),) * (len(args) - weights) + (P(),) * weights
-            return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(AXIS))(*args)
+            # Devices that communicate nothing need no check of it, which JAX 0.12.0 fails for exact GELUs (lax.polynomial).
+            return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(AXIS), check_vma=False)(*args)
 
         return jax.jit(mapped, donate_argnums=0 if donate else ())
 
@@ -161,7 +196,15 @@ def _over_one_batch(mesh: Mesh):
                 )
             state, _, *frozen = args
             specs = (jax.tree.map(spec, state), P(AXIS), *(P() for _ in frozen))
-            return jax.shard_map(program, mesh=mesh, in_specs=specs, out_specs=(specs[0], P()))(*args)
+            try:
+                return jax.shard_map(program, mesh=mesh, in_specs=specs, out_specs=(specs[0], P()))(*args)
+            except ValueError as error:
+                if 'polynomial requires varying manual axes' not in str(error):
+                    raise
+                raise DvinvError(
+                    f'JAX {jax.__version__} cannot split a network with exact GELUs over devices (its lax.polynomial fails in '
+                    "shard_map); take bn_stats='device', which inverts whole batches, or another version of JAX."
+                ) from error
 
         return jax.jit(mapped, donate_argnums=0 if donate else ())
 

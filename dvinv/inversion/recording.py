@@ -11,7 +11,7 @@ from dvinv.inversion.augmentation import Augmentation
 from dvinv.inversion.moments import Moments
 from dvinv.inversion.residuals import residual_blocks
 from dvinv.inversion.tap import OUTPUT, find_statistics, in_order
-from dvinv.inversion.teacher import Teacher
+from dvinv.inversion.teacher import Teacher, network_input
 from dvinv.networks.classifier import flatten, join_names
 
 NORMALISES = re.compile(r'^(?!Weight|Spectral).*Norm(?:aliz\w*|alis\w*)?(?:_?\d+[dD]?)?$')  # class names of such layers
@@ -46,8 +46,8 @@ def record_moments(
       The recorded `Moments`.
 
     Raises:
-      DvinvError: There are fewer than 2 images, the images have another shape, a pattern fits no layer, a layer cannot be
-        captured, or the moments are not finite.
+      DvinvError: There are fewer than 2 images, the images have another shape or are not normalised, a pattern fits no
+        layer, a layer cannot be captured, or the moments are not finite.
     """
     if not isinstance(network, Teacher):
         raise DvinvError(
@@ -75,8 +75,8 @@ def record_moments(
         for view in range(1 if augmentation is None else views):
             for start in range(0, len(images), batch_size):
                 part = images[start : start + batch_size]
-                x = teacher.normalise(part) if part.dtype == np.uint8 else part.astype(np.float32)
-                found = run(teacher.variables, x, jax.random.fold_in(jax.random.key(key), view * len(images) + start))
+                x, seed = network_input(teacher, part), view * len(images) + start
+                found = run(teacher.variables, x, jax.random.fold_in(jax.random.key(key), seed))
                 count = _joined(totals, count, jax.device_get(found), len(part))
     layers = {place: tuple(np.float32(value) for value in totals[place]) for place in places}
     if wrong := [place for place, pair in layers.items() if not np.isfinite(pair).all()]:

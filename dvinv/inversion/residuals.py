@@ -31,16 +31,16 @@ def residual_blocks(teacher) -> tuple[str, ...]:
     program = flat_program(closed)
     value = dict(zip(sorted(shapes), program.outputs, strict=True))  # JAX flattens a dict in sorted order
     pairs = {path: (value[path], value[path + OUTPUT]) for path in modules if {path, path + OUTPUT} <= value.keys()}
-    found = {path for path, (taken, returned) in pairs.items() if _adds(program, taken, returned)}
+    made_by = {value: operation for operation in program.operations for value in operation.outputs}
+    found = {path for path, (taken, returned) in pairs.items() if _adds(program, made_by, taken, returned)}
     inner = {path for path in found if not any(other.startswith(f'{path}/') for other in found)}
     classes = {modules[path] for path in inner}
     alike = {path for path, module in modules.items() if module in classes}
     return tuple(path for path in modules if path in alike and not any(other.startswith(f'{path}/') for other in alike))
 
 
-def _adds(program: Program, taken, returned) -> bool:
-    """Returns whether the value `returned` is a sum of `taken` and of a value that depends on it."""
-    made_by = {value: operation for operation in program.operations for value in operation.outputs}
+def _adds(program: Program, made_by: dict, taken, returned) -> bool:
+    """Returns whether `returned` is a sum of `taken` and of a value that depends on it; `made_by` is {value: operation}."""
     depends = {taken}
     for operation in program.operations:
         if any(isinstance(value, int) and value in depends for value in operation.inputs):

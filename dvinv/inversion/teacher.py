@@ -16,6 +16,8 @@ from dvinv.inversion.moments import moments_of
 from dvinv.inversion.tap import LinenTap, running_statistics
 from dvinv.networks.classifier import MOMENTS, Classifier, check_finite, check_normalisation, flatten, unflatten
 
+FAR = 20  # the largest distance of normalised images from grey, in multiples of the distance between black and white
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Teacher(Classifier):
@@ -255,6 +257,24 @@ def _on_host(variables, name: str) -> dict:
         )
     check_finite(unflatten(flat), name)
     return {'params': {}} | unflatten(flat)
+
+
+def network_input(teacher: Teacher, images: np.ndarray):
+    """Returns pixels uint8, or normalised floats, [B, H, W, C] as the float32 input of the network.
+
+    Raises:
+      DvinvError: Floats are far outside of the range from black to white, as unnormalised pixels from 0 to 255 are.
+    """
+    if images.dtype == np.uint8:
+        return teacher.normalise(images)
+    low, high = teacher.valid_range
+    if not (np.abs(images - (low + high) / 2) <= FAR * (high - low)).all():
+        raise DvinvError(
+            f'The images are {images.dtype} with values from {images.min():.4g} to {images.max():.4g}, so they must be '
+            f'normalised: black is {low.min():.4g} for this network, white {high.max():.4g}. Pixels from 0 to 255 must be '
+            'uint8.'
+        )
+    return images.astype(np.float32)
 
 
 def _teacher(make_tap, network, variables, image_shape, mean, std, call_kwargs, logits, module) -> Teacher:

@@ -72,6 +72,17 @@ class Classifier:
         return sha.hexdigest()
 
 
+def shapes_by_path(variables) -> dict[str, tuple[int, ...]]:
+    """Returns {path: shape} of arrays, or of shapes and dtypes, in nested dicts."""
+    return {path: tuple(np.shape(leaf)) for path, leaf in flatten(variables).items()}
+
+
+def differing_shapes(expected, found) -> list[str]:
+    """Returns the paths, sorted, at which two trees of variables differ: one has none there, or another shape."""
+    expected, found = shapes_by_path(expected), shapes_by_path(found)
+    return sorted(path for path in {*expected, *found} if expected.get(path) != found.get(path))
+
+
 def apply_fn_of(module) -> Callable:
     """Returns `(variables, x) -> logits`, in eval mode, for a Linen module that takes x and `train`."""
     return lambda variables, x: module.apply(variables, x, train=False)

@@ -11,11 +11,12 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from dvinv.config import CONTINUAL_LOSSES, TASKS, Settings, Stage
-from dvinv.continual.chains import chains_of
+from dvinv.config import TASKS, Settings, Stage
+from dvinv.continual.chains import pools_of
 from dvinv.errors import DvinvError
 from dvinv.evaluation.scoring import flops
 from dvinv.inversion import Teacher, balanced_labels
+from dvinv.inversion.invert import with_attention
 from dvinv.inversion.programs import Programs
 from dvinv.networks import Classifier, apply_fn_of, shapes_of
 from dvinv.pipeline import tasks as pipeline
@@ -229,12 +230,11 @@ def _pools(settings: Settings) -> float:
     if 'pruning' in tasks:
         pools += pruning.steps * pruning.adaptive_batches * settings.synthesis.batch_size / settings.synthesis.images
     if 'continual' in tasks and method != 'noise':
-        dreaming = sum(loss in CONTINUAL_LOSSES and chain != 'replay' for chain, loss in chains_of(continual).items())
-        pools += 1 + (len(continual.steps) - 1) * dreaming
+        pools += pools_of(continual)
     return pools
 
 
-def plan_synthesis(run: Run, teacher: Teacher, pools: float = 1.0) -> tuple[SynthesisPlan, float]:
+def plan_synthesis(run: Run, teacher: Teacher, pools: float) -> tuple[SynthesisPlan, float]:
     """Returns the cost of the pools of a run, and the seconds of compilation.
 
     Args:
@@ -248,7 +248,7 @@ def plan_synthesis(run: Run, teacher: Teacher, pools: float = 1.0) -> tuple[Synt
         weights = _arrays(shapes_of(module, teacher.image_shape))
         student = dataclasses.replace(teacher, apply_fn=apply_fn_of(module), variables=weights)
 
-    settings, mesh = run.settings.inversion_config(), run.mesh
+    settings, mesh = with_attention(teacher, run.settings.inversion_config()), run.mesh
     side_by_side = abreast(run.settings, mesh.size)
     mesh = mesh if settings.bn_stats == 'global' else make_mesh(side_by_side)
     labels = np.stack([balanced_labels(i, group.batch_size, teacher.num_classes) for i in range(side_by_side)])
