@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from dvinv import main as program
-from dvinv.errors import DvinvError
+from dvinv.errors import DvinvError, say
 from dvinv.runtime import preemption
 
 _OUT = flags.DEFINE_string('out', None, 'The file to write.', allow_override=True)
@@ -60,7 +60,7 @@ def record(config, workdir: str | None, out: str, images: int = 100, layers=()) 
 
     run, opened = Run(parse(config), workdir or ''), contextlib.nullcontext()
     if run.is_trained_here('teacher'):
-        if not workdir or not (Path(workdir) / 'networks' / 'teacher.safetensors').is_file():
+        if not run.is_finished('teacher'):
             raise DvinvError(
                 'The config names no weights of a teacher, and one that a run has trained is not there: give '
                 'teacher.weights, or by --workdir the folder of that run.'
@@ -78,5 +78,5 @@ if __name__ == '__main__':
     try:
         app.run(main, flags_parser=_parse)
     except DvinvError as error:
-        print(f'dvinv: {error}', file=sys.stderr)
+        say(str(error))
         sys.exit(1)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dvinv.config.checks import validate_bounds, validate_choices
 from dvinv.config.inversion import InversionConfig, Stage, Weights
@@ -18,8 +18,8 @@ from dvinv.errors import DvinvError
 
 Task = Literal['teacher', 'synthesis', 'distillation', 'pruning', 'continual', 'quantization', 'report']
 Method = Literal['deepinversion', 'adaptive', 'prior_only', 'noise']
-TASKS: tuple[Task, ...] = ('teacher', 'synthesis', 'distillation', 'pruning', 'continual', 'quantization', 'report')
-DATA_FREE_CONTROLS: tuple[DataFreeControl, ...] = ('noise', 'prior_only')
+TASKS: tuple[Task, ...] = get_args(Task)
+DATA_FREE_CONTROLS: tuple[DataFreeControl, ...] = get_args(DataFreeControl)
 # Of no preset yet, see `Settings.with_preset`.
 OPEN_WEIGHTS = Weights(**dict.fromkeys((field.name for field in dataclasses.fields(Weights)), None))  # type: ignore
 CONTROLLED = ('synthesis', 'distillation', 'pruning', 'quantization')  # tasks with `controls` that learn from other images

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dvinv.config.checks import validate_bounds, validate_choices, validate_positive
 from dvinv.config.training import TrainingSettings, validate_unmixed
@@ -12,7 +12,7 @@ from dvinv.errors import DvinvError
 DataFreeControl = Literal['noise', 'prior_only']
 Cost = Literal['filters', 'flops', 'parameters', 'latency']
 ContinualLoss = Literal['deepinversion', 'always_be_dreaming']
-CONTINUAL_LOSSES: tuple[ContinualLoss, ...] = ('deepinversion', 'always_be_dreaming')
+CONTINUAL_LOSSES: tuple[ContinualLoss, ...] = get_args(ContinualLoss)
 BITS = re.compile(r'w(\d+)a(\d+)')
 
 

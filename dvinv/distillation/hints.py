@@ -24,8 +24,6 @@ from dvinv.inversion.tap import features_in_training
 from dvinv.networks import shapes_of
 from dvinv.networks.suited import suited_to
 
-KINDS = ('auto', 'layers', 'stages', 'none')
-
 
 @dataclasses.dataclass(frozen=True)
 class Hints:

@@ -4,7 +4,7 @@ from dvinv.config import DATA_FREE_CONTROLS
 from dvinv.distillation import student
 from dvinv.distillation.student import hints_of, job_of, print_hints, student_of
 from dvinv.errors import DvinvError
-from dvinv.evaluation.held_out import HeldOut, training_rows
+from dvinv.evaluation.held_out import HeldOut, training_set
 from dvinv.evaluation.scoring import flops, test_accuracy
 from dvinv.networks import Classifier
 from dvinv.pipeline.run import Run
@@ -34,7 +34,7 @@ def run(run: Run) -> dict:
     """
     settings, teacher, rounds = run.settings.distillation, run.teacher, rounds_of(run.settings)
     pool = finished_pool(run)
-    images, labels = (training_rows(run.settings, pool.rows(name)) for name in ('images', 'labels'))
+    images, labels = training_set(run.settings, pool)
     if run.settings.pool:
         rounds = Rounds(len(labels))  # a given pool is complete from the start
     for count in settings.counts:
@@ -50,7 +50,7 @@ def run(run: Run) -> dict:
     for control in DATA_FREE_CONTROLS:
         if control in settings.controls:
             lesser = control_pool(run, control, 'distillation')
-            rows = [training_rows(run.settings, lesser.rows(name)) for name in ('images', 'labels')]
+            rows = training_set(run.settings, lesser)
             students[control] = distil(run, *rows, Rounds(len(rows[1])) if run.settings.pool else rounds, control)
 
     data = run.data

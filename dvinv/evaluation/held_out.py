@@ -24,6 +24,11 @@ def training_rows(settings: Settings, array):
     return Chosen(array, first) if len(held) else array
 
 
+def training_set(settings: Settings, pool: ImagePool) -> tuple:
+    """Returns the images and labels of a pool that networks are trained on, see `training_rows`."""
+    return training_rows(settings, pool.rows('images')), training_rows(settings, pool.rows('labels'))
+
+
 def _parts(settings: Settings, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the row numbers of the training images of a pool and those of the held-out images, both ascending."""
     size = count if settings.pool else settings.round_images  # an existing pool is a single round

@@ -19,7 +19,7 @@ import numpy as np
 from dvinv.data.dataset import RealData
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
-from dvinv.evaluation.scoring import among_top, logits_and_features_of
+from dvinv.evaluation.scoring import logits_and_features_of, top_accuracy
 from dvinv.networks import Classifier
 from dvinv.report.page import Table, percent
 
@@ -108,8 +108,8 @@ def recognised(images: Judgement) -> dict:
     """Returns the top-1 and top-5 accuracies of the network; the latter is None if there are at most five classes."""
     several = images.logits.shape[1] > 5
     return {
-        'recognised': float(among_top(images.logits, images.labels).mean()),
-        'recognised_top5': float(among_top(images.logits, images.labels, 5).mean()) if several else None,
+        'recognised': top_accuracy(images.logits, images.labels),
+        'recognised_top5': top_accuracy(images.logits, images.labels, 5) if several else None,
     }
 
 

@@ -19,7 +19,7 @@ from dvinv.inversion.modules import trained_part, validate_trainable
 from dvinv.inversion.recording import with_shapes
 from dvinv.inversion.teacher import teacher_of, trusted_linen
 from dvinv.networks import Classifier, create, load_classifier, load_network, read_classifier, shapes_of
-from dvinv.networks.classifier import check_finite, flatten
+from dvinv.networks.classifier import check_finite, differing_shapes
 from dvinv.networks.files import refuse_other
 from dvinv.runtime.devices import make_mesh, training_mesh
 from dvinv.runtime.workdir import Workdir
@@ -316,7 +316,7 @@ class Run:
     def blank_classifier(self) -> Classifier:
         """Returns a classifier without network and weights, with the image shape and classes of networks trained here."""
         data = self.data
-        return Classifier(None, None, data.image_shape, data.num_classes, *self._pixels(data))
+        return Classifier(None, None, data.image_shape, data.num_classes, *self._pixels)
 
     def _blank_teacher(self) -> Teacher:
         """Returns the teacher that this run trains, with shapes for weights."""
@@ -328,7 +328,7 @@ class Run:
                 f'teacher.image_shape is {group.image_shape}, but the teacher is trained here, on images of {tuple(shape)}; '
                 'leave it out, or scale these by data.image_size.'
             )
-        mean, std = self._pixels(data)
+        mean, std = self._pixels
         if group.factory:
             module = self.factory_network
             validate_trainable(module, shape, data.num_classes, f'The network of teacher.factory {group.factory!r}')
@@ -370,12 +370,7 @@ class Run:
         variables, about = load_network(path)
         if group.weights:
             refuse_other(path, 'teacher.', about, {name: getattr(group, name) for name in ('mean', 'std', 'image_shape')})
-        expected, found = (
-            {name: tuple(np.shape(leaf)) for name, leaf in flatten(tree).items()}
-            for tree in (shapes_of(own, about['image_shape']), variables)
-        )
-        if expected != found:
-            differing = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+        if differing := differing_shapes(shapes_of(own, about['image_shape']), variables):
             raise DvinvError(
                 f'{path} holds other weights than the network of teacher.factory {group.factory!r} has: '
                 f'{listed(differing, 3)} differ; give the weights of this network, or another --workdir if it was changed.'
@@ -392,11 +387,13 @@ class Run:
             )
         return path
 
-    def _pixels(self, data: RealData) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Returns the mean and std of pixels for a teacher that this run trains."""
-        group, half = self.settings.teacher, (0.5,) * data.image_shape[-1]
+    @functools.cached_property
+    def _pixels(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """The mean and std of pixels for a teacher that this run trains."""
+        group, data = self.settings.teacher, self.data
+        half = (0.5,) * data.image_shape[-1]
         usual = half, half
-        if group.factory:  # as is usual; dvinv's own networks keep their older default, 0.5
+        if group.factory and not (group.mean and group.std):  # measured; dvinv's own networks keep their older default, 0.5
             rows = np.unique(np.linspace(0, len(data.train.labels) - 1, MEASURED).astype(int))
             pixels = data.train.images[rows].reshape(-1, len(half)) / 255
             usual = tuple(tuple(round(float(v), 4) for v in values) for values in (pixels.mean(0), pixels.std(0)))

@@ -23,8 +23,6 @@ from dvinv.inversion.tap import running_statistics
 from dvinv.networks.channels.groups import FIXED, ChannelGroups
 from dvinv.networks.classifier import flatten
 
-METHODS = ('taylor', 'magnitude', 'random')
-
 
 class Importance:
     """Importance of the groups of one network, by any method.

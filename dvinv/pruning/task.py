@@ -17,13 +17,13 @@ from dvinv.config import DATA_FREE_CONTROLS, StudentSettings, validate_devices
 from dvinv.data.joined import Joined
 from dvinv.distillation.student import distillation_loss
 from dvinv.errors import DvinvError
-from dvinv.evaluation.held_out import HeldOut, training_rows
+from dvinv.evaluation.held_out import HeldOut, training_set
 from dvinv.evaluation.scoring import test_accuracy
 from dvinv.inversion import Teacher
 from dvinv.inversion.execution import in_precision
 from dvinv.inversion.modules import trained_part
 from dvinv.inversion.tap import find_statistics
-from dvinv.networks import Classifier, load_classifier, load_network, save_network
+from dvinv.networks import Classifier, classifier_of, load_network, module_of, save_network
 from dvinv.networks.channels import PrunedModule, find_channels
 from dvinv.networks.channels.cost import Cost
 from dvinv.networks.classifier import join_names
@@ -77,7 +77,7 @@ def run(run: Run) -> dict:
     """
     settings, pool = run.settings.pruning, finished_pool(run)
     pruner, controls = Pruner(run), settings.controls
-    images, labels = (training_rows(run.settings, pool.rows(name)) for name in ('images', 'labels'))
+    images, labels = training_set(run.settings, pool)
     networks = {'pruned': pruner.prune('pruned', images, labels, competing=settings.adaptive_batches > 0)}
     for control in ('untuned', 'magnitude', 'random'):
         if control in controls:
@@ -85,7 +85,7 @@ def run(run: Run) -> dict:
     for control in DATA_FREE_CONTROLS:
         if control in controls:
             lesser = control_pool(run, control, 'pruning')
-            rows = [training_rows(run.settings, lesser.rows(name)) for name in ('images', 'labels')]
+            rows = training_set(run.settings, lesser)
             networks[control] = pruner.prune(f'pruned_by_{control}', *rows)
     data = run.data
     if 'real' in controls:
@@ -192,7 +192,7 @@ class Pruner:
                     train_network(self._run, target, self._job(target, updates, len(labels)), images, labels)
             variables, about = load_network(path)
             keep = self._channels.keep_mask(about.get('kept', {}))
-            done.append(Pruned(load_classifier(path, self._own), keep))
+            done.append(Pruned(classifier_of(module_of(about, self._own), variables, about), keep))
         return done
 
     def ratios(self, pruned: Pruned) -> dict[str, float | None]:
@@ -300,13 +300,13 @@ class Pruner:
 
     def _job(self, target: TrainTarget, updates: int, count: int) -> TrainJob:
         settings, keep = dataclasses.replace(self._settings, updates=updates), self._channels.keep_mask(target.kept)
-        means = find_statistics(self._channels.shapes)
+        compared, means = _compared(self._teacher), find_statistics(self._channels.shapes)
         left = {
             layer: np.flatnonzero(self._channels.there(groups, keep))
-            for layer in _compared(self._teacher)
+            for layer in compared
             if (groups := self._channels.axes[join_names(means[layer][0])][-1]) is not None
         }
-        layers = _compared(self._teacher) if settings.hint else ()
+        layers = compared if settings.hint else ()
         teacher = in_precision(self._teacher, settings.precision)
         loss = distillation_loss(teacher, settings.temperature, settings.hint, layers, left)
         return TrainJob(settings, loss, Rounds(count), self._teacher.variables)

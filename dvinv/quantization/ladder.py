@@ -8,7 +8,7 @@ import numpy as np
 from dvinv.config import QuantizationSettings
 from dvinv.data.dataset import RealData
 from dvinv.evaluation.divergence import divergence
-from dvinv.evaluation.scoring import among_top, logits_of, validate_fits
+from dvinv.evaluation.scoring import among_top, logits_of, top_accuracy, validate_fits
 from dvinv.networks import Classifier
 from dvinv.networks.quantized.folding import Folded
 from dvinv.networks.quantized.network import Bits, quantize, simulated
@@ -60,7 +60,7 @@ class Scores:
             return {'test_accuracy': None, 'test_agreement': None, 'test_kl': None}
         logits = logits_of(network, self._data.test.images)
         return {
-            'test_accuracy': float(among_top(logits, self._data.test.labels).mean()),
+            'test_accuracy': top_accuracy(logits, self._data.test.labels),
             'test_agreement': float((logits.argmax(1) == self._float.argmax(1)).mean()),
             'test_kl': float(divergence(self._float, logits)),
         }

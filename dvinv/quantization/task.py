@@ -8,7 +8,7 @@ import numpy as np
 from dvinv.config import QuantizationSettings, validate_devices
 from dvinv.data.pool import ImagePool
 from dvinv.distillation.student import distillation_loss
-from dvinv.evaluation.held_out import HeldOut, training_rows
+from dvinv.evaluation.held_out import HeldOut, training_rows, training_set
 from dvinv.evaluation.quality import evenly
 from dvinv.inversion import Teacher
 from dvinv.inversion.execution import in_precision
@@ -138,7 +138,7 @@ def _observed(run: Run, network: Folded, pool: ImagePool | None) -> Ladder:
 
 def _distil(run: Run, network: Folded, variables: dict, pool: ImagePool, setting: str):
     """Returns the variables after quantization-aware distillation from the float teacher on the pool's images."""
-    images, labels = (training_rows(run.settings, pool.rows(name)) for name in ('images', 'labels'))
+    images, labels = training_set(run.settings, pool)
     module, job = _training(run.settings.quantization, run.teacher, network, variables, len(labels))
     seed, records = 16 * run.settings.seed + ROLE, Records(run.workdir, TASK, setting, run.settings.logging)
     with Training(module, job, run.teacher, seed, run.training_mesh, records) as training:
@@ -161,4 +161,4 @@ def _training(
 
 def _evenly(images, most: int) -> np.ndarray:
     """Returns at most `most` of the images, evenly spaced."""
-    return images[np.unique(evenly(len(images), most))]
+    return images[evenly(len(images), most)]

@@ -12,7 +12,6 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Container
 from pathlib import Path
 
 import jax
@@ -70,7 +69,7 @@ def refuse_other_settings(folder: Path) -> None:
     Raises:
       DvinvError: they differ; the message names the settings and says how to restore them.
     """
-    if differing := _differing(folder, SETTINGS):
+    if differing := _differing(folder, {name: value for name, value in versions().items() if name in SETTINGS}):
         assigned = ' '.join(
             f'no {name.upper()}' if there == 'None' else f'{name.upper()}={there}' for name, (there, _) in differing.items()
         )
@@ -82,13 +81,14 @@ def refuse_other_settings(folder: Path) -> None:
 
 def record(folder: Path) -> None:
     """Writes the versions to the work directory, and prints a message if a run is resumed with other versions."""
-    if differing := _differing(folder, versions()):
+    here = versions()
+    if differing := _differing(folder, here):
         print(
             f'This run goes on under other versions: {_sentence(differing)}. What is made from now on may differ from what '
             'would have been made, in its last bits.',
             file=sys.stderr,
         )
-    write_atomic(folder / FILE, (json.dumps(versions(), indent=2, sort_keys=True) + '\n').encode())
+    write_atomic(folder / FILE, (json.dumps(here, indent=2, sort_keys=True) + '\n').encode())
 
 
 def command() -> str:
@@ -106,14 +106,13 @@ def packages() -> str:
     return ', '.join([*(f'{name} {found[name]}' for name in ('dvinv', *PACKAGES)), f'Python {platform.python_version()}'])
 
 
-def _differing(folder: Path, names: Container[str]) -> dict[str, tuple[str, str]]:
-    """Returns {name: (recorded value, current value)} of those `names` that differ from the values a run recorded."""
+def _differing(folder: Path, here: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """Returns {name: (recorded value, current value)} of the values in `here` that differ from those a run recorded."""
     try:
         there = dict(json.loads((folder / FILE).read_text()))
     except (FileNotFoundError, ValueError, TypeError):
         return {}
-    here = {name: value for name, value in versions().items() if name in names and name in there}
-    return {name: (there[name], value) for name, value in here.items() if there[name] != value}
+    return {name: (there[name], value) for name, value in here.items() if name in there and there[name] != value}
 
 
 def _sentence(differing: dict[str, tuple[str, str]]) -> str:

@@ -8,6 +8,7 @@ directory and process 0 writes to it; batches of images are written by the proce
 """
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -32,7 +33,8 @@ ADDED = {
     'teacher.moments_images': 0,
     'synthesis.attention': ['*Attention*:output'],
     'synthesis.weights.patch_similarity': 0.0,
-    **{f'synthesis.stages[{i}].{name}': value for i in range(9) for name, value in (('color_shift', 0.0), ('centre', 1.0))},
+    'synthesis.stages.color_shift': 0.0,  # of every stage
+    'synthesis.stages.centre': 1.0,
 }
 
 # The results of a run, without its records: until one of these exists, a folder may get another config.
@@ -136,12 +138,14 @@ class Workdir:
         new = json.loads(json.dumps(nested(settings)))  # tuples are lists in JSON
         here, there = ({k: v for k, v in flat(c).items() if not _is_exempt(k)} for c in (new, old))
         there = {current_name(name): 'fourier' if value == 'spectrum' else value for name, value in there.items()}
-        absent = object()
         if here.get('data.name'):  # with real data nothing is held out
             here['held_out'] = there['held_out'] = 0.0
-        here, there = ADDED | here, ADDED | there
-        keys = sorted(k for k in {*here, *there} if here.get(k, absent) != there.get(k, absent))
-        return [f'{k} ({there.get(k, "absent")!r} there, {here.get(k, "absent")!r} here)' for k in keys]
+
+        def value(values: dict, key: str):
+            return values.get(key, ADDED.get(re.sub(r'\[\d+\]', '', key), 'absent'))
+
+        keys = sorted(k for k in {*here, *there} if value(here, k) != value(there, k))
+        return [f'{k} ({value(there, k)!r} there, {value(here, k)!r} here)' for k in keys]
 
     def _refuse_seeds(self) -> None:
         """Raises a `DvinvError` for a folder that holds the folders of runs with several seeds."""

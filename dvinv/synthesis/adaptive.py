@@ -8,7 +8,7 @@ makes the remaining updates after the last round, if the student is its own.
 from dvinv.data.pool import ImagePool
 from dvinv.distillation.student import job_of, print_hints
 from dvinv.errors import DvinvError
-from dvinv.evaluation.held_out import training_rows
+from dvinv.evaluation.held_out import training_set
 from dvinv.inversion import Teacher
 from dvinv.pipeline.run import Run
 from dvinv.runtime.processes import decide
@@ -55,6 +55,6 @@ def fill_pool(run: Run, teacher: Teacher, pool: ImagePool, student: TrainTarget,
                     'the command again: the student learns again up to there, and the batch is made anew.'
                 )
             if training.step < start:
-                training.advance(*(training_rows(run.settings, pool.rows(name)) for name in ('images', 'labels')), start)
+                training.advance(*training_set(run.settings, pool), start)
             if lacking:
                 synthesizer.fill(lacking, training.variables, round=number, student_updates=start)

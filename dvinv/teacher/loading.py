@@ -4,13 +4,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from dvinv.errors import DvinvError, listed
 from dvinv.inversion import Teacher
 from dvinv.inversion.modules import with_classes
 from dvinv.networks import Classifier, load_classifier, load_network, module_of, shapes_of
-from dvinv.networks.classifier import flatten
+from dvinv.networks.classifier import differing_shapes
 from dvinv.networks.quantized.network import load_quantized
 from dvinv.teacher.factories import network_of
 
@@ -102,8 +100,7 @@ def _own(source, path: Path):
     network = network.module if isinstance(network, Teacher) else network
     whole = with_classes(network, about['image_shape'], about['num_classes'])
     expected = shapes_of(module_of(about, whole), about['image_shape'])
-    ours, theirs = ({name: np.shape(leaf) for name, leaf in flatten(tree).items()} for tree in (expected, variables))
-    if differing := sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name)):
+    if differing := differing_shapes(expected, variables):
         raise DvinvError(f'{path} holds other weights than this module has: {listed(differing, 3)} differ; give its own.')
     return whole
 

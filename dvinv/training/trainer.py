@@ -34,7 +34,7 @@ from dvinv.errors import DvinvError
 from dvinv.inversion.augmentation import augmentation_of
 from dvinv.inversion.tap import features_in_training
 from dvinv.networks import Classifier, apply_fn_of, initialise, load_classifier, module_of, save_network, shapes_of
-from dvinv.networks.classifier import cast_floats, flatten, unflatten
+from dvinv.networks.classifier import cast_floats, flatten, shapes_by_path, unflatten
 from dvinv.networks.head import grown
 from dvinv.pipeline.run import Run
 from dvinv.runtime import preemption
@@ -144,8 +144,7 @@ def _first_variables(module, key: jax.Array, image_shape, start: dict | None) ->
     """Returns initial variables: those that `start` has, and random ones for the others."""
     if start is None:
         return initialise(module, key, image_shape)
-    shapes = flatten(jax.tree.map(np.shape, shapes_of(module, image_shape)))
-    given = {path: np.shape(leaf) for path, leaf in flatten(start).items()}
+    shapes, given = shapes_by_path(shapes_of(module, image_shape)), shapes_by_path(start)
     if given == shapes:
         return start
     if given.items() < shapes.items():

@@ -19,7 +19,7 @@ from dvinv.errors import DvinvError, listed
 from dvinv.graph.rewriting import rewritten
 from dvinv.networks import registry
 from dvinv.networks.classifier import Classifier, flatten, unflatten
-from dvinv.networks.files import load_network, module_of, save_network
+from dvinv.networks.files import classifier_of, load_network, module_of, save_network
 from dvinv.networks.quantized.folding import Folded, corrected
 from dvinv.networks.quantized.layers import CUT, Layer, find_layers
 from dvinv.networks.quantized.ranges import Observation, grid_of
@@ -216,14 +216,7 @@ def load_quantized(path: Path, like: Classifier | None = None) -> Classifier:
                 '(what teacher.factory returned): dvinv.load(..., teacher=teacher).'
             )
         module = module_of(about)
-        like = Classifier(
-            lambda variables, x: module.apply(variables, x, train=False),
-            registry.shapes_of(module, tuple(about['image_shape'])),
-            tuple(about['image_shape']),
-            about['num_classes'],
-            tuple(about['mean']),
-            tuple(about['std']),
-        )
+        like = classifier_of(module, registry.shapes_of(module, tuple(about['image_shape'])), about)
     shapes = {place: leaf.shape for place, leaf in flatten(like.variables).items()}
     layers = find_layers(like.apply_fn, like.variables, like.image_shape)
     run, bits, constants = _rounding_inputs(like.apply_fn, layers), about['bits'], about['constants']
