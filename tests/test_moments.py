@@ -264,7 +264,7 @@ def test_a_jax_that_cannot_split_exact_gelus_is_named(monkeypatch):
 
     monkeypatch.setattr(jax, 'shard_map', refuse)
     config = dvinv.InversionConfig((dvinv.Stage(2, 0.1),), dvinv.Weights(feature=0.0), bn_stats='global')
-    with pytest.raises(DvinvError, match=r"JAX [\d.]+ cannot split a network .* take bn_stats='device'"):
+    with pytest.raises(DvinvError, match=r"JAX [\d.]+ cannot split a network .* Take bn_stats='device'"):
         dvinv.invert(loop(), np.arange(8) % 3, config)
 
 

@@ -202,8 +202,8 @@ def _over_one_batch(mesh: Mesh):
                 if 'polynomial requires varying manual axes' not in str(error):
                     raise
                 raise DvinvError(
-                    f'JAX {jax.__version__} cannot split a network with exact GELUs over devices (its lax.polynomial fails in '
-                    "shard_map); take bn_stats='device', which inverts whole batches, or another version of JAX."
+                    f'JAX {jax.__version__} cannot split a network with exact GELUs over devices: its lax.polynomial fails '
+                    "there. Take bn_stats='device', which inverts whole batches, or another version of JAX."
                 ) from error
 
         return jax.jit(mapped, donate_argnums=0 if donate else ())
