@@ -24,7 +24,7 @@ from dvinv.data.dataset import Split
 from dvinv.data.digits import read
 from dvinv.data.joined import Joined
 from dvinv.data.pool import ImagePool
-from dvinv.inversion.tap import features_in_training
+from dvinv.inversion.linen_tap import features_in_training
 from dvinv.networks import create, load_classifier
 from dvinv.networks.head import grown, head_of
 from dvinv.pipeline import tasks as pipeline

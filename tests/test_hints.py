@@ -21,7 +21,7 @@ from dvinv.graph import graft, record
 from dvinv.graph.projections import initial_projections, relative_error, to_student, to_teacher
 from dvinv.inversion import from_linen, from_nnx
 from dvinv.inversion.execution import in_precision
-from dvinv.inversion.tap import features_in_training
+from dvinv.inversion.linen_tap import features_in_training
 from dvinv.networks import create, initialise
 from dvinv.pipeline import tasks as pipeline
 from dvinv.pipeline.run import Run

@@ -19,8 +19,8 @@ from dvinv.continual.jobs import head_path, network_of
 from dvinv.distillation.hints import choose_hints, staged_forward
 from dvinv.distillation.student import distillation_loss, hints_of, student_of
 from dvinv.distillation.student import validate as validate_student
+from dvinv.inversion.linen_tap import features_in_training
 from dvinv.inversion.modules import trainable, validate_trainable, with_classes
-from dvinv.inversion.tap import features_in_training
 from dvinv.networks import module_of, save_network, shapes_of
 from dvinv.networks.channels import PrunedModule, find_channels
 from dvinv.networks.classifier import flatten

@@ -20,7 +20,7 @@ from dvinv.errors import DvinvError, listed
 from dvinv.graph import Stage, StagePair, find_stages, graft, match_stages, record
 from dvinv.graph.projections import relative_error, to_student, to_teacher
 from dvinv.inversion import Teacher
-from dvinv.inversion.tap import features_in_training
+from dvinv.inversion.linen_tap import features_in_training
 from dvinv.networks import shapes_of
 from dvinv.networks.suited import suited_to
 

@@ -18,7 +18,8 @@ import jax
 import numpy as np
 
 from dvinv.errors import DvinvError, in_a_line, listed
-from dvinv.inversion.tap import PRIVATE, STATISTICS, features_in_training
+from dvinv.inversion.linen_tap import features_in_training
+from dvinv.inversion.statistics import PRIVATE, STATISTICS
 from dvinv.networks.classifier import flatten, join_names
 from dvinv.networks.registry import shapes_of
 

@@ -1,7 +1,7 @@
 """An adapter that gives an NNX model the interface of a Linen module that takes x and `train`; see modules.py.
 
 The model is split into a static graph for each mode and variables, {'params': ..., 'batch_stats': ...}, as in `nnx_tap`.
-The layers with running statistics sow their inputs, as Linen layers do under `inversion.tap`.
+The layers with running statistics sow their inputs, as Linen layers do under `linen_tap`.
 """
 
 from collections import Counter
@@ -14,8 +14,9 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 from dvinv.inversion import nnx_tap
+from dvinv.inversion.capture import SOWN, CaptureSpec, entire_input
 from dvinv.inversion.modules import in_training, trained_part
-from dvinv.inversion.tap import PRIVATE, SOWN, STATISTICS, Ears, running_means, whole_input
+from dvinv.inversion.statistics import PRIVATE, STATISTICS, running_means
 from dvinv.networks.classifier import flatten, unflatten
 
 
@@ -53,23 +54,24 @@ class NnxModule:
         self.label, self.head, self.outputs = type(model).__name__, head, outputs
         self._make, self.pick, self.arguments = make, pick, arguments
         self.model = nnx_tap.in_eval_mode(model)
-        self._paths, self._programs = nnx_tap.paths_of(self.model), {}
+        self._paths = nnx_tap.paths_of(self.model)
+        self._programs: dict[bool, tuple] = {}  # {whether in train mode: the result of `_prepared`}
 
     def _program(self, train: bool):
-        """Returns the cached result of `_made`."""
+        """Returns the cached result of `_prepared`."""
         if train not in self._programs:
-            self._programs[train] = self._made(train)
+            self._programs[train] = self._prepared(train)
         return self._programs[train]
 
-    def _made(self, train: bool):
-        """Returns (static graph, {path of a random key or count: its shape and dtype}, notes, arguments) for a mode."""
+    def _prepared(self, train: bool):
+        """Returns (static graph, {path of a random key or count: its shape and dtype}, recorder, arguments) for a mode."""
         model = nnx.clone(self.model)
         if train:  # the model may have an attribute named train in place of the method
             model.train() if callable(model.train) else nnx.Module.train(model)
-        ears = Ears(whole_input, running_means(nnx_tap.variables_of(model)))
+        spec = CaptureSpec(entire_input, running_means(nnx_tap.variables_of(model)))
         _, _, noise = nnx_tap.split(model)
-        notes = nnx_tap.listen(model, ears)
-        return nnx.graphdef(model), noise, notes, in_training(self.arguments) if train else dict(self.arguments)
+        recorder = nnx_tap.record_calls(model, spec)
+        return nnx.graphdef(model), noise, recorder, in_training(self.arguments) if train else dict(self.arguments)
 
     def init(self, key: jax.Array, x, train: bool = False) -> dict:
         """Returns the trained collections of `initial`."""
@@ -91,13 +93,13 @@ class NnxModule:
 
     def apply(self, variables, x, train: bool = False, mutable=False, rngs: Mapping | None = None):
         """Returns logits [B, K]; with `mutable`, a pair of logits and changed collections, as Linen's `apply` does."""
-        graph, noise, notes, arguments = self._program(train)
+        graph, noise, recorder, arguments = self._program(train)
         key = (rngs or {}).get('dropout')
         keys = [_noise(leaf, key, number) for number, leaf in enumerate(noise.values())]
         variables = jax.tree.map(jnp.asarray, variables)  # NNX would write new statistics into arrays of NumPy
         model = nnx_tap.merged(graph, self._paths, variables, dict(zip(noise, keys, strict=True)))
-        notes.calls, notes.within = Counter(), set()
-        returned, heard = nnx.capture(model, nnx_tap.Heard)(x, **arguments)
+        recorder.restart(Counter())
+        returned, sown = nnx.capture(model, nnx_tap.Sown)(x, **arguments)
         logits = self.pick(returned) if self.pick else returned
         if mutable is False:
             return logits
@@ -107,8 +109,8 @@ class NnxModule:
             own = {path for group, path in self._paths if group == STATISTICS}
             changed[STATISTICS] = unflatten_dict({tuple(map(str, path)): after[path] for path in after if path in own})
         if flax.core.scope.in_filter(mutable, PRIVATE):
-            heard = {(*map(str, path[:-1]), SOWN): calls for path, calls in nnx_tap.values(heard).items()}
-            changed[PRIVATE] = unflatten_dict(heard)
+            inputs = {(*map(str, path[:-1]), SOWN): calls for path, calls in nnx_tap.values(sown).items()}
+            changed[PRIVATE] = unflatten_dict(inputs)
         return logits, changed
 
     def with_outputs(self, path: str, outputs: int) -> 'NnxModule':

@@ -9,7 +9,7 @@ import functools
 import operator
 from collections import Counter
 from collections.abc import Callable
-from typing import Generic
+from typing import Any, Generic
 
 import jax
 import jax.numpy as jnp
@@ -17,28 +17,15 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 from dvinv.errors import DvinvError
-from dvinv.inversion.tap import (
-    DRAWS,
-    KEPT,
-    LEARNS,
-    OUTPUT,
-    SOWN,
-    STATISTICS,
-    Ears,
-    Tap,
-    answer_of,
-    by_place,
-    input_of,
-    mask_of,
-    normalises_batches,
-    sown_name,
-)
+from dvinv.inversion.capture import ARRAY, CallRecorder, CaptureSpec, by_place
+from dvinv.inversion.statistics import STATISTICS
+from dvinv.inversion.tap import DRAWS, LEARNS, Tap
 from dvinv.networks.classifier import join_names
 
 GROUPS = {'params': nnx.Param, STATISTICS: nnx.BatchStat, 'others': ...}  # {group: its type}; the first match counts
 
 
-class Heard(nnx.BatchStat):
+class Sown(nnx.BatchStat):
     """The type of sown variables: a subclass of BatchStat, so that transforms map them as they map running statistics."""
 
 
@@ -77,8 +64,8 @@ def variables_of(model: nnx.Module) -> dict:
 
 def split(model: nnx.Module):
     """Returns (static graph, {group: {path: array}}, {path of a random key or count: its shape and dtype})."""
-    graph, noise, *groups = nnx.split(model, nnx.RngState, *GROUPS.values())
-    noise = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in values(noise).items()}
+    graph, random_state, *groups = nnx.split(model, nnx.RngState, *GROUPS.values())
+    noise = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in values(random_state).items()}
     return graph, dict(zip(GROUPS, map(values, groups), strict=True)), noise
 
 
@@ -105,16 +92,15 @@ def merged(graph, paths: list[tuple[str, tuple]], variables, noise: dict) -> nnx
     return nnx.merge(graph, nnx.from_flat_state(weights | noise))
 
 
-def listen(model: nnx.Module, ears: Ears) -> '_Notes':
-    """Makes the layers of `model` capture what `ears` specifies, in place; returns the record of their calls."""
-    notes = _Notes(ears)
+def record_calls(model: nnx.Module, spec: CaptureSpec) -> 'NnxRecorder':
+    """Makes the layers of `model` capture what `spec` specifies, in place; returns the recorder of their calls."""
+    recorder = NnxRecorder(spec)
     for path, module in [*nnx.iter_modules(model)]:
-        layer = join_names(path)
-        if not ears.places.isdisjoint((layer, layer + OUTPUT)):
-            if not hasattr(module, 'dvinv_notes'):
-                module.__class__ = _listening(type(module))
-            module.dvinv_notes = (layer, notes)
-    return notes
+        if spec.names(layer := join_names(path)):
+            if not hasattr(module, 'dvinv_recorder'):
+                module.__class__ = _recording(type(module))
+            module.dvinv_recorder = layer, recorder  # type: ignore[attr-defined]  # of the subclass
+    return recorder
 
 
 class NnxTap(Tap):
@@ -126,8 +112,9 @@ class NnxTap(Tap):
         self._paths = paths_of(model)
         self._modules = {join_names(path): type(module) for path, module in nnx.iter_modules(model) if callable(module)}
         graph, state = nnx.split(model)
-        self._whole = graph, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
-        self._listening = {}  # {ears: (graph, notes)}: one graph per `ears`, because JAX may cache traces by the graph
+        self._split = graph, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+        # One graph per specification, because JAX may cache traces by the graph.
+        self._recording: dict[CaptureSpec, tuple[Any, NnxRecorder]] = {}
         super().__init__(model, variables, example, call_kwargs, logits)
         self._check_silence(variables, example)
 
@@ -144,18 +131,18 @@ class NnxTap(Tap):
         """Returns {path: class} of all modules of the model that can be called, in the order of its attributes."""
         return self._modules
 
-    def _listen(self, variables, x, calls: Counter, ears: Ears):
-        if ears not in self._listening:
-            model = nnx.merge(*self._whole)
-            notes = listen(model, ears)
-            self._listening[ears] = nnx.graphdef(model), notes
-        graph, notes = self._listening[ears]
-        notes.calls, notes.within = calls, set()
-        returned, sown = nnx.capture(self._model(graph, variables), Heard)(x, **self._kwargs)
-        if notes.learning:
+    def _capture(self, variables, x, spec: CaptureSpec, calls: Counter[str]):
+        if spec not in self._recording:
+            model = nnx.merge(*self._split)
+            recorder = record_calls(model, spec)
+            self._recording[spec] = nnx.graphdef(model), recorder
+        graph, recorder = self._recording[spec]
+        recorder.restart(calls)
+        returned, sown = nnx.capture(self._model(graph, variables), Sown)(x, **self._kwargs)
+        if recorder.learning:
             raise self._in_training(*LEARNS)
         flat = values(sown)
-        return self._pick(returned), by_place(flat, SOWN), by_place(flat, KEPT)
+        return self._pick(returned), by_place(flat), by_place(flat, ARRAY)
 
     def _model(self, graph, variables, noise=None) -> nnx.Module:
         """Returns the model with these weights, and with `noise` or zeros as random keys, on which no logit may depend."""
@@ -178,70 +165,52 @@ class NnxTap(Tap):
                 raise self._in_training(*DRAWS) from error
 
 
-class _Notes:
-    """What is captured, and the record of calls while JAX traces; a static part of the graph, compared by identity."""
+class NnxRecorder(CallRecorder):
+    """The `CallRecorder` of NNX layers; a static part of the model's graph, compared by identity.
 
-    def __init__(self, ears: Ears):
-        self.ears = ears
-        self.calls = Counter()  # the number of calls of each place
-        self.within = set()  # the layers that are being called
-        self.learning = set()  # the layers that updated their statistics
+    Attributes:
+      learning: The layers that updated their statistics.
+    """
 
-    def mean_of(self, module: nnx.Module, layer: str):
-        """Returns the running mean that a layer owns, whatever the name of the attribute, or None if it is not needed."""
-        path = self.ears.running.get(layer)
-        return _array(getattr(module, path[-1])) if path else None
+    def __init__(self, spec: CaptureSpec):
+        super().__init__(spec)
+        self.learning: set[str] = set()
 
-    def hear(self, module: nnx.Module, place: str, mean, x, mask) -> None:
-        """Sows the captured values of a place, and counts its call."""
-        if place in self.ears.running:
-            module.sow(Heard, sown_name(place, SOWN), self.ears.hear(module, mean, x, mask))
-        if place in self.ears.kept:
-            module.sow(Heard, sown_name(place, KEPT), x)
-        self.calls[place] += 1
+    def running_mean(self, module: nnx.Module, layer: str):
+        path = self.spec.measured.get(layer)
+        if not path:
+            return None
+        mean = getattr(module, path[-1])
+        return mean.get_raw_value() if isinstance(mean, nnx.Variable) else mean
 
+    def sow(self, module: nnx.Module, name: str, value) -> None:
+        module.sow(Sown, name, value)
 
-def _array(value):
-    """Returns the array of an attribute that may be an nnx.Variable or the array itself."""
-    return value.get_raw_value() if isinstance(value, nnx.Variable) else value
+    def call(self, module: nnx.Module, layer: str, call: Callable, args: tuple, kwargs: dict):
+        mean = self.running_mean(module, layer)
+        result = super().call(module, layer, call, args, kwargs)
+        if self.running_mean(module, layer) is not mean:
+            self.learning.add(layer)
+        return result
 
 
 @functools.cache
-def _listening(layer: type) -> type:
-    """Returns a subclass of the class `layer` that captures before and after each `__call__` that it has or inherits."""
+def _recording(layer: type) -> type:
+    """Returns a subclass of the class `layer` that records each `__call__` that it has or inherits."""
     inherited = [
-        base for c in layer.__mro__[1:] if c is not Generic for base in ((_ear(), c) if '__call__' in vars(c) else (c,))
+        base for c in layer.__mro__[1:] if c is not Generic for base in ((_recorded(), c) if '__call__' in vars(c) else (c,))
     ]
-    return _ear(layer, *inherited)
+    return _recorded(layer, *inherited)
 
 
-def _ear(*bases: type) -> type:
-    """Returns a class, derived from `bases`, with a `__call__` that sows captured values of the layer.
+def _recorded(*bases: type) -> type:
+    """Returns a class, derived from `bases`, with a `__call__` that goes through the recorder of the layer."""
 
-    If such classes inherit from each other, the innermost `__call__` sows the input and the outermost one the output.
-    """
-
-    class Ear(*bases):
+    class Recorded(*bases):  # type: ignore[misc]  # the bases are known at run time only
         @functools.wraps(bases[0].__call__ if bases else object)  # for its signature
         def __call__(self, *args, **kwargs):
-            layer, notes = self.dvinv_notes
-            before, mean, nested = notes.calls[layer], notes.mean_of(self, layer), layer in notes.within
-            notes.within.add(layer)
-            try:
-                result = super().__call__(*args, **kwargs)
-            finally:
-                if not nested:
-                    notes.within.remove(layer)
-            if notes.mean_of(self, layer) is not mean:
-                notes.learning.add(layer)
-            # A subclass that calls super().__call__ gets here twice; the innermost call is the normalisation itself.
-            if layer in notes.ears.places and notes.calls[layer] == before:
-                mask = mask_of(self, args, kwargs) if mean is not None or normalises_batches(self) else None
-                notes.hear(self, layer, mean, input_of(args, kwargs), mask)
-            # The layer's output is what the outermost call returns.
-            if layer + OUTPUT in notes.ears.places and not nested:
-                notes.hear(self, layer + OUTPUT, None, answer_of(result), None)
-            return result
+            layer, recorder = self.dvinv_recorder
+            return recorder.call(self, layer, super().__call__, args, kwargs)
 
-    Ear.__name__ = bases[0].__name__ if bases else Ear.__name__  # for messages
-    return Ear
+    Recorded.__name__ = bases[0].__name__ if bases else Recorded.__name__  # for messages
+    return Recorded

@@ -8,9 +8,11 @@ import numpy as np
 
 from dvinv.errors import DvinvError, listed
 from dvinv.inversion.augmentation import Augmentation
+from dvinv.inversion.capture import OUTPUT
 from dvinv.inversion.moments import Moments
 from dvinv.inversion.residuals import residual_blocks
-from dvinv.inversion.tap import OUTPUT, find_statistics, in_order
+from dvinv.inversion.statistics import find_statistics
+from dvinv.inversion.tap import in_order
 from dvinv.inversion.teacher import Teacher, network_input
 from dvinv.networks.classifier import flatten, join_names
 

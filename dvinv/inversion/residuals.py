@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from dvinv.inversion.tap import OUTPUT
+from dvinv.inversion.capture import OUTPUT
 from dvinv.networks.channels.flat import Program, flat_program
 
 # Operations through which sums are traced back, because they change neither whether an array is a sum nor its summands.

@@ -1,256 +1,61 @@
-"""The tap: captures moments of the BatchNorm inputs of an unmodified Flax network, or of inputs and outputs of any layers.
+"""The tap: runs an unmodified Flax network and returns the moments of its BatchNorm inputs, or captures any other layers.
 
-Any layer that owns running statistics (`batch_stats/mean` and `batch_stats/var`, or variables with similar names, such as
-`running_mean` and `running_var`, in any collection) counts as a BatchNorm, whatever its class. While the network runs,
-the moments of the input of such a layer are sown. They are computed in one pass, shifted by the frozen running mean mu,
-
-    d = E[x - mu],   s = E[(x - mu)^2],   mean = mu + d,   variance = s - d^2   (biased, float32)
-
-which is as exact near the optimum as two passes (E[x^2] - E[x]^2 suffers from cancellation). (d, s) are means over the
-images, so that those of a batch that is split over devices are the mean of (d, s) over the devices. The same mechanism can
-capture the inputs themselves, which are the network's features. `LinenTap` is here, `NnxTap` in nnx_tap.py.
-
-If moments were recorded (the collection `MOMENTS` of the variables, see moments.py), they replace all running statistics.
-A place is the input of a layer, named by the layer's path ('blocks_0/norm1'), or its output ('blocks_0:output').
+`Tap` is what all kinds of networks share: which layers are captured, by which collection of variables their values come out
+of the network, and the sentences for users about networks for which that fails. `LinenTap` is in linen_tap.py, `NnxTap` in
+nnx_tap.py; statistics.py finds the layers, capture.py measures them.
 """
 
 import abc
-import contextlib
 import copy
-import dataclasses
-import functools
 import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import flax
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dvinv.errors import DvinvError, in_a_line, listed, say
-from dvinv.inversion.losses import EPSILON, pmean
+from dvinv.inversion.capture import (
+    OUTPUT,
+    CaptureSpec,
+    entire_input,
+    joint_moments_of_calls,
+    moments_of_calls,
+    shifted_moments,
+)
+from dvinv.inversion.losses import pmean
+from dvinv.inversion.statistics import (
+    STATISTICS,
+    VariablePath,
+    find_statistics,
+    running_statistics,
+    unpaired_statistics,
+)
 from dvinv.networks.channels.flat import flat_program
 from dvinv.networks.classifier import MOMENTS, join_names, name_of
-
-PRIVATE = 'dvinv_tap'  # the collection into which values are sown
-STATISTICS = 'batch_stats'  # Flax's collection of running statistics; the second choice for sowing
-SOWN, KEPT = 'dvinv_heard', 'dvinv_kept'  # names of the sown variables: moments (or inputs), and captured arrays
-OUTPUT = ':output'  # follows the path of a layer and denotes the layer's output instead of its input
-
-# Words by which the names of a running mean and a running variance differ, and a pattern that matches either name.
-NAMES = ('mean', 'var'), ('mean', 'variance'), ('Mean', 'Var'), ('Mean', 'Variance')
-STATISTIC = re.compile(r'(?:^|[\W\d_])(?:mean|var|variance)(?:$|[\W\d_])|Mean|Var(?:iance)?$')
-
-LISTENING = jax.make_user_context()  # what is captured; nn.jit must not reuse a trace that captured something else
 
 # Symptoms of a network in training mode, and arguments that may put it in eval mode.
 LEARNS = 'wants to update its running statistics', {'train': False}
 DRAWS = 'asks for random numbers (dropout?)', {'deterministic': True}
 
 
-def find_statistics(variables) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Finds the running mean and variance of every layer that has them.
-
-    A mean and a variance belong together if they are variables of one module, have the same shape, and their names differ
-    only by the words in `NAMES`. If a module has several pairs, the pair with Flax's own collection and names is taken, or
-    else the first one. Outside of Flax's collection, a module that contains other modules does not count as a normalization
-    layer: it may be the network itself, with the mean and variance of pixels. If there are recorded moments, only these are
-    returned.
-
-    Returns:
-      {layer: (path of its running mean, path of its running variance)}. Layers are module paths such as 'stage1/bn0'; the
-      path of a variable is (collection, names of modules, name of the variable).
-    """
-    flat, found = _non_intermediates(variables), {}
-    if recorded := [path[1] for path in flat if path[0] == MOMENTS and path[-1] == 'mean']:
-        return {place: ((MOMENTS, place, 'mean'), (MOMENTS, place, 'var')) for place in recorded}
-    outer = {path[1:end] for path in flat for end in range(1, len(path) - 1)}
-    for path, leaf in sorted(flat.items(), key=lambda item: (item[0][0] != STATISTICS, item[0][-1] != 'mean')):
-        for mean, variance in NAMES:
-            mate = (*path[:-1], path[-1].replace(mean, variance))
-            inner = path[0] == STATISTICS or path[1:-1] not in outer
-            if inner and mate != path and np.shape(flat.get(mate)) == np.shape(leaf) != ():
-                found.setdefault(join_names(path[1:-1]), (path, mate))
-                break
-    return found
-
-
-def running_means(variables) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Returns (layer, path of its running mean) of each layer, for `Ears`."""
-    return tuple((layer, mean) for layer, (mean, _) in find_statistics(variables).items())
-
-
-def unpaired_statistics(variables) -> list[str]:
-    """Returns the paths of variables that are named like running statistics but are in no pair of `find_statistics`.
-
-    Constants of the network itself, outside of all its modules, are left out: they are the mean and variance of pixels.
-    """
-    paired = {path for pair in find_statistics(variables).values() for path in pair}
-    return [
-        join_names(path)
-        for path in _non_intermediates(variables)
-        if path not in paired
-        and path[0] not in ('params', MOMENTS)
-        and STATISTIC.search(path[-1])
-        and (path[0] == STATISTICS or len(path) > 2)
-    ]
-
-
-def _non_intermediates(variables) -> dict:
-    """Returns {path: leaf} of all variables except intermediates, with those in `batch_stats` first."""
-    flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(variables))
-    kept = [item for item in flat.items() if item[0][0] not in ('intermediates', PRIVATE)]
-    return dict(sorted(kept, key=lambda item: item[0][0] != STATISTICS))
-
-
-def running_statistics(variables) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Returns {layer: (running mean, running variance)}, each [..., C]; see `find_statistics`."""
-    flat = _non_intermediates(variables)
-    return {layer: (flat[mean], flat[variance]) for layer, (mean, variance) in find_statistics(variables).items()}
-
-
-def input_of(args, kwargs) -> jax.Array:
-    """Returns the array that a layer called with these arguments normalises, or None if there is none."""
-    return args[0] if args else kwargs['x'] if 'x' in kwargs else next(iter(kwargs.values()), None)
-
-
-def mask_of(layer, args, kwargs) -> jax.Array | None:
-    """Returns the argument `mask` of a call of `layer`, which selects the positions for its moments, as in Flax's BatchNorm.
-
-    Raises:
-      DvinvError: The call has another array as an argument, which may change the moments; the message names it. Arrays with
-        one number per channel, such as scales and shifts, are assumed to be applied after the normalisation.
-    """
-    names = list(inspect.signature(type(layer).__call__).parameters)[1:]
-    given = {names[i] if i < len(names) else f'number {i + 1}': value for i, value in enumerate(args)} | kwargs
-    x = input_of(args, kwargs)
-    for name, value in given.items():
-        shapes = [np.shape(leaf) for leaf in jax.tree.leaves(value) if value is not x]
-        if name != 'mask' and any(shape and not _is_of_channels(shape, x.shape) for shape in shapes):
-            raise DvinvError(
-                f'A {type(layer).__name__}, a layer with running statistics, is called with the array {name}, and how it '
-                'changes the moments of the layer is not known: only x and mask (as of nn.BatchNorm) are. Apply it outside '
-                'of the layer.'
-            )
-    return given.get('mask')
-
-
-def _is_of_channels(shape: tuple[int, ...], x: tuple[int, ...]) -> bool:
-    """Returns whether an array of this shape cannot select positions of `x` [B, ..., C], for instance [C] or [B, 1, ..., C].
-
-    An array [B, D] cannot either, unless x is [B, N, C] and D is not C: it may then be a mask of the N positions.
-    """
-    if len(shape) == 1 or len(x) < 3:
-        return shape[-1] == x[-1] and set(shape[:-1]) <= {1}
-    if len(shape) == 2 and shape[-1] != x[-1] and len(x) == 3:
-        return False
-    return len(shape) in (2, len(x)) and shape[0] in (1, x[0]) and set(shape[1:-1]) <= {1} and shape[-1] > 1
-
-
-def answer_of(returned) -> jax.Array | None:
-    """Returns the first floating-point array with at least two axes among the results of a layer, or None."""
-    leaves = (leaf for leaf in jax.tree.leaves(returned) if getattr(leaf, 'ndim', 0) > 1)
-    return next((leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)), None)
-
-
-def whole_input(layer, running_mean: jax.Array | None, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Returns the input x itself: the function `hear` of `Ears` that captures inputs."""
-    return x
-
-
-def shifted_moments(layer, running_mean: jax.Array | None, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, ...]:
-    """Computes moments of the input x of `layer`: the function `hear` of `Ears` that captures moments.
-
-    Returns:
-      (d, s) as defined in the module's docstring, float32, over all axes except the layer's feature axes (`axis`). With a
-      mask they are taken over the positions where it is true, and the result is (p d, p s, p), where p is the share of these
-      positions. Without a running mean it is (p mean, p variance, p), computed in two passes.
-    """
-    axes = layer.axis if (running_mean is not None and hasattr(layer, 'axis')) or normalises_batches(layer) else -1
-    features = {a % x.ndim for a in (axes if isinstance(axes, tuple | list) else (axes,))}
-    reduced = tuple(a for a in range(x.ndim) if a not in features)
-    if running_mean is None:
-        mask = jnp.broadcast_to(True if mask is None else jnp.asarray(mask, bool), x.shape)
-        share, x = mask.mean(reduced, dtype=jnp.float32), x.astype(jnp.float32)
-        mean = jnp.where(mask, x, 0).mean(reduced)
-        centre = jnp.expand_dims(mean / jnp.maximum(share, EPSILON), reduced)
-        return mean, jnp.where(mask, jnp.square(x - centre), 0).mean(reduced), share
-    shifted = x.astype(jnp.float32) - jnp.expand_dims(running_mean.astype(jnp.float32), reduced)
-    if mask is None:
-        return shifted.mean(reduced), jnp.square(shifted).mean(reduced)
-    mask = jnp.broadcast_to(jnp.asarray(mask, bool), x.shape)
-    shifted = jnp.where(mask, shifted, 0)
-    return shifted.mean(reduced), jnp.square(shifted).mean(reduced), mask.mean(reduced, dtype=jnp.float32)
-
-
-def _moments(running_mean, calls):
-    """Computes (mean, variance) of a layer from the (d, s) of its calls, or (p d, p s, p) of calls with a mask.
-
-    If a layer is called more than once in a forward pass, the result is the mean over its calls, because its running
-    statistics are means over its calls as well.
-    """
-    calls = [tuple(x / jnp.maximum(p[0], EPSILON) for x in (d, s)) if p else (d, s) for d, s, *p in calls]
-    mean = sum(running_mean.astype(jnp.float32) + d for d, _ in calls) / len(calls)
-    variance = sum(s - jnp.square(d) for d, s in calls) / len(calls)
-    return mean, variance
-
-
-def _joint_moments(calls, axis: str | None):
-    """Computes (mean, variance) over all shards, the mean over calls, from `shifted_moments` without a running mean."""
-    means, variances = [], []
-    for mean, variance, share in calls:
-        total = jnp.maximum(pmean(share, axis), EPSILON)
-        joint = pmean(mean, axis) / total
-        apart = jnp.square(mean / jnp.maximum(share, EPSILON) - joint)  # squared distance of this shard's mean
-        means.append(joint)
-        variances.append(pmean(variance + share * apart, axis) / total)
-    return sum(means) / len(means), sum(variances) / len(variances)
-
-
-def normalises_batches(layer) -> bool:
-    """Returns whether a layer has the fields of Flax's BatchNorm, which determine the axes and positions of its moments."""
-    return hasattr(layer, 'use_running_average') and hasattr(layer, 'axis')
-
-
-@dataclasses.dataclass(frozen=True)
-class Ears:
-    """The specification of what is captured in a forward pass; hashable, for the caches of traced functions.
-
-    Attributes:
-      hear: (layer, running mean or None, x, mask) -> the value that is sown for each place in `means`.
-      means: A pair (place, path of its running mean) for each place; the path is () where no mean is needed.
-      kept: The places at which the array itself is captured as well.
-    """
-
-    hear: Callable
-    means: tuple[tuple[str, tuple[str, ...]], ...]
-    kept: tuple[str, ...] = ()
-
-    @functools.cached_property
-    def running(self) -> dict[str, tuple[str, ...]]:
-        """{place: path of its running mean, or ()}."""
-        return dict(self.means)
-
-    @functools.cached_property
-    def places(self) -> frozenset[str]:
-        """All places, those in `means` and those in `kept`."""
-        return frozenset({*self.running, *self.kept})
-
-
 class Tap(abc.ABC):
     """Runs a network in eval mode and returns the moments of its BatchNorm inputs, or of the places with recorded moments.
 
-    A subclass defines how to run its kind of network: `apply_fn`, `_listen` and `modules`.
+    A subclass defines how to run its kind of network: `apply_fn`, `_capture` and `modules`.
 
     Attributes:
       layers: The tapped layers in forward order.
+      num_classes: The number of logits per image.
     """
 
-    # The collections into which values may be sown, first choice first; and further ones for places of arbitrary layers.
-    ways, last_ways = (None,), ()
+    # The collections into which values may be sown, first choice first, and further ones for places of arbitrary layers.
+    collections: tuple[str, ...] = ('',)
+    last_collections: tuple[str, ...] = ()
+    layers: tuple[str, ...]
 
     def __init__(self, network, variables, example, call_kwargs: dict, logits: Callable | None):
         """Finds, by shapes alone, the collection to sow into that reaches every layer with running statistics.
@@ -275,17 +80,21 @@ class Tap(abc.ABC):
         self._pick = logits or (lambda returned: returned)
         if not find_statistics(variables):
             self._refuse_incomplete(variables, example)
-        self._check_call(variables, example)
-        self._tune(variables)
+        self.num_classes = self._check_call(variables, example)
+        self._select_layers(variables)
 
     def of(self, variables) -> 'Tap':
         """Returns the tap of the same network for variables with other statistics, for instance recorded moments."""
         tap = copy.copy(self)
-        tap._tune(variables)
+        tap._select_layers(variables)
         return tap
 
-    def _tune(self, variables) -> None:
-        """Finds the collection to sow into that reaches every layer with statistics, and the order of the layers."""
+    def _select_layers(self, variables) -> None:
+        """Chooses the collection to sow into, and determines `layers`: those with statistics that are captured.
+
+        Raises:
+          DvinvError: A layer that should be captured is not; the message names it.
+        """
         name, self._places = self._name, find_statistics(variables)
         wanted, recorded = running_statistics(variables), MOMENTS in variables
         shapes = {layer: mean.shape for layer, (mean, _) in wanted.items()}
@@ -321,7 +130,7 @@ class Tap(abc.ABC):
           DvinvError: Some places cannot be captured; the message names them.
         """
         tap, places = copy.copy(self), tuple(places)
-        shapes = dict.fromkeys(places)
+        shapes: dict[str, tuple[int, ...] | None] = dict.fromkeys(places)
         _, missed, reason = tap._reach(variables, shapes, lambda v, x, c: tap.moments(v, x, places, c), any_place=True)
         if missed:
             raise DvinvError(
@@ -330,7 +139,9 @@ class Tap(abc.ABC):
             )
         return tap
 
-    def _reach(self, variables, shapes: dict, run: Callable, any_place: bool) -> tuple[Counter, list[str], str]:
+    def _reach(
+        self, variables, shapes: Mapping[str, tuple[int, ...] | None], run: Callable, any_place: bool
+    ) -> tuple[Counter[str], list[str], str]:
         """Chooses the first collection to sow into by which all places are captured, or else the one that misses fewest.
 
         Args:
@@ -343,9 +154,10 @@ class Tap(abc.ABC):
         Returns:
           The number of calls of each place, the places that are not captured, and the end of a sentence with the reason.
         """
-        tries, reason = [], ''
-        for way in (*self.ways, *(self.last_ways if any_place else ())):
-            self._way, calls, moments = way, Counter(), {}
+        attempts: list[tuple[list[str], str, Counter[str]]] = []
+        reason = ''
+        for collection in (*self.collections, *(self.last_collections if any_place else ())):
+            self._collection, calls, moments = collection, Counter[str](), {}
             try:
                 # Functions under nn.jit that were traced before would not be traced again, and their layers not be counted.
                 with jax.disable_jit():
@@ -355,10 +167,10 @@ class Tap(abc.ABC):
             except Exception as error:  # Flax and JAX raise many kinds here; the caller reports the last one
                 reason = f' ({in_a_line(error)})'
             missed = [p for p, shape in shapes.items() if p not in moments or shape not in (None, moments[p][0].shape)]
-            tries.append((len(missed), way, calls, missed))
+            attempts.append((missed, collection, calls))
             if not missed:
                 break
-        _, self._way, calls, missed = min(tries, key=lambda one: one[0])
+        missed, self._collection, calls = min(attempts, key=lambda attempt: len(attempt[0]))
         return calls, missed, reason
 
     def _refuse_incomplete(self, variables, example) -> None:
@@ -391,17 +203,17 @@ class Tap(abc.ABC):
         """Returns {path: class} of the modules inside the network, those of a forward pass in the order of their calls."""
 
     @abc.abstractmethod
-    def _listen(self, variables, x, calls: Counter, ears: Ears):
-        """Runs the network and captures values as `ears` specifies, sown into the collection `self._way`.
+    def _capture(self, variables, x, spec: CaptureSpec, calls: Counter[str]) -> tuple[Any, dict, dict]:
+        """Runs the network and captures values as `spec` specifies, sown into the collection `self._collection`.
 
         Args:
           variables: The network's variables.
           x: Normalised images [B, H, W, C].
+          spec: What is captured.
           calls: Counts the calls of each place while JAX traces; its keys are in the order of the first calls.
-          ears: What is captured.
 
         Returns:
-          (logits, {place: the result of `ears.hear` for each of its calls}, {place: the captured array of each of its
+          (logits, {place: the result of `spec.measure` for each of its calls}, {place: the captured array of each of its
           calls}).
         """
 
@@ -428,17 +240,17 @@ class Tap(abc.ABC):
           (logits [B, K], {layer: a tuple of its BatchNorm inputs, one per call} in forward order). An input is [B, ...]; the
           input of layers that are stacked by nn.scan or nn.vmap has the stacking axis first.
         """
-        logits, heard, _ = self._listen(variables, x, Counter(), Ears(whole_input, self._means()))
-        return logits, {layer: heard[layer] for layer in self.layers}
+        logits, inputs, _ = self._capture(variables, x, CaptureSpec(entire_input, self._means()), Counter())
+        return logits, {layer: inputs[layer] for layer in self.layers}
 
-    def moments(self, variables, x, places: tuple[str, ...], calls: Counter | None = None) -> dict:
+    def moments(self, variables, x, places: tuple[str, ...], calls: Counter[str] | None = None) -> dict:
         """Computes {place: (mean, variance)}, each float32 [..., C], of a batch x [B, H, W, C].
 
         Call it on the tap that `reaching` returns for these places.
         """
-        ears = Ears(shifted_moments, tuple((place, ()) for place in places))
-        _, sown, _ = self._listen(variables, x, Counter() if calls is None else calls, ears)
-        return {place: _joint_moments(heard, None) for place, heard in sown.items()}
+        spec = CaptureSpec(shifted_moments, tuple((place, ()) for place in places))
+        _, sown, _ = self._capture(variables, x, spec, Counter() if calls is None else calls)
+        return {place: joint_moments_of_calls(values, None) for place, values in sown.items()}
 
     def find(self, variables, patterns: Iterable[str]) -> tuple[str, ...]:
         """Returns the places that patterns name, in forward order.
@@ -466,20 +278,20 @@ class Tap(abc.ABC):
             wanted.update(dict.fromkeys(path + output for path in found))
         return in_order(modules, wanted)
 
-    def _means(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    def _means(self) -> tuple[tuple[str, VariablePath], ...]:
         return tuple((place, mean if mean[0] != MOMENTS else ()) for place, (mean, _) in self._places.items())
 
-    def _run(self, variables, x, calls: Counter, axis: str | None = None, capture: tuple[str, ...] = ()):
-        logits, sown, kept = self._listen(variables, x, calls, Ears(shifted_moments, self._means(), capture))
+    def _run(self, variables, x, calls: Counter[str], axis: str | None = None, capture: tuple[str, ...] = ()):
+        logits, sown, arrays = self._capture(variables, x, CaptureSpec(shifted_moments, self._means(), capture), calls)
         if MOMENTS in variables:
-            moments = {place: _joint_moments(heard, axis) for place, heard in sown.items()}
+            moments = {place: joint_moments_of_calls(values, axis) for place, values in sown.items()}
         else:
-            statistics = running_statistics(variables)
-            moments = {layer: _moments(statistics[layer][0], heard) for layer, heard in pmean(sown, axis).items()}
-        return (logits, moments, kept) if capture else (logits, moments)
+            means = {layer: mean for layer, (mean, _) in running_statistics(variables).items()}
+            moments = {layer: moments_of_calls(means[layer], values) for layer, values in pmean(sown, axis).items()}
+        return (logits, moments, arrays) if capture else (logits, moments)
 
-    def _check_call(self, variables, example) -> None:
-        """Traces the network once, in eval mode, and validates its result.
+    def _check_call(self, variables, example) -> int:
+        """Traces the network once, in eval mode, validates its result, and returns the number of classes.
 
         Raises:
           DvinvError: It cannot be run, is not in eval mode, or does not return logits of two classes or more.
@@ -509,6 +321,7 @@ class Tap(abc.ABC):
                 f'{self._name} returns {logits.shape[1]} logit an image, and the softmax of one logit is always 1. A '
                 'classifier with one logit z (a sigmoid) must return two, [0, z]: jnp.concatenate([0 * z, z], -1).'
             )
+        return logits.shape[1]
 
     def _in_training(self, symptom: str, remedy: dict) -> DvinvError:
         flags = {name: not default for name, default in self._arguments().items() if isinstance(default, bool)}
@@ -566,146 +379,3 @@ def _fits(path: str, module: type, pattern: str) -> bool:
     parts = {'**': '.*', '*': '[^/]*'}
     expression = ''.join(parts.get(part, re.escape(part)) for part in re.split(r'(\*\*|\*)', pattern))
     return any(re.fullmatch(expression, name) for name in (path, *(base.__name__ for base in module.__mro__)))
-
-
-class LinenTap(Tap):
-    """The tap of a Linen module: an interceptor sows the moments of the input of every layer with running statistics."""
-
-    # Lifted transforms (nn.scan, nn.vmap) silently drop collections that they do not name, but they carry batch_stats, and
-    # the parameters in networks without batch_stats.
-    ways, last_ways = (PRIVATE, STATISTICS), ('params',)
-
-    def __init__(self, module: nn.Module, variables, example, call_kwargs: dict, logits: Callable | None = None):
-        """Takes the arguments of `Tap.__init__`."""
-        self._module = module
-        super().__init__(module, variables, example, call_kwargs, logits)
-
-    def _refuse_incomplete(self, variables, example) -> None:
-        try:
-            whole = jax.eval_shape(functools.partial(self._module.init, **self._kwargs), jax.random.key(0), example)
-        except Exception:  # the user's network runs here; if it fails, another message states the reason
-            return
-        expected, there = (_non_intermediates(tree) for tree in (whole, variables))
-        if missing := [join_names(p) for p in expected if p[0] in ('params', STATISTICS) and p not in there]:
-            raise DvinvError(
-                f'The variables of {self._name} are incomplete: they do not have {listed(missing, 4)}. Pass all that '
-                "module.init returned, as they are after training: {'params': ..., 'batch_stats': ...}."
-            )
-
-    def apply_fn(self, variables, x):
-        """Computes the logits [B, K] of normalised images x [B, H, W, C], in eval mode."""
-        return self._pick(self._module.apply(variables, x, **self._kwargs))
-
-    def modules(self, variables) -> dict[str, type]:
-        """Returns {path: class} of the modules that a forward pass calls, in the order of their first calls."""
-        found = {}
-
-        def intercept(call, args, kwargs, context):
-            if context.method_name == '__call__':
-                found.setdefault(join_names(context.module.path), type(context.module))
-            return call(*args, **kwargs)
-
-        with nn.intercept_methods(intercept), jax.disable_jit():
-            # A new function, because JAX caches the traces of a known one.
-            jax.eval_shape(lambda v, x: self.apply_fn(v, x), variables, self._example)
-        return found
-
-    def _listen(self, variables, x, calls: Counter, ears: Ears):
-        with LISTENING(ears), _sowing(self._way, calls, ears):
-            returned, sown = self._module.apply(variables, x, mutable=[self._way], **self._kwargs)
-        return self._pick(returned), _heard(sown, self._way), _heard(sown, self._way, KEPT)
-
-
-def features_in_training(module: nn.Module, variables, x, rngs: dict, head: str = ''):
-    """Runs a forward pass in train mode and captures the BatchNorm inputs.
-
-    Args:
-      module: A module that takes x and `train`.
-      variables: Its variables.
-      x: Normalised images [B, H, W, C].
-      rngs: {'dropout': key}.
-      head: The path of a layer, for instance 'Dense_1', that is captured in addition to the BatchNorm layers. features[head]
-        is a tuple with one pair: the layer's input, and its output for the detached input (gradients of that output reach
-        the layer's weights and nothing before them).
-
-    Returns:
-      (logits [B, K], features as returned by `Tap.features`, the new running statistics).
-    """
-    ears = Ears(whole_input, running_means(variables))
-    with LISTENING((ears, head)), _sowing(PRIVATE, Counter(), ears), _hearing_head(head):
-        logits, changed = module.apply(variables, x, train=True, mutable=[STATISTICS, PRIVATE], rngs=rngs)
-    return logits, _heard(changed, PRIVATE), changed.get(STATISTICS, {})
-
-
-@contextlib.contextmanager
-def _hearing_head(path: str):
-    """Makes the layer at `path` sow (its input, its output for the detached input) while the context is open."""
-
-    def intercept(call, args, kwargs, context):
-        module = context.module
-        if context.method_name != '__call__' or join_names(module.path) != path:
-            return call(*args, **kwargs)
-        x = input_of(args, kwargs)
-        # Both inputs in one call, because Flax allows only one.
-        answers, detached = jnp.split(call(jnp.concatenate([x, jax.lax.stop_gradient(x)])), 2)
-        module.sow(PRIVATE, SOWN, (x, detached))
-        return answers
-
-    with nn.intercept_methods(intercept) if path else contextlib.nullcontext():
-        yield
-
-
-def _heard(sown, collection: str, name: str = SOWN) -> dict:
-    """Returns {place: the sown value of each of its calls} from what a Linen module has sown under this name."""
-    return by_place(flax.traverse_util.flatten_dict(flax.core.unfreeze(sown).get(collection, {})), name)
-
-
-def by_place(flat: Mapping[tuple, tuple], name: str) -> dict[str, tuple]:
-    """Returns {place: the sown value of each of its calls} from {path: value}, for the variables that `sown_name` names."""
-    ends = {sown_name('', name): '', sown_name(OUTPUT, name): OUTPUT}
-    return {join_names(path[:-1]) + ends[path[-1]]: heard for path, heard in flat.items() if path[-1] in ends}
-
-
-def sown_name(place: str, name: str) -> str:
-    """Returns the name of the variable that is sown in the layer of `place`."""
-    return f'{name}_output' if place.endswith(OUTPUT) else name
-
-
-@contextlib.contextmanager
-def _sowing(collection: str, calls: Counter, ears: Ears):
-    """Makes each call of a Linen layer sow what `ears` specifies into `collection`, and counts the calls in `calls`."""
-    within = set()  # the layers that are being called
-
-    def intercept(call, args, kwargs, context):
-        module = context.module
-        layer = join_names(module.path)
-        output, mean = layer + OUTPUT, ears.running.get(layer, ())
-        if context.method_name != '__call__' or ears.places.isdisjoint((layer, output)):
-            return call(*args, **kwargs)
-        owner = not mean or module.has_variable(mean[0], mean[-1])
-        before, nested = calls[layer], layer in within
-        within.add(layer)
-        try:
-            result = call(*args, **kwargs)
-        finally:
-            if not nested:
-                within.remove(layer)
-        # A subclass that calls super().__call__ gets here twice; the innermost call is the normalisation itself.
-        if layer in ears.places and owner and calls[layer] == before:
-            x = input_of(args, kwargs)
-            mask = mask_of(module, args, kwargs) if mean or normalises_batches(module) else None
-            sow(module, layer, module.get_variable(mean[0], mean[-1]) if mean else None, x, mask)
-        # The layer's output is what the outermost call returns.
-        if output in ears.places and not nested:
-            sow(module, output, None, answer_of(result), None)
-        return result
-
-    def sow(module, place: str, mean, x, mask) -> None:
-        if place in ears.running:
-            module.sow(collection, sown_name(place, SOWN), ears.hear(module, mean, x, mask))
-        if place in ears.kept:
-            module.sow(collection, sown_name(place, KEPT), x)
-        calls[place] += 1
-
-    with nn.intercept_methods(intercept):
-        yield

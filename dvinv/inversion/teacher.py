@@ -11,9 +11,10 @@ import numpy as np
 
 from dvinv.errors import DvinvError, listed
 from dvinv.inversion.contract import check_answers
+from dvinv.inversion.linen_tap import LinenTap
 from dvinv.inversion.modules import LinenModule, eval_arguments, trainable, unboxed
 from dvinv.inversion.moments import moments_of
-from dvinv.inversion.tap import LinenTap, running_statistics
+from dvinv.inversion.statistics import running_statistics
 from dvinv.networks.classifier import MOMENTS, Classifier, check_finite, check_normalisation, flatten, unflatten
 
 FAR = 20  # the largest distance of normalised images from grey, in multiples of the distance between black and white

@@ -19,7 +19,7 @@ import optax
 
 from dvinv.evaluation.divergence import divergence
 from dvinv.inversion import Teacher
-from dvinv.inversion.tap import running_statistics
+from dvinv.inversion.statistics import running_statistics
 from dvinv.networks.channels.groups import FIXED, ChannelGroups
 from dvinv.networks.classifier import flatten
 

@@ -22,7 +22,7 @@ from dvinv.evaluation.scoring import test_accuracy
 from dvinv.inversion import Teacher
 from dvinv.inversion.execution import in_precision
 from dvinv.inversion.modules import trained_part
-from dvinv.inversion.tap import find_statistics
+from dvinv.inversion.statistics import find_statistics
 from dvinv.networks import Classifier, classifier_of, load_network, module_of, save_network
 from dvinv.networks.channels import PrunedModule, find_channels
 from dvinv.networks.channels.cost import Cost

@@ -32,7 +32,7 @@ from dvinv.data.batches import HostBatches, ResidentBatches, fits_on_devices
 from dvinv.data.rows import Rows
 from dvinv.errors import DvinvError
 from dvinv.inversion.augmentation import augmentation_of
-from dvinv.inversion.tap import features_in_training
+from dvinv.inversion.linen_tap import features_in_training
 from dvinv.networks import Classifier, apply_fn_of, initialise, load_classifier, module_of, save_network, shapes_of
 from dvinv.networks.classifier import cast_floats, flatten, shapes_by_path, unflatten
 from dvinv.networks.head import grown
@@ -80,13 +80,13 @@ class TrainJob:
     Attributes:
       settings: the settings of the training.
       loss_fn: (logits, features, x, labels, frozen, progress) -> scalar. x is the augmented, normalised batch [B, H, W, C];
-        features are the BatchNorm inputs of the network (see `inversion.tap.features_in_training`) or the features that
+        features are the BatchNorm inputs of the network (see `linen_tap.features_in_training`) or the features that
         `forward` returns; progress is the fraction of the updates that are done.
       rounds: the schedule by which the images become available.
       frozen: further variables that `loss_fn` needs, for instance those of a teacher.
       beside: the schedule of a second set of images, which follow the first ones in the arrays; the second half of every
         batch is drawn from them. None for a single set.
-      head: the path of a layer that is captured too, see `inversion.tap.features_in_training`.
+      head: the path of a layer that is captured too, see `linen_tap.features_in_training`.
       forward: (variables, auxiliary, x, rngs, frozen, progress) -> (logits, features for the loss, running statistics), the
         forward pass in train mode. None for `features_in_training`.
       auxiliary: initial values of the parameters that are trained with the network and discarded afterwards, for instance
