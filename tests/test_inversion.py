@@ -13,7 +13,7 @@ from tiny import IMAGE_SHAPE, tiny_teacher
 from dvinv import DvinvError, balanced_labels, invert
 from dvinv.config import InversionConfig, Stage, Weights, default_config, parse
 from dvinv.inversion import Inversion, losses, make_feature_loss, make_inverter
-from dvinv.inversion.objective import objective
+from dvinv.inversion.objective import make_objective
 from dvinv.inversion.parameterization import initial_parameters
 from dvinv.inversion.step import InversionState, make_step
 from dvinv.runtime.devices import make_mesh
@@ -28,7 +28,7 @@ def _config(*stages, **fields):
 
 
 def _flat_batch(teacher, stage, config, **others):
-    """Arguments of `objective` for a batch of noise."""
+    """Arguments of `_objective` for a batch of noise."""
     images, key = initial_parameters(KEY, len(LABELS), IMAGE_SHAPE)
     arguments = {
         'student_fn': None,
@@ -42,10 +42,14 @@ def _flat_batch(teacher, stage, config, **others):
     return {'teacher': teacher, 'config': config, 'stage': stage, **arguments}
 
 
+def _objective(teacher, config, stage, student_fn, **arguments):
+    return make_objective(teacher, config, stage, student_fn)(**arguments)
+
+
 def _gradient(arguments):
     """(gradient of the objective with respect to the pixels, its terms)."""
     images = arguments.pop('images')
-    return jax.jit(jax.grad(lambda x: objective(images=x, **arguments), has_aux=True))(images)
+    return jax.jit(jax.grad(lambda x: _objective(images=x, **arguments), has_aux=True))(images)
 
 
 # What is shown of a result
@@ -170,7 +174,7 @@ def test_the_loss_is_the_weighted_sum_of_its_logged_terms(teacher, student):
     arguments = _flat_batch(
         teacher, config.stages[0], config, student_fn=student.apply_fn, student_variables=student.variables
     )
-    loss, terms = jax.jit(lambda: objective(**arguments))()
+    loss, terms = jax.jit(lambda: _objective(**arguments))()
     weights = {'cross_entropy': 1.0, 'feature': 0.3, 'total_variation': 1e-2, 'l2': 1e-2, 'competition': 0.5}
     np.testing.assert_allclose(loss, sum(weights[name] * float(value) for name, value in terms.items()), rtol=1e-5)
 
@@ -181,7 +185,7 @@ def test_the_first_layer_alone_is_multiplied(teacher):
     for multiplier in (1.0, 10.0):
         weights = Weights(main=0, feature=1, total_variation=0, first_bn_multiplier=multiplier)
         arguments = _flat_batch(teacher, stage, _config(weights=weights))
-        values.append(float(objective(**arguments)[0]))
+        values.append(float(_objective(**arguments)[0]))
     _, moments = teacher.tap(teacher.variables, arguments['images'])
     pairs = zip(moments['BatchNorm_0'], teacher.statistics(teacher.variables)['BatchNorm_0'], strict=True)
     first = sum(np.linalg.norm(moment - running) for moment, running in pairs)
@@ -208,7 +212,7 @@ def test_the_priors_are_taken_on_the_view_or_on_the_image(teacher):
     values = {}
     for where in ('view', 'image'):
         arguments = _flat_batch(teacher, stage, _config(weights=weights, prior_on=where))
-        values[where] = {name: float(value) for name, value in objective(**arguments)[1].items()}
+        values[where] = {name: float(value) for name, value in _objective(**arguments)[1].items()}
     np.testing.assert_allclose(values['image']['l2'], losses.l2_per_image(pooled), rtol=1e-5)
     np.testing.assert_allclose(values['image']['total_variation'], losses.total_variation_l2(pooled), rtol=1e-5)
     assert abs(values['view']['l2'] / values['image']['l2'] - 1) > 0.01

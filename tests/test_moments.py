@@ -17,7 +17,7 @@ from dvinv import moments as command
 from dvinv.errors import DvinvError
 from dvinv.inversion import attention_of
 from dvinv.inversion.augmentation import Augmentation, centred, color_shift_each
-from dvinv.inversion.objective import objective, view
+from dvinv.inversion.objective import make_objective, view
 from dvinv.inversion.priors import patch_similarity_entropy
 from dvinv.inversion.recording import default_places
 from dvinv.networks import create, shapes_of
@@ -233,7 +233,7 @@ def test_the_prior_is_the_sum_over_the_attention_layers_of_a_network():
 
     def run(x, key):
         attended = dataclasses.replace(config, attention=places)
-        _, terms = objective(teacher, attended, config.stages[0], None, x, *arguments, key)
+        _, terms = make_objective(teacher, attended, config.stages[0])(x, *arguments, key)
         _, shown = view(teacher, config.stages[0], x, key)
         return terms, teacher.tap(teacher.variables, shown, capture=places)[2]
 

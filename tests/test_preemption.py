@@ -116,7 +116,7 @@ def test_what_is_under_way_is_saved_and_goes_on(undisturbed, tmp_path, monkeypat
     assert [batches.load(number).iterations for number in range(4)] == [3] * 4
 
     with monkeypatch.context() as patch:
-        pauses.before(3, lambda: patch.setattr(preemption, '_came', signal.SIGTERM))
+        pauses.before(3, lambda: patch.setattr(preemption, '_received', signal.SIGTERM))
         with pytest.raises(SystemExit) as ended:
             pipeline.run(run_config(), run)
     assert ended.value.code == 143
@@ -169,7 +169,7 @@ def test_a_damaged_state_and_one_of_another_teacher_are_passed_over(tmp_path):
 
 
 def test_a_task_does_not_begin_after_sigterm(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(preemption, '_came', signal.SIGTERM)
+    monkeypatch.setattr(preemption, '_received', signal.SIGTERM)
     with pytest.raises(SystemExit) as ended:
         pipeline.run(run_config(), tmp_path)
     assert ended.value.code == 143

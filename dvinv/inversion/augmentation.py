@@ -101,7 +101,7 @@ def flip_each(key: jax.Array, x: jax.Array, axis: str | None = None) -> jax.Arra
     return jnp.where(coins, x[:, :, ::-1], x)
 
 
-def add_noise(key: jax.Array, x: jax.Array, most: jax.Array, axis: str | None = None) -> jax.Array:
+def add_noise(key: jax.Array, x: jax.Array, most: jax.Array | np.ndarray, axis: str | None = None) -> jax.Array:
     """Adds Gaussian noise to each image, with a deviation uniform in [0, `most`]; `most` [C] is in normalised space."""
     deviation_key, noise_key = jax.random.split(key)
     deviations = per_image(lambda n: jax.random.uniform(deviation_key, (n, 1, 1, 1)), x.shape[0], axis)

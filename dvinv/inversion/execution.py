@@ -6,11 +6,13 @@ These transforms change how a network's function is computed, not the function i
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any, cast
 
 import jax.numpy as jnp
 
 from dvinv.config import InversionConfig
 from dvinv.graph.rewriting import recomputed
+from dvinv.inversion.tap import Tap
 from dvinv.inversion.teacher import Teacher
 from dvinv.networks.classifier import Classifier, cast_floats
 from dvinv.networks.suited import suited_to
@@ -35,15 +37,17 @@ def executed(teacher: Teacher, student_fn: Callable | None, config: InversionCon
     def tap(variables, x, axis: str | None = None, **capture):
         return run(functools.partial(teacher.tap, axis=axis, **capture))(variables, x)
 
-    return dataclasses.replace(teacher, tap=tap), student_fn and run(student_fn)
+    return dataclasses.replace(teacher, tap=cast(Tap, tap)), student_fn and run(student_fn)  # only called from here on
 
 
 def in_precision(network: Classifier, precision: str) -> Classifier:
     """Returns `network`, a Classifier or Teacher, with its logits and features computed in `precision`."""
     if precision == 'float32':
         return network
-    fields = {'apply_fn', 'features'} & {field.name for field in dataclasses.fields(network)}
-    return dataclasses.replace(network, **{name: in_bfloat16(getattr(network, name)) for name in fields})
+    fields: dict[str, Any] = {
+        name: in_bfloat16(getattr(network, name)) for name in ('apply_fn', 'features') if hasattr(network, name)
+    }
+    return dataclasses.replace(network, **fields)
 
 
 def in_bfloat16(fn: Callable) -> Callable:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -262,13 +263,13 @@ def invert(
         batch, or a loss is not finite (the message names the iteration and the term).
     """
     config = _settings(config, teacher)
-    labels, (key, kind) = np.asarray(labels), _key_data(key)
+    labels, (key_data, kind) = np.asarray(labels), _key_data(key)
     validate_labels(labels, teacher.num_classes)
     mesh = (mesh or make_mesh()) if config.bn_stats == 'global' else make_mesh(1)
     # The caller's settings of JAX may forbid promotions.
     with on_mesh(mesh), jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):
         run = make_inverter(teacher, config, mesh, student_fn)
-        result = run(jax.random.wrap_key_data(key[None], impl=kind), labels[None], student_variables)
+        result = run(jax.random.wrap_key_data(key_data[None], impl=kind), labels[None], student_variables)
     return Inversion(result.images[0], {term: values[0] for term, values in result.metrics.items()}, labels)
 
 
@@ -289,8 +290,8 @@ def _settings(config, teacher: Teacher) -> InversionConfig:
     return config
 
 
-def _key_data(key) -> tuple[np.ndarray, str]:
-    """Returns (bits, implementation) of one random key, typed or raw uint32, or of the key that an integer seeds."""
+def _key_data(key) -> tuple[Any, Any]:
+    """Returns (bits uint32, implementation) of one random key, typed or raw uint32, or of the key that an integer seeds."""
     is_array = isinstance(key, jax.Array | np.ndarray | np.generic)
     dtype, shape = (key.dtype, key.shape) if is_array else (type(key) if isinstance(key, int) else object, ())
     if shape == () and jax.dtypes.issubdtype(dtype, np.integer) and -(2**63) <= key < 2**63:
@@ -325,10 +326,10 @@ def feature_loss(teacher: Teacher, images, config: InversionConfig | str | None 
         raise DvinvError(f'The images have the shape {images.shape}; the network takes [B, {shape}].')
     if not teacher.statistics(teacher.variables):
         raise DvinvError('The network has no running statistics and no recorded moments to set the images against.')
-    stage, (key, kind) = _settings(config, teacher).stages[-1], _key_data(key)
+    stage, (key_data, kind) = _settings(config, teacher).stages[-1], _key_data(key)
     with jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):
         x, measure = network_input(teacher, images), make_feature_loss(teacher, stage)
-        return float(measure(teacher.variables, x, jax.random.wrap_key_data(key, impl=kind)))
+        return float(measure(teacher.variables, x, jax.random.wrap_key_data(key_data, impl=kind)))
 
 
 def _stage_of(config: InversionConfig, iteration: int) -> Stage:
@@ -351,7 +352,9 @@ class _Log:
     """
 
     def __init__(self, on_chunk: Callable | None, most: int):
-        self._on_chunk, self._most, self._pending, self.history = on_chunk, most, [], []
+        self._on_chunk, self._most = on_chunk, most
+        self._pending: list[dict] = []
+        self.history: list[dict[str, np.ndarray]] = []
 
     def add(self, metrics: dict) -> None:
         """Adds the metrics of a dispatched chunk; those of older chunks may be fetched while it runs."""

@@ -26,7 +26,7 @@ class LinenTap(Tap):
     # the parameters in networks without batch_stats.
     collections, last_collections = (PRIVATE, STATISTICS), ('params',)
 
-    def __init__(self, module: nn.Module, variables, example, call_kwargs: dict, logits: Callable | None = None):
+    def __init__(self, module, variables, example, call_kwargs: dict, logits: Callable | None = None):
         """Takes the arguments of `Tap.__init__`."""
         self._module = module
         super().__init__(module, variables, example, call_kwargs, logits)

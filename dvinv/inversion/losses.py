@@ -91,7 +91,7 @@ def _differences(x: jax.Array) -> tuple[jax.Array, ...]:
 def total_variation_l2(x: jax.Array, axis: str | None = None) -> jax.Array:
     """Computes the L2 form of R_tv: the sum of 4 Frobenius norms over the whole batch x [B, H, W, C]; grows as sqrt(B)."""
     squares = psum(tuple(jnp.sum(jnp.square(d)) for d in _differences(x)), axis)
-    return sum(jnp.sqrt(s + EPSILON) for s in squares)
+    return jnp.asarray(sum(jnp.sqrt(s + EPSILON) for s in squares))
 
 
 def total_variation_l1(x: jax.Array, axis: str | None = None) -> jax.Array:

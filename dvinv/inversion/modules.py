@@ -102,7 +102,7 @@ class LinenModule:
         with self._with_outputs():
             return {'params': {}} | unboxed(module.init(key, x, **arguments))
 
-    def apply(self, variables, x, train: bool = False, mutable=False, rngs: Mapping | None = None):
+    def apply(self, variables, x, train: bool = False, mutable=False, rngs: dict | None = None):
         """Returns logits [B, K]; with `mutable`, a pair of logits and changed collections, as Linen's `apply` does."""
         module, arguments = self._modes[train]
         if rngs and 'dropout' in rngs:

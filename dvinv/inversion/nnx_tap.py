@@ -9,7 +9,7 @@ import functools
 import operator
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Generic
+from typing import Any, Generic, cast
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ def variables_of(model: nnx.Module) -> dict:
 
 def split(model: nnx.Module):
     """Returns (static graph, {group: {path: array}}, {path of a random key or count: its shape and dtype})."""
-    graph, random_state, *groups = nnx.split(model, nnx.RngState, *GROUPS.values())
+    graph, random_state, *groups = cast(tuple, nnx.split(model, nnx.RngState, *GROUPS.values()))
     noise = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in values(random_state).items()}
     return graph, dict(zip(GROUPS, map(values, groups), strict=True)), noise
 

@@ -54,4 +54,4 @@ def patch_similarity(captured: dict, axis: str | None = None) -> jax.Array:
     Returns:
       A float32 scalar.
     """
-    return -sum(patch_similarity_entropy(tokens, axis) for calls in captured.values() for tokens in calls)
+    return jnp.asarray(-sum(patch_similarity_entropy(tokens, axis) for calls in captured.values() for tokens in calls))

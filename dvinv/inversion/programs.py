@@ -94,7 +94,8 @@ class Programs:
         self._teacher, self._student_fn = executed(teacher, student_fn, config, platform)
         self._config, self._mesh, self._split = config, mesh, config.bn_stats == 'global'
         self._mapped = (_over_one_batch if self._split else _over_batches)(mesh)
-        self._begin, self._restart, self.advance = map(functools.cache, (self._begin, self._restart, self._advance))
+        self.advance = functools.cache(self._advance)
+        self._make_begin, self._make_restart = functools.cache(self._begin_program), functools.cache(self._restart_program)
         self._finish = self._mapped(
             make_decode(config.parameterization, config.contrast, teacher, pixel_scale_of(config.pixel_scale, teacher))
         )
@@ -115,12 +116,12 @@ class Programs:
         # Arrays are placed as the programs return them, since the first call would otherwise compile for another placement.
         batchwise = NamedSharding(self._mesh, P() if self._split else P(AXIS))
         iteration = np.zeros((), np.int32) if self._split else np.zeros(len(keys), np.int32)
-        parameters, step_keys = self._begin(batch_size)(place(keys[0] if self._split else keys, batchwise))
+        parameters, step_keys = self._make_begin(batch_size)(place(keys[0] if self._split else keys, batchwise))
         return InversionState(parameters, None, place(iteration, batchwise), step_keys)
 
     def restart(self, stage: Stage, state: InversionState) -> InversionState:
         """Returns the state with a new optimizer state, for the first iteration of `stage`."""
-        return state.replace(opt_state=self._restart(stage)(state.parameters))
+        return state.replace(opt_state=self._make_restart(stage)(state.parameters))
 
     def take(self, state: InversionState) -> list[list[np.ndarray]]:
         """Copies a state to the host; returns for each batch the leaves of parameters, optimizer state and iteration."""
@@ -139,10 +140,10 @@ class Programs:
           taken: The result of `take`.
         """
         state = self.restart(stage, state)  # a state of the right structure, placed on the right devices
-        there, tree = jax.tree.flatten((state.parameters, state.opt_state, state.iteration))
+        placed_leaves, tree = jax.tree.flatten((state.parameters, state.opt_state, state.iteration))
         leaves = taken[0] if self._split else [np.stack(rows) for rows in zip(*taken, strict=True)]
-        placed = [place(leaf, old.sharding) for leaf, old in zip(leaves, there, strict=True)]
-        parameters, opt_state, iteration = jax.tree.unflatten(tree, placed)
+        leaves = [place(leaf, placed.sharding) for leaf, placed in zip(leaves, placed_leaves, strict=True)]
+        parameters, opt_state, iteration = jax.tree.unflatten(tree, leaves)
         return state.replace(parameters=parameters, opt_state=opt_state, iteration=iteration)
 
     def _advance(self, stage: Stage, iterations: int) -> Callable:
@@ -154,10 +155,10 @@ class Programs:
         images = fetch(self._finish(state.parameters), self._mesh)
         return images[None] if self._split else images
 
-    def _begin(self, batch_size: int):
+    def _begin_program(self, batch_size: int) -> Callable:
         return self._mapped(lambda key: initial_parameters(key, batch_size, self._teacher.image_shape))
 
-    def _restart(self, stage: Stage):
+    def _restart_program(self, stage: Stage) -> Callable:
         return self._mapped(stage.make_optimizer().init)
 
 
@@ -169,8 +170,8 @@ def _over_batches(mesh: Mesh):
 
     def wrap(program, weights: int = 0, donate: bool = False):
         def local(*args):
-            mine = jax.tree.map(lambda a: a[0], args[: len(args) - weights])
-            return jax.tree.map(lambda a: a[None], program(*mine, *args[len(args) - weights :]))
+            batch = jax.tree.map(lambda a: a[0], args[: len(args) - weights])
+            return jax.tree.map(lambda a: a[None], program(*batch, *args[len(args) - weights :]))
 
         def mapped(*args):
             specs = (P(AXIS),) * (len(args) - weights) + (P(),) * weights

@@ -69,24 +69,27 @@ def record_moments(
 
     @jax.jit
     def run(variables, x, key):
-        shown = x if augmentation is None else augmentation(key, x, teacher)
-        return tap.moments(variables, shown, places)
+        augmented = x if augmentation is None else augmentation(key, x, teacher)
+        return tap.moments(variables, augmented, places)
 
-    totals, count = {}, 0
+    totals: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    count = 0
     with jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):
         for view in range(1 if augmentation is None else views):
             for start in range(0, len(images), batch_size):
-                part = images[start : start + batch_size]
-                x, seed = network_input(teacher, part), view * len(images) + start
+                batch = images[start : start + batch_size]
+                x, seed = network_input(teacher, batch), view * len(images) + start
                 found = run(teacher.variables, x, jax.random.fold_in(jax.random.key(key), seed))
-                count = _joined(totals, count, jax.device_get(found), len(part))
-    layers = {place: tuple(np.float32(value) for value in totals[place]) for place in places}
-    if wrong := [place for place, pair in layers.items() if not np.isfinite(pair).all()]:
-        raise DvinvError(f'The moments of {listed(wrong, 4)} are not finite; look at the weights and at the images.')
-    return Moments(layers, teacher.digest(), len(images), 0 if augmentation is None else views)
+                count = _merge(totals, count, jax.device_get(found), len(batch))
+    moments = {place: (mean.astype(np.float32), variance.astype(np.float32)) for place, (mean, variance) in totals.items()}
+    if infinite := [place for place in places if not np.isfinite(moments[place]).all()]:
+        raise DvinvError(f'The moments of {listed(infinite, 4)} are not finite; look at the weights and at the images.')
+    return Moments(
+        {place: moments[place] for place in places}, teacher.digest(), len(images), 0 if augmentation is None else views
+    )
 
 
-def _joined(totals: dict, count: int, found: dict, more: int) -> int:
+def _merge(totals: dict, count: int, found: dict, more: int) -> int:
     """Merges moments of further images into the totals, in place.
 
     Args:
@@ -102,8 +105,8 @@ def _joined(totals: dict, count: int, found: dict, more: int) -> int:
     for place, pair in found.items():
         mean, variance = (np.asarray(value, np.float64) for value in pair)
         old_mean, old_variance = totals.get(place, (mean, variance))
-        apart = share * (1 - share) * np.square(mean - old_mean)
-        totals[place] = old_mean + share * (mean - old_mean), old_variance + share * (variance - old_variance) + apart
+        between = share * (1 - share) * np.square(mean - old_mean)  # the variance between the two groups of images
+        totals[place] = old_mean + share * (mean - old_mean), old_variance + share * (variance - old_variance) + between
     return count + more
 
 

@@ -31,29 +31,29 @@ def residual_blocks(teacher) -> tuple[str, ...]:
     program = flat_program(closed)
     value = dict(zip(sorted(shapes), program.outputs, strict=True))  # JAX flattens a dict in sorted order
     pairs = {path: (value[path], value[path + OUTPUT]) for path in modules if {path, path + OUTPUT} <= value.keys()}
-    made_by = {value: operation for operation in program.operations for value in operation.outputs}
-    found = {path for path, (taken, returned) in pairs.items() if _adds(program, made_by, taken, returned)}
+    producers = {value: operation for operation in program.operations for value in operation.outputs}
+    found = {path for path, (taken, returned) in pairs.items() if _adds(program, producers, taken, returned)}
     inner = {path for path in found if not any(other.startswith(f'{path}/') for other in found)}
     classes = {modules[path] for path in inner}
-    alike = {path for path, module in modules.items() if module in classes}
-    return tuple(path for path in modules if path in alike and not any(other.startswith(f'{path}/') for other in alike))
+    blocks = {path for path, module in modules.items() if module in classes}
+    return tuple(path for path in modules if path in blocks and not any(other.startswith(f'{path}/') for other in blocks))
 
 
-def _adds(program: Program, made_by: dict, taken, returned) -> bool:
-    """Returns whether `returned` is a sum of `taken` and of a value that depends on it; `made_by` is {value: operation}."""
+def _adds(program: Program, producers: dict, taken, returned) -> bool:
+    """Returns whether `returned` is a sum of `taken` and a value that depends on it; `producers` is {value: operation}."""
     depends = {taken}
     for operation in program.operations:
         if any(isinstance(value, int) and value in depends for value in operation.inputs):
             depends.update(operation.outputs)
-    waiting, summands, added = [returned], [], False
-    while waiting:
-        value = waiting.pop()
-        operation = made_by.get(value) if isinstance(value, int) and value != taken else None
-        if operation and operation.name in ('add', 'add_any'):
-            waiting += operation.inputs
+    pending, summands, added = [returned], [], False
+    while pending:
+        value = pending.pop()
+        producer = producers.get(value) if isinstance(value, int) and value != taken else None
+        if producer and producer.name in ('add', 'add_any'):
+            pending += producer.inputs
             added = True
-        elif operation and operation.name in PASSED:
-            waiting.append(operation.inputs[0])
+        elif producer and producer.name in PASSED:
+            pending.append(producer.inputs[0])
         else:
             summands.append(value)
     others = [value for value in summands if isinstance(value, int) and value != taken]

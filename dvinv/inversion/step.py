@@ -1,18 +1,17 @@
 """One iteration of the inversion as a pure function from state to state, and many iterations in one dispatch."""
 
-import flax
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 
 from dvinv.config import InversionConfig, Stage
-from dvinv.inversion.objective import objective
+from dvinv.inversion.objective import make_objective
 from dvinv.inversion.parameterization import make_decode, pixel_scale_of
 from dvinv.inversion.teacher import Teacher
 
 
-@flax.struct.dataclass
-class InversionState:
+class InversionState(struct.PyTreeNode):
     """The state that changes while one batch is inverted.
 
     Attributes:
@@ -35,6 +34,7 @@ def make_step(teacher: Teacher, config: InversionConfig, stage: Stage, student_f
     The gradient is taken with respect to the parameters only. The metrics are the loss and its unweighted terms for the
     images *before* the update.
     """
+    objective = make_objective(teacher, config, stage, student_fn, axis)
     optimizer = stage.make_optimizer()
     scale = pixel_scale_of(config.pixel_scale, teacher)
     low, high = (bound[None, None, None] for bound in scale.valid_range)  # [1, 1, 1, C]: JAX may refuse to promote ranks
@@ -42,18 +42,8 @@ def make_step(teacher: Teacher, config: InversionConfig, stage: Stage, student_f
 
     def step(state: InversionState, labels, variables, student_variables):
         def loss_fn(parameters):
-            return objective(
-                teacher,
-                config,
-                stage,
-                student_fn,
-                decode(parameters),
-                labels,
-                variables,
-                student_variables,
-                jax.random.fold_in(state.key, state.iteration),
-                axis,
-            )
+            key = jax.random.fold_in(state.key, state.iteration)
+            return objective(decode(parameters), labels, variables, student_variables, key)
 
         (loss, terms), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.parameters)
         updates, opt_state = optimizer.update(gradient, state.opt_state)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,6 +15,7 @@ from dvinv.inversion.linen_tap import LinenTap
 from dvinv.inversion.modules import LinenModule, eval_arguments, trainable, unboxed
 from dvinv.inversion.moments import moments_of
 from dvinv.inversion.statistics import running_statistics
+from dvinv.inversion.tap import Tap
 from dvinv.networks.classifier import MOMENTS, Classifier, check_finite, check_normalisation, flatten, unflatten
 
 FAR = 20  # the largest distance of normalised images from grey, in multiples of the distance between black and white
@@ -24,7 +25,7 @@ FAR = 20  # the largest distance of normalised images from grey, in multiples of
 class Teacher(Classifier):
     """A trained, frozen classifier with a tap on its BatchNorm layers, or on the layers that have recorded moments."""
 
-    tap: Callable  # (variables, x, axis=None) -> (logits, {layer: (input mean, input variance)}), layers in forward order
+    tap: Tap  # (variables, x, axis=None) -> (logits, {layer: (input mean, input variance)}), layers in forward order
     features: Callable  # (variables, x) -> (logits, {layer: its BatchNorm inputs, one per call}), layers in forward order
     statistics: Callable  # (variables) -> {layer: (running mean, running variance)}, or recorded moments
     module: Any = None  # has `init` and `apply(..., train=...)` like a Linen module; pruning and other tasks train it
@@ -112,7 +113,8 @@ def trusted_linen(
             'cannot be captured; pass the NNX model itself, with its weights, to dvinv.from_nnx(model, ...).'
         )
     pictures, variables = _pictures(image_shape, mean, std), _on_host(variables, type(module).__name__)
-    return _teacher(LinenTap, module, variables, *pictures, call_kwargs, logits, module)
+    call_kwargs = eval_arguments(module) if call_kwargs is None else call_kwargs
+    return _tapped(LinenTap(module, variables, pictures.example, call_kwargs, logits), variables, pictures, module)
 
 
 def from_nnx(
@@ -149,9 +151,10 @@ def from_nnx(
         )
     nnx_tap.refuse_bridged(model)
     pictures, name = _pictures(image_shape, mean, std), type(model).__name__
-    model = nnx_tap.in_eval_mode(model)
-    variables, own = _on_host(nnx_tap.variables_of(model), name), trainable(model, call_kwargs, pick=logits)
-    teacher = _teacher(nnx_tap.NnxTap, model, variables, *pictures, call_kwargs, logits, own)
+    model, module = nnx_tap.in_eval_mode(model), trainable(model, call_kwargs, pick=logits)
+    variables = _on_host(nnx_tap.variables_of(model), name)
+    call_kwargs = eval_arguments(model) if call_kwargs is None else call_kwargs
+    teacher = _tapped(nnx_tap.NnxTap(model, variables, pictures.example, call_kwargs, logits), variables, pictures, module)
     check_answers(teacher, name)
     return teacher if moments is None else teacher.with_moments(moments)
 
@@ -164,18 +167,32 @@ def teacher_of(module, variables, *, image_shape, mean, std) -> Teacher:
     """
     pictures, variables = _pictures(image_shape, mean, std), _on_host(variables, module.label)
     if isinstance(module, LinenModule):
-        teacher = _teacher(LinenTap, module, variables, *pictures, {'train': False}, None, module)
+        tap: Tap = LinenTap(module, variables, pictures.example, {'train': False})
     else:
         from dvinv.inversion import nnx_tap
 
         model = nnx_tap.in_eval_mode(module.model)
-        teacher = _teacher(nnx_tap.NnxTap, model, variables, *pictures, module.arguments, module.pick, module)
+        tap = nnx_tap.NnxTap(model, variables, pictures.example, module.arguments, module.pick)
+    teacher = _tapped(tap, variables, pictures, module)
     check_answers(teacher, module.label)
     return teacher
 
 
-def _pictures(image_shape, mean, std):
-    """Returns (image_shape, mean, std) as tuples.
+class _Pictures(NamedTuple):
+    """The images that a network takes: (H, W, C), and one number per channel to normalise pixels in [0, 1]."""
+
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def example(self) -> jax.ShapeDtypeStruct:
+        """The shape and dtype of a batch of two."""
+        return jax.ShapeDtypeStruct((2, *self.image_shape), jnp.float32)
+
+
+def _pictures(image_shape, mean, std) -> _Pictures:
+    """Returns the arguments of `from_linen` as tuples.
 
     Raises:
       DvinvError: They are missing, malformed or do not have the same number of channels.
@@ -204,7 +221,7 @@ def _pictures(image_shape, mean, std):
             'image_shape must be (height, width, channels), with a mean and a deviation a channel.'
         )
     check_normalisation(mean, std)
-    return image_shape, mean, std
+    return _Pictures(image_shape, mean, std)
 
 
 def _on_host(variables, name: str) -> dict:
@@ -278,12 +295,7 @@ def network_input(teacher: Teacher, images: np.ndarray):
     return images.astype(np.float32)
 
 
-def _teacher(make_tap, network, variables, image_shape, mean, std, call_kwargs, logits, module) -> Teacher:
-    if call_kwargs is None:
-        call_kwargs = eval_arguments(network)
-    example = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
-    tap = make_tap(network, variables, example, call_kwargs, logits)
-    num_classes = jax.eval_shape(tap.apply_fn, variables, example).shape[-1]
-    return Teacher(
-        tap.apply_fn, variables, image_shape, num_classes, mean, std, tap, tap.features, running_statistics, module
-    )
+def _tapped(tap: Tap, variables: dict, pictures: _Pictures, module) -> Teacher:
+    """Returns the Teacher of a network with this tap; `module` is what trains it."""
+    shape, mean, std = pictures
+    return Teacher(tap.apply_fn, variables, shape, tap.num_classes, mean, std, tap, tap.features, running_statistics, module)

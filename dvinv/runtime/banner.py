@@ -80,7 +80,7 @@ def unused_gpu() -> str:
     if jax.default_backend() != 'cpu' or not (name := _gpu()):
         return ''
     here = f'A GPU is there but not used ({name})'
-    if platforms := jax.config.jax_platforms:
+    if platforms := jax.config.values['jax_platforms']:
         return f'{here}: JAX_PLATFORMS is {platforms!r}.'
     if any(map(find_spec, PLUGINS)):
         return f'{here}, although JAX for CUDA is installed: see whether nvidia-smi and the driver work.'

@@ -14,7 +14,7 @@ def keep_compiled() -> None:
     If there is no such folder (for instance for a user without a home in a container), programs are not cached, and a
     message says so once.
     """
-    if jax.config.jax_compilation_cache_dir:
+    if jax.config.values['jax_compilation_cache_dir']:
         return
     try:
         folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'dvinv' / 'jax'

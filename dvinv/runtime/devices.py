@@ -24,7 +24,7 @@ def set_cpu_devices(count: int) -> None:
     Args:
       count: the number of virtual devices; 0 for one per core.
     """
-    decided = jax.config.jax_num_cpu_devices >= 0 or 'xla_force_host_platform_device_count' in os.environ.get(
+    decided = jax.config.values['jax_num_cpu_devices'] >= 0 or 'xla_force_host_platform_device_count' in os.environ.get(
         'XLA_FLAGS', ''
     )
     if count or not decided:
@@ -50,7 +50,7 @@ def local_devices() -> list[jax.Device]:
     try:
         return jax.local_devices()
     except (RuntimeError, AssertionError) as error:  # AssertionError: nothing is installed for the platform
-        platforms = jax.config.jax_platforms
+        platforms = jax.config.values['jax_platforms']
         asked = f'JAX_PLATFORMS is {platforms!r}, but ' if platforms else ''
         reason = (str(error) or 'nothing is installed for it').splitlines()[0]
         raise DvinvError(

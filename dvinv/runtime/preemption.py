@@ -23,8 +23,8 @@ GRACE = 20.0  # seconds in which the flag must be checked; Kubernetes and SLURM 
 SAVING = 10  # factor on `GRACE` from one check of the flag to the next or to the exit, because saving takes time
 HINT = 3.0  # seconds after Ctrl-C until a message says how to exit at once
 
-_came = None  # the flag: the first signal that was received
-_looked = threading.Event()  # set when the flag is checked
+_received: signal.Signals | None = None  # the flag: the first signal that was received
+_flag_checked = threading.Event()  # set when the flag is checked
 _bell = None  # the socket that wakes the thread
 _points = itertools.count(1)  # numbers of the points at which several processes check for a signal
 _agreed = False  # whether all processes exit now
@@ -55,9 +55,9 @@ def asked() -> bool:
 
     If there are several processes, all must call this at the same points, and all get the same answer.
     """
-    if _came and threading.current_thread() is threading.main_thread():
-        _looked.set()
-    return _asked_anywhere() if _several() else bool(_came)
+    if _received and threading.current_thread() is threading.main_thread():
+        _flag_checked.set()
+    return _asked_anywhere() if _several() else bool(_received)
 
 
 def leave_if_asked(saved: str = '', alone: bool = False) -> None:
@@ -71,9 +71,9 @@ def leave_if_asked(saved: str = '', alone: bool = False) -> None:
     Raises:
       SystemExit: a signal was received; the status is 143, or 130 after Ctrl-C.
     """
-    if not (alone and _several()) and asked():
-        say(f'{NAMES[_came]}: {saved or "nothing under way had to be saved"}; the same command goes on from here.')
-        raise SystemExit(128 + _came)
+    if not (alone and _several()) and asked() and _received:
+        say(f'{NAMES[_received]}: {saved or "nothing under way had to be saved"}; the same command goes on from here.')
+        raise SystemExit(128 + _received)
 
 
 def _several() -> bool:
@@ -100,43 +100,43 @@ def _handle(number: int, _) -> None:
 
 def _note(number: int) -> None:
     """Sets the flag to a signal, unless an earlier one is set."""
-    global _came
-    _came = _came or signal.Signals(number)
+    global _received
+    _received = _received or signal.Signals(number)
 
 
 def _listen(bell: socket.socket, grace: float) -> None:
     """Sets the flag at the first signal, and ends the process at a second Ctrl-C."""
-    came = False
+    first: signal.Signals | None = None
     while rung := bell.recv(64):
         for number in rung:
             if number not in NAMES:  # another signal that has a handler
                 continue
-            if came and number == signal.SIGINT:
-                _end('Ctrl-C again: this process ends at once; the same command goes on from what was saved.')
-            if not came:
-                came = True
+            if first and number == signal.SIGINT:
+                _end('Ctrl-C again: this process ends at once; the same command goes on from what was saved.', first)
+            if not first:
+                first = signal.Signals(number)
                 _note(number)
-                threading.Thread(target=_wait, args=(grace,), daemon=True).start()
+                threading.Thread(target=_wait, args=(grace, first), daemon=True).start()
     bell.close()  # `install` was called again
 
 
-def _wait(grace: float) -> None:
-    """Ends the process if the flag is not checked in time."""
+def _wait(grace: float, first: signal.Signals) -> None:
+    """Ends the process if the flag is not checked in time after the signal `first`."""
     if not grace:
-        _end(f'{NAMES[_came]}: this process ends at once.')
+        _end(f'{NAMES[first]}: this process ends at once.', first)
     patience = grace
-    if _came == signal.SIGINT and grace > HINT and not _looked.wait(HINT):
+    if first == signal.SIGINT and grace > HINT and not _flag_checked.wait(HINT):
         say('Ctrl-C: this process ends when it has saved what it is at; Ctrl-C again ends it at once.')
         patience -= HINT
-    while _looked.wait(patience):
-        _looked.clear()
+    while _flag_checked.wait(patience):
+        _flag_checked.clear()
         patience = SAVING * grace
     what = 'this process is in a long computation and ends now; the same command goes on from what was saved.'
-    _end(f'{NAMES[_came]}: {what}')
+    _end(f'{NAMES[first]}: {what}', first)
 
 
-def _end(sentence: str) -> None:
+def _end(sentence: str, first: signal.Signals) -> None:
     """Ends the process immediately, with the status of the first signal."""
     say(sentence)
     sys.stdout.flush()
-    os._exit(128 + _came)
+    os._exit(128 + first)

@@ -171,13 +171,14 @@ def _join(coordinator: str, count: int, index: int) -> None:
     who = f'process {index} of {count}: ' if coordinator else ''
     say(f'{who}waiting for the other processes')
     # By default JAX uses one device per process under SLURM and Open MPI; [] stands for all devices.
-    devices = [] if _one_a_host(os.environ) else None
-    given = (coordinator, count, index) if coordinator else ()
+    devices: list[int] | None = [] if _one_a_host(os.environ) else None
     # JAX would abort without a clear message, so its own timeout is longer.
     with _time_limit('all processes to start', JOIN):
         try:
             jax.distributed.initialize(
-                *given,
+                coordinator or None,
+                count if coordinator else None,
+                index if coordinator else None,
                 local_device_ids=devices,
                 initialization_timeout=2 * JOIN,
                 heartbeat_timeout_seconds=HEARTBEAT,

@@ -49,8 +49,8 @@ class Progress:
         self._title, self._total, self._unit, self._done, self._skipped = title, total, unit, done, done
         self._every, self._brief, self._stream, self._clock = every, brief, stream or sys.stderr, clock
         self._start = self._last = clock()
-        self._marked = None  # the time at which the count last increased
-        self._paces = collections.deque(maxlen=PACES)  # seconds per unit
+        self._marked: float | None = None  # the time at which the count last increased
+        self._paces: collections.deque[float] = collections.deque(maxlen=PACES)  # seconds per unit
         self._terminal = getattr(self._stream, 'isatty', lambda: False)()
         if self._terminal and not brief:
             self._draw({})

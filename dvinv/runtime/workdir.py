@@ -92,7 +92,8 @@ class Workdir:
         decide(lambda: self._open(settings), f'{self.path} to open')
         self.metrics = Metrics(self.path / 'metrics.jsonl', on_append=self.tick)
         self._times = self.read_json('times.json', {})
-        self._started, self._written = {}, 0.0
+        self._started: dict[str, float] = {}
+        self._written = 0.0
 
     def _open(self, settings: Settings) -> None:
         """Locks the folder for this run, and writes the config and versions of the run to it."""
