@@ -95,7 +95,7 @@ def test_sigterm_keeps_a_checkpoint_of_any_update(undisturbed, tmp_path, monkeyp
 
             def chosen(seed, number, *args, patch=patch, update=update):
                 if number == update + 1:  # which is read while the one before is made
-                    patch.setattr(preemption, '_came', signal.SIGTERM)
+                    patch.setattr(preemption, '_received', signal.SIGTERM)
                 return chosen_images(seed, number, *args)
 
             patch.setattr(dvinv.training.trainer, 'chosen_images', chosen)
