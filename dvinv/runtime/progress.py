@@ -65,12 +65,12 @@ class Progress:
         if self._terminal:
             self._draw({}, compiles=True)
 
-    def update(self, done: int, of: str = '', **values: float) -> None:
+    def update(self, done: int, part: str = '', **values: float) -> None:
         """Updates the display.
 
         Args:
           done: the number of units done so far.
-          of: the part of the work that `values` belong to; '' for all of it.
+          part: the part of the work that `values` belong to; '' for all of it.
           **values: figures, which are shown as far as there is room.
         """
         now = self._clock()
@@ -85,9 +85,9 @@ class Progress:
         if now - self._last >= (DRAWN if self._terminal else self._every) or (self._terminal and done >= self._total):
             self._last = now
             if self._terminal:
-                self._draw(values, of)
+                self._draw(values, part)
             else:
-                self._print(', '.join([self._count(), *_terms(values, of)]))
+                self._print(', '.join([self._count(), *_terms(values, part)]))
 
     def __enter__(self):
         return self
@@ -108,13 +108,13 @@ class Progress:
             return f'{text}, {duration(statistics.median(self._paces) * (self._total - self._done))} left'
         return text
 
-    def _draw(self, values: dict[str, float], of: str = '', compiles: bool = False) -> None:
+    def _draw(self, values: dict[str, float], part: str = '', compiles: bool = False) -> None:
         """Redraws the bar in its line; the cursor returns to the start of the line, for later output."""
         width = _columns(self._stream) - 1
         title, text = self._title, self._count(compiles)
         if len(title) + BAR + len(text) + 2 > width:
             title = '…' + title[len(title) - max(0, width - BAR - len(text) - 3) :]
-        for term in _terms(values, of):
+        for term in _terms(values, part):
             if len(title) + BAR + len(text) + len(term) + 4 > width:
                 break
             text += f', {term}'
@@ -127,10 +127,10 @@ class Progress:
         print(f'{CLEAR if self._terminal else ""}{self._title}: {text}', file=self._stream, flush=True)
 
 
-def _terms(values: dict[str, float], of: str) -> list[str]:
-    """Returns the values with their names, the loss first; the first one is prefixed with `of`."""
+def _terms(values: dict[str, float], part: str) -> list[str]:
+    """Returns the values with their names, the loss first; the first one is prefixed with `part`."""
     terms = [f'{name.replace("_", " ")} {values[name]:.4g}' for name in sorted(values, key=lambda name: name != 'loss')]
-    return [f'{of}: {terms[0]}', *terms[1:]] if of and terms else terms
+    return [f'{part}: {terms[0]}', *terms[1:]] if part and terms else terms
 
 
 def _columns(stream) -> int:

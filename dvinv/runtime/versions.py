@@ -71,7 +71,7 @@ def refuse_other_settings(folder: Path) -> None:
     """
     if differing := _differing(folder, {name: value for name, value in versions().items() if name in SETTINGS}):
         assigned = ' '.join(
-            f'no {name.upper()}' if there == 'None' else f'{name.upper()}={there}' for name, (there, _) in differing.items()
+            f'no {name.upper()}' if old == 'None' else f'{name.upper()}={old}' for name, (old, _) in differing.items()
         )
         raise DvinvError(
             f'{folder} holds a run under other settings of JAX: {_sentence(differing)}. Its images would be of two kinds; '
@@ -81,14 +81,14 @@ def refuse_other_settings(folder: Path) -> None:
 
 def record(folder: Path) -> None:
     """Writes the versions to the work directory, and prints a message if a run is resumed with other versions."""
-    here = versions()
-    if differing := _differing(folder, here):
+    current = versions()
+    if differing := _differing(folder, current):
         print(
             f'This run goes on under other versions: {_sentence(differing)}. What is made from now on may differ from what '
             'would have been made, in its last bits.',
             file=sys.stderr,
         )
-    write_atomic(folder / FILE, (json.dumps(here, indent=2, sort_keys=True) + '\n').encode())
+    write_atomic(folder / FILE, (json.dumps(current, indent=2, sort_keys=True) + '\n').encode())
 
 
 def command() -> str:
@@ -106,14 +106,14 @@ def packages() -> str:
     return ', '.join([*(f'{name} {found[name]}' for name in ('dvinv', *PACKAGES)), f'Python {platform.python_version()}'])
 
 
-def _differing(folder: Path, here: dict[str, str]) -> dict[str, tuple[str, str]]:
-    """Returns {name: (recorded value, current value)} of the values in `here` that differ from those a run recorded."""
+def _differing(folder: Path, current: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """Returns {name: (recorded value, current value)} of the values in `current` that differ from those a run recorded."""
     try:
-        there = dict(json.loads((folder / FILE).read_text()))
+        recorded = dict(json.loads((folder / FILE).read_text()))
     except (FileNotFoundError, ValueError, TypeError):
         return {}
-    return {name: (there[name], value) for name, value in here.items() if name in there and there[name] != value}
+    return {name: (recorded[name], new) for name, new in current.items() if recorded.get(name, new) != new}
 
 
 def _sentence(differing: dict[str, tuple[str, str]]) -> str:
-    return listed([f'{name} {there or "none"} there, {here or "none"} here' for name, (there, here) in differing.items()], 8)
+    return listed([f'{name} {old or "none"} there, {new or "none"} here' for name, (old, new) in differing.items()], 8)

@@ -38,7 +38,7 @@ ADDED = {
 }
 
 # The results of a run, without its records: until one of these exists, a folder may get another config.
-MADE = (
+RESULTS = (
     'results.json',
     'latency.json',
     'checkpoints',
@@ -53,7 +53,7 @@ MADE = (
 
 def holds_work(folder: Path) -> bool:
     """Returns whether a run has produced results in this folder; a run that was rejected or ended early has not."""
-    places = (Path(folder) / name for name in MADE)
+    places = (Path(folder) / name for name in RESULTS)
     paths = (path for place in places for path in (place, *place.rglob('*')))
     return any(path.is_file() and not path.name.startswith('.') for path in paths)
 
@@ -137,16 +137,18 @@ class Workdir:
         if old is None:
             return []
         new = json.loads(json.dumps(nested(settings)))  # tuples are lists in JSON
-        here, there = ({k: v for k, v in flat(c).items() if not _is_exempt(k)} for c in (new, old))
-        there = {current_name(name): 'fourier' if value == 'spectrum' else value for name, value in there.items()}
-        if here.get('data.name'):  # with real data nothing is held out
-            here['held_out'] = there['held_out'] = 0.0
+        current, recorded = ({k: v for k, v in flat(c).items() if not _is_exempt(k)} for c in (new, old))
+        recorded = {current_name(name): value for name, value in recorded.items()}
+        if recorded.get('synthesis.parameterization') == 'spectrum':  # the name in earlier versions
+            recorded['synthesis.parameterization'] = 'fourier'
+        if current.get('data.name'):  # with real data nothing is held out
+            current['held_out'] = recorded['held_out'] = 0.0
 
         def value(values: dict, key: str):
             return values.get(key, ADDED.get(re.sub(r'\[\d+\]', '', key), 'absent'))
 
-        keys = sorted(k for k in {*here, *there} if value(here, k) != value(there, k))
-        return [f'{k} ({value(there, k)!r} there, {value(here, k)!r} here)' for k in keys]
+        keys = sorted(k for k in {*current, *recorded} if value(current, k) != value(recorded, k))
+        return [f'{k} ({value(recorded, k)!r} there, {value(current, k)!r} here)' for k in keys]
 
     def _refuse_seeds(self) -> None:
         """Raises a `DvinvError` for a folder that holds the folders of runs with several seeds."""
