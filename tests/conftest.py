@@ -9,7 +9,13 @@ from pathlib import Path
 
 import jax
 import pytest
-from tiny import tiny_teacher
+from jaxtyping import install_import_hook
+
+# The shapes and dtypes that these modules declare are checked at every call, which must be set before they are imported.
+CHECKED = [f'dvinv.inversion.{name}' for name in ('augmentation', 'losses', 'objective', 'parameterization', 'priors')]
+install_import_hook([*CHECKED, 'dvinv.evaluation.divergence'], 'beartype.beartype')
+
+from tiny import tiny_teacher  # noqa: E402
 
 jax.config.update('jax_num_cpu_devices', 8)
 

@@ -1,7 +1,5 @@
 """What a network is shown: each change of the pictures, and that a split batch is shown the same."""
 
-import types
-
 import jax
 import numpy as np
 import pytest
@@ -22,11 +20,12 @@ from dvinv.inversion.augmentation import (
     roll,
     scaled_down,
 )
+from dvinv.networks.classifier import Classifier
 from dvinv.runtime.devices import AXIS, make_mesh
 
 MEAN, STD = np.array([0.4, 0.6], np.float32), np.array([0.2, 0.3], np.float32)
 BLACK = -MEAN / STD
-NETWORK = types.SimpleNamespace(valid_range=(BLACK, (1 - MEAN) / STD), std=STD)
+NETWORK = Classifier(lambda variables, x: x, {}, (6, 5, 2), 2, (0.4, 0.6), (0.2, 0.3))
 
 
 def _images(batch=8, height=6, width=5):

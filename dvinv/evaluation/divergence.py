@@ -2,9 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
+
+from dvinv.networks.arrays import AnyArray, Logits, Scalar
 
 
-def divergence(target_logits: jax.Array, logits: jax.Array, temperature: float = 1.0) -> jax.Array:
+def divergence(target_logits: Float[AnyArray, 'B O'], logits: Logits, temperature: float = 1.0) -> Scalar:
     """Computes the mean over images of KL(p_target || p), with softmaxes at `temperature`.
 
     Args:

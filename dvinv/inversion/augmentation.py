@@ -13,12 +13,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from dvinv.config import Stage, TrainingSettings
+from dvinv.networks.arrays import AnyArray, Images, PerChannel
 from dvinv.networks.classifier import Classifier
 
 
-def average_pool(x: jax.Array, factor: int) -> jax.Array:
+def average_pool(x: Images, factor: int) -> Float[AnyArray, 'B H//{factor} W//{factor} C']:
     """Computes the means of `factor` x `factor` pixels: [B, H, W, C] -> [B, H/factor, W/factor, C]."""
     if factor == 1:
         return x
@@ -26,7 +28,7 @@ def average_pool(x: jax.Array, factor: int) -> jax.Array:
     return x.reshape(b, h // factor, factor, w // factor, factor, c).mean((2, 4))
 
 
-def scaled_down(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+def scaled_down(x: Images, size: tuple[int, int]) -> Float[AnyArray, 'B {size[0]} {size[1]} C']:
     """Scales images down to a smaller size.
 
     If one factor takes both height and width to `size`, a new pixel is the mean of a square of pixels. Otherwise it is the
@@ -58,13 +60,13 @@ def _triangles(old: int, new: int) -> np.ndarray:
     return (weights / weights.sum(0)).astype(np.float32)
 
 
-def roll(key: jax.Array, x: jax.Array, pixels: int) -> jax.Array:
+def roll(key: jax.Array, x: Images, pixels: int) -> Images:
     """Rolls the whole batch by one offset, uniform in [-pixels, pixels] per axis; pixels wrap around at the border."""
     offset = jax.random.randint(key, (2,), -pixels, pixels + 1)
     return jnp.roll(x, offset, (1, 2))
 
 
-def flip(key: jax.Array, x: jax.Array) -> jax.Array:
+def flip(key: jax.Array, x: Images) -> Images:
     """Mirrors the whole batch left to right with probability 1/2."""
     return jnp.where(jax.random.bernoulli(key), x[:, :, ::-1], x)
 
@@ -83,7 +85,7 @@ def per_image(draw, local: int, axis: str | None):
     return jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(axis) * local, local)
 
 
-def crop_each(key: jax.Array, x: jax.Array, pixels: int, fill: jax.Array, axis: str | None = None) -> jax.Array:
+def crop_each(key: jax.Array, x: Images, pixels: int, fill: PerChannel, axis: str | None = None) -> Images:
     """Pads each image by `pixels` on all sides with the colour `fill` [C] and cuts a random window of its old size."""
     if pixels == 0:
         return x
@@ -95,13 +97,13 @@ def crop_each(key: jax.Array, x: jax.Array, pixels: int, fill: jax.Array, axis: 
     return window(padded, offsets) + fill
 
 
-def flip_each(key: jax.Array, x: jax.Array, axis: str | None = None) -> jax.Array:
+def flip_each(key: jax.Array, x: Images, axis: str | None = None) -> Images:
     """Mirrors each image left to right with probability 1/2, independently of the others."""
     coins = per_image(lambda n: jax.random.bernoulli(key, shape=(n, 1, 1, 1)), x.shape[0], axis)
     return jnp.where(coins, x[:, :, ::-1], x)
 
 
-def add_noise(key: jax.Array, x: jax.Array, most: jax.Array | np.ndarray, axis: str | None = None) -> jax.Array:
+def add_noise(key: jax.Array, x: Images, most: PerChannel, axis: str | None = None) -> Images:
     """Adds Gaussian noise to each image, with a deviation uniform in [0, `most`]; `most` [C] is in normalised space."""
     deviation_key, noise_key = jax.random.split(key)
     deviations = per_image(lambda n: jax.random.uniform(deviation_key, (n, 1, 1, 1)), x.shape[0], axis)
@@ -112,7 +114,7 @@ def add_noise(key: jax.Array, x: jax.Array, most: jax.Array | np.ndarray, axis: 
     return x + most[None, None, None] * deviations * noise
 
 
-def resized_crop_each(key: jax.Array, x: jax.Array, least: float, axis: str | None = None) -> jax.Array:
+def resized_crop_each(key: jax.Array, x: Images, least: float, axis: str | None = None) -> Images:
     """Cuts a random window from each image and scales it to the image's size.
 
     The area of the window is uniform in [`least`, 1] of the image's area, its aspect ratio log-uniform in [3/4, 4/3]
@@ -130,7 +132,7 @@ def resized_crop_each(key: jax.Array, x: jax.Array, least: float, axis: str | No
     return jax.vmap(cut)(x, scales, offsets)
 
 
-def color_shift_each(key: jax.Array, x: jax.Array, strength: float, axis: str | None = None) -> jax.Array:
+def color_shift_each(key: jax.Array, x: Images, strength: float, axis: str | None = None) -> Images:
     """Scales and shifts each channel of each normalised image [B, H, W, C]: the ColorShift of arXiv 2201.12961.
 
     x' = exp(v) x - u,   u, v uniform in [-strength, strength] for each channel and image
@@ -140,7 +142,7 @@ def color_shift_each(key: jax.Array, x: jax.Array, strength: float, axis: str | 
     return jnp.exp(draws[:, 1]) * x - draws[:, 0]
 
 
-def centred(x: jax.Array, share: float) -> jax.Array:
+def centred(x: Images, share: float) -> Images:
     """Crops the central `share` of the height and width of images [B, H, W, C] and scales it up to their size.
 
     An inversion that begins with the centre, and shows the network more from stage to stage, places objects in the middle
@@ -153,7 +155,7 @@ def centred(x: jax.Array, share: float) -> jax.Array:
     return jax.image.resize(x[:, top : top + height, left : left + width], x.shape, 'linear')
 
 
-def color_jitter_each(key: jax.Array, x: jax.Array, strength: float, axis: str | None = None) -> jax.Array:
+def color_jitter_each(key: jax.Array, x: Images, strength: float, axis: str | None = None) -> Images:
     """Changes contrast, brightness and tint of each image of a batch [B, H, W, C].
 
         x' = m + (x - m) exp(s a) + d s (b + c / 2)
@@ -167,7 +169,7 @@ def color_jitter_each(key: jax.Array, x: jax.Array, strength: float, axis: str |
     return mean + (x - mean) * contrast + deviation * shift
 
 
-def cutmix(key: jax.Array, x: jax.Array, probability: float) -> jax.Array:
+def cutmix(key: jax.Array, x: Images, probability: float) -> Images:
     """Pastes a rectangle of another image into each image with `probability` (CutMix, arXiv 1905.04899).
 
     Image i gets a rectangle of image B - 1 - i, at the same position in both. The rectangle has the aspect ratio of the
@@ -184,7 +186,7 @@ def cutmix(key: jax.Array, x: jax.Array, probability: float) -> jax.Array:
     return jnp.where(box, x[::-1], x)
 
 
-def mixup(key: jax.Array, x: jax.Array, alpha: float) -> jax.Array:
+def mixup(key: jax.Array, x: Images, alpha: float) -> Images:
     """Mixes image i with image B - 1 - i by one share ~ Beta(alpha, alpha) for the whole batch (arXiv 1710.09412)."""
     share = jax.random.beta(key, alpha, alpha)
     return share * x + (1 - share) * x[::-1]
@@ -205,7 +207,7 @@ class Augmentation:
 
     color_shift: float = 0.0  # strength of random scales and shifts of each channel, see `color_shift_each`; 0: none
 
-    def __call__(self, key: jax.Array, x: jax.Array, network: Classifier, axis: str | None = None) -> jax.Array:
+    def __call__(self, key: jax.Array, x: Images, network: Classifier, axis: str | None = None) -> Images:
         """Returns augmented images x' [B, H, W, C].
 
         Args:

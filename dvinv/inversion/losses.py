@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dvinv.networks.arrays import AnyArray, Images, Labels, Logits, PerImage, Scalar
+
 # Added inside every square root, because the gradient of an L2 norm that is not squared is NaN at zero in JAX.
 EPSILON = 1e-12
 LARGE = 8.0  # a first layer with a larger running deviation, over all channels, has pixels from 0 to 255 as its input
@@ -26,12 +28,12 @@ def pmean(tree, axis: str | None):
     return tree if axis is None else jax.lax.pmean(tree, axis)
 
 
-def safe_norm(x: jax.Array, axis=None) -> jax.Array:
+def safe_norm(x: AnyArray, axis=None) -> jax.Array:
     """Computes the L2 norm ||x||_2, not squared, over `axis` (all axes if None), with the gradient 0 at x = 0."""
     return jnp.sqrt(jnp.sum(jnp.square(x), axis=axis) + EPSILON)
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, axis: str | None = None) -> jax.Array:
+def cross_entropy(logits: Logits, labels: Labels, axis: str | None = None) -> Scalar:
     """Computes the mean cross-entropy of `logits` [B, K] and integer `labels` [B]: L(f(x), y) in eq. 1 of the paper."""
     logits = logits.astype(jnp.float32)
     return pmean(optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), axis)
@@ -65,7 +67,7 @@ def feature_terms(moments: dict, statistics: dict) -> dict:
     return {layer: term(layer, mean, variance) for layer, (mean, variance) in moments.items()}
 
 
-def feature_loss(terms: dict, first_bn_multiplier: float = 1.0) -> jax.Array:
+def feature_loss(terms: dict, first_bn_multiplier: float = 1.0) -> Scalar:
     """Computes R_feature = sum_l m_l R_l, where m_l is `first_bn_multiplier` for the first layer in forward order, else 1.
 
     If the first layer is a stack (`nn.scan`), the multiplier applies to its first element only. The result is NaN if there
@@ -78,7 +80,7 @@ def feature_loss(terms: dict, first_bn_multiplier: float = 1.0) -> jax.Array:
     return total + (first_bn_multiplier - 1.0) * first
 
 
-def _differences(x: jax.Array) -> tuple[jax.Array, ...]:
+def _differences(x: Images) -> tuple:
     """Computes the differences of adjacent pixels of x [B, H, W, C]: horizontal, vertical, and along both diagonals."""
     return (
         x[:, :, 1:] - x[:, :, :-1],
@@ -88,29 +90,29 @@ def _differences(x: jax.Array) -> tuple[jax.Array, ...]:
     )
 
 
-def total_variation_l2(x: jax.Array, axis: str | None = None) -> jax.Array:
+def total_variation_l2(x: Images, axis: str | None = None) -> Scalar:
     """Computes the L2 form of R_tv: the sum of 4 Frobenius norms over the whole batch x [B, H, W, C]; grows as sqrt(B)."""
     squares = psum(tuple(jnp.sum(jnp.square(d)) for d in _differences(x)), axis)
     return jnp.asarray(sum(jnp.sqrt(s + EPSILON) for s in squares))
 
 
-def total_variation_l1(x: jax.Array, axis: str | None = None) -> jax.Array:
+def total_variation_l1(x: Images, axis: str | None = None) -> Scalar:
     """Computes the L1 form of R_tv: the sum of four means of absolute differences of x [B, H, W, C]; independent of B."""
     # d sign(d) is |d| with the gradient 0 at 0 (that of jnp.abs is 1): clipped pixels are often exactly equal.
     return pmean(sum(jnp.mean(d * jnp.sign(d)) for d in _differences(x)), axis)
 
 
-def l2_per_image(x: jax.Array, axis: str | None = None) -> jax.Array:
+def l2_per_image(x: Images, axis: str | None = None) -> Scalar:
     """Computes R_l2 of the ImageNet settings: the mean over images of ||x_i||_2, for x [B, H, W, C]."""
     return pmean(jnp.mean(safe_norm(x.reshape(x.shape[0], -1), 1)), axis)
 
 
-def l2_per_batch(x: jax.Array, axis: str | None = None) -> jax.Array:
+def l2_per_batch(x: Images, axis: str | None = None) -> Scalar:
     """Computes R_l2 of the CIFAR settings: ||x||_2 of the whole batch x [B, H, W, C]; grows as sqrt(B)."""
     return jnp.sqrt(psum(jnp.sum(jnp.square(x)), axis) + EPSILON)
 
 
-def jensen_shannon(p_logits: jax.Array, q_logits: jax.Array, temperature: float) -> jax.Array:
+def jensen_shannon(p_logits: Logits, q_logits: Logits, temperature: float) -> PerImage:
     """Computes the Jensen-Shannon divergence of two predictions for each image.
 
         JS(p, q) = 0.5 KL(p||m) + 0.5 KL(q||m),   m = (p + q) / 2
@@ -133,9 +135,7 @@ def jensen_shannon(p_logits: jax.Array, q_logits: jax.Array, temperature: float)
     return 0.5 * (kl_pm + kl_qm)
 
 
-def competition(
-    teacher_logits: jax.Array, student_logits: jax.Array, axis: str | None = None, temperature: float = 3.0
-) -> jax.Array:
+def competition(teacher_logits: Logits, student_logits: Logits, axis: str | None = None, temperature: float = 3.0) -> Scalar:
     """Computes R_compete of Adaptive DeepInversion (eq. 5): 1 - JS(p_teacher, p_student), the mean over images.
 
     JS is the Jensen-Shannon divergence as the paper defines it. It is at most ln 2, so nothing is clipped, and its gradient

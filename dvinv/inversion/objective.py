@@ -17,9 +17,10 @@ from dvinv.inversion.losses import (
 from dvinv.inversion.parameterization import pixel_scale_of, rescaled
 from dvinv.inversion.priors import patch_similarity
 from dvinv.inversion.teacher import Teacher
+from dvinv.networks.arrays import Images
 
 
-def view(teacher: Teacher, stage: Stage, images: jax.Array, key: jax.Array, axis: str | None = None):
+def view(teacher: Teacher, stage: Stage, images: Images, key: jax.Array, axis: str | None = None):
     """Returns images [B, H, W, C] at the stage's resolution, as a pair: plain, and augmented as the teacher's input."""
     scaled = centred(scaled_down(images, stage.view_size(*images.shape[1:3])), stage.centre)
     return scaled, augmentation_of(stage)(key, scaled, teacher, axis)

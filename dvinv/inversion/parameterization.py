@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dvinv.networks.arrays import Images
 from dvinv.networks.classifier import Classifier
 
 COMMON = 0.5, 0.25  # mean and std of the common space, for pixels in [0, 1]
@@ -30,7 +31,7 @@ SHARED = 0.85  # the share of the variance that the channels have in common
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def initial_parameters(key: jax.Array, batch_size: int, image_shape) -> tuple[jax.Array, jax.Array]:
+def initial_parameters(key: jax.Array, batch_size: int, image_shape) -> tuple[Images, jax.Array]:
     """Returns (parameters ~ N(0, 1), [B, H, W, C] float32, and the key from which the iterations draw)."""
     parameters_key, step_key = jax.random.split(key)
     return jax.random.normal(parameters_key, (batch_size, *image_shape), jnp.float32), step_key
@@ -50,7 +51,7 @@ def pixel_scale_of(kind: str, classifier: Classifier) -> Classifier:
     return dataclasses.replace(classifier, mean=mean, std=std)
 
 
-def rescaled(x: jax.Array, old: Classifier, new: Classifier) -> jax.Array:
+def rescaled(x: Images, old: Classifier, new: Classifier) -> Images:
     """Converts images [B, H, W, C] from the normalisation of `old` to that of `new`; returns `x` itself if they agree."""
     if (old.mean, old.std) == (new.mean, new.std):
         return x

@@ -2,14 +2,16 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from dvinv.inversion.losses import EPSILON, pmean
+from dvinv.networks.arrays import AnyArray, Scalar
 
 POINTS = 32  # the number of points at which the density is evaluated
 MARGIN = 3.0  # the first and last point are so many bandwidths beyond the lowest and highest similarity
 
 
-def patch_similarity_entropy(tokens: jax.Array, axis: str | None = None) -> jax.Array:
+def patch_similarity_entropy(tokens: Float[AnyArray, 'B ... C'], axis: str | None = None) -> Scalar:
     """Computes the differential entropy of the similarities between patches, the mean over images; float32 scalar.
 
     In images of objects, patches are similar or dissimilar depending on their content; in noise all patches are equally
@@ -44,7 +46,7 @@ def patch_similarity_entropy(tokens: jax.Array, axis: str | None = None) -> jax.
     return pmean(entropy.mean(), axis)
 
 
-def patch_similarity(captured: dict, axis: str | None = None) -> jax.Array:
+def patch_similarity(captured: dict, axis: str | None = None) -> Scalar:
     """Computes the prior of PSAQ-ViT, - sum over blocks of `patch_similarity_entropy`.
 
     Args:

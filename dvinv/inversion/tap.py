@@ -83,7 +83,7 @@ class Tap(abc.ABC):
         self.num_classes = self._check_call(variables, example)
         self._select_layers(variables)
 
-    def of(self, variables) -> 'Tap':
+    def for_variables(self, variables) -> 'Tap':
         """Returns the tap of the same network for variables with other statistics, for instance recorded moments."""
         tap = copy.copy(self)
         tap._select_layers(variables)

@@ -53,7 +53,7 @@ class Teacher(Classifier):
     def with_variables(self, more: dict) -> 'Teacher':
         """Returns the same network with the collections `more` added to its variables; they may contain statistics."""
         variables = {**self.variables, **more}
-        tap = self.tap.of(variables)
+        tap = self.tap.for_variables(variables)
         return dataclasses.replace(self, variables=variables, tap=tap, features=tap.features)
 
 
@@ -259,7 +259,7 @@ def _on_host(variables, name: str) -> dict:
 
     # A leaf may be a tuple of values that the network sowed in `init`.
     flat = {
-        path: jax.tree.map(lambda one, path=path: copied(path, one), leaf)
+        path: jax.tree.map(lambda value, path=path: copied(path, value), leaf)
         for path, leaf in flatten(unboxed(variables)).items()
         if leaf is not None
     }
