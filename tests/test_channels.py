@@ -126,7 +126,7 @@ def test_a_pruned_network_is_saved_with_its_widths(tmp_path):
     [
         ({'Conv_9': [0]}, 'Conv_9'),
         ({'Conv_0': [0, 99]}, 'no 99'),
-        ({'layer1_0/conv2': [0, 1]}, 'only go together'),
+        ({'layer1_0/conv2': [0, 1]}, 'must be removed together'),
     ],
 )
 def test_channels_that_cannot_be_left_are_refused(kept, sentence):

@@ -15,13 +15,13 @@ class Pin:
     """The reason why slots must stay: an operation that needs all of them, and the path of the module that calls it."""
 
     operation: str
-    where: str
+    module: str
 
 
 class Coupling:
     """Slots, numbered from 0 in the order in which they are created, with their couplings and pins."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._slots = 0
         self._coupled: list[tuple[np.ndarray, np.ndarray]] = []
         self._pinned: list[tuple[np.ndarray, Pin]] = []
@@ -36,9 +36,9 @@ class Coupling:
         if first is not second:
             self._coupled.append((first, second))
 
-    def pin(self, slots: np.ndarray, why: Pin) -> None:
+    def pin(self, slots: np.ndarray, reason: Pin) -> None:
         """Records that these slots must stay."""
-        self._pinned.append((slots, why))
+        self._pinned.append((slots, reason))
 
     def groups(self) -> np.ndarray:
         """Returns the group of each slot, int [number of slots]; slots of one group can only be removed together."""

@@ -34,18 +34,18 @@ class PrunedModule(nn.Module):
         channels = find_channels(network, x.shape[1:])
         keep = channels.keep_mask(self.kept)
         if self.is_initializing():
-            whole = network.init(self.make_rng('params'), x, train=train)
-            self._put(channels.sliced(keep, whole))
-            return network.apply(whole, x, train=False)
+            unpruned = network.init(self.make_rng('params'), x, train=train)
+            self._put(channels.sliced(keep, unpruned))
+            return network.apply(unpruned, x, train=False)
         rngs = {name: self.make_rng(name) for name in ('dropout',) if self.has_rng(name)}
 
-        def whole(variables, x, rngs):
+        def apply(variables, x, rngs):
             return network.apply(variables, x, train=train, rngs=rngs, mutable=self.scope.mutable or [])
 
-        variables = {name: tree for name, tree in flax.core.unfreeze(self.variables).items() if tree}
+        variables = {name: tree for name, tree in flax.core.unfreeze(dict(self.variables)).items() if tree}
         # The shapes of the full network's variables, but the dtypes of this module's, which may be a half-precision copy.
-        example = jax.tree.map(lambda whole, leaf: jax.ShapeDtypeStruct(whole.shape, leaf.dtype), channels.shapes, variables)
-        logits, changed = pruned_function(whole, (example, x, rngs), channels.places(keep))(variables, x, rngs)
+        example = jax.tree.map(lambda full, leaf: jax.ShapeDtypeStruct(full.shape, leaf.dtype), channels.shapes, variables)
+        logits, changed = pruned_function(apply, (example, x, rngs), channels.places(keep))(variables, x, rngs)
         self._put(changed)
         return logits
 
