@@ -9,7 +9,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Primitive, Var
+from jax.extend.core.primitives import conv_general_dilated_p, dot_general_p
 
 from dvinv.graph.program import bind, call, called_program, evaluate, program_of, run_equations, start_values, value_of
 
@@ -36,6 +37,20 @@ def rewritten(fn: Callable, rules: Mapping[str, Rule]) -> Callable:
         return jax.tree.unflatten(jax.tree.structure(result), values)
 
     return run
+
+
+def contraction_rules(rule: Callable[[Primitive, dict], Callable | None]) -> dict[str, Rule]:
+    """Returns the rules that replace the convolutions and matrix products of a function.
+
+    Args:
+      rule: (the primitive, its parameters) -> a function of both operands that replaces the operation, or None to keep it.
+    """
+
+    def without_avals(primitive: Primitive, params: dict) -> Callable | None:
+        return rule(primitive, {name: value for name, value in params.items() if name != 'avals'})
+
+    primitives = conv_general_dilated_p, dot_general_p
+    return {primitive.name: functools.partial(without_avals, primitive) for primitive in primitives}
 
 
 def recomputed(fn: Callable, segments: int) -> Callable:

@@ -7,16 +7,19 @@ lie between the two, because a channel can then be scaled in one and scaled back
 
 import collections
 import dataclasses
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from dvinv.errors import DvinvError, listed
 from dvinv.graph.program import CUSTOM_DERIVATIVES, Operation, Place, Program, called_or_derived, hides, program_of
+from dvinv.graph.rewriting import contraction_rules, rewritten
 from dvinv.networks.classifier import join_names
 
 OPERATIONS = ('conv_general_dilated', 'dot_general')
@@ -97,6 +100,44 @@ def find_layers(apply_fn: Callable, variables, image_shape) -> tuple[Layer, ...]
     if not layers:
         raise DvinvError('The network has no convolution or matrix product with weights, so there is nothing to quantize.')
     return layers
+
+
+def with_rules(apply_fn: Callable, layers: Sequence[Layer], compute_layer: Callable) -> Callable:
+    """Returns `(weights, ceilings, x) -> logits`, which runs `apply_fn` with its layers computed by `compute_layer`.
+
+    Args:
+      compute_layer: (index of the layer, bind, operands) -> its result; `bind(*operands)` is the operation itself.
+
+    Returns:
+      The function; for `ceilings` see `folding.Folded`.
+    """
+    index_of = {layer.number: index for index, layer in enumerate(layers)}
+
+    def run(weights, ceilings, x):
+        operations, cuts = itertools.count(), itertools.count()
+
+        def layer_rule(primitive, params):
+            index = index_of.get(next(operations))
+            if index is None:
+                return None
+            return lambda *operands: compute_layer(index, functools.partial(primitive.bind, **params), operands)
+
+        def ceiling_rule(params):
+            factor = ceilings.get(str(next(cuts)))
+            if factor is None:
+                return None
+            function = params.get('call_jaxpr')
+
+            def scaled(*operands):
+                operands = [operand * factor if np.ndim(operand) else operand for operand in operands]
+                result = jaxpr_as_fun(function)(*operands)[0] if function else jnp.minimum(*operands)
+                return result / factor
+
+            return scaled
+
+        return rewritten(apply_fn, contraction_rules(layer_rule) | dict.fromkeys(CUT, ceiling_rule))(weights, x)
+
+    return run
 
 
 class _LayerFinder:
@@ -255,10 +296,10 @@ def _refuse_hidden(operation: Operation) -> None:
     derivatives = [caller.primitive.name for caller in operation.callers if caller.primitive in CUSTOM_DERIVATIVES]
     hidden = operation.name in OPERATIONS and bool(derivatives)
     if hidden or operation.name in UNSUPPORTED or hides(operation.equation):
+        name = derivatives[0] if hidden else operation.name
         raise DvinvError(
-            f'The network has the operation {derivatives[0] if hidden else operation.name}, whose weights cannot be '
-            'quantized: only convolutions and matrix products outside of loops and custom derivatives can; write it out, or '
-            'use another network.'
+            f'The network has the operation {name} with weights that cannot be quantized: only those of convolutions and '
+            'matrix products outside of loops and custom derivatives can; write it out, or use another network.'
         )
 
 
