@@ -67,13 +67,13 @@ def test_what_cannot_be_looked_into_runs_as_it_is(fn):
 
 
 def test_a_rule_sees_parameters_and_shapes_and_may_decline():
-    seen = []
+    operations = []
 
     def rule(params):
-        seen.append((params['dimension_numbers'], [aval.shape for aval in params['avals']]))
+        operations.append((params['dimension_numbers'], [aval.shape for aval in params['avals']]))
 
     np.testing.assert_array_equal(rewritten(jnp.dot, {'dot_general': rule})(X, X.T), X @ X.T)
-    assert seen == [((((1,), (0,)), ((), ())), [(2, 3), (3, 2)])]
+    assert operations == [((((1,), (0,)), ((), ())), [(2, 3), (3, 2)])]
 
 
 @pytest.mark.parametrize('rewrite', [lambda fn: rewritten(fn, {'sin': lambda params: None}), lambda fn: recomputed(fn, 2)])
@@ -201,7 +201,7 @@ def test_channels_are_followed_through_all_calls_but_custom_derivatives(call):
 def test_layers_to_quantize_are_found_in_all_calls_and_refused_in_custom_derivatives(call):
     network = apply_fn_of(Called(call)), VARIABLES, (8, 8, 2)
     if call in CUSTOM:
-        with pytest.raises(DvinvError, match=f'the operation {call}_call, whose weights cannot be quantized'):
+        with pytest.raises(DvinvError, match=f'the operation {call}_call with weights that cannot be quantized'):
             find_layers(*network)
     else:
         layers = find_layers(*network)

@@ -192,17 +192,17 @@ class _Inliner:
             return self._constant(variable.val) if isinstance(variable, Literal) else numbers[variable]
 
         for index, equation in enumerate(jaxpr.eqns):
-            here, path = (*place, index), '/'.join(filter(None, (module, str(equation.source_info.name_stack))))
+            position, path = (*place, index), '/'.join(filter(None, (module, str(equation.source_info.name_stack))))
             arguments = tuple(map(number_of, equation.invars))
             function = self._inlined(equation)
             if function is None:
                 results = [self.fresh() for _ in equation.outvars]
-                self.operations.append(Operation(equation, here, path, arguments, tuple(results), callers))
+                self.operations.append(Operation(equation, position, path, arguments, tuple(results), callers))
             else:
-                results = self.inline(function, arguments, here, path, (*callers, equation))
+                results = self.inline(function, arguments, position, path, (*callers, equation))
             numbers.update(zip(equation.outvars, results, strict=True))
             for result, value in enumerate(results):
-                self.returned[value].append((here, result))
+                self.returned[value].append((position, result))
         return [*map(number_of, jaxpr.outvars)]
 
     def _constant(self, value) -> int:

@@ -278,16 +278,16 @@ def _evaluate(
     recorded: dict[int, jax.Array] = {}
 
     def apply(equation: JaxprEqn, position: int, inputs: list) -> list:
-        here = {index: (place[1:], outputs) for index, (place, outputs) in places.items() if place[0] == position}
-        inside = {index: where for index, where in here.items() if where[0]}
+        at_equation = {index: (place[1:], outputs) for index, (place, outputs) in places.items() if place[0] == position}
+        inside = {index: (place, outputs) for index, (place, outputs) in at_equation.items() if place}
         function = called_program(equation)
         if inside and function is not None:
-            results, found = call(equation, inputs, lambda *arrays: _evaluate(function, arrays, inside, replace))
-            recorded.update(found)
+            results, recorded_inside = call(equation, inputs, lambda *arrays: _evaluate(function, arrays, inside, replace))
+            recorded.update(recorded_inside)
         else:
             results = bind(equation, inputs)
-        for index in here.keys() - inside.keys():
-            outputs = here[index][1]
+        for index in at_equation.keys() - inside.keys():
+            outputs = at_equation[index][1]
             recorded[index] = results[outputs[0]]
             value = _replacement(index, recorded[index], replace)
             results = [value if number in outputs else result for number, result in enumerate(results)]

@@ -10,8 +10,7 @@ import numpy as np
 
 from dvinv.errors import DvinvError, listed
 from dvinv.graph.program import called_or_jaxs_own, program_of
-from dvinv.networks.channels.coupling import Coupling, Pin
-from dvinv.networks.channels.rules import Product, follow
+from dvinv.networks.channels.rules import Coupling, Pin, Product, follow
 from dvinv.networks.classifier import flatten, name_of, unflatten
 from dvinv.networks.registry import shapes_of
 
@@ -105,7 +104,7 @@ class ChannelGroups:
         keep, layers = np.ones(self.count, bool), self.layers
         for layer, indices in kept.items():
             if layer not in layers:
-                raise DvinvError(f'{layer!r} is not a layer with channels that can be removed; these are: {_some(layers)}.')
+                raise DvinvError(f'{layer!r} is not a layer with channels that can be removed; these are: {_names(layers)}.')
             groups, channels = layers[layer], np.asarray(indices, int)
             if len(channels) and (channels.min() < 0 or channels.max() >= len(groups)):
                 wrong = channels[(channels < 0) | (channels >= len(groups))][0]
@@ -129,7 +128,7 @@ def _kernels(paths: Iterable[str]) -> dict[str, str]:
     return {path.removeprefix('params/').removesuffix('/kernel'): path for path in kernels}
 
 
-def _some(names: Iterable[str]) -> str:
+def _names(names: Iterable[str]) -> str:
     return listed([*names], 8)
 
 
@@ -145,16 +144,17 @@ def find_channels(module: nn.Module, image_shape, ignored: tuple[str, ...] = ())
       DvinvError: No channel can be removed (the message names the operations that prevent it), or the network does not have
         an ignored layer.
     """
+    arguments = module, tuple(image_shape), tuple(ignored)
     try:
-        return _found(module, tuple(image_shape), tuple(ignored))
+        return _find_channels(*arguments)
     except TypeError as error:
         if 'hash' not in str(error):
             raise
-        return _found.__wrapped__(module, tuple(image_shape), tuple(ignored))  # for example, one of its fields is a list
+        return _find_channels.__wrapped__(*arguments)  # for example, one of its fields is a list
 
 
 @functools.lru_cache(maxsize=32)  # because a pruned network calls it each time that it is traced
-def _found(module: nn.Module, image_shape: tuple[int, ...], ignored: tuple[str, ...]) -> ChannelGroups:
+def _find_channels(module: nn.Module, image_shape: tuple[int, ...], ignored: tuple[str, ...]) -> ChannelGroups:
     variables = shapes_of(module, image_shape)
     image = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
     closed = jax.make_jaxpr(lambda v, x: module.apply(v, x, train=False))(variables, image)
@@ -173,7 +173,7 @@ def _found(module: nn.Module, image_shape: tuple[int, ...], ignored: tuple[str, 
     fixed = np.zeros(group.max(initial=0) + 1, bool)
     for layer in ignored:
         if layer not in outputs:
-            raise DvinvError(f'pruning.ignored_layers names {layer!r}, which is no layer; these are: {_some(outputs)}.')
+            raise DvinvError(f'pruning.ignored_layers names {layer!r}, which is no layer; these are: {_names(outputs)}.')
         fixed[group[outputs[layer]]] = True
     for pinned, _ in pins:
         fixed[group[pinned]] = True

@@ -1,8 +1,9 @@
-"""Rules for how channels pass through the operations of a network.
+"""Rules for how channels pass through the operations of a network, and which of them can only be removed together.
 
-Each axis of a value has a label: the slots (see coupling.py) of its places, int [n], or None if it is not an axis of
-channels, such as the axes of the images of a batch or of pixels. A rule takes the labels of an operation's inputs, couples
-slots that must be removed together, and returns the labels of its outputs.
+Every place along an axis of a variable is a slot. Each axis of a value has a label: the slots of its places, int [n], or
+None if it is not an axis of channels, such as the axes of the images of a batch or of pixels. A rule takes the labels of the
+inputs of an operation and returns those of its outputs. It couples slots that must be removed together (those of both sides
+of a sum, or of a convolution's outputs and the next one's inputs), and pins slots that must stay.
 """
 
 import dataclasses
@@ -12,7 +13,53 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from dvinv.graph.program import Operation, Program
-from dvinv.networks.channels.coupling import Coupling, Pin
+
+
+@dataclasses.dataclass(frozen=True)
+class Pin:
+    """The reason why slots must stay: an operation that needs all of them, and the path of the module that calls it."""
+
+    operation: str
+    module: str
+
+
+class Coupling:
+    """Slots, numbered from 0 in the order in which they are created, with their couplings and pins."""
+
+    def __init__(self) -> None:
+        self._slots = 0
+        self._coupled: list[tuple[np.ndarray, np.ndarray]] = []
+        self._pinned: list[tuple[np.ndarray, Pin]] = []
+
+    def fresh(self, count: int) -> np.ndarray:
+        """Creates slots; returns their numbers, int64 [count]."""
+        self._slots += count
+        return np.arange(self._slots - count, self._slots)
+
+    def couple(self, first: np.ndarray, second: np.ndarray) -> None:
+        """Records that `first[i]` and `second[i]`, int [n] both, can only be removed together."""
+        if first is not second:
+            self._coupled.append((first, second))
+
+    def pin(self, slots: np.ndarray, reason: Pin) -> None:
+        """Records that these slots must stay."""
+        self._pinned.append((slots, reason))
+
+    def groups(self) -> np.ndarray:
+        """Returns the group of each slot, int [number of slots]; slots of one group can only be removed together."""
+        from scipy.sparse import coo_array  # imported late, because every run imports this module and few prune
+        from scipy.sparse.csgraph import connected_components
+
+        first, second = (
+            np.concatenate([np.zeros(0, int), *sides]) for sides in (*zip(*self._coupled, strict=True),) or ((), ())
+        )
+        graph = coo_array((np.ones(len(first), bool), (first, second)), (self._slots, self._slots))
+        return connected_components(graph, directed=False)[1]
+
+    def pins(self) -> list[tuple[np.ndarray, Pin]]:
+        """Returns the pinned slots, each array with its reason."""
+        return self._pinned
+
 
 Labels = tuple[np.ndarray | None, ...]  # one label per axis
 Rule = Callable[[Operation, list[Labels], Coupling], list[Labels] | None]  # None: no output has an axis of channels
@@ -60,14 +107,14 @@ def follow(program: Program, inputs: dict[int, Labels], coupling: Coupling) -> t
     labels, products = dict(inputs), []
     for operation in program.operations:
         unlabelled = [(None,) * len(shape) for shape in operation.shapes]
-        taken = [labels.get(value) or none for value, none in zip(operation.inputs, unlabelled, strict=True)]
-        labelled = any(slots is not None for axes in taken for slots in axes)
-        results = _rule(operation.name)(operation, taken, coupling) if labelled else None
+        input_labels = [labels.get(value) or none for value, none in zip(operation.inputs, unlabelled, strict=True)]
+        labelled = any(slots is not None for axes in input_labels for slots in axes)
+        results = _rule(operation.name)(operation, input_labels, coupling) if labelled else None
         if results is None:
             results = [(None,) * len(shape) for shape in operation.result_shapes]
         labels.update(zip(operation.outputs, results, strict=True))
         if operation.name in ('conv_general_dilated', 'dot_general'):
-            products.append(_product(operation, taken))
+            products.append(_product(operation, input_labels))
     return labels, products
 
 
@@ -95,21 +142,21 @@ def _together(operation: Operation, coupling: Coupling, first: np.ndarray | None
         coupling.couple(first, second)
 
 
-def _unknown(operation: Operation, taken: list[Labels], coupling: Coupling) -> None:
-    for axes in taken:
+def _unknown(operation: Operation, input_labels: list[Labels], coupling: Coupling) -> None:
+    for axes in input_labels:
         _pin(operation, coupling, *axes)
 
 
-def _elementwise(operation: Operation, taken: list[Labels], coupling: Coupling) -> list[Labels]:
-    return [_combined(operation, taken, operation.result_shapes[0], coupling)] * len(operation.result_shapes)
+def _elementwise(operation: Operation, input_labels: list[Labels], coupling: Coupling) -> list[Labels]:
+    return [_combined(operation, input_labels, operation.result_shapes[0], coupling)] * len(operation.result_shapes)
 
 
-def _combined(operation: Operation, taken: list[Labels], result: tuple[int, ...], coupling: Coupling) -> Labels:
+def _combined(operation: Operation, input_labels: list[Labels], result: tuple[int, ...], coupling: Coupling) -> Labels:
     """Couples the channels at the same index along each axis; returns the labels of a result of the shape `result`."""
     labels: list[np.ndarray | None] = []
     for axis, length in enumerate(result):
         coupled: list[np.ndarray] = []
-        for axes, shape in zip(taken, operation.shapes, strict=True):
+        for axes, shape in zip(input_labels, operation.shapes, strict=True):
             if shape and shape[axis] != length:
                 _pin(operation, coupling, axes[axis])  # a single place that is combined with all places of the other input
             elif shape and (slots := axes[axis]) is not None:
@@ -120,13 +167,13 @@ def _combined(operation: Operation, taken: list[Labels], result: tuple[int, ...]
     return tuple(labels)
 
 
-def _convolution(operation: Operation, taken: list[Labels], coupling: Coupling) -> list[Labels] | None:
-    (images, kernel), params = taken, operation.params
+def _convolution(operation: Operation, input_labels: list[Labels], coupling: Coupling) -> list[Labels] | None:
+    (images, kernel), params = input_labels, operation.params
     numbers, groups = params['dimension_numbers'], params['feature_group_count']
     batch, channels, *pixels = (images[axis] for axis in numbers.lhs_spec)
     outputs, inputs, *taps = (kernel[axis] for axis in numbers.rhs_spec)
     if params['batch_group_count'] > 1:
-        _unknown(operation, taken, coupling)
+        _unknown(operation, input_labels, coupling)
         return None
     _pin(operation, coupling, *pixels, *taps)
     if groups == 1:
@@ -170,8 +217,8 @@ def _grouped(
     _together(operation, coupling, channels_of_groups[0], inputs)
 
 
-def _dot(operation: Operation, taken: list[Labels], coupling: Coupling) -> list[Labels]:
-    (contracted, batched), (first, second) = operation.params['dimension_numbers'], taken
+def _dot(operation: Operation, input_labels: list[Labels], coupling: Coupling) -> list[Labels]:
+    (contracted, batched), (first, second) = operation.params['dimension_numbers'], input_labels
     for a, b in zip(*contracted, strict=True):
         _together(operation, coupling, first[a], second[b])
     for a, b in zip(*batched, strict=True):
@@ -182,7 +229,7 @@ def _dot(operation: Operation, taken: list[Labels], coupling: Coupling) -> list[
     return [tuple(labels)]
 
 
-def _product(operation: Operation, taken: list[Labels]) -> Product:
+def _product(operation: Operation, input_labels: list[Labels]) -> Product:
     """Returns the `Product` of an operation; its multiply-adds run over the axes of the result and the summed axes."""
     (shape, other), (result,) = operation.shapes, operation.result_shapes
     # Each entry: (the index of the axis in the first operand or None, in the second operand or None, its length).
@@ -206,7 +253,7 @@ def _product(operation: Operation, taken: list[Labels]) -> Product:
     axes: list[np.ndarray] = []
     operands: list[list[int | None]] = [[None] * len(shape), [None] * len(other)]
     for first, second, length in runs:
-        slots = taken[1][second] if second is not None else taken[0][first] if first is not None else None
+        slots = input_labels[1][second] if second is not None else input_labels[0][first] if first is not None else None
         if slots is None:
             fixed *= length
             continue
@@ -218,8 +265,8 @@ def _product(operation: Operation, taken: list[Labels]) -> Product:
     return Product(layer, operation, fixed, tuple(axes), tuple(map(tuple, operands)))
 
 
-def _broadcast(operation: Operation, taken: list[Labels], coupling: Coupling) -> list[Labels]:
-    (axes, *_), (result,) = taken, operation.result_shapes
+def _broadcast(operation: Operation, input_labels: list[Labels], coupling: Coupling) -> list[Labels]:
+    (axes, *_), (result,) = input_labels, operation.result_shapes
     labels: list[np.ndarray | None] = [None] * len(result)
     for axis, to in enumerate(operation.params['broadcast_dimensions']):
         if operation.shapes[0][axis] == result[to]:
@@ -229,9 +276,9 @@ def _broadcast(operation: Operation, taken: list[Labels], coupling: Coupling) ->
     return [tuple(labels)]
 
 
-def _reshape(operation: Operation, taken: list[Labels], coupling: Coupling) -> list[Labels]:
+def _reshape(operation: Operation, input_labels: list[Labels], coupling: Coupling) -> list[Labels]:
     """Labels merged axes with one axis of channels among them; pins axes of channels that are split or merged together."""
-    (axes, *_), (shape, *_), (result,) = taken, operation.shapes, operation.result_shapes
+    (axes, *_), (shape, *_), (result,) = input_labels, operation.shapes, operation.result_shapes
     labels: list[np.ndarray | None] = [None] * len(result)
     for before, after in _blocks(shape, result):
         labelled = [(position, slots) for position, axis in enumerate(before) if (slots := axes[axis]) is not None]
@@ -267,29 +314,31 @@ def _blocks(shape: Sequence[int], result: Sequence[int]) -> Iterator[tuple[list[
         yield before, after
 
 
-def _transpose(operation: Operation, taken: list[Labels], coupling: Coupling) -> list[Labels]:
-    return [tuple(taken[0][axis] for axis in operation.params['permutation'])]
+def _transpose(operation: Operation, input_labels: list[Labels], coupling: Coupling) -> list[Labels]:
+    return [tuple(input_labels[0][axis] for axis in operation.params['permutation'])]
 
 
-def _squeeze(operation: Operation, taken: list[Labels], coupling: Coupling) -> list[Labels]:
-    return _without_axes(operation, taken, coupling, operation.params['dimensions'])
+def _squeeze(operation: Operation, input_labels: list[Labels], coupling: Coupling) -> list[Labels]:
+    return _without_axes(operation, input_labels, coupling, operation.params['dimensions'])
 
 
-def _reduction(operation: Operation, taken: list[Labels], coupling: Coupling) -> list[Labels]:
-    return _without_axes(operation, taken, coupling, operation.params['axes'])  # for example, a mean over channels
+def _reduction(operation: Operation, input_labels: list[Labels], coupling: Coupling) -> list[Labels]:
+    return _without_axes(operation, input_labels, coupling, operation.params['axes'])  # for example, a mean over channels
 
 
-def _without_axes(operation: Operation, taken: list[Labels], coupling: Coupling, removed: Sequence[int]) -> list[Labels]:
+def _without_axes(
+    operation: Operation, input_labels: list[Labels], coupling: Coupling, removed: Sequence[int]
+) -> list[Labels]:
     """Pins the axes that an operation removes; returns the labels of the other ones."""
-    _pin(operation, coupling, *(taken[0][axis] for axis in removed))
-    labels = tuple(slots for axis, slots in enumerate(taken[0]) if axis not in removed)
+    _pin(operation, coupling, *(input_labels[0][axis] for axis in removed))
+    labels = tuple(slots for axis, slots in enumerate(input_labels[0]) if axis not in removed)
     return [labels] * len(operation.result_shapes)
 
 
-def _window(operation: Operation, taken: list[Labels], coupling: Coupling) -> list[Labels]:
+def _window(operation: Operation, input_labels: list[Labels], coupling: Coupling) -> list[Labels]:
     params, labels = operation.params, []
     windows = zip(params['window_dimensions'], params['window_strides'], params['padding'], strict=True)
-    for slots, (size, stride, padding) in zip(taken[0], windows, strict=True):
+    for slots, (size, stride, padding) in zip(input_labels[0], windows, strict=True):
         single = size == stride == 1 and not any(padding)
         if not single:
             _pin(operation, coupling, slots)
@@ -297,21 +346,21 @@ def _window(operation: Operation, taken: list[Labels], coupling: Coupling) -> li
     return [tuple(labels)] * len(operation.result_shapes)
 
 
-def _concatenate(operation: Operation, taken: list[Labels], coupling: Coupling) -> list[Labels]:
+def _concatenate(operation: Operation, input_labels: list[Labels], coupling: Coupling) -> list[Labels]:
     along = operation.params['dimension']
-    others = [tuple(None if axis == along else slots for axis, slots in enumerate(axes)) for axes in taken]
+    others = [tuple(None if axis == along else slots for axis, slots in enumerate(axes)) for axes in input_labels]
     labels = [*_combined(operation, others, operation.shapes[0], coupling)]
-    if any(axes[along] is not None for axes in taken):
-        sections = zip((axes[along] for axes in taken), operation.shapes, strict=True)
+    if any(axes[along] is not None for axes in input_labels):
+        sections = zip((axes[along] for axes in input_labels), operation.shapes, strict=True)
         labels[along] = np.concatenate(
             [coupling.fresh(shape[along]) if slots is None else slots for slots, shape in sections]
         )
     return [tuple(labels)]
 
 
-def _padding(operation: Operation, taken: list[Labels], coupling: Coupling) -> list[Labels]:
+def _padding(operation: Operation, input_labels: list[Labels], coupling: Coupling) -> list[Labels]:
     labels: list[np.ndarray | None] = []
-    for slots, (before, after, between) in zip(taken[0], operation.params['padding_config'], strict=True):
+    for slots, (before, after, between) in zip(input_labels[0], operation.params['padding_config'], strict=True):
         if slots is None or before == after == between == 0:
             labels.append(slots)
         elif between or min(before, after) < 0:
@@ -322,8 +371,8 @@ def _padding(operation: Operation, taken: list[Labels], coupling: Coupling) -> l
     return [tuple(labels)]
 
 
-def _slice(operation: Operation, taken: list[Labels], coupling: Coupling) -> list[Labels]:
-    sections = zip(taken[0], parts(operation), strict=True)
+def _slice(operation: Operation, input_labels: list[Labels], coupling: Coupling) -> list[Labels]:
+    sections = zip(input_labels[0], parts(operation), strict=True)
     return [tuple(None if slots is None else slots[part] for slots, part in sections)]
 
 
