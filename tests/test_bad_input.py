@@ -246,7 +246,10 @@ ADAPTIVE = {
         ({**QUANTIZED, 'quantization__images': 0}, ['images is 0', 'controls']),
         ({**QUANTIZED, 'quantization__training__updates': 0}, ['quantization.training.updates is 0', 'at least 1']),
         ({**QUANTIZED, 'teacher__factory': 'factories:scanned'}, ['the operation scan', 'cannot be quantized']),
-        ({**QUANTIZED, 'teacher__factory': 'factories:standardised'}, ['conv_general_dilated whose weights are computed']),
+        (
+            {**QUANTIZED, 'teacher__factory': 'factories:standardised'},
+            ['conv_general_dilated', 'weights that are computed'],
+        ),
         ({'data__path': 'x'}, ["data.path is 'x'", 'leave it out']),
         (
             {'data__name': '', 'teacher__factory': 'factories:own', 'verifier__network': ''},

@@ -54,15 +54,19 @@ def test_the_families_are_all():
 def test_a_sliced_network_computes_what_the_masked_one_does(name):
     width, size = FAMILIES[name]
     module, image_shape = create(name, 7, width).clone(**FEW.get(name, {})), (size, size, NETWORKS[name].image_shape[2])
-    channels, keep, variables, narrow, small = pruned(module, image_shape)
+    channels, keep, variables, pruned_module, pruned_variables = pruned(module, image_shape)
     x = np.random.default_rng(1).normal(size=(2, *image_shape)).astype(np.float32)
-    whole = compiled(module)
-    masked, sliced = whole(channels.masked(keep, variables), x), compiled(narrow)(small, x)
+    full = compiled(module)
+    masked, sliced = full(channels.masked(keep, variables), x), compiled(pruned_module)(pruned_variables, x)
     assert np.abs(sliced - masked).max() <= 1e-5 * np.abs(masked).max()
-    assert np.abs(sliced - whole(variables, x)).max() > 1e-2 * np.abs(masked).max()  # they did something
-    assert jax.tree.map(np.shape, jax.eval_shape(narrow.init, jax.random.key(0), x)) == jax.tree.map(np.shape, small)
+    assert np.abs(sliced - full(variables, x)).max() > 1e-2 * np.abs(masked).max()  # they did something
+    assert jax.tree.map(np.shape, jax.eval_shape(pruned_module.init, jax.random.key(0), x)) == jax.tree.map(
+        np.shape, pruned_variables
+    )
     # Exact costs, against the program and the arrays.
-    network = classifier_of(narrow, small, {'image_shape': image_shape, 'num_classes': 7, 'mean': (0,), 'std': (1,)})
+    network = classifier_of(
+        pruned_module, pruned_variables, {'image_shape': image_shape, 'num_classes': 7, 'mean': (0,), 'std': (1,)}
+    )
     assert cost.flops(channels).of(keep) == evaluation.flops(network)
     assert cost.parameters(channels).of(keep) == network.parameters
 
@@ -77,9 +81,9 @@ def test_option_a_shortcuts_tie_stages_by_their_channel_map():
 
 def test_a_pruned_network_learns_like_the_masked_one():
     module, x = TinyNet(), np.random.default_rng(2).normal(size=(6, 8, 8, 2)).astype(np.float32)
-    channels, keep, variables, narrow, small = pruned(module, (8, 8, 2))
+    channels, keep, variables, pruned_module, pruned_variables = pruned(module, (8, 8, 2))
 
-    def learned(module, variables):
+    def gradients(module, variables):
         def loss(variables):
             logits, changed = module.apply(variables, x, train=True, mutable=['batch_stats'])
             return jnp.square(logits).sum(), changed
@@ -87,25 +91,28 @@ def test_a_pruned_network_learns_like_the_masked_one():
         gradient, changed = jax.jit(jax.grad(loss, has_aux=True))(variables)
         return {'params': gradient['params'], 'batch_stats': changed['batch_stats']}
 
-    ours, theirs = learned(narrow, small), channels.sliced(keep, learned(module, channels.masked(keep, variables)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, theirs)
+    of_pruned, of_masked = (
+        gradients(pruned_module, pruned_variables),
+        channels.sliced(keep, gradients(module, channels.masked(keep, variables))),
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), of_pruned, of_masked)
 
 
 def test_the_tap_listens_to_a_pruned_network():
-    _, keep, _, narrow, small = pruned(TinyNet(), (8, 8, 2))
-    teacher = from_linen(narrow, small, image_shape=(8, 8, 2), mean=(0, 0), std=(1, 1))
+    _, keep, _, pruned_module, pruned_variables = pruned(TinyNet(), (8, 8, 2))
+    teacher = from_linen(pruned_module, pruned_variables, image_shape=(8, 8, 2), mean=(0, 0), std=(1, 1))
     x = np.random.default_rng(3).normal(size=(4, 8, 8, 2)).astype(np.float32)
-    logits, moments = teacher.tap(small, x)
-    np.testing.assert_allclose(logits, narrow.apply(small, x), rtol=1e-5)
+    logits, moments = teacher.tap(pruned_variables, x)
+    np.testing.assert_allclose(logits, pruned_module.apply(pruned_variables, x), rtol=1e-5)
     assert sum(len(mean) for mean, _ in moments.values()) == keep.sum()
     np.testing.assert_allclose(
-        moments['BatchNorm_0'][0], teacher.features(small, x)[1]['BatchNorm_0'][0].mean((0, 1, 2)), 1e-4
+        moments['BatchNorm_0'][0], teacher.features(pruned_variables, x)[1]['BatchNorm_0'][0].mean((0, 1, 2)), 1e-4
     )
 
 
 def test_a_pruned_network_is_saved_with_its_widths(tmp_path):
     module = create('small_convnet', 3, 0.25)
-    channels, keep, _, narrow, small = pruned(module, (8, 8, 1))
+    channels, keep, _, pruned_module, pruned_variables = pruned(module, (8, 8, 1))
     about = {
         'network': 'small_convnet',
         'width': 0.25,
@@ -114,10 +121,10 @@ def test_a_pruned_network_is_saved_with_its_widths(tmp_path):
         'mean': (0,),
         'std': (1,),
     }
-    save_network(tmp_path / 'small.safetensors', small, {**about, 'kept': channels.kept(keep)})
+    save_network(tmp_path / 'small.safetensors', pruned_variables, {**about, 'kept': channels.kept(keep)})
     loaded = load_classifier(tmp_path / 'small.safetensors')
     x = np.random.default_rng(4).normal(size=(2, 8, 8, 1)).astype(np.float32)
-    np.testing.assert_array_equal(loaded.apply_fn(loaded.variables, x), narrow.apply(small, x))
+    np.testing.assert_array_equal(loaded.apply_fn(loaded.variables, x), pruned_module.apply(pruned_variables, x))
     np.testing.assert_array_equal(channels.keep_mask(channels.kept(keep)), keep)
 
 
@@ -126,7 +133,7 @@ def test_a_pruned_network_is_saved_with_its_widths(tmp_path):
     [
         ({'Conv_9': [0]}, 'Conv_9'),
         ({'Conv_0': [0, 99]}, 'no 99'),
-        ({'layer1_0/conv2': [0, 1]}, 'only go together'),
+        ({'layer1_0/conv2': [0, 1]}, 'must be removed together'),
     ],
 )
 def test_channels_that_cannot_be_left_are_refused(kept, sentence):
@@ -177,11 +184,11 @@ class Scanned(nn.Module):
 )
 def test_a_users_own_module_is_followed_as_far_as_it_goes(middle, count):
     module = Stacked(middle)
-    channels, keep, variables, narrow, small = pruned(module, (8, 8, 2))
+    channels, keep, variables, pruned_module, pruned_variables = pruned(module, (8, 8, 2))
     assert channels.count == count
     x = np.random.default_rng(5).normal(size=(2, 8, 8, 2)).astype(np.float32)
     masked = module.apply(channels.masked(keep, variables), x)
-    np.testing.assert_allclose(narrow.apply(small, x), masked, atol=1e-5 * np.abs(masked).max())
+    np.testing.assert_allclose(pruned_module.apply(pruned_variables, x), masked, atol=1e-5 * np.abs(masked).max())
 
 
 def test_a_network_that_cannot_be_followed_is_refused_by_the_operation():

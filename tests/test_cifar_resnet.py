@@ -8,7 +8,7 @@ import pytest
 from dvinv import from_linen
 from dvinv.errors import DvinvError
 from dvinv.evaluation.scoring import logits_of, top_accuracy
-from dvinv.networks.cifar_resnet import CifarResNet
+from dvinv.networks.resnet import CifarResNet
 from dvinv.networks.weights import import_weights, read_state_dict
 
 SHAPE = (32, 32, 3)

@@ -1,13 +1,21 @@
-"""Programs run again: with operations replaced, wherever they hide, and in stretches that are computed twice."""
+"""Programs: which functions every analysis follows, and evaluation with operations replaced or in recomputed segments."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core.primitives import closed_call_p
 from jax.sharding import PartitionSpec as P
 
+from dvinv.errors import DvinvError
+from dvinv.evaluation.scoring import flops
+from dvinv.graph import record
 from dvinv.graph.rewriting import recomputed, rewritten
+from dvinv.networks import Classifier, apply_fn_of
+from dvinv.networks.channels import PrunedModule, find_channels
+from dvinv.networks.quantized.layers import find_layers
+from dvinv.networks.suited import suited_to
 from dvinv.runtime.devices import AXIS, make_mesh
 
 X = np.linspace(0.2, 1.0, 6, dtype=np.float32).reshape(2, 3)
@@ -59,13 +67,13 @@ def test_what_cannot_be_looked_into_runs_as_it_is(fn):
 
 
 def test_a_rule_sees_parameters_and_shapes_and_may_decline():
-    seen = []
+    operations = []
 
     def rule(params):
-        seen.append((params['dimension_numbers'], [aval.shape for aval in params['avals']]))
+        operations.append((params['dimension_numbers'], [aval.shape for aval in params['avals']]))
 
     np.testing.assert_array_equal(rewritten(jnp.dot, {'dot_general': rule})(X, X.T), X @ X.T)
-    assert seen == [((((1,), (0,)), ((), ())), [(2, 3), (3, 2)])]
+    assert operations == [((((1,), (0,)), ((), ())), [(2, 3), (3, 2)])]
 
 
 @pytest.mark.parametrize('rewrite', [lambda fn: rewritten(fn, {'sin': lambda params: None}), lambda fn: recomputed(fn, 2)])
@@ -82,7 +90,143 @@ def test_sums_over_a_mesh_are_kept(rewrite):
         np.testing.assert_allclose(got, wanted, rtol=1e-6)
 
 
-# Stretches
+# Calls: the same are followed by every analysis
+
+
+def _closed_call(fn):
+    def run(*args):
+        closed = jax.make_jaxpr(fn)(*args)
+        (result,) = closed_call_p.bind(*args, **closed_call_p.get_bind_params({'call_jaxpr': closed}))
+        return result
+
+    return run
+
+
+def _custom_jvp(fn):
+    run = jax.custom_jvp(fn)
+    run.defjvp(lambda primals, tangents: jax.jvp(fn, primals, tangents))
+    return run
+
+
+def _custom_vjp(fn):
+    run = jax.custom_vjp(fn)
+    run.defvjp(lambda *args: jax.vjp(fn, *args), lambda pull, gradient: pull(gradient))
+    return run
+
+
+CALLS = {
+    'plain': lambda fn: fn,
+    'jit': jax.jit,
+    'checkpoint': jax.checkpoint,
+    'closed_call': _closed_call,
+    'jit in checkpoint': lambda fn: jax.checkpoint(jax.jit(fn)),
+    'custom_jvp': _custom_jvp,
+    'custom_vjp': _custom_vjp,
+}
+CUSTOM = ('custom_jvp', 'custom_vjp')
+
+
+class Halved(nn.Module):
+    """A 1x1 convolution with stride 2 and tanh, in a function that is called in one of the ways in `CALLS`."""
+
+    call: str
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param('kernel', nn.initializers.lecun_normal(), (1, 1, x.shape[-1], 6))
+
+        def halved(kernel, x):
+            return jnp.tanh(
+                jax.lax.conv_general_dilated(x, kernel, (2, 2), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+            )
+
+        return CALLS[self.call](halved)(kernel, x)
+
+
+class Called(nn.Module):
+    """A convolution, `Halved`, and a dense layer."""
+
+    call: str
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        x = Halved(self.call, name='second')(nn.relu(nn.Conv(4, (3, 3), name='first')(x)))
+        return nn.Dense(3, name='head')(x.mean((1, 2)))
+
+
+IMAGES = np.random.default_rng(3).normal(size=(4, 8, 8, 2)).astype(np.float32)
+VARIABLES = jax.jit(Called('plain').init)(jax.random.key(0), IMAGES)
+
+
+@pytest.mark.parametrize('call', CALLS)
+def test_flops_of_all_calls_count(call):
+    network = Classifier(apply_fn_of(Called(call)), VARIABLES, (8, 8, 2), 3, (0, 0), (1, 1))
+    assert flops(network) == 2 * (64 * 9 * 2 * 4 + 16 * 4 * 6 + 6 * 3)
+
+
+@pytest.mark.parametrize('call', CALLS)
+def test_stages_are_found_across_all_calls(call):
+    outputs = [record(apply_fn_of(Called(name)), [(8, 8), (4, 4)])(VARIABLES, IMAGES) for name in (call, 'plain')]
+    for got, wanted in zip(*map(jax.tree.leaves, outputs), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('call', CALLS)
+def test_forms_for_cpus_and_segments_keep_values_and_gradients_of_all_calls(call):
+    fn, plain = apply_fn_of(Called(call)), apply_fn_of(Called('plain'))
+    for run in (suited_to('cpu', fn), recomputed(fn, 3)):
+        results = (jax.value_and_grad(lambda variables, f=f: f(variables, IMAGES).sum())(VARIABLES) for f in (run, plain))
+        for got, wanted in zip(*map(jax.tree.leaves, results), strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+    program = str(jax.make_jaxpr(suited_to('cpu', fn))(VARIABLES, IMAGES))
+    # The 1x1 convolution becomes a matrix product, but not inside a custom derivative, which stays as it is.
+    assert program.count('= conv_general_dilated[') == (2 if call in CUSTOM else 1)
+
+
+@pytest.mark.parametrize('call', CALLS)
+def test_channels_are_followed_through_all_calls_but_custom_derivatives(call):
+    module = Called(call)
+    if call in CUSTOM:  # the derivative of the function is that for all channels
+        with pytest.raises(DvinvError, match=f'{call}_call in Called/second'):
+            find_channels(module, (8, 8, 2))
+        return
+    channels = find_channels(module, (8, 8, 2))
+    assert {layer: len(groups) for layer, groups in channels.layers.items()} == {'first': 4, 'second': 6}
+    keep = np.arange(channels.count) % 3 > 0
+    pruned = PrunedModule(module, channels.kept(keep)).apply(channels.sliced(keep, VARIABLES), IMAGES)
+    np.testing.assert_allclose(pruned, module.apply(channels.masked(keep, VARIABLES), IMAGES), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('call', CALLS)
+def test_layers_to_quantize_are_found_in_all_calls_and_refused_in_custom_derivatives(call):
+    network = apply_fn_of(Called(call)), VARIABLES, (8, 8, 2)
+    if call in CUSTOM:
+        with pytest.raises(DvinvError, match=f'the operation {call}_call with weights that cannot be quantized'):
+            find_layers(*network)
+    else:
+        layers = find_layers(*network)
+        assert layers == find_layers(apply_fn_of(Called('plain')), VARIABLES, (8, 8, 2))
+        assert [(layer.name, layer.feeds) for layer in layers] == [('first', 1), ('second', None), ('head', None)]
+
+
+@pytest.mark.parametrize('call', CALLS)
+def test_an_activation_between_two_layers_is_followed_in_all_calls(call):
+    def apply(variables, x):
+        x = nn.Dense(4).apply({'params': variables['first']}, x)
+        return nn.Dense(3).apply({'params': variables['second']}, CALLS[call](lambda x: jnp.maximum(x, 0))(x)).mean((1, 2))
+
+    shapes = {
+        name: {'kernel': jax.ShapeDtypeStruct(shape, np.float32), 'bias': jax.ShapeDtypeStruct(shape[1:], np.float32)}
+        for name, shape in (('first', (2, 4)), ('second', (4, 3)))
+    }
+    layers = find_layers(apply, shapes, (8, 8, 2))
+    assert [(layer.name, layer.bias, layer.feeds) for layer in layers] == [
+        ('first', 'first/bias', 1),
+        ('second', 'second/bias', None),
+    ]
+
+
+# Segments
 
 
 def _deep(weights, x):
@@ -100,9 +244,9 @@ def _kept(fn) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(pull) if leaf.shape == X.shape)
 
 
-@pytest.mark.parametrize('stretches', [1, 3, 1000])
-def test_stretches_give_the_same_values_and_gradients(stretches):
-    run = recomputed(_deep, stretches)
+@pytest.mark.parametrize('segments', [1, 3, 1000])
+def test_segments_give_the_same_values_and_gradients(segments):
+    run = recomputed(_deep, segments)
     for got, wanted in zip(*(jax.tree.leaves(fn(WEIGHTS, X)) for fn in (run, _deep)), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-6)
     gradients = [jax.grad(lambda w, x, fn=fn: fn(w, x)['sum'], (0, 1))(WEIGHTS, X) for fn in (run, _deep)]
@@ -110,5 +254,5 @@ def test_stretches_give_the_same_values_and_gradients(stretches):
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_few_stretches_keep_less():
+def test_few_segments_keep_less():
     assert _kept(recomputed(_deep, 3)) < _kept(_deep) / 2

@@ -18,10 +18,10 @@ def test_a_projection_undoes_the_other_in_the_smaller_number_of_channels(teacher
     pair = _pair(teacher, student)
     projections = initial_projections(jax.random.key(0), [pair])
     output = np.random.default_rng(0).normal(size=(2, 4, 4, min(teacher, student))).astype(np.float32)
-    there, back = (to_student, to_teacher) if teacher < student else (to_teacher, to_student)
-    projected = there(projections, pair, output)
+    first, second = (to_student, to_teacher) if teacher < student else (to_teacher, to_student)
+    projected = first(projections, pair, output)
     assert projected.shape == (2, 4, 4, max(teacher, student))
-    np.testing.assert_allclose(back(projections, pair, projected), output, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(second(projections, pair, projected), output, rtol=1e-4, atol=1e-5)
 
 
 def test_stages_with_the_same_number_of_channels_are_not_projected():

@@ -84,7 +84,7 @@ def test_a_target_is_reached_and_no_more_removed_than_it_takes(measure):
     last = max(np.flatnonzero(~left), key=scores.__getitem__)
     left[last] = True
     assert price.of(left) > 0.5 * price.of(keep)
-    assert min(channels.there(groups, left).sum() for groups in channels.layers.values()) >= 2
+    assert min(channels.remaining(groups, left).sum() for groups in channels.layers.values()) >= 2
     np.testing.assert_allclose(  # what each removal would save, told at once
         price.savings(left)[[3, 77]],
         [price.of(left) - price.of(left & (np.arange(len(left)) != group)) for group in (3, 77)],
@@ -96,7 +96,7 @@ def test_widths_stay_multiples():
     price, keep = cost.flops(channels), np.ones(channels.count, bool)
     scores = np.random.default_rng(0).random(channels.count)
     left = without_lowest(channels, keep, scores, price, 0.6 * price.of(keep), PruningSettings(round_to=8))
-    widths = [channels.there(groups, left).sum() for groups in channels.layers.values()]
+    widths = [channels.remaining(groups, left).sum() for groups in channels.layers.values()]
     assert price.of(left) <= 0.6 * price.of(keep)
     assert not np.mod(widths, 8).any()
     assert min(widths) == 8
@@ -109,7 +109,7 @@ def test_a_width_that_is_no_multiple_becomes_one_first():
     keep[groups[:3]], scores[groups] = False, 0
     left = without_lowest(channels, keep, scores, price, price.of(keep) - 1, PruningSettings(round_to=8))
     assert keep.sum() - left.sum() == 5
-    assert channels.there(groups, left).sum() == 8
+    assert channels.remaining(groups, left).sum() == 8
 
 
 def test_eta_lets_costly_units_go_first():

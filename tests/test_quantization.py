@@ -19,8 +19,9 @@ from dvinv.inversion import from_linen, from_nnx
 from dvinv.networks import create, load_classifier
 from dvinv.networks.classifier import flatten
 from dvinv.networks.quantized import rounding
-from dvinv.networks.quantized.folding import corrected, equalise, fold
-from dvinv.networks.quantized.layers import find_layers
+from dvinv.networks.quantized.calibration import Calibration, on_images, on_statistics, quantization_parameters
+from dvinv.networks.quantized.folding import bias_corrected, equalise, fold
+from dvinv.networks.quantized.layers import find_layers, with_rules
 from dvinv.networks.quantized.network import (
     Bits,
     load_quantized,
@@ -28,10 +29,7 @@ from dvinv.networks.quantized.network import (
     quantize,
     save_quantized,
     simulated,
-    with_rules,
 )
-from dvinv.networks.quantized.observing import on_images, on_statistics
-from dvinv.networks.quantized.ranges import Observation, grid_of
 from dvinv.pipeline import tasks as pipeline
 from dvinv.quantization.bits import bits_of_layers
 from dvinv.quantization.section import quantization_section
@@ -155,8 +153,10 @@ def test_steps_of_weights_have_the_least_error():
 
 def test_ranges_by_every_method():
     sample = np.concatenate([np.zeros(50), RNG.exponential(size=10_000), [80.0]]).astype(np.float32)
-    seen = Observation(-0.1, 80.0, sample, np.zeros(1))
-    (whole, zero), (cut, _), (best, _) = (grid_of(seen, 4, method) for method in ('minmax', 'percentile', 'mse'))
+    inputs = Calibration(-0.1, 80.0, sample, np.zeros(1))
+    (whole, zero), (cut, _), (best, _) = (
+        quantization_parameters(inputs, 4, method) for method in ('minmax', 'percentile', 'mse')
+    )
     assert whole == pytest.approx(80.1 / 15)
     assert zero == 0
     assert best < cut < whole or cut < best < whole
@@ -165,7 +165,7 @@ def test_ranges_by_every_method():
         return np.mean((np.clip(np.rint(sample / step), 0, 15) * step - sample) ** 2)
 
     assert error(best) < min(error(cut), error(whole))
-    assert grid_of(Observation(0.0, 0.0, np.zeros(3), np.zeros(1)), 4, 'mse') == (1.0, 0.0)
+    assert quantization_parameters(Calibration(0.0, 0.0, np.zeros(3), np.zeros(1)), 4, 'mse') == (1.0, 0.0)
 
 
 # A network of few bits
@@ -179,38 +179,38 @@ def prepared(teacher):
 
 
 def test_layers_are_observed_on_images(prepared, teacher):
-    _, seen, _ = prepared
+    _, calibrations, _ = prepared
     x = np.asarray(teacher.normalise(IMAGES))
-    assert (seen[0].low, seen[0].high) == pytest.approx((x.min(), x.max()), rel=1e-5)
-    np.testing.assert_allclose(seen[0].means, x.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
-    assert [len(told.means) for told in seen] == [2, 4, 5]
-    assert seen[1].low == 0  # after a ReLU
+    assert (calibrations[0].low, calibrations[0].high) == pytest.approx((x.min(), x.max()), rel=1e-5)
+    np.testing.assert_allclose(calibrations[0].means, x.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
+    assert [len(calibration.means) for calibration in calibrations] == [2, 4, 5]
+    assert calibrations[1].low == 0  # after a ReLU
 
 
 def test_statistics_tell_the_moments_of_rectified_gaussians(prepared):
-    network, _, told = prepared
+    network, _, calibrations = prepared
     mean, deviation = network.statistics['0']
     shift = -flatten(network.weights)[network.layers[0].norm.mean]
     draws = np.maximum(mean + shift + deviation * RNG.normal(size=(20_000, 1)), 0)
-    np.testing.assert_allclose(told[1].means, draws.mean(0), atol=0.15 * deviation.max())
+    np.testing.assert_allclose(calibrations[1].means, draws.mean(0), atol=0.15 * deviation.max())
 
 
 def test_a_corrected_shift_keeps_the_mean(prepared, teacher):
-    network, seen, _ = prepared
+    network, calibrations, _ = prepared
     layer, flat = network.layers[-1], flatten(network.weights)
     whole = {layer.kernel: flat[layer.kernel] + 0.5}
-    found = flatten(corrected(network, whole, [told.means for told in seen]))
-    moved = seen[-1].means @ whole[layer.kernel] + found[layer.bias]
-    np.testing.assert_allclose(moved, seen[-1].means @ flat[layer.kernel] + flat[layer.bias], rtol=1e-4)
+    found = flatten(bias_corrected(network, whole, [calibration.means for calibration in calibrations]))
+    moved = calibrations[-1].means @ whole[layer.kernel] + found[layer.bias]
+    np.testing.assert_allclose(moved, calibrations[-1].means @ flat[layer.kernel] + flat[layer.bias], rtol=1e-4)
 
 
 def test_more_bits_are_nearer_to_float_and_the_file_is_what_was_sought(prepared, teacher, tmp_path):
-    network, seen, _ = prepared
+    network, calibrations, _ = prepared
     x = teacher.normalise(IMAGES)
     apply_fn, errors, sizes = simulated(network.apply_fn, network.layers), [], []
     expected = teacher.apply_fn(teacher.variables, x)
     for bits in (2, 4, 8):
-        variables = quantize(network, [Bits(bits, bits)] * 3, seen, 'mse', None)
+        variables = quantize(network, [Bits(bits, bits)] * 3, calibrations, 'mse', None)
         path = tmp_path / f'{bits}.safetensors'
         about = {'network': '', 'width': 1.0, 'num_classes': 3, 'image_shape': IMAGE_SHAPE, 'mean': MEAN, 'std': STD}
         save_quantized(path, variables, {layer.kernel: bits for layer in network.layers}, about)
@@ -234,8 +234,8 @@ def test_more_bits_are_nearer_to_float_and_the_file_is_what_was_sought(prepared,
 
 
 def test_products_in_bfloat16_are_nearly_the_same_and_learn(prepared, teacher):
-    network, seen, _ = prepared
-    variables = quantize(network, [Bits(8, 8)] * 3, seen, 'mse', None)
+    network, calibrations, _ = prepared
+    variables = quantize(network, [Bits(8, 8)] * 3, calibrations, 'mse', None)
     apply_fn, x = simulated(network.apply_fn, network.layers), teacher.normalise(IMAGES)
     in_bfloat16 = products_in_bfloat16(apply_fn)
     logits, expected = jax.jit(in_bfloat16)(variables, x), jax.jit(apply_fn)(variables, x)
@@ -307,8 +307,8 @@ def test_neither_controls_nor_scores_change_the_network(quantized, given, tmp_pa
     fewer = {'data__name': '', 'held_out': 0.0, 'quantization__settings': ('w4a4',), 'quantization__controls': ()}
     figures = pipeline.run(smoke_config(**{**given, **fewer}), tmp_path / 'run')['quantization']
     assert figures['w4a4']['test_accuracy'] is figures['w4a4']['no_images_test_accuracy'] is None
-    ours, theirs = (folder / 'networks' / 'quantized_w4a4.safetensors' for folder in (tmp_path / 'run', quantized[0]))
-    assert ours.read_bytes() == theirs.read_bytes()
+    plain, scored = (folder / 'networks' / 'quantized_w4a4.safetensors' for folder in (tmp_path / 'run', quantized[0]))
+    assert plain.read_bytes() == scored.read_bytes()
 
 
 def test_the_report_draws_accuracy_against_bits_and_megabytes(quantized):

@@ -117,15 +117,15 @@ def _head(x):
 @pytest.mark.parametrize('way', ['plain', 'jit', 'remat', 'loop'])
 @pytest.mark.parametrize('train', [False, True])
 def test_recorded_outputs_are_those_of_the_pieces(way, train):
-    module, rest = Own(way), (RNGS,) if train else ()
+    module, rngs = Own(way), (RNGS,) if train else ()
     fn = _in_train_mode(module) if train else _in_eval_mode(module)
-    outputs, (first, second) = jax.jit(record(fn, RESOLUTIONS))(VARIABLES, X, *rest)
+    outputs, (first, second) = jax.jit(record(fn, RESOLUTIONS))(VARIABLES, X, *rngs)
     wanted = _piece('first', X, train)
     if way == 'loop':
         wanted = jnp.tanh(jnp.tanh(wanted))
     np.testing.assert_allclose(first, wanted, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(second, _piece('second', wanted, train), rtol=1e-4, atol=1e-5)
-    for got, plain in zip(*map(jax.tree.leaves, (outputs, fn(VARIABLES, X, *rest))), strict=True):
+    for got, plain in zip(*map(jax.tree.leaves, (outputs, fn(VARIABLES, X, *rngs))), strict=True):
         np.testing.assert_allclose(got, plain, rtol=1e-4, atol=1e-5)
 
 

@@ -13,8 +13,7 @@ from tiny import tiny_teacher
 
 from dvinv.evaluation.scoring import logits_of
 from dvinv.networks import suited
-from dvinv.networks.convolutions import depthwise
-from dvinv.networks.suited import suited_to
+from dvinv.networks.suited import depthwise, suited_to
 
 CHANNELS = 4
 
@@ -108,9 +107,9 @@ def _compare(fn, *arrays):
 def test_sums_and_result_are_of_the_asked_dtype(size, groups, dtype):
     fn = functools.partial(_convolution(1, 'SAME' if size > 1 else 'VALID', groups), preferred_element_type=dtype)
     arrays = [jnp.asarray(a, jnp.bfloat16) for a in _arrays(size, groups, 6)]
-    ours, theirs = suited_to('cpu', fn)(*arrays), fn(*arrays)
-    assert ours.dtype == theirs.dtype
-    np.testing.assert_allclose(ours.astype(float), theirs.astype(float), atol=1e-5 if dtype else 0.1)
+    got, wanted = suited_to('cpu', fn)(*arrays), fn(*arrays)
+    assert got.dtype == wanted.dtype
+    np.testing.assert_allclose(got.astype(float), wanted.astype(float), atol=1e-5 if dtype else 0.1)
 
 
 @pytest.mark.parametrize(('size', 'groups'), [(3, CHANNELS), (1, 1)])
@@ -163,11 +162,11 @@ def test_networks_of_users_are_reached_unmodified(make):
 
 
 def test_scores_are_taken_in_that_form(monkeypatch):
-    seen = []
-    monkeypatch.setattr(suited, '_convolution', lambda params: seen.append(params))
+    parameters = []
+    monkeypatch.setattr(suited, '_convolution', lambda params: parameters.append(params))
     network = tiny_teacher()
     logits_of(network, np.zeros((2, *network.image_shape), np.uint8))
-    assert len(seen) == 2
+    assert len(parameters) == 2
 
 
 def test_pixels_of_a_stride_are_interleaved_in_order():

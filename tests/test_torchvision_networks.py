@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from dvinv.errors import DvinvError
 from dvinv.inversion.teacher import trusted_linen
 from dvinv.networks import create, image_shape, read_classifier, shapes_of
-from dvinv.networks.mobilenet_v2 import in_eighths
+from dvinv.networks.mobilenet import in_eighths
 from dvinv.networks.torch_layers import adaptive_mean
 from dvinv.networks.weights import import_weights
 
@@ -43,7 +43,7 @@ SIZE = int(GOLDEN['size'])
 SHAPE = (SIZE, SIZE, 3)
 
 
-def narrow(name: str):
+def narrow_network(name: str):
     """(the module, its state dict in torchvision's names) that golden/imagenet_logits.npz is of."""
     module = create(name, 10, float(GOLDEN[f'{name}/width']))
     return module, draw_state(json.loads(str(GOLDEN[f'{name}/shapes'])), seed=0, gain=float(GOLDEN[f'{name}/gain']))
@@ -85,7 +85,7 @@ def size_of(tree) -> int:
 
 @pytest.mark.parametrize('name', NARROW)
 def test_logits_are_those_of_pytorch(name):
-    module, state = narrow(name)
+    module, state = narrow_network(name)
     variables = import_weights(module, SHAPE, state)
     logits = jax.jit(module.apply, compiler_options=QUICKLY)(variables, draw_images(0, SIZE))
     expected = GOLDEN[f'{name}/logits']
@@ -102,8 +102,8 @@ def test_logits_and_moments_of_a_resnet50_are_those_of_pytorch():
     assert np.abs(logits - golden['logits']).max() < 1e-4 * np.abs(golden['logits']).max()
     assert [torchvision_name(layer) for layer in teacher.tap.layers] == [*channels]
     expected = np.split(golden['moments'], np.cumsum([*channels.values()])[:-1], axis=1)
-    for (layer, ours), theirs in zip(moments.items(), expected, strict=True):
-        for moment, wanted in zip(ours, theirs, strict=True):  # mean, variance
+    for (layer, moments_of_layer), expected_moments in zip(moments.items(), expected, strict=True):
+        for moment, wanted in zip(moments_of_layer, expected_moments, strict=True):  # mean, variance
             assert np.abs(moment[::every] - wanted).max() < 1e-4 * np.abs(wanted).max(), layer
 
 
@@ -170,7 +170,7 @@ def test_a_mobilenet_is_as_wide_as_that_of_torchvision():
     ('name', 'suffix'), [('resnet18', 'pth'), ('mobilenet_v2', 'safetensors'), ('imagenet_vgg16_bn', 'npz')]
 )
 def test_files_of_torchvision_and_timm_are_read_alike(tmp_path, name, suffix):
-    module, state = narrow(name)
+    module, state = narrow_network(name)
     width, found = float(GOLDEN[f'{name}/width']), []
     for origin, tensors in (('torchvision', state), ('timm', named_as_timm(name, state))):
         path = tmp_path / f'{origin}.{suffix}'
@@ -203,7 +203,7 @@ def test_files_of_torchvision_and_timm_are_read_alike(tmp_path, name, suffix):
     ],
 )
 def test_a_missing_an_extra_and_a_misshapen_tensor_are_named(name, change, words):
-    module, state = narrow(name)
+    module, state = narrow_network(name)
     with pytest.raises(DvinvError, match=words):
         import_weights(module, SHAPE, {key: value for key, value in (state | change).items() if value is not None})
 
@@ -223,7 +223,7 @@ def test_a_missing_an_extra_and_a_misshapen_tensor_are_named(name, change, words
     ],
 )
 def test_files_of_timm_are_imported_as_strictly(name, change, words):
-    module, state = narrow(name)
+    module, state = narrow_network(name)
     state = named_as_timm(name, state) | change
     with pytest.raises(DvinvError, match=words):
         import_weights(module, SHAPE, {key: value for key, value in state.items() if value is not None})

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from dvinv.errors import DvinvError, say_once
 from dvinv.networks import read_classifier, registry, save_network
-from dvinv.networks.cifar_resnet import CifarResNet
+from dvinv.networks.resnet import CifarResNet
 from dvinv.networks.weights import import_weights, read_state_dict
 
 SHAPE, PIXELS = (32, 32, 3), {'mean': (0.5, 0.4, 0.3), 'std': (0.2, 0.3, 0.4)}

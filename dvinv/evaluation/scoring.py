@@ -9,6 +9,7 @@ import numpy as np
 
 from dvinv.data.dataset import RealData
 from dvinv.errors import DvinvError
+from dvinv.graph.flops import count_flops
 from dvinv.networks.classifier import Classifier
 from dvinv.networks.features import with_features
 from dvinv.networks.suited import suited_to
@@ -103,27 +104,4 @@ def validate_fits(network: Classifier, data: RealData) -> None:
 def flops(network: Classifier) -> int:
     """Counts the floating-point operations of the convolutions and matrix products for one image, two per multiply-add."""
     x = jax.ShapeDtypeStruct((1, *network.image_shape), jnp.float32)
-    return _count(jax.make_jaxpr(network.apply_fn)(network.variables, x).jaxpr)
-
-
-def _count(jaxpr) -> int:
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == 'conv_general_dilated':
-            kernel = equation.invars[1].aval.shape
-            features = kernel[equation.params['dimension_numbers'].rhs_spec[0]]
-            total += 2 * equation.outvars[0].aval.size * int(np.prod(kernel)) // features
-        elif equation.primitive.name == 'dot_general':
-            (contracted, _), _ = equation.params['dimension_numbers']
-            lengths = [equation.invars[0].aval.shape[i] for i in contracted]
-            total += 2 * equation.outvars[0].aval.size * int(np.prod(lengths))
-        else:
-            inner = sum(_count(sub) for sub in _inner_jaxprs(equation.params))
-            total += inner * equation.params.get('length', 1)  # a scan runs its body `length` times
-    return total
-
-
-def _inner_jaxprs(params: dict) -> list:
-    """Returns the inner jaxprs of an equation (jit, remat, scan, a custom gradient)."""
-    values = [item for value in params.values() for item in (value if isinstance(value, tuple | list) else [value])]
-    return [getattr(value, 'jaxpr', value) for value in values if hasattr(getattr(value, 'jaxpr', value), 'eqns')]
+    return count_flops(jax.make_jaxpr(network.apply_fn)(network.variables, x))

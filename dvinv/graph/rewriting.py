@@ -6,13 +6,13 @@ that cannot be inlined (scans, custom derivatives) are run as they are.
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
-from jax.extend.core import Literal
-from jax.extend.core.primitives import remat_p
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Primitive, Var
+from jax.extend.core.primitives import conv_general_dilated_p, dot_general_p
 
-from dvinv.graph.dataflow import called_program
+from dvinv.graph.program import bind, call, called_program, evaluate, program_of, run_equations, start_values, value_of
 
 # A function of an operation's parameters, extended by 'avals', the shapes and dtypes of its inputs. It returns a function of
 # the inputs that replaces the operation, or None to keep the operation.
@@ -39,7 +39,21 @@ def rewritten(fn: Callable, rules: Mapping[str, Rule]) -> Callable:
     return run
 
 
-def recomputed(fn: Callable, stretches: int) -> Callable:
+def contraction_rules(rule: Callable[[Primitive, dict], Callable | None]) -> dict[str, Rule]:
+    """Returns the rules that replace the convolutions and matrix products of a function.
+
+    Args:
+      rule: (the primitive, its parameters) -> a function of both operands that replaces the operation, or None to keep it.
+    """
+
+    def without_avals(primitive: Primitive, params: dict) -> Callable | None:
+        return rule(primitive, {name: value for name, value in params.items() if name != 'avals'})
+
+    primitives = conv_general_dilated_p, dot_general_p
+    return {primitive.name: functools.partial(without_avals, primitive) for primitive in primitives}
+
+
+def recomputed(fn: Callable, segments: int) -> Callable:
     """Returns `fn` divided into segments; only values that pass between segments are kept for the gradient.
 
     All other values of a segment are recomputed during the backward pass. With n operations and about sqrt(n) segments the
@@ -47,92 +61,62 @@ def recomputed(fn: Callable, stretches: int) -> Callable:
 
     Args:
       fn: A function from arrays, or trees of arrays, to a tree of arrays.
-      stretches: The number of segments.
+      segments: The number of segments.
     """
 
     @functools.wraps(fn)
     def run(*args):
         closed, result = jax.make_jaxpr(fn, return_shape=True)(*args)
-        jaxpr = closed.jaxpr
-        values = _bound(closed, jax.tree.leaves(args))
-        length = max(1, math.ceil(len(jaxpr.eqns) / stretches))
-        cuts = range(0, len(jaxpr.eqns), length)
-        asked = {*_variables(jaxpr.outvars)}  # the variables that are used after a segment
+        equations, outputs = closed.jaxpr.eqns, closed.jaxpr.outvars
+        values = start_values(closed, jax.tree.leaves(args))
+        length = max(1, math.ceil(len(equations) / segments))
+        used = {*_variables(outputs)}  # the variables that are used after a segment
         plan = []
-        for start in reversed(cuts):
-            equations = jaxpr.eqns[start : start + length]
-            made = [v for equation in equations for v in equation.outvars if v in asked]
-            own = {v for equation in equations for v in equation.outvars}
+        for start in reversed(range(0, len(equations), length)):
+            segment = equations[start : start + length]
+            computed = [variable for equation in segment for variable in equation.outvars]
+            returned = [variable for variable in computed if variable in used]
             # In order of use and not in the order of a set, so that the program is the same in every process, as the
             # compilation cache requires.
-            inputs = [*dict.fromkeys(v for equation in equations for v in _variables(equation.invars) if v not in own)]
-            asked |= {*inputs}
-            plan.append((equations, inputs, made))
-        for equations, inputs, made in reversed(plan):
-            stretch = functools.partial(_stretch, equations, inputs, made)
-            values.update(zip(made, jax.checkpoint(stretch)(*(values[v] for v in inputs)), strict=True))
-        return jax.tree.unflatten(jax.tree.structure(result), [_read(v, values) for v in jaxpr.outvars])
+            read = [variable for equation in segment for variable in _variables(equation.invars)]
+            inputs = [*dict.fromkeys(variable for variable in read if variable not in {*computed})]
+            used |= {*inputs}
+            plan.append((segment, inputs, returned))
+        for segment, inputs, returned in reversed(plan):
+            run_segment = jax.checkpoint(functools.partial(_run_segment, segment, inputs, returned))
+            results = run_segment(*(values[variable] for variable in inputs))
+            values.update(zip(returned, results, strict=True))
+        return jax.tree.unflatten(jax.tree.structure(result), [value_of(variable, values) for variable in outputs])
 
     return run
 
 
-def _stretch(equations, inputs, made, *arrays) -> list:
-    """Evaluates `equations` on the arrays of the variables `inputs`; returns the values of the variables `made`."""
+def _run_segment(equations: Sequence[JaxprEqn], inputs: Sequence[Var], returned: Sequence[Var], *arrays) -> list:
+    """Evaluates equations on the arrays of the variables `inputs`; returns the values of the variables `returned`."""
     values = dict(zip(inputs, arrays, strict=True))
-    _follow(equations, values, {})
-    return [values[v] for v in made]
+    run_equations(equations, values, lambda equation, _, arrays: bind(equation, arrays))
+    return [values[variable] for variable in returned]
 
 
-def _variables(atoms) -> list:
-    return [v for v in atoms if not isinstance(v, Literal)]
+def _variables(operands: Iterable[Var | Literal]) -> list[Var]:
+    return [operand for operand in operands if not isinstance(operand, Literal)]
 
 
-def _bound(closed, arrays: list) -> dict:
-    """Returns {variable: its value} at the start of a program."""
-    return dict(zip([*closed.jaxpr.constvars, *closed.jaxpr.invars], [*closed.consts, *arrays], strict=True))
+def _evaluate(closed: ClosedJaxpr, arrays: Sequence, rules: Mapping[str, Rule]) -> list:
+    """Evaluates a program with operations replaced by rules, also in the functions that it calls."""
+
+    def apply(equation: JaxprEqn, _, arrays: list) -> list:
+        rule = rules.get(equation.primitive.name)
+        if rule and (replacement := rule(equation.params | {'avals': [variable.aval for variable in equation.invars]})):
+            return [replacement(*arrays)]
+        function = called_program(equation)
+        if function is not None and _has_rule(function, rules):
+            return call(equation, arrays, lambda *arrays: _evaluate(function, arrays, rules))
+        return bind(equation, arrays)
+
+    return evaluate(closed, arrays, apply)
 
 
-def _evaluate(closed, arrays: list, rules) -> list:
-    values = _bound(closed, arrays)
-    _follow(closed.jaxpr.eqns, values, rules)
-    return [_read(v, values) for v in closed.jaxpr.outvars]
-
-
-def _read(variable, values):
-    return variable.val if isinstance(variable, Literal) else values[variable]
-
-
-def _follow(equations, values: dict, rules) -> None:
-    """Evaluates `equations` in order, taking inputs from `values`, {variable: its value}, and adding results to it."""
-    for equation in equations:
-        arrays = [_read(v, values) for v in equation.invars]
-        with equation.ctx.manager:
-            made = _apply(equation, arrays, rules)
-        values.update(zip(equation.outvars, made, strict=True))
-
-
-def _apply(equation, arrays: list, rules) -> list:
-    primitive, params = equation.primitive, equation.params
-    rule = rules.get(primitive.name)
-    if rule and (replacement := rule(params | {'avals': [v.aval for v in equation.invars]})):
-        return [replacement(*arrays)]
-    called = called_program(equation)
-    if called is not None and _holds(called.jaxpr, rules):
-
-        def inner(*arrays):
-            return _evaluate(called, arrays, rules)
-
-        if primitive is remat_p:
-            inner = jax.checkpoint(inner, prevent_cse=params['prevent_cse'], policy=params['policy'])
-        return inner(*arrays)
-    made = primitive.bind(*arrays, **primitive.get_bind_params(params))
-    return made if primitive.multiple_results else [made]
-
-
-def _holds(jaxpr, rules) -> bool:
-    """Returns whether `jaxpr`, or a program that it calls, has an operation with a rule."""
-    for equation in jaxpr.eqns:
-        called = called_program(equation)
-        if equation.primitive.name in rules or (called is not None and _holds(called.jaxpr, rules)):
-            return True
-    return False
+def _has_rule(closed: ClosedJaxpr, rules: Mapping[str, Rule]) -> bool:
+    """Returns whether a program, or one that it calls, has an operation with a rule."""
+    return any(operation.equation.primitive.name in rules for operation in program_of(closed).operations)

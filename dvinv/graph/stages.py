@@ -13,13 +13,26 @@ custom derivative (`jax.nn.relu`, for instance) stay whole, so that the derivati
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, JaxprEqn
 
 from dvinv.errors import DvinvError, listed
-from dvinv.graph.dataflow import Place, between, contracts, cuts, evaluate, graph_of, hides, place_of
+from dvinv.graph.program import (
+    Operation,
+    Place,
+    Program,
+    array_type,
+    bind,
+    call,
+    called_program,
+    contracts,
+    evaluate,
+    hides,
+    program_of,
+)
 
 # Operations that prepare a value for the next operation; their results are not outputs of a stage.
 LAYOUT = ('pad', 'transpose')
@@ -124,7 +137,7 @@ def graft(fn: Callable, resolutions: Sequence[tuple[int, int]], replace: Callabl
             raise DvinvError(f'The network has no stage of {_pixels(missing)} pixels; it has {_pixels(stages)}.')
         chosen = [stages[resolution] for resolution in resolutions]
         places = {index: (stage.place, stage.outputs) for index, stage in enumerate(chosen)}
-        values, recorded = evaluate(closed, jax.tree.leaves(args), places, replace)
+        values, recorded = _evaluate(closed, jax.tree.leaves(args), places, replace)
         return jax.tree.unflatten(jax.tree.structure(result), values), [recorded[index] for index in places]
 
     return run
@@ -163,27 +176,29 @@ def _pixels(resolutions) -> str:
 
 def _stages(closed, args, name: str) -> tuple[Stage, ...]:
     """Returns the stages of a program that was traced with `args`; raises DvinvError if there is none."""
-    graph = graph_of(closed)
-    images, logits = graph.inputs[len(jax.tree.leaves(args[0]))], graph.outputs[0]
-    operations = between(graph.operations, images, logits)
-    stages, weights, contractions = {}, {}, 0
-    for operation, value in cuts(operations, images, logits):
+    program = program_of(closed)
+    images, logits = program.inputs[len(jax.tree.leaves(args[0]))], program.outputs[0]
+    operations = _between(program.operations, images, logits)
+    stages: dict[tuple[int, int], Stage] = {}
+    weights: dict[tuple[int, int], int] = {}  # {resolution: the number of operations with weights up to its stage}
+    contractions = 0
+    for operation, value in _cuts(operations, images, logits):
         contractions += contracts(operation.equation)
         if value is None or operation.equation.primitive.name in LAYOUT:
             continue
-        output = operation.equation.outvars[operation.outputs.index(value)].aval
+        output = array_type(operation.equation.outvars[operation.outputs.index(value)])
         if output.ndim != 4 or output.shape[0] != args[1].shape[0] or not jnp.issubdtype(output.dtype, jnp.floating):
             continue
-        resolution, channels = tuple(output.shape[1:3]), output.shape[3]
+        resolution, channels = (output.shape[1], output.shape[2]), output.shape[3]
         # A value with more rows or columns than an earlier stage is not [B, h, w, C]. A value that is computed without
         # weights from the stage before it or from the images, such as the mean over windows, is not a separate stage.
         earlier = [other for other in stages if other != resolution]
         coarser = all(new <= old for other in earlier for new, old in zip(resolution, other, strict=True))
         if math.prod(resolution) > 1 and coarser and contractions > max((weights[other] for other in earlier), default=0):
-            stages[resolution] = Stage(resolution, channels, operation.name, *place_of(graph, value))
+            stages[resolution] = Stage(resolution, channels, operation.title, *_place_of(program, value))
             weights[resolution] = contractions
     if not stages:
-        hidden = [operation.name for operation in operations if hides(operation.equation)]
+        hidden = [operation.title for operation in operations if hides(operation.equation)]
         reason = (
             f'the operation {hidden[0]} hides what is computed inside it'
             if hidden
@@ -191,3 +206,98 @@ def _stages(closed, args, name: str) -> tuple[Stage, ...]:
         )
         raise DvinvError(f"{name} has no stage to compare: {reason}; set distillation.hints='none'.")
     return tuple(stages.values())
+
+
+def _between(operations: Sequence[Operation], images: int, logits: int) -> list[Operation]:
+    """Returns the operations through which data flow from the value `images` to the value `logits`, in order."""
+    reached, forward = {images}, []
+    for operation in operations:
+        if not reached.isdisjoint(operation.inputs):
+            reached.update(operation.outputs)
+            forward.append(operation)
+    needed, kept = {logits}, []
+    for operation in reversed(forward):
+        if not needed.isdisjoint(operation.outputs):
+            needed.update(reached.intersection(operation.inputs))
+            kept.append(operation)
+    return kept[::-1]
+
+
+def _cuts(operations: Sequence[Operation], images: int, logits: int) -> Iterator[tuple[Operation, int | None]]:
+    """Yields (operation, its result if all data flow through this value, else None) for each operation.
+
+    Such a value is a cut: every other value on a path from the images to the logits comes before or after it, so that
+    directly after its operation no other value remains to be used.
+    """
+    last_use = {value: index for index, operation in enumerate(operations) for value in operation.inputs}
+    last_use[logits] = len(operations)
+    remaining = {images}  # the values that later operations use
+    for index, operation in enumerate(operations):
+        remaining = {value for value in remaining if last_use[value] > index}
+        results = {value for value in operation.outputs if last_use.get(value, -1) > index}
+        remaining |= results
+        yield operation, (*results,)[0] if len(results) == 1 and remaining == results else None
+
+
+def _place_of(program: Program, value: int) -> tuple[Place, tuple[int, ...]]:
+    """Returns where to replace a value: at the outermost function call that returns it and does not use it inside.
+
+    Returns:
+      (place of that call or operation, indices of the results that are the value).
+    """
+    innermost = program.returned[value][0][0]
+    users = [operation.place for operation in program.operations if value in operation.inputs]
+    place = min(
+        (
+            place
+            for place, _ in program.returned[value]
+            if place == innermost[: len(place)] and not any(user[: len(place)] == place for user in users)
+        ),
+        key=len,
+    )
+    return place, tuple(result for other, result in program.returned[value] if other == place)
+
+
+def _evaluate(
+    closed: ClosedJaxpr,
+    arrays: Sequence,
+    places: Mapping[int, tuple[Place, tuple[int, ...]]],
+    replace: Callable,
+) -> tuple[list, dict[int, jax.Array]]:
+    """Evaluates a program and replaces values in it.
+
+    Args:
+      closed: The program.
+      arrays: Its inputs.
+      places: {index of a stage: (place, results) of its output, as returned by `_place_of`}.
+      replace: See `graft`.
+
+    Returns:
+      The program's outputs, and {index of a stage: its output before it was replaced}.
+    """
+    recorded: dict[int, jax.Array] = {}
+
+    def apply(equation: JaxprEqn, position: int, inputs: list) -> list:
+        at_equation = {index: (place[1:], outputs) for index, (place, outputs) in places.items() if place[0] == position}
+        inside = {index: (place, outputs) for index, (place, outputs) in at_equation.items() if place}
+        function = called_program(equation)
+        if inside and function is not None:
+            results, recorded_inside = call(equation, inputs, lambda *arrays: _evaluate(function, arrays, inside, replace))
+            recorded.update(recorded_inside)
+        else:
+            results = bind(equation, inputs)
+        for index in at_equation.keys() - inside.keys():
+            outputs = at_equation[index][1]
+            recorded[index] = results[outputs[0]]
+            value = _replacement(index, recorded[index], replace)
+            results = [value if number in outputs else result for number, result in enumerate(results)]
+        return results
+
+    return evaluate(closed, arrays, apply), recorded
+
+
+def _replacement(index: int, output: jax.Array, replace: Callable) -> jax.Array:
+    value = replace(index, output)
+    if value.shape != output.shape:
+        raise ValueError(f'The output of stage {index} has the shape {output.shape}, its replacement {value.shape}.')
+    return value.astype(output.dtype)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dvinv.errors import DvinvError, in_a_line
-from dvinv.networks.channels.flat import flat_program
+from dvinv.graph.program import called_or_jaxs_own, program_of
 from dvinv.networks.classifier import Classifier
 
 IMAGES = 4
@@ -146,7 +146,7 @@ def _check_probabilities(classifier: Classifier, name: str, logits: np.ndarray, 
 def _ends_in_sigmoids(classifier: Classifier) -> bool:
     """Returns whether the last operation on the logits, apart from changes of their shape and dtype, is a sigmoid."""
     x = jax.ShapeDtypeStruct((IMAGES, *classifier.image_shape), np.float32)
-    program = flat_program(jax.make_jaxpr(classifier.apply_fn)(classifier.variables, x))
+    program = program_of(jax.make_jaxpr(classifier.apply_fn)(classifier.variables, x), called_or_jaxs_own)
     (value,), passed = program.outputs, ('convert_element_type', 'reshape', 'squeeze', 'slice', 'transpose', 'copy')
     for operation in reversed(program.operations):
         if value in operation.outputs:

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 
+from dvinv.graph.program import Program, called_or_jaxs_own, program_of
 from dvinv.inversion.capture import OUTPUT
-from dvinv.networks.channels.flat import Program, flat_program
 
 # Operations through which sums are traced back, because they change neither whether an array is a sum nor its summands.
 # They occur after a sum, or in a shortcut without weights.
@@ -28,7 +28,7 @@ def residual_blocks(teacher) -> tuple[str, ...]:
         return {place: calls[0] for place, calls in kept.items() if isinstance(calls[0], jax.Array)}
 
     closed, shapes = jax.make_jaxpr(arrays, return_shape=True)(variables, x)
-    program = flat_program(closed)
+    program = program_of(closed, called_or_jaxs_own)
     value = dict(zip(sorted(shapes), program.outputs, strict=True))  # JAX flattens a dict in sorted order
     pairs = {path: (value[path], value[path + OUTPUT]) for path in modules if {path, path + OUTPUT} <= value.keys()}
     producers = {value: operation for operation in program.operations for value in operation.outputs}

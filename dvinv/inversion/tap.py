@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dvinv.errors import DvinvError, in_a_line, listed, say
+from dvinv.graph.program import called_or_jaxs_own, program_of
 from dvinv.inversion.capture import (
     OUTPUT,
     CaptureSpec,
@@ -34,7 +35,6 @@ from dvinv.inversion.statistics import (
     running_statistics,
     unpaired_statistics,
 )
-from dvinv.networks.channels.flat import flat_program
 from dvinv.networks.classifier import MOMENTS, join_names, name_of
 
 # Symptoms of a network in training mode, and arguments that may put it in eval mode.
@@ -183,11 +183,11 @@ class Tap(abc.ABC):
 
     def _idle(self, variables, example) -> set[str]:
         """Returns the layers with running statistics that no logit depends on: those that are called in training only."""
-        program = flat_program(jax.make_jaxpr(self.apply_fn)(variables, example))
-        needed = {value for value in program.outputs if isinstance(value, int)}
+        program = program_of(jax.make_jaxpr(self.apply_fn)(variables, example), called_or_jaxs_own)
+        needed = {*program.outputs}
         for operation in reversed(program.operations):
             if needed.intersection(operation.outputs):
-                needed.update(value for value in operation.inputs if isinstance(value, int))
+                needed.update(operation.inputs)
         paths = [
             tuple(getattr(key, 'key', None) for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(variables)
         ]

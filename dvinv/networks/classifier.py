@@ -131,13 +131,13 @@ def check_finite(variables, name: str) -> None:
     for path, leaf in ((path, leaf) for path, node in flatten(variables).items() for leaf in jax.tree.leaves(node)):
         if isinstance(leaf, jax.ShapeDtypeStruct) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
             continue
-        values, (collection, _, rest) = np.asarray(leaf), path.partition('/')
+        values, (collection, _, within) = np.asarray(leaf), path.partition('/')
         trained = collection in ('params', 'batch_stats')
         if np.isnan(values).any():
             problems[path] = 'NaN'
         elif np.isinf(values if trained else values[values > 0]).any():
             problems[path] = 'infinite numbers'
-        elif collection != 'params' and VARIANCE.search(rest.rpartition('/')[2]) and (values < 0).any():
+        elif collection != 'params' and VARIANCE.search(within.rpartition('/')[2]) and (values < 0).any():
             problems[path] = 'negative variances'
     if problems:
         raise DvinvError(

@@ -4,13 +4,13 @@ The paths of submodules correspond to the keys of timm's state dicts ('stages_0/
 `stages.0.blocks.0.conv_dw`); torchvision and the authors have the same network under other names.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 
-from dvinv.errors import DvinvError
-from dvinv.networks.torch_layers import Mlp, conv, layer_norm
+from dvinv.networks.naming import nested_names
+from dvinv.networks.torch_layers import Mlp, conv, layer_norm, refuse_small_images
 
 SMALLEST = 32  # height and width that the stem and three strides reduce to one pixel
 
@@ -21,29 +21,34 @@ def torchvision_names(blocks: Sequence[int]) -> dict[str, str]:
     Args:
       blocks: the number of blocks per stage.
     """
-    inside = {'conv_dw': 'block.0', 'norm': 'block.2', 'mlp.fc1': 'block.3', 'mlp.fc2': 'block.5', 'gamma': 'layer_scale'}
-    names = {'stem.0': 'features.0.0', 'stem.1': 'features.0.1', 'head.norm': 'classifier.0', 'head.fc': 'classifier.2'}
-    for stage, count in enumerate(blocks):
-        names |= {f'stages.{stage}.downsample.{layer}': f'features.{2 * stage}.{layer}' for layer in range(2)}
-        for block in range(count):
-            here, there = f'stages.{stage}.blocks.{block}', f'features.{2 * stage + 1}.{block}'
-            names |= {f'{here}.{name}': f'{there}.{other}' for name, other in inside.items()}
-    return names
+    parts = {'conv_dw': 'block.0', 'norm': 'block.2', 'mlp.fc1': 'block.3', 'mlp.fc2': 'block.5', 'gamma': 'layer_scale'}
+    stages = [(f'stages.{stage}.downsample', f'features.{2 * stage}') for stage in range(len(blocks))]
+    return {
+        'stem.0': 'features.0.0',
+        'stem.1': 'features.0.1',
+        'head.norm': 'classifier.0',
+        'head.fc': 'classifier.2',
+        **nested_names(stages, {'0': '0', '1': '1'}),
+        **nested_names(_blocks(blocks, lambda stage, block: f'features.{2 * stage + 1}.{block}'), parts),
+    }
 
 
 def authors_names(blocks: Sequence[int]) -> dict[str, str]:
     """Returns {name in timm: name in the authors' repository}; `blocks` is the number of blocks per stage."""
-    inside = {'conv_dw': 'dwconv', 'norm': 'norm', 'mlp.fc1': 'pwconv1', 'mlp.fc2': 'pwconv2', 'gamma': 'gamma'}
-    names = {
-        **{f'stem.{layer}': f'downsample_layers.0.{layer}' for layer in range(2)},
+    parts = {'conv_dw': 'dwconv', 'norm': 'norm', 'mlp.fc1': 'pwconv1', 'mlp.fc2': 'pwconv2', 'gamma': 'gamma'}
+    stages = [(f'stages.{stage}.downsample', f'downsample_layers.{stage}') for stage in range(len(blocks))]
+    return {
+        **nested_names([('stem', 'downsample_layers.0'), *stages], {'0': '0', '1': '1'}),
         'head.norm': 'norm',
         'head.fc': 'head',
+        **nested_names(_blocks(blocks, lambda stage, block: f'stages.{stage}.{block}'), parts),
     }
-    for stage, count in enumerate(blocks):
-        names |= {f'stages.{stage}.downsample.{layer}': f'downsample_layers.{stage}.{layer}' for layer in range(2)}
-        for block in range(count):
-            names |= {f'stages.{stage}.blocks.{block}.{a}': f'stages.{stage}.{block}.{b}' for a, b in inside.items()}
-    return names
+
+
+def _blocks(blocks: Sequence[int], name: Callable[[int, int], str]) -> list[tuple[str, str]]:
+    """Returns [(name of a block in timm, its `name(stage, block)` elsewhere)]."""
+    numbers = [(stage, block) for stage, count in enumerate(blocks) for block in range(count)]
+    return [(f'stages.{stage}.blocks.{block}', name(stage, block)) for stage, block in numbers]
 
 
 class Block(nn.Module):
@@ -104,9 +109,7 @@ class ConvNeXt(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Computes logits; raises DvinvError for images that are too small."""
-        height, width = x.shape[1:3]
-        if min(height, width) < SMALLEST:
-            raise DvinvError(f'A ConvNeXt takes images of {SMALLEST}x{SMALLEST} or larger, not {height}x{width}.')
+        refuse_small_images('A ConvNeXt', x, SMALLEST)
         x = layer_norm('stem_1')(nn.Conv(self.channels[0], (4, 4), (4, 4), 'VALID', name='stem_0')(x))
         before, last = 0, max(1, sum(self.blocks) - 1)
         for stage, (count, channels) in enumerate(zip(self.blocks, self.channels, strict=True)):

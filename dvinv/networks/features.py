@@ -3,9 +3,8 @@
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jax.extend.core.primitives import conv_general_dilated_p, dot_general_p
 
-from dvinv.graph.rewriting import rewritten
+from dvinv.graph.rewriting import contraction_rules, rewritten
 
 
 def with_features(apply_fn: Callable) -> Callable:
@@ -15,23 +14,17 @@ def with_features(apply_fn: Callable) -> Callable:
     """
 
     def run(variables, x):
-        last = []
+        inputs = []  # the first operand of the last operation so far
 
-        def watched(primitive):
-            def rule(params):
-                settings = {name: value for name, value in params.items() if name != 'avals'}
+        def rule(primitive, params):
+            def bind(first, second):
+                inputs[:] = [first]
+                return primitive.bind(first, second, **params)
 
-                def bind(first, second):
-                    last[:] = [first]
-                    return primitive.bind(first, second, **settings)
+            return bind
 
-                return bind
-
-            return rule
-
-        rules = {primitive.name: watched(primitive) for primitive in (conv_general_dilated_p, dot_general_p)}
-        logits = rewritten(apply_fn, rules)(variables, x)
-        (features,) = last
+        logits = rewritten(apply_fn, contraction_rules(rule))(variables, x)
+        (features,) = inputs
         features = features.reshape(len(features), -1, features.shape[-1]).mean(1)
         return logits, features.astype(jnp.float32)
 

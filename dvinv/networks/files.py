@@ -15,7 +15,7 @@ from safetensors.numpy import save
 
 from dvinv.errors import DvinvError
 from dvinv.networks import formats, registry
-from dvinv.networks.channels.module import PrunedModule
+from dvinv.networks.channels.pruned import PrunedModule
 from dvinv.networks.classifier import Classifier, apply_fn_of, flatten, unflatten
 from dvinv.networks.weights import MisfitError, agreement, count_classes, import_weights, read_state_dict, refuse_values
 from dvinv.runtime.files import write_atomic
@@ -62,32 +62,33 @@ def load_network(path: Path) -> tuple[dict, dict]:
     return unflatten(tensors), about
 
 
-def load_classifier(path: Path, own=None) -> Classifier:
-    """Loads a `Classifier` from a network file; for `own` see `module_of`."""
+def load_classifier(path: Path, user_module=None) -> Classifier:
+    """Loads a `Classifier` from a network file; for `user_module` see `module_of`."""
     variables, about = load_network(path)
-    return classifier_of(module_of(about, own), variables, about)
+    return classifier_of(module_of(about, user_module), variables, about)
 
 
-def module_of(about: dict, own=None) -> nn.Module:
+def module_of(about: dict, user_module=None) -> nn.Module:
     """Builds the Linen module of a network from the description that `save_network` stored.
 
     Args:
       about: the description; a pruned network, with an entry `kept`, becomes a `PrunedModule`.
-      own: the user's unpruned network, with the methods of a Linen module that takes x and `train`; None: the network is in
-        the registry.
+      user_module: the unpruned network of the user, with the methods of a Linen module that takes x and `train`; None: it
+        is in the registry.
 
     Raises:
-      DvinvError: the registry has no network of this name, or the network is a user's own and `own` is not given.
+      DvinvError: the registry has no network of this name, or the network is a user's own and `user_module` is not given.
     """
-    if own is None and not about['network']:
+    if user_module is None and not about['network']:
         raise DvinvError(
             'The file holds the weights of a network of your own, which is not among those of dvinv; give the Flax module, '
             'or the function that returns it: dvinv.load(..., module=module).'
         )
-    module = own if own is not None else registry.create(about['network'], about['num_classes'], about['width'])
-    return (
-        PrunedModule(module, {layer: tuple(left) for layer, left in about['kept'].items()}) if about.get('kept') else module
-    )
+    module = user_module
+    if module is None:
+        module = registry.create(about['network'], about['num_classes'], about['width'])
+    kept = {layer: tuple(indices) for layer, indices in (about.get('kept') or {}).items()}
+    return PrunedModule(module, kept) if kept else module
 
 
 def classifier_of(module, variables, about: dict) -> Classifier:
@@ -103,7 +104,15 @@ def classifier_of(module, variables, about: dict) -> Classifier:
 
 
 def read_classifier(
-    path: Path, network: str, *, mean=(), std=(), width: float = 1.0, image_shape=None, field: str = 'network', otherwise=()
+    path: Path,
+    network: str,
+    *,
+    mean=(),
+    std=(),
+    width: float = 1.0,
+    image_shape=None,
+    field: str = 'network',
+    default_pixels=(),
 ):
     """Reads `network` from a weights file written by dvinv or published by another project.
 
@@ -114,7 +123,7 @@ def read_classifier(
       width: as in `registry.create`. The number of classes is read from the weights.
       image_shape: H, W, C; when empty, that of the file, else that of the registry for `network`.
       field: the setting that holds `network`, in error messages, for instance 'teacher.network'.
-      otherwise: the fallback (mean, std) where neither the arguments nor the registry gives them; (): they are required.
+      default_pixels: the (mean, std) where neither the arguments nor the registry gives them; (): they are required.
 
     Returns:
       The Linen module, its variables (nested dicts of numpy arrays, float32 if the weights are those of another project)
@@ -137,8 +146,8 @@ def read_classifier(
     image_shape = tuple(image_shape or registry.image_shape(network))
     state = read_state_dict(path)
     num_classes = count_classes(lambda classes: registry.create(network, classes, width), image_shape, state)
-    known = registry.published_pixels(network, image_shape[-1])
-    mean, std = (tuple(a or b or c) for a, b, c in zip((mean, std), known, otherwise or known, strict=True))
+    published = registry.published_pixels(network, image_shape[-1])
+    mean, std = (tuple(a or b or c) for a, b, c in zip((mean, std), published, default_pixels or published, strict=True))
     for name, values in (('mean', mean), ('std', std)):
         if not values:
             raise DvinvError(
@@ -168,16 +177,16 @@ def _fitting(state: dict[str, np.ndarray], network: str, width: float) -> str:
     def agrees(name: str) -> tuple[float, bool]:
         return agreement(registry.create(name, 1, width), _template(name, width), state)
 
-    same_names, family, strangers = agrees(network)[0] == 1, registry.NETWORKS[network].family, set()
-    for name, other in registry.NETWORKS.items():
+    same_names, family, unrelated = agrees(network)[0] == 1, registry.NETWORKS[network].family, set()
+    for name, candidate in registry.NETWORKS.items():
         # Comparing all networks takes many seconds, so families that share no names with the file are skipped.
-        if other.family in strangers or (same_names and other.family != family):
+        if candidate.family in unrelated or (same_names and candidate.family != family):
             continue
-        share, whole = agrees(name)
-        if whole:
+        share, fits = agrees(name)
+        if fits:
             return name
         if share < 0.1:
-            strangers.add(other.family)
+            unrelated.add(candidate.family)
     return ''
 
 
@@ -187,20 +196,20 @@ def _template(name: str, width: float) -> dict:
     return flatten(registry.shapes_of(registry.create(name, 1, width), registry.image_shape(name)))
 
 
-def refuse_other(path: Path, group: str, about: dict, given: dict) -> None:
-    """Refuses arguments in `given` that differ from the file's description.
+def refuse_other(path: Path, group: str, about: dict, arguments: dict) -> None:
+    """Refuses arguments that differ from the file's description.
 
     Empty values and a `width` of 1 count as not given.
 
     Raises:
       DvinvError: a value differs.
     """
-    for name, value in given.items():
+    for name, value in arguments.items():
         if not value or (name == 'width' and value == 1):
             continue
         pairs = zip(np.ravel(value).tolist(), np.ravel(about[name]).tolist(), strict=False)
-        same = all(isinstance(a, int | float) and math.isclose(a, b, rel_tol=1e-6) for a, b in pairs)
-        if np.size(value) != np.size(about[name]) or not same:
+        close = all(isinstance(a, int | float) and math.isclose(a, b, rel_tol=1e-6) for a, b in pairs)
+        if np.size(value) != np.size(about[name]) or not close:
             shown = about[name] if name == 'width' else tuple(about[name])
             raise DvinvError(
                 f'{group}{name} is {value}, but {path}, a file that dvinv wrote, is of a network with {name} {shown}, and '

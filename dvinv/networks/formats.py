@@ -80,16 +80,16 @@ def kind_of(path: Path) -> str:
         return 'safetensors'
     if OLD_TORCH in start[:64]:
         return 'torch'
-    for pattern, what, way_out in OTHERS:
+    for pattern, kind, way_out in OTHERS:
         if re.match(pattern, start, re.DOTALL):
-            raise _not_read(path, what, way_out)
+            raise _not_read(path, kind, way_out)
     if path.suffix not in ENDINGS:
         raise _not_read(path, 'of no known kind', 'save it as one of these')
     return ENDINGS[path.suffix]
 
 
 @contextlib.contextmanager
-def _damage_told(path: Path) -> Iterator[None]:
+def _refusing_damage(path: Path) -> Iterator[None]:
     """Converts the many exceptions of numpy, zipfile, zlib, safetensors and torch during reading to a `DvinvError`."""
     try:
         yield
@@ -100,13 +100,13 @@ def _damage_told(path: Path) -> Iterator[None]:
         raise DvinvError(f'The weights file {path} cannot be read ({reason}); get it again.') from error
 
 
-def _not_read(path: Path, what: str, way_out: str) -> DvinvError:
-    return DvinvError(f'The weights file {path} cannot be read (it is {what}): dvinv reads {KNOWN}; {way_out}.')
+def _not_read(path: Path, kind: str, way_out: str) -> DvinvError:
+    return DvinvError(f'The weights file {path} cannot be read (it is {kind}): dvinv reads {KNOWN}; {way_out}.')
 
 
 def _kind_of_archive(path: Path) -> str:
     """Returns `kind_of` a zip archive, a container that numpy, PyTorch and other programs write."""
-    with _damage_told(path), zipfile.ZipFile(path) as archive:
+    with _refusing_damage(path), zipfile.ZipFile(path) as archive:
         names = archive.namelist()
     if any(re.search(r'(^|/)(constants\.pkl|code/)', name) for name in names):
         way_out = "save its state dict, torch.save(torch.jit.load(path).state_dict(), 'weights.pth')"
@@ -121,7 +121,7 @@ def _kind_of_archive(path: Path) -> str:
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    with _damage_told(path), path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
+    with _refusing_damage(path), path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
         return {_keras_name(name): _array_of(path, arrays, name) for name in arrays}
 
 
@@ -143,7 +143,7 @@ def _keras_name(name: str) -> str:
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    with _damage_told(path), safe_open(path, 'numpy') as file:
+    with _refusing_damage(path), safe_open(path, 'numpy') as file:
         names = file.keys()
         dtypes = {name: file.get_slice(name).get_dtype() for name in names}
         _refuse_small_floats(path, {name: dtype for name, dtype in dtypes.items() if re.match('F[468](_|$)', dtype)})
@@ -167,19 +167,20 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         raise DvinvError(f'{path} needs PyTorch to be read; install torch, or convert it to safetensors.') from error
     import pickle
 
-    with _damage_told(path):
+    with _refusing_damage(path):
         try:
             content = torch.load(path, map_location='cpu', weights_only=True)
         except pickle.UnpicklingError as error:
             found = re.search(r'GLOBAL ([\w.]+)', str(error))
-            what = f'more than tensors ({found[1]})' if found else 'more than tensors'
+            contents = f'more than tensors ({found[1]})' if found else 'more than tensors'
             raise DvinvError(
-                f'{path} is damaged, or holds {what} and could run code, so it is not read; {STATE_DICT}, or as safetensors.'
+                f'{path} is damaged, or holds {contents} and could run code, so it is not read; {STATE_DICT}, or as '
+                'safetensors.'
             ) from error
     state = _state_dict_of(path, content, torch.is_tensor)
     dtypes = {key: str(tensor.dtype).removeprefix('torch.') for key, tensor in state.items()}
     _refuse_small_floats(path, {key: dtype for key, dtype in dtypes.items() if re.match('q|float[48]', dtype)})
-    with _damage_told(path):  # conversion fails for sparse tensors, which numpy does not have
+    with _refusing_damage(path):  # conversion fails for sparse tensors, which numpy does not have
         return {
             key: (tensor.float() if dtypes[key] == 'bfloat16' else tensor).detach().numpy() for key, tensor in state.items()
         }
@@ -200,22 +201,22 @@ def _state_dict_of(path: Path, content, is_tensor: Callable) -> dict:
     Raises:
       DvinvError: there is no state dict, or there are several and none has a usual name.
     """
-    found = dict(_state_dicts(content, is_tensor))
-    if not found:
-        keys = [str(key) for key in _inmost(content)] if isinstance(content, Mapping) else ['the whole']
+    state_dicts = dict(_state_dicts(content, is_tensor))
+    if not state_dicts:
+        keys = [str(key) for key in _innermost(content)] if isinstance(content, Mapping) else ['the whole']
         raise DvinvError(f'{path} is no state dict ({listed(keys)}: no tensors); save the state_dict alone.')
-    usual = [place for name in STATE_DICTS for place in found if place[-1:] == (name,)]
+    usual = [place for name in STATE_DICTS for place in state_dicts if place[-1:] == (name,)]
     usual.sort(key=lambda place: bool(AVERAGED.search('.'.join(place))))
-    places = usual or ([()] if () in found else [*found])
+    places = usual or ([()] if () in state_dicts else [*state_dicts])
     if len(places) > 1 and not usual:
-        several = listed(['.'.join(place) for place in found])
-        raise DvinvError(f'{path} holds several state dicts, {several}, and nothing says which is meant; save one alone.')
+        names = listed(['.'.join(place) for place in state_dicts])
+        raise DvinvError(f'{path} holds several state dicts, {names}, and nothing says which is meant; save one of them.')
     place = places[0]
     if place:
-        others = ['.'.join(other) for other in found if other and other != place]
-        aside = f'; {listed(others)} not' if others else ''
-        say_once(f'{path} is a checkpoint: its {".".join(place)} is read{aside}.')
-    return found[place]
+        unread = ['.'.join(other) for other in state_dicts if other and other != place]
+        exception = f'; {listed(unread)} not' if unread else ''
+        say_once(f'{path} is a checkpoint: its {".".join(place)} is read{exception}.')
+    return state_dicts[place]
 
 
 def _state_dicts(content, is_tensor: Callable, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict]]:
@@ -229,7 +230,7 @@ def _state_dicts(content, is_tensor: Callable, place: tuple[str, ...] = ()) -> I
         yield from _state_dicts(value, is_tensor, (*place, key))
 
 
-def _inmost(content: Mapping) -> Mapping:
+def _innermost(content: Mapping) -> Mapping:
     """Returns the mapping that a checkpoint without tensors has in place of a state dict, for the error message."""
     inner = content.get('state_dict')
     return inner if isinstance(inner, Mapping) and inner else content

@@ -17,9 +17,9 @@ def head_of(build: Callable[[int], nn.Module], image_shape) -> str:
       build: the function of `num_classes` to the Linen module.
       image_shape: H, W, C.
     """
-    few, many = (flatten(shapes_of(build(num_classes), image_shape)['params']) for num_classes in (2, 3))
-    (path,) = {path.rpartition('/')[0] for path in few if few[path].shape != many[path].shape}
-    return path
+    two_classes, three_classes = (flatten(shapes_of(build(num_classes), image_shape)['params']) for num_classes in (2, 3))
+    (layer,) = {path.rpartition('/')[0] for path, leaf in two_classes.items() if leaf.shape != three_classes[path].shape}
+    return layer
 
 
 def grown(variables, smaller) -> dict:

@@ -13,8 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dvinv.errors import DvinvError
-from dvinv.networks.torch_layers import batch_norm
+from dvinv.networks.torch_layers import batch_norm, refuse_small_images
 
 SMALLEST = 75  # height and width that stem, poolings and strides reduce to one pixel
 
@@ -33,16 +32,16 @@ class Convolution(nn.Module):
         return nn.relu(batch_norm(train, 'bn', epsilon=1e-3)(x))
 
 
-def layers(unit: int, train: bool) -> Callable:
+def layers(base_channels: int, train: bool) -> Callable:
     """Returns `layer(x, name, channels, size, stride, padding)`, which applies a `Convolution`.
 
-    Channel counts are multiplied by `unit` / 16. By default, a layer with a stride has no padding, and the others keep the
-    image size. Each becomes a submodule of the calling module.
+    Channel counts are multiplied by `base_channels` / 16. By default, a layer with a stride has no padding, and the others
+    keep the image size. Each becomes a submodule of the calling module.
     """
 
     def layer(x, name: str, channels: int, size=(1, 1), stride: int = 1, padding: str = ''):
         padding = padding or ('SAME' if stride == 1 else 'VALID')
-        return Convolution(channels * unit // 16, size, stride, padding, name=name)(x, train)
+        return Convolution(channels * base_channels // 16, size, stride, padding, name=name)(x, train)
 
     return layer
 
@@ -124,18 +123,18 @@ class Mixed(nn.Module):
     """A block: its branches, concatenated along the channels."""
 
     branches: Callable  # (x, layer) -> outputs of the branches
-    unit: int
+    base_channels: int
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        return jnp.concatenate(self.branches(x, layers(self.unit, train)), axis=-1)
+        return jnp.concatenate(self.branches(x, layers(self.base_channels, train)), axis=-1)
 
 
 class InceptionV3(nn.Module):
     """x [B, 299, 299, 3] -> logits [B, K]; other images from 75x75 up work too: the head gets the mean over space."""
 
     num_classes: int
-    unit: int = 16  # channels where the published network has 16; all its channel counts are multiples of 16
+    base_channels: int = 16  # channels where the published network has 16; all its channel counts are multiples of 16
 
     counted: ClassVar[bool] = False  # 'branch5x5_1' is not an item of a list
     unused: ClassVar[tuple[str, ...]] = ('AuxLogits.',)  # the auxiliary head, which is used in training only
@@ -143,16 +142,14 @@ class InceptionV3(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Computes logits; raises DvinvError for images that are too small."""
-        height, width = x.shape[1:3]
-        if min(height, width) < SMALLEST:
-            raise DvinvError(f'An Inception-v3 takes images of {SMALLEST}x{SMALLEST} or larger, not {height}x{width}.')
-        layer = layers(self.unit, train)
+        refuse_small_images('An Inception-v3', x, SMALLEST)
+        layer = layers(self.base_channels, train)
         x = layer(x, 'Conv2d_1a_3x3', 32, (3, 3), 2)
         x = layer(x, 'Conv2d_2a_3x3', 32, (3, 3), padding='VALID')
         x = max_pool(layer(x, 'Conv2d_2b_3x3', 64, (3, 3)))
         x = layer(x, 'Conv2d_3b_1x1', 80)
         x = max_pool(layer(x, 'Conv2d_4a_3x3', 192, (3, 3), padding='VALID'))
         for name, branches in BLOCKS.items():
-            x = Mixed(branches, self.unit, name=name)(x, train)
+            x = Mixed(branches, self.base_channels, name=name)(x, train)
         x = nn.Dropout(0.5, deterministic=not train)(x.mean((1, 2)))
         return nn.Dense(self.num_classes, name='fc')(x)

@@ -26,7 +26,7 @@ def inherited(teacher: Mapping, student: Mapping) -> dict:
       Nested dicts with the structure of `student`, with the teacher's weights for all layers that have the same shapes in
       both networks; may be empty.
     """
-    names = {}
+    names: dict[str, str] = {}  # {path in the student: path in the teacher}
     for collection in student:
         if collection in teacher:
             names |= _paired(teacher[collection], student[collection], (collection,), (collection,))
@@ -34,11 +34,11 @@ def inherited(teacher: Mapping, student: Mapping) -> dict:
     layers = defaultdict(list)
     for path in of_student:
         layers[path.partition('/')[2].rpartition('/')[0]].append(path)
-    found = {}
+    inherited_arrays: dict[str, np.ndarray] = {}
     for paths in layers.values():
         if all(path in names and np.shape(of_teacher[names[path]]) == np.shape(of_student[path]) for path in paths):
-            found |= {path: np.asarray(of_teacher[names[path]]) for path in paths}
-    return unflatten(found)
+            inherited_arrays |= {path: np.asarray(of_teacher[names[path]]) for path in paths}
+    return unflatten(inherited_arrays)
 
 
 def _paired(teacher, student, teacher_path: tuple[str, ...], student_path: tuple[str, ...]) -> dict[str, str]:
@@ -46,13 +46,15 @@ def _paired(teacher, student, teacher_path: tuple[str, ...], student_path: tuple
     if not isinstance(student, Mapping) or not isinstance(teacher, Mapping):
         leaves = not isinstance(student, Mapping) and not isinstance(teacher, Mapping)
         return {join_names(student_path): join_names(teacher_path)} if leaves else {}
-    pairs, of_teacher = {}, _series(teacher)
+    pairs: dict[str, str] = {}
+    of_teacher = _series(teacher)
     for series, names in _series(student).items():
-        others = of_teacher.get(series, [])
+        teacher_names = of_teacher.get(series, [])
         for position, name in enumerate(names):
-            if others:
-                other = others[_spread(position, len(names), len(others))]
-                pairs |= _paired(teacher[other], student[name], (*teacher_path, other), (*student_path, name))
+            if teacher_names:
+                teacher_name = teacher_names[_spread(position, len(names), len(teacher_names))]
+                paths = (*teacher_path, teacher_name), (*student_path, name)
+                pairs |= _paired(teacher[teacher_name], student[name], *paths)
     return pairs
 
 
@@ -65,6 +67,6 @@ def _series(module: Mapping) -> dict[str, list[str]]:
     return {stem: [name for _, name in sorted(names)] for stem, names in series.items()}
 
 
-def _spread(position: int, count: int, others: int) -> int:
-    """Maps a position among `count` layers to one among `others` layers, so that the first and last layers correspond."""
-    return round(position * (others - 1) / max(1, count - 1))
+def _spread(position: int, count: int, teacher_count: int) -> int:
+    """Maps a position among `count` layers to one among `teacher_count`, so that the first and last layers correspond."""
+    return round(position * (teacher_count - 1) / max(1, count - 1))

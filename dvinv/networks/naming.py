@@ -9,7 +9,7 @@ Gluon      resnet0_layer1_0_conv1_weight   resnet0_layer1_0_bn1_running_mean
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -50,14 +50,24 @@ def find_keys(
         spellings = {path: _layer_keys(path, paths, '/', KERAS, KERAS_BATCH_NORM) for path in paths}
     elif prefix:
         names = {path: _layer_keys(path, paths, '_', GLUON, GLUON_BATCH_NORM) for path in paths}
-        spellings = {path: [prefix + key for key in mine] for path, mine in names.items()}
+        spellings = {path: [prefix + key for key in candidates] for path, candidates in names.items()}
     else:
-        several = (aliases,) if isinstance(aliases, Mapping) else aliases
-        spellings = {path: _torch_keys(path, several, counted) for path in paths}
-        found = [sum(key in keys for key in same) for same in zip(*spellings.values(), strict=True)]
-        most = found.index(max(found))
-        spellings = {path: [every[most], *every] for path, every in spellings.items()}
-    return {path: next((key for key in mine if key in keys), mine[0]) for path, mine in spellings.items()}
+        repositories = (aliases,) if isinstance(aliases, Mapping) else aliases
+        spellings = {path: _torch_keys(path, repositories, counted) for path in paths}
+        counts = [sum(key in keys for key in spelled) for spelled in zip(*spellings.values(), strict=True)]
+        usual = counts.index(max(counts))
+        spellings = {path: [candidates[usual], *candidates] for path, candidates in spellings.items()}
+    return {path: next((key for key in candidates if key in keys), candidates[0]) for path, candidates in spellings.items()}
+
+
+def nested_names(modules: Iterable[tuple[str, str]], parts: Mapping[str, str]) -> dict[str, str]:
+    """Returns {name: name elsewhere} of the same parts in several modules, for the `aliases` of a network.
+
+    Args:
+      modules: (name of a module, its name elsewhere), with dots.
+      parts: {name of a part in each of these modules: its name elsewhere}.
+    """
+    return {f'{module}.{part}': f'{other}.{name}' for module, other in modules for part, name in parts.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +76,11 @@ class Unwrapped:
 
     Attributes:
       names: {key in a file of only this network: the key in this file}.
-      aside: the keys of the file that do not belong to the network.
+      unused: the keys of the file that do not belong to the network.
     """
 
     names: dict[str, str]
-    aside: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     @property
     def prefix(self) -> str:
@@ -90,31 +100,32 @@ def unwrapped(keys: Collection[str], find: Callable[[Collection[str]], dict[str,
     Raises:
       DvinvError: the file holds several such networks.
     """
-    whole = {key: key for key in keys}
+    unchanged = {key: key for key in keys}
     plain = {'.'.join(part for part in key.split('.') if part not in WRAPPERS): key for key in keys}
-    plain = plain if len(plain) == len(keys) else whole
-    for names in (whole, plain):
-        wanted = {*find(names).values()}
-        if wanted <= names.keys():  # the file may hold averaged copies as well
-            copies = {key for key in names if key not in wanted and AVERAGED.search(key.rpartition('.')[0])}
-            own = {key: name for key, name in names.items() if key not in copies}
-            return Unwrapped(own, tuple(names[key] for key in names if key in copies))
+    plain = plain if len(plain) == len(keys) else unchanged
+    for names in (unchanged, plain):
+        expected = {*find(names).values()}
+        if expected <= names.keys():  # the file may hold averaged copies as well
+            copies = {key for key in names if key not in expected and AVERAGED.search(key.rpartition('.')[0])}
+            of_network = {key: name for key, name in names.items() if key not in copies}
+            return Unwrapped(of_network, tuple(names[key] for key in names if key in copies))
     counts = Counter(key[: end + 1] for key in plain for end, sign in enumerate(key) if sign in './')
-    found, missing = {}, {}
-    for prefix in ['', *sorted(prefix for prefix, count in counts.items() if 2 * count > len(wanted))]:
-        found[prefix] = {key.removeprefix(prefix): name for key, name in plain.items() if key.startswith(prefix)}
-        missing[prefix] = len({*find(found[prefix]).values()} - found[prefix].keys())
-    complete = [prefix for prefix in found if not missing[prefix] and not AVERAGED.search(prefix)]
+    names_by_prefix: dict[str, dict[str, str]] = {}  # {prefix: {key without it: key in this file}}
+    missing: dict[str, int] = {}
+    for prefix in ['', *sorted(prefix for prefix, count in counts.items() if 2 * count > len(expected))]:
+        names_by_prefix[prefix] = {key.removeprefix(prefix): name for key, name in plain.items() if key.startswith(prefix)}
+        missing[prefix] = len({*find(names_by_prefix[prefix]).values()} - names_by_prefix[prefix].keys())
+    complete = [prefix for prefix in names_by_prefix if not missing[prefix] and not AVERAGED.search(prefix)]
     if len(complete) > 1:
         raise DvinvError(
             f'These weights hold several such networks, under {listed(complete)}, and nothing says which is meant; save the '
-            'state dict of one alone.'
+            'state dict of one of them.'
         )
-    best = min(found, key=lambda prefix: (missing[prefix], prefix != '', bool(AVERAGED.search(prefix)), len(prefix)))
-    if len(wanted) - missing[best] < 0.1 * len(wanted):
-        return Unwrapped(whole)
-    own = {*found[best].values()}
-    return Unwrapped(found[best], tuple(name for name in keys if name not in own))
+    best = min(missing, key=lambda prefix: (missing[prefix], prefix != '', bool(AVERAGED.search(prefix)), len(prefix)))
+    if len(expected) - missing[best] < 0.1 * len(expected):
+        return Unwrapped(unchanged)
+    used = {*names_by_prefix[best].values()}
+    return Unwrapped(names_by_prefix[best], tuple(name for name in keys if name not in used))
 
 
 def to_flax_layout(path: str, key: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -130,8 +141,8 @@ def to_flax_layout(path: str, key: str, tensor: np.ndarray, shape: tuple[int, ..
       shape: the shape of the variable in Flax.
     """
     if not path.endswith('/kernel'):
-        same = [length for length in tensor.shape if length > 1] == [length for length in shape if length > 1]
-        return tensor.reshape(shape) if same else tensor
+        equal = [length for length in tensor.shape if length > 1] == [length for length in shape if length > 1]
+        return tensor.reshape(shape) if equal else tensor
     depthwise = tensor.ndim == len(shape) == 4 and shape[2] == 1  # Keras 3 uses the same name for all kernels
     if key.endswith('/depthwise_kernel') or ('/' in key and depthwise and tensor.shape != shape):
         return tensor.reshape(*tensor.shape[:2], 1, -1)
@@ -151,11 +162,11 @@ def _torch_keys(path: str, aliases: Sequence[Mapping[str, str]], counted: bool) 
     module = re.sub(r'_(\d+)', r'.\1', '.'.join(modules)) if counted else '.'.join(modules)
     leaf = PYTORCH.get(leaf, leaf)
     usual = f'{module}.{leaf}' if module else leaf
-    others = []
+    aliased = []
     for names in aliases:
         other = names.get(module) or '.'.join(names.get(name, name) for name in module.split('.'))
-        others.append(names.get(usual) or (f'{other}.{leaf}' if module else leaf))
-    return [usual, *others]
+        aliased.append(names.get(usual) or (f'{other}.{leaf}' if module else leaf))
+    return [usual, *aliased]
 
 
 def _layer_keys(path: str, paths: Collection[str], separator: str, leaves: dict, batch_norm: dict) -> list[str]:
@@ -175,4 +186,4 @@ def _gluon_prefix(keys: Collection[str]) -> str:
     if any('.' in key for key in keys):
         return ''
     prefixes = Counter(match[1] for match in map(GLUON_KEY.fullmatch, keys) if match)
-    return max(prefixes, key=prefixes.get, default='')
+    return max(prefixes, key=lambda prefix: prefixes[prefix], default='')

@@ -4,19 +4,17 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 
 from dvinv.errors import DvinvError
-from dvinv.networks.cifar_resnet import CifarResNet
 from dvinv.networks.convnext import ConvNeXt
 from dvinv.networks.inception_v3 import InceptionV3
-from dvinv.networks.mobilenet_v1 import MobileNetV1, TimmMobileNetV1
-from dvinv.networks.mobilenet_v2 import LAST, MobileNetV2, in_eighths
-from dvinv.networks.residual import BasicBlock, Bottleneck, imagenet_stem
-from dvinv.networks.resnet import ResNet
+from dvinv.networks.mobilenet import LAST, MobileNetV1, MobileNetV2, TimmMobileNetV1, in_eighths
+from dvinv.networks.resnet import BasicBlock, Bottleneck, CifarResNet, ResNet, imagenet_stem
 from dvinv.networks.small import SmallConvNet, SmallResNet
 from dvinv.networks.squeezenet import SqueezeNet
 from dvinv.networks.torch_layers import group_norm
@@ -38,7 +36,7 @@ class Network:
     image_shape: tuple[int, int, int]  # H, W, C of the images that the network is designed for
     widths: dict[str, int | tuple[int, ...]]  # fields of `family` that are channel counts
     depths: dict[str, int | tuple[int, ...]] = dataclasses.field(default_factory=dict)  # fields that are layer counts
-    parts: dict[str, Callable] = dataclasses.field(default_factory=dict)  # the other fields
+    parts: dict[str, Any] = dataclasses.field(default_factory=dict)  # the other fields
     rounding: Callable[[float], int] = rounded  # of channel counts after scaling by a width
     pixels: tuple[tuple[float, ...], ...] = ((), ())  # mean and std of the published weights, if all of them use the same
 
@@ -111,7 +109,7 @@ NETWORKS: dict[str, Network] = {
         rounding=in_eighths,
         pixels=FROM_MINUS_ONE,
     ),
-    'inception_v3': Network(InceptionV3, (299, 299, 3), {'unit': 16}, pixels=FROM_MINUS_ONE),
+    'inception_v3': Network(InceptionV3, (299, 299, 3), {'base_channels': 16}, pixels=FROM_MINUS_ONE),
     'squeezenet1_1': Network(
         SqueezeNet, IMAGENET, {'channels': (64, 16, 16, 32, 32, 48, 48, 64, 64)}, pixels=IMAGENET_PIXELS
     ),

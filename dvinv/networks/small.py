@@ -5,9 +5,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 
-
-def _norm(train: bool):
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9)
+from dvinv.networks.torch_layers import batch_norm
 
 
 class ResidualBlock(nn.Module):
@@ -20,10 +18,10 @@ class ResidualBlock(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         strides = (self.stride, self.stride)
         y = nn.Conv(self.channels, (3, 3), strides, use_bias=False)(x)
-        y = nn.relu(_norm(train)(y))
-        y = _norm(train)(nn.Conv(self.channels, (3, 3), use_bias=False)(y))
+        y = nn.relu(batch_norm(train)(y))
+        y = batch_norm(train)(nn.Conv(self.channels, (3, 3), use_bias=False)(y))
         if x.shape != y.shape:
-            x = _norm(train)(nn.Conv(self.channels, (1, 1), strides, use_bias=False)(x))
+            x = batch_norm(train)(nn.Conv(self.channels, (1, 1), strides, use_bias=False)(x))
         return nn.relu(x + y)
 
 
@@ -39,11 +37,11 @@ class SmallResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        x = nn.relu(_norm(train)(nn.Conv(self.channels[0], (3, 3), use_bias=False)(x)))
+        x = nn.relu(batch_norm(train)(nn.Conv(self.channels[0], (3, 3), use_bias=False)(x)))
         for stage, channels in enumerate(self.channels):
             x = ResidualBlock(channels, 2 if stage else 1)(x, train)
         x = nn.avg_pool(x, (2, 2), (2, 2))
-        x = nn.relu(_norm(train)(nn.Dense(self.hidden, use_bias=False)(x.reshape(x.shape[0], -1))))
+        x = nn.relu(batch_norm(train)(nn.Dense(self.hidden, use_bias=False)(x.reshape(x.shape[0], -1))))
         return nn.Dense(self.num_classes)(x)
 
 
@@ -58,6 +56,6 @@ class SmallConvNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         for channels in self.channels:
-            x = nn.max_pool(nn.relu(_norm(train)(nn.Conv(channels, (3, 3))(x))), (2, 2), (2, 2))
+            x = nn.max_pool(nn.relu(batch_norm(train)(nn.Conv(channels, (3, 3))(x))), (2, 2), (2, 2))
         x = nn.Dropout(self.dropout, deterministic=not train)(x.reshape(x.shape[0], -1))
         return nn.Dense(self.num_classes)(nn.relu(nn.Dense(self.hidden)(x)))

@@ -11,8 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dvinv.errors import DvinvError
-from dvinv.networks.torch_layers import conv
+from dvinv.networks.torch_layers import conv, refuse_small_images
 
 POOLED = (0, 2, 4)  # the fire modules with a max-pooling before them
 SMALLEST = 31  # height and width that the stem and three poolings reduce to one pixel
@@ -44,9 +43,7 @@ class SqueezeNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Computes logits; raises DvinvError for images that are too small to be pooled three times."""
-        height, width = x.shape[1:3]
-        if min(height, width) < SMALLEST:
-            raise DvinvError(f'A SqueezeNet takes images of {SMALLEST}x{SMALLEST} or larger, not {height}x{width}.')
+        refuse_small_images('A SqueezeNet', x, SMALLEST)
 
         def layer(x, index: int, channels: int, size: int):
             return nn.relu(conv(channels, size, bias=True, name=f'conv{index}')(x))

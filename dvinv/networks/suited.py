@@ -15,15 +15,17 @@ GPUs and TPUs have fast kernels for all of them, and networks stay unchanged the
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dvinv.graph.rewriting import rewritten
-from dvinv.networks.convolutions import depthwise, gathered, pointwise
-from dvinv.networks.pooling import max_pool
 
 IMAGES_LAST = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))  # images and result [B, H, W, C], kernel [H, W, I, O]
+
+Padding = tuple[tuple[int, int], tuple[int, int]]  # (above, below), (left, right), in pixels
 
 
 def suited_to(platform: str, fn: Callable) -> Callable:
@@ -56,7 +58,125 @@ def _max(params: dict) -> Callable | None:
     (images,) = params['avals']
     size, strides, padding = (params[name] for name in ('window_dimensions', 'window_strides', 'padding'))
     dilated = {*params['base_dilation'], *params['window_dilation']} != {1}
-    over_pixels = len(size) == 4 and {(one[0], one[3]) for one in (size, strides)} == {(1, 1)}
+    over_pixels = len(size) == 4 and {size[0], size[3], strides[0], strides[3]} == {1}
     if dilated or not over_pixels or any(padding[0] + padding[3]) or not jnp.issubdtype(images.dtype, jnp.floating):
         return None
     return functools.partial(max_pool, size=size[1:3], strides=strides[1:3], padding=tuple(padding[1:3]))
+
+
+# The forms: all take images [B, H, W, I] and kernels [h, w, I, O], as Flax does.
+
+
+def pointwise(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], precision=None, dtype=None) -> jax.Array:
+    """Computes a 1x1 convolution, x [B, H, W, I], kernel [1, 1, I, O], as a matrix product; sums and result of `dtype`."""
+    x = x[:, :: strides[0], :: strides[1]]
+    return jnp.einsum('bhwi,io->bhwo', x, kernel[0, 0], precision=precision, preferred_element_type=dtype)
+
+
+def gathered(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding, precision=None, dtype=None
+) -> jax.Array:
+    """Computes a convolution, x [B, H, W, I], kernel [h, w, I, O], as one matrix product over the pixels of all windows."""
+    size = kernel.shape[:2]
+    sizes, x = places(x.shape[1:3], size, strides, padding), padded(x, padding)
+    windows = jnp.concatenate([shifted(x, tap, sizes, strides) for tap in taps(size)], -1)  # [B, H', W', h w I]
+    matrix = kernel.reshape(-1, kernel.shape[3])
+    return jnp.einsum('bhwi,io->bhwo', windows, matrix, precision=precision, preferred_element_type=dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def depthwise(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding) -> jax.Array:
+    """Computes a depthwise convolution, x [B, H, W, C], kernel [h, w, 1, C], by shifted multiply-adds."""
+    size = kernel.shape[:2]
+    sizes, x = places(x.shape[1:3], size, strides, padding), padded(x, padding)
+    return total(kernel[(*tap, 0)] * shifted(x, tap, sizes, strides) for tap in taps(size))
+
+
+def _forward(x, kernel, strides, padding):
+    return depthwise(x, kernel, strides, padding), (x, kernel)
+
+
+def _backward(strides, padding, residuals, gradient):
+    x, kernel = residuals
+    images, sizes = padded(x, padding), gradient.shape[1:3]
+    to_kernel = [(gradient * shifted(images, tap, sizes, strides)).sum((0, 1, 2)) for tap in taps(kernel.shape[:2])]
+    return _to_images(gradient, kernel, x.shape, strides, padding), jnp.stack(to_kernel).reshape(kernel.shape)
+
+
+depthwise.defvjp(_forward, _backward)
+
+
+def _to_images(gradient, kernel, shape, strides, padding):
+    """Computes the gradient with respect to x [B, H, W, C] of this `shape`.
+
+    Pixel h of x contributes to output o through row i of the kernel if h + before = i + stride o. All pixels with the same
+    remainder modulo the stride use the same rows, and form an image of their own: a sum of shifted outputs, each multiplied
+    by a tap. These images are interleaved in the end; a stride of 1 has only one.
+    """
+    batch, *lengths, channels = shape
+    counts = [-(-length // stride) for length, stride in zip(lengths, strides, strict=True)]  # pixels of one remainder
+    starts = {}  # {(remainders, tap): the first pixel's output}
+    for remainders, tap in itertools.product(taps(strides), taps(kernel.shape[:2])):
+        outputs = [remainder + before - t for remainder, (before, _), t in zip(remainders, padding, tap, strict=True)]
+        if not any(output % stride for output, stride in zip(outputs, strides, strict=True)):
+            starts[remainders, tap] = [output // stride for output, stride in zip(outputs, strides, strict=True)]
+    lowest, highest = (np.array([*starts.values()]).min(0), np.array([*starts.values()]).max(0))
+    # One padding for all taps: XLA keeps its result, but would recompute the input of nine separate paddings nine times.
+    after = highest + counts - gradient.shape[1:3]
+    gradients = padded(gradient, tuple(zip(-lowest, after, strict=True)))
+    parts = []
+    for remainders in taps(strides):
+        terms = [
+            kernel[(*tap, 0)] * shifted(gradients, start - lowest, counts, (1, 1))
+            for (remainders_of_tap, tap), start in starts.items()
+            if remainders_of_tap == remainders
+        ]
+        parts.append(total(terms) if terms else jnp.zeros((batch, *counts, channels), gradient.dtype))
+    image = jnp.stack(parts, -2).reshape(batch, *counts, *strides, channels).transpose(0, 1, 3, 2, 4, 5)
+    size = [count * stride for count, stride in zip(counts, strides, strict=True)]
+    return image.reshape(batch, *size, channels)[:, : lengths[0], : lengths[1]]
+
+
+def max_pool(x: jax.Array, size: Sequence[int], strides: Sequence[int], padding: Padding) -> jax.Array:
+    """Takes the maximum of every window of x [B, H, W, C]; the gradient goes to the first of equal values, as in XLA."""
+    sizes, x = places(x.shape[1:3], size, strides, padding), padded(x, padding, -jnp.inf)
+    return functools.reduce(_larger, (shifted(x, tap, sizes, strides) for tap in taps(size)))
+
+
+def _larger(first, second):
+    """Returns the elementwise maximum, NaN where one is NaN; jnp.maximum would split the gradient between equal values."""
+    return jnp.where((second > first) | jnp.isnan(second), second, first)
+
+
+# Sliding windows: for each tap of a kernel, a position (row, column), the image of all pixels that it is multiplied with.
+
+
+def taps(size: Sequence[int]) -> list[tuple[int, int]]:
+    """Returns the taps of a window of this (height, width), row by row."""
+    height, width = size
+    return [*itertools.product(range(height), range(width))]
+
+
+def places(shape: Sequence[int], size: Sequence[int], strides: Sequence[int], padding: Padding) -> list[int]:
+    """Returns [height, width] of the result for images of (height, width) `shape`."""
+    return [
+        (length + sum(margins) - extent) // stride + 1
+        for length, margins, extent, stride in zip(shape, padding, size, strides, strict=True)
+    ]
+
+
+def padded(x: jax.Array, padding: Padding, value: float = 0.0) -> jax.Array:
+    """Pads x [B, H, W, C] with `value`; negative padding crops."""
+    margins = ((0, 0, 0), *((int(before), int(after), 0) for before, after in padding), (0, 0, 0))
+    return jax.lax.pad(x, jnp.asarray(value, x.dtype), margins)
+
+
+def shifted(x: jax.Array, tap: Sequence[int], sizes: Sequence[int], strides: Sequence[int]) -> jax.Array:
+    """Returns the pixels of x [B, H, W, C], already padded, at one tap: one for each pixel of a result of these `sizes`."""
+    ends = [first + (size - 1) * stride + 1 for first, size, stride in zip(tap, sizes, strides, strict=True)]
+    return jax.lax.slice(x, (0, *tap, 0), (len(x), *ends, x.shape[3]), (1, *strides, 1))
+
+
+def total(terms: Iterable[jax.Array]) -> jax.Array:
+    """Returns the sum of a few arrays, added in order."""
+    return functools.reduce(jnp.add, terms)

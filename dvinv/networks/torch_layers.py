@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dvinv.errors import DvinvError
+
 
 def conv(channels: int, size: int, stride: int = 1, *, groups: int = 1, bias: bool = False, name: str) -> nn.Conv:
     """Returns a square convolution with equal padding on all sides (Flax's SAME would pad stride 2 on one side only)."""
@@ -16,7 +18,7 @@ def conv(channels: int, size: int, stride: int = 1, *, groups: int = 1, bias: bo
     )
 
 
-def batch_norm(train: bool, name: str, epsilon: float = 1e-5) -> nn.BatchNorm:
+def batch_norm(train: bool, name: str | None = None, epsilon: float = 1e-5) -> nn.BatchNorm:
     """Returns BatchNorm with PyTorch's epsilon and momentum (its .1 is Flax's .9)."""
     return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=epsilon, name=name)
 
@@ -25,8 +27,8 @@ def group_norm(train: bool, name: str, groups: int = 32):
     """Returns GroupNorm, a function x -> x, with PyTorch's epsilon and gcd(groups, channels) groups."""
 
     def normalise(x: jax.Array) -> jax.Array:
-        own = math.gcd(groups, x.shape[-1])
-        return nn.GroupNorm(num_groups=own, epsilon=1e-5, use_fast_variance=False, name=name)(x)
+        num_groups = math.gcd(groups, x.shape[-1])
+        return nn.GroupNorm(num_groups=num_groups, epsilon=1e-5, use_fast_variance=False, name=name)(x)
 
     return normalise
 
@@ -43,10 +45,16 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = nn.Dense(self.inner, kernel_init=nn.initializers.xavier_uniform(), name='fc1')(x)
-        return nn.Dense(x.shape[-1], kernel_init=nn.initializers.xavier_uniform(), name='fc2')(
-            nn.gelu(wide, approximate=False)
-        )
+        initial = nn.initializers.xavier_uniform()
+        y = nn.gelu(nn.Dense(self.inner, kernel_init=initial, name='fc1')(x), approximate=False)
+        return nn.Dense(x.shape[-1], kernel_init=initial, name='fc2')(y)
+
+
+def refuse_small_images(network: str, x: jax.Array, smallest: int) -> None:
+    """Raises DvinvError if the images x [B, H, W, C] of a network, such as 'A VGG', are smaller than `smallest` pixels."""
+    height, width = x.shape[1:3]
+    if min(height, width) < smallest:
+        raise DvinvError(f'{network} takes images of {smallest}x{smallest} or larger, not {height}x{width}.')
 
 
 def adaptive_mean(x: jax.Array, size: int) -> jax.Array:

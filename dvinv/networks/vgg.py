@@ -11,8 +11,7 @@ from typing import ClassVar
 import flax.linen as nn
 import jax
 
-from dvinv.errors import DvinvError
-from dvinv.networks.torch_layers import adaptive_mean, batch_norm, conv
+from dvinv.networks.torch_layers import adaptive_mean, batch_norm, conv, refuse_small_images
 
 SIDE = 7  # height and width of the input of ImageNet's dense layers: 224 px, halved five times
 
@@ -29,9 +28,7 @@ def vgg_features(x: jax.Array, train: bool, convolutions: Sequence[int], channel
     Raises:
       DvinvError: the image is too small to be halved in every stage.
     """
-    (height, width), smallest = x.shape[1:3], 2 ** len(convolutions)
-    if min(height, width) < smallest:
-        raise DvinvError(f'A VGG takes images of {smallest}x{smallest} or larger, not {height}x{width}.')
+    refuse_small_images('A VGG', x, 2 ** len(convolutions))
     index = 0
     for count, outputs in zip(convolutions, channels, strict=True):
         for _ in range(count):

@@ -8,6 +8,7 @@ with that of another network.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dvinv.errors import DvinvError, say_once
+from dvinv.networks.naming import nested_names
 from dvinv.networks.torch_layers import Mlp, layer_norm
 
 
@@ -25,7 +27,7 @@ def torchvision_names(depth: int, first: str = 'mlp.0', second: str = 'mlp.3') -
       depth: the number of blocks.
       first, second: torchvision's names of the layers of a block's MLP.
     """
-    inside = {
+    parts = {
         'norm1': 'ln_1',
         'norm2': 'ln_2',
         'attn.proj': 'self_attention.out_proj',
@@ -33,12 +35,13 @@ def torchvision_names(depth: int, first: str = 'mlp.0', second: str = 'mlp.3') -
         'mlp.fc2': second,
         **{f'attn.qkv.{leaf}': f'self_attention.in_proj_{leaf}' for leaf in ('weight', 'bias')},
     }
-    outside = {'cls_token': 'class_token', 'pos_embed': 'encoder.pos_embedding', 'patch_embed.proj': 'conv_proj'}
-    outside |= {'norm': 'encoder.ln', 'head': 'heads.head'}
-    return outside | {
-        f'blocks.{block}.{name}': f'encoder.layers.encoder_layer_{block}.{other}'
-        for block in range(depth)
-        for name, other in inside.items()
+    return {
+        'cls_token': 'class_token',
+        'pos_embed': 'encoder.pos_embedding',
+        'patch_embed.proj': 'conv_proj',
+        'norm': 'encoder.ln',
+        'head': 'heads.head',
+        **nested_names([(f'blocks.{block}', f'encoder.layers.encoder_layer_{block}') for block in range(depth)], parts),
     }
 
 
@@ -112,10 +115,10 @@ class VisionTransformer(nn.Module):
         if prefix:
             first = self.param('cls_token', nn.initializers.zeros, (1, 1, self.channels))
             x = jnp.concatenate([jnp.tile(first, (len(x), 1, 1)), x.reshape(len(x), -1, self.channels)], axis=1)
-        learned = self.get_variable('params', 'pos_embed')
-        if learned is not None and learned.shape[1] != shape[1]:
+        trained: Any = self.get_variable('params', 'pos_embed')
+        if trained is not None and trained.shape[1] != shape[1]:
             raise DvinvError(
-                f'These positions of a vision transformer are of {learned.shape[1] - prefix} patches, and images of '
+                f'These positions of a vision transformer are of {trained.shape[1] - prefix} patches, and images of '
                 f'{grid[0] * self.patch}x{grid[1] * self.patch} have {math.prod(grid)}; give it images of the size that it '
                 'was trained with, or read its weights for this size (image_shape), which resamples them.'
             )

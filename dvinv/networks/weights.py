@@ -44,10 +44,10 @@ def import_weights(module: nn.Module, image_shape, state: dict[str, np.ndarray],
       MisfitError: keys are missing or left over, or shapes differ; the message lists them.
     """
     template, state = flatten(shapes_of(module, image_shape)), _without_counters(state)
-    found, keys = _matched(module, template, state)
-    names = found.names
+    matched, keys = _matched(module, template, state)
+    names = matched.names
     _refuse_integers({names[key]: state[names[key]] for key in keys.values() if key in names})
-    _refuse_misfits(type(module).__name__, [*state], found, {*keys.values()})
+    _refuse_misfits(type(module).__name__, [*state], matched, {*keys.values()})
     arrays = {path: to_flax_layout(path, key, state[names[key]], template[path].shape) for path, key in keys.items()}
     if adapt := getattr(module, 'adapt', None):
         arrays = adapt(arrays, image_shape, source)
@@ -55,11 +55,11 @@ def import_weights(module: nn.Module, image_shape, state: dict[str, np.ndarray],
     with np.errstate(over='ignore'):  # values that overflow float32 are refused below
         arrays = {path: array.astype(np.float32) for path, array in arrays.items()}
     refuse_values({path: names[key] for path, key in keys.items()}, arrays)
-    if found.prefix or any(key != name for key, name in names.items()):
-        what = repr(found.prefix) if found.prefix else 'What wraps its parts'
-        say_once(f'{source}: {what} is left out of the keys.')
-    if found.aside:
-        say_once(f'{source}: {listed([*found.aside], 3)} are not used.')
+    if matched.prefix or any(key != name for key, name in names.items()):
+        removed = repr(matched.prefix) if matched.prefix else 'What wraps its parts'
+        say_once(f'{source}: {removed} is left out of the keys.')
+    if matched.unused:
+        say_once(f'{source}: {listed([*matched.unused], 3)} are not used.')
     return unflatten(arrays)
 
 
@@ -74,16 +74,17 @@ def agreement(module: nn.Module, template: dict, state: dict[str, np.ndarray]) -
       classes.
     """
     state = _without_counters(state)
-    found, keys = _matched(module, template, state)
-    names = found.names
+    matched, keys = _matched(module, template, state)
+    names = matched.names
     share = len({*keys.values()} & names.keys()) / len(keys)
     if {*keys.values()} != names.keys():
         return share, False
     differing = set()
     for path, key in keys.items():
-        shape, wanted = to_flax_layout(path, key, state[names[key]], template[path].shape).shape, template[path].shape
-        if shape != wanted:
-            differing.add(path.rpartition('/')[0] if shape[:-1] == wanted[:-1] and wanted[-1] == 1 else path)
+        expected = template[path].shape
+        shape = to_flax_layout(path, key, state[names[key]], expected).shape
+        if shape != expected:
+            differing.add(path.rpartition('/')[0] if shape[:-1] == expected[:-1] and expected[-1] == 1 else path)
     return share, len(differing) <= 1 and not differing & keys.keys()  # only the head may differ
 
 
@@ -94,12 +95,13 @@ def count_classes(build: Callable[[int], nn.Module], image_shape, state: dict[st
     in Flax.
     """
     state, module = _without_counters(state), build(1)
-    few, many = (flatten(shapes_of(build(num_classes), image_shape)) for num_classes in (1, 2))
-    found, keys = _matched(module, few, state)
-    names = found.names
+    one_class, two_classes = (flatten(shapes_of(build(num_classes), image_shape)) for num_classes in (1, 2))
+    matched, keys = _matched(module, one_class, state)
+    names = matched.names
     for path, key in keys.items():
-        if few[path].shape != many[path].shape and key in names and np.ndim(state[names[key]]) == few[path].ndim:
-            return to_flax_layout(path, key, state[names[key]], few[path].shape).shape[-1]
+        shape = one_class[path].shape
+        if shape != two_classes[path].shape and key in names and np.ndim(state[names[key]]) == len(shape):
+            return to_flax_layout(path, key, state[names[key]], shape).shape[-1]
     return 1
 
 
@@ -109,9 +111,9 @@ def _matched(module: nn.Module, template, state) -> tuple[Unwrapped, dict[str, s
     def find(keys) -> dict[str, str]:
         return find_keys(template.keys(), keys, getattr(module, 'aliases', {}), getattr(module, 'counted', True))
 
-    found, unused = unwrapped(state.keys(), find), getattr(module, 'unused', ())
-    names = {key: name for key, name in found.names.items() if not key.startswith(unused)}
-    return dataclasses.replace(found, names=names), find(names)
+    matched, unused = unwrapped(state.keys(), find), getattr(module, 'unused', ())
+    names = {key: name for key, name in matched.names.items() if not key.startswith(unused)}
+    return dataclasses.replace(matched, names=names), find(names)
 
 
 def _without_counters(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -129,17 +131,24 @@ def _refuse_integers(tensors: dict[str, np.ndarray]) -> None:
         )
 
 
-def _refuse_misfits(network: str, file: list[str], found: Unwrapped, wanted: set[str]) -> None:
-    """Refuses keys that are missing or left over; `file` lists all keys of the file."""
-    missing, spare = wanted - found.names.keys(), found.names.keys() - wanted
-    for problem, unmatched, has in (
-        ('lack', [found.prefix + key for key in missing], f' The file has {listed(file, 4)}.'),
-        ('have left over', [found.names[key] for key in spare], ''),
+def _refuse_misfits(network: str, file_keys: list[str], matched: Unwrapped, expected: set[str]) -> None:
+    """Refuses keys that are missing or unexpected.
+
+    Args:
+      network: the class name of the network.
+      file_keys: all keys of the file.
+      matched: the keys that belong to the network.
+      expected: the keys that the network needs.
+    """
+    missing, unexpected = expected - matched.names.keys(), matched.names.keys() - expected
+    for problem, unmatched, contents in (
+        ('lack', [matched.prefix + key for key in missing], f' The file has {listed(file_keys, 4)}.'),
+        ('have left over', [matched.names[key] for key in unexpected], ''),
     ):
         if unmatched:
             raise MisfitError(
                 f'These weights do not fit {network}: they {problem} {listed(sorted(unmatched))}. Is it another depth or '
-                f'another network?{has}'
+                f'another network?{contents}'
             )
 
 
@@ -151,7 +160,7 @@ def _refuse_shapes(network: str, arrays: dict[str, tuple], state: dict[str, np.n
       arrays: {name: (array, expected shape)}.
       state: the original tensors by name; the message shows their shapes.
     """
-    wrong = [f'{name} {state[name].shape}' for name, (array, wanted) in arrays.items() if array.shape != wanted.shape]
+    wrong = [f'{name} {state[name].shape}' for name, (array, expected) in arrays.items() if array.shape != expected.shape]
     if wrong:
         raise MisfitError(
             f'These weights do not fit {network}: other shapes than expected have {listed(sorted(wrong))}. Is it another '
@@ -170,11 +179,11 @@ def refuse_values(names: dict[str, str], arrays: dict[str, np.ndarray]) -> None:
       DvinvError: an array has NaN, infinite numbers or negative variances.
     """
     for path, array in arrays.items():
-        wrong, what = ~np.isfinite(array), 'NaN or infinite'
+        wrong, problem = ~np.isfinite(array), 'NaN or infinite'
         if not wrong.any() and path.startswith('batch_stats/') and path.endswith('/var'):
-            wrong, what = array < 0, 'negative, though variances'
+            wrong, problem = array < 0, 'negative, though variances'
         if wrong.any():
             raise DvinvError(
-                f'Of the {array.size} numbers in {names[path]}, {wrong.sum()} are {what}. Did that training diverge, or is '
-                'the file damaged? Use weights from before.'
+                f'Of the {array.size} numbers in {names[path]}, {wrong.sum()} are {problem}. Did that training diverge, or '
+                'is the file damaged? Use weights from before.'
             )

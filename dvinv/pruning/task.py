@@ -218,7 +218,7 @@ class Pruner:
         return {
             'steps': [{**row, 'test_accuracy': score} for row, score in zip(rows, accuracies, strict=True)],
             'widths': {
-                layer: [len(groups), int(self._channels.there(groups, keep[-1]).sum())]
+                layer: [len(groups), int(self._channels.remaining(groups, keep[-1]).sum())]
                 for layer, groups in self._channels.layers.items()
             },
         }
@@ -302,7 +302,7 @@ class Pruner:
         settings, keep = dataclasses.replace(self._settings, updates=updates), self._channels.keep_mask(target.kept)
         compared, means = _compared(self._teacher), find_statistics(self._channels.shapes)
         left = {
-            layer: np.flatnonzero(self._channels.there(groups, keep))
+            layer: np.flatnonzero(self._channels.remaining(groups, keep))
             for layer in compared
             if (groups := self._channels.axes[join_names(means[layer][0])][-1]) is not None
         }

@@ -10,23 +10,23 @@ from dvinv.data.dataset import RealData
 from dvinv.evaluation.divergence import divergence
 from dvinv.evaluation.scoring import among_top, logits_of, top_accuracy, validate_fits
 from dvinv.networks import Classifier
+from dvinv.networks.quantized.calibration import METHODS, Calibration
 from dvinv.networks.quantized.folding import Folded
 from dvinv.networks.quantized.network import Bits, quantize, simulated
-from dvinv.networks.quantized.ranges import METHODS, Observation
 from dvinv.quantization.bits import bits_of_layers
 
 
 @dataclasses.dataclass(frozen=True)
 class Ladder:
-    """A folded network and the calibration data of its layers: {source: one `Observation` per layer}.
+    """A folded network and the calibration data of its layers: {source: one `Calibration` per layer}.
 
     Sources are 'no_images', 'pool', 'noise' and 'real'.
     """
 
     network: Folded
-    seen: dict[str, list[Observation]]
+    seen: dict[str, list[Calibration]]
 
-    def beside(self, source: str, seen: list[Observation]) -> 'Ladder':
+    def beside(self, source: str, seen: list[Calibration]) -> 'Ladder':
         """Returns a copy with one more source."""
         return Ladder(self.network, {**self.seen, source: seen})
 

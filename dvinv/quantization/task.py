@@ -13,11 +13,11 @@ from dvinv.evaluation.quality import evenly
 from dvinv.inversion import Teacher
 from dvinv.inversion.execution import in_precision
 from dvinv.networks.files import network_bytes
+from dvinv.networks.quantized.calibration import on_images, on_statistics
 from dvinv.networks.quantized.folding import Folded, equalise, fold
 from dvinv.networks.quantized.layers import find_layers
-from dvinv.networks.quantized.learning import QuantizedModule, learned, module_of
+from dvinv.networks.quantized.learning import QuantizedModule, module_of, trained_variables
 from dvinv.networks.quantized.network import load_quantized, products_in_bfloat16, save_quantized, simulated
-from dvinv.networks.quantized.observing import on_images, on_statistics
 from dvinv.pipeline.run import Run
 from dvinv.quantization.bits import bits_of_layers
 from dvinv.quantization.ladder import Ladder, Scores, rungs
@@ -142,7 +142,7 @@ def _distil(run: Run, network: Folded, variables: dict, pool: ImagePool, setting
     module, job = _training(run.settings.quantization, run.teacher, network, variables, len(labels))
     seed, records = 16 * run.settings.seed + ROLE, Records(run.workdir, TASK, setting, run.settings.logging)
     with Training(module, job, run.teacher, seed, run.training_mesh, records) as training:
-        return learned(network, variables, training.finish(images, labels)['params'])
+        return trained_variables(network, variables, training.finish(images, labels)['params'])
 
 
 def _training(

@@ -55,7 +55,7 @@ def read_verifier(group: VerifierSettings | MoreVerifierSettings, field: str, te
         width=group.width,
         image_shape=None if own else teacher.image_shape,
         field=f'{field}.network',
-        otherwise=(teacher.mean, teacher.std),
+        default_pixels=(teacher.mean, teacher.std),
     )
     return classifier_of(*read)
 

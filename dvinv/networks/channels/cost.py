@@ -31,20 +31,21 @@ class Cost:
 
     def of(self, keep: np.ndarray) -> float:
         """Computes the cost of the network with the groups in the keep mask, bool [count]."""
-        left = np.append(keep, True)
-        return float(sum(term.price(*(left[axis].sum() for axis in term.axes)) for term in self.terms))
+        kept = np.append(keep, True)  # with the entry that FIXED, -1, reads
+        return float(sum(term.price(*(kept[axis].sum() for axis in term.axes)) for term in self.terms))
 
     def savings(self, keep: np.ndarray) -> np.ndarray:
         """Computes the saving by the removal of each group alone, float [count]; 0 for groups that are removed already."""
-        left, total = np.append(keep, True), np.zeros(self.count)
+        kept, savings = np.append(keep, True), np.zeros(self.count)
         for term in self.terms:
-            now = [left[axis].sum() for axis in term.axes]
-            mine = [np.bincount(axis[axis != FIXED], minlength=self.count) * keep for axis in term.axes]
-            touched = np.flatnonzero(sum(mine))
-            if len(touched):
-                then = [n - gone[touched] for n, gone in zip(now, mine, strict=True)]
-                total[touched] += term.price(*now) - term.price(*then)
-        return total
+            counts = [kept[axis].sum() for axis in term.axes]
+            # For each axis, the number of its channels in each group that is not removed yet.
+            of_groups = [np.bincount(axis[axis != FIXED], minlength=self.count) * keep for axis in term.axes]
+            groups = np.flatnonzero(sum(of_groups))
+            if len(groups):
+                without = [count - sizes[groups] for count, sizes in zip(counts, of_groups, strict=True)]
+                savings[groups] += term.price(*counts) - term.price(*without)
+        return savings
 
 
 def flops(channels: ChannelGroups) -> Cost:
@@ -60,7 +61,7 @@ def parameters(channels: ChannelGroups) -> Cost:
     terms = []
     for path, axes in channels.axes.items():
         if path.startswith('params/'):
-            fixed = math.prod(n for n, groups in zip(channels.whole[path].shape, axes, strict=True) if groups is None)
+            fixed = math.prod(n for n, groups in zip(channels.flat_shapes[path].shape, axes, strict=True) if groups is None)
             terms.append(Term(tuple(groups for groups in axes if groups is not None), _volume(fixed)))
     return Cost(channels.count, tuple(terms))
 
@@ -71,4 +72,4 @@ def filters(channels: ChannelGroups) -> Cost:
 
 
 def _volume(fixed: int) -> Callable[..., np.ndarray]:
-    return lambda *left: fixed * math.prod(left)
+    return lambda *counts: fixed * math.prod(counts)

@@ -2,17 +2,15 @@
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import flax.linen as nn
 import jax
 import numpy as np
 
 from dvinv.errors import DvinvError, listed
-from dvinv.networks.channels.coupling import Coupling, Pin
-from dvinv.networks.channels.flat import flat_program
-from dvinv.networks.channels.rules import Product, follow
+from dvinv.graph.program import called_or_jaxs_own, program_of
+from dvinv.networks.channels.rules import Coupling, Pin, Product, follow
 from dvinv.networks.classifier import flatten, name_of, unflatten
 from dvinv.networks.registry import shapes_of
 
@@ -41,19 +39,17 @@ class ChannelGroups:
     pins: tuple[Pin, ...]
 
     @functools.cached_property
-    def whole(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def flat_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """`shapes` as a flat dict, {path: shape}."""
         return flatten(self.shapes)
 
     @functools.cached_property
     def layers(self) -> dict[str, np.ndarray]:
         """{a layer with output channels that can be removed: the groups of its output channels}, in the variables' order."""
-        made = {
-            path.removeprefix('params/').rpartition('/')[0]: axes[-1] for path, axes in self.axes.items() if _makes(path)
-        }
-        return {layer: groups for layer, groups in made.items() if groups is not None and (groups != FIXED).any()}
+        outputs = {layer: self.axes[path][-1] for layer, path in _kernels(self.axes).items()}
+        return {layer: groups for layer, groups in outputs.items() if groups is not None and (groups != FIXED).any()}
 
-    def there(self, groups: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    def remaining(self, groups: np.ndarray, keep: np.ndarray) -> np.ndarray:
         """Returns a mask, bool [n], of the places with these groups [n] that remain."""
         return np.append(keep, True)[groups]  # FIXED is -1 and reads the appended True
 
@@ -61,7 +57,7 @@ class ChannelGroups:
         """Returns {number of a leaf of the variables: {axis: mask of its remaining places}}, for `pruned_function`."""
         paths = jax.tree.leaves(unflatten({path: path for path in self.axes}))
         return {
-            leaf: {axis: self.there(groups, keep) for axis, groups in enumerate(self.axes[path]) if groups is not None}
+            leaf: {axis: self.remaining(groups, keep) for axis, groups in enumerate(self.axes[path]) if groups is not None}
             for leaf, path in enumerate(paths)
         }
 
@@ -71,33 +67,34 @@ class ChannelGroups:
 
     def sliced(self, keep: np.ndarray, variables: dict) -> dict:
         """Returns the variables without the places of removed groups."""
-        return self._each(keep, variables, lambda leaf, axis, there: leaf.take(np.flatnonzero(there), axis))
+        return self._each(keep, variables, lambda leaf, axis, mask: leaf.take(np.flatnonzero(mask), axis))
 
     def restored(self, keep: np.ndarray, variables: dict) -> dict:
         """Returns variables of the full network's shapes, with zeros in place of removed groups: the inverse of `sliced`."""
 
-        def spread(leaf, axis, there):
-            places = np.zeros((*leaf.shape[:axis], len(there), *leaf.shape[axis + 1 :]), leaf.dtype)
-            places[(slice(None),) * axis + (there,)] = np.asarray(leaf)
-            return places
+        def spread(leaf, axis: int, mask: np.ndarray) -> np.ndarray:
+            full = np.zeros((*leaf.shape[:axis], len(mask), *leaf.shape[axis + 1 :]), leaf.dtype)
+            full[(slice(None),) * axis + (mask,)] = np.asarray(leaf)
+            return full
 
         return self._each(keep, variables, spread)
 
-    def _each(self, keep: np.ndarray, variables: dict, change) -> dict:
+    def _each(self, keep: np.ndarray, variables: dict, change: Callable) -> dict:
+        """Returns the variables after `change(leaf, axis, mask of its remaining places)` for each axis that loses places."""
         changed = {}
         for path, leaf in flatten(variables).items():
             for axis, groups in enumerate(self.axes[path]):
-                if groups is not None and not self.there(groups, keep).all():
-                    leaf = change(leaf, axis, self.there(groups, keep))
+                if groups is not None and not self.remaining(groups, keep).all():
+                    leaf = change(leaf, axis, self.remaining(groups, keep))
             changed[path] = leaf
         return unflatten(changed)
 
     def kept(self, keep: np.ndarray) -> dict[str, tuple[int, ...]]:
         """Returns {a layer with removed channels: the indices of its remaining output channels}."""
-        there = {layer: self.there(groups, keep) for layer, groups in self.layers.items()}
-        return {layer: tuple(map(int, np.flatnonzero(mine))) for layer, mine in there.items() if not mine.all()}
+        masks = {layer: self.remaining(groups, keep) for layer, groups in self.layers.items()}
+        return {layer: tuple(map(int, np.flatnonzero(mask))) for layer, mask in masks.items() if not mask.all()}
 
-    def keep_mask(self, kept: dict[str, Iterable[int]]) -> np.ndarray:
+    def keep_mask(self, kept: Mapping[str, Iterable[int]]) -> np.ndarray:
         """Returns the keep mask for the remaining output channels of layers: the inverse of `kept`.
 
         Raises:
@@ -105,25 +102,34 @@ class ChannelGroups:
             others of their group are removed.
         """
         keep, layers = np.ones(self.count, bool), self.layers
-        for layer, left in kept.items():
+        for layer, indices in kept.items():
             if layer not in layers:
-                raise DvinvError(f'{layer!r} is no layer whose channels can be removed; these are: {listed([*layers], 8)}.')
-            groups, left = layers[layer], np.asarray(left, int)
-            if len(left) and (left.min() < 0 or left.max() >= len(groups)):
-                wrong = left[(left < 0) | (left >= len(groups))][0]
+                raise DvinvError(f'{layer!r} is not a layer with channels that can be removed; these are: {_names(layers)}.')
+            groups, channels = layers[layer], np.asarray(indices, int)
+            if len(channels) and (channels.min() < 0 or channels.max() >= len(groups)):
+                wrong = channels[(channels < 0) | (channels >= len(groups))][0]
                 raise DvinvError(f'{layer} has {len(groups)} channels, numbered from 0, so there is no {wrong}.')
-            gone = groups[np.setdiff1d(np.arange(len(groups)), left)]
-            if (gone == FIXED).any():
-                raise DvinvError(f'Channels of {layer} are missing that can not be removed.')
-            keep[gone] = False
-        for layer, left in kept.items():
-            if set(np.flatnonzero(self.there(layers[layer], keep))) != {*map(int, left)}:
-                raise DvinvError(f'Channels of {layer} are there whose like are gone elsewhere; they can only go together.')
+            removed = groups[np.setdiff1d(np.arange(len(groups)), channels)]
+            if (removed == FIXED).any():
+                raise DvinvError(f'Channels of {layer} are missing that cannot be removed.')
+            keep[removed] = False
+        for layer, indices in kept.items():
+            if {*np.flatnonzero(self.remaining(layers[layer], keep))} != {*map(int, indices)}:
+                raise DvinvError(
+                    f'Channels of {layer} remain that are coupled with removed channels of other layers; coupled channels '
+                    'must be removed together.'
+                )
         return keep
 
 
-def _makes(path: str) -> bool:
-    return path.startswith('params/') and path.endswith('/kernel')
+def _kernels(paths: Iterable[str]) -> dict[str, str]:
+    """Returns {layer: path of its kernel} of the layers among the paths of variables."""
+    kernels = (path for path in paths if path.startswith('params/') and path.endswith('/kernel'))
+    return {path.removeprefix('params/').removesuffix('/kernel'): path for path in kernels}
+
+
+def _names(names: Iterable[str]) -> str:
+    return listed([*names], 8)
 
 
 def find_channels(module: nn.Module, image_shape, ignored: tuple[str, ...] = ()) -> ChannelGroups:
@@ -138,20 +144,21 @@ def find_channels(module: nn.Module, image_shape, ignored: tuple[str, ...] = ())
       DvinvError: No channel can be removed (the message names the operations that prevent it), or the network does not have
         an ignored layer.
     """
+    arguments = module, tuple(image_shape), tuple(ignored)
     try:
-        return _found(module, tuple(image_shape), tuple(ignored))
+        return _find_channels(*arguments)
     except TypeError as error:
         if 'hash' not in str(error):
             raise
-        return _found.__wrapped__(module, tuple(image_shape), tuple(ignored))  # for example, one of its fields is a list
+        return _find_channels.__wrapped__(*arguments)  # for example, one of its fields is a list
 
 
 @functools.lru_cache(maxsize=32)  # because a pruned network calls it each time that it is traced
-def _found(module: nn.Module, image_shape: tuple[int, ...], ignored: tuple[str, ...]) -> ChannelGroups:
+def _find_channels(module: nn.Module, image_shape: tuple[int, ...], ignored: tuple[str, ...]) -> ChannelGroups:
     variables = shapes_of(module, image_shape)
     image = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
     closed = jax.make_jaxpr(lambda v, x: module.apply(v, x, train=False))(variables, image)
-    program, coupling = flat_program(closed), Coupling()
+    program, coupling = program_of(closed, called_or_jaxs_own), Coupling()
     shapes = {path: leaf.shape for path, leaf in flatten(variables).items()}
     slots = {path: tuple(map(coupling.fresh, shape)) for path, shape in shapes.items()}
     order = jax.tree.leaves(unflatten({path: path for path in shapes}))
@@ -161,55 +168,54 @@ def _found(module: nn.Module, image_shape: tuple[int, ...], ignored: tuple[str, 
         for axis in labels.get(output, ()):
             if axis is not None:
                 coupling.pin(axis, Pin('the logits', name_of(module)))
-    pins = coupling.pins()
-    group = coupling.groups()
-    layers = {path.removeprefix('params/').rpartition('/')[0]: axes[-1] for path, axes in slots.items() if _makes(path)}
-    stays = np.zeros(group.max(initial=0) + 1, bool)
+    pins, group = coupling.pins(), coupling.groups()
+    outputs = {layer: slots[path][-1] for layer, path in _kernels(slots).items()}
+    fixed = np.zeros(group.max(initial=0) + 1, bool)
     for layer in ignored:
-        if layer not in layers:
-            raise DvinvError(
-                f'pruning.ignored_layers names {layer!r}, which is no layer; these are: {listed([*layers], 8)}.'
-            )
-        stays[group[layers[layer]]] = True
-    for some, _ in pins:
-        stays[group[some]] = True
-    made = np.zeros_like(stays)
-    for some in layers.values():
-        made[group[some]] = True  # other groups are no layer's output, such as a constant or a bias that is added to nothing
-    removable = np.flatnonzero(made & ~stays)
-    renumbered = np.full(len(stays), FIXED)
+        if layer not in outputs:
+            raise DvinvError(f'pruning.ignored_layers names {layer!r}, which is no layer; these are: {_names(outputs)}.')
+        fixed[group[outputs[layer]]] = True
+    for pinned, _ in pins:
+        fixed[group[pinned]] = True
+    # Other groups are not the output of any layer, for example a constant, or a bias that is added to nothing.
+    of_outputs = np.zeros_like(fixed)
+    for channels in outputs.values():
+        of_outputs[group[channels]] = True
+    removable = np.flatnonzero(of_outputs & ~fixed)
+    renumbered = np.full(len(fixed), FIXED)
     renumbered[removable] = np.arange(len(removable))
     if not len(removable):
         raise DvinvError(f'No channel of {name_of(module)} can be removed{_because(pins)}.')
 
-    def units_of(some: np.ndarray) -> np.ndarray | None:
-        mine = renumbered[group[some]]
-        return None if (mine == FIXED).all() else mine
+    def groups_of(channels: np.ndarray) -> np.ndarray | None:
+        groups = renumbered[group[channels]]
+        return None if (groups == FIXED).all() else groups
 
     return ChannelGroups(
         len(removable),
         variables,
-        {path: tuple(map(units_of, axes)) for path, axes in slots.items()},
-        tuple(_in_units(product, units_of) for product in products),
-        tuple(dict.fromkeys(why for _, why in pins)),
+        {path: tuple(map(groups_of, axes)) for path, axes in slots.items()},
+        tuple(_in_groups(product, groups_of) for product in products),
+        tuple(dict.fromkeys(reason for _, reason in pins)),
     )
 
 
-def _in_units(product: Product, units_of: Callable) -> Product:
+def _in_groups(product: Product, groups_of: Callable[[np.ndarray], np.ndarray | None]) -> Product:
     """Returns a product with groups instead of slots; an axis with no channels that can be removed counts as fixed."""
-    axes = [units_of(axis) for axis in product.axes]
-    moved = {
-        index: sum(groups is not None for groups in axes[:index]) for index, groups in enumerate(axes) if groups is not None
-    }
-    return dataclasses.replace(
-        product,
-        fixed=product.fixed
-        * math.prod(len(axis) for axis, groups in zip(product.axes, axes, strict=True) if groups is None),
-        axes=tuple(groups for groups in axes if groups is not None),
-        operands=tuple(tuple(moved.get(axis) for axis in operand) for operand in product.operands),
-    )
+    fixed = product.fixed
+    axes: list[np.ndarray] = []
+    index_of: dict[int | None, int] = {}  # {index of an axis in `product`: its index in the result}
+    for index, slots in enumerate(product.axes):
+        groups = groups_of(slots)
+        if groups is None:
+            fixed *= len(slots)
+        else:
+            index_of[index] = len(axes)
+            axes.append(groups)
+    operands = tuple(tuple(index_of.get(axis) for axis in operand) for operand in product.operands)
+    return dataclasses.replace(product, fixed=fixed, axes=tuple(axes), operands=operands)
 
 
-def _because(pins) -> str:
-    reasons = listed([*dict.fromkeys(f'{why.operation} in {why.where}' for _, why in pins)], 3)
+def _because(pins: list[tuple[np.ndarray, Pin]]) -> str:
+    reasons = listed([*dict.fromkeys(f'{reason.operation} in {reason.module}' for _, reason in pins)], 3)
     return f': they meet operations that cannot be followed, or that take all channels at once ({reasons})' if pins else ''

@@ -1,20 +1,68 @@
-"""Rules for how channels pass through the operations of a network.
+"""Rules for how channels pass through the operations of a network, and which of them can only be removed together.
 
-Each axis of a value has a label: the slots (see coupling.py) of its places, int [n], or None if it is not an axis of
-channels, such as the axes of the images of a batch or of pixels. A rule takes the labels of an operation's inputs, couples
-slots that must be removed together, and returns the labels of its outputs.
+Every place along an axis of a variable is a slot. Each axis of a value has a label: the slots of its places, int [n], or
+None if it is not an axis of channels, such as the axes of the images of a batch or of pixels. A rule takes the labels of the
+inputs of an operation and returns those of its outputs. It couples slots that must be removed together (those of both sides
+of a sum, or of a convolution's outputs and the next one's inputs), and pins slots that must stay.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from dvinv.networks.channels.coupling import Coupling, Pin
-from dvinv.networks.channels.flat import Operation, Program
+from dvinv.graph.program import Operation, Program
+
+
+@dataclasses.dataclass(frozen=True)
+class Pin:
+    """The reason why slots must stay: an operation that needs all of them, and the path of the module that calls it."""
+
+    operation: str
+    module: str
+
+
+class Coupling:
+    """Slots, numbered from 0 in the order in which they are created, with their couplings and pins."""
+
+    def __init__(self) -> None:
+        self._slots = 0
+        self._coupled: list[tuple[np.ndarray, np.ndarray]] = []
+        self._pinned: list[tuple[np.ndarray, Pin]] = []
+
+    def fresh(self, count: int) -> np.ndarray:
+        """Creates slots; returns their numbers, int64 [count]."""
+        self._slots += count
+        return np.arange(self._slots - count, self._slots)
+
+    def couple(self, first: np.ndarray, second: np.ndarray) -> None:
+        """Records that `first[i]` and `second[i]`, int [n] both, can only be removed together."""
+        if first is not second:
+            self._coupled.append((first, second))
+
+    def pin(self, slots: np.ndarray, reason: Pin) -> None:
+        """Records that these slots must stay."""
+        self._pinned.append((slots, reason))
+
+    def groups(self) -> np.ndarray:
+        """Returns the group of each slot, int [number of slots]; slots of one group can only be removed together."""
+        from scipy.sparse import coo_array  # imported late, because every run imports this module and few prune
+        from scipy.sparse.csgraph import connected_components
+
+        first, second = (
+            np.concatenate([np.zeros(0, int), *sides]) for sides in (*zip(*self._coupled, strict=True),) or ((), ())
+        )
+        graph = coo_array((np.ones(len(first), bool), (first, second)), (self._slots, self._slots))
+        return connected_components(graph, directed=False)[1]
+
+    def pins(self) -> list[tuple[np.ndarray, Pin]]:
+        """Returns the pinned slots, each array with its reason."""
+        return self._pinned
+
 
 Labels = tuple[np.ndarray | None, ...]  # one label per axis
+Rule = Callable[[Operation, list[Labels], Coupling], list[Labels] | None]  # None: no output has an axis of channels
 
 # Operations that compute each place of their result from the same place of their inputs.
 ELEMENTWISE = {
@@ -58,23 +106,19 @@ def follow(program: Program, inputs: dict[int, Labels], coupling: Coupling) -> t
     """
     labels, products = dict(inputs), []
     for operation in program.operations:
-        given = [_labels(value, shape, labels) for value, shape in zip(operation.inputs, operation.shapes, strict=True)]
-        rule = _rule(operation.name)
-        made = rule(operation, given, coupling) if any(axis is not None for one in given for axis in one) else None
-        if made is None:
-            made = [(None,) * len(shape) for shape in operation.results]
-        labels.update(zip(operation.outputs, made, strict=True))
+        unlabelled = [(None,) * len(shape) for shape in operation.shapes]
+        input_labels = [labels.get(value) or none for value, none in zip(operation.inputs, unlabelled, strict=True)]
+        labelled = any(slots is not None for axes in input_labels for slots in axes)
+        results = _rule(operation.name)(operation, input_labels, coupling) if labelled else None
+        if results is None:
+            results = [(None,) * len(shape) for shape in operation.result_shapes]
+        labels.update(zip(operation.outputs, results, strict=True))
         if operation.name in ('conv_general_dilated', 'dot_general'):
-            products.append(_product(operation, given))
+            products.append(_product(operation, input_labels))
     return labels, products
 
 
-def _labels(value, shape, labels: dict[int, Labels]) -> Labels:
-    known = labels.get(value) if isinstance(value, int) else None
-    return known or (None,) * len(shape)
-
-
-def _rule(name: str) -> Callable:
+def _rule(name: str) -> Rule:
     if name in ELEMENTWISE:
         return _elementwise
     if name in REDUCTIONS:
@@ -84,13 +128,13 @@ def _rule(name: str) -> Callable:
     return RULES.get(name, _unknown)
 
 
-def _pin(operation: Operation, coupling: Coupling, *axes) -> None:
+def _pin(operation: Operation, coupling: Coupling, *axes: np.ndarray | None) -> None:
     for slots in axes:
         if slots is not None:
-            coupling.pin(slots, Pin(operation.name, operation.where))
+            coupling.pin(slots, Pin(operation.name, operation.module))
 
 
-def _together(operation: Operation, coupling: Coupling, first, second) -> None:
+def _together(operation: Operation, coupling: Coupling, first: np.ndarray | None, second: np.ndarray | None) -> None:
     """Couples two axes that are summed over together; if only one of them is an axis of channels, it is pinned."""
     if first is None or second is None:
         _pin(operation, coupling, first, second)
@@ -98,39 +142,46 @@ def _together(operation: Operation, coupling: Coupling, first, second) -> None:
         coupling.couple(first, second)
 
 
-def _unknown(operation: Operation, given: list[Labels], coupling: Coupling) -> None:
-    for one in given:
-        _pin(operation, coupling, *one)
+def _unknown(operation: Operation, input_labels: list[Labels], coupling: Coupling) -> None:
+    for axes in input_labels:
+        _pin(operation, coupling, *axes)
 
 
-def _elementwise(operation: Operation, given: list[Labels], coupling: Coupling) -> list[Labels]:
-    made = []
-    for axis, length in enumerate(operation.results[0]):
-        for one, shape in zip(given, operation.shapes, strict=True):
+def _elementwise(operation: Operation, input_labels: list[Labels], coupling: Coupling) -> list[Labels]:
+    return [_combined(operation, input_labels, operation.result_shapes[0], coupling)] * len(operation.result_shapes)
+
+
+def _combined(operation: Operation, input_labels: list[Labels], result: tuple[int, ...], coupling: Coupling) -> Labels:
+    """Couples the channels at the same index along each axis; returns the labels of a result of the shape `result`."""
+    labels: list[np.ndarray | None] = []
+    for axis, length in enumerate(result):
+        coupled: list[np.ndarray] = []
+        for axes, shape in zip(input_labels, operation.shapes, strict=True):
             if shape and shape[axis] != length:
-                _pin(operation, coupling, one[axis])  # a single place that is combined with all places of the other input
-        met = [one[axis] for one, shape in zip(given, operation.shapes, strict=True) if shape and shape[axis] == length]
-        met = [slots for slots in met if slots is not None]
-        for other in met[1:]:
-            coupling.couple(met[0], other)
-        made.append(met[0] if met else None)
-    return [tuple(made)] * len(operation.results)
+                _pin(operation, coupling, axes[axis])  # a single place that is combined with all places of the other input
+            elif shape and (slots := axes[axis]) is not None:
+                coupled.append(slots)
+        for other in coupled[1:]:
+            coupling.couple(coupled[0], other)
+        labels.append(coupled[0] if coupled else None)
+    return tuple(labels)
 
 
-def _convolution(operation: Operation, given: list[Labels], coupling: Coupling) -> list[Labels]:
-    (images, kernel), params = given, operation.params
+def _convolution(operation: Operation, input_labels: list[Labels], coupling: Coupling) -> list[Labels] | None:
+    (images, kernel), params = input_labels, operation.params
     numbers, groups = params['dimension_numbers'], params['feature_group_count']
     batch, channels, *pixels = (images[axis] for axis in numbers.lhs_spec)
     outputs, inputs, *taps = (kernel[axis] for axis in numbers.rhs_spec)
     if params['batch_group_count'] > 1:
-        return _unknown(operation, given, coupling)
+        _unknown(operation, input_labels, coupling)
+        return None
     _pin(operation, coupling, *pixels, *taps)
     if groups == 1:
         _together(operation, coupling, channels, inputs)
     else:
         _grouped(operation, coupling, groups, channels, inputs, outputs)
-    made = dict(zip(numbers.out_spec, (batch, outputs, *(None for _ in pixels)), strict=True))
-    return [tuple(made[axis] for axis in range(len(made)))]
+    labels = dict(zip(numbers.out_spec, (batch, outputs, *(None for _ in pixels)), strict=True))
+    return [tuple(labels[axis] for axis in range(len(labels)))]
 
 
 def is_depthwise(operation: Operation) -> bool:
@@ -139,63 +190,70 @@ def is_depthwise(operation: Operation) -> bool:
     return operation.params['feature_group_count'] > 1 and kernel[operation.params['dimension_numbers'].rhs_spec[1]] == 1
 
 
-def _grouped(operation: Operation, coupling: Coupling, groups: int, channels, inputs, outputs) -> None:
+def _grouped(
+    operation: Operation,
+    coupling: Coupling,
+    groups: int,
+    channels: np.ndarray | None,
+    inputs: np.ndarray | None,
+    outputs: np.ndarray | None,
+) -> None:
     """Couples the channels of a grouped convolution.
 
     In a depthwise convolution, a channel is coupled with the output channels of its group. With larger groups, channels of
     the same index in all groups are coupled, so that all groups lose the same channels.
     """
     if channels is None or outputs is None:
-        return _pin(operation, coupling, channels, inputs, outputs)
-    made = outputs.reshape(groups, -1)
+        _pin(operation, coupling, channels, inputs, outputs)
+        return
+    outputs_of_groups = outputs.reshape(groups, -1)
     if is_depthwise(operation):
         _pin(operation, coupling, inputs)
-        coupling.couple(np.repeat(channels, made.shape[1]), outputs)
-        return None
-    taken = channels.reshape(groups, -1)
-    for one in (taken, made):
-        coupling.couple(np.tile(one[0], groups - 1), one[1:].ravel())
-    return _together(operation, coupling, taken[0], inputs)
+        coupling.couple(np.repeat(channels, outputs_of_groups.shape[1]), outputs)
+        return
+    channels_of_groups = channels.reshape(groups, -1)
+    for slots in (channels_of_groups, outputs_of_groups):
+        coupling.couple(np.tile(slots[0], groups - 1), slots[1:].ravel())
+    _together(operation, coupling, channels_of_groups[0], inputs)
 
 
-def _dot(operation: Operation, given: list[Labels], coupling: Coupling) -> list[Labels]:
-    (contracted, batched), (first, second) = operation.params['dimension_numbers'], given
+def _dot(operation: Operation, input_labels: list[Labels], coupling: Coupling) -> list[Labels]:
+    (contracted, batched), (first, second) = operation.params['dimension_numbers'], input_labels
     for a, b in zip(*contracted, strict=True):
         _together(operation, coupling, first[a], second[b])
     for a, b in zip(*batched, strict=True):
-        if first[a] is not None and second[b] is not None:
-            coupling.couple(first[a], second[b])
-        else:
-            _pin(operation, coupling, first[a], second[b])
-    made = [first[a] for a in batched[0]]
-    for one, taken in ((first, {*contracted[0], *batched[0]}), (second, {*contracted[1], *batched[1]})):
-        made += [slots for axis, slots in enumerate(one) if axis not in taken]
-    return [tuple(made)]
+        _together(operation, coupling, first[a], second[b])
+    labels = [first[a] for a in batched[0]]
+    for axes, side in ((first, 0), (second, 1)):
+        labels += [slots for axis, slots in enumerate(axes) if axis not in (*contracted[side], *batched[side])]
+    return [tuple(labels)]
 
 
-def _product(operation: Operation, given: list[Labels]) -> Product:
+def _product(operation: Operation, input_labels: list[Labels]) -> Product:
     """Returns the `Product` of an operation; its multiply-adds run over the axes of the result and the summed axes."""
-    (shape, other), (result,) = operation.shapes, operation.results
+    (shape, other), (result,) = operation.shapes, operation.result_shapes
+    # Each entry: (the index of the axis in the first operand or None, in the second operand or None, its length).
+    runs: list[tuple[int | None, int | None, int]]
     if operation.name == 'dot_general':
         contracted, batched = operation.params['dimension_numbers']
-        pairs = {b: a for a, b in (*zip(*contracted, strict=True), *zip(*batched, strict=True))}
-        # (the index of the axis in the first operand or None, in the second operand or None, its length)
-        runs = [(None, axis, length) for axis, length in enumerate(other) if axis not in pairs]
-        back = {a: b for b, a in pairs.items()}
-        runs += [(axis, back.get(axis), length) for axis, length in enumerate(shape)]
+        second_of = dict((*zip(*contracted, strict=True), *zip(*batched, strict=True)))
+        runs = [(None, axis, length) for axis, length in enumerate(other) if axis not in second_of.values()]
+        runs += [(axis, second_of.get(axis), length) for axis, length in enumerate(shape)]
     else:
         numbers = operation.params['dimension_numbers']
         outputs, inputs, *taps = numbers.rhs_spec
         channels = numbers.lhs_spec[1]
         # With larger groups the images have several times as many channels as the kernel's input axis, which `operands`
         # cannot express.
-        alike = inputs if operation.params['feature_group_count'] == 1 else outputs if is_depthwise(operation) else None
-        meets = {alike: channels}
-        runs = [(meets.get(axis), axis, other[axis]) for axis in (inputs, outputs, *taps)]
+        one_group = operation.params['feature_group_count'] == 1
+        first_of = {inputs: channels} if one_group else {outputs: channels} if is_depthwise(operation) else {}
+        runs = [(first_of.get(axis), axis, other[axis]) for axis in (inputs, outputs, *taps)]
         runs += [(None, None, result[axis]) for axis in (numbers.out_spec[0], *numbers.out_spec[2:])]
-    fixed, axes, operands = 1, [], [[None] * len(shape), [None] * len(other)]
+    fixed = 1
+    axes: list[np.ndarray] = []
+    operands: list[list[int | None]] = [[None] * len(shape), [None] * len(other)]
     for first, second, length in runs:
-        slots = given[1][second] if second is not None else given[0][first] if first is not None else None
+        slots = input_labels[1][second] if second is not None else input_labels[0][first] if first is not None else None
         if slots is None:
             fixed *= length
             continue
@@ -203,113 +261,119 @@ def _product(operation: Operation, given: list[Labels]) -> Product:
             if axis is not None:
                 operands[operand][axis] = len(axes)
         axes.append(slots)
-    layer = operation.where.partition('/')[2] or operation.where
+    layer = operation.module.partition('/')[2] or operation.module
     return Product(layer, operation, fixed, tuple(axes), tuple(map(tuple, operands)))
 
 
-def _broadcast(operation: Operation, given: list[Labels], coupling: Coupling) -> list[Labels]:
-    made = [None] * len(operation.results[0])
+def _broadcast(operation: Operation, input_labels: list[Labels], coupling: Coupling) -> list[Labels]:
+    (axes, *_), (result,) = input_labels, operation.result_shapes
+    labels: list[np.ndarray | None] = [None] * len(result)
     for axis, to in enumerate(operation.params['broadcast_dimensions']):
-        if operation.shapes[0][axis] == operation.results[0][to]:
-            made[to] = given[0][axis]
+        if operation.shapes[0][axis] == result[to]:
+            labels[to] = axes[axis]
         else:
-            _pin(operation, coupling, given[0][axis])
-    return [tuple(made)]
+            _pin(operation, coupling, axes[axis])
+    return [tuple(labels)]
 
 
-def _reshape(operation: Operation, given: list[Labels], coupling: Coupling) -> list[Labels]:
+def _reshape(operation: Operation, input_labels: list[Labels], coupling: Coupling) -> list[Labels]:
     """Labels merged axes with one axis of channels among them; pins axes of channels that are split or merged together."""
-    (shape, *_), (result,) = operation.shapes, operation.results
-    made: list = [None] * len(result)
-    for ours, theirs in _blocks(shape, result):
-        labelled = [axis for axis in ours if given[0][axis] is not None]
-        long = [axis for axis in theirs if result[axis] > 1]
+    (axes, *_), (shape, *_), (result,) = input_labels, operation.shapes, operation.result_shapes
+    labels: list[np.ndarray | None] = [None] * len(result)
+    for before, after in _blocks(shape, result):
+        labelled = [(position, slots) for position, axis in enumerate(before) if (slots := axes[axis]) is not None]
+        long = [axis for axis in after if result[axis] > 1]
         if len(labelled) == 1 and len(long) == 1:
             # Every place of the merged axis has the slot of the channel from which it comes.
-            whole = np.expand_dims(given[0][labelled[0]], [i for i, axis in enumerate(ours) if axis != labelled[0]])
-            made[long[0]] = np.broadcast_to(whole, [shape[axis] for axis in ours]).ravel()
+            ((position, slots),) = labelled
+            expanded = np.expand_dims(slots, [other for other in range(len(before)) if other != position])
+            labels[long[0]] = np.broadcast_to(expanded, [shape[axis] for axis in before]).ravel()
         else:
-            _pin(operation, coupling, *(given[0][axis] for axis in labelled))
-    return [tuple(made)]
+            _pin(operation, coupling, *(slots for _, slots in labelled))
+    return [tuple(labels)]
 
 
-def _blocks(shape, result):
+def _blocks(shape: Sequence[int], result: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
     """Yields pairs of consecutive axes before and after a reshape, (axes of `shape`, axes of `result`), of equal size."""
-    ours, theirs, i, j = [], [], 0, 0
+    before: list[int] = []
+    after: list[int] = []
+    i, j = 0, 0
     while i < len(shape) or j < len(result):
-        sizes = math.prod(shape[axis] for axis in ours), math.prod(result[axis] for axis in theirs)
+        sizes = math.prod(shape[axis] for axis in before), math.prod(result[axis] for axis in after)
         if (sizes[0] <= sizes[1] and i < len(shape)) or j == len(result):
-            ours.append(i)
+            before.append(i)
             i += 1
         else:
-            theirs.append(j)
+            after.append(j)
             j += 1
-        sizes = math.prod(shape[axis] for axis in ours), math.prod(result[axis] for axis in theirs)
-        if sizes[0] == sizes[1] and ours and theirs:
-            yield ours, theirs
-            ours, theirs = [], []
-    if ours or theirs:
-        yield ours, theirs
+        sizes = math.prod(shape[axis] for axis in before), math.prod(result[axis] for axis in after)
+        if sizes[0] == sizes[1] and before and after:
+            yield before, after
+            before, after = [], []
+    if before or after:
+        yield before, after
 
 
-def _transpose(operation: Operation, given: list[Labels], coupling: Coupling) -> list[Labels]:
-    return [tuple(given[0][axis] for axis in operation.params['permutation'])]
+def _transpose(operation: Operation, input_labels: list[Labels], coupling: Coupling) -> list[Labels]:
+    return [tuple(input_labels[0][axis] for axis in operation.params['permutation'])]
 
 
-def _squeeze(operation: Operation, given: list[Labels], coupling: Coupling) -> list[Labels]:
-    gone = operation.params['dimensions']
-    _pin(operation, coupling, *(given[0][axis] for axis in gone))
-    return [tuple(slots for axis, slots in enumerate(given[0]) if axis not in gone)]
+def _squeeze(operation: Operation, input_labels: list[Labels], coupling: Coupling) -> list[Labels]:
+    return _without_axes(operation, input_labels, coupling, operation.params['dimensions'])
 
 
-def _reduction(operation: Operation, given: list[Labels], coupling: Coupling) -> list[Labels]:
-    gone = operation.params['axes']
-    _pin(operation, coupling, *(given[0][axis] for axis in gone))  # for example, a mean over channels
-    return [tuple(slots for axis, slots in enumerate(given[0]) if axis not in gone)] * len(operation.results)
+def _reduction(operation: Operation, input_labels: list[Labels], coupling: Coupling) -> list[Labels]:
+    return _without_axes(operation, input_labels, coupling, operation.params['axes'])  # for example, a mean over channels
 
 
-def _window(operation: Operation, given: list[Labels], coupling: Coupling) -> list[Labels]:
-    params, made = operation.params, []
-    for axis, slots in enumerate(given[0]):
-        alone = params['window_dimensions'][axis] == params['window_strides'][axis] == 1 and not any(params['padding'][axis])
-        if not alone:
+def _without_axes(
+    operation: Operation, input_labels: list[Labels], coupling: Coupling, removed: Sequence[int]
+) -> list[Labels]:
+    """Pins the axes that an operation removes; returns the labels of the other ones."""
+    _pin(operation, coupling, *(input_labels[0][axis] for axis in removed))
+    labels = tuple(slots for axis, slots in enumerate(input_labels[0]) if axis not in removed)
+    return [labels] * len(operation.result_shapes)
+
+
+def _window(operation: Operation, input_labels: list[Labels], coupling: Coupling) -> list[Labels]:
+    params, labels = operation.params, []
+    windows = zip(params['window_dimensions'], params['window_strides'], params['padding'], strict=True)
+    for slots, (size, stride, padding) in zip(input_labels[0], windows, strict=True):
+        single = size == stride == 1 and not any(padding)
+        if not single:
             _pin(operation, coupling, slots)
-        made.append(slots if alone else None)
-    return [tuple(made)] * len(operation.results)
+        labels.append(slots if single else None)
+    return [tuple(labels)] * len(operation.result_shapes)
 
 
-def _concatenate(operation: Operation, given: list[Labels], coupling: Coupling) -> list[Labels]:
+def _concatenate(operation: Operation, input_labels: list[Labels], coupling: Coupling) -> list[Labels]:
     along = operation.params['dimension']
-    alike = _elementwise(
-        dataclasses.replace(operation, results=(operation.shapes[0],)),
-        [tuple(None if axis == along else slots for axis, slots in enumerate(one)) for one in given],
-        coupling,
-    )[0]
-    joined = None
-    if any(one[along] is not None for one in given):
-        parts = [
-            coupling.fresh(shape[along]) if one[along] is None else one[along]
-            for one, shape in zip(given, operation.shapes, strict=True)
-        ]
-        joined = np.concatenate(parts)
-    return [tuple(joined if axis == along else slots for axis, slots in enumerate(alike))]
+    others = [tuple(None if axis == along else slots for axis, slots in enumerate(axes)) for axes in input_labels]
+    labels = [*_combined(operation, others, operation.shapes[0], coupling)]
+    if any(axes[along] is not None for axes in input_labels):
+        sections = zip((axes[along] for axes in input_labels), operation.shapes, strict=True)
+        labels[along] = np.concatenate(
+            [coupling.fresh(shape[along]) if slots is None else slots for slots, shape in sections]
+        )
+    return [tuple(labels)]
 
 
-def _padding(operation: Operation, given: list[Labels], coupling: Coupling) -> list[Labels]:
-    made = []
-    for slots, (before, after, between) in zip(given[0], operation.params['padding_config'], strict=True):
+def _padding(operation: Operation, input_labels: list[Labels], coupling: Coupling) -> list[Labels]:
+    labels: list[np.ndarray | None] = []
+    for slots, (before, after, between) in zip(input_labels[0], operation.params['padding_config'], strict=True):
         if slots is None or before == after == between == 0:
-            made.append(slots)
+            labels.append(slots)
         elif between or min(before, after) < 0:
             _pin(operation, coupling, slots)
-            made.append(None)
+            labels.append(None)
         else:  # a shortcut padded with zero channels: the new slots are coupled where they are added to other channels
-            made.append(np.concatenate([coupling.fresh(before), slots, coupling.fresh(after)]))
-    return [tuple(made)]
+            labels.append(np.concatenate([coupling.fresh(before), slots, coupling.fresh(after)]))
+    return [tuple(labels)]
 
 
-def _slice(operation: Operation, given: list[Labels], coupling: Coupling) -> list[Labels]:
-    return [tuple(None if slots is None else slots[part] for slots, part in zip(given[0], parts(operation), strict=True))]
+def _slice(operation: Operation, input_labels: list[Labels], coupling: Coupling) -> list[Labels]:
+    sections = zip(input_labels[0], parts(operation), strict=True)
+    return [tuple(None if slots is None else slots[part] for slots, part in sections)]
 
 
 def parts(operation: Operation) -> tuple[slice, ...]:
@@ -319,7 +383,7 @@ def parts(operation: Operation) -> tuple[slice, ...]:
     return tuple(map(slice, params['start_indices'], params['limit_indices'], steps))
 
 
-RULES = {
+RULES: dict[str, Rule] = {
     'conv_general_dilated': _convolution,
     'dot_general': _dot,
     'broadcast_in_dim': _broadcast,

@@ -45,7 +45,7 @@ def fold(apply_fn: Callable, variables, image_shape) -> Folded:
     """
     layers = find_layers(apply_fn, variables, image_shape)
     flat = {path: np.array(leaf, np.float32) for path, leaf in flatten(variables).items()}
-    uses = collections.Counter(layer.kernel for layer in layers)
+    uses = collections.Counter(layer.kernel for layer in layers)  # {path of a variable: the number of layers that use it}
     uses.update(layer.norm.mean for layer in layers if layer.norm)
     layers = tuple(
         dataclasses.replace(layer, norm=None)
@@ -82,59 +82,64 @@ def equalise(network: Folded) -> Folded:
     """
     flat, layers = flatten(network.weights), {layer.number: layer for layer in network.layers}
     uses = collections.Counter(layer.kernel for layer in network.layers)
-    statistics, ceilings = dict(network.statistics), {}
+    statistics = dict(network.statistics)
+    ceilings: dict[str, np.ndarray] = {}
     for layer in network.layers:
-        after = layers.get(layer.feeds)
+        after = None if layer.feeds is None else layers.get(layer.feeds)
         if after is None or layer.norm is None or not layer.last or uses[after.kernel] > 1 or after.inputs is None:
             continue
         mean, deviation = statistics[str(layer.number)]
         kernel, shift = flat[after.kernel], -flat[layer.norm.mean]
         top = mean + shift + 3 * deviation
-        alone = after.groups == len(top) == kernel.shape[after.outputs] and kernel.shape[after.inputs] == 1
-        if not alone and (after.groups > 1 or kernel.shape[after.inputs] != len(top)):
+        depthwise = (
+            after.outputs is not None
+            and after.groups == len(top) == kernel.shape[after.outputs]
+            and kernel.shape[after.inputs] == 1
+        )
+        if not depthwise and (after.groups > 1 or kernel.shape[after.inputs] != len(top)):
             continue
-        if alone:
+        if depthwise:
             factor = np.ones_like(top)
         else:
             share = np.abs(kernel) / np.maximum(np.abs(kernel).max(after.contracted, keepdims=True), 1e-12)
             factor = share.max(tuple(axis for axis in range(kernel.ndim) if axis != after.inputs))
-        live = (top > 1e-3 * top.max()) & (factor > 1e-3)  # channels that are hardly used stay as they are
-        s = np.where(live, (top / np.maximum(factor, 1e-3)), 1.0)
-        s = np.where(live, np.clip(s / np.exp(np.log(s[live]).mean()), 1e-2, 1e2) if live.any() else 1.0, 1.0)
-        s = (s if alone else np.sqrt(s)).astype(np.float32)
+        used = (top > 1e-3 * top.max()) & (factor > 1e-3)  # channels that are hardly used stay as they are
+        s = np.where(used, (top / np.maximum(factor, 1e-3)), 1.0)
+        s = np.where(used, np.clip(s / np.exp(np.log(s[used]).mean()), 1e-2, 1e2) if used.any() else 1.0, 1.0)
+        s = (s if depthwise else np.sqrt(s)).astype(np.float32)
         flat[layer.kernel] = flat[layer.kernel] / _along(s, flat[layer.kernel], layer.outputs)
         flat[layer.norm.mean] = flat[layer.norm.mean] / s
-        flat[after.kernel] = kernel * _along(s, kernel, after.outputs if alone else after.inputs)
+        flat[after.kernel] = kernel * _along(s, kernel, after.outputs if depthwise else after.inputs)
         statistics[str(layer.number)] = (mean / s, deviation / s)
         ceilings |= {str(number): s for number in layer.ceilings}
     return dataclasses.replace(network, weights=unflatten(flat), statistics=statistics, ceilings=ceilings)
 
 
-def corrected(network: Folded, whole: dict[str, np.ndarray], means: list[np.ndarray]) -> dict:
+def bias_corrected(network: Folded, rounded: dict[str, np.ndarray], means: list[np.ndarray]) -> dict:
     """Returns the weights of `network` with bias correction: shifts compensate the change of each layer's mean result.
 
     With the error e = rounded kernel - kernel, rounding moves the mean by the sum of e E[x] (Nagel et al., section 4.2).
 
     Args:
-      whole: {path of a kernel: the rounded kernel}.
+      rounded: {path of a kernel: the rounded kernel}.
       means: the mean of each input channel, float32 [I], one array per layer in the order of `network.layers`.
     """
     flat = dict(flatten(network.weights))
     for layer, mean in zip(network.layers, means, strict=True):
-        if layer.kernel not in whole or not (layer.norm or layer.bias) or None in (layer.inputs, layer.outputs):
+        if layer.kernel not in rounded or not (layer.norm or layer.bias) or layer.inputs is None or layer.outputs is None:
             continue
-        error = whole[layer.kernel] - flat[layer.kernel]
+        error = rounded[layer.kernel] - flat[layer.kernel]
         error = error.sum(tuple(axis for axis in range(error.ndim) if axis not in (layer.inputs, layer.outputs)))
         error = error if layer.inputs < layer.outputs else error.T  # [I / groups, O]
         error = error.reshape(len(error), layer.groups, -1)
-        moved = np.einsum('gi,igo->go', mean.reshape(layer.groups, -1), error).ravel()
+        change = np.einsum('gi,igo->go', mean.reshape(layer.groups, -1), error).ravel()
         if layer.norm:
-            flat[layer.norm.mean] = flat[layer.norm.mean] + moved
+            flat[layer.norm.mean] = flat[layer.norm.mean] + change
         else:
-            flat[layer.bias] = flat[layer.bias] - moved
+            flat[layer.bias] = flat[layer.bias] - change
     return unflatten(flat)
 
 
-def _along(values: np.ndarray, like: np.ndarray, axis: int) -> np.ndarray:
-    """Reshapes `values` [C] so that they broadcast along one axis of `like`."""
-    return values.reshape([-1 if index == axis else 1 for index in range(like.ndim)])
+def _along(values: np.ndarray, array: np.ndarray, axis: int | None) -> np.ndarray:
+    """Reshapes `values` [C] so that they broadcast along one axis of `array`."""
+    return values.reshape([-1 if index == axis else 1 for index in range(array.ndim)])

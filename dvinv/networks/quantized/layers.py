@@ -5,24 +5,29 @@ a BatchNorm that is applied to its result and to nothing else. It feeds another 
 lie between the two, because a channel can then be scaled in one and scaled back in the other.
 """
 
+import collections
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from dvinv.errors import DvinvError, listed
+from dvinv.graph.program import CUSTOM_DERIVATIVES, Operation, Place, Program, called_or_derived, hides, program_of
+from dvinv.graph.rewriting import contraction_rules, rewritten
 from dvinv.networks.classifier import join_names
 
 OPERATIONS = ('conv_general_dilated', 'dot_general')
-LOOKED_INTO = ('jit', 'pjit', 'closed_call', 'core_call', 'remat', 'remat2', 'checkpoint')  # calls to inline
-OPAQUE = ('custom_jvp_call', 'custom_vjp_call')  # followed here, but rewriting rules do not apply inside
 CUT = ('min', 'custom_jvp_call')  # the operations that can implement a ReLU6
-SAME = ('convert_element_type', 'copy', 'copy_p', 'stop_gradient', 'reshape', 'broadcast_in_dim', 'squeeze', 'expand_dims')
+# Operations that pass a variable on.
+PASSED = ('convert_element_type', 'copy', 'copy_p', 'stop_gradient', 'reshape', 'broadcast_in_dim', 'squeeze', 'expand_dims')
 AFFINE = ('add', 'sub', 'mul', 'div')
+UNSUPPORTED = ('ragged_dot', 'ragged_dot_general', 'conv_general_dilated_patches')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,17 +81,6 @@ class Layer:
         return self.kernel.removeprefix('params/').removesuffix('/kernel')
 
 
-@dataclasses.dataclass(frozen=True)
-class _Step:
-    """An equation of the jaxpr; operands and results are numbers of values, and a constant is a list of one value."""
-
-    name: str
-    operands: tuple
-    results: tuple[int, ...]
-    params: dict
-    shapes: tuple
-
-
 def find_layers(apply_fn: Callable, variables, image_shape) -> tuple[Layer, ...]:
     """Finds the layers of a network, in the order in which they run.
 
@@ -98,198 +92,225 @@ def find_layers(apply_fn: Callable, variables, image_shape) -> tuple[Layer, ...]
       DvinvError: an operation with weights is out of reach of rewriting rules, for instance inside a loop (the message names
         the operation), or the network has no layer.
     """
-    paths, leaves = zip(*_flat(variables), strict=True)
     x = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
-    closed = jax.make_jaxpr(apply_fn)(variables, x)
-    graph = _Graph(closed, paths, leaves)
-    found = [layer for layer in map(graph.layer, range(len(graph.steps))) if layer]
-    if not found:
+    leaves = jax.tree_util.tree_leaves_with_path(variables)  # in JAX's order
+    shapes = {join_names(getattr(key, 'key', key) for key in path): tuple(leaf.shape) for path, leaf in leaves}
+    finder = _LayerFinder(jax.make_jaxpr(apply_fn)(variables, x), shapes)
+    layers = tuple(layer for layer in map(finder.layer, finder.operations) if layer)
+    if not layers:
         raise DvinvError('The network has no convolution or matrix product with weights, so there is nothing to quantize.')
-    return tuple(found)
+    return layers
 
 
-def _flat(tree) -> list[tuple[str, object]]:
-    """Returns [(path, leaf)] of nested dicts, in JAX's order."""
-    found = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return [(join_names(getattr(key, 'key', key) for key in path), leaf) for path, leaf in found]
+def with_rules(apply_fn: Callable, layers: Sequence[Layer], compute_layer: Callable) -> Callable:
+    """Returns `(weights, ceilings, x) -> logits`, which runs `apply_fn` with its layers computed by `compute_layer`.
+
+    Args:
+      compute_layer: (index of the layer, bind, operands) -> its result; `bind(*operands)` is the operation itself.
+
+    Returns:
+      The function; for `ceilings` see `folding.Folded`.
+    """
+    index_of = {layer.number: index for index, layer in enumerate(layers)}
+
+    def run(weights, ceilings, x):
+        operations, cuts = itertools.count(), itertools.count()
+
+        def layer_rule(primitive, params):
+            index = index_of.get(next(operations))
+            if index is None:
+                return None
+            return lambda *operands: compute_layer(index, functools.partial(primitive.bind, **params), operands)
+
+        def ceiling_rule(params):
+            factor = ceilings.get(str(next(cuts)))
+            if factor is None:
+                return None
+            function = params.get('call_jaxpr')
+
+            def scaled(*operands):
+                operands = [operand * factor if np.ndim(operand) else operand for operand in operands]
+                result = jaxpr_as_fun(function)(*operands)[0] if function else jnp.minimum(*operands)
+                return result / factor
+
+            return scaled
+
+        return rewritten(apply_fn, contraction_rules(layer_rule) | dict.fromkeys(CUT, ceiling_rule))(weights, x)
+
+    return run
 
 
-class _Graph:
-    """The equations of a network with nested calls inlined, and the users of every value."""
+class _LayerFinder:
+    """The operations of a network, also those of functions with a custom derivative, and the users of every value."""
 
-    def __init__(self, closed, paths, leaves):
-        self._fresh = itertools.count()
-        inputs = [next(self._fresh) for _ in closed.jaxpr.invars]
-        self.path = dict(zip(inputs, paths, strict=False))  # of values that are a variable, possibly reshaped
-        self.shape = {path: tuple(leaf.shape) for path, leaf in zip(paths, leaves, strict=True)}
-        self.steps, self.numbers = [], {}  # numbers: {index of a step: number among all OPERATIONS}
-        self.cuts = {}  # {index of a `min` step: number of that operation, or of the one that contains it, among `CUT`}
-        self._cut = itertools.count()
-        self._of_images = {*inputs[len(paths) :]}
-        self._roots = {value: {path} for value, path in self.path.items()}
-        outputs = self._inline(closed.jaxpr, [[const] for const in closed.consts], inputs)
-        self.users = {}
-        for index, step in enumerate(self.steps):
-            for operand in step.operands:
-                if isinstance(operand, int):
-                    self.users.setdefault(operand, []).append(index)
-        for value in outputs:
-            if isinstance(value, int):
-                self.users.setdefault(value, []).append(None)
-
-    def _inline(self, jaxpr, consts, inputs, within: str = '', cut: int | None = None) -> list:
-        """Appends the steps of a jaxpr, with nested calls inlined.
+    def __init__(self, closed: ClosedJaxpr, shapes: dict[str, tuple[int, ...]]):
+        """Follows the variables through the network.
 
         Args:
-          jaxpr: the jaxpr.
-          consts, inputs: the values of its constants and inputs.
-          within: the primitive of the custom derivative that contains the jaxpr, '' if there is none.
-          cut: the number of that operation among `CUT`.
+          closed: the network as a function of its variables and images.
+          shapes: {path of a variable: its shape}, in the order of the function's arguments.
 
-        Returns:
-          The values of the outputs.
+        Raises:
+          DvinvError: an operation with weights is out of reach of rewriting rules.
         """
-        values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
+        program = program_of(closed, called_or_derived)
+        self.operations, self._constants, self._shapes = program.operations, program.constants, shapes
+        # Rewriting rules keep functions with a custom derivative whole, and so count the operations of another program.
+        outer = program_of(closed)
+        self._numbers, self._cuts = _numbered(outer, OPERATIONS), _numbered(outer, CUT)
+        # {value: the path of the variable that it is, possibly reshaped}
+        self._path = dict(zip(program.inputs, shapes, strict=False))
+        # {value that does not depend on the images: the paths of the variables that it is computed from}
+        self._roots: dict[int, set[str]] = {value: {path} for value, path in self._path.items()}
+        self._of_images = {*program.inputs[len(shapes) :]}
+        # {value: the operations that use it, and None if the network returns it}
+        self._users: dict[int, list[Operation | None]] = collections.defaultdict(list)
+        for operation in program.operations:
+            _refuse_hidden(operation)
+            self._follow(operation)
+            for value in operation.inputs:
+                self._users[value].append(operation)
+        for value in program.outputs:
+            self._users[value].append(None)
 
-        def read(atom):
-            return [atom.val] if isinstance(atom, Literal) else values[atom]
+    def _follow(self, operation: Operation) -> None:
+        """Records what the results of an operation depend on."""
+        values = [value for value in operation.inputs if value not in self._constants]
+        if not self._of_images.isdisjoint(values):
+            self._of_images.update(operation.outputs)
+            return
+        for result in operation.outputs:
+            self._roots[result] = {path for value in values for path in self._roots[value]}
+            if operation.name in PASSED and values and values[0] in self._path:
+                self._path[result] = self._path[values[0]]
 
-        for equation in jaxpr.eqns:
-            name, params = equation.primitive.name, equation.params
-            operands = [*map(read, equation.invars)]
-            inner = params.get('call_jaxpr', params.get('jaxpr', params.get('fun_jaxpr')))
-            if name in (*LOOKED_INTO, *OPAQUE) and inner is not None:
-                body, held = getattr(inner, 'jaxpr', inner), [[const] for const in getattr(inner, 'consts', ())]
-                mine = next(self._cut) if name in CUT and not within else cut
-                results = self._inline(body, held, operands, within or (name if name in OPAQUE else ''), mine)
-                values.update(zip(equation.outvars, results, strict=True))
-                continue
-            self._refuse_hidden(name, params, within)
-            results = tuple(next(self._fresh) for _ in equation.outvars)
-            values.update(zip(equation.outvars, results, strict=True))
-            self._note(name, operands, results)
-            if name in OPERATIONS:
-                self.numbers[len(self.steps)] = len(self.numbers)
-            if name in CUT:
-                self.cuts[len(self.steps)] = cut if within else next(self._cut)
-            self.steps.append(_Step(name, tuple(operands), results, params, tuple(v.aval.shape for v in equation.invars)))
-        return [*map(read, jaxpr.outvars)]
-
-    def _refuse_hidden(self, name: str, params: dict, within: str) -> None:
-        hidden = within if name in OPERATIONS else name if any(_holds_layers(value) for value in params.values()) else ''
-        if hidden or name in ('ragged_dot', 'ragged_dot_general', 'conv_general_dilated_patches'):
-            raise DvinvError(
-                f'The network has the operation {hidden or name}, whose weights cannot be quantized: only convolutions and '
-                'matrix products outside of loops and custom derivatives can; write it out, or use another network.'
-            )
-
-    def _note(self, name, operands, results) -> None:
-        values = [operand for operand in operands if isinstance(operand, int)]
-        roots = set().union(*(self._roots.get(value, ()) for value in values))
-        for result in results:
-            if any(value in self._of_images for value in values):
-                self._of_images.add(result)
-            else:
-                self._roots[result] = roots
-                if name in SAME and values and values[0] in self.path:
-                    self.path[result] = self.path[values[0]]
-
-    def layer(self, index: int) -> Layer | None:
-        """Returns the layer at the step `index`, or None if that step is no layer.
+    def layer(self, operation: Operation) -> Layer | None:
+        """Returns the layer that an operation is, or None if it is no layer.
 
         Raises:
           DvinvError: its weights are computed from variables or constants rather than being a variable.
         """
-        step = self.steps[index]
-        if step.name not in OPERATIONS:
+        if operation.name not in OPERATIONS:
             return None
-        sides = [side for side in (0, 1) if step.operands[side] not in self._of_images]
+        sides = [side for side in (0, 1) if operation.inputs[side] not in self._of_images]
         if len(sides) != 1:  # two activations, as in attention, or no activation at all
             return None
         (side,) = sides
-        weights = step.operands[side]
-        path = self.path.get(weights) if isinstance(weights, int) else None
-        if path is None or self.shape[path] != step.shapes[side]:
-            made_of = listed(sorted(self._roots.get(weights, ())) if isinstance(weights, int) else []) or 'constants'
+        weights = operation.inputs[side]
+        path = self._path.get(weights)
+        if path is None or self._shapes[path] != operation.shapes[side]:
+            origin = listed(sorted(self._roots.get(weights, ()))) or 'constants'
             raise DvinvError(
-                f'The network has the operation {step.name} whose weights are computed ({made_of}), and so '
-                'cannot be quantized; give it the finished weights as a variable.'
+                f'The network has the operation {operation.name} with weights that are computed ({origin}), and so cannot '
+                'be quantized; give it the finished weights as a variable.'
             )
-        axes = _axes(step, side)
-        return self._followed(Layer(self.numbers[index], path, side, **axes), step.results[0])
+        layer = Layer(self._numbers[operation.place], path, side, **_axes(operation, side))
+        return self._followed(layer, operation.outputs[0])
 
     def _followed(self, layer: Layer, value: int) -> Layer:
         """Adds bias, norm and the next layer to `layer`, following its result `value` while it has a single user."""
         if layer.outputs is None:
             return layer
-        size, ceilings, between = self.shape[layer.kernel][layer.outputs], [], False
-        while len(users := self.users.get(value, [])) == 1 and users[0] is not None:
-            step = self.steps[users[0]]
-            other = next((operand for operand in step.operands if operand != value), None)
-            constant = isinstance(other, list) and np.size(other[0]) == 1
-            if step.name in OPERATIONS:
-                if step.operands.index(value) == 0:
-                    layer = dataclasses.replace(layer, feeds=self.numbers[users[0]], ceilings=tuple(ceilings))
+        size, activated = self._shapes[layer.kernel][layer.outputs], False
+        ceilings: list[int] = []
+        while len(users := self._users[value]) == 1 and (operation := users[0]) is not None:
+            if operation.name in OPERATIONS:
+                if operation.inputs.index(value) == 0:
+                    number = self._numbers[operation.place]
+                    layer = dataclasses.replace(layer, feeds=number, ceilings=tuple(ceilings))
                 return layer
-            of_variables = isinstance(other, int) and other not in self._of_images
-            if step.name in AFFINE and of_variables and not between:
-                roots = self._roots[other]
-                means = [path for path in roots if path.startswith('batch_stats/') and path.endswith('/mean')]
-                if step.name == 'sub' and means and self.shape[means[0]] == (size,) and not layer.norm:
-                    layer = dataclasses.replace(layer, norm=self._norm(means[0]))
-                    if layer.norm is None:
-                        return layer
-                elif not layer.norm and step.name == 'add' and len(roots) == 1 and not layer.bias:
-                    (path,) = roots
-                    if self.shape[path] != (size,):
-                        return layer
-                    layer = dataclasses.replace(layer, bias=path)
-                elif not (layer.norm and roots <= {layer.norm.variance, layer.norm.scale, layer.norm.bias}):
+            other = next((operand for operand in operation.inputs if operand != value), value)
+            constant = self._constants.get(other)
+            if operation.name in AFFINE and other in self._roots and not activated:
+                extended = self._with_affine(layer, operation.name, self._roots[other], size)
+                if extended is None:
                     return layer
-            elif step.name in ('max', 'min') and constant:
-                between = True
-                if step.name == 'max' and np.any(np.asarray(other[0])):
+                layer = extended
+            elif operation.name == 'max' and constant is not None and np.size(constant) == 1:
+                if np.any(np.asarray(constant)):
                     return layer  # a maximum with another constant than 0 is no ReLU
-                if step.name == 'min':
-                    if self.cuts[users[0]] is None:
-                        return layer
-                    ceilings.append(self.cuts[users[0]])
-            elif step.name not in ('convert_element_type', 'copy'):
+                activated = True
+            elif operation.name == 'min' and constant is not None and np.size(constant) == 1:
+                cut = self._cut_of(operation)
+                if cut is None:
+                    return layer
+                ceilings.append(cut)
+                activated = True
+            elif operation.name not in ('convert_element_type', 'copy'):
                 return layer
-            value = step.results[0]
+            value = operation.outputs[0]
         return layer
+
+    def _with_affine(self, layer: Layer, name: str, roots: set[str], size: int) -> Layer | None:
+        """Adds an affine operation on the result of a layer to the layer, as its bias or as a part of its norm.
+
+        Args:
+          layer: the layer.
+          name: the name of the operation.
+          roots: the paths of the variables from which the other operand is computed.
+          size: the number of output channels of the layer.
+
+        Returns:
+          The layer, or None if the operation is neither.
+        """
+        means = [path for path in roots if path.startswith('batch_stats/') and path.endswith('/mean')]
+        if name == 'sub' and means and self._shapes[means[0]] == (size,) and not layer.norm:
+            norm = self._norm(means[0])
+            return dataclasses.replace(layer, norm=norm) if norm else None
+        if not layer.norm and name == 'add' and len(roots) == 1 and not layer.bias:
+            (path,) = roots
+            return dataclasses.replace(layer, bias=path) if self._shapes[path] == (size,) else None
+        if layer.norm and roots <= {layer.norm.variance, layer.norm.scale, layer.norm.bias}:
+            return layer
+        return None
 
     def _norm(self, mean: str) -> Norm | None:
         """Returns the BatchNorm with this running mean; None if its epsilon cannot be determined."""
-        place = mean.removesuffix('/mean')
-        variance, params = f'{place}/var', place.replace('batch_stats/', 'params/', 1)
-        for step in self.steps:
-            if step.name == 'add' and variance in {self.path.get(o) for o in step.operands if isinstance(o, int)}:
-                constants = [o[0] for o in step.operands if isinstance(o, list) and np.size(o[0]) == 1]
-                if constants:
-                    there = [f'{params}/{name}' if f'{params}/{name}' in self.shape else '' for name in ('scale', 'bias')]
-                    return Norm(mean, variance, *there, float(np.reshape(constants[0], ())))
+        module = mean.removesuffix('/mean')
+        variance, params = f'{module}/var', module.replace('batch_stats/', 'params/', 1)
+        for operation in self.operations:
+            if operation.name == 'add' and variance in map(self._path.get, operation.inputs):
+                values = [self._constants[value] for value in operation.inputs if value in self._constants]
+                epsilons = [value for value in values if np.size(value) == 1]
+                if epsilons:
+                    scale, bias = (
+                        f'{params}/{name}' if f'{params}/{name}' in self._shapes else '' for name in ('scale', 'bias')
+                    )
+                    return Norm(mean, variance, scale, bias, float(np.reshape(epsilons[0], ())))
         return None
 
-
-def _holds_layers(value) -> bool:
-    """Returns whether a parameter of an operation contains a jaxpr with convolutions or matrix products."""
-    if isinstance(value, tuple | list):
-        return any(map(_holds_layers, value))
-    jaxpr = getattr(value, 'jaxpr', value)
-    return hasattr(jaxpr, 'eqns') and any(
-        equation.primitive.name in OPERATIONS or any(map(_holds_layers, equation.params.values())) for equation in jaxpr.eqns
-    )
+    def _cut_of(self, operation: Operation) -> int | None:
+        """Returns the number of an operation, or of the function around it, among `CUT`; None if it has none."""
+        places = (operation.place[:depth] for depth in range(len(operation.place) + 1))
+        return next((self._cuts[place] for place in places if place in self._cuts), None)
 
 
-def _axes(step: _Step, side: int) -> dict:
+def _numbered(program: Program, names: tuple[str, ...]) -> dict[Place, int]:
+    """Returns {place of an operation with one of these names: its number among them}, as `with_rules` counts them."""
+    places = [operation.place for operation in program.operations if operation.equation.primitive.name in names]
+    return {place: number for number, place in enumerate(places)}
+
+
+def _refuse_hidden(operation: Operation) -> None:
+    """Raises DvinvError if an operation with weights is out of reach of rewriting rules."""
+    derivatives = [caller.primitive.name for caller in operation.callers if caller.primitive in CUSTOM_DERIVATIVES]
+    hidden = operation.name in OPERATIONS and bool(derivatives)
+    if hidden or operation.name in UNSUPPORTED or hides(operation.equation):
+        name = derivatives[0] if hidden else operation.name
+        raise DvinvError(
+            f'The network has the operation {name} with weights that cannot be quantized: only those of convolutions and '
+            'matrix products outside of loops and custom derivatives can; write it out, or use another network.'
+        )
+
+
+def _axes(operation: Operation, side: int) -> dict[str, Any]:
     """Returns the fields of a `Layer` that describe the axes of its kernel, input and result.
 
     Raises:
       DvinvError: the variables are the images of a convolution.
     """
-    if step.name == 'conv_general_dilated':
-        numbers = step.params['dimension_numbers']
+    if operation.name == 'conv_general_dilated':
+        numbers = operation.params['dimension_numbers']
         outputs, inputs, *space = numbers.rhs_spec
         if side == 0:
             raise DvinvError(
@@ -302,15 +323,15 @@ def _axes(step: _Step, side: int) -> dict:
             'outputs': outputs,
             'channel': numbers.lhs_spec[1],
             'last': numbers.out_spec[1] == len(numbers.out_spec) - 1,
-            'groups': step.params['feature_group_count'],
+            'groups': operation.params['feature_group_count'],
         }
-    contracted, batch = (pair[side] for pair in step.params['dimension_numbers'])
-    theirs = step.params['dimension_numbers'][0][1 - side]
-    free = [axis for axis in range(len(step.shapes[side])) if axis not in (*contracted, *batch)]
+    contracted, batch = (pair[side] for pair in operation.params['dimension_numbers'])
+    of_input = operation.params['dimension_numbers'][0][1 - side]
+    free = [axis for axis in range(len(operation.shapes[side])) if axis not in (*contracted, *batch)]
     return {
         'contracted': tuple(contracted),
         'inputs': contracted[0] if len(contracted) == 1 else None,
         'outputs': free[0] if len(free) == 1 and not batch else None,
-        'channel': theirs[0] if len(theirs) == 1 else None,
+        'channel': of_input[0] if len(of_input) == 1 else None,
         'last': side == 1,
     }

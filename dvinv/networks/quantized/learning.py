@@ -37,7 +37,7 @@ def module_of(network: Folded, apply_fn: Callable, variables: dict) -> Quantized
     return QuantizedModule(apply_fn, lambda: start, assemble)
 
 
-def learned(network: Folded, variables: dict, params: dict) -> dict:
+def trained_variables(network: Folded, variables: dict, params: dict) -> dict:
     """Returns the quantized variables with the trained `params` of the `module_of` them."""
     assemble, _ = _assembler(network, variables)
     return jax.device_get(jax.jit(assemble)(params))

@@ -1,7 +1,7 @@
 """Rounding of weights and activations to a few bits, and their storage as a dense stream of bits.
 
 Weights are symmetric, with one step per channel: w = step q with |q| <= 2^(b-1) - 1. Activations are affine, with one step
-per layer: x = step (q - zero) with 0 <= q <= 2^b - 1, so that 0 (padding, the negative side of a ReLU) is represented
+per layer: x = step (q - zero point) with 0 <= q <= 2^b - 1, so that 0 (padding, the negative side of a ReLU) is represented
 exactly.
 """
 
@@ -35,14 +35,14 @@ def round_weights(weights, step, top):
     return jnp.clip(rounded(weights / step), -top, top)
 
 
-def whole_weights(kernel: np.ndarray, step: np.ndarray, bits: int) -> np.ndarray:
+def integer_weights(kernel: np.ndarray, step: np.ndarray, bits: int) -> np.ndarray:
     """Computes the same as `round_weights` in NumPy, for `bits` bits and without a gradient."""
     return np.clip(np.rint(kernel / step), -largest(bits), largest(bits))
 
 
-def round_inputs(x, step, zero, top):
-    """Rounds activations to a grid of `top` + 1 values, `zero` of them below 0; float, differentiable as `round_weights`."""
-    return (jnp.clip(rounded(x / step) + zero, 0, top) - zero) * step
+def round_inputs(x, step, zero_point, top):
+    """Rounds activations to `top` + 1 values, `zero_point` of them below 0; float, differentiable as `round_weights`."""
+    return (jnp.clip(rounded(x / step) + zero_point, 0, top) - zero_point) * step
 
 
 def weight_steps(kernel: np.ndarray, bits: int, contracted: tuple[int, ...]) -> np.ndarray:
@@ -50,19 +50,17 @@ def weight_steps(kernel: np.ndarray, bits: int, contracted: tuple[int, ...]) -> 
     top = largest(bits)
     magnitude = np.abs(kernel).max(contracted, keepdims=True)
     magnitude = np.where(magnitude > 0, magnitude, 1.0)
-    best, least = None, None
+    best, least_error = SHARES[0] * magnitude / top, np.full(magnitude.shape, np.inf)
     for share in SHARES:
         step = share * magnitude / top
         error = ((np.clip(np.rint(kernel / step), -top, top) * step - kernel) ** 2).sum(contracted, keepdims=True)
-        if best is None:
-            best, least = step, error
-        best, least = np.where(error < least, step, best), np.minimum(error, least)
+        best, least_error = np.where(error < least_error, step, best), np.minimum(error, least_error)
     return best.astype(np.float32)
 
 
-def packed(whole: np.ndarray, bits: int) -> np.ndarray:
+def packed(integers: np.ndarray, bits: int) -> np.ndarray:
     """Packs integers into a dense stream of `bits` bits each, uint8; two per byte at 4 bits."""
-    unsigned = (whole.ravel().astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
+    unsigned = (integers.ravel().astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
     return np.packbits(np.unpackbits(unsigned[:, None], axis=1)[:, -bits:].ravel())
 
 

@@ -1,0 +1,273 @@
+"""A function's program (its jaxpr) as one list of operations, with the functions that it calls inlined.
+
+Every analysis of a network starts from `program_of`, so that all follow the same functions:
+
+    calls (`jit`, `jax.checkpoint`, closed calls) are always inlined;
+    functions with a custom derivative are inlined where a program is only read (`called_or_derived`), and stay whole where
+    it is evaluated again, so that every derivative stays as it is. Those of JAX itself, such as `jax.nn.silu`, may also be
+    inlined there (`called_or_jaxs_own`), because their operations have the same derivative;
+    loops and branches stay whole; `programs_inside` yields the programs inside them.
+"""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import jax
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
+from jax.extend.core.primitives import call_p, closed_call_p, custom_jvp_call_p, custom_vjp_call_p, jit_p, remat_p
+
+CALLS = (jit_p, remat_p, closed_call_p, call_p)
+CUSTOM_DERIVATIVES = (custom_jvp_call_p, custom_vjp_call_p)
+CONTRACTIONS = ('conv_general_dilated', 'dot_general', 'ragged_dot_general')  # operations that combine values with weights
+# Activations that define their derivative at their kinks; inlining them would lose this definition.
+ACTIVATIONS: dict[str, Callable] = {'relu': jax.nn.relu, 'relu6': jax.nn.relu6}
+
+Place = tuple[int, ...]  # an equation's index in the program, then its index in the function that is called there, etc.
+Inlined = Callable[[JaxprEqn], ClosedJaxpr | None]  # returns the function to inline; None to keep an equation whole
+Apply = Callable[[JaxprEqn, int, list], Sequence]  # (equation, its index, its inputs) -> its results
+
+
+def array_type(variable: Var | Literal) -> jax.core.ShapedArray:
+    """Returns the shape and dtype of a variable or literal."""
+    return cast(jax.core.ShapedArray, variable.aval)
+
+
+def called_program(equation: JaxprEqn) -> ClosedJaxpr | None:
+    """Returns the program of the function that an equation calls; None for any other operation."""
+    return _function_of(equation) if equation.primitive in CALLS else None
+
+
+def called_or_derived(equation: JaxprEqn) -> ClosedJaxpr | None:
+    """Returns the same as `called_program`, and also the program of a function with a custom derivative."""
+    return _function_of(equation) if equation.primitive in (*CALLS, *CUSTOM_DERIVATIVES) else None
+
+
+def called_or_jaxs_own(equation: JaxprEqn) -> ClosedJaxpr | None:
+    """Returns the same as `called_program`, and also the program of JAX's own functions with a custom JVP.
+
+    The functions in `ACTIVATIONS` stay whole.
+    """
+    if equation.primitive is custom_jvp_call_p and _is_jaxs_own(equation) and not _activation(equation):
+        return _function_of(equation)
+    return called_program(equation)
+
+
+def _function_of(equation: JaxprEqn) -> ClosedJaxpr:
+    params = equation.params
+    function = params['jaxpr'] if 'jaxpr' in params else params['call_jaxpr']
+    return function if isinstance(function, ClosedJaxpr) else ClosedJaxpr(function, ())
+
+
+def _activation(equation: JaxprEqn) -> str | None:
+    """Returns the name of the activation in `ACTIVATIONS` that an equation computes, or None."""
+    if equation.primitive is not custom_jvp_call_p or not _is_jaxs_own(equation):
+        return None
+    name = equation.params['call_jaxpr'].jaxpr.debug_info.func_name
+    return name if name in ACTIVATIONS else None
+
+
+def _is_jaxs_own(equation: JaxprEqn) -> bool:
+    """Returns whether a function with a custom derivative belongs to JAX; its operations then have the same derivative."""
+    return '/jax/_src/' in str(equation.params['call_jaxpr'].jaxpr.debug_info.func_src_info)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """An operation of a program with inlined functions.
+
+    Attributes:
+      equation: The equation of the jaxpr.
+      place: The position of the equation, see `Place`.
+      module: The path of the module in which it is called, such as 'CifarResNet/layer1_0/conv1'.
+      inputs, outputs: The numbers of the values that it takes and computes.
+      callers: The equations that call the functions around it, from the outermost one to the innermost one.
+    """
+
+    equation: JaxprEqn
+    place: Place
+    module: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    callers: tuple[JaxprEqn, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The name of the primitive, or of an activation in `ACTIVATIONS`."""
+        return _activation(self.equation) or self.equation.primitive.name
+
+    @property
+    def title(self) -> str:
+        """The name of the operation, or of the function with a custom derivative, followed by the name of its module."""
+        function = self.equation.params.get('call_jaxpr')
+        name = function.jaxpr.debug_info.func_name if function else self.equation.primitive.name
+        return f'{name} in {self.module}' if self.module else name
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The keyword arguments of the primitive."""
+        return self.equation.params
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the inputs."""
+        return tuple(array_type(variable).shape for variable in self.equation.invars)
+
+    @property
+    def result_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the outputs."""
+        return tuple(array_type(variable).shape for variable in self.equation.outvars)
+
+    def call(self, params: dict, arrays: Sequence) -> list:
+        """Returns the results of the operation for `arrays`, with `params` in place of its own parameters."""
+        if activation := _activation(self.equation):
+            return [ACTIVATIONS[activation](*arrays)]
+        with self.equation.ctx.manager:
+            return bind(self.equation, arrays, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program as a list of operations; its values are numbered.
+
+    Attributes:
+      operations: The operations in order.
+      inputs, outputs: The numbers of the program's inputs and outputs.
+      constants: {number: value} of the constants and literals of the program.
+      returned: {number: [(place, index of the result)]}: the place of the operation that computes the value, followed by the
+        places of the function calls that return it.
+    """
+
+    operations: list[Operation]
+    inputs: list[int]
+    outputs: list[int]
+    constants: dict[int, Any]
+    returned: dict[int, list[tuple[Place, int]]]
+
+
+def program_of(closed: ClosedJaxpr, inlined: Inlined = called_program) -> Program:
+    """Returns the program of a closed jaxpr.
+
+    Args:
+      closed: The jaxpr.
+      inlined: Which functions are inlined: `called_program`, `called_or_jaxs_own` or `called_or_derived`.
+    """
+    inliner = _Inliner(inlined)
+    inputs = [inliner.fresh() for _ in closed.jaxpr.invars]
+    outputs = inliner.inline(closed, inputs)
+    return Program(inliner.operations, inputs, outputs, inliner.constants, inliner.returned)
+
+
+class _Inliner:
+    """The one walk over a jaxpr; collects the fields of a `Program`."""
+
+    def __init__(self, inlined: Inlined):
+        self.operations: list[Operation] = []
+        self.constants: dict[int, Any] = {}
+        self.returned: dict[int, list[tuple[Place, int]]] = collections.defaultdict(list)
+        self._inlined = inlined
+        self._count = itertools.count()
+
+    def fresh(self) -> int:
+        """Returns the number of a new value."""
+        return next(self._count)
+
+    def inline(
+        self,
+        closed: ClosedJaxpr,
+        inputs: Sequence[int],
+        place: Place = (),
+        module: str = '',
+        callers: tuple[JaxprEqn, ...] = (),
+    ) -> list[int]:
+        """Adds the operations of a program at `place` in `module`; returns the numbers of its outputs."""
+        jaxpr = closed.jaxpr
+        numbers: dict[Var, int] = dict(zip(jaxpr.invars, inputs, strict=True))
+        for variable, value in zip(jaxpr.constvars, closed.consts, strict=True):
+            numbers[variable] = self._constant(value)
+
+        def number_of(variable) -> int:
+            return self._constant(variable.val) if isinstance(variable, Literal) else numbers[variable]
+
+        for index, equation in enumerate(jaxpr.eqns):
+            position, path = (*place, index), '/'.join(filter(None, (module, str(equation.source_info.name_stack))))
+            arguments = tuple(map(number_of, equation.invars))
+            function = self._inlined(equation)
+            if function is None:
+                results = [self.fresh() for _ in equation.outvars]
+                self.operations.append(Operation(equation, position, path, arguments, tuple(results), callers))
+            else:
+                results = self.inline(function, arguments, position, path, (*callers, equation))
+            numbers.update(zip(equation.outvars, results, strict=True))
+            for result, value in enumerate(results):
+                self.returned[value].append((position, result))
+        return [*map(number_of, jaxpr.outvars)]
+
+    def _constant(self, value) -> int:
+        number = self.fresh()
+        self.constants[number] = value
+        return number
+
+
+def programs_inside(equation: JaxprEqn) -> Iterator[ClosedJaxpr]:
+    """Yields the programs inside an equation, such as the body of a loop or the branches of a condition.
+
+    They have None in place of their constants, because they are only read.
+    """
+    for jaxpr in jaxprs_in_params(equation.params):
+        yield ClosedJaxpr(jaxpr, [None] * len(jaxpr.constvars))
+
+
+def hides(equation: JaxprEqn) -> bool:
+    """Returns whether a convolution or a matrix product is inside an operation, such as in the body of a loop."""
+    return any(contracts(inner) for program in programs_inside(equation) for inner in program.jaxpr.eqns)
+
+
+def contracts(equation: JaxprEqn) -> bool:
+    """Returns whether a convolution or a matrix product is, or is inside, an operation."""
+    return equation.primitive.name in CONTRACTIONS or hides(equation)
+
+
+# Evaluation
+
+
+def evaluate(closed: ClosedJaxpr, arrays: Sequence, apply: Apply) -> list:
+    """Evaluates a program on `arrays`, with `apply` in place of each of its equations; returns its outputs."""
+    values = start_values(closed, arrays)
+    run_equations(closed.jaxpr.eqns, values, apply)
+    return [value_of(variable, values) for variable in closed.jaxpr.outvars]
+
+
+def start_values(closed: ClosedJaxpr, arrays: Sequence) -> dict[Var, Any]:
+    """Returns {variable: its value} of the constants and inputs of a program that is called with `arrays`."""
+    return dict(zip([*closed.jaxpr.constvars, *closed.jaxpr.invars], [*closed.consts, *arrays], strict=True))
+
+
+def value_of(variable: Var | Literal, values: dict[Var, Any]) -> Any:
+    """Returns the value of a variable or literal."""
+    return variable.val if isinstance(variable, Literal) else values[variable]
+
+
+def run_equations(equations: Sequence[JaxprEqn], values: dict[Var, Any], apply: Apply) -> None:
+    """Computes equations in order by `apply`; their inputs are taken from `values`, and their results added to it."""
+    for index, equation in enumerate(equations):
+        arrays = [value_of(variable, values) for variable in equation.invars]
+        with equation.ctx.manager:
+            results = apply(equation, index, arrays)
+        values.update(zip(equation.outvars, results, strict=True))
+
+
+def bind(equation: JaxprEqn, arrays: Sequence, params: dict | None = None) -> list:
+    """Returns the results of an equation for `arrays`; `params` take the place of its own parameters if given."""
+    primitive = equation.primitive
+    results = primitive.bind(*arrays, **primitive.get_bind_params(equation.params if params is None else params))
+    return [*results] if primitive.multiple_results else [results]
+
+
+def call(equation: JaxprEqn, arrays: Sequence, run: Callable) -> Any:
+    """Returns `run(*arrays)`, for an equation that calls a function; under `jax.checkpoint` if the equation is that."""
+    if equation.primitive is remat_p:
+        run = jax.checkpoint(run, prevent_cse=equation.params['prevent_cse'], policy=equation.params['policy'])
+    return run(*arrays)
