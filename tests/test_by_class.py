@@ -49,7 +49,7 @@ def test_few_classes_have_a_matrix_by_name():
     assert section.text.startswith('The student agrees with the teacher on 80.0% of the real test images.')
     (table,), (chart,) = section.tables, section.charts
     assert table.rows == [['ant', 4, '100.0%', '75.0%'], ['bee', 1, '100.0%', '100.0%']]
-    told = re.findall('<title>(.*?)</title>', chart)
+    told = re.findall('<title>(.*?)</title>', chart.svg)
     assert told == ['ant, ant: 75.0%', 'ant, bee: 25.0%', 'bee, bee: 100.0%']  # an empty place is no figure
 
 

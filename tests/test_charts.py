@@ -1,4 +1,4 @@
-"""Line charts: well-formed for any values, lines where the values say, text escaped."""
+"""Charts: well-formed for any values, lines where the values say, a cell a share, text escaped."""
 
 import re
 from xml.etree import ElementTree
@@ -6,9 +6,25 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from dvinv.report.charts import LARGEST, MAX_BUCKETS, MAX_DOTS, PANEL_HEIGHT, line_chart, line_panels
+from dvinv.report import charts
+from dvinv.report.charts import CELL, LARGEST, MAX_BUCKETS, MAX_DOTS, PANEL_HEIGHT, bars
 
 HOSTILE = '<script src="x">&\'</script>'
+
+
+def line_chart(*args, **kwargs):
+    """The markup of a line chart."""
+    return charts.line_chart(*args, **kwargs).svg
+
+
+def line_panels(*args, **kwargs):
+    """The markup of a chart of panels."""
+    return charts.line_panels(*args, **kwargs).svg
+
+
+def heat_map(*args):
+    """The markup of a heat map."""
+    return charts.heat_map(*args).svg
 
 
 def _points(svg):
@@ -46,10 +62,11 @@ def _ticks(svg):
     ],
 )
 def test_any_values_make_a_well_formed_chart_of_finite_coordinates(y, log_y, log_x):
-    svg = line_chart({'loss': (list(range(len(y))), y)}, 't', 'x', 'y', log_y, log_x)
+    chart = charts.line_chart({'loss': (list(range(len(y))), y)}, 't', 'x', 'y', log_y, log_x)
     if not np.isfinite(np.array(y, float)).any():
-        assert not svg
+        assert chart is None
         return
+    svg = chart.svg
     ElementTree.fromstring(svg)
     assert not re.search(r'\b(nan|inf)\b', svg)
     for points in _points(svg):
@@ -58,7 +75,7 @@ def test_any_values_make_a_well_formed_chart_of_finite_coordinates(y, log_y, log
 
 @pytest.mark.parametrize('series', [{}, {'a': ([], [])}, {'a': ([1, 2], [None, None])}])
 def test_nothing_is_drawn_of_no_points(series):
-    assert line_chart(series, 't', 'x', 'y', log_y=True) == line_panels(series, 't', 'x', log_y=True) == ''
+    assert charts.line_chart(series, 't', 'x', 'y', log_y=True) is charts.line_panels(series, 't', 'x', log_y=True) is None
 
 
 def test_panels_have_an_axis_each_so_that_small_values_are_seen():
@@ -172,3 +189,42 @@ def test_chart_text_is_escaped():
     ElementTree.fromstring(svg)
     assert '<script' not in svg
     assert svg.count('&lt;script') >= 5
+
+
+def test_a_cell_a_share_darker_where_it_is_higher():
+    svg = heat_map([[0.25], [1.0, None, 0.0]], HOSTILE, ['after 0', HOSTILE], ['0', '1', HOSTILE])
+    ElementTree.fromstring(svg)
+    assert '<script' not in svg
+    cells = re.findall(r'<rect x="(\d+)" y="(\d+)".*?fill-opacity="([\d.]+)"><title>([^<]*)<', svg)
+    assert [told.rpartition(' ')[2] for *_, told in cells] == ['25.0%', '100.0%', '0.0%']
+    low, high, none = (float(opacity) for _, _, opacity, _ in cells)
+    assert none < low < high
+    (x0, y0), (x1, y1), (x2, y2) = ((int(x), int(y)) for x, y, *_ in cells)
+    assert (x1 - x0, y1 - y0, x2 - x1, y2 - y1) == (0, CELL[1], 2 * CELL[0], 0)
+    assert re.findall(r'text-anchor="middle">([\d.]+)<', svg) == ['25.0', '100.0', '0.0']
+
+
+def test_many_columns_widen_the_chart():
+    svg = heat_map([[0.5] * 20], 't', ['a'], [f'task {i}' for i in range(20)])
+    width = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])
+    assert max(int(x) for x in re.findall(r'<rect x="(\d+)"', svg)) + CELL[0] <= width + 2
+
+
+def test_bars_show_what_is_left_of_what():
+    svg = bars({HOSTILE: (16, 4), 'b': (8.0, 8.0)}, HOSTILE, 'channels').svg
+    ElementTree.fromstring(svg)
+    assert '<script' not in svg
+    before, after, *_ = (float(width) for width in re.findall(r'<rect [^>]*width="([\d.]+)"', svg))
+    assert before == pytest.approx(4 * after, rel=0.01)
+    assert '<title>b: 8 of 8 channels</title>' in svg
+
+
+def test_a_notebook_shows_a_chart():
+    chart = charts.line_chart({'a': ([0, 1], [0, 1])}, 't', 'x', 'y')
+    assert chart.svg in chart._repr_html_()
+
+
+def test_means_over_lines_that_have_the_value():
+    lines = [{'step': 2, 'loss': 4.0}, {'step': 1, 'loss': 1.0}, {'step': 2, 'loss': 2.0, 'other': 3.0}]
+    curves = charts.mean_curves(lines, ('loss', 'other', 'none'))
+    assert curves == {'loss': ([1, 2], [1.0, 3.0]), 'other': ([2], [3.0]), 'none': ([], [])}

@@ -68,7 +68,8 @@ def test_public_names_are_listed_and_have_types():
     assert typed == dvinv._EXPORTS
     data = tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['setuptools']['package-data']
     assert all((ROOT / 'dvinv' / name).is_file() for name in data['dvinv'])
-    assert data['dvinv'] == ['py.typed']
+    templates = sorted((ROOT / 'dvinv').rglob('*.j2'))
+    assert data['dvinv'] == ['py.typed', *(path.relative_to(ROOT / 'dvinv').as_posix() for path in templates)]
 
 
 def test_every_field_is_listed_with_its_comment():

@@ -25,7 +25,7 @@ def _page(text='plain'):
     ]
     sections = [Section(text, text, [table], [chart], pictures), Section('Empty')]
     facts = {text: text, 'files': [(text, text)]}
-    return render(text, text, [Tile(text, text, text, 0.5), Tile('a', percent(None))], sections, text, text, text, facts)
+    return render(text, text, [Tile(text, text, text, 0.5), Tile('a', percent(None))], sections, text, facts)
 
 
 class _Balance(HTMLParser):
@@ -100,15 +100,20 @@ def test_rows_columns_and_tiles_of_unknown_values_are_left_out():
 
 
 def test_a_wide_table_is_stacked_on_a_phone_under_the_names_of_its_columns():
-    wide = _render(Table('abcde', [['x', 1, 2, 3, 4]], caption='long'))
+    wide = _render(Table(['a', 'bbbbbbbb', 'c', 'd'], [['x', 1, 2, 137_725_184]], caption='long'))
     assert '<td data-name="c">2</td>' in wide
-    assert wide.index('<figcaption>long') < wide.index('<div class="scroll"') < wide.index('<table class="stack"')
-    assert 'data-name="' not in _render(Table('abcd', [['x', 1, 2, 3]]))
+    (width,) = re.findall(r'<table class="stack-(\d+)"', wide)
+    assert f'@container (max-width: {width}rem) {{ .stack-{width} {{' in wide
+    assert wide.index('<figcaption>long') < wide.index('<div class="scroll"') < wide.index('<table')
+    for narrow in (Table('abcd', [['x', 1, 2, 3]]), Table('ab', [['x', 'words that go into several lines']])):
+        assert 'data-name="' not in _render(narrow)
     assert 'data-name="' in _render(Table('abc', [['long', 'text', 'everywhere']], text_columns=3))
+    many = Table([f'column{i}' for i in range(20)], [[0.25] * 20])
+    assert many.stacking_width > 71  # rem of the page: it is a list on every screen
 
 
 def test_charts_without_a_line_are_left_out():
-    assert 'class="plot"' not in render('t', 's', sections=[Section('a', charts=['', line_chart({}, 't', 'x', 'y')])])
+    assert 'class="plot"' not in render('t', 's', sections=[Section('a', charts=[line_chart({}, 't', 'x', 'y')])])
 
 
 def test_grids_name_their_classes():
@@ -116,6 +121,7 @@ def test_grids_name_their_classes():
     picture = class_picture(images, labels, 'c', ('ant', 'bee'), 4, wide=True)
     assert (picture.row_labels, picture.caption, picture.wide) == (['ant', 'bee'], 'c', True)
     assert class_picture(images, labels, 'c', (), 4).row_labels == ['0', '1']
+    assert picture._repr_png_().startswith(b'\x89PNG')  # for a notebook
 
 
 def test_classes_of_few_images_stand_side_by_side_and_real_ones_in_the_same_places():
@@ -141,4 +147,4 @@ def test_unknown_values_are_a_dash_and_figures_are_readable():
 
 def test_a_ragged_table_is_refused():
     with pytest.raises(ValueError, match='Row 0 of a table has 1 cells for 2 columns'):
-        render('t', 's', sections=[Section('a', tables=[Table(['x', 'y'], [['only']])])])
+        Table(['x', 'y'], [['only']])

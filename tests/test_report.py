@@ -15,7 +15,7 @@ from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
 from dvinv.pipeline.run import Run
 from dvinv.pruning.section import pruning_sentence
-from dvinv.quantization.section import quantization_section, quantization_tile
+from dvinv.quantization.section import quantization_section
 from dvinv.report import task as report
 from dvinv.report.page import render
 
@@ -184,19 +184,20 @@ def _quantized(score, **others):
 
 
 def test_a_quantization_has_its_tile_its_sentence_and_a_place_a_setting():
-    section, tile = quantization_section(_quantized(0.5)), quantization_tile(_quantized(0.5))
+    section = quantization_section(_quantized(0.5))
+    (tile,) = section.tiles
     assert (
         section.text
         == 'In w2a2 the network takes 10.0% of its bytes and reads 50.0% of the real test images right, in float32 50.0%.'
     )
     assert (tile.label, tile.value, tile.note) == ('w2a2', '50.0%', 'real test accuracy in 10% of the bytes')
-    assert re.findall(r'<title>real images: \S+ at (\S+)</title>', section.charts[0]) == []
-    assert re.findall(r'<title>pool, least error: \S+ at (\S+)</title>', section.charts[0]) == ['2', '3', '8']
+    assert re.findall(r'<title>real images: \S+ at (\S+)</title>', section.charts[0].svg) == []
+    assert re.findall(r'<title>pool, least error: \S+ at (\S+)</title>', section.charts[0].svg) == ['2', '3', '8']
 
 
 def test_a_quantization_without_data_shows_bytes_alone():
-    section, tile = quantization_section(_quantized(None)), quantization_tile(_quantized(None))
-    page = render('t', 's', [tile], [section])
+    section = quantization_section(_quantized(None))
+    page = render('t', 's', section.tiles, [section])
     assert '–' not in page
     assert '<svg' not in page
     assert section.text == 'In w2a2 the network takes 10.0% of its bytes.'

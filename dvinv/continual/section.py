@@ -6,7 +6,7 @@ from dvinv.continual.chains import MAIN
 from dvinv.continual.stream import class_names_of, steps_of
 from dvinv.data.pool import ImagePool
 from dvinv.pipeline.run import Run
-from dvinv.report.heat_map import heat_map
+from dvinv.report.charts import Chart, heat_map
 from dvinv.report.page import Picture, Section, Table, Tile, class_picture, percent
 from dvinv.runtime.workdir import Workdir
 
@@ -22,21 +22,6 @@ CONTROLS = {
     'joint': 'All real images at once (joint training)',
     **LOSSES,
 }
-
-
-def continual_tiles(found: dict) -> list[Tile]:
-    """Returns the tiles with the key figures."""
-    return [
-        Tile(
-            'All classes', percent(found['test_accuracy']), 'real test accuracy, old images unseen', found['test_accuracy']
-        ),
-        Tile(
-            'Old classes',
-            percent(found['old_test_accuracy']),
-            f'before the last task {percent(found["old_test_accuracy_before"])}',
-            found['old_test_accuracy'],
-        ),
-    ]
 
 
 def continual_section(run: Run, found: dict) -> Section:
@@ -57,30 +42,51 @@ def continual_section(run: Run, found: dict) -> Section:
         f'{found["updates"]:,} updates each but for the first. Forgetting: the best earlier accuracy on a task less the '
         'last one, mean over tasks.',
     )
-    tasks = [f'task {task}' for task in range(found['tasks'])]
-    charts = []
-    for chain in chains:
-        matrix = found['accuracy_matrix'][chain]
-        known = [(f'after task {task}', row) for task, row in enumerate(matrix) if row]
-        charts.append(heat_map([row for _, row in known], labels[chain], [name for name, _ in known], tasks))
+    accuracy, old = found['test_accuracy'], found['old_test_accuracy']
     return Section(
         'Continual learning',
-        text=f'After {found["tasks"]} tasks the network reads {percent(found["test_accuracy"])} of the real test images '
-        f'right, of the classes before the last task {percent(found["old_test_accuracy"])}.\n\n'
+        text=f'After {found["tasks"]} tasks the network reads {percent(accuracy)} of the real test images '
+        f'right, of the classes before the last task {percent(old)}.\n\n'
         'Rows of a matrix: after which task. Columns: on which task, in per cent, among all classes known by then.',
         tables=[table],
-        charts=charts,
-        pictures=[*(_grid(run.workdir, task, names) for task in range(1, found['tasks'])), *_real(run, names)],
+        charts=[accuracy_matrix(found['accuracy_matrix'][chain], labels[chain]) for chain in chains],
+        pictures=[*(recalled_images(run.workdir, task, names) for task in range(1, found['tasks'])), *_real(run, names)],
+        tiles=[
+            Tile('All classes', percent(accuracy), 'real test accuracy, old images unseen', accuracy),
+            Tile('Old classes', percent(old), f'before the last task {percent(found["old_test_accuracy_before"])}', old),
+        ],
+        summary=f'In {found["tasks"]} tasks a network learned ever more classes, and saw no real image of an old one '
+        f'again: what it was to remember it recalled itself. It reads {percent(accuracy)} of the real test '
+        f'images of all classes right; after fine-tuning alone it would be {percent(found["finetune_test_accuracy"])}, with '
+        f'real images of the old classes {percent(found["replay_test_accuracy"])}.',
     )
+
+
+def accuracy_matrix(rows: Sequence[Sequence[float | None]], title: str) -> Chart:
+    """Draws the accuracy on each task after each task.
+
+    Args:
+      rows: the accuracies on the tasks so far, for each task after which they were measured; [] for one without.
+      title: the title above the chart.
+    """
+    known = {f'after task {task}': row for task, row in enumerate(rows) if row}
+    return heat_map([*known.values()], title, [*known], [f'task {task}' for task in range(len(rows))])
+
+
+def recalled_images(workdir: Workdir, task: int, names: Sequence[str]) -> Picture:
+    """Returns the first images of each old class that were synthesized before a task.
+
+    Args:
+      workdir: the work directory.
+      task: the number of the task, from 1.
+      names: the names of classes in the order of labels; () to show numbers.
+    """
+    pool = ImagePool(workdir.path / 'pools' / f'{task}')
+    caption = f'Synthesized before task {task}: the old classes as the network recalled them; rows are classes.'
+    return class_picture(pool.rows('images'), pool.rows('labels')[:], caption, names, PER_CLASS)
 
 
 def _real(run: Run, names: Sequence[str]) -> list[Picture]:
     data = run.data
     caption = 'Real test images of the first classes, for comparison.'
     return [class_picture(data.test.images, data.test.labels, caption, names, PER_CLASS)] if data else []
-
-
-def _grid(workdir: Workdir, task: int, names: Sequence[str]) -> Picture:
-    pool = ImagePool(workdir.path / 'pools' / f'{task}')
-    caption = f'Synthesized before task {task}: the old classes as the network recalled them; rows are classes.'
-    return class_picture(pool.rows('images'), pool.rows('labels')[:], caption, names, PER_CLASS)

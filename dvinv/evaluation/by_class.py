@@ -11,7 +11,7 @@ from dvinv.data.dataset import Split
 from dvinv.evaluation.quality import evenly
 from dvinv.evaluation.scoring import logits_of
 from dvinv.networks import Classifier
-from dvinv.report.heat_map import heat_map
+from dvinv.report.charts import Chart, heat_map
 from dvinv.report.page import Section, Table, percent
 from dvinv.runtime.pictures import name_of
 
@@ -87,7 +87,7 @@ def class_section(found: dict, names: dict[str, str], class_names: Sequence[str]
     tables, charts = [table], []
     for name in networks:
         if few:
-            charts.append(_matrix(found['confusion'][name], labels, names[name], class_names))
+            charts.append(confusion_matrix(found['confusion'][name], labels, names[name], class_names))
             continue
         apart = [pair for pair in found['confusion'][name] if pair[0] != pair[1]][:MOST_CLASSES]
         tables.append(
@@ -130,8 +130,15 @@ def _agreed(pairs: list[list[int]]) -> float:
     return sum(count for first, second, count in pairs if first == second) / sum(count for *_, count in pairs)
 
 
-def _matrix(pairs: list[list[int]], labels: list[int], name: str, class_names: Sequence[str]) -> str:
-    """Returns the chart of a confusion matrix; a row sums to 100%, less answers in classes that have no test image."""
+def confusion_matrix(pairs: list[list[int]], labels: list[int], name: str, class_names: Sequence[str]) -> Chart:
+    """Draws a confusion matrix; a row sums to 100%, less answers in classes that have no test image.
+
+    Args:
+      pairs: the confusion of a network, see `compare`.
+      labels: the classes, see `compare`.
+      name: the name of the network for readers.
+      class_names: see `class_section`.
+    """
     counts = {(first, second): count for first, second, count in pairs}
     totals = dict.fromkeys(labels, 0)
     for first, _, count in pairs:

@@ -1,8 +1,9 @@
 """The section of the report about pruning: scores, accuracy against cost, and layer widths before and after."""
 
-from dvinv.report.charts import line_chart
+from collections.abc import Mapping, Sequence
+
+from dvinv.report.charts import Chart, bars, line_chart
 from dvinv.report.page import Section, Table, Tile, number, percent
-from dvinv.runtime.bars import bars_left
 from dvinv.runtime.workdir import Workdir
 
 NAMES = {
@@ -41,15 +42,30 @@ def pruning_section(workdir: Workdir, found: dict) -> Section:
         [[name, number(found[key])] for key, name in RATIOS.items() if found[key] is not None],
         caption=f'{found["parameters"]:,} parameters are left.',
     )
-    known = [step for step in story['steps'] if step['test_accuracy'] is not None]
-    shares, accuracies = ([step[key] for step in known] for key in ('flops_ratio', 'test_accuracy'))
-    charts = [
-        line_chart({'Pruned network': (shares, accuracies)}, 'Accuracy after each step', 'FLOPs left', 'real test accuracy'),
-        bars_left(
-            {layer: tuple(widths) for layer, widths in story['widths'].items()}, 'Channels that layers make', 'channels'
-        ),
-    ]
-    return Section('Pruning', pruning_sentence(found), tables=[scores, costs], charts=charts)
+    accuracy, sentence = found['test_accuracy'], pruning_sentence(found)
+    note = f'real test accuracy with {percent(found["flops_ratio"], 0)} of the FLOPs'
+    return Section(
+        'Pruning',
+        sentence,
+        tables=[scores, costs],
+        charts=[accuracy_by_flops(story['steps']), channels_left(story['widths'])],
+        tiles=[Tile('Pruned', percent(accuracy), note, accuracy)],
+        summary=sentence,
+    )
+
+
+def accuracy_by_flops(steps: Sequence[dict]) -> Chart | None:
+    """Draws the accuracy after each step against the FLOPs that are left; `steps` are those in pruning.json."""
+    known = [step for step in steps if step['test_accuracy'] is not None]
+    curve = [step['flops_ratio'] for step in known], [step['test_accuracy'] for step in known]
+    return line_chart({'Pruned network': curve}, 'Accuracy after each step', 'FLOPs left', 'real test accuracy')
+
+
+def channels_left(widths: Mapping[str, Sequence[int]]) -> Chart:
+    """Draws the channels of each layer before and after; `widths` are those in pruning.json."""
+    return bars(
+        {layer: (before, after) for layer, (before, after) in widths.items()}, 'Channels that layers make', 'channels'
+    )
 
 
 def pruning_sentence(found: dict) -> str:
@@ -60,9 +76,3 @@ def pruning_sentence(found: dict) -> str:
         return f'{text}left, the network was fine-tuned on synthesized images alone.'
     before = percent(found['unpruned_test_accuracy'])
     return f'{text}left, the network reads {percent(found["test_accuracy"])} of the real test images right, {before} before.'
-
-
-def pruning_tile(found: dict) -> Tile:
-    """Returns the tile with the key figure."""
-    accuracy, note = found['test_accuracy'], f'real test accuracy with {percent(found["flops_ratio"], 0)} of the FLOPs'
-    return Tile('Pruned', percent(accuracy), note, accuracy)

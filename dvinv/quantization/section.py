@@ -1,10 +1,10 @@
 """The section of the report about quantized networks: accuracy against bits and megabytes."""
 
 from dvinv.config import BITS, bits_of
-from dvinv.report.charts import line_chart
+from dvinv.report.charts import Chart, line_chart
 from dvinv.report.page import Section, Table, Tile, percent
 
-RUNGS = {  # figure -> its label
+ABLATIONS = {  # figure -> its label
     'no_images_test_accuracy': 'no images',
     'minmax_test_accuracy': 'pool, all values',
     'percentile_test_accuracy': 'pool, percentile',
@@ -22,19 +22,9 @@ def smallest(figures: dict) -> str:
     return min((name for name in figures if BITS.fullmatch(name)), key=lambda setting: (figures[setting]['bytes'], setting))
 
 
-def quantization_tile(figures: dict) -> Tile:
-    """Returns the tile with the key figure."""
-    setting = smallest(figures)
-    accuracy, ratio = figures[setting]['test_accuracy'], percent(figures[setting]['bytes_ratio'], 0)
-    if accuracy is None:
-        return Tile(setting, ratio, "of the float network's bytes")
-    return Tile(setting, percent(accuracy), f'real test accuracy in {ratio} of the bytes', accuracy)
-
-
 def quantization_section(figures: dict) -> Section:
     """Returns the section for the figures of the task `quantization` in results.json."""
-    settings = sorted((name for name in figures if BITS.fullmatch(name)), key=bits_of, reverse=True)
-    megabytes = figures['float_bytes'] / 1e6
+    settings = _settings(figures)
     rows = [
         [
             setting + (', distilled' if of['distilled'] else ''),
@@ -47,36 +37,67 @@ def quantization_section(figures: dict) -> Section:
         for setting, of in ((setting, figures[setting]) for setting in settings)
     ]
     score = figures['float_test_accuracy']
-    rows.append(
-        ['float32', f'{megabytes:.3f}', '1', percent(score), *((percent(1.0), 0) if score is not None else (None, None))]
-    )
+    same = (None, None) if score is None else (percent(1.0), 0)
+    rows.append(['float32', f'{figures["float_bytes"] / 1e6:.3f}', '1', percent(score), *same])
     files = Table(
         ('Network', 'MB', 'of the float file', 'real test accuracy', 'agrees with float', 'KL to float'),
         rows,
         caption='Whole files. Weights (w) and inputs of layers (a) have so many bits; the first and the last layer may have '
         'more. Agreement: the share of test images that both put into one class.',
     )
-    shown = {name: label for name, label in RUNGS.items() if any(name in figures[setting] for setting in settings)}
-    ladder = Table(
+    ablation = Table(
         ('Ranges from', *settings),
-        [[label, *(percent(figures[setting].get(name)) for setting in settings)] for name, label in shown.items()],
+        [
+            [label, *(percent(figures[setting].get(name)) for setting in settings)]
+            for name, label in _ablations(figures).items()
+        ],
         caption='Real test accuracy by calibration alone, before any learning.',
     )
-    bits = {setting: sum(bits_of(setting)) / 2 for setting in sorted(settings, key=lambda setting: sum(bits_of(setting)))}
-    by_bits = {
+    setting, sentence = smallest(figures), quantization_sentence(figures)
+    accuracy, ratio = figures[setting]['test_accuracy'], percent(figures[setting]['bytes_ratio'], 0)
+    tile = Tile(setting, percent(accuracy), f'real test accuracy in {ratio} of the bytes', accuracy)
+    return Section(
+        'Quantization',
+        sentence,
+        tables=[files, ablation],
+        charts=[accuracy_by_bits(figures), accuracy_by_size(figures)],
+        tiles=[Tile(setting, ratio, "of the float network's bytes") if accuracy is None else tile],
+        summary=sentence,
+    )
+
+
+def accuracy_by_bits(figures: dict) -> Chart | None:
+    """Draws accuracy against the mean of the bits of weights and inputs; for `figures` see `quantization_section`."""
+    bits = {
+        setting: sum(bits_of(setting)) / 2 for setting in sorted(_settings(figures), key=lambda name: sum(bits_of(name)))
+    }
+    lines = {
         label: ([*bits.values()], [figures[setting].get(name) for setting in bits])
-        for name, label in {'test_accuracy': FINAL, **shown}.items()
+        for name, label in {'test_accuracy': FINAL, **_ablations(figures)}.items()
         if name not in ('minmax_test_accuracy', 'percentile_test_accuracy', 'uncorrected_test_accuracy')
     }
-    by_size = (
-        [*(figures[s]['bytes'] / 1e6 for s in settings), megabytes],
-        [*(figures[s]['test_accuracy'] for s in settings), figures['float_test_accuracy']],
-    )
-    charts = [
-        line_chart(by_bits, 'Accuracy against bits', 'bits, mean of weights and inputs', 'real test accuracy'),
-        line_chart({FINAL: by_size}, 'Accuracy against the size of the file', 'megabytes', 'real test accuracy'),
-    ]
-    return Section('Quantization', quantization_sentence(figures), tables=[files, ladder], charts=charts)
+    return line_chart(lines, 'Accuracy against bits', 'bits, mean of weights and inputs', 'real test accuracy')
+
+
+def accuracy_by_size(figures: dict) -> Chart | None:
+    """Draws accuracy against the size of the file in megabytes; for `figures` see `quantization_section`."""
+    networks = [figures[setting] for setting in _settings(figures)]
+    networks.append({'bytes': figures['float_bytes'], 'test_accuracy': figures['float_test_accuracy']})
+    networks.sort(key=lambda network: network['bytes'])
+    line = [network['bytes'] / 1e6 for network in networks], [network['test_accuracy'] for network in networks]
+    return line_chart({FINAL: line}, 'Accuracy against the size of the file', 'megabytes', 'real test accuracy')
+
+
+def _settings(figures: dict) -> list[str]:
+    """Returns the settings that were measured, those with the most bits first."""
+    return sorted((name for name in figures if BITS.fullmatch(name)), key=bits_of, reverse=True)
+
+
+def _ablations(figures: dict) -> dict[str, str]:
+    """Returns {figure: its label} for the figures of `ABLATIONS` that were measured."""
+    return {
+        name: label for name, label in ABLATIONS.items() if any(name in figures[setting] for setting in _settings(figures))
+    }
 
 
 def quantization_sentence(figures: dict) -> str:

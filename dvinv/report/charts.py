@@ -1,22 +1,28 @@
-"""Line charts as inline SVG text, drawn with only the standard library and numpy.
+"""Charts as inline SVG: line charts, heat maps, and pairs of bars. The markup is in charts.svg.j2.
 
-A chart is a string that is inserted into an HTML page unchanged. Colours are CSS variables with fallbacks (`--series-1` to
-`--series-6`, `--grid`, `--muted`) and `currentColor`, so that the page chooses between light and dark.
+A plotting library would cost the page what its charts have: values that are shown when a point is pointed at, the colours
+of a light or a dark page, and no script. A chart can be inserted into a page, and a notebook shows it.
 """
 
-from __future__ import annotations
-
+import itertools
 import math
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
+
+from dvinv.report.templates import ENVIRONMENT
 
 # View-box units; one unit is one CSS pixel when the chart is shown at its natural width.
 WIDTH = 520
 PLOT_HEIGHT = 210
 PANEL_HEIGHT = 96  # the height of each panel, if there are several
 RIGHT = 16
+CELL = 56, 32  # the width and height of a cell of a heat map
+BAR = 16  # the height of a row of bars
+CHARACTER = 6.2  # the width of a character in the name of a row of bars
+LONGEST = {'row': 18, 'column': 7}  # characters of a name of a heat map that fit
 # More points than this cannot be distinguished at this width.
 MAX_BUCKETS = 240
 # Hover targets per series: enough to read values, few enough to keep the page small.
@@ -26,21 +32,35 @@ MAX_DOTS = 12
 # Beyond this value the difference of two values may overflow a float; no training has such values.
 LARGEST = 1e300
 
-_FALLBACK_COLOURS = ('#2f6fde', '#d9772b', '#1f9a70', '#8a5bd0', '#cf4a6c', '#7b8594')
+Curve: TypeAlias = tuple[Sequence[float | None], Sequence[float | None]]
+"""x values and y values, two sequences of the same length. None, NaN and infinite values are gaps."""
+Lines: TypeAlias = dict[str, tuple[np.ndarray, np.ndarray]]
+"""{name: (x, y)} as float64 [N]; y is NaN at gaps."""
+Ticks: TypeAlias = list[tuple[float, str]]
+"""Values, or their positions in view-box units, with their labels."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart that a page inserts unescaped, and that a notebook shows if it is the last value of a cell."""
+
+    svg: str
+    """One `<svg>` element."""
+
+    def __html__(self) -> str:
+        return self.svg
+
+    def _repr_html_(self) -> str:
+        return f'<div style="max-width:{1.3 * WIDTH:.0f}px">{self.svg}</div>'
 
 
 def line_chart(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    title: str,
-    x_label: str,
-    y_label: str,
-    log_y: bool = False,
-    log_x: bool = False,
-) -> str:
+    series: Mapping[str, Curve], title: str, x_label: str, y_label: str, log_y: bool = False, log_x: bool = False
+) -> Chart | None:
     """Draws each series as a line, and the points of a short series as dots.
 
     Args:
-      series: name -> (x values, y values), two sequences of the same length. None, NaN and infinite values are gaps.
+      series: {name: curve}.
       title: the title above the chart; about 60 characters fit.
       x_label: name and unit of the x axis.
       y_label: name and unit of the y axis.
@@ -48,15 +68,13 @@ def line_chart(
         gaps, and a note gives their number. If no value is positive, the axis is linear.
 
     Returns:
-      One `<svg>` element; '' if no series has a point.
+      The chart; None if no series has a point.
     """
-    lines = {name: _clean(name, *xy) for name, xy in series.items()}
-    return _chart([lines], title, x_label, y_label, log_y, log_x, PLOT_HEIGHT)
+    lines = {name: _clean(name, *curve) for name, curve in series.items()}
+    return _line_chart([lines], title, x_label, y_label, log_y, log_x)
 
 
-def line_panels(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, x_label: str, log_y: bool = False
-) -> str:
+def line_panels(series: Mapping[str, Curve], title: str, x_label: str, log_y: bool = False) -> Chart | None:
     """Draws each series in its own panel, one below the other, over a common x axis: for values of different magnitude.
 
     Args:
@@ -64,95 +82,150 @@ def line_panels(
       log_y: whether the y axes are logarithmic, see `line_chart`.
 
     Returns:
-      One `<svg>` element; '' if no series has a point.
+      The chart; None if no series has a point.
     """
-    lines = {name: _clean(name, *xy) for name, xy in series.items()}
-    panels = [{name: xy} for name, xy in lines.items() if np.any(~np.isnan(xy[1]))]
-    return _chart(panels, title, x_label, '', log_y, False, PANEL_HEIGHT)
+    lines = {name: _clean(name, *curve) for name, curve in series.items()}
+    return _line_chart([{name: xy} for name, xy in lines.items() if _has_points(xy[1])], title, x_label, '', log_y, False)
 
 
-def _chart(panels: list[dict], title: str, x_label: str, y_label: str, log_y: bool, log_x: bool, height: int) -> str:
-    """Returns one `<svg>` of panels over a common x axis; '' if nothing is drawn.
+def loss_chart(series: Mapping[str, Curve], title: str, y_label: str) -> Chart | None:
+    """Draws the losses of trainings by update over a logarithmic axis; series without points are left out."""
+    return line_chart({name: curve for name, curve in series.items() if curve[0]}, title, 'update', y_label, log_y=True)
 
-    A single panel has a legend and `y_label`. If there are several panels, each has the names of its series above it.
+
+def heat_map(
+    rows: Sequence[Sequence[float | None]], title: str, row_names: Sequence[str], column_names: Sequence[str]
+) -> Chart:
+    """Draws each fraction in [0, 1] as a cell, darker for higher values, with its value in per cent; None is left empty.
 
     Args:
-      panels: {name: (x, y)} for each panel, with NaN for gaps.
-      title, x_label, y_label, log_y, log_x: see `line_chart`.
-      height: the height of a panel.
+      rows: the rows from the top; rows that are shorter than `column_names` end in empty cells.
+      title: the title above the chart; about 60 characters fit unless there are very few columns.
+      row_names, column_names: short names; longer names are truncated, and shown in full when pointed at.
+    """
+    left = round(24 + 6.6 * max((min(len(name), LONGEST['row']) for name in row_names), default=0))
+    needed = left + CELL[0] * len(column_names)
+    frame = {'left': left, 'top': 64, 'cell': CELL, 'needed': needed, 'width': max(WIDTH, needed)}
+    names = {'row_names': row_names, 'column_names': column_names, 'most': LONGEST}
+    return _drawn('heat_map', title=title, rows=rows, frame=frame, **names)
+
+
+def bars(rows: Mapping[str, tuple[float, float]], title: str, unit: str) -> Chart:
+    """Draws one row per name: a bar of the length before, and over it a bar of the length after.
+
+    Args:
+      rows: {name: (length before, length after)}.
+      title: the title above the chart.
+      unit: the unit of the lengths, for the labels.
+    """
+    left = 12 + CHARACTER * max((len(name) for name in rows), default=0)
+    scale = (WIDTH - left - 90) / (max((before for before, _ in rows.values()), default=1) or 1)
+    return _drawn(
+        'bars',
+        title=title,
+        rows=rows,
+        unit=unit,
+        frame={'left': left, 'top': 34, 'row': BAR, 'width': WIDTH, 'scale': scale},
+    )
+
+
+def mean_curves(lines: Iterable[Mapping[str, float]], values: Iterable[str], x: str = 'step') -> dict[str, Curve]:
+    """Returns {value: (list of x, list of means at x)} over the lines that have the value, ascending in x.
+
+    Args:
+      lines: records such as lines of metrics; consumed one at a time, so that they are not all kept in memory.
+      values: the names of the wanted values.
+      x: the name of the value of the x axis, which every line has.
+    """
+    totals: dict[str, dict[float, list[float]]] = {value: {} for value in values}  # {value: {x: [sum, count]}}
+    for line in lines:
+        for value in line.keys() & totals.keys():
+            total = totals[value].setdefault(line[x], [0.0, 0])
+            total[0] += line[value]
+            total[1] += 1
+    return {value: (sorted(at), [at[place][0] / at[place][1] for place in sorted(at)]) for value, at in totals.items()}
+
+
+def _drawn(macro: str, **values: Any) -> Chart:
+    """Returns the chart that a macro of the template draws."""
+    return Chart(getattr(ENVIRONMENT.get_template('charts.svg.j2').module, macro)(**values).strip())
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """A range of values and their places: linear, or in exponents of ten if it is logarithmic."""
+
+    low: float
+    high: float
+    log: bool
+
+    @classmethod
+    def over(cls, values: np.ndarray, padding: float, log: bool) -> '_Axis':
+        """Returns the axis over some values, which is never empty: a constant or a single point is in its middle."""
+        places = np.log10(values) if log else values
+        low, high = float(places.min()), float(places.max())
+        room = padding * (high - low)
+        if high - low <= 1e-9 * max(abs(low), abs(high), 1e-280):
+            room = abs(low) * 0.1 or 1.0
+        return cls(low - room, high + room, log)
+
+    def __call__(self, values: Any) -> Any:
+        """Returns where values lie, as fractions of the axis from its low end."""
+        return ((np.log10(values) if self.log else values) - self.low) / (self.high - self.low)
+
+    def ticks(self, linear: int, decades: int = 8) -> Ticks:
+        """Returns about `linear` ticks, or at most `decades` on a logarithmic axis."""
+        return _log_ticks(self.low, self.high, decades) if self.log else _linear_ticks(self.low, self.high, linear)
+
+
+def _line_chart(panels: list[Lines], title: str, x_label: str, y_label: str, log_y: bool, log_x: bool) -> Chart | None:
+    """Returns a chart of panels over a common x axis; None if nothing is drawn.
+
+    With `y_label` there is a single panel, with a legend. Without it, each panel has the names of its series above it.
     """
     log_x = log_x and any(np.any(x >= 1 / LARGEST) for lines in panels for x, _ in lines.values())
-    panels, hidden = _on_axes(panels, log_y, log_x)
-    xs = [x[~np.isnan(y)] for _, lines in panels for x, y in lines.values()]
-    xs = np.concatenate([*xs, np.zeros(0)])
-    if not len(xs):
-        return ''
-    x_low, x_high = _limits(np.log10(xs) if log_x else xs, padding=0.0)
-    x_ticks = _log_ticks(x_low, x_high) if log_x else _linear_ticks(x_low, x_high, 6)
-    axes = []
-    for log, lines in panels:
-        ys = np.concatenate([y[~np.isnan(y)] for _, y in lines.values()])
-        low, high = _limits(np.log10(ys) if log else ys, padding=0.05)
-        axes.append((low, high, _log_ticks(low, high, height // 24) if log else _linear_ticks(low, high, height // 42)))
-
-    alone = len(panels) == 1 and y_label
-    legend = _legend([*panels[0][1]]) if alone else []
-    top = 34 + 19 * len(legend)
-    step = height + (0 if alone else 34)
-    bottom = top + step * len(panels)
-    left = (38 if alone else 20) + 7.5 * max(len(label) for *_, ticks in axes for _, label in ticks)
+    placed, hidden = _on_axes(panels, log_y, log_x)
+    if not placed:
+        return None
+    height = PLOT_HEIGHT if y_label else PANEL_HEIGHT
+    x_axis = _Axis.over(np.concatenate([x[~np.isnan(y)] for _, lines in placed for x, y in lines.values()]), 0.0, log_x)
+    y_axes = [_Axis.over(np.concatenate([y[~np.isnan(y)] for _, y in lines.values()]), 0.05, log) for log, lines in placed]
+    ticks = [axis.ticks(height // 42, height // 24) for axis in y_axes]
+    numbers = itertools.count()
+    named = [[(next(numbers), name) for name in lines] for _, lines in placed]
+    legend = _rows_of_names(named[0]) if y_label else []
+    left = (38 if y_label else 20) + 7.5 * max(len(label) for labels in ticks for _, label in labels)
+    top, step = 34 + 19 * len(legend), height + (0 if y_label else 34)
+    right, bottom = WIDTH - RIGHT, top + step * len(placed)
 
     def across(x):
-        return left + ((np.log10(x) if log_x else x) - x_low) / (x_high - x_low) * (WIDTH - RIGHT - left)
+        return left + x_axis(x) * (right - left)
 
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {WIDTH} {bottom + 48}" role="img"',
-        f'aria-label="{escape(title)}" font-family="inherit" font-size="12" fill="currentColor">',
-        f'<text class="chart-title" x="0" y="16" font-size="14" font-weight="600">{escape(title)}</text>',
-        *(f'<text x="0" y="{38 + 19 * row}">{spans}</text>' for row, spans in enumerate(legend)),
-    ]
-    muted = 'style="fill:var(--muted,#6b7280)"'
-    index = 0
-    for number, ((log, lines), (low, high, ticks)) in enumerate(zip(panels, axes, strict=True)):
-        below = top + step * (number + 1)
+    drawn = []
+    for row, ((_, lines), axis, names) in enumerate(zip(placed, y_axes, named, strict=True)):
+        below = top + step * (row + 1)
 
-        def down(y, log=log, low=low, high=high, below=below):
-            return below - ((np.log10(y) if log else y) - low) / (high - low) * height
+        def down(y, axis=axis, below=below):
+            return below - axis(y) * height
 
-        if not alone:
-            names = _legend([*lines], index)[0]
-            out.append(f'<text x="0" y="{below - height - 10}">{names}</text>')
-        for value, label in ticks:
-            y = down(value)
-            out.append(f'<path d="M{left:.1f} {y:.1f}H{WIDTH - RIGHT}" style="stroke:var(--grid,#8884)"/>')
-            out.append(f'<text x="{left - 8:.1f}" y="{y + 4:.1f}" text-anchor="end" {muted}>{label}</text>')
-        out.append(f'<path d="M{left:.1f} {below}H{WIDTH - RIGHT}" style="stroke:var(--muted,#6b7280)"/>')
-        for name, (x, y) in lines.items():
-            out.append(_line(index, name, *_thin(x, y), across, down))
-            index += 1
-    for value, label in x_ticks:
-        x = across(value)
-        out.append(f'<path d="M{x:.1f} {bottom}v4" style="stroke:var(--muted,#6b7280)"/>')
-        out.append(f'<text x="{x:.1f}" y="{bottom + 19}" text-anchor="middle" {muted}>{label}</text>')
-    middle_x, middle_y = (left + WIDTH - RIGHT) / 2, top + height / 2
-    x_label = escape(x_label) + (', log scale' if log_x else '')
-    out.append(f'<text x="{middle_x:.1f}" y="{bottom + 40}" text-anchor="middle" {muted}>{x_label}</text>')
-    if alone:
-        y_label = escape(y_label) + (', log scale' if panels[0][0] else '')
-        out.append(
-            f'<text transform="translate(12 {middle_y:.1f}) rotate(-90)" text-anchor="middle" {muted}>{y_label}</text>'
-        )
-    if hidden:
-        out.append(
-            f'<text x="{WIDTH - RIGHT}" y="{bottom + 40}" text-anchor="end" font-size="11" {muted}>'
-            f'{hidden:,} value{"s" if hidden > 1 else ""} ≤ 0 not shown</text>'
-        )
-    out.append('</svg>')
-    return '\n'.join(out)
+        found = [_line(number, name, *_thin(*lines[name]), across, down) for number, name in names]
+        labels = [(down(value), label) for value, label in ticks[row]]
+        drawn.append({'bottom': below, 'names': names, 'ticks': labels, 'lines': [line for line in found if line]})
+    return _drawn(
+        'line_chart',
+        title=title,
+        x_label=x_label + (', log scale' if log_x else ''),
+        y_label=y_label and y_label + (', log scale' if placed[0][0] else ''),
+        frame={'width': WIDTH, 'height': height, 'left': left, 'right': right, 'top': top, 'bottom': bottom},
+        legend=legend,
+        panels=drawn,
+        x_ticks=[(across(value), label) for value, label in x_axis.ticks(6)],
+        hidden=hidden,
+    )
 
 
-def _on_axes(panels: list[dict], log_y: bool, log_x: bool) -> tuple[list[tuple[bool, dict]], int]:
-    """Replaces points that cannot be drawn on logarithmic axes by gaps.
+def _on_axes(panels: list[Lines], log_y: bool, log_x: bool) -> tuple[list[tuple[bool, Lines]], int]:
+    """Replaces points that cannot be drawn on logarithmic axes by gaps, and leaves out panels without points.
 
     Returns:
       A list of (whether the y axis of the panel is logarithmic, its lines), and the number of points replaced.
@@ -162,38 +235,29 @@ def _on_axes(panels: list[dict], log_y: bool, log_x: bool) -> tuple[list[tuple[b
         log = log_y and any(np.any(y >= 1 / LARGEST) for _, y in lines.values())
         kept = {}
         for name, (x, y) in lines.items():
-            homeless = ~np.isnan(y) & ((log & (y < 1 / LARGEST)) | (log_x & (x < 1 / LARGEST)))
-            hidden += int(np.sum(homeless))
-            kept[name] = x, np.where(homeless, np.nan, y)
-        if any(np.any(~np.isnan(y)) for _, y in kept.values()):
+            undrawable = ~np.isnan(y) & ((log & (y < 1 / LARGEST)) | (log_x & (x < 1 / LARGEST)))
+            hidden += int(np.sum(undrawable))
+            kept[name] = x, np.where(undrawable, np.nan, y)
+        if any(_has_points(y) for _, y in kept.values()):
             placed.append((log, kept))
     return placed, hidden
 
 
-def _clean(name, x, y) -> tuple[np.ndarray, np.ndarray]:
+def _has_points(y: np.ndarray) -> bool:
+    return bool(np.any(~np.isnan(y)))
+
+
+def _clean(name: str, x: Sequence[float | None], y: Sequence[float | None]) -> tuple[np.ndarray, np.ndarray]:
     """Returns x and y as float64 [N]; y is NaN if the point cannot be drawn."""
-    x = np.asarray(x, dtype=np.float64).reshape(-1)
-    y = np.asarray(y, dtype=np.float64).reshape(-1)
-    if len(x) != len(y):
-        raise ValueError(f'Series {name!r} has {len(x)} x values but {len(y)} y values; give one y for each x.')
+    xs, ys = (np.asarray(values, dtype=np.float64).reshape(-1) for values in (x, y))
+    if len(xs) != len(ys):
+        raise ValueError(f'Series {name!r} has {len(xs)} x values but {len(ys)} y values; give one y for each x.')
     with np.errstate(invalid='ignore'):
-        drawn = (np.abs(x) < LARGEST) & (np.abs(y) < LARGEST)
-    return x, np.where(drawn, y, np.nan)
+        drawn = (np.abs(xs) < LARGEST) & (np.abs(ys) < LARGEST)
+    return xs, np.where(drawn, ys, np.nan)
 
 
-def _limits(values: np.ndarray, padding: float) -> tuple[float, float]:
-    """Returns the range of an axis, which is never empty: a constant or a single point is in its middle."""
-    if not len(values):
-        return 0.0, 1.0
-    low, high = float(values.min()), float(values.max())
-    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-280):
-        room = abs(low) * 0.1 or 1.0
-        return low - room, high + room
-    room = padding * (high - low)
-    return low - room, high + room
-
-
-def _linear_ticks(low: float, high: float, about: int) -> list[tuple[float, str]]:
+def _linear_ticks(low: float, high: float, about: int) -> Ticks:
     """Returns round values within [low, high], in steps of 1, 2 or 5 times a power of ten, with their labels."""
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
@@ -208,7 +272,7 @@ def _linear_ticks(low: float, high: float, about: int) -> list[tuple[float, str]
     return [(value, f'{value:,.{max(0, -exponent)}f}') for value in values]
 
 
-def _log_ticks(low: float, high: float, most: int = 8) -> list[tuple[float, str]]:
+def _log_ticks(low: float, high: float, most: int) -> Ticks:
     """Returns ticks of an axis over the exponents [low, high] of ten: decades, 1-2-5, or round values, as space allows."""
     low, high = max(low, -307.0), min(high, 307.0)  # the range of a float, with room for a factor of 5
     stride = max(1, math.ceil((high - low) / min(6, most)))
@@ -241,57 +305,34 @@ def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x[order], y[order]
 
 
-def _colour(index: int) -> str:
-    slot = index % len(_FALLBACK_COLOURS)
-    return f'var(--series-{slot + 1},{_FALLBACK_COLOURS[slot]})'
-
-
-def _dashed(index: int) -> bool:
-    """Returns whether a line is dashed, which is so when the colours are used a second time."""
-    return index // len(_FALLBACK_COLOURS) % 2 == 1
-
-
-def _legend(names: list[str], first: int = 0) -> list[str]:
-    """Returns rows of `<tspan>` elements. They flow within a row, so that a page may enlarge the font without overlaps.
-
-    Args:
-      names: the names of the series.
-      first: the index of the colour of the first name.
-    """
-    rows, used = [], WIDTH
-    for index, name in enumerate(names, first):
+def _rows_of_names(names: list[tuple[int, str]]) -> list[list[tuple[int, str]]]:
+    """Returns the rows of a legend: as many names in each as fit."""
+    rows: list[list[tuple[int, str]]] = []
+    used = WIDTH
+    for index, name in names:
         width = 36 + 8 * len(name)
         if used + width > WIDTH:
-            rows.append('')
+            rows.append([])
             used = 0
-        mark = '╍╍' if _dashed(index) else '━━'
-        gap = f' dx="{18 if used else 0}"'
-        rows[-1] += f'<tspan{gap} style="fill:{_colour(index)}">{mark}</tspan><tspan dx="6">{escape(name)}</tspan>'
+        rows[-1].append((index, name))
         used += width
     return rows
 
 
-def _line(index: int, name: str, x: np.ndarray, y: np.ndarray, across, down) -> str:
-    """Draws one series: a path, dots for few, isolated and last points, and hover targets with the values."""
+def _line(index: int, name: str, x: np.ndarray, y: np.ndarray, across, down) -> dict[str, Any] | None:
+    """Returns one series: a path, dots for few, isolated and last points, and hover targets; None if it has no point."""
     drawn = np.flatnonzero(~np.isnan(y))
     if not len(drawn):
-        return ''
-    points = {int(i): f'{across(x[i]):.1f} {down(y[i]):.1f}' for i in drawn}
-    path = ''.join(('L' if i - 1 in points else 'M') + point for i, point in points.items())
-    few = len(points) <= MAX_DOTS
-    dots = [i for i in points if few or i == drawn[-1] or (i - 1 not in points and i + 1 not in points)]
-    dash = ' stroke-dasharray="6 4"' if _dashed(index) else ''
-    out = [
-        f'<g style="stroke:{_colour(index)};fill:{_colour(index)}">',
-        f'<path d="{path}" fill="none" style="fill:none" stroke-width="1.8" stroke-linejoin="round"{dash}>',
-        f'<title>{escape(name)}</title></path>',
-    ]
-    for i in dots:
-        out.append(f'<circle cx="{across(x[i]):.1f}" cy="{down(y[i]):.1f}" r="2.6" stroke="none"/>')
+        return None
+    points = [*zip(across(x[drawn]).tolist(), down(y[drawn]).tolist(), strict=True)]
+    follows = np.diff(drawn, prepend=-2) == 1  # the point before it
+    alone = ~follows & ~np.append(follows[1:], False)
+    alone[-1] = True
     shown = np.unique(np.linspace(0, len(drawn) - 1, min(len(drawn), MAX_TOOLTIPS)).round().astype(int))
-    for i in drawn[shown]:
-        out.append(
-            f'<circle class="hit" cx="{across(x[i]):.1f}" cy="{down(y[i]):.1f}" r="6" opacity="0">'
-            f'<title>{escape(name)}: {y[i]:.4g} at {x[i]:,.6g}</title></circle>'
-        )
-    return '\n'.join([*out, '</g>'])
+    return {
+        'index': index,
+        'name': name,
+        'path': ''.join(f'{"ML"[after]}{x:.1f} {y:.1f}' for after, (x, y) in zip(follows.astype(int), points, strict=True)),
+        'dots': [point for i, point in enumerate(points) if len(points) <= MAX_DOTS or alone[i]],
+        'targets': [(*points[i], f'{y[drawn[i]]:.4g} at {x[drawn[i]]:,.6g}') for i in shown],
+    }

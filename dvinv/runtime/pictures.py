@@ -6,9 +6,27 @@ import base64
 import io
 import math
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
+
+
+class PixelRows(Protocol):
+    """Images uint8 [N, H, W, C]: an array, or an object that is read by rows and has these parts of an array."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    @property
+    def ndim(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
 
 
 def shown_classes(labels: np.ndarray, max_classes: int = 20) -> list[int]:
@@ -47,7 +65,7 @@ def visible(pixels: np.ndarray) -> np.ndarray:
 
 
 def class_grid(
-    images: np.ndarray,
+    images: PixelRows,
     labels: np.ndarray,
     per_class: int,
     *,
@@ -59,7 +77,7 @@ def class_grid(
     """Lays images out in a grid, with one row per class and the first `per_class` images of the class as columns.
 
     Args:
-      images: uint8 [N, H, W, C], see `visible`; an array, or an object read by rows: only the images of the grid are read.
+      images: uint8 [N, H, W, C], see `visible`; only the images of the grid are read.
       labels: int [N].
       per_class: the number of columns.
       max_classes: the maximum number of rows; see `shown_classes`.
