@@ -349,7 +349,7 @@ def test_the_report_shows_what_each_task_left_of_the_others(undisturbed, data):
         ({'teacher__width': 0.5}, ['teacher.width is 0.5, but', 'write teacher.width=0.125']),
         ({'teacher__width': 1.0}, ['not the small_convnet of width 1.0', 'cannot grow a head']),
         ({'continual__loss': 'ewc'}, ["continual.loss is 'ewc'", 'deepinversion, always_be_dreaming']),
-        ({'continual__controls': ('deepinversion',)}, ["controls names 'deepinversion', which is the loss already"]),
+        ({'continual__controls': ('deepinversion',)}, ["controls names 'deepinversion', which is already the loss"]),
         (
             {
                 'data__name': 'npz',

@@ -72,7 +72,7 @@ def test_networks_are_compared_with_the_teacher_class_by_class(pool):
 
 @pytest.mark.parametrize('share', [-0.1, 0.6])
 def test_a_share_that_leaves_too_little_is_refused(share):
-    with pytest.raises(DvinvError, match=f'held_out is {share}; it is a share of the pool, from 0 to 0.5'):
+    with pytest.raises(DvinvError, match=f'held_out is {share}; it is a fraction of the pool, from 0 to 0.5'):
         parse(free(held_out=share))
 
 

@@ -329,7 +329,7 @@ def test_moments_of_other_layers_and_damaged_files_are_refused(tmp_path):
     [
         ({}, 'no running statistics .* teacher.moments=FILE'),
         ({'teacher__moments': 'm'}, 'm holds no recorded moments: there is no such file'),
-        ({'teacher__moments_images': 1}, 'teacher.moments_images is 1; moments are of at least 2 images'),
+        ({'teacher__moments_images': 1}, 'teacher.moments_images is 1; moments need at least 2 images'),
         ({'teacher__moments_images': 9, 'teacher__moments': 'm'}, "is 9, and moments is 'm'; give one of them"),
         ({'teacher__moments_images': 9, 'data__name': ''}, 'is 9, but there are no real training images .* data.name'),
         (

@@ -60,7 +60,7 @@ def validate(run: Run) -> None:
         raise DvinvError(
             f'teacher.weights is {run.settings.teacher.weights!r}, a network that has lost channels; prune a whole one.'
         )
-    if settings.adaptive_batches or {*DATA_FREE_CONTROLS} & {*settings.controls}:
+    if settings.adaptive_batches or run.settings.has_data_free_controls('pruning'):
         run.once(synthesizer.validate)
     if settings.adaptive_batches:
         images = settings.adaptive_batches * run.settings.synthesis.batch_size
