@@ -205,7 +205,7 @@ def test_the_network_knows_all_classes_and_the_figures_are_those_of_its_answers(
     assert found['new_test_accuracy'] == pytest.approx(right[labels == 3].mean())
     assert found['finetune_test_accuracy'] is found['replay_test_accuracy'] is None
     assert [len(row) for row in found['accuracy_matrix']['continual']] == [1, 2, 3]
-    notes = ImagePool(workdir / 'pools' / '2').notes(1)
+    notes = ImagePool(workdir / 'pools' / '2').sidecar(1)
     assert notes['teacher'] == load_classifier(workdir / 'networks' / 'continual_1.safetensors').digest()
     shard = np.load(workdir / 'pools' / '2' / 'shard-000001.npz')
     assert sorted(shard['labels']) == [0, 0, 1, 1, 2, 2]

@@ -78,7 +78,7 @@ def test_a_share_that_leaves_too_little_is_refused(share):
 
 def test_no_more_images_are_counted_than_are_learned_from():
     parse(free(distillation__counts=(36,)))
-    with pytest.raises(DvinvError, match='names 37; give whole numbers from 1 to the 36 images'):
+    with pytest.raises(DvinvError, match='names 37; give whole numbers from 1 to 36, the number'):
         parse(free(distillation__counts=(37,)))
 
 

@@ -214,7 +214,7 @@ def test_what_was_damaged_is_made_again_as_the_sentences_say(run):
     shard, network = run / 'pool' / 'shard-000000.npz', run / 'networks' / 'student.safetensors'
     flip(shard)
     flip(network)
-    with pytest.raises(DvinvError, match=r'put aside, into .*quarantine; run the command that made the pool again'):
+    with pytest.raises(DvinvError, match=r'it was moved to .*quarantine; run the command that made the pool again'):
         pipeline.run(config, run)
     assert not shard.exists()
     with pytest.raises(DvinvError, match=r'student\.safetensors is damaged .*; delete it and run the command that made it'):

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from dvinv.data.rows import RowArray
+
 
 class Chosen:
     """An object that behaves like `array[numbers]` when it is indexed by rows.
@@ -10,8 +12,8 @@ class Chosen:
       shape, dtype, ndim: those of the chosen rows.
     """
 
-    def __init__(self, array, numbers: np.ndarray):
-        """Takes an array, or an object indexed like one, and the numbers of the chosen rows, int [n]."""
+    def __init__(self, array: RowArray, numbers: np.ndarray):
+        """Takes an array and the numbers of the chosen rows, int [n]."""
         self._array, self._numbers = array, numbers
         self.shape, self.dtype, self.ndim = (len(numbers), *array.shape[1:]), array.dtype, len(array.shape)
 

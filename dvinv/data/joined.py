@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from dvinv.data.rows import RowArray
+
 
 class Joined:
     """An object that behaves like the array [N + M, ...] of `first` [N, ...] and `second` [M, ...] when indexed by rows.
@@ -10,8 +12,8 @@ class Joined:
       shape, dtype: those of the concatenation.
     """
 
-    def __init__(self, first, second):
-        """Takes two arrays, `Rows` or `Joined`, which may differ in shape only in their lengths."""
+    def __init__(self, first: RowArray, second: RowArray):
+        """Takes two arrays, which may differ in shape only in their lengths."""
         self._first, self._second = first, second
         self.shape, self.dtype = (len(first) + len(second), *first.shape[1:]), first.dtype
 
@@ -20,8 +22,8 @@ class Joined:
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         """Returns a copy of the rows with these numbers."""
-        behind = rows >= len(self._first)
-        found = np.empty((len(rows), *self.shape[1:]), self.dtype)
-        found[~behind] = self._first[rows[~behind]]
-        found[behind] = self._second[rows[behind] - len(self._first)]
-        return found
+        in_second = rows >= len(self._first)
+        joined = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        joined[~in_second] = self._first[rows[~in_second]]
+        joined[in_second] = self._second[rows[in_second] - len(self._first)]
+        return joined

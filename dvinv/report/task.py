@@ -78,7 +78,7 @@ def run(run: Run) -> None:
     summary, sections = [], []
     if 'synthesis' in results:
         pool = finished_pool(run)
-        method = pool.notes(pool.finished()[0])['config']['method']  # a given pool may have another method than the config
+        method = pool.sidecar(pool.finished()[0])['config']['method']  # a given pool may have another method than the config
         summary.append(_summary(results, *METHODS[method]))
         pools = {'synthesized': pool, **_controls(run)}
         sections.append(_synthesis(pools, method, results['synthesis'], data, names))
