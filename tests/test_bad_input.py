@@ -379,8 +379,8 @@ def test_what_a_file_tells_of_itself_cannot_be_set_otherwise(own_file, role, cha
 @pytest.mark.parametrize(
     ('labels', 'words'),
     [
-        (range(1, 11), '11 classes by its labels or names, but 1 of them (0) have no image'),
-        ((0, 300), '301 classes by its labels or names, but 299 of them (1, 2, 3, 4, 5, ...) have no image'),
+        (range(1, 11), '11 classes by its labels or names, but 1 of them (0) have no training image'),
+        ((0, 300), '301 classes by its labels or names, but 299 of them (1, 2, 3, 4, 5, ...) have no training image'),
     ],
 )
 def test_a_class_without_an_image_is_named(tmp_path, labels, words):
@@ -389,7 +389,7 @@ def test_a_class_without_an_image_is_named(tmp_path, labels, words):
     path = str(tmp_path / 'a.npz')
     sentence = refusal(tmp_path / 'run', data__name='npz', data__path=path, data__train_path=path)
     assert words in sentence
-    assert f'the lowest is {labels.min()}, the highest {labels.max()}' in sentence
+    assert f'the lowest is {labels.min()}, and the highest is {labels.max()}' in sentence
 
 
 @pytest.mark.parametrize(('classes', 'fits'), [((7, 8, 9), False), ((1, 0), False), ((0, 1, 2), True), ((), True)])

@@ -219,4 +219,4 @@ def test_a_users_module_may_define_flags_of_the_same_names(monkeypatch):
         flags.FLAGS[flag.name] = given
     monkeypatch.setattr(flags.FLAGS['workdir'], 'using_default_value', False)
     flags.DEFINE_string('workdir', None, 'Of another module.')
-    assert flags.FLAGS['workdir'].help == 'The folder for all that the run writes; the same command resumes it.'
+    assert flags.FLAGS['workdir'].help == 'The folder for all files of the run; the same command resumes it.'

@@ -369,7 +369,7 @@ def test_seeds_that_were_not_asked_for_are_refused(tmp_path):
     for name in ('seed-7', 'seed-8'):
         (tmp_path / name).mkdir()
     (tmp_path / 'seed-7' / 'results.json').write_text('{}')  # in seed-8 nothing was made
-    with pytest.raises(DvinvError, match='holds seed-7, which these --seeds do not ask for'):
+    with pytest.raises(DvinvError, match='holds seed-7, which these --seeds do not include'):
         seeds.run(smoke_config(), tmp_path, 2)
 
 

@@ -354,10 +354,7 @@ def test_a_network_of_a_users_own_is_recorded_by_the_command_and_inverted(tmp_pa
     with pytest.raises(DvinvError, match='fewer than two layers with weights; name what'):
         command.record(config, None, out)
     said = command.record(config, None, out, 20, ('Dense:output',))
-    assert (
-        said
-        == f'{out}: the moments of 1 layers, over 20 training images, each in 10 views like those that it was trained with.'
-    )
+    assert said == f'{out}: the moments of 1 layers, over 20 training images, each augmented 10 times as in its training.'
     config.teacher.moments = out
     figures = pipeline.run(config, tmp_path / 'run')['synthesis']
     assert figures['statistics'] == 'recorded moments of 20 images, 1 layers'

@@ -6,12 +6,12 @@ A step of a synthesis is one iteration of all batches that are inverted side by 
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
-from dvinv.config import TASKS, Settings, Stage
+from dvinv.config import Settings, Stage
 from dvinv.continual.chains import pools_of
 from dvinv.errors import DvinvError
 from dvinv.evaluation.scoring import flops
@@ -166,14 +166,14 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Seconds of all synthesis and training."""
-        made = self.synthesis.pools * self.synthesis.seconds if self.synthesis else 0.0
-        return made + sum(training.total_seconds for training in self.trainings)
+        synthesis = self.synthesis.pools * self.synthesis.seconds if self.synthesis else 0.0
+        return synthesis + sum(training.total_seconds for training in self.trainings)
 
     @property
     def pflop(self) -> float:
         """Floating-point operations of all synthesis and training, in units of 1e15."""
-        made = self.synthesis.pools * self.synthesis.pflop if self.synthesis else 0.0
-        return made + sum(training.pflop for training in self.trainings)
+        synthesis = self.synthesis.pools * self.synthesis.pflop if self.synthesis else 0.0
+        return synthesis + sum(training.pflop for training in self.trainings)
 
     def __str__(self) -> str:
         """Returns the tables of synthesis and trainings, and the total."""
@@ -206,13 +206,13 @@ def plan(config) -> Plan:
     run.planned_teacher = teacher = dataclasses.replace(teacher, variables=_arrays(teacher.variables))
     pools = _pools(settings)
     synthesis, compile_seconds = plan_synthesis(run, teacher, pools) if pools else (None, 0.0)
-    tasks = [task for task in TASKS if task in settings.tasks and task in PLANNED]
+    tasks = [task for task in settings.ordered_tasks if task in PLANNED]
     if settings.synthesis.method == 'adaptive' and 'synthesis' in settings.tasks and 'distillation' not in tasks:
         tasks.append('distillation')  # its student is trained while images are made
     jobs = [job for task in tasks for job in pipeline.MODULES[task].planned_trainings(run)]
     if not (synthesis or jobs):
-        what = f'pool is {settings.pool!r}' if settings.pool else f'synthesis.method is {settings.synthesis.method!r}'
-        raise DvinvError(f'{what} and no task trains a network: there is nothing to plan.')
+        reason = f'pool is {settings.pool!r}' if settings.pool else f'synthesis.method is {settings.synthesis.method!r}'
+        raise DvinvError(f'{reason} and no task trains a network: there is nothing to plan.')
     trainings = []
     for job in jobs:
         training, seconds = plan_training(job, settings.logging.every, mesh)
@@ -252,7 +252,7 @@ def plan_synthesis(run: Run, teacher: Teacher, pools: float) -> tuple[SynthesisP
     side_by_side = abreast(run.settings, mesh.size)
     mesh = mesh if settings.bn_stats == 'global' else make_mesh(side_by_side)
     labels = np.stack([balanced_labels(i, group.batch_size, teacher.num_classes) for i in range(side_by_side)])
-    programs = Programs(teacher, settings, mesh, student and student.apply_fn)
+    programs = Programs(teacher, settings, mesh, student.apply_fn if student else None)
     networks = [teacher, student] if student else [teacher]
     stages, seconds = zip(*(_time_stage(programs, stage, labels, networks) for stage in settings.stages), strict=True)
     pool_bytes = group.images * (math.prod(teacher.image_shape) + 4 * teacher.num_classes)
@@ -261,7 +261,9 @@ def plan_synthesis(run: Run, teacher: Teacher, pools: float) -> tuple[SynthesisP
     return SynthesisPlan(*devices, group.images, batches, side_by_side, stages, pool_bytes, pools), sum(seconds)
 
 
-def _time_stage(programs: Programs, stage: Stage, labels: np.ndarray, networks: list[Classifier]) -> tuple[StagePlan, float]:
+def _time_stage(
+    programs: Programs, stage: Stage, labels: np.ndarray, networks: Sequence[Classifier]
+) -> tuple[StagePlan, float]:
     """Returns the cost of a stage and its seconds of compilation.
 
     Args:
@@ -271,8 +273,8 @@ def _time_stage(programs: Programs, stage: Stage, labels: np.ndarray, networks: 
       networks: the teacher, and the competitor if there is one.
     """
     height, width, channels = networks[0].image_shape
-    shown = *stage.view_size(height, width), channels
-    forward = sum(flops(dataclasses.replace(network, image_shape=shown)) for network in networks)
+    view_shape = *stage.view_size(height, width), channels
+    forward = sum(flops(dataclasses.replace(network, image_shape=view_shape)) for network in networks)
 
     iterations = min(programs.dispatch, stage.iterations)
     keys = jax.vmap(jax.random.key)(np.arange(len(labels)))
@@ -285,7 +287,7 @@ def _time_stage(programs: Programs, stage: Stage, labels: np.ndarray, networks: 
     seconds = _median_seconds(lambda state: program(state, *arguments), state) / iterations
     size = program.memory_analysis()
     memory = size.argument_size_in_bytes + size.output_size_in_bytes + size.temp_size_in_bytes - size.alias_size_in_bytes
-    return StagePlan(shown[0], stage.iterations, 2 * forward * labels.size / 1e9, seconds, memory), compile_seconds
+    return StagePlan(view_shape[0], stage.iterations, 2 * forward * labels.size / 1e9, seconds, memory), compile_seconds
 
 
 def plan_training(planned: PlannedTraining, every: int, mesh) -> tuple[TrainingPlan, float]:
@@ -303,17 +305,18 @@ def plan_training(planned: PlannedTraining, every: int, mesh) -> tuple[TrainingP
         rng.integers(0, 256, (count, *like.image_shape), np.uint8), np.arange(count, dtype=np.int32) % like.num_classes
     )
     shape = (step.updates, settings.batch_size) if step.updates > 1 else (settings.batch_size,)
-    (chosen,) = step.batches.each([rng.integers(0, count, shape, np.int32)])
+    (batch,) = step.batches.each([rng.integers(0, count, shape, np.int32)])
     key = jax.random.key(0)
     state = step.place(step.initial_state(key))
     start = time.perf_counter()
-    state, losses = step(state, chosen, key)
+    state, losses = step(state, batch, key)
     jax.block_until_ready(losses)
     compile_seconds = time.perf_counter() - start
-    seconds = _median_seconds(lambda state: step(state, chosen, key), state) / step.updates
-    pictures = like.image_shape, like.num_classes, like.mean, like.std
-    student = Classifier(apply_fn_of(planned.module), state.variables, *pictures)
-    forward = 3 * flops(student) + (flops(planned.teacher) if planned.teacher else 0)
+    seconds = _median_seconds(lambda state: step(state, batch, key), state) / step.updates
+    network = Classifier(
+        apply_fn_of(planned.module), state.variables, like.image_shape, like.num_classes, like.mean, like.std
+    )
+    forward = 3 * flops(network) + (flops(planned.teacher) if planned.teacher else 0)
     gflops = forward * settings.batch_size / 1e9
     plan = TrainingPlan(planned.name, planned.networks, settings.updates, settings.batch_size, gflops, seconds)
     return plan, compile_seconds
@@ -321,7 +324,7 @@ def plan_training(planned: PlannedTraining, every: int, mesh) -> tuple[TrainingP
 
 def _median_seconds(step: Callable, state) -> float:
     """Returns the median seconds of `state, metrics = step(state)`, excluding the first call."""
-    times = []
+    times: list[float] = []
     while len(times) < 4 or sum(times) < TIMED_SECONDS:
         start = time.perf_counter()
         state, metrics = step(state)
