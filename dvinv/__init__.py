@@ -1,4 +1,4 @@
-"""dvinv: DeepInversion in JAX and Flax. From a trained network alone: images, and with them smaller networks."""
+"""dvinv: DeepInversion in JAX and Flax. Synthesizes images from a trained network only, and smaller networks from them."""
 
 from typing import TYPE_CHECKING
 

@@ -13,6 +13,7 @@ import difflib
 import inspect
 import re
 import traceback
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -238,11 +239,11 @@ def _find_config_file(argv: list[str]) -> None:
         raise DvinvError(f'There is no config file {path!r}; {suggestion}{choices}')
 
 
-def cli() -> None:
-    """Runs the program; a user's mistake is reported in one sentence, with exit status 1."""
+def cli(main: Callable = main, parse: Callable = _parse) -> None:
+    """Runs a program with absl flags; a user's mistake is reported in one sentence, with exit status 1."""
     preemption.install(grace=0)
     try:
-        app.run(main, flags_parser=_parse)
+        app.run(main, flags_parser=parse)
     except DvinvError as error:
         say(str(error))
         sys.exit(1)

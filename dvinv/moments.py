@@ -6,14 +6,12 @@ network is that of teacher.weights or teacher.factory, or one that a run has tra
 """
 
 import contextlib
-import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from dvinv import main as program
-from dvinv.errors import DvinvError, say
-from dvinv.runtime import preemption
+from dvinv.errors import DvinvError
 
 _OUT = flags.DEFINE_string('out', '', 'The file to write.', allow_override=True)
 _IMAGES = flags.DEFINE_integer('images', 100, 'Training images to record from, equally many per class.', allow_override=True)
@@ -74,9 +72,4 @@ def record(config, workdir: str | None, out: str, images: int = 100, layers=()) 
 
 
 if __name__ == '__main__':
-    preemption.install(grace=0)
-    try:
-        app.run(main, flags_parser=_parse)
-    except DvinvError as error:
-        say(str(error))
-        sys.exit(1)
+    program.cli(main, _parse)

@@ -22,8 +22,8 @@ from dvinv.continual import task as driver
 from dvinv.continual.jobs import network_of
 from dvinv.data.dataset import Split
 from dvinv.data.digits import read
-from dvinv.data.joined import Joined
 from dvinv.data.pool import ImagePool
+from dvinv.data.rows import Joined
 from dvinv.inversion.tap import features_in_training
 from dvinv.networks import create, load_classifier
 from dvinv.networks.head import grown, head_of

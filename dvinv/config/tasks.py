@@ -66,7 +66,7 @@ class PruningSettings(TrainingSettings):
     round_to: int = 1  # number of channels that are removed together; with 8, widths stay efficient on CPUs and GPUs
     ignored_layers: tuple[str, ...] = ()  # layers that keep all their channels
     adaptive_batches: int = 0  # batches made in every step in competition with the pruned network; 0: the pool only
-    latency_batch: int = 128  # images in a batch whose latency is measured
+    latency_batch: int = 128  # images in the batch for measurements of the latency
     # Additional networks: not fine-tuned, pruned by other importances, or pruned with other images.
     controls: tuple[Literal['untuned', 'magnitude', 'random', 'noise', 'prior_only', 'real'], ...] = (
         'untuned',

@@ -1,6 +1,7 @@
-"""One array stored in parts in many `.npz` files, read by rows on access: memory only holds the rows that are read.
+"""Arrays that are read by rows on access, so that memory only holds the rows that are read.
 
-An uncompressed `.npz` stores its arrays as plain bytes, one row after the other, so that a row is a range of the file.
+`Rows` is one array stored in parts in many `.npz` files; `Chosen` and `Joined` are views of other arrays, without a copy. An
+uncompressed `.npz` stores its arrays as plain bytes, one row after the other, so that a row is a range of the file.
 """
 
 import bisect
@@ -73,8 +74,52 @@ class Rows:
         return rows.reshape(*np.shape(selected), *self.shape[1:])
 
 
+class Chosen:
+    """An object that behaves like `array[numbers]` when it is indexed by rows.
+
+    Attributes:
+      shape, dtype: those of the chosen rows.
+    """
+
+    def __init__(self, array: RowArray, numbers: np.ndarray):
+        """Takes an array and the numbers of the chosen rows, int [n]."""
+        self._array, self._numbers = array, numbers
+        self.shape, self.dtype = (len(numbers), *array.shape[1:]), array.dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index) -> np.ndarray:
+        """Returns a copy of rows, by number, slice, or array of numbers or booleans."""
+        return self._array[self._numbers[index]]
+
+
+class Joined:
+    """An object that behaves like the array [N + M, ...] of `first` [N, ...] and `second` [M, ...] when indexed by rows.
+
+    Attributes:
+      shape, dtype: those of the concatenation.
+    """
+
+    def __init__(self, first: RowArray, second: RowArray):
+        """Takes two arrays, which may differ in shape only in their lengths."""
+        self._first, self._second = first, second
+        self.shape, self.dtype = (len(first) + len(second), *first.shape[1:]), first.dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """Returns a copy of the rows with these numbers."""
+        in_second = rows >= len(self._first)
+        joined = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        joined[~in_second] = self._first[rows[~in_second]]
+        joined[in_second] = self._second[rows[in_second] - len(self._first)]
+        return joined
+
+
 class _Part:
-    """The part of the array that one file holds."""
+    """The part of `Rows` that one file holds."""
 
     def __init__(self, path: Path, name: str):
         self._path, self._name = path, name

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from dvinv.config import Settings
-from dvinv.data.chosen import Chosen
 from dvinv.data.pool import ImagePool
-from dvinv.data.rows import RowArray
+from dvinv.data.rows import Chosen, RowArray
 from dvinv.evaluation.divergence import divergence
 from dvinv.evaluation.scoring import logits_of
 from dvinv.networks import Classifier

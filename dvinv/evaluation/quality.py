@@ -8,7 +8,7 @@ With p(y|x) the outputs of that network and f(x) [D] the inputs of its last laye
 - kernel distance: MMD^2 of f with the kernel (f f' / D + 1)^3, unbiased for any number of images, so it may be below 0
   (Binkowski et al., arXiv 1801.01401);
 - spread: the mean squared distance of features to the mean of their class, divided by that to the mean of all features: 0 if
-  all images of a class are the same, about 1 if classes cannot be told apart;
+  all images of a class are the same, about 1 if classes cannot be distinguished;
 - nearest: the mean cosine between the features of an image and those of the nearest other image.
 """
 

@@ -26,7 +26,7 @@ from dvinv.runtime.progress import duration
 from dvinv.synthesis.synthesizer import abreast
 from dvinv.training.trainer import PlannedTraining, TrainStep
 
-TIMED_SECONDS = 1.0  # least total time of the timed dispatches; at least three are timed besides the first
+TIMED_SECONDS = 1.0  # minimum total time of the timed dispatches; at least three are timed after the first
 PLANNED = ('teacher', 'distillation', 'pruning', 'continual', 'quantization')  # tasks that train networks
 
 
@@ -256,9 +256,8 @@ def plan_synthesis(run: Run, teacher: Teacher, pools: float) -> tuple[SynthesisP
     networks = [teacher, student] if student else [teacher]
     stages, seconds = zip(*(_time_stage(programs, stage, labels, networks) for stage in settings.stages), strict=True)
     pool_bytes = group.images * (math.prod(teacher.image_shape) + 4 * teacher.num_classes)
-    batches = group.batches
-    devices = platform_of(mesh), mesh.size
-    return SynthesisPlan(*devices, group.images, batches, side_by_side, stages, pool_bytes, pools), sum(seconds)
+    plan = SynthesisPlan(platform_of(mesh), mesh.size, group.images, group.batches, side_by_side, stages, pool_bytes, pools)
+    return plan, sum(seconds)
 
 
 def _time_stage(

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from dvinv.config import DATA_FREE_CONTROLS, StudentSettings, validate_devices
-from dvinv.data.joined import Joined
+from dvinv.data.rows import Joined
 from dvinv.distillation.student import distillation_loss
 from dvinv.errors import DvinvError
 from dvinv.evaluation.held_out import HeldOut, training_set
