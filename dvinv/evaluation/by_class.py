@@ -66,8 +66,7 @@ def class_section(comparison: dict, names: dict[str, str], class_names: Sequence
     """
     labels, accuracy, confusion = comparison['classes'], comparison['accuracy'], comparison['confusion']
     networks, shows_all = [*confusion], len(labels) <= MOST_CLASSES
-    indices = [*range(len(labels))]
-    selection = ''
+    indices, selection = [*range(len(labels))], ''
     if not shows_all:
         first = accuracy[networks[0]] if networks else np.zeros(len(labels))
         indices = np.argsort(np.subtract(first, accuracy['teacher']), kind='stable')[:MOST_CLASSES].tolist()
@@ -106,9 +105,8 @@ def class_section(comparison: dict, names: dict[str, str], class_names: Sequence
     )
     if charts:
         text += (
-            '\n\nA row of a matrix stands for the images that the teacher assigns to this class, and shows the percentage '
+            '\n\nA row of a matrix is a class of the teacher: the percentages of its images in each class of the network.'
         )
-        text += 'of them that the other network assigns to each class.'
     return Section('Class by class', text, tables, charts)
 
 

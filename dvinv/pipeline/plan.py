@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from dvinv.config import Settings, Stage
 from dvinv.continual.chains import pools_of
@@ -40,6 +41,7 @@ class StagePlan:
       gflops: GFLOP per step: the forward pass and the gradient with respect to the images, of teacher and competitor.
       seconds: seconds per step, the median over a few dispatches.
       memory: bytes of device memory that the stage needs, including the weights.
+      compile_seconds: seconds of compilation.
     """
 
     resolution: int
@@ -47,6 +49,7 @@ class StagePlan:
     gflops: float
     seconds: float
     memory: int
+    compile_seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +123,7 @@ class TrainingPlan:
       gflops: GFLOP per update: forward and backward pass of the network (3 times a forward pass), and the forward pass of
         the teacher if there is one.
       seconds: seconds per update, the median over a few dispatches.
+      compile_seconds: seconds of compilation.
     """
 
     name: str
@@ -128,6 +132,7 @@ class TrainingPlan:
     batch_size: int
     gflops: float
     seconds: float
+    compile_seconds: float = 0.0
 
     @property
     def total_seconds(self) -> float:
@@ -155,13 +160,18 @@ class Plan:
       synthesis: the cost of the image pools; None if no image is optimized.
       trainings: the cost of the trainings, one entry per kind of network.
       training_devices: the devices that the trainings were timed on, for instance '2 gpu devices'.
-      compile_seconds: the seconds of compilation, which no other figure includes.
     """
 
     synthesis: SynthesisPlan | None
     trainings: tuple[TrainingPlan, ...]
     training_devices: str
-    compile_seconds: float
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds of compilation, which no other figure includes."""
+        stages = self.synthesis.stages if self.synthesis else ()
+        synthesis = sum(stage.compile_seconds for stage in stages)
+        return synthesis + sum(training.compile_seconds for training in self.trainings)
 
     @property
     def seconds(self) -> float:
@@ -205,7 +215,7 @@ def plan(config) -> Plan:
     settings, mesh, teacher = run.settings, run.training_mesh, run.planned_teacher
     run.planned_teacher = teacher = dataclasses.replace(teacher, variables=_arrays(teacher.variables))
     pools = _pools(settings)
-    synthesis, compile_seconds = plan_synthesis(run, teacher, pools) if pools else (None, 0.0)
+    synthesis = plan_synthesis(run, teacher, pools) if pools else None
     tasks = [task for task in settings.ordered_tasks if task in PLANNED]
     if settings.synthesis.method == 'adaptive' and 'synthesis' in settings.tasks and 'distillation' not in tasks:
         tasks.append('distillation')  # its student is trained while images are made
@@ -213,12 +223,8 @@ def plan(config) -> Plan:
     if not (synthesis or jobs):
         reason = f'pool is {settings.pool!r}' if settings.pool else f'synthesis.method is {settings.synthesis.method!r}'
         raise DvinvError(f'{reason} and no task trains a network: there is nothing to plan.')
-    trainings = []
-    for job in jobs:
-        training, seconds = plan_training(job, settings.logging.every, mesh)
-        trainings.append(training)
-        compile_seconds += seconds
-    return Plan(synthesis, tuple(trainings), _devices(mesh.size, platform_of(mesh)), compile_seconds)
+    trainings = tuple(plan_training(job, settings.logging.every, mesh) for job in jobs)
+    return Plan(synthesis, trainings, _devices(mesh.size, platform_of(mesh)))
 
 
 def _pools(settings: Settings) -> float:
@@ -234,8 +240,8 @@ def _pools(settings: Settings) -> float:
     return pools
 
 
-def plan_synthesis(run: Run, teacher: Teacher, pools: float) -> tuple[SynthesisPlan, float]:
-    """Returns the cost of the pools of a run, and the seconds of compilation.
+def plan_synthesis(run: Run, teacher: Teacher, pools: float) -> SynthesisPlan:
+    """Returns the cost of the pools of a run.
 
     Args:
       run: the run.
@@ -254,16 +260,13 @@ def plan_synthesis(run: Run, teacher: Teacher, pools: float) -> tuple[SynthesisP
     labels = np.stack([balanced_labels(i, group.batch_size, teacher.num_classes) for i in range(side_by_side)])
     programs = Programs(teacher, settings, mesh, student.apply_fn if student else None)
     networks = [teacher, student] if student else [teacher]
-    stages, seconds = zip(*(_time_stage(programs, stage, labels, networks) for stage in settings.stages), strict=True)
+    stages = tuple(_time_stage(programs, stage, labels, networks) for stage in settings.stages)
     pool_bytes = group.images * (math.prod(teacher.image_shape) + 4 * teacher.num_classes)
-    plan = SynthesisPlan(platform_of(mesh), mesh.size, group.images, group.batches, side_by_side, stages, pool_bytes, pools)
-    return plan, sum(seconds)
+    return SynthesisPlan(platform_of(mesh), mesh.size, group.images, group.batches, side_by_side, stages, pool_bytes, pools)
 
 
-def _time_stage(
-    programs: Programs, stage: Stage, labels: np.ndarray, networks: Sequence[Classifier]
-) -> tuple[StagePlan, float]:
-    """Returns the cost of a stage and its seconds of compilation.
+def _time_stage(programs: Programs, stage: Stage, labels: np.ndarray, networks: Sequence[Classifier]) -> StagePlan:
+    """Returns the cost of a stage.
 
     Args:
       programs: the compiled programs of the inversion.
@@ -286,11 +289,12 @@ def _time_stage(
     seconds = _median_seconds(lambda state: program(state, *arguments), state) / iterations
     size = program.memory_analysis()
     memory = size.argument_size_in_bytes + size.output_size_in_bytes + size.temp_size_in_bytes - size.alias_size_in_bytes
-    return StagePlan(view_shape[0], stage.iterations, 2 * forward * labels.size / 1e9, seconds, memory), compile_seconds
+    gflops = 2 * forward * labels.size / 1e9
+    return StagePlan(view_shape[0], stage.iterations, gflops, seconds, memory, compile_seconds)
 
 
-def plan_training(planned: PlannedTraining, every: int, mesh) -> tuple[TrainingPlan, float]:
-    """Returns the cost of the trainings of `planned` on `mesh`, and the seconds of compilation.
+def plan_training(planned: PlannedTraining, every: int, mesh: Mesh) -> TrainingPlan:
+    """Returns the cost of the trainings of `planned` on `mesh`.
 
     Args:
       planned: the trainings.
@@ -312,13 +316,11 @@ def plan_training(planned: PlannedTraining, every: int, mesh) -> tuple[TrainingP
     jax.block_until_ready(losses)
     compile_seconds = time.perf_counter() - start
     seconds = _median_seconds(lambda state: step(state, batch, key), state) / step.updates
-    network = Classifier(
-        apply_fn_of(planned.module), state.variables, like.image_shape, like.num_classes, like.mean, like.std
-    )
+    network = dataclasses.replace(like, apply_fn=apply_fn_of(planned.module), variables=state.variables)
     forward = 3 * flops(network) + (flops(planned.teacher) if planned.teacher else 0)
     gflops = forward * settings.batch_size / 1e9
-    plan = TrainingPlan(planned.name, planned.networks, settings.updates, settings.batch_size, gflops, seconds)
-    return plan, compile_seconds
+    updates, batch_size = settings.updates, settings.batch_size
+    return TrainingPlan(planned.name, planned.networks, updates, batch_size, gflops, seconds, compile_seconds)
 
 
 def _median_seconds(step: Callable, state) -> float:
