@@ -1,10 +1,10 @@
-"""dvinv: DeepInversion in JAX and Flax. From a trained network alone: images, and with them smaller networks."""
+"""dvinv: DeepInversion in JAX and Flax. Synthesizes images from a trained network only, and smaller networks from them."""
 
 from typing import TYPE_CHECKING
 
 __version__ = '0.1.0'
 
-if TYPE_CHECKING:  # what `__getattr__` gives, for those who read types without running anything
+if TYPE_CHECKING:  # the names that `__getattr__` imports, for tools that read types without running the code
     from dvinv.config import PRESETS as PRESETS
     from dvinv.config import InversionConfig as InversionConfig
     from dvinv.config import Stage as Stage
@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # what `__getattr__` gives, for those who read types without 
     from dvinv.inversion import feature_loss as feature_loss
     from dvinv.inversion import from_linen as from_linen
     from dvinv.inversion import from_nnx as from_nnx
-    from dvinv.inversion import invert as invert
     from dvinv.inversion import record_moments as record_moments
+    from dvinv.inversion.invert import invert as invert
     from dvinv.pipeline.tasks import run as run
     from dvinv.teacher.loading import load as load
 
@@ -35,7 +35,7 @@ _EXPORTS = {
     'feature_loss': 'dvinv.inversion',
     'from_linen': 'dvinv.inversion',
     'from_nnx': 'dvinv.inversion',
-    'invert': 'dvinv.inversion',
+    'invert': 'dvinv.inversion.invert',
     'load': 'dvinv.teacher.loading',
     'record_moments': 'dvinv.inversion',
     'run': 'dvinv.pipeline.tasks',
@@ -44,12 +44,12 @@ __all__ = list(_EXPORTS)
 
 
 def __dir__() -> list[str]:
-    """List the names that are imported on first use too, for tab completion."""
+    """Lists all names, including those that are imported on first use, for tab completion."""
     return sorted({*globals(), *__all__} - {'TYPE_CHECKING'})
 
 
 def __getattr__(name: str):
-    """Import on first use: `python -m dvinv.main` must be able to set up JAX, and answer a typing error, first."""
+    """Imports a public name on first use, since `dvinv.main` must set up JAX and report mistyped flags before that."""
     if name not in _EXPORTS:
         raise AttributeError(f'module dvinv has no attribute {name!r}')
     import importlib

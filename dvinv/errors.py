@@ -1,20 +1,20 @@
-"""What users read: the exception for their mistakes, parts of its sentences, and lines on the terminal."""
+"""Messages to users: the exception for their mistakes, parts of its sentences, and lines on the terminal."""
 
 import functools
 import sys
 
-CLEAR = '\r\x1b[K'  # empties the line that the cursor of a terminal is in
+CLEAR = '\r\x1b[K'  # clears the terminal line of the cursor
 
 
 class DvinvError(Exception):
-    """A user's mistake or a full disk, told in one sentence: what is wrong, the value, the way out.
+    """A user's mistake or a full disk, described in one sentence: what is wrong, the value, the way out.
 
     `dvinv.main` prints the sentence and exits with status 1, without a traceback.
     """
 
 
 def listed(names: list[str], most: int = 12) -> str:
-    """The first so many names, and how many more there are."""
+    """Joins the first `most` names, and says how many more there are."""
     return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
 
 
@@ -24,11 +24,11 @@ def in_a_line(error: Exception) -> str:
 
 
 def say(sentence: str) -> None:
-    """Prints a sentence to stderr; on a terminal, over the bar that may stand there."""
+    """Prints a sentence to stderr; on a terminal, in place of a progress bar."""
     print(f'{CLEAR if sys.stderr.isatty() else ""}dvinv: {sentence}', file=sys.stderr, flush=True)
 
 
 @functools.cache
 def say_once(sentence: str) -> None:
-    """Prints a sentence to stderr, where the process has not printed it before."""
+    """Prints a sentence to stderr, unless this process has already printed it."""
     say(sentence)

@@ -18,13 +18,13 @@ def main(argv: list[str]) -> None:
     Raises:
       DvinvError: the pool is empty or damaged, or the disk is full.
     """
-    parser = argparse.ArgumentParser(prog='python -m dvinv.export', description='Write a pool in a form that others read.')
+    parser = argparse.ArgumentParser(prog='python -m dvinv.export', description='Export an image pool for other programs.')
     parser.add_argument('--pool', type=Path, required=True, help='the folder with shard-000000.npz and so on')
     parser.add_argument(
         '--to', choices=FORMATS, required=True, help='PNG pictures in class folders, TensorFlow Datasets, or one .npz'
     )
     parser.add_argument(
-        '--out', type=Path, required=True, help='the folder to write to; the same command goes on after a kill'
+        '--out', type=Path, required=True, help='the folder to write to; the same command resumes a killed export'
     )
     arguments = parser.parse_args(argv)
     FORMATS[arguments.to](ImagePool(arguments.pool), arguments.out)

@@ -10,8 +10,10 @@ if __name__ == '__main__' and signal.getsignal(signal.SIGINT) is not signal.SIG_
 import ast
 import contextlib
 import difflib
+import inspect
 import re
 import traceback
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,39 +35,44 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     'workdir',
     None,
-    'The folder for all that the run writes; the same command resumes it.',
+    'The folder for all files of the run; the same command resumes it.',
     allow_override=True,
 )
 _PLAN = flags.DEFINE_bool(
     'plan',
     False,
-    'Print what all tasks will cost here, from a few timed steps, and write nothing.',
+    'Print the predicted cost of all tasks on these devices, from a few timed steps, and write nothing.',
     allow_override=True,
 )
 _SEEDS = flags.DEFINE_integer(
     'seeds',
     0,
-    'Run the config with this many seeds, each in a folder of its own; 0: once.',
+    'Run the config with this number of seeds, each in its own folder; 0: once.',
     allow_override=True,
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed',
     None,
-    'Run as one of several processes, which JAX finds; default: where srun, mpirun or a TPU slice has started several.',
+    'Run as one of several processes, which JAX finds; default: if srun, mpirun or a TPU slice has started several.',
     allow_override=True,
 )
 _COORDINATOR = flags.DEFINE_string(
-    'coordinator', '', 'Host and free port of process 0, where JAX does not find the processes.', allow_override=True
+    'coordinator', '', 'Host and free port of process 0, if JAX does not find the processes.', allow_override=True
 )
-_NUM_PROCESSES = flags.DEFINE_integer('num_processes', 0, 'With --coordinator: how many there are.', allow_override=True)
-_PROCESS_ID = flags.DEFINE_integer('process_id', -1, 'With --coordinator: which one this is, from 0.', allow_override=True)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    'num_processes', 0, 'With --coordinator: the number of processes.', allow_override=True
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    'process_id', -1, 'With --coordinator: the number of this process, from 0.', allow_override=True
+)
 
 
 def main(_) -> None:
+    """Runs the config that the flags name, or prints its plan."""
     # Imported late, so that a mistyped flag is reported at once; the slowest imports come after the banner.
     import jax
 
-    from dvinv.config import TASKS, parse
+    from dvinv.config import parse
     from dvinv.runtime.banner import announce
     from dvinv.runtime.compilation import keep_compiled
     from dvinv.runtime.devices import set_cpu_devices
@@ -84,37 +91,37 @@ def main(_) -> None:
         return
     with joined(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
         if is_primary():
-            announce(settings, _WORKDIR.value, [task for task in TASKS if task in settings.tasks], _SEEDS.value)
+            announce(settings, _WORKDIR.value, settings.ordered_tasks, _SEEDS.value)
         from dvinv.pipeline import seeds, tasks
 
         preemption.install()
         if _SEEDS.value:
-            figures = seeds.run(settings, _WORKDIR.value, _SEEDS.value)
+            summary = seeds.run(settings, _WORKDIR.value, _SEEDS.value)
         else:
-            figures = {'runs': [tasks.run(settings, _WORKDIR.value)]}
+            summary = {'runs': [tasks.run(settings, _WORKDIR.value)]}
         if is_primary():
-            print(seeds.table(figures, _WORKDIR.value))
+            print(seeds.table(summary, _WORKDIR.value))
 
 
 def _parse(argv: list[str]) -> list[str]:
     """Parses the flags of a run, and raises a `DvinvError` for flags that do not define one."""
-    rest = parse_flags(argv)
+    arguments = parse_flags(argv)
     if not (_WORKDIR.value or _PLAN.value):
-        raise DvinvError('--workdir is missing: name the folder for all that the run writes.')
+        raise DvinvError('--workdir is missing; name the folder for all files of the run.')
     if _SEEDS.value < 0:
         raise DvinvError(f'--seeds is {_SEEDS.value}; it must be at least 1, or 0 for a single run.')
-    return rest
+    return arguments
 
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses flags with absl; raises a `DvinvError` where absl would print a traceback or nothing at all."""
     _find_config_file(argv)
     for argument in argv[1:]:
-        if found := re.match(r'--?config\.[^=]*?\.(\d+)(?=[.=\[]|$)', argument):
-            start, end = found.span(1)
+        if match := re.match(r'--?config\.[^=]*?\.(\d+)(?=[.=\[]|$)', argument):
+            start, end = match.span(1)
             raise DvinvError(
-                f'An item of a tuple is named by its number in brackets, from 0: {argument[: start - 1]}[{found[1]}]'
-                f'{argument[end:]}. In a shell that takes brackets for patterns, quote it.'
+                f'An item of a tuple is named by its number in brackets, from 0: {argument[: start - 1]}[{match[1]}]'
+                f'{argument[end:]}. Quote it in a shell that expands brackets.'
             )
     if not any(argument.lstrip('-').startswith(('help', '?')) for argument in argv[1:]):
         # Printed now, because the config file, which is read next, takes a second or more for its imports.
@@ -124,9 +131,9 @@ def parse_flags(argv: list[str]) -> list[str]:
 
         print(f'{described()}\n')
     try:
-        rest = flags.FLAGS(argv)
+        arguments = flags.FLAGS(argv)
         if _CONFIG.value is None or not hasattr(_CONFIG.value, 'tasks'):
-            raise DvinvError('--config names no config file that can be read; for instance --config configs/digits.py.')
+            raise DvinvError('--config names no config file; give one, for instance --config configs/digits.py.')
     except (AttributeError, KeyError, TypeError) as error:
         if 'tuple indices' in str(error):
             raise DvinvError(
@@ -135,7 +142,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         raise DvinvError(_unknown(error)) from error
     except IndexError as error:
         raise DvinvError(
-            'A flag counts beyond the end of a tuple in the config, as --config.synthesis.stages[9] would; indices '
+            'A flag has an index beyond the end of a tuple in the config, as --config.synthesis.stages[9] would; indices '
             'start at 0.'
         ) from error
     except (flags.Error, OSError, SyntaxError, ValueError) as error:  # ml_collections raises ValueError for a bad path
@@ -150,9 +157,9 @@ def parse_flags(argv: list[str]) -> list[str]:
         reason = re.sub('^Configuration is not .* to load: ', 'The config file fails: ', reason)
         reason = re.sub(r'\[Errno \d+\] ', '', reason).strip()
         raise DvinvError(f'{reason} (--helpfull lists all flags.)') from error
-    if len(rest) > 1:
-        raise DvinvError(f'Nothing is known to be done with the argument {rest[1]!r}; flags start with --.')
-    return rest
+    if len(arguments) > 1:
+        raise DvinvError(f'Unexpected argument {arguments[1]!r}; flags start with --.')
+    return arguments
 
 
 def _unknown(error: Exception) -> str:
@@ -161,20 +168,20 @@ def _unknown(error: Exception) -> str:
     The message of ml_collections begins with the name in quotes if the field was read, and with 'Key' if it was set. The
     message of a KeyError is quoted once more.
     """
-    text, place = str(error.args[0]), _place(error)
+    text, location = str(error.args[0]), _location(error)
     with contextlib.suppress(ValueError, SyntaxError):
         text = str(ast.literal_eval(text))
-    if found := re.match(r"""'(\w+)'(?=\s|$)|Key "(\w+)" does not exist""", text):
-        name, meant = found[1] or found[2], re.search(r'Did you mean "(.+)" instead of', text)
-        close = f'; did you mean {meant[1]!r}?' if meant else _nearest(name)
-        the = f'{place}the' if place else 'The'
-        return f'{the} config has no field {name!r}{close} (--helpfull lists all fields).'
-    if place:
-        return f'{place}{" ".join(text.split())}'
+    if match := re.match(r"""'(\w+)'(?=\s|$)|Key "(\w+)" does not exist""", text):
+        name, similar = match[1] or match[2], re.search(r'Did you mean "(.+)" instead of', text)
+        suggestion = f'; did you mean {similar[1]!r}?' if similar else _suggestion(name)
+        start = f'{location}the' if location else 'The'
+        return f'{start} config has no field {name!r}{suggestion} (--helpfull lists all fields).'
+    if location:
+        return f'{location}{" ".join(text.split())}'
     return f'The config has no such field or type: {" ".join(text.split())} (--helpfull lists all fields.)'
 
 
-def _nearest(name: str) -> str:
+def _suggestion(name: str) -> str:
     """Returns the end of a sentence that names a field with a similar name, of any group; '' if there is none."""
     from dvinv.config import RENAMED
     from dvinv.config.documentation import fields
@@ -183,13 +190,13 @@ def _nearest(name: str) -> str:
         if name == old.split('.')[-1]:
             return f'; it is now called {new}'
     paths = {field.path.split('.')[-1]: field.path for field in reversed(fields())}  # the first group wins
-    close = difflib.get_close_matches(name, paths, 1, 0.6)
-    return f'; did you mean config.{paths[close[0]]}?' if close else ''
+    similar = difflib.get_close_matches(name, paths, 1, 0.6)
+    return f'; did you mean config.{paths[similar[0]]}?' if similar else ''
 
 
-def _place(error: Exception) -> str:
+def _location(error: Exception) -> str:
     """Returns the start of a sentence that names the line of the user's file with the error; '' if a flag caused it."""
-    libraries = tuple(str(Path(source.__file__).parent) for source in (dvinv, flags, ml_collections))
+    libraries = tuple(str(Path(inspect.getfile(module)).parent) for module in (dvinv, flags, ml_collections))
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if not frame.filename.startswith((*libraries, '<')) and frame.line:
             return f'{frame.filename}, line {frame.lineno}, `{frame.line.strip()}`: '
@@ -203,36 +210,40 @@ def _find_config_file(argv: list[str]) -> None:
     `--config configs/digits.py` from any folder.
 
     Raises:
-      DvinvError: the file does not exist or is no config file; the message lists the files that there are.
+      DvinvError: the file does not exist or is no config file; the message lists the existing files.
     """
     for index in range(1, len(argv)):
-        name, given, value = argv[index].partition('=')
+        name, equals, value = argv[index].partition('=')
         if name not in ('--config', '-config'):
             continue
-        place = index if given else index + 1
-        value = value if given else ''.join(argv[place : place + 1])
+        position = index if equals else index + 1  # of the argument that contains the value
+        if not equals:
+            value = ''.join(argv[position : position + 1])
         path, colon, argument = value.partition(':')
-        own = next((folder / Path(path).name for folder in CONFIGS if (folder / Path(path).name).is_file()), None)
-        if not Path(path).is_file() and own and Path(path) == Path('configs') / own.name:
-            path = str(own)
-            argv[place] = f'{name}={path}{colon}{argument}' if given else f'{path}{colon}{argument}'
+        candidates = [folder / Path(path).name for folder in CONFIGS]
+        bundled = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if not Path(path).is_file() and bundled and Path(path) == Path('configs') / bundled.name:
+            path = str(bundled)
+            argv[position] = f'{name}={path}{colon}{argument}' if equals else f'{path}{colon}{argument}'
         if Path(path).is_file() and path.endswith('.py'):
             if 'get_config' not in Path(path).read_text(errors='replace'):
-                raise DvinvError(f'{path} is no config file: it must have a function get_config, as those in configs/ have.')
+                raise DvinvError(
+                    f'{path} is no config file: it must have a function get_config, like the files in configs/.'
+                )
             continue
         folder = next((folder for folder in (Path('configs'), *CONFIGS) if folder.is_dir()), Path('configs'))
         names = sorted(file.name for file in folder.glob('*.py'))
-        known = f'{folder}/ has {listed(names, 30)}.' if names else 'name a Python file that has a function get_config.'
-        close = difflib.get_close_matches(f'{Path(path).stem}.py', names, 1)
-        meant = f'did you mean {folder}/{close[0]}? ' if close else ''
-        raise DvinvError(f'There is no config file {path!r}; {meant}{known}')
+        choices = f'{folder}/ has {listed(names, 30)}.' if names else 'name a Python file that has a function get_config.'
+        similar = difflib.get_close_matches(f'{Path(path).stem}.py', names, 1)
+        suggestion = f'did you mean {folder}/{similar[0]}? ' if similar else ''
+        raise DvinvError(f'There is no config file {path!r}; {suggestion}{choices}')
 
 
-def cli() -> None:
-    """Runs the program; a user's mistake is reported in one sentence, with exit status 1."""
+def cli(main: Callable = main, parse: Callable = _parse) -> None:
+    """Runs a program with absl flags; a user's mistake is reported in one sentence, with exit status 1."""
     preemption.install(grace=0)
     try:
-        app.run(main, flags_parser=_parse)
+        app.run(main, flags_parser=parse)
     except DvinvError as error:
         say(str(error))
         sys.exit(1)

@@ -6,33 +6,31 @@ network is that of teacher.weights or teacher.factory, or one that a run has tra
 """
 
 import contextlib
-import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from dvinv import main as program
-from dvinv.errors import DvinvError, say
-from dvinv.runtime import preemption
+from dvinv.errors import DvinvError
 
-_OUT = flags.DEFINE_string('out', None, 'The file to write.', allow_override=True)
-_IMAGES = flags.DEFINE_integer('images', 100, 'Training images to record from, as many of each class.', allow_override=True)
+_OUT = flags.DEFINE_string('out', '', 'The file to write.', allow_override=True)
+_IMAGES = flags.DEFINE_integer('images', 100, 'Training images to record from, equally many per class.', allow_override=True)
 _LAYERS = flags.DEFINE_list(
     'layers',
     [],
-    "Paths or classes of layers, with * for any characters; their inputs, or with ':output' after it what they return. "
+    "Paths or classes of layers, with * for any characters; their inputs, or their outputs with ':output' appended. "
     'Default: the inputs of all normalisations and the outputs of all residual blocks.',
     allow_override=True,
 )
 
 
 def _parse(argv: list[str]) -> list[str]:
-    rest = program.parse_flags(argv)  # that module defines --config and --workdir
+    arguments = program.parse_flags(argv)  # that module defines --config and --workdir
     if not _OUT.value:
-        raise DvinvError('--out is missing: name the file for the moments, moments.safetensors for instance.')
+        raise DvinvError('--out is missing; name the file for the moments, moments.safetensors for instance.')
     if not Path(_OUT.value).absolute().parent.is_dir():
         raise DvinvError(f'--out is {_OUT.value!r}, but there is no such folder.')
-    return rest
+    return arguments
 
 
 def main(_) -> None:
@@ -58,25 +56,20 @@ def record(config, workdir: str | None, out: str, images: int = 100, layers=()) 
     from dvinv.pipeline.run import Run
     from dvinv.teacher import task as teacher
 
-    run, opened = Run(parse(config), workdir or ''), contextlib.nullcontext()
-    if run.is_trained_here('teacher'):
-        if not run.is_finished('teacher'):
-            raise DvinvError(
-                'The config names no weights of a teacher, and one that a run has trained is not there: give '
-                'teacher.weights, or by --workdir the folder of that run.'
-            )
-        opened = contextlib.closing(run.open_workdir())
-    with opened:
+    run = Run(parse(config), workdir or '')
+    with contextlib.ExitStack() as stack:
+        if run.is_trained_here('teacher'):
+            if not run.is_finished('teacher'):
+                raise DvinvError(
+                    'The config names no weights of a teacher, and --workdir has no trained teacher; give teacher.weights, '
+                    'or as --workdir the folder of a run that has trained it.'
+                )
+            stack.enter_context(contextlib.closing(run.open_workdir()))
         moments = teacher.record(run, images, layers)
     moments.save(out)
-    how = f', each in {moments.views} views like those that it was trained with' if moments.views else ''
-    return f'{out}: the moments of {len(moments.layers)} layers, over {moments.images} training images{how}.'
+    views = f', each augmented {moments.views} times as in its training' if moments.views else ''
+    return f'{out}: the moments of {len(moments.layers)} layers, over {moments.images} training images{views}.'
 
 
 if __name__ == '__main__':
-    preemption.install(grace=0)
-    try:
-        app.run(main, flags_parser=_parse)
-    except DvinvError as error:
-        say(str(error))
-        sys.exit(1)
+    program.cli(main, _parse)

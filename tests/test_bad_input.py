@@ -185,7 +185,7 @@ ADAPTIVE = {
         ({'tasks': ('teacher', 'synthesise')}, ["tasks names 'synthesise'", 'teacher, synthesis, distillation']),
         ({'synthesis__method': 'deepdream'}, ["synthesis.method is 'deepdream'", 'deepinversion']),
         ({'synthesis__controls': ('prior_only', 'real')}, ["synthesis.controls names 'real'", 'noise, prior_only']),
-        ({'synthesis__images': 50}, ['synthesis.images is 50', 'batches of 20', 'for instance 40']),
+        ({'synthesis__images': 50}, ['synthesis.images is 50', 'multiple of synthesis.batch_size, 20', 'for instance 40']),
         ({'synthesis__images': 0}, ['synthesis.images is 0', 'at least 1']),
         ({'synthesis__batch_size': 1}, ['synthesis.batch_size is 1', 'at least 2']),
         (
@@ -260,7 +260,7 @@ ADAPTIVE = {
         ({**ADAPTIVE, 'synthesis__batches_per_round': 3}, ['batches_per_round is 3', 'does not divide the 2 batches']),
         ({**ADAPTIVE, 'distillation__updates_per_round': 0}, ['updates_per_round is 0', 'at least 1']),
         ({**ADAPTIVE, 'distillation__updates_per_round': 20}, ['2 rounds of 20 updates', 'the 20 updates']),
-        ({'distillation__counts': (20, 60)}, ['counts names 60', 'the 40 images']),
+        ({'distillation__counts': (20, 60)}, ['counts names 60', 'from 1 to 40']),
         ({'distillation__counts': (20.5,)}, ['counts[0] is 20.5', 'of the type int']),
         ({'teacher__image_shape': (32, 32)}, ['image_shape is (32, 32)', '(height, width, channels)']),
         ({'teacher__image_shape': (9, 8, 1)}, ['image_shape is (9, 8, 1)', 'trained here, on images of (8, 8, 1)']),
@@ -280,7 +280,7 @@ ADAPTIVE = {
         ({'distillation__cutmix': 1.5}, ['distillation.cutmix is 1.5', 'a probability']),
         ({'distillation__color_jitter': -0.1}, ['distillation.color_jitter is -0.1', 'at least 0']),
         ({'distillation__hint_decay': -1.0}, ['distillation.hint_decay is -1.0', 'at least 0']),
-        ({'distillation__resized_crop': 1.5}, ['distillation.resized_crop is 1.5', 'a share of a picture']),
+        ({'distillation__resized_crop': 1.5}, ['distillation.resized_crop is 1.5', 'a fraction of the image area']),
         ({'synthesis__classes': (1, 10)}, ['Label 10 is out of range', '0 to 9']),
         ({'synthesis__classes': (1.5,)}, ['synthesis.classes[0] is 1.5', 'of the type int']),
         ({'distillation__milestones': ('x',)}, ["distillation.milestones[0] is 'x'", 'of the type float']),
@@ -299,7 +299,7 @@ ADAPTIVE = {
         ({'logging__every': 0}, ['logging.every is 0', 'at least 1']),
         ({'logging__iterations': 0}, ['logging.iterations is 0', 'at least 1']),
         ({'logging__checkpoint_every': 0}, ['logging.checkpoint_every is 0', 'at least 1']),
-        ({'logging__checkpoint_every': 7}, ['checkpoint_every 7', 'multiple of the first']),
+        ({'logging__checkpoint_every': 7}, ['checkpoint_every is 7', 'multiple of the first']),
         ({'teacher__factory': 'factories:without_batch_norm'}, ['no running statistics', 'moments', 'weights.feature=0']),
         ({'teacher__factory': 'factories:broken'}, ["teacher.factory 'factories:broken'", 'Dense_0/kernel has NaN']),
         ({'teacher__factory': 'factories:probabilities'}, ['Probable returns probabilities', 'leave out the softmax']),
@@ -382,8 +382,8 @@ def test_what_a_file_tells_of_itself_cannot_be_set_otherwise(own_file, role, cha
 @pytest.mark.parametrize(
     ('labels', 'words'),
     [
-        (range(1, 11), '11 classes by its labels or names, but 1 of them (0) have no image'),
-        ((0, 300), '301 classes by its labels or names, but 299 of them (1, 2, 3, 4, 5, ...) have no image'),
+        (range(1, 11), '11 classes by its labels or names, but 1 of them (0) have no training image'),
+        ((0, 300), '301 classes by its labels or names, but 299 of them (1, 2, 3, 4, 5, ...) have no training image'),
     ],
 )
 def test_a_class_without_an_image_is_named(tmp_path, labels, words):
@@ -392,7 +392,7 @@ def test_a_class_without_an_image_is_named(tmp_path, labels, words):
     path = str(tmp_path / 'a.npz')
     sentence = refusal(tmp_path / 'run', data__name='npz', data__path=path, data__train_path=path)
     assert words in sentence
-    assert f'the lowest is {labels.min()}, the highest {labels.max()}' in sentence
+    assert f'the lowest is {labels.min()}, and the highest is {labels.max()}' in sentence
 
 
 @pytest.mark.parametrize(('classes', 'fits'), [((7, 8, 9), False), ((1, 0), False), ((0, 1, 2), True), ((), True)])

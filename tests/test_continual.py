@@ -22,8 +22,8 @@ from dvinv.continual import task as driver
 from dvinv.continual.jobs import network_of
 from dvinv.data.dataset import Split
 from dvinv.data.digits import read
-from dvinv.data.joined import Joined
 from dvinv.data.pool import ImagePool
+from dvinv.data.rows import Joined
 from dvinv.inversion.linen_tap import features_in_training
 from dvinv.networks import create, load_classifier
 from dvinv.networks.head import grown, head_of
@@ -205,7 +205,7 @@ def test_the_network_knows_all_classes_and_the_figures_are_those_of_its_answers(
     assert found['new_test_accuracy'] == pytest.approx(right[labels == 3].mean())
     assert found['finetune_test_accuracy'] is found['replay_test_accuracy'] is None
     assert [len(row) for row in found['accuracy_matrix']['continual']] == [1, 2, 3]
-    notes = ImagePool(workdir / 'pools' / '2').notes(1)
+    notes = ImagePool(workdir / 'pools' / '2').sidecar(1)
     assert notes['teacher'] == load_classifier(workdir / 'networks' / 'continual_1.safetensors').digest()
     shard = np.load(workdir / 'pools' / '2' / 'shard-000001.npz')
     assert sorted(shard['labels']) == [0, 0, 1, 1, 2, 2]
@@ -349,7 +349,7 @@ def test_the_report_shows_what_each_task_left_of_the_others(undisturbed, data):
         ({'teacher__width': 0.5}, ['teacher.width is 0.5, but', 'write teacher.width=0.125']),
         ({'teacher__width': 1.0}, ['not the small_convnet of width 1.0', 'cannot grow a head']),
         ({'continual__loss': 'ewc'}, ["continual.loss is 'ewc'", 'deepinversion, always_be_dreaming']),
-        ({'continual__controls': ('deepinversion',)}, ["controls names 'deepinversion', which is the loss already"]),
+        ({'continual__controls': ('deepinversion',)}, ["controls names 'deepinversion', which is already the loss"]),
         (
             {
                 'data__name': 'npz',

@@ -97,9 +97,12 @@ def test_no_name_is_no_data():
         (DataSettings('digits', train_path='b'), "data.train_path is 'b', but the data set 'digits' takes none"),
         (DataSettings('cifar10', train_path='b'), "data.train_path is 'b', but the data set 'cifar10' takes none"),
         (DataSettings('cifar100', image_size=16), "data.image_size is 16, but the data set 'cifar100' takes none"),
-        (DataSettings('npz'), "data.path is ''; name what the data set 'npz' scores on"),
-        (DataSettings('folders', train_path='b'), "data.path is ''; name what the data set 'folders' scores on"),
-        (DataSettings('npz', path='a', image_size=-3), 'data.image_size is -3; it must be 0 '),
+        (DataSettings('npz'), "data.path is ''; give the path of the test images of the data set 'npz'"),
+        (
+            DataSettings('folders', train_path='b'),
+            "data.path is ''; give the path of the test images of the data set 'folders'",
+        ),
+        (DataSettings('npz', path='a', image_size=-3), 'data.image_size is -3; it must be at least 0'),
     ],
 )
 def test_what_cannot_be_meant_is_refused(source, sentence):
@@ -124,5 +127,5 @@ def test_chosen_classes_are_numbered_anew_and_nothing_else_is_there():
 
 @pytest.mark.parametrize('classes', [(3, 10), (3, 3), ('a',)])
 def test_classes_that_are_not_there_are_refused(classes):
-    with pytest.raises(DvinvError, match=r'The classes are to be .*, 0 to 9'):
+    with pytest.raises(DvinvError, match=r'data.classes is .*, 0 to 9'):
         load_real(dataclasses.replace(DIGITS, classes=classes))

@@ -172,9 +172,7 @@ def test_validation_holds_out_a_fifth_of_the_training_file(tmp_path):
 
 def test_training_images_must_have_the_shape_of_those_scored(tmp_path):
     test, train = save(tmp_path / 'a.npz', exact()), save(tmp_path / 'b.npz', {**exact(), 'x': images(width=9)})
-    assert 'Training images are 8x9x3 (height x width x channels), but the images to score on 8x8x3' in refusal(
-        'npz', test, train
-    )
+    assert 'Training images are 8x9x3 (height x width x channels), but test images are 8x8x3' in refusal('npz', test, train)
     assert load_real(DataSettings('npz', test, train, image_size=8)).train.images.shape == (6, 8, 8, 3)
 
 
@@ -188,11 +186,11 @@ BAD_ARRAYS = {
     'normalised images': (exact(x=images() / 128 - 1), 'The images of FILE are float64 from -1 to '),
     'no numbers': (exact(x=images() * np.nan), 'The images of FILE are float64 from nan to nan; they must be pixels'),
     '16-bit images': (exact(x=images().astype(np.uint16) * 257), 'they must be pixels, before any normalisation'),
-    'few grey levels': (exact(x=images() % 17 * 1.0), 'are float64 from 0 to 16, which tells no scale; save them as uint8'),
-    'two integers': (exact(x=(images() > 50).astype(int)), 'are int64 from 0 to 1, which tells no scale'),
+    'few grey levels': (exact(x=images() % 17 * 1.0), 'are float64 from 0 to 16, so their scale is unknown; save them as'),
+    'two integers': (exact(x=(images() > 50).astype(int)), 'are int64 from 0 to 1, so their scale is unknown'),
     'words for images': (exact(x=images().astype(str)), 'it must be numbers [N, H, W], [N, H, W, C] or [N, C, H, W]'),
     'flat images': (exact(x=images().reshape(6, -1)), 'is uint8 [6, 192]; it must be numbers [N, H, W], [N, H, W, C] or'),
-    'broken labels': (exact(y=np.arange(6) / 2), 'The labels of FILE are float64 and not all whole'),
+    'broken labels': (exact(y=np.arange(6) / 2), 'The labels of FILE are float64 and not all integers'),
     'soft labels': (exact(y=np.full((6, 3), 1 / 3)), 'The labels of FILE are float64 [6, 3], but not one-hot'),
     'words for labels': (exact(y=np.array(list('abcabc'))), 'The array y of FILE is <U1 [6]; it must be whole numbers [N]'),
     'no labels': ({'x': images()}, 'holds 1 arrays (x); it must hold images (or x) and labels (or y)'),
@@ -227,7 +225,7 @@ def test_what_is_wrong_with_the_arrays_is_said(tmp_path, case):
 
 def test_what_is_no_archive_is_refused(tmp_path):
     path = tmp_path / 'a.npz'
-    assert f'The data file {path} is not there' in refusal('npz', str(path))
+    assert f'The data file {path} does not exist' in refusal('npz', str(path))
     save(path, exact())
     whole = path.read_bytes()
     middle = len(whole) // 2
@@ -374,9 +372,9 @@ def test_training_folders_have_the_same_classes(tmp_path):
 
 def test_what_is_wrong_with_a_folder_is_said(tmp_path):
     path = tmp_path / 'test'
-    assert f'The data folder {path} is not there' in refusal('folders', str(path))
+    assert f'The data folder {path} does not exist' in refusal('folders', str(path))
     path.mkdir()
-    assert f'The data folder {path} is empty; it must have a sub-folder a class' in refusal('folders', str(path))
+    assert f'The data folder {path} is empty; it must have one sub-folder per class' in refusal('folders', str(path))
     (path / 'a.png').write_bytes(b'')
     assert f'The data folder {path} has images but no sub-folders, so no labels' in refusal('folders', str(path))
     (path / 'ant').mkdir()

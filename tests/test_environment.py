@@ -76,15 +76,15 @@ def test_every_field_is_listed_with_its_comment():
     """The comments stand in the sources of the dataclasses."""
     text = documentation.described()
     for flag, comment in (
-        ('seed=0', 'of all random numbers'),
-        ('data.train_path=', 'of the training images (npz, folders)'),
+        ('seed=0', 'seed of all random numbers'),
+        ('data.train_path=', 'path of the training images (npz, folders)'),
         ('teacher.training.optimizer=', "'adam' (with decoupled weight decay)"),
-        ('teacher.training.label_smoothing=', 'share of the target that is spread'),
-        ('teacher.mean=()', 'For pixels in [0, 1]; (): of the weights file'),
+        ('teacher.training.label_smoothing=', 'fraction of the target probability that is spread'),
+        ('teacher.mean=()', 'One number per channel, for pixels in [0, 1]; (): those in the weights file'),
         ('synthesis.stages[0].jitter=', "pixels, at this stage's resolution"),
         ('synthesis.weights.feature=', 'BatchNorm moments against running statistics'),
-        ('pruning.steps=5', 'in which it is reached'),
-        ('continual.steps=()', 'A dict a task: the fields of the group `data` in which it differs from it;'),
+        ('pruning.steps=5', 'pruning steps to reach it'),
+        ('continual.steps=()', 'One dict per task, with the fields that differ from the group `data`:'),
         ('quantization.ranges=', "'minmax', 'percentile' or 'mse'"),
     ):
         assert re.search(rf'--config\.{re.escape(flag)}.*\n    {re.escape(comment)}', text), flag
@@ -220,4 +220,4 @@ def test_a_users_module_may_define_flags_of_the_same_names(monkeypatch):
         flags.FLAGS[flag.name] = given
     monkeypatch.setattr(flags.FLAGS['workdir'], 'using_default_value', False)
     flags.DEFINE_string('workdir', None, 'Of another module.')
-    assert flags.FLAGS['workdir'].help == 'The folder for all that the run writes; the same command resumes it.'
+    assert flags.FLAGS['workdir'].help == 'The folder for all files of the run; the same command resumes it.'

@@ -79,7 +79,7 @@ def test_an_older_export_is_not_taken_for_that_of_a_pool_that_has_grown(pool, tm
     for _ in range(2):  # one of as many images is kept
         export.main(flags)
     pool.write(2, pool.read(0)['images'], np.arange(6), np.zeros((6, 11), np.float32), {})
-    with pytest.raises(DvinvError, match=r'synthesized/1\.0\.0 has 12 images, and the pool .* has 18: delete that folder'):
+    with pytest.raises(DvinvError, match=r'synthesized/1\.0\.0 has 12 images, and the pool .* has 18; delete that folder'):
         export.main(flags)
 
 

@@ -72,13 +72,13 @@ def test_networks_are_compared_with_the_teacher_class_by_class(pool):
 
 @pytest.mark.parametrize('share', [-0.1, 0.6])
 def test_a_share_that_leaves_too_little_is_refused(share):
-    with pytest.raises(DvinvError, match=f'held_out is {share}; it is a share of the pool, from 0 to 0.5'):
+    with pytest.raises(DvinvError, match=f'held_out is {share}; it is a fraction of the pool, from 0 to 0.5'):
         parse(free(held_out=share))
 
 
 def test_no_more_images_are_counted_than_are_learned_from():
     parse(free(distillation__counts=(36,)))
-    with pytest.raises(DvinvError, match='names 37; give whole numbers from 1 to the 36 images'):
+    with pytest.raises(DvinvError, match='names 37; give whole numbers from 1 to 36, the number'):
         parse(free(distillation__counts=(37,)))
 
 

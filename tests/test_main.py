@@ -214,7 +214,7 @@ def test_what_was_damaged_is_made_again_as_the_sentences_say(run):
     shard, network = run / 'pool' / 'shard-000000.npz', run / 'networks' / 'student.safetensors'
     flip(shard)
     flip(network)
-    with pytest.raises(DvinvError, match=r'put aside, into .*quarantine; run the command that made the pool again'):
+    with pytest.raises(DvinvError, match=r'it was moved to .*quarantine; run the command that made the pool again'):
         pipeline.run(config, run)
     assert not shard.exists()
     with pytest.raises(DvinvError, match=r'student\.safetensors is damaged .*; delete it and run the command that made it'):
@@ -369,7 +369,7 @@ def test_seeds_that_were_not_asked_for_are_refused(tmp_path):
     for name in ('seed-7', 'seed-8'):
         (tmp_path / name).mkdir()
     (tmp_path / 'seed-7' / 'results.json').write_text('{}')  # in seed-8 nothing was made
-    with pytest.raises(DvinvError, match='holds seed-7, which these --seeds do not ask for'):
+    with pytest.raises(DvinvError, match='holds seed-7, which these --seeds do not include'):
         seeds.run(smoke_config(), tmp_path, 2)
 
 

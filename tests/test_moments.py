@@ -329,7 +329,7 @@ def test_moments_of_other_layers_and_damaged_files_are_refused(tmp_path):
     [
         ({}, 'no running statistics .* teacher.moments=FILE'),
         ({'teacher__moments': 'm'}, 'm holds no recorded moments: there is no such file'),
-        ({'teacher__moments_images': 1}, 'teacher.moments_images is 1; moments are of at least 2 images'),
+        ({'teacher__moments_images': 1}, 'teacher.moments_images is 1; moments need at least 2 images'),
         ({'teacher__moments_images': 9, 'teacher__moments': 'm'}, "is 9, and moments is 'm'; give one of them"),
         ({'teacher__moments_images': 9, 'data__name': ''}, 'is 9, but there are no real training images .* data.name'),
         (
@@ -354,10 +354,7 @@ def test_a_network_of_a_users_own_is_recorded_by_the_command_and_inverted(tmp_pa
     with pytest.raises(DvinvError, match='fewer than two layers with weights; name what'):
         command.record(config, None, out)
     said = command.record(config, None, out, 20, ('Dense:output',))
-    assert (
-        said
-        == f'{out}: the moments of 1 layers, over 20 training images, each in 10 views like those that it was trained with.'
-    )
+    assert said == f'{out}: the moments of 1 layers, over 20 training images, each augmented 10 times as in its training.'
     config.teacher.moments = out
     figures = pipeline.run(config, tmp_path / 'run')['synthesis']
     assert figures['statistics'] == 'recorded moments of 20 images, 1 layers'

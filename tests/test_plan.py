@@ -24,8 +24,9 @@ def test_the_plan_multiplies_out():
     assert synthesis.seconds_per_batch == (100 * 0.5 + 50 * 2.0) / 4
     assert synthesis.seconds == 3 * 150  # the last two batches take as long as four
     assert synthesis.pflop == pytest.approx((100 * 2 + 50 * 8) / 4 * 10 / 1e6)
-    training = TrainingPlan('student', 3, 1000, 64, 20.0, 0.1)
-    made = Plan(synthesis, (training,), '4 gpu devices', 7.0)
+    training = TrainingPlan('student', 3, 1000, 64, 20.0, 0.1, 7.0)
+    made = Plan(synthesis, (training,), '4 gpu devices')
+    assert made.compile_seconds == 7
     assert made.seconds == 2 * 450 + 3 * 1000 * 0.1
     assert made.pflop == pytest.approx(2 * synthesis.pflop + 3 * 1000 * 20 / 1e6)
     text = str(made)

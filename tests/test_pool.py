@@ -92,7 +92,7 @@ def test_numpy_alone_reads_a_shard(pool):
 
 
 def test_a_sidecar_tells_what_the_shard_is(pool):
-    notes = pool.notes(1)
+    notes = pool.sidecar(1)
     assert notes['teacher'] == 'a' * 64
     assert notes['images'] == 6
     assert notes['feature_loss_last'] == 0.25
@@ -168,7 +168,7 @@ def test_any_flipped_byte_of_a_sidecar_is_found(pool):
             changed[position] ^= bit
             path.write_bytes(changed)
             with contextlib.suppress(DvinvError):
-                assert pool.notes(0)['images'] == 6
+                assert pool.sidecar(0)['images'] == 6
                 assert chr(whole[position]).isspace()  # white space may change
 
 
@@ -188,11 +188,11 @@ def test_a_missing_shard_is_named(pool):
 
 @pytest.mark.parametrize('ending', ['npz', 'json'])
 def test_what_is_damaged_in_a_pool_of_ours_is_put_aside(pool, ending):
-    ours = ImagePool(pool.folder, 'a' * 64, ours=True)
+    ours = ImagePool(pool.folder, 'a' * 64, quarantine=True)
     path = pool.folder / f'shard-000001.{ending}'
     flip(path)
     damaged = path.read_bytes()
-    assert f'put aside, into {pool.folder / "quarantine"}; run the command that made the pool again' in refusal(ours)
+    assert f'it was moved to {pool.folder / "quarantine"}; run the command that made the pool again' in refusal(ours)
     assert ours.numbers() == [0]
     assert (pool.folder / 'quarantine' / path.name).read_bytes() == damaged
     assert not path.exists()

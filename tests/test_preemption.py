@@ -135,8 +135,8 @@ def test_what_is_under_way_is_saved_and_goes_on(undisturbed, tmp_path, monkeypat
 def test_a_resume_reads_every_sidecar_once(undisturbed, tmp_path, monkeypatch):
     run, config = shutil.copytree(undisturbed, tmp_path / 'run'), run_config()
     (run / 'pool' / 'shard-000003.json').unlink()
-    read, original = [], ImagePool.notes
-    monkeypatch.setattr(ImagePool, 'notes', lambda pool, number: read.append(number) or original(pool, number))
+    read, original = [], ImagePool.sidecar
+    monkeypatch.setattr(ImagePool, 'sidecar', lambda pool, number: read.append(number) or original(pool, number))
     resumed = pipeline.validated(config, run)
     with contextlib.closing(resumed.open_workdir()):
         synthesis._fill(resumed, open_pool(resumed))

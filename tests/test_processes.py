@@ -132,7 +132,7 @@ def test_processes_split_a_batch_and_teach_together(begin, tmp_path, method):
         # learned with other rounding, against which later batches are made, adds its own.
         difference = np.abs(two['images'].astype(int) - one['images'])
         assert np.quantile(difference, 0.99 if method == 'deepinversion' else 0.9) <= 1
-        losses = [pool.notes(number)['curve']['loss'] for pool in pools]
+        losses = [pool.sidecar(number)['curve']['loss'] for pool in pools]
         np.testing.assert_allclose(*losses, rtol=1e-3 if method == 'deepinversion' else 1e-2)
 
 

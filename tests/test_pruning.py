@@ -229,7 +229,7 @@ def test_a_pruning_from_its_pool_to_its_report_and_again(finished, tmp_path, mon
     assert jax.tree.map(np.shape, rivals[-1][-1]) == jax.tree.map(
         np.shape, load_network(run / 'networks' / 'pruned.safetensors')[0]
     )
-    first, second = (ImagePool(run / 'pools' / f'pruned_{step}').notes(0)['config'] for step in (1, 2))
+    first, second = (ImagePool(run / 'pools' / f'pruned_{step}').sidecar(0)['config'] for step in (1, 2))
     assert first['seed'] != second['seed']  # noise of their own to start from
     assert figures['flops_ratio'] <= 0.5
     assert figures['latency_ratio'] > 0

@@ -93,5 +93,5 @@ def test_a_judgement_takes_all_images_once_in_order():
 def test_too_few_images_are_told():
     network = tiny_teacher()
     one = quality.judge(network, np.zeros((1, *network.image_shape), np.uint8), np.zeros(1, int))
-    with pytest.raises(DvinvError, match='two or more'):
+    with pytest.raises(DvinvError, match='fewer than two images'):
         quality.figures(one)

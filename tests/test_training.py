@@ -14,7 +14,7 @@ import dvinv.training
 from dvinv import DvinvError
 from dvinv.config import TrainingSettings
 from dvinv.data.batches import HostBatches, ResidentBatches, fits_on_devices
-from dvinv.data.joined import Joined
+from dvinv.data.rows import Joined
 from dvinv.networks import Classifier
 from dvinv.runtime import preemption
 from dvinv.runtime.devices import make_mesh

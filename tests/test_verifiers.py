@@ -47,7 +47,7 @@ def test_verifiers_go_by_the_name_of_their_network(told, kind):
         ({'network': ''}, r"verifiers\[0\]\.network is ''; name a network"),
         ({'network': 'judge', 'weights': 'x.npz'}, r'The weights file x\.npz is not there'),
         ({'network': 'vgg11_bn'}, r'holds a small_convnet, but verifiers\[0\]\.network is vgg11_bn\.'),
-        ({'network': 'small_resnet'}, r'verifiers\[0\]\.network is small_resnet, and so is that of another verifier'),
+        ({'network': 'small_resnet'}, r'verifiers\[0\]\.network is small_resnet, as for another verifier'),
         ({'weights': 'none.safetensors'}, r'none\.safetensors is not there'),
         ({'width': 'wide'}, r"verifiers\[0\]\.width is 'wide'; it must be of the type float"),
         ({'mean': 0.5}, r'verifiers\[0\]\.mean is 0\.5; it must be a tuple'),
@@ -142,12 +142,12 @@ def test_pixels_of_a_verifier_that_are_no_numbers_are_refused(mean, std):
 
 
 def test_two_of_one_name_are_refused(told):
-    with pytest.raises(DvinvError, match=r'verifiers\[1\]\.network is small_convnet, and so is that of another'):
+    with pytest.raises(DvinvError, match=r'verifiers\[1\]\.network is small_convnet, as for another'):
         load_more(config_of(told, told), tiny_teacher())
 
 
 def test_others_without_a_first_are_refused(told):
-    with pytest.raises(DvinvError, match=r"verifiers names some, but verifier\.network is ''"):
+    with pytest.raises(DvinvError, match=r"verifiers has entries, but verifier\.network is ''"):
         parse(smoke_config(verifier__network='', verifiers=(told,)))
 
 

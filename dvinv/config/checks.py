@@ -1,4 +1,4 @@
-"""Checks that settings share; a message begins with the name of the field, so that the path of its group fits before it."""
+"""Shared validation of settings. A message begins with the name of the field, so that its group can precede it."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ from dvinv.errors import DvinvError
 
 
 def validate_choices(settings: Any) -> None:
-    """Validates the fields of a dataclass that are annotated as `Literal`, or as a tuple of it.
+    """Validates the fields of a dataclass that are annotated as `Literal` or as a tuple of a `Literal`.
 
     Raises:
       DvinvError: names the field, its value and the choices.
@@ -25,17 +25,17 @@ def validate_choices(settings: Any) -> None:
                     raise DvinvError(f'{field.name} names {name!r}; choose among {", ".join(get_args(choices[0]))}.')
 
 
-def validate_bounds(settings: Any, least: float, *names: str) -> None:
-    """Validates that fields are at least `least` and finite; None, of a field that is not set yet, is left out.
+def validate_bounds(settings: Any, minimum: float, *names: str) -> None:
+    """Validates that fields are at least `minimum` and finite; skips None, the value of a field that is not set yet.
 
     Raises:
       DvinvError: names the field and its value.
     """
     for name in names:
         value = getattr(settings, name)
-        if value is not None and not least <= value < math.inf:
-            finite = '' if value < least else ' and finite'
-            raise DvinvError(f'{name} is {value}; it must be at least {least}{finite}.')
+        if value is not None and not minimum <= value < math.inf:
+            finite = '' if value < minimum else ' and finite'
+            raise DvinvError(f'{name} is {value}; it must be at least {minimum}{finite}.')
 
 
 def validate_positive(settings: Any, *names: str) -> None:

@@ -1,4 +1,4 @@
-"""The fields of a config with the comments of their source, for `--helpfull` and docs/settings.md."""
+"""Lists the fields of a config with the comments in their source, for `--helpfull` and docs/settings.md."""
 
 import dataclasses
 import inspect
@@ -23,7 +23,7 @@ class Field(NamedTuple):
 
 
 def described(width: int = 100) -> str:
-    """Returns a paragraph a field: the flag that sets it, with its default, and its comment."""
+    """Returns one paragraph per field: the flag that sets it, with its default, and its comment."""
     paragraphs = ['Fields of a config, with the defaults of dvinv.default_config and the preset of the digits:']
     for field in fields():
         text = textwrap.fill(field.comment, width, initial_indent='    ', subsequent_indent='    ')
@@ -32,7 +32,7 @@ def described(width: int = 100) -> str:
 
 
 def as_markdown() -> str:
-    """Returns docs/settings.md: a table a group."""
+    """Returns the contents of docs/settings.md: one table per group."""
     lines = [
         '# Settings',
         '',
@@ -52,17 +52,19 @@ def as_markdown() -> str:
 
 
 def fields() -> list[Field]:
-    """Returns all fields, those of the run itself first; of the stages of a synthesis those of one."""
-    found = [*_fields(parse(default_config('digits')), '')]
-    return sorted(found, key=lambda field: '.' in field.path)  # stable: the groups keep their order
+    """Returns all fields, those of the run itself first; the fields of a stage are listed once."""
+    # The sort is stable: the groups keep their order.
+    return sorted(_fields(parse(default_config('digits')), ''), key=lambda field: '.' in field.path)
 
 
 def _fields(settings: Any, prefix: str) -> Iterator[Field]:
-    comments, owners = {}, type(settings).__mro__[::-1]
-    # Of a synthesis, fields that a preset fills are commented there.
-    for owner in (InversionConfig, *owners) if isinstance(settings, SynthesisSettings) else owners:
-        if dataclasses.is_dataclass(owner):
-            comments |= _comments(inspect.getsource(owner))
+    classes = type(settings).__mro__[::-1]
+    if isinstance(settings, SynthesisSettings):  # fields that a preset fills have their comments in `InversionConfig`
+        classes = (InversionConfig, *classes)
+    comments: dict[str, str] = {}
+    for cls in classes:
+        if dataclasses.is_dataclass(cls):
+            comments |= _comments(inspect.getsource(cls))
     for field in dataclasses.fields(settings):
         value, path = getattr(settings, field.name), f'{prefix}{field.name}'
         if dataclasses.is_dataclass(value):
@@ -74,8 +76,9 @@ def _fields(settings: Any, prefix: str) -> Iterator[Field]:
 
 
 def _comments(source: str) -> dict[str, str]:
-    """Returns {field: its comment}, of the field's line and of the comment lines above it."""
-    found, above = {}, []
+    """Returns {field: its comment}, from the field's line and the comment lines above it."""
+    comments: dict[str, str] = {}
+    above: list[str] = []
     for line in source.splitlines():
         if (text := line.strip()).startswith('#'):
             above.append(text.lstrip('# '))
@@ -83,9 +86,9 @@ def _comments(source: str) -> dict[str, str]:
         if field := FIELD.match(line):
             _, _, comment = line.partition('  # ')
             if text := ' '.join([*above, comment]).strip():
-                found[field[1]] = text
+                comments[field[1]] = text
         above = []
-    return found
+    return comments
 
 
 if __name__ == '__main__':

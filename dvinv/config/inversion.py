@@ -9,6 +9,8 @@ from dvinv.config.checks import validate_bounds, validate_choices
 from dvinv.config.training import Precision
 from dvinv.errors import DvinvError
 
+StatisticsScope = Literal['device', 'global']
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -16,45 +18,41 @@ class Stage:
 
     iterations: int  # each changes all images of a batch
     learning_rate: float  # the highest, after the warm-up
-    resolution: int = 0  # height in pixels of what the teacher sees, at most the image's; 0: the image's own
+    resolution: int = 0  # height in pixels of the teacher's input, at most the image's; 0: the image's own
     schedule: Literal['cosine', 'constant'] = 'cosine'  # 'cosine' (to 0) or 'constant'
     warmup: int = 0  # iterations of linear warm-up from 0
     beta1: float = 0.9  # Adam's decay rate of the mean of the gradient
     beta2: float = 0.999  # and of the mean of its square
     augmentation: Literal['roll', 'crop'] = 'roll'  # 'roll' (paper) or 'crop': see dvinv.inversion.augmentation
     jitter: int = 0  # pixels, at this stage's resolution
-    flip: bool = False  # mirror by a coin: the whole batch ('roll') or each image ('crop')
+    flip: bool = False  # mirror with probability .5: the whole batch together ('roll') or each image ('crop')
     noise: float = 0.0  # largest standard deviation of Gaussian noise in an image, for pixels in [0, 1]
-    color_shift: float = 0.0  # strength of random scales and shifts of the channels of each image that is shown
-    centre: float = 1.0  # share of height and width, in the middle, that is shown, scaled up; 1: the whole picture
-    clip: bool = True  # keep pixels in the valid range [0, 1] (before normalisation); 'fourier' keeps them there anyway
+    color_shift: float = 0.0  # strength of random scales and shifts of the channels of each image, before the teacher
+    centre: float = 1.0  # fraction of height and width that is cropped from the middle and scaled up; 1: no crop
+    clip: bool = True  # keep pixels in the valid range [0, 1] (before normalisation); 'fourier' always does
 
     def __post_init__(self):
-        """Validates the fields.
-
-        Raises:
-          DvinvError: names the field, its value and the choices.
-        """
+        """Validates the fields; a `DvinvError` names the field, its value and the way out."""
         validate_choices(self)
         validate_bounds(self, 1, 'iterations')
         validate_bounds(self, 0, 'resolution', 'warmup', 'jitter', 'noise', 'learning_rate', 'color_shift')
         if not 0 < self.centre <= 1:
-            raise DvinvError(f'centre is {self.centre}; it is a share of the picture, above 0 and at most 1.')
+            raise DvinvError(f'centre is {self.centre}; it is a fraction of the picture, above 0 and at most 1.')
         if self.warmup >= self.iterations and self.schedule == 'cosine':
             raise DvinvError(
-                f'warmup is {self.warmup}, but the stage has only {self.iterations} iterations; the cosine needs some after '
-                'the warm-up.'
+                f'warmup is {self.warmup}, but the stage has only {self.iterations} iterations; the cosine schedule needs '
+                'iterations after the warm-up.'
             )
 
     def view_size(self, height: int, width: int) -> tuple[int, int]:
-        """Returns (height, width) in pixels of what the teacher sees of images of this size, the width rounded."""
+        """Returns (height, width) in pixels of the teacher's input for images of this size, the width rounded."""
         if not self.resolution:
             return height, width
         return self.resolution, max(1, (2 * width * self.resolution + height) // (2 * height))
 
     def make_optimizer(self) -> optax.GradientTransformation:
         """Returns Adam on the pixels, with this stage's schedule."""
-        start = 0.0 if self.warmup else self.learning_rate  # Optax stays at the start where the warm-up has no steps
+        start = 0.0 if self.warmup else self.learning_rate  # without warm-up, Optax would keep the start value
         if self.schedule == 'constant':
             rate = optax.warmup_constant_schedule(start, self.learning_rate, self.warmup)
         else:
@@ -68,45 +66,42 @@ class Weights:
 
     main: float = 1.0  # cross-entropy to the target labels
     feature: float = 0.01  # BatchNorm moments against running statistics
-    first_bn_multiplier: float = 1.0  # of the first BatchNorm layer within the feature term
-    total_variation: float = 1e-4  # of neighbouring pixels
-    l2: float = 0.0  # of all pixels
+    first_bn_multiplier: float = 1.0  # factor of the first BatchNorm layer within the feature term
+    total_variation: float = 1e-4  # differences of neighbouring pixels
+    l2: float = 0.0  # norm of all pixels
     competition: float = 0.0  # Adaptive DeepInversion; needs a student
-    # Entropy of the similarities between patches, of networks with attention: see dvinv.inversion.priors.
+    # Entropy of the similarities between patches, for networks with attention: see dvinv.inversion.priors.
     patch_similarity: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class InversionConfig:
-    """Everything that `invert` needs to know beside the teacher, the labels and the key. Hashable, static."""
+    """The settings of `invert`, which also takes the teacher, the labels and the key. Hashable, static."""
 
     stages: tuple[Stage, ...]
     weights: Weights = Weights()
-    total_variation: Literal['l2', 'l1'] = 'l2'  # the form: 'l2' (paper) or 'l1'
-    # What Adam moves: 'pixels' (paper) or their 'fourier' coefficients, see dvinv.inversion.parameterization.
+    total_variation: Literal['l2', 'l1'] = 'l2'  # norm of the differences: 'l2' (paper) or 'l1'
+    # The parameters that Adam optimizes: 'pixels' (paper) or their 'fourier' coefficients, see
+    # dvinv.inversion.parameterization.
     parameterization: Literal['pixels', 'fourier'] = 'pixels'
-    contrast: float = 0.6  # of the first images, for 'fourier': the standard deviation of what the sigmoid takes
+    contrast: float = 0.6  # standard deviation of the initial images before the sigmoid, for 'fourier'
     # The norm of each image ('image': ImageNet) or of the whole batch ('batch': CIFAR).
     l2: Literal['image', 'batch'] = 'image'
-    # Total variation and L2 of what the teacher sees ('view': paper) or of the 'image' itself.
+    # Total variation and L2 of the teacher's input ('view': paper) or of the 'image' itself.
     prior_on: Literal['view', 'image'] = 'view'
-    # Each device inverts batches of its own ('device') or a share of one ('global').
-    bn_stats: Literal['device', 'global'] = 'device'
-    # Of the networks' forward and backward pass; 'bfloat16' for GPU and TPU. Losses are float32.
+    # Each device inverts its own batches ('device') or a part of one batch ('global').
+    bn_stats: StatisticsScope = 'device'
+    # Precision of the networks' forward and backward pass; 'bfloat16' for GPU and TPU. Losses are float32.
     precision: Precision = 'float32'
     recompute: int = 0  # to save memory, recompute activations in the backward pass, in this number of segments; 0: keep all
     iterations_per_dispatch: int = 0  # 0: 1 on CPU, where XLA runs convolutions in a loop body 10 times slower; else 100
-    # What steps and first noise of 'pixels', and priors, are measured in: pixels of mean .5 and std .25 for any network
-    # ('common'), or, where that network takes normalised pixels, in its own mean and std ('network': paper).
+    # Unit of the steps and the initial noise of 'pixels', and of the priors: pixels of mean .5 and std .25 for any network
+    # ('common'), or pixels normalised by the network's own mean and std, if it takes normalised pixels ('network': paper).
     pixel_scale: Literal['common', 'network'] = 'common'
-    attention: tuple[str, ...] = ('*Attention*:output',)  # patterns of the layers of `weights.patch_similarity`
+    attention: tuple[str, ...] = ('*Attention*:output',)  # patterns of the layers for `weights.patch_similarity`
 
     def __post_init__(self):
-        """Validates the fields.
-
-        Raises:
-          DvinvError: names the field, its value and the choices.
-        """
+        """Validates the fields; a `DvinvError` names the field, its value and the way out."""
         if not (isinstance(self.stages, tuple | list) and all(isinstance(stage, Stage) for stage in self.stages)):
             raise DvinvError(f'stages is {self.stages!r}; it must be a tuple of stages, (Stage(2000, 0.1),) for instance.')
         if not self.stages:
@@ -114,7 +109,7 @@ class InversionConfig:
         validate_choices(self)
         validate_bounds(self, 0, 'recompute', 'iterations_per_dispatch')
         if self.contrast <= 0:
-            raise DvinvError(f'contrast is {self.contrast}; it must be above 0, or no step would change a picture.')
+            raise DvinvError(f'contrast is {self.contrast}; it must be above 0, otherwise no step would change an image.')
 
     @property
     def iterations(self) -> int:

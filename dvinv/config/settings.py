@@ -1,11 +1,11 @@
-"""All settings of a run, in groups as in a config file; what no group can tell alone is validated here."""
+"""All settings of a run, in groups as in a config file. Conditions that concern several groups are validated here."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from dvinv.config.checks import validate_bounds, validate_choices
-from dvinv.config.inversion import InversionConfig, Stage, Weights
+from dvinv.config.inversion import InversionConfig, Stage, StatisticsScope, Weights
 from dvinv.config.tasks import (
     ContinualSettings,
     DataFreeControl,
@@ -20,21 +20,22 @@ Task = Literal['teacher', 'synthesis', 'distillation', 'pruning', 'continual', '
 Method = Literal['deepinversion', 'adaptive', 'prior_only', 'noise']
 TASKS: tuple[Task, ...] = get_args(Task)
 DATA_FREE_CONTROLS: tuple[DataFreeControl, ...] = get_args(DataFreeControl)
-# Of no preset yet, see `Settings.with_preset`.
-OPEN_WEIGHTS = Weights(**dict.fromkeys((field.name for field in dataclasses.fields(Weights)), None))  # type: ignore
-CONTROLLED = ('synthesis', 'distillation', 'pruning', 'quantization')  # tasks with `controls` that learn from other images
+# None stands for weights that `Settings.with_preset` fills.
+OPEN_WEIGHTS = Weights(**dict.fromkeys((field.name for field in dataclasses.fields(Weights)), None))  # type: ignore[arg-type]
+# Tasks with `controls` that use other images than the pool.
+CONTROLLED: tuple[Task, ...] = ('synthesis', 'distillation', 'pruning', 'quantization')
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-    """Which real data set, and from where. No synthesized pixel depends on it."""
+    """The real data set and its files. No synthesized pixel depends on it."""
 
     name: str = 'digits'  # '': no real data; figures that need them are null
-    path: str = ''  # of the test images (npz, folders), or of prepared data sets (cifar10, cifar100)
-    train_path: str = ''  # of the training images (npz, folders); '': none, then nothing may be trained on real ones
-    image_size: int = 0  # pixels that images (not TFDS ones) are scaled and cut to; 0: they have one size
-    classes: tuple[int, ...] = ()  # numbers of these alone, renumbered from 0 in this order; (): all
-    # Of the class folders, in the order of labels; (): see dvinv.data.folders. Without data, for the report alone.
+    path: str = ''  # path of the test images (npz, folders), or of prepared data sets (cifar10, cifar100)
+    train_path: str = ''  # path of the training images (npz, folders); '': none, and no network is trained on real images
+    image_size: int = 0  # height and width that images (not TFDS ones) are scaled and cropped to; 0: all have one size
+    classes: tuple[int, ...] = ()  # the classes to use, renumbered from 0 in this order; (): all
+    # Names of the class folders, in the order of labels; (): see dvinv.data.folders. Without data, for the report only.
     class_names: tuple[str, ...] = ()
     validation: bool = False  # score on a held-out fifth of the training split instead of the test split
 
@@ -44,37 +45,32 @@ class TeacherSettings:
     """The network that is inverted."""
 
     # 'module:function' that returns a dvinv.Teacher, or a Flax module (it may take num_classes, and rngs for an NNX
-    # model), which is trained here, or read from `weights` that dvinv wrote; else network and weights:
+    # model), which is trained here, or read from `weights` that dvinv wrote; '': use `network` and `weights`.
     factory: str = ''
     network: str = 'small_resnet'  # a name of dvinv.networks
     width: float = 1.0  # factor of the number of channels of all layers
-    weights: str = ''  # path of a network file, or of weights that others published; trained when empty
-    # Height, width, channels, where the weights come from others; (): the network's usual ones.
+    weights: str = ''  # path of a network file, or of published weights of other projects; '': train the network here
+    # Height, width, channels for published weights of other projects; (): the network's usual ones.
     image_shape: tuple[int, ...] = ()
-    # For pixels in [0, 1]; (): of the weights file where it tells them, else of this network's published weights, or
-    # .5 each where the network is trained here.
+    # One number per channel, for pixels in [0, 1]; (): those in the weights file, else those of this network's published
+    # weights, or .5 each for a network that is trained here.
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()  # as `mean`
-    # Of a network without BatchNorm, or in the place of its running statistics: a file of `python -m dvinv.moments`.
+    # Recorded moments for a network without BatchNorm, or to replace running statistics: file of `python -m dvinv.moments`.
     moments: str = ''
-    moments_images: int = 0  # or so many real training images, from which the task teacher records them; 0: none
-    training: LabelTrainingSettings = LabelTrainingSettings()  # where the network is trained here
+    moments_images: int = 0  # number of real training images from which the task teacher records moments; 0: none
+    training: LabelTrainingSettings = LabelTrainingSettings()  # for a network that is trained here
 
     def __post_init__(self):
-        """Validates the fields.
-
-        Raises:
-          DvinvError: names the field and its value.
-        """
+        """Validates the fields; a `DvinvError` names the field and its value."""
         shape = self.image_shape
         if shape and not (len(shape) == 3 and all(type(length) is int and length > 0 for length in shape)):
-            raise DvinvError(f'image_shape is {shape}; it must be (height, width, channels), or () for the usual.')
+            raise DvinvError(f'image_shape is {shape}; it must be (height, width, channels), or () for the usual shape.')
         if self.moments_images and self.moments:
             raise DvinvError(f'moments_images is {self.moments_images}, and moments is {self.moments!r}; give one of them.')
         if self.moments_images and self.moments_images < 2:
             raise DvinvError(
-                f'moments_images is {self.moments_images}; moments are of at least 2 images, better of 100 (0: none are '
-                'recorded).'
+                f'moments_images is {self.moments_images}; moments need at least 2 images, better 100 (0: none).'
             )
 
 
@@ -84,33 +80,29 @@ class VerifierSettings:
 
     network: str = 'small_convnet'  # '': no verifier
     width: float = 1.0  # factor of the number of channels of all layers
-    weights: str = ''  # path of a network file, or of weights that others published; trained when empty
-    # Where the weights come from others; (): as for the teacher, but the teacher's where none are known.
+    weights: str = ''  # path of a network file, or of published weights of other projects; '': train the network here
+    # For published weights of other projects; (): as for the teacher, but the teacher's if none are known.
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()  # as `mean`
-    training: LabelTrainingSettings = LabelTrainingSettings()  # where the network is trained here
+    training: LabelTrainingSettings = LabelTrainingSettings()  # for a network that is trained here
 
 
 @dataclasses.dataclass(frozen=True)
 class MoreVerifierSettings:
-    """A pretrained network besides, used in the report only."""
+    """An additional pretrained verifier, used in the report only."""
 
-    network: str  # its name in dvinv.networks, and that of its figures
-    weights: str  # path of a network file, or of weights that others published
+    network: str  # a name of dvinv.networks, which also names its figures
+    weights: str  # path of a network file, or of published weights of other projects
     width: float = 1.0  # factor of the number of channels of all layers
-    mean: tuple[float, ...] = ()  # a channel, for pixels in [0, 1]; (): as for the verifier
+    mean: tuple[float, ...] = ()  # one number per channel, for pixels in [0, 1]; (): as for the verifier
     std: tuple[float, ...] = ()  # as `mean`
 
     def __post_init__(self):
-        """Validates the fields.
-
-        Raises:
-          DvinvError: names the field and its value.
-        """
+        """Validates the fields; a `DvinvError` names the field and its value."""
         for name in ('network', 'weights'):
             if not getattr(self, name):
                 raise DvinvError(
-                    f"{name} is ''; name a network and the file of its weights, for only the first verifier is trained here."
+                    f"{name} is ''; name a network and its weights file, because only the first verifier is trained here."
                 )
         if min(self.std, default=1) <= 0:
             raise DvinvError(f'std is {self.std}; every standard deviation must be above 0.')
@@ -120,24 +112,24 @@ class MoreVerifierSettings:
 class StudentSettings:
     """The network that learns from the teacher."""
 
-    factory: str = ''  # 'module:function' that returns a Flax module, as of the teacher; '': by network and width
+    factory: str = ''  # 'module:function' that returns a Flax module, as for the teacher; '': use `network` and `width`
     network: str = 'small_resnet'  # a name of dvinv.networks
     width: float = 1.0  # factor of the number of channels of all layers
-    inherit: bool = False  # start from the teacher's weights in the layers that both have, by name, depth and shape
+    inherit: bool = False  # start from the teacher's weights in layers of the same name, depth and shape
 
 
 @dataclasses.dataclass(frozen=True)
 class SynthesisSettings:
-    """How images are made; fields that are None until `Settings.with_preset` are those of `InversionConfig`."""
+    """How images are synthesized. Fields that are None are those of `InversionConfig` that a preset fills."""
 
-    method: Method = 'deepinversion'  # or 'adaptive', 'prior_only' (no feature term), 'noise' (nothing is optimised)
-    images: int = 1024  # of the pool; a multiple of batch_size
+    method: Method = 'deepinversion'  # or 'adaptive', 'prior_only' (no feature term), 'noise' (not optimized)
+    images: int = 1024  # number of images in the pool; a multiple of batch_size
     batch_size: int = 256  # images that are inverted together and share their moments
-    classes: tuple[int, ...] = ()  # numbers of the classes that images are made of, in turn; (): all
-    batches_per_round: int = 0  # so many join the pool every distillation.updates_per_round; 0: all before the first
-    controls: tuple[DataFreeControl, ...] = ()  # lesser methods that `images` are made by too, for the report
-    stages: tuple[Stage, ...] | None = None  # one after the other
-    weights: Weights = OPEN_WEIGHTS  # of the terms of the objective
+    classes: tuple[int, ...] = ()  # target classes of the images, in turn; (): all
+    batches_per_round: int = 0  # batches added to the pool every distillation.updates_per_round; 0: all before the first
+    controls: tuple[DataFreeControl, ...] = ()  # baseline methods that also make `images` images, for the report
+    stages: tuple[Stage, ...] | None = None  # run one after the other
+    weights: Weights = OPEN_WEIGHTS  # weights of the terms of the objective
     total_variation: str | None = None
     parameterization: str | None = None
     contrast: float | None = None
@@ -150,36 +142,32 @@ class SynthesisSettings:
     attention: tuple[str, ...] | None = None
 
     def __post_init__(self):
-        """Validates the fields.
-
-        Raises:
-          DvinvError: names the field and its value.
-        """
+        """Validates the fields; a `DvinvError` names the field and its value."""
         validate_choices(self)
         validate_bounds(self, 1, 'images')
         validate_bounds(self, 2, 'batch_size')
         for label in self.classes:
             if type(label) is not int or label < 0:
-                raise DvinvError(f'classes names {label!r}; give the numbers of classes, from 0.')
+                raise DvinvError(f'classes contains {label!r}; give the numbers of classes, from 0.')
         if self.stages is not None:
             self.inversion_config('device')
 
     @property
     def batches(self) -> int:
-        """How many batches make up the pool."""
+        """The number of batches of the pool."""
         return self.images // self.batch_size
 
     @property
     def is_open(self) -> bool:
-        """Whether fields are None, which a preset is to fill."""
+        """Whether some fields are None, which a preset must fill."""
         return None in (*vars(self).values(), *vars(self.weights).values())
 
-    def inversion_config(self, bn_stats: str, method: str = '') -> InversionConfig:
+    def inversion_config(self, bn_stats: StatisticsScope, method: str = '') -> InversionConfig:
         """Returns the settings as `invert` takes them.
 
         Args:
-          bn_stats: of the run.
-          method: '': `self.method`; 'prior_only' has no term of the network but the class.
+          bn_stats: the setting of the run.
+          method: the method; '': `self.method`. For 'prior_only', the class term is the only term of the network.
         """
         names = {field.name for field in dataclasses.fields(InversionConfig)} - {'bn_stats', 'weights'}
         values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
@@ -191,25 +179,21 @@ class SynthesisSettings:
 
 @dataclasses.dataclass(frozen=True)
 class LoggingSettings:
-    """How often what is measured and kept; no result depends on it."""
+    """How often measurements and checkpoints are written; no result depends on it."""
 
-    every: int = 50  # updates of a training a line in metrics.jsonl
-    checkpoint_every: int = 500  # updates
-    checkpoint_minutes: float = 10.0  # between two saves of batches that are under way; 0: only on SIGTERM
-    iterations: int = 10  # of a synthesis between two points of its curve
+    every: int = 50  # updates of a training per line in metrics.jsonl
+    checkpoint_every: int = 500  # updates of a training per checkpoint
+    checkpoint_minutes: float = 10.0  # minutes between two checkpoints of unfinished batches; 0: only on SIGTERM
+    iterations: int = 10  # iterations of a synthesis per point of its curve
 
     def __post_init__(self):
-        """Validates the fields.
-
-        Raises:
-          DvinvError: names the field and its value.
-        """
+        """Validates the fields; a `DvinvError` names the field and its value."""
         validate_bounds(self, 1, 'every', 'checkpoint_every', 'iterations')
         validate_bounds(self, 0, 'checkpoint_minutes')
         if self.checkpoint_every % self.every:
             raise DvinvError(
-                f'every is {self.every} and logging.checkpoint_every {self.checkpoint_every}; the second must be a multiple '
-                'of the first.'
+                f'every is {self.every} and logging.checkpoint_every is {self.checkpoint_every}; the second must be a '
+                'multiple of the first.'
             )
 
 
@@ -217,21 +201,21 @@ class LoggingSettings:
 class Settings:
     """All settings of a run."""
 
-    seed: int = 0  # of all random numbers
-    # Run in the order of dvinv.config.TASKS; one alone by --config.tasks="('teacher',)".
+    seed: int = 0  # seed of all random numbers
+    # Tasks are run in the order of dvinv.config.TASKS; to run a single one: --config.tasks="('teacher',)".
     tasks: tuple[Task, ...] = ('teacher', 'synthesis', 'distillation', 'report')
-    devices: int = 0  # how many; 0: all. On CPU, this many virtual ones (0: one a core)
-    # 'device': each device inverts batches of its own; 'global': one batch is split over all.
-    bn_stats: Literal['device', 'global'] = 'device'
+    devices: int = 0  # number of devices; 0: all. On CPU, that of virtual devices (0: one per core)
+    # 'device': each device inverts its own batches; 'global': one batch is split over all devices.
+    bn_stats: StatisticsScope = 'device'
     pool: str = ''  # path of an existing pool, used instead of synthesizing one
-    # Share of the pool that nothing learns from where there are no real data (data.name=''): networks are compared with the
-    # teacher on it; 0: none, and no scores.
+    # Fraction of the pool on which no network is trained, if there are no real data (data.name=''): networks are compared
+    # with the teacher on it; 0: none, and no scores.
     held_out: float = 0.0625
     data: DataSettings = DataSettings()
     teacher: TeacherSettings = TeacherSettings()
     verifier: VerifierSettings = VerifierSettings()
-    # Additional pretrained verifiers, used in the report only; a dict each, with width, mean and std too where they are not
-    # the defaults: --config.verifiers="({'network': 'resnet32', 'weights': 'resnet32.npz'},)"
+    # Additional pretrained verifiers, used in the report only; one dict each, which may also have width, mean and std:
+    # --config.verifiers="({'network': 'resnet32', 'weights': 'resnet32.npz'},)"
     verifiers: tuple[MoreVerifierSettings, ...] = ()
     student: StudentSettings = StudentSettings()
     synthesis: SynthesisSettings = SynthesisSettings()
@@ -242,16 +226,12 @@ class Settings:
     logging: LoggingSettings = LoggingSettings()
 
     def __post_init__(self):
-        """Validates what concerns several groups, or the tasks that are run.
-
-        Raises:
-          DvinvError: names the field, its value and the choices.
-        """
+        """Validates conditions on several groups; a `DvinvError` names the field, its value and the way out."""
         validate_choices(self)
         if not 0 <= self.seed < 2**27:  # seeds of trainings are 16 times as large, and 32 bits wide
             raise DvinvError(f'seed is {self.seed}; it must be between 0 and {2**27 - 1}.')
         if not 0 <= self.held_out <= 0.5:
-            raise DvinvError(f'held_out is {self.held_out}; it is a share of the pool, from 0 to 0.5.')
+            raise DvinvError(f'held_out is {self.held_out}; it is a fraction of the pool, from 0 to 0.5.')
         self._validate_verifiers()
         if self.makes_images or (self.trains_student and not self.pool):
             self._validate_rounds()
@@ -261,26 +241,37 @@ class Settings:
             for count in self.distillation.counts:
                 if type(count) is not int or not 1 <= count <= (count if self.pool else self.training_images):
                     raise DvinvError(
-                        f'distillation.counts names {count!r}; give whole numbers from 1 to the {self.training_images} '
-                        'images that are learned from.'
+                        f'distillation.counts names {count!r}; give whole numbers from 1 to {self.training_images}, the '
+                        'number of training images.'
                     )
 
     @property
+    def ordered_tasks(self) -> list[Task]:
+        """The tasks of the run, in the order in which they are run."""
+        return [task for task in TASKS if task in self.tasks]
+
+    def has_data_free_controls(self, task: Task) -> bool:
+        """Returns whether controls of `task`, one of `CONTROLLED`, use images made with the settings `synthesis`."""
+        return any(control in DATA_FREE_CONTROLS for control in getattr(self, task).controls)
+
+    @property
     def makes_images(self) -> bool:
-        """Whether a task makes images, by the group `synthesis`."""
-        controls = [control for task in CONTROLLED if task in self.tasks for control in getattr(self, task).controls]
+        """Whether a task makes images with the settings `synthesis`."""
         return (
-            ('synthesis' in self.tasks and not self.pool)
-            or 'continual' in self.tasks
+            self._makes_pools
             or ('pruning' in self.tasks and self.pruning.adaptive_batches > 0)
-            or any(control in DATA_FREE_CONTROLS for control in controls)
+            or any(task in self.tasks and self.has_data_free_controls(task) for task in CONTROLLED)
         )
 
     @property
     def trains_student(self) -> bool:
-        """Whether a task trains `student`: distillation, or one that makes images in competition with it."""
-        competing = ('synthesis' in self.tasks and not self.pool) or 'continual' in self.tasks
-        return 'distillation' in self.tasks or (competing and self.synthesis.method == 'adaptive')
+        """Whether a task trains `student`: distillation, or a task that makes images in competition with it."""
+        return 'distillation' in self.tasks or (self._makes_pools and self.synthesis.method == 'adaptive')
+
+    @property
+    def _makes_pools(self) -> bool:
+        """Whether a task makes a pool by the method of `synthesis`."""
+        return ('synthesis' in self.tasks and not self.pool) or 'continual' in self.tasks
 
     @property
     def needs_verifier(self) -> bool:
@@ -289,17 +280,17 @@ class Settings:
 
     @property
     def round_images(self) -> int:
-        """How many images of the run's own pool come in a round."""
+        """The number of images of the run's own pool per round."""
         return (self.synthesis.batches_per_round or self.synthesis.batches) * self.synthesis.batch_size
 
     @property
     def training_images(self) -> int:
-        """How many images of the run's own pool are learned from."""
+        """The number of images of the run's own pool on which networks are trained."""
         rounds = self.synthesis.images // max(1, self.round_images)
         return self.synthesis.images - rounds * self.held_out_of(self.round_images)
 
     def held_out_of(self, images: int) -> int:
-        """Returns how many of the images of a round are held out, see `dvinv.evaluation.held_out`."""
+        """Returns the number of held-out images in a round of `images` images, see `dvinv.evaluation.held_out`."""
         return 0 if self.data.name else int(self.held_out * images)
 
     def inversion_config(self, method: str = '') -> InversionConfig:
@@ -307,7 +298,7 @@ class Settings:
         return self.synthesis.inversion_config(self.bn_stats, method)
 
     def with_preset(self, preset: InversionConfig) -> 'Settings':
-        """Returns the settings with the fields of the synthesis that are None as in `preset`."""
+        """Returns the settings with the synthesis fields that are None taken from `preset`."""
         group = self.synthesis
         weights = {name: value for name, value in vars(preset.weights).items() if getattr(group.weights, name) is None}
         values = {name: getattr(preset, name) for name, value in vars(group).items() if value is None}
@@ -316,13 +307,13 @@ class Settings:
 
     def _validate_verifiers(self) -> None:
         if self.verifiers and not self.verifier.network:
-            raise DvinvError("verifiers names some, but verifier.network is ''; let that be the first of them.")
+            raise DvinvError("verifiers has entries, but verifier.network is ''; move the first entry there.")
         names = [self.verifier.network]
         for index, verifier in enumerate(self.verifiers):
             if verifier.network in names:
                 raise DvinvError(
-                    f'verifiers[{index}].network is {verifier.network}, and so is that of another verifier; figures go by '
-                    "the network's name, so leave one out."
+                    f'verifiers[{index}].network is {verifier.network}, as for another verifier; figures are named by the '
+                    'network, so leave one out.'
                 )
             names.append(verifier.network)
 
@@ -330,7 +321,7 @@ class Settings:
         images, batch_size = self.synthesis.images, self.synthesis.batch_size
         if images % batch_size:
             raise DvinvError(
-                f'synthesis.images is {images}, which batches of {batch_size} do not fill; choose a multiple, for '
+                f'synthesis.images is {images}, which is not a multiple of synthesis.batch_size, {batch_size}; choose for '
                 f'instance {max(1, images // batch_size) * batch_size}.'
             )
         competition = self.synthesis.weights.competition
@@ -348,8 +339,9 @@ class Settings:
         batches, per_round, every = group.batches, group.batches_per_round, self.distillation.updates_per_round
         if group.method == 'adaptive' and not per_round:
             raise DvinvError(
-                "synthesis.method is 'adaptive', but synthesis.batches_per_round is 0: say how many batches are made "
-                'against the student of the moment, and by distillation.updates_per_round how long it learns from them.'
+                "synthesis.method is 'adaptive', but synthesis.batches_per_round is 0; set it to the number of batches "
+                'that are made in competition with each state of the student, and distillation.updates_per_round to the '
+                'number of its updates between them.'
             )
         if per_round < 0 or (per_round and batches % per_round):
             raise DvinvError(
@@ -369,7 +361,7 @@ class Settings:
 
 
 def nested(settings: Any) -> Any:
-    """Returns settings, or a part of them, as nested dicts, lists and scalars, as JSON knows them."""
+    """Returns settings, or a part of them, as nested dicts, lists and scalars for JSON."""
     if dataclasses.is_dataclass(settings):
         return {name: nested(value) for name, value in sorted(vars(settings).items())}
     if isinstance(settings, Mapping):

@@ -1,4 +1,4 @@
-"""The argument `smoke` of every config file."""
+"""The argument `smoke` of every config file: shrinks a config to a run of seconds."""
 
 import ml_collections
 
@@ -7,9 +7,9 @@ from dvinv.config.presets import preset_for
 
 
 def shrink(config: ml_collections.ConfigDict, width: float = 0.25) -> None:
-    """Shrinks a config to seconds instead of minutes, without a download; no figure of such a run means anything.
+    """Shrinks a config to seconds instead of minutes, without a download; the figures of such a run have no meaning.
 
-    Every part runs. Digits, enlarged, take the place of other data sets.
+    Every part still runs. Enlarged digits replace other data sets.
 
     Args:
       config: changed in place.
@@ -21,7 +21,7 @@ def shrink(config: ml_collections.ConfigDict, width: float = 0.25) -> None:
     config.teacher.width, config.verifier.width = width, width
     config.teacher.moments_images = min(config.teacher.moments_images, 20)
     config.verifiers = ()
-    config.student.width = width if config.distillation.hint else width / 2  # hints of layers need one shape
+    config.student.width = width if config.distillation.hint else width / 2  # hints of layers need equal shapes
     trainings = (config.teacher.training, config.verifier.training, config.quantization.training)
     for group in (*trainings, config.distillation, config.pruning, config.continual):
         group.update(updates=20, batch_size=32, warmup=2, precision='float32')
@@ -29,7 +29,7 @@ def shrink(config: ml_collections.ConfigDict, width: float = 0.25) -> None:
     if config.continual.steps:
         config.data.classes = (0, 1, 2, 3)
         config.continual.steps = ({'classes': (4, 5, 6)}, {'classes': (7, 8, 9)})[: len(config.continual.steps)]
-    config.bn_stats = 'device'  # 20 images are not divided by any number of devices
+    config.bn_stats = 'device'  # since a batch of 20 images cannot be split over any number of devices
     config.synthesis.update(images=40, batch_size=20, classes=(), precision='float32')
     if config.synthesis.stages is None:
         config.synthesis.stages = default_config(preset_for((8, 8, 1))).synthesis.stages

@@ -13,7 +13,7 @@ from dvinv.continual.losses import (
     total,
 )
 from dvinv.data.dataset import Split
-from dvinv.data.joined import Joined
+from dvinv.data.rows import Joined
 from dvinv.inversion import Teacher, from_linen
 from dvinv.inversion.execution import in_precision
 from dvinv.inversion.modules import with_classes

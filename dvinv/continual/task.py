@@ -110,7 +110,7 @@ def pool_of(run: Run, chain: str, number: int, current: Teacher) -> Split:
     """Returns the images, synthesized from the `current` network of a chain, that are used to learn task `number`."""
     # All chains begin with the same network, so they share its images.
     name = f'{number}' if chain == MAIN or number == 1 else f'{chain}_{number}'
-    pool = ImagePool(run.workdir.path / 'pools' / name, current.digest(), ours=True)
+    pool = ImagePool(run.workdir.path / 'pools' / name, current.digest(), quarantine=True)
     method, series = run.settings.synthesis.method, ('continual', f'images_{name}')
     if method == 'adaptive':
         student = student_of(run, current, f'student_{name}', 'continual')

@@ -1,7 +1,7 @@
 """The sources of training batches: images that reside on the devices, or batches that the host reads ahead."""
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dvinv.data.rows import RowArray
 from dvinv.runtime.devices import AXIS, place, platform_of
 
 RESIDENT_SHARE = 0.25  # fraction of a device's free memory that images may take, so that most remains for the training
@@ -52,11 +53,11 @@ class ResidentBatches:
         images, labels = arrays
         return images[chosen], labels[chosen]
 
-    def load(self, images, labels) -> None:
+    def load(self, images: RowArray, labels: RowArray) -> None:
         """Copies the images that were added since the last call to the devices; ignores those beyond the reserved number.
 
         Args:
-          images, labels: all images so far and their labels, in order; arrays, or objects indexed by rows like arrays.
+          images, labels: all images so far and their labels, in order.
         """
         rows = np.arange(self._loaded, min(len(images), len(self.arrays[1])))
         if len(rows):
@@ -86,29 +87,29 @@ class HostBatches:
         """Returns `chosen`, which already is (images, labels)."""
         return chosen
 
-    def load(self, images, labels) -> None:
-        """Sets the arrays, or objects indexed by rows like arrays, from which all following batches are read."""
+    def load(self, images: RowArray, labels: RowArray) -> None:
+        """Sets the arrays from which all following batches are read."""
         self._images, self._labels = images, labels
 
     def each(self, dispatches: Iterable[np.ndarray]) -> Iterator[tuple]:
         """Yields (images [n, B, H, W, C] or [B, H, W, C], labels) of every dispatch, and reads the next one ahead."""
         with ThreadPoolExecutor(1, 'dvinv-batches') as reader:
-            ahead = None
+            previous: Future | None = None
             for rows in dispatches:
-                reading = reader.submit(self._read, rows)
-                if ahead is not None:
-                    yield ahead.result()
-                ahead = reading
-            if ahead is not None:
-                yield ahead.result()
+                current = reader.submit(self._read, rows)
+                if previous is not None:
+                    yield previous.result()
+                previous = current
+            if previous is not None:
+                yield previous.result()
 
     def _read(self, rows: np.ndarray) -> tuple:
         """Reads the part of the batches that belongs to devices of this process; returns arrays over all devices."""
         sharding = NamedSharding(self._mesh, _split_batch(rows.ndim - 1))
-        own = rows[..., _own_part(sharding, rows.shape)]
-        flat = own.ravel()
-        images, labels = self._images[flat], self._labels[flat]
-        batch = images.reshape(*own.shape, *images.shape[1:]), labels.reshape(own.shape)
+        local_rows = rows[..., _local_part(sharding, rows.shape)]
+        flat_rows = local_rows.ravel()
+        images, labels = self._images[flat_rows], self._labels[flat_rows]
+        batch = images.reshape(*local_rows.shape, *images.shape[1:]), labels.reshape(local_rows.shape)
         if sharding.is_fully_addressable:
             return batch if platform_of(self._mesh) == 'cpu' else jax.device_put(batch, sharding)
         return tuple(jax.make_array_from_process_local_data(sharding, a, rows.shape + a.shape[rows.ndim :]) for a in batch)
@@ -119,9 +120,10 @@ def _split_batch(axis: int) -> P:
     return P(*[None] * axis, AXIS)
 
 
-def _own_part(sharding: NamedSharding, shape: tuple[int, ...]) -> slice:
+def _local_part(sharding: NamedSharding, shape: tuple[int, ...]) -> slice:
     """Returns the slice of the last axis of `shape`, the images of a batch, that is on devices of this process."""
-    parts = [index[-1].indices(shape[-1]) for index in sharding.addressable_devices_indices_map(shape).values()]
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    parts = [index[-1].indices(shape[-1]) for index in indices if index is not None]
     return slice(min(start for start, _, _ in parts), max(stop for _, stop, _ in parts))
 
 

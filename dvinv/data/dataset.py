@@ -16,9 +16,9 @@ class Split:
 
     def of_classes(self, classes: tuple[int, ...]) -> 'Split':
         """Returns only the images of these classes, in their old order; labels become positions in `classes`."""
-        chosen = self.labels[:, None] == np.asarray(classes)
-        kept = chosen.any(1)
-        return Split(self.images[kept], chosen[kept].argmax(1).astype(np.int32))
+        matches = self.labels[:, None] == np.asarray(classes)
+        kept = matches.any(1)
+        return Split(self.images[kept], matches[kept].argmax(1).astype(np.int32))
 
     def divided(self, held_out: int | float) -> tuple['Split', 'Split']:
         """Returns two parts with the same share of every class.
@@ -62,14 +62,6 @@ class RealData:
     num_classes: int
     by_position: bool = False
     class_names: tuple[str, ...] = ()
-
-    @property
-    def classes_without_images(self) -> tuple[list[int], int]:
-        """(The first classes without a training image, at most 12; the number of all such classes.)"""
-        present = np.unique(self.train.labels)
-        return np.setdiff1d(np.arange(min(self.num_classes, len(present) + 12)), present).tolist(), (
-            self.num_classes - len(present)
-        )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

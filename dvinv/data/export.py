@@ -76,10 +76,10 @@ def to_tfds(pool: ImagePool, folder: Path) -> None:
                     yield name, {'image': _png(pixels) if pictures else pixels, 'label': label}
 
     builder = Synthesized(data_dir=folder, file_format='array_record')
-    if 'train' in builder.info.splits and (there := builder.info.splits['train'].num_examples) != count:
+    if 'train' in builder.info.splits and (existing := builder.info.splits['train'].num_examples) != count:
         raise DvinvError(
-            f'{builder.data_path} has {there} images, and the pool {pool.folder} has {count}: delete that folder to export '
-            'the pool anew, or choose another --out.'
+            f'{builder.data_path} has {existing} images, and the pool {pool.folder} has {count}; delete that folder to '
+            'export the pool again, or choose another --out.'
         )
     builder.download_and_prepare()
 
@@ -91,20 +91,20 @@ def to_npz(pool: ImagePool, folder: Path) -> None:
       DvinvError: as for `to_folders`.
     """
     numbers, (_, *shape) = pool.finished(), pool.rows('images').shape  # batches that are added later are left out
-    count, labels, path = sum(pool.notes(number)['images'] for number in numbers), [], folder / 'images.npz'
+    count, labels, path = sum(pool.sidecar(number)['images'] for number in numbers), [], folder / 'images.npz'
     with disk_full_told(path):
         folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix('.part')
-        with zipfile.ZipFile(part, 'w') as archive:
+        unfinished = path.with_suffix('.part')
+        with zipfile.ZipFile(unfinished, 'w') as archive:
             with archive.open('images.npy', 'w', force_zip64=True) as file:
-                about = {'descr': '|u1', 'fortran_order': False, 'shape': (count, *shape)}
-                np.lib.format.write_array_header_1_0(file, about)
+                header = {'descr': '|u1', 'fortran_order': False, 'shape': (count, *shape)}
+                np.lib.format.write_array_header_1_0(file, header)
                 for _, shard in _shards(pool, numbers, 'npz'):
                     file.write(shard['images'].tobytes())
                     labels.append(shard['labels'])
             with archive.open('labels.npy', 'w') as file:
                 np.lib.format.write_array(file, np.concatenate(labels), allow_pickle=False)
-        os.replace(part, path)
+        os.replace(unfinished, path)
 
 
 def _pictures(pool: ImagePool, what: str) -> Iterator[tuple[str, np.ndarray, int]]:

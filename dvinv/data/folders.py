@@ -28,16 +28,16 @@ def read(source: DataSettings) -> RealData:
     test = _files(source.path)
     train = _files(source.train_path) if source.train_path else None
     labels, by_position = labels_of(sorted({*test, *(train or test)}), source.class_names, source.path)
-    alone = sorted(test.keys() ^ train.keys()) if train else []
-    if alone and by_position:
+    unmatched = sorted(test.keys() ^ train.keys()) if train else []
+    if unmatched and by_position:
         raise DvinvError(
             f'{source.path} and {source.train_path} must have the same classes, but only one of them has '
-            f'{", ".join(alone[:5])}{", ..." if len(alone) > 5 else ""}.'
+            f'{", ".join(unmatched[:5])}{", ..." if len(unmatched) > 5 else ""}.'
         )
     num_classes = len(source.class_names) or max(labels.values()) + 1
-    splits = (files and _split(files, labels, source.image_size) for files in (train, test))
-    names = source.class_names or (tuple(sorted(labels, key=labels.get)) if by_position else ())
-    return RealData(*splits, num_classes, by_position, names)
+    names = source.class_names or (tuple(sorted(labels, key=lambda name: labels[name])) if by_position else ())
+    train_split = _split(train, labels, source.image_size) if train else None
+    return RealData(train_split, _split(test, labels, source.image_size), num_classes, by_position, names)
 
 
 def labels_of(names: list[str], class_names: tuple[str, ...], path: str) -> tuple[dict[str, int], bool]:
@@ -64,13 +64,13 @@ def labels_of(names: list[str], class_names: tuple[str, ...], path: str) -> tupl
         labels = {name: int(name) for name in names}
         label, count = Counter(labels.values()).most_common(1)[0]
         if count > 1:
-            twice = [name for name in names if labels[name] == label]
-            raise DvinvError(f'The folders {" and ".join(twice)} of {path} are both of the class {label}; join them.')
+            same_label = [name for name in names if labels[name] == label]
+            raise DvinvError(f'The folders {" and ".join(same_label)} of {path} are both of the class {label}; join them.')
         return labels, False
-    return {name: label for label, name in enumerate(sorted(names, key=_in_order))}, True
+    return {name: label for label, name in enumerate(sorted(names, key=_sort_key))}, True
 
 
-def _in_order(name: str) -> list[tuple[str, int]]:
+def _sort_key(name: str) -> list[tuple[str, int]]:
     """Returns the sort key of a name, for instance [('class_', 0), ('', 10), ('', 0)] for 'class_10'."""
     return [('', int(part)) if part.isdecimal() else (part, 0) for part in re.split('([0-9]+)', name)]
 
@@ -78,21 +78,21 @@ def _in_order(name: str) -> list[tuple[str, int]]:
 def _files(path: str) -> dict[str, list[Path]]:
     """Returns the image files of each class; ignores hidden folders and files of other types."""
     if not Path(path).is_dir():
-        raise DvinvError(f'The data folder {path} is not there.')
+        raise DvinvError(f'The data folder {path} does not exist.')
     folders = sorted(entry for entry in Path(path).iterdir() if entry.is_dir() and not entry.name.startswith('.'))
     if not folders and any(entry.suffix.lower() in SUFFIXES for entry in Path(path).iterdir()):
         raise DvinvError(
-            f'The data folder {path} has images but no sub-folders, so no labels; it must have a sub-folder a class.'
+            f'The data folder {path} has images but no sub-folders, so no labels; it must have one sub-folder per class.'
         )
     if not folders:
-        raise DvinvError(f'The data folder {path} is empty; it must have a sub-folder a class.')
+        raise DvinvError(f'The data folder {path} is empty; it must have one sub-folder per class.')
     files = {folder.name: sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES) for folder in folders}
-    for name, found in files.items():
-        if not found:
+    for name, paths in files.items():
+        if not paths:
             raise DvinvError(f'{Path(path) / name} is empty; a class needs images ({", ".join(SUFFIXES)}) directly inside.')
     return files
 
 
 def _split(files: dict[str, list[Path]], labels: dict[str, int], image_size: int) -> Split:
-    images = decode({str(file): file for found in files.values() for file in found}, image_size, 'RGB')
-    return Split(images, np.array([labels[name] for name, found in files.items() for _ in found], np.int32))
+    images = decode({str(path): path for paths in files.values() for path in paths}, image_size, 'RGB')
+    return Split(images, np.array([labels[name] for name, paths in files.items() for _ in paths], np.int32))

@@ -25,7 +25,7 @@ from dvinv.errors import DvinvError, say_once
 
 LAYOUTS = ({'images', 'labels'}, {'jpeg', 'offsets', 'labels'})
 ALIASES = {'x': 'images', 'y': 'labels'}
-# array -> (its types, its possible numbers of dimensions, a description of both)
+# {array: (its dtypes, its possible numbers of dimensions, a description of both)}
 ARRAYS = {
     'images': ((np.number, np.bool_), (3, 4), 'numbers [N, H, W], [N, H, W, C] or [N, C, H, W]'),
     'labels': ((np.number, np.bool_), (1, 2), 'whole numbers [N], or one-hot [N, K]'),
@@ -48,19 +48,23 @@ def read(source: DataSettings) -> RealData:
       DvinvError: a file is missing or damaged, its arrays are not as described at the top of this module, or the two files
         name different classes.
     """
-    test, names, classes = _read(source.path, source.image_size)
-    train, train_names, more = _read(source.train_path, source.image_size) if source.train_path else (None, names, 0)
+    test, names, test_classes = _read(source.path, source.image_size)
+    train: Split | None = None
+    train_names, train_classes = names, 0
+    if source.train_path:
+        train, train_names, train_classes = _read(source.train_path, source.image_size)
     if names and train_names and names != train_names:
         raise DvinvError(f'{source.path} and {source.train_path} have different class_names; they must be the same.')
-    named = len(names or train_names)
+    class_names = tuple(names or train_names)
     highest = max(int(split.labels.max()) for split in (test, train) if split)
-    if named and highest >= named:
+    if class_names and highest >= len(class_names):
         path = source.path if names else source.train_path
         raise DvinvError(
-            f'The class_names of {path} are those of the labels 0 to {named - 1}, but the highest label is {highest}.'
+            f'The class_names of {path} are those of the labels 0 to {len(class_names) - 1}, but the highest label is '
+            f'{highest}.'
         )
-    class_names = tuple(names or train_names)
-    return RealData(train, test, named or max(highest + 1, classes, more), class_names=class_names)
+    num_classes = len(class_names) or max(highest + 1, test_classes, train_classes)
+    return RealData(train, test, num_classes, class_names=class_names)
 
 
 def _read(path: str, image_size: int) -> tuple[Split, list[str], int]:
@@ -69,10 +73,10 @@ def _read(path: str, image_size: int) -> tuple[Split, list[str], int]:
     labels, classes = _as_labels(arrays['labels'], path)
     count = len(arrays['images']) if 'images' in arrays else len(arrays['offsets']) - 1
     if count != len(labels) or not count:
-        raise DvinvError(f'{path} has {max(count, 0)} images and {len(labels)} labels; there must be a label an image.')
-    wrong = labels[(labels < 0) | (labels >= 2**31)]
-    if len(wrong):
-        raise DvinvError(f'{path} has the label {wrong[0]}; labels count the classes from 0.')
+        raise DvinvError(f'{path} has {max(count, 0)} images and {len(labels)} labels; there must be one label per image.')
+    invalid = labels[(labels < 0) | (labels >= 2**31)]
+    if len(invalid):
+        raise DvinvError(f'{path} has the label {invalid[0]}; labels count the classes from 0.')
     if 'images' in arrays:
         images = resize(as_pixels(arrays['images'], path), image_size)
     else:
@@ -107,8 +111,8 @@ def as_pixels(images: np.ndarray, path: str) -> np.ndarray:
     if images.dtype == np.bool_:
         return images * np.uint8(255)
     lowest, highest = images.min(), images.max()
-    shares = np.isrealobj(images) and highest <= 1 + EDGE and np.issubdtype(images.dtype, np.floating)
-    scale = 255 if shares else 1
+    are_fractions = np.isrealobj(images) and highest <= 1 + EDGE and np.issubdtype(images.dtype, np.floating)
+    scale = 255 if are_fractions else 1
     if not (np.isrealobj(images) and lowest * scale >= -255 * EDGE and highest <= 255 * (1 + EDGE)):  # NaN is neither
         raise DvinvError(
             f'The images of {path} are {images.dtype} from {lowest:g} to {highest:g}; they must be pixels, before any '
@@ -116,8 +120,8 @@ def as_pixels(images: np.ndarray, path: str) -> np.ndarray:
         )
     if scale == 1 and highest <= 127:
         raise DvinvError(
-            f'The images of {path} are {images.dtype} from {lowest:g} to {highest:g}, which tells no scale; save them as '
-            'uint8 from 0 (black) to 255 (white).'
+            f'The images of {path} are {images.dtype} from {lowest:g} to {highest:g}, so their scale is unknown; save '
+            'them as uint8 from 0 (black) to 255 (white).'
         )
     # Images are converted one by one to save memory.
     return np.stack([np.rint(image * np.float64(scale)).clip(0, 255).astype(np.uint8) for image in images])
@@ -132,14 +136,13 @@ def _as_labels(labels: np.ndarray, path: str) -> tuple[np.ndarray, int]:
         if not (np.isin(labels, (0, 1)).all() and (labels.sum(1) == 1).all()):
             raise DvinvError(
                 f'The labels of {path} are {labels.dtype} {list(labels.shape)}, but not one-hot; they must be whole numbers '
-                '[N], one label an image.'
+                '[N], one label per image.'
             )
         classes, labels = labels.shape[1], labels.argmax(1)
     if not np.issubdtype(labels.dtype, np.integer):
-        whole = np.isrealobj(labels) and np.isfinite(labels).all() and (labels == np.rint(labels)).all()
-        if not whole:
+        if not (np.isrealobj(labels) and np.isfinite(labels).all() and (labels == np.rint(labels)).all()):
             raise DvinvError(
-                f'The labels of {path} are {labels.dtype} and not all whole; they must count the classes from 0.'
+                f'The labels of {path} are {labels.dtype} and not all integers; they must count the classes from 0.'
             )
         labels = labels.astype(np.float64).astype(np.int64)
     return labels, classes
@@ -157,11 +160,11 @@ def _files(arrays: dict[str, np.ndarray], path: str) -> dict[str, bytes]:
 def _arrays(path: str) -> dict[str, np.ndarray]:
     """Returns the arrays of a file that are among `ARRAYS`."""
     if not Path(path).is_file():
-        raise DvinvError(f'The data file {path} is not there.')
+        raise DvinvError(f'The data file {path} does not exist.')
     try:
-        with open(path, 'rb') as raw, np.load(raw, allow_pickle=False) as file:
-            here = {ALIASES.get(name, name): name for name in file.files}
-            arrays = {name: file[here[name]] for name in ARRAYS if name in here}
+        with open(path, 'rb') as stream, np.load(stream, allow_pickle=False) as file:
+            stored_names = {ALIASES.get(name, name): name for name in file.files}
+            arrays = {name: file[stored_names[name]] for name in ARRAYS if name in stored_names}
     except Exception as error:  # NumPy, zipfile and zlib raise many types of errors for a damaged file
         raise DvinvError(
             f'The data file {path} cannot be read ({error}): it is damaged, no .npz archive, or holds Python objects, which '
@@ -174,7 +177,8 @@ def _arrays(path: str) -> dict[str, np.ndarray]:
             'offsets and labels.'
         )
     for name, array in arrays.items():
-        dtypes, dimensions, words = ARRAYS[name]
+        dtypes, dimensions, description = ARRAYS[name]
         if not any(np.issubdtype(array.dtype, dtype) for dtype in dtypes) or array.ndim not in dimensions:
-            raise DvinvError(f'The array {here[name]} of {path} is {array.dtype} {list(array.shape)}; it must be {words}.')
+            found = f'{array.dtype} {list(array.shape)}'
+            raise DvinvError(f'The array {stored_names[name]} of {path} is {found}; it must be {description}.')
     return arrays

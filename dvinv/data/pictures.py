@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from dvinv.errors import DvinvError
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP')
 
 
-def decode(files: dict[str, bytes | Path], image_size: int = 0, mode: str = '') -> np.ndarray:
+def decode(files: Mapping[str, bytes | Path], image_size: int = 0, mode: str = '') -> np.ndarray:
     """Returns image files decoded as uint8 [N, H, W, C].
 
     Args:
@@ -24,17 +25,16 @@ def decode(files: dict[str, bytes | Path], image_size: int = 0, mode: str = '') 
       DvinvError: a file is damaged, has another format or more than 8 bits per channel, or the sizes differ.
     """
     mode = mode or ('L' if all(_mode(*item) == 'L' for item in files.items()) else 'RGB')
-    images, first = None, next(iter(files))
     for i, (name, file) in enumerate(files.items()):
         picture = _decode(name, file, mode)
         pixels = np.asarray(square(picture, image_size) if image_size else picture)
-        if images is None:
-            images = np.empty((len(files), *pixels.shape), np.uint8)
+        if i == 0:
+            images, first_name = np.empty((len(files), *pixels.shape), np.uint8), name
         if pixels.shape != images.shape[1:]:
-            ours, theirs = ('x'.join(map(str, shape[:2])) for shape in (pixels.shape, images.shape[1:]))
+            size, first_size = ('x'.join(map(str, shape[:2])) for shape in (pixels.shape, images.shape[1:]))
             raise DvinvError(
-                f'All images must have one size, but {first} has {theirs} pixels (height x width) and {name} has {ours}; '
-                'set data.image_size to resize them.'
+                f'All images must have one size, but {first_name} has {first_size} pixels (height x width) and {name} has '
+                f'{size}; set data.image_size to resize them.'
             )
         images[i] = pixels
     return images.reshape(*images.shape[:3], -1)
@@ -47,7 +47,7 @@ def resize(images: np.ndarray, image_size: int) -> np.ndarray:
     resized = np.empty((len(images), image_size, image_size, images.shape[3]), np.uint8)
     for i, image in enumerate(images):
         for channel in range(images.shape[3]):  # channel by channel, since Pillow supports few numbers of channels
-            resized[i, ..., channel] = square(Image.fromarray(image[..., channel]), image_size)
+            resized[i, ..., channel] = np.asarray(square(Image.fromarray(image[..., channel]), image_size))
     return resized
 
 
@@ -71,7 +71,7 @@ def _decode(name: str, file: bytes | Path, mode: str) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _opened(name: str, file: bytes | Path):
+def _opened(name: str, file: bytes | Path) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as picture:
             yield picture

@@ -25,7 +25,8 @@ from dvinv.errors import DvinvError
 from dvinv.runtime import preemption
 from dvinv.runtime.files import sha256_of, state_of, write_atomic
 
-_sound = set()  # (path, `state_of(path)`) of shards that this process has checked: hashing a large pool takes long
+# (path, `state_of(path)`) of the shards that this process has checked, since hashing a large pool takes long.
+_checked: set[tuple[Path, tuple[int, int, int]]] = set()
 
 
 class DamagedError(DvinvError):
@@ -43,19 +44,19 @@ class DamagedError(DvinvError):
 class ImagePool:
     """A pool in a folder. The bytes of its files depend only on the images, so equal runs make equal pools."""
 
-    def __init__(self, folder: Path, teacher_digest: str = '', ours: bool = False):
+    def __init__(self, folder: str | Path, teacher_digest: str = '', quarantine: bool = False):
         """Names the folder; touches no file yet.
 
         Args:
           folder: the folder of the pool.
           teacher_digest: the digest of the teacher that must have made the images; '' for any teacher.
-          ours: whether a damaged shard is moved to quarantine when it is found, so that it counts as missing and is made
-            again.
+          quarantine: whether a damaged shard is moved to quarantine when it is found, so that it counts as missing and is
+            made again.
         """
         self.folder = Path(folder)
-        self._digest, self._ours = teacher_digest, ours
+        self._digest, self._quarantine = teacher_digest, quarantine
 
-    def write(self, number: int, images: np.ndarray, labels: np.ndarray, logits: np.ndarray, notes: dict) -> None:
+    def write(self, number: int, images: np.ndarray, labels: np.ndarray, logits: np.ndarray, entries: dict) -> None:
         """Adds batch `number` atomically.
 
         Args:
@@ -63,7 +64,7 @@ class ImagePool:
           images: uint8 [B, H, W, C].
           labels: int [B].
           logits: the teacher's logits of `images`, [B, K].
-          notes: further entries of the sidecar, as JSON.
+          entries: further entries of the sidecar, as JSON.
 
         Raises:
           DvinvError: the disk is full.
@@ -72,7 +73,7 @@ class ImagePool:
         np.savez(buffer, images=images.astype(np.uint8), labels=labels.astype(np.int32), logits=logits.astype(np.float32))
         path, data = self._shard(number), buffer.getvalue()
         write_atomic(path, data, own=True)
-        sidecar = {'sha256': hashlib.sha256(data).hexdigest(), 'teacher': self._digest, 'images': len(labels), **notes}
+        sidecar = {'sha256': hashlib.sha256(data).hexdigest(), 'teacher': self._digest, 'images': len(labels), **entries}
         sidecar['notes_sha256'] = _checksum(sidecar)
         write_atomic(path.with_suffix('.json'), _dumps(sidecar), own=True)
 
@@ -91,7 +92,7 @@ class ImagePool:
             raise DvinvError(f'There is no image in the pool {self.folder}; run the task synthesis first, or name a pool.')
         return numbers
 
-    def notes(self, number: int) -> dict:
+    def sidecar(self, number: int) -> dict:
         """Returns the contents of the sidecar of a shard.
 
         Raises:
@@ -100,25 +101,25 @@ class ImagePool:
         """
         path = self._shard(number).with_suffix('.json')
         try:
-            notes = json.loads(path.read_text())
-            whole = notes.pop('notes_sha256') == _checksum(notes)
+            sidecar = json.loads(path.read_text())
+            is_intact = sidecar.pop('notes_sha256') == _checksum(sidecar)
         except FileNotFoundError as error:
             self._refuse(number, f'The sidecar {path} is missing', error)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             self._refuse(number, f'The sidecar {path} is damaged', error)
-        if not whole:
+        if not is_intact:
             self._refuse(number, f'The sidecar {path} is damaged (its notes_sha256 is not the one written)')
-        if self._digest and notes['teacher'] != self._digest:
+        if self._digest and sidecar['teacher'] != self._digest:
             raise DvinvError(
-                f'The pool {self.folder} was made from another teacher (digest {notes["teacher"][:12]}, not '
+                f'The pool {self.folder} was made from another teacher (digest {sidecar["teacher"][:12]}, not '
                 f'{self._digest[:12]}); use the teacher that made it, or another pool.'
             )
-        return notes
+        return sidecar
 
     def measurements(self) -> Iterator[dict]:
         """Yields {'batch': number, 'step': iteration, term: value} of the loss terms, reading one sidecar at a time."""
         for number in self.numbers():
-            curve = self.notes(number).get('curve', {})
+            curve = self.sidecar(number).get('curve', {})
             for values in zip(*curve.values(), strict=True):
                 yield {'batch': number, **dict(zip(curve, values, strict=True))}
 
@@ -158,29 +159,30 @@ class ImagePool:
         Raises:
           DamagedError: the shard or its sidecar is missing, truncated or changed.
         """
-        path, notes = self._shard(number), self.notes(number)
+        path, sidecar = self._shard(number), self.sidecar(number)
         state = state_of(path)
         if state is None:
             self._refuse(number, f'The shard {path} is missing, though its sidecar is there')
-        if (path.resolve(), state) in _sound:
+        if (path.resolve(), state) in _checked:
             return
-        if sha256_of(path) != notes['sha256']:
-            what = 'truncated, or a byte changed: its sha256 is not the one written'
-            self._refuse(number, f'The shard {path} is damaged ({what})')
-        _sound.add((path.resolve(), state))
+        if sha256_of(path) != sidecar['sha256']:
+            reason = 'truncated, or a byte changed: its sha256 is not the one written'
+            self._refuse(number, f'The shard {path} is damaged ({reason})')
+        _checked.add((path.resolve(), state))
 
     def _refuse(self, number: int, what: str, cause: Exception | None = None) -> NoReturn:
+        """Raises a `DamagedError` for a shard, after moving it to quarantine if the pool does so."""
         sidecar = self._shard(number).with_suffix('.json')
-        if self._ours:
-            aside = self.folder / 'quarantine'
-            aside.mkdir(parents=True, exist_ok=True)
-            for path in (sidecar, self._shard(number)):  # without its sidecar it counts as missing
+        if self._quarantine:
+            quarantine = self.folder / 'quarantine'
+            quarantine.mkdir(parents=True, exist_ok=True)
+            for path in (sidecar, self._shard(number)):  # the sidecar first: a shard without a sidecar counts as missing
                 with contextlib.suppress(FileNotFoundError):
-                    os.replace(path, aside / path.name)
-            way_out = f'it was put aside, into {aside}; run the command that made the pool again'
+                    os.replace(path, quarantine / path.name)
+            way_out = f'it was moved to {quarantine}; run the command that made the pool again'
         else:
             way_out = f'delete {sidecar.name} and run the command that made the pool again'
-        raise DamagedError(what, f'{way_out}: it makes this shard anew, or tells what else that takes') from cause
+        raise DamagedError(what, f'{way_out}: it makes this shard again, or names what else must be done') from cause
 
     def _shard(self, number: int) -> Path:
         return self.folder / f'shard-{number:06d}.npz'

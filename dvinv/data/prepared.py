@@ -1,5 +1,6 @@
 """CIFAR-10 and CIFAR-100 as prepared by tensorflow-datasets; preparing needs TensorFlow, reading does not."""
 
+import os
 import textwrap
 
 import numpy as np
@@ -21,9 +22,9 @@ def read(source: DataSettings) -> RealData:
     import tensorflow_datasets as tfds  # imported late, because it takes a second and only these two data sets need it
 
     folder = tfds.core.Path(source.path or tfds.core.constants.DATA_DIR) / source.name
-    place = f', data_dir={source.path!r}' if source.path else ''
+    data_dir = f', data_dir={source.path!r}' if source.path else ''
     command = (
-        f'python -c "import tensorflow_datasets as tfds; tfds.builder({source.name!r}{place}, '
+        f'python -c "import tensorflow_datasets as tfds; tfds.builder({source.name!r}{data_dir}, '
         f"file_format='array_record').download_and_prepare()\""
     )
     way_out = f'prepare it once, in any environment that has TensorFlow: {command}'
@@ -31,8 +32,8 @@ def read(source: DataSettings) -> RealData:
         raise DvinvError(f'The data set {source.name} is not in {folder.parent}; {way_out}')
     try:
         builder = tfds.builder(source.name, data_dir=source.path or None, file_format='array_record')
-        parts = builder.as_data_source(['train', 'test'], decoders={'image': tfds.decode.SkipDecoding()})
-        train, test = (list(part) for part in parts)
+        sources = builder.as_data_source(['train', 'test'], decoders={'image': tfds.decode.SkipDecoding()})
+        train, test = (list(examples) for examples in sources)
     except ImportError as error:
         raise DvinvError(f'To read {folder}, the package array-record is needed: pip install array-record.') from error
     except Exception as error:  # TFDS raises many types of errors
@@ -50,6 +51,6 @@ def read(source: DataSettings) -> RealData:
     return RealData(_split(train, folder), _split(test, folder), label.num_classes, class_names=names)
 
 
-def _split(examples: list[dict], folder) -> Split:
+def _split(examples: list[dict], folder: os.PathLike) -> Split:
     files = {f'image {i} of {folder}': example['image'] for i, example in enumerate(examples)}
     return Split(decode(files, mode='RGB'), np.array([example['label'] for example in examples], np.int32))

@@ -10,7 +10,7 @@ from dvinv.data import digits, folders, npz, prepared
 from dvinv.data.dataset import RealData
 from dvinv.errors import DvinvError
 
-# name -> (reader, fields of the config's group `data` that the reader takes)
+# {name: (reader, fields of the config's group `data` that the reader takes)}
 DATA_SETS = {
     'digits': (digits.read, ('image_size',)),
     'cifar10': (prepared.read, ('path',)),
@@ -35,24 +35,25 @@ class Datasets:
     It caches no more, because two large data sets may not fit into memory.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         """Creates an empty cache; reads nothing yet."""
-        self._whole: tuple[DataSettings | None, RealData | None] = None, None
-        self._chosen: tuple[DataSettings | None, RealData | None] = None, None
+        self._unfiltered: tuple[DataSettings, RealData] | None = None
+        self._last: tuple[DataSettings, RealData] | None = None
 
     def load(self, settings: DataSettings) -> RealData | None:
         """Reads real data, or returns it from the cache; see `load_real`."""
         if not settings.name:
             return None
-        if self._chosen[0] != settings:
-            self._chosen = settings, self._choose(settings)
-        return self._chosen[1]
+        if self._last is None or self._last[0] != settings:
+            self._last = settings, self._filtered(settings)
+        return self._last[1]
 
-    def _choose(self, settings: DataSettings) -> RealData:
-        whole = dataclasses.replace(settings, classes=(), validation=False)
-        if self._whole[0] != whole:
-            self._whole = whole, _read(whole)
-        data = self._whole[1]
+    def _filtered(self, settings: DataSettings) -> RealData:
+        """Returns the classes and splits of a data set that the settings choose."""
+        unfiltered = dataclasses.replace(settings, classes=(), validation=False)
+        if self._unfiltered is None or self._unfiltered[0] != unfiltered:
+            self._unfiltered = unfiltered, _read(unfiltered)
+        data = self._unfiltered[1]
         if settings.classes:
             data = _of_classes(data, settings.classes)
         if not settings.validation:
@@ -67,12 +68,12 @@ def _of_classes(data: RealData, classes: tuple[int, ...]) -> RealData:
     known = {*range(data.num_classes)}
     if len({*classes}) < len(classes) or not {*classes} <= known:
         raise DvinvError(
-            f'The classes are to be {classes}; name different ones of the {data.num_classes} that the data set has, 0 to '
+            f'data.classes is {classes}; name different classes of the {data.num_classes} that the data set has, 0 to '
             f'{data.num_classes - 1}.'
         )
-    train, test = (split and split.of_classes(classes) for split in (data.train, data.test))
+    test, train = data.test.of_classes(classes), data.train and data.train.of_classes(classes)
     if not len(test.labels):
-        raise DvinvError(f'Of the classes {classes} there is no image to score on; name others.')
+        raise DvinvError(f'The data set has no test image of the classes {classes}; name others.')
     names = tuple(data.class_names[label] for label in classes) if data.class_names else ()
     return dataclasses.replace(data, train=train, test=test, num_classes=len(classes), class_names=names)
 
@@ -86,14 +87,14 @@ def _read(source: DataSettings) -> RealData:
         if value and name not in fields:
             raise DvinvError(f'data.{name} is {value!r}, but the data set {source.name!r} takes none; leave it out.')
     if 'train_path' in fields and not source.path:
-        raise DvinvError(f"data.path is ''; name what the data set {source.name!r} scores on.")
+        raise DvinvError(f"data.path is ''; give the path of the test images of the data set {source.name!r}.")
     if source.image_size < 0:
-        raise DvinvError(f'data.image_size is {source.image_size}; it must be 0 (as the images are) or above.')
+        raise DvinvError(f'data.image_size is {source.image_size}; it must be at least 0 (0: the size of the images).')
     names = source.class_names
     if not all(isinstance(name, str) for name in names) or len({*names}) < len(names):
         raise DvinvError(f'data.class_names is {names}; it must be different folder names, in the order of labels.')
     data = reader(source)
     if data.train and data.train.images.shape[1:] != data.image_shape:
-        ours, theirs = ('x'.join(map(str, shape)) for shape in (data.train.images.shape[1:], data.image_shape))
-        raise DvinvError(f'Training images are {ours} (height x width x channels), but the images to score on {theirs}.')
+        train, test = ('x'.join(map(str, shape)) for shape in (data.train.images.shape[1:], data.image_shape))
+        raise DvinvError(f'Training images are {train} (height x width x channels), but test images are {test}.')
     return data

@@ -23,7 +23,7 @@ def validate(run: Run) -> None:
     """
     run.validate_real_control('distillation')
     run.once(student.validate)
-    if {*DATA_FREE_CONTROLS} & {*run.settings.distillation.controls}:
+    if run.settings.has_data_free_controls('distillation'):
         run.once(synthesizer.validate)
 
 

@@ -16,7 +16,7 @@ from dvinv.report.page import Section, Table, percent
 from dvinv.runtime.pictures import name_of
 
 MOST = 5_000  # maximum number of test images, evenly spaced
-MOST_CLASSES = 20  # maximum number of classes in a table or a matrix; if there are more, those that differ most are shown
+MOST_CLASSES = 20  # maximum number of classes in a table or a matrix; of more, those that differ most are shown
 
 
 def compare(teacher: Classifier, networks: dict[str, Classifier], test: Split) -> dict:
@@ -56,76 +56,80 @@ def _pairs(first: np.ndarray, second: np.ndarray) -> list[list[int]]:
     return [[*pairs[i].tolist(), int(counts[i])] for i in order]
 
 
-def class_section(found: dict, names: dict[str, str], class_names: Sequence[str]) -> Section:
+def class_section(comparison: dict, names: dict[str, str], class_names: Sequence[str]) -> Section:
     """Returns the section of the report.
 
     Args:
-      found: the result of `compare`.
+      comparison: the result of `compare`.
       names: {name of a network: its name for readers}.
       class_names: the names of classes in the order of labels; () to show numbers.
     """
-    labels, networks, accuracy = found['classes'], [*found['confusion']], found['accuracy']
-    few, shown = len(labels) <= MOST_CLASSES, range(len(labels))
-    if not few:
+    labels, accuracy, confusion = comparison['classes'], comparison['accuracy'], comparison['confusion']
+    networks, shows_all = [*confusion], len(labels) <= MOST_CLASSES
+    indices, selection = [*range(len(labels))], ''
+    if not shows_all:
         first = accuracy[networks[0]] if networks else np.zeros(len(labels))
-        shown = np.argsort(np.subtract(first, accuracy['teacher']), kind='stable')[:MOST_CLASSES]
+        indices = np.argsort(np.subtract(first, accuracy['teacher']), kind='stable')[:MOST_CLASSES].tolist()
+        criterion = f'the {names[networks[0]]} loses most' if networks else 'the teacher is best'
+        selection = f'The {MOST_CLASSES} of {len(labels)} classes in which {criterion}. '
     rows = [
         [
             name_of(labels[i], class_names),
-            found['test_images'][i],
+            comparison['test_images'][i],
             *(percent(accuracy[name][i]) for name in ('teacher', *networks)),
         ]
-        for i in shown
+        for i in indices
     ]
-    lost = f'the {names[networks[0]]} loses most' if networks else 'the teacher is best'
-    which = '' if few else f'The {MOST_CLASSES} of {len(labels)} classes in which {lost}. '
     table = Table(
         ('Class', 'test images', 'teacher', *(names[name] for name in networks)),
         rows,
-        caption=f'{which}Share of {found["images"]:,} real test images that each network puts into their class.',
+        caption=f'{selection}Fraction of {comparison["images"]:,} real test images that each network classifies correctly.',
     )
     tables, charts = [table], []
     for name in networks:
-        if few:
-            charts.append(confusion_matrix(found['confusion'][name], labels, names[name], class_names))
+        if shows_all:
+            charts.append(confusion_matrix(confusion[name], labels, names[name], class_names))
             continue
-        apart = [pair for pair in found['confusion'][name] if pair[0] != pair[1]][:MOST_CLASSES]
+        differing = [pair for pair in confusion[name] if pair[0] != pair[1]][:MOST_CLASSES]
         tables.append(
             Table(
                 ('The teacher says', f'the {names[name]} says', 'images'),
-                [[name_of(first, class_names), name_of(second, class_names), count] for first, second, count in apart],
-                caption=f'Where the {names[name]} most often departs from the teacher.',
+                [[name_of(first, class_names), name_of(second, class_names), count] for first, second, count in differing],
+                caption=f'The classes in which the {names[name]} most often differs from the teacher.',
                 text_columns=2,
             )
         )
     text = ' '.join(
-        f'The {names[name]} agrees with the teacher on {percent(_agreed(found["confusion"][name]))} of the real test images.'
+        f'The {names[name]} agrees with the teacher on {percent(_agreement(confusion[name]))} of the real test images.'
         for name in networks
     )
     if charts:
-        text += '\n\nA row of a matrix is of the images that the teacher puts into this class, and has the shares, in per '
-        text += 'cent, that the other network puts into each.'
+        text += (
+            '\n\nA row of a matrix is a class of the teacher: the percentages of its images in each class of the network.'
+        )
     return Section('Class by class', text, tables, charts)
 
 
-def agreement_table(shares: Sequence[float | None], class_names: Sequence[str]) -> Table:
+def agreement_table(agreement: Sequence[float | None], class_names: Sequence[str]) -> Table:
     """Returns the table of agreement by class: the fraction of images that student and teacher assign the same class.
 
     Args:
-      shares: the agreement for each class; None for a class without images.
+      agreement: the agreement for each class; None for a class without images.
       class_names: see `class_section`.
     """
-    known = [label for label, share in enumerate(shares) if share is not None]
-    shown = known if len(known) <= MOST_CLASSES else sorted(known, key=lambda label: shares[label])[:MOST_CLASSES]
-    which = '' if shown == known else f', of {len(known)} classes the {MOST_CLASSES} where it is lowest'
+    by_label = {label: value for label, value in enumerate(agreement) if value is not None}
+    labels, selection = [*by_label], ''
+    if len(labels) > MOST_CLASSES:
+        labels = sorted(labels, key=lambda label: by_label[label])[:MOST_CLASSES]
+        selection = f', for the {MOST_CLASSES} of {len(by_label)} classes where it is lowest'
     return Table(
         ('Class', 'agrees with the teacher'),
-        [[name_of(label, class_names), percent(shares[label])] for label in shown],
-        caption=f'On synthesized images that no student learned from{which}.',
+        [[name_of(label, class_names), percent(by_label[label])] for label in labels],
+        caption=f'On synthesized images that no student was trained on{selection}.',
     )
 
 
-def _agreed(pairs: list[list[int]]) -> float:
+def _agreement(pairs: list[list[int]]) -> float:
     """Returns the fraction of images that both networks assign the same class."""
     return sum(count for first, second, count in pairs if first == second) / sum(count for *_, count in pairs)
 
@@ -144,5 +148,5 @@ def confusion_matrix(pairs: list[list[int]], labels: list[int], name: str, class
     for first, _, count in pairs:
         totals[first] = totals.get(first, 0) + count
     rows = [[counts[row, column] / totals[row] if (row, column) in counts else None for column in labels] for row in labels]
-    known = [name_of(label, class_names) for label in labels]
-    return heat_map(rows, f'Teacher (rows) and {name} (columns)', known, known)
+    headings = [name_of(label, class_names) for label in labels]
+    return heat_map(rows, f'Teacher (rows) and {name} (columns)', headings, headings)

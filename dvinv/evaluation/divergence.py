@@ -19,6 +19,6 @@ def divergence(target_logits: Float[AnyArray, 'B O'], logits: Logits, temperatur
     Returns:
       A float32 scalar, in nats.
     """
-    targets, answers = (jax.nn.log_softmax(z.astype(jnp.float32) / temperature) for z in (target_logits, logits))
-    differences = jnp.where(targets == -jnp.inf, 0, targets - answers[:, : targets.shape[-1]])
-    return jnp.sum(jnp.exp(targets) * differences, -1).mean()
+    target_log_p, log_p = (jax.nn.log_softmax(z.astype(jnp.float32) / temperature) for z in (target_logits, logits))
+    differences = jnp.where(target_log_p == -jnp.inf, 0, target_log_p - log_p[:, : target_log_p.shape[-1]])
+    return jnp.sum(jnp.exp(target_log_p) * differences, -1).mean()

@@ -5,11 +5,13 @@ controls, so that all networks that are compared are trained on equally many ima
 are scored on these, and nothing is held out.
 """
 
+from typing import Any
+
 import numpy as np
 
 from dvinv.config import Settings
-from dvinv.data.chosen import Chosen
 from dvinv.data.pool import ImagePool
+from dvinv.data.rows import Chosen, RowArray
 from dvinv.evaluation.divergence import divergence
 from dvinv.evaluation.scoring import logits_of
 from dvinv.networks import Classifier
@@ -18,24 +20,23 @@ from dvinv.runtime import preemption
 FIGURES = ('held_out_agreement', 'held_out_kl', 'held_out_class_agreement')
 
 
-def training_rows(settings: Settings, array):
+def training_rows(settings: Settings, array: RowArray) -> RowArray:
     """Returns the rows of a pool's array that networks are trained on; the array may cover only the rounds made so far."""
-    first, held = _parts(settings, len(array))
-    return Chosen(array, first) if len(held) else array
+    training, held_out = _parts(settings, len(array))
+    return Chosen(array, training) if len(held_out) else array
 
 
-def training_set(settings: Settings, pool: ImagePool) -> tuple:
+def training_set(settings: Settings, pool: ImagePool) -> tuple[RowArray, RowArray]:
     """Returns the images and labels of a pool that networks are trained on, see `training_rows`."""
     return training_rows(settings, pool.rows('images')), training_rows(settings, pool.rows('labels'))
 
 
 def _parts(settings: Settings, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the row numbers of the training images of a pool and those of the held-out images, both ascending."""
-    size = count if settings.pool else settings.round_images  # an existing pool is a single round
-    held = settings.held_out_of(size)
+    round_size = count if settings.pool else settings.round_images  # an existing pool is a single round
     rows = np.arange(count)
-    last = rows % size >= size - held
-    return rows[~last], rows[last]
+    is_held_out = rows % round_size >= round_size - settings.held_out_of(round_size)
+    return rows[~is_held_out], rows[is_held_out]
 
 
 class HeldOut:
@@ -53,15 +54,17 @@ class HeldOut:
         if self.count:
             preemption.leave_if_asked()
             self._images, self._labels = images[rows], labels[rows]
-            self._answers = logits_of(teacher, self._images)
+            self._teacher_logits = logits_of(teacher, self._images)
 
     def beside(self, networks: dict[str, Classifier], main: str) -> dict:
         """Returns the `figures` of all networks, prefixed by their names except for that of `main`; {} without images."""
         if not self.count:
             return {}
-        compared = {'' if name == main else f'{name}_': self.figures(network) for name, network in networks.items()}
-        found = {f'{prefix}{name}': value for prefix, figures in compared.items() for name, value in figures.items()}
-        return {'held_out_images': self.count, **found}
+        results: dict[str, Any] = {'held_out_images': self.count}
+        for network_name, network in networks.items():
+            prefix = '' if network_name == main else f'{network_name}_'
+            results |= {f'{prefix}{name}': value for name, value in self.figures(network).items()}
+        return results
 
     def figures(self, network: Classifier) -> dict:
         """Computes how closely `network` agrees with the teacher on the held-out images.
@@ -72,7 +75,8 @@ class HeldOut:
           for a class without images.
         """
         logits = logits_of(network, self._images)
-        same = logits.argmax(1) == self._answers.argmax(1)
-        by_class = [same[self._labels == label] for label in range(self._classes)]
-        shares = [float(part.mean()) if len(part) else None for part in by_class]
-        return dict(zip(FIGURES, (float(same.mean()), float(divergence(self._answers, logits)), shares), strict=True))
+        agrees = logits.argmax(1) == self._teacher_logits.argmax(1)
+        by_class = [agrees[self._labels == label] for label in range(self._classes)]
+        class_agreement = [float(part.mean()) if len(part) else None for part in by_class]
+        kl = float(divergence(self._teacher_logits, logits))
+        return dict(zip(FIGURES, (float(agrees.mean()), kl, class_agreement), strict=True))

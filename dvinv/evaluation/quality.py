@@ -8,16 +8,18 @@ With p(y|x) the outputs of that network and f(x) [D] the inputs of its last laye
 - kernel distance: MMD^2 of f with the kernel (f f' / D + 1)^3, unbiased for any number of images, so it may be below 0
   (Binkowski et al., arXiv 1801.01401);
 - spread: the mean squared distance of features to the mean of their class, divided by that to the mean of all features: 0 if
-  all images of a class are the same, about 1 if classes cannot be told apart;
+  all images of a class are the same, about 1 if classes cannot be distinguished;
 - nearest: the mean cosine between the features of an image and those of the nearest other image.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
 from dvinv.data.dataset import RealData
 from dvinv.data.pool import ImagePool
+from dvinv.data.rows import RowArray
 from dvinv.errors import DvinvError
 from dvinv.evaluation.scoring import logits_and_features_of, top_accuracy
 from dvinv.networks import Classifier
@@ -50,12 +52,12 @@ class Judgement:
     labels: np.ndarray
 
 
-def judge(network: Classifier, images, labels, batch_size: int = 128) -> Judgement:
+def judge(network: Classifier, images: RowArray, labels: RowArray, batch_size: int = 128) -> Judgement:
     """Returns the outputs of `network` on at most `MOST` evenly spaced images.
 
     Args:
       network: the network that judges.
-      images: pixels uint8 [N, H, W, C], an array or rows of a pool.
+      images: pixels uint8 [N, H, W, C].
       labels: int [N].
       batch_size: the number of images that run through the network at a time.
     """
@@ -79,9 +81,9 @@ def figures(images: Judgement, real: Judgement | None = None) -> dict:
       DvinvError: there are fewer than two images, or the real images were judged by another network.
     """
     if len(images.labels) < 2 or (real and len(real.labels) < 2):
-        raise DvinvError('The quality of images is measured on two or more; there are too few.')
+        raise DvinvError('The quality of images cannot be measured on fewer than two images; make more.')
     if real and real.features.shape[1] != images.features.shape[1]:
-        raise DvinvError('Synthesized and real images were judged by different networks; judge both by one.')
+        raise DvinvError('Synthesized and real images were judged by different networks; use the same network for both.')
     return {
         **recognised(images),
         'inception_score': inception_score(images.logits),
@@ -106,10 +108,10 @@ def distances(images: Judgement, real: Judgement | None) -> dict:
 
 def recognised(images: Judgement) -> dict:
     """Returns the top-1 and top-5 accuracies of the network; the latter is None if there are at most five classes."""
-    several = images.logits.shape[1] > 5
+    has_top5 = images.logits.shape[1] > 5
     return {
         'recognised': top_accuracy(images.logits, images.labels),
-        'recognised_top5': top_accuracy(images.logits, images.labels, 5) if several else None,
+        'recognised_top5': top_accuracy(images.logits, images.labels, 5) if has_top5 else None,
     }
 
 
@@ -128,7 +130,9 @@ def figures_of_sets(
       {name: figures by `verifier`} of all pools and of 'real'. The entry 'verifiers' of the figures is {name: `recognised`}
       for the networks in `others`.
     """
-    sets = {name: (pool.rows('images'), pool.rows('labels')) for name, pool in pools.items()}
+    sets: dict[str, tuple[RowArray, RowArray]] = {
+        name: (pool.rows('images'), pool.rows('labels')) for name, pool in pools.items()
+    }
     if real:
         split = real.train or real.test
         sets['real'] = split.images, split.labels
@@ -142,30 +146,33 @@ def figures_of_sets(
     }
 
 
-def quality_table(found: dict[str, dict], verifier: str) -> Table:
+def quality_table(results: dict[str, dict], verifier: str) -> Table:
     """Returns the table for the report, with one row per set of images.
 
     Args:
-      found: the result of `figures_of_sets`.
+      results: the result of `figures_of_sets`.
       verifier: the name of the network that judged the images.
     """
-    shares = {name: _shares(of, verifier) for name, of in found.items()}
-    rows = [[SETS[name], *map(percent, shares[name].values()), *(of[key] for key in COLUMNS)] for name, of in found.items()]
+    accuracies = {name: _accuracies(quality, verifier) for name, quality in results.items()}
+    rows = [
+        [SETS[name], *map(percent, accuracies[name].values()), *(quality[key] for key in COLUMNS)]
+        for name, quality in results.items()
+    ]
     caption = (
-        f'On at most {MOST:,} images each. Under the name of a network: the share that it puts into their class; top 5: the '
-        f'class is among its first five answers. What follows is judged by {verifier}. Inception score: the higher the '
-        'better. Distances to real images: the lower the better, 0 for the same. Spread within classes: 0 where all images '
-        'of a class are alike. Nearest: the cosine to the most similar other image, 1 for copies.'
+        f'On at most {MOST:,} images each. Under the name of a network: its accuracy; top 5: the class is among its first '
+        f'five answers. The other columns are measured with {verifier}. Inception score: higher is better. Distances to '
+        'real images: lower is better, 0 for the same images. Spread within classes: 0 if all images of a class are equal. '
+        'Nearest: the cosine to the most similar other image, 1 for copies.'
     )
-    return Table(('Images', *shares['synthesized'], *COLUMNS.values()), rows, caption=caption)
+    return Table(('Images', *accuracies['synthesized'], *COLUMNS.values()), rows, caption=caption)
 
 
-def _shares(of: dict, verifier: str) -> dict[str, float]:
+def _accuracies(quality: dict[str, Any], verifier: str) -> dict[str, float]:
     """Returns {heading of a column: accuracy on a set of images} for every verifier."""
-    shares = {}
-    for network, told in {verifier: of, **of['verifiers']}.items():
-        shares |= {network: told['recognised'], f'{network}, top 5': told['recognised_top5']}
-    return {heading: share for heading, share in shares.items() if share is not None}
+    accuracies: dict[str, float | None] = {}
+    for network, figures in {verifier: quality, **quality['verifiers']}.items():
+        accuracies |= {network: figures['recognised'], f'{network}, top 5': figures['recognised_top5']}
+    return {heading: accuracy for heading, accuracy in accuracies.items() if accuracy is not None}
 
 
 def inception_score(logits: np.ndarray) -> float:
@@ -179,19 +186,19 @@ def inception_score(logits: np.ndarray) -> float:
 
 def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
     """Computes |m_x - m_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^(1/2)) of features [N, D] and [M, D]."""
-    (mean_x, cov_x), (mean_y, cov_y) = ((z.mean(0), np.cov(z, rowvar=False)) for z in (np.float64(x), np.float64(y)))
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    cov_x, cov_y = (np.atleast_2d(np.cov(features, rowvar=False)) for features in (x, y))
     # The eigenvalues of S_x S_y are those of the symmetric S_x^(1/2) S_y S_x^(1/2): real and not negative.
-    values, vectors = np.linalg.eigh(np.atleast_2d(cov_x))
+    values, vectors = np.linalg.eigh(cov_x)
     root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
-    shared = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ np.atleast_2d(cov_y) @ root), 0)).sum()
-    return float(
-        ((mean_x - mean_y) ** 2).sum() + np.trace(np.atleast_2d(cov_x)) + np.trace(np.atleast_2d(cov_y)) - 2 * shared
-    )
+    trace_of_root = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov_y @ root), 0)).sum()
+    return float(((mean_x - mean_y) ** 2).sum() + np.trace(cov_x) + np.trace(cov_y) - 2 * trace_of_root)
 
 
 def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
     """Computes the unbiased MMD^2 of features [N, D] and [M, D], from at most `KERNEL_MOST` evenly spaced rows of each."""
-    x, y = (np.float64(z[evenly(len(z), KERNEL_MOST)]) for z in (x, y))
+    x, y = (features[evenly(len(features), KERNEL_MOST)].astype(np.float64) for features in (x, y))
 
     def kernel(a, b):
         return (a @ b.T / a.shape[1] + 1) ** 3
@@ -210,10 +217,10 @@ def spread(features: np.ndarray, labels: np.ndarray) -> float | None:
       The ratio; None if no class has two images.
     """
     classes, counts = np.unique(labels, return_counts=True)
-    several = np.isin(labels, classes[counts > 1])
-    if not several.any():
+    in_larger_classes = np.isin(labels, classes[counts > 1])
+    if not in_larger_classes.any():
         return None
-    features, labels = np.float64(features[several]), labels[several]
+    features, labels = features[in_larger_classes].astype(np.float64), labels[in_larger_classes]
     within = sum(
         ((features[labels == label] - features[labels == label].mean(0)) ** 2).sum() * (count / (count - 1))
         for label, count in zip(classes, counts, strict=True)
@@ -226,10 +233,10 @@ def spread(features: np.ndarray, labels: np.ndarray) -> float | None:
 def nearest(features: np.ndarray) -> float:
     """Computes the mean over images of the largest cosine between its features and another image's; features are [N, D]."""
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-    best = []
+    largest = []
     for start in range(0, len(unit), 1024):
         cosines = unit[start : start + 1024] @ unit.T
         rows = np.arange(len(cosines))
         cosines[rows, start + rows] = -np.inf
-        best.append(cosines.max(1))
-    return float(np.concatenate(best).mean())
+        largest.append(cosines.max(1))
+    return float(np.concatenate(largest).mean())

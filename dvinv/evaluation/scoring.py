@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dvinv.data.dataset import RealData
+from dvinv.data.rows import RowArray
 from dvinv.errors import DvinvError
 from dvinv.graph.flops import count_flops
 from dvinv.networks.classifier import Classifier
@@ -26,38 +27,44 @@ def logits_of(network: Classifier, images: np.ndarray, batch_size: int = 256) ->
 
     The last batch is padded, so that a single program is compiled.
     """
-    return _in_batches(network, images, np.arange(len(images)), batch_size, features=False)
+    (logits,) = _in_batches(network, images, np.arange(len(images)), batch_size, features=False)
+    return logits
 
 
-def logits_and_features_of(network: Classifier, images, rows: np.ndarray, batch_size: int = 128) -> tuple:
+def logits_and_features_of(
+    network: Classifier, images: RowArray, rows: np.ndarray, batch_size: int = 128
+) -> tuple[np.ndarray, np.ndarray]:
     """Computes logits float32 [n, K] and features float32 [n, D] of chosen images.
 
     Args:
       network: the network.
-      images: pixels uint8 [N, H, W, C], an array or rows of a pool.
+      images: pixels uint8 [N, H, W, C].
       rows: the numbers of the images, int [n].
       batch_size: the number of images that run through the network at a time.
     """
-    return _in_batches(network, images, rows, batch_size, features=True)
+    logits, features = _in_batches(network, images, rows, batch_size, features=True)
+    return logits, features
 
 
-def _in_batches(network: Classifier, images, rows: np.ndarray, batch_size: int, features: bool):
-    apply_fn, parts = _compiled(network.apply_fn, features), []
+def _in_batches(
+    network: Classifier, images: RowArray, rows: np.ndarray, batch_size: int, features: bool
+) -> list[np.ndarray]:
+    """Returns the logits of chosen images, and their features if `features`."""
+    apply_fn, outputs_of_batches = _compiled(network.apply_fn, features), []
     batch_size = min(batch_size, len(rows))
     for start in range(0, len(rows), batch_size):
         preemption.leave_if_asked(alone=True)
-        part = images[rows[start : start + batch_size]]
-        padded = np.concatenate([part, np.zeros((batch_size - len(part), *part.shape[1:]), part.dtype)])
-        answers = apply_fn(network.variables, network.normalise(jnp.asarray(padded)))
-        parts.append([np.asarray(answer, np.float32)[: len(part)] for answer in jax.tree.leaves(answers)])
-    joined = tuple(np.concatenate(same) for same in zip(*parts, strict=True))
-    return joined if features else joined[0]
+        batch = images[rows[start : start + batch_size]]
+        padded = np.concatenate([batch, np.zeros((batch_size - len(batch), *batch.shape[1:]), batch.dtype)])
+        outputs = apply_fn(network.variables, network.normalise(jnp.asarray(padded)))
+        outputs_of_batches.append([np.asarray(output, np.float32)[: len(batch)] for output in jax.tree.leaves(outputs)])
+    return [np.concatenate(outputs) for outputs in zip(*outputs_of_batches, strict=True)]
 
 
 def among_top(logits: np.ndarray, labels: np.ndarray, k: int = 1) -> np.ndarray:
     """Returns whether the label of each image is among the `k` highest of its logits [N, K]; bool [N]."""
-    best = np.argsort(-logits, axis=1, kind='stable')[:, :k]
-    return (best == np.asarray(labels)[:, None]).any(1)
+    top = np.argsort(-logits, axis=1, kind='stable')[:, :k]
+    return (top == np.asarray(labels)[:, None]).any(1)
 
 
 def top_accuracy(logits: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
@@ -85,13 +92,15 @@ def validate_fits(network: Classifier, data: RealData) -> None:
       DvinvError: it does not; the message names both shapes, or the classes.
     """
     if tuple(network.image_shape) != tuple(data.image_shape):
-        taken, given = ('x'.join(map(str, shape)) for shape in (network.image_shape, data.image_shape))
-        raise DvinvError(f'The teacher takes images of {taken} (height x width x channels), but the data set has {given}.')
+        expected, found = ('x'.join(map(str, shape)) for shape in (network.image_shape, data.image_shape))
+        raise DvinvError(
+            f'The teacher takes images of {expected} (height x width x channels), but the data set has {found}.'
+        )
     if data.by_position and data.num_classes != network.num_classes:
         raise DvinvError(
             f'The data set has folders of {data.num_classes} classes, but the teacher knows {network.num_classes}, and the '
-            'names of the folders do not tell which these are; give data.class_names, the names of all classes in the order '
-            "of the teacher's, or name the folders by the numbers of their classes, from 0."
+            'names of the folders do not say which of them; give data.class_names, the names of all classes in the order of '
+            'the teacher, or name the folders by the numbers of their classes, from 0.'
         )
     highest = max(int(split.labels.max()) for split in (data.train, data.test) if split)
     if highest >= network.num_classes:

@@ -6,12 +6,13 @@ A step of a synthesis is one iteration of all batches that are inverted side by 
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from dvinv.config import TASKS, Settings, Stage
+from dvinv.config import Settings, Stage
 from dvinv.continual.chains import pools_of
 from dvinv.errors import DvinvError
 from dvinv.evaluation.scoring import flops
@@ -26,7 +27,7 @@ from dvinv.runtime.progress import duration
 from dvinv.synthesis.synthesizer import abreast
 from dvinv.training.trainer import PlannedTraining, TrainStep
 
-TIMED_SECONDS = 1.0  # least total time of the timed dispatches; at least three are timed besides the first
+TIMED_SECONDS = 1.0  # minimum total time of the timed dispatches; at least three are timed after the first
 PLANNED = ('teacher', 'distillation', 'pruning', 'continual', 'quantization')  # tasks that train networks
 
 
@@ -40,6 +41,7 @@ class StagePlan:
       gflops: GFLOP per step: the forward pass and the gradient with respect to the images, of teacher and competitor.
       seconds: seconds per step, the median over a few dispatches.
       memory: bytes of device memory that the stage needs, including the weights.
+      compile_seconds: seconds of compilation.
     """
 
     resolution: int
@@ -47,6 +49,7 @@ class StagePlan:
     gflops: float
     seconds: float
     memory: int
+    compile_seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +123,7 @@ class TrainingPlan:
       gflops: GFLOP per update: forward and backward pass of the network (3 times a forward pass), and the forward pass of
         the teacher if there is one.
       seconds: seconds per update, the median over a few dispatches.
+      compile_seconds: seconds of compilation.
     """
 
     name: str
@@ -128,6 +132,7 @@ class TrainingPlan:
     batch_size: int
     gflops: float
     seconds: float
+    compile_seconds: float = 0.0
 
     @property
     def total_seconds(self) -> float:
@@ -155,25 +160,30 @@ class Plan:
       synthesis: the cost of the image pools; None if no image is optimized.
       trainings: the cost of the trainings, one entry per kind of network.
       training_devices: the devices that the trainings were timed on, for instance '2 gpu devices'.
-      compile_seconds: the seconds of compilation, which no other figure includes.
     """
 
     synthesis: SynthesisPlan | None
     trainings: tuple[TrainingPlan, ...]
     training_devices: str
-    compile_seconds: float
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds of compilation, which no other figure includes."""
+        stages = self.synthesis.stages if self.synthesis else ()
+        synthesis = sum(stage.compile_seconds for stage in stages)
+        return synthesis + sum(training.compile_seconds for training in self.trainings)
 
     @property
     def seconds(self) -> float:
         """Seconds of all synthesis and training."""
-        made = self.synthesis.pools * self.synthesis.seconds if self.synthesis else 0.0
-        return made + sum(training.total_seconds for training in self.trainings)
+        synthesis = self.synthesis.pools * self.synthesis.seconds if self.synthesis else 0.0
+        return synthesis + sum(training.total_seconds for training in self.trainings)
 
     @property
     def pflop(self) -> float:
         """Floating-point operations of all synthesis and training, in units of 1e15."""
-        made = self.synthesis.pools * self.synthesis.pflop if self.synthesis else 0.0
-        return made + sum(training.pflop for training in self.trainings)
+        synthesis = self.synthesis.pools * self.synthesis.pflop if self.synthesis else 0.0
+        return synthesis + sum(training.pflop for training in self.trainings)
 
     def __str__(self) -> str:
         """Returns the tables of synthesis and trainings, and the total."""
@@ -205,20 +215,16 @@ def plan(config) -> Plan:
     settings, mesh, teacher = run.settings, run.training_mesh, run.planned_teacher
     run.planned_teacher = teacher = dataclasses.replace(teacher, variables=_arrays(teacher.variables))
     pools = _pools(settings)
-    synthesis, compile_seconds = plan_synthesis(run, teacher, pools) if pools else (None, 0.0)
-    tasks = [task for task in TASKS if task in settings.tasks and task in PLANNED]
+    synthesis = plan_synthesis(run, teacher, pools) if pools else None
+    tasks = [task for task in settings.ordered_tasks if task in PLANNED]
     if settings.synthesis.method == 'adaptive' and 'synthesis' in settings.tasks and 'distillation' not in tasks:
         tasks.append('distillation')  # its student is trained while images are made
     jobs = [job for task in tasks for job in pipeline.MODULES[task].planned_trainings(run)]
     if not (synthesis or jobs):
-        what = f'pool is {settings.pool!r}' if settings.pool else f'synthesis.method is {settings.synthesis.method!r}'
-        raise DvinvError(f'{what} and no task trains a network: there is nothing to plan.')
-    trainings = []
-    for job in jobs:
-        training, seconds = plan_training(job, settings.logging.every, mesh)
-        trainings.append(training)
-        compile_seconds += seconds
-    return Plan(synthesis, tuple(trainings), _devices(mesh.size, platform_of(mesh)), compile_seconds)
+        reason = f'pool is {settings.pool!r}' if settings.pool else f'synthesis.method is {settings.synthesis.method!r}'
+        raise DvinvError(f'{reason} and no task trains a network: there is nothing to plan.')
+    trainings = tuple(plan_training(job, settings.logging.every, mesh) for job in jobs)
+    return Plan(synthesis, trainings, _devices(mesh.size, platform_of(mesh)))
 
 
 def _pools(settings: Settings) -> float:
@@ -234,8 +240,8 @@ def _pools(settings: Settings) -> float:
     return pools
 
 
-def plan_synthesis(run: Run, teacher: Teacher, pools: float) -> tuple[SynthesisPlan, float]:
-    """Returns the cost of the pools of a run, and the seconds of compilation.
+def plan_synthesis(run: Run, teacher: Teacher, pools: float) -> SynthesisPlan:
+    """Returns the cost of the pools of a run.
 
     Args:
       run: the run.
@@ -252,17 +258,15 @@ def plan_synthesis(run: Run, teacher: Teacher, pools: float) -> tuple[SynthesisP
     side_by_side = abreast(run.settings, mesh.size)
     mesh = mesh if settings.bn_stats == 'global' else make_mesh(side_by_side)
     labels = np.stack([balanced_labels(i, group.batch_size, teacher.num_classes) for i in range(side_by_side)])
-    programs = Programs(teacher, settings, mesh, student and student.apply_fn)
+    programs = Programs(teacher, settings, mesh, student.apply_fn if student else None)
     networks = [teacher, student] if student else [teacher]
-    stages, seconds = zip(*(_time_stage(programs, stage, labels, networks) for stage in settings.stages), strict=True)
+    stages = tuple(_time_stage(programs, stage, labels, networks) for stage in settings.stages)
     pool_bytes = group.images * (math.prod(teacher.image_shape) + 4 * teacher.num_classes)
-    batches = group.batches
-    devices = platform_of(mesh), mesh.size
-    return SynthesisPlan(*devices, group.images, batches, side_by_side, stages, pool_bytes, pools), sum(seconds)
+    return SynthesisPlan(platform_of(mesh), mesh.size, group.images, group.batches, side_by_side, stages, pool_bytes, pools)
 
 
-def _time_stage(programs: Programs, stage: Stage, labels: np.ndarray, networks: list[Classifier]) -> tuple[StagePlan, float]:
-    """Returns the cost of a stage and its seconds of compilation.
+def _time_stage(programs: Programs, stage: Stage, labels: np.ndarray, networks: Sequence[Classifier]) -> StagePlan:
+    """Returns the cost of a stage.
 
     Args:
       programs: the compiled programs of the inversion.
@@ -271,8 +275,8 @@ def _time_stage(programs: Programs, stage: Stage, labels: np.ndarray, networks: 
       networks: the teacher, and the competitor if there is one.
     """
     height, width, channels = networks[0].image_shape
-    shown = *stage.view_size(height, width), channels
-    forward = sum(flops(dataclasses.replace(network, image_shape=shown)) for network in networks)
+    view_shape = *stage.view_size(height, width), channels
+    forward = sum(flops(dataclasses.replace(network, image_shape=view_shape)) for network in networks)
 
     iterations = min(programs.dispatch, stage.iterations)
     keys = jax.vmap(jax.random.key)(np.arange(len(labels)))
@@ -285,11 +289,12 @@ def _time_stage(programs: Programs, stage: Stage, labels: np.ndarray, networks: 
     seconds = _median_seconds(lambda state: program(state, *arguments), state) / iterations
     size = program.memory_analysis()
     memory = size.argument_size_in_bytes + size.output_size_in_bytes + size.temp_size_in_bytes - size.alias_size_in_bytes
-    return StagePlan(shown[0], stage.iterations, 2 * forward * labels.size / 1e9, seconds, memory), compile_seconds
+    gflops = 2 * forward * labels.size / 1e9
+    return StagePlan(view_shape[0], stage.iterations, gflops, seconds, memory, compile_seconds)
 
 
-def plan_training(planned: PlannedTraining, every: int, mesh) -> tuple[TrainingPlan, float]:
-    """Returns the cost of the trainings of `planned` on `mesh`, and the seconds of compilation.
+def plan_training(planned: PlannedTraining, every: int, mesh: Mesh) -> TrainingPlan:
+    """Returns the cost of the trainings of `planned` on `mesh`.
 
     Args:
       planned: the trainings.
@@ -303,25 +308,24 @@ def plan_training(planned: PlannedTraining, every: int, mesh) -> tuple[TrainingP
         rng.integers(0, 256, (count, *like.image_shape), np.uint8), np.arange(count, dtype=np.int32) % like.num_classes
     )
     shape = (step.updates, settings.batch_size) if step.updates > 1 else (settings.batch_size,)
-    (chosen,) = step.batches.each([rng.integers(0, count, shape, np.int32)])
+    (batch,) = step.batches.each([rng.integers(0, count, shape, np.int32)])
     key = jax.random.key(0)
     state = step.place(step.initial_state(key))
     start = time.perf_counter()
-    state, losses = step(state, chosen, key)
+    state, losses = step(state, batch, key)
     jax.block_until_ready(losses)
     compile_seconds = time.perf_counter() - start
-    seconds = _median_seconds(lambda state: step(state, chosen, key), state) / step.updates
-    pictures = like.image_shape, like.num_classes, like.mean, like.std
-    student = Classifier(apply_fn_of(planned.module), state.variables, *pictures)
-    forward = 3 * flops(student) + (flops(planned.teacher) if planned.teacher else 0)
+    seconds = _median_seconds(lambda state: step(state, batch, key), state) / step.updates
+    network = dataclasses.replace(like, apply_fn=apply_fn_of(planned.module), variables=state.variables)
+    forward = 3 * flops(network) + (flops(planned.teacher) if planned.teacher else 0)
     gflops = forward * settings.batch_size / 1e9
-    plan = TrainingPlan(planned.name, planned.networks, settings.updates, settings.batch_size, gflops, seconds)
-    return plan, compile_seconds
+    updates, batch_size = settings.updates, settings.batch_size
+    return TrainingPlan(planned.name, planned.networks, updates, batch_size, gflops, seconds, compile_seconds)
 
 
 def _median_seconds(step: Callable, state) -> float:
     """Returns the median seconds of `state, metrics = step(state)`, excluding the first call."""
-    times = []
+    times: list[float] = []
     while len(times) < 4 or sum(times) < TIMED_SECONDS:
         start = time.perf_counter()
         state, metrics = step(state)

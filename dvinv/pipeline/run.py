@@ -5,12 +5,12 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
 from dvinv.config import DataSettings, Settings, SynthesisSettings
-from dvinv.data.dataset import RealData
+from dvinv.data.dataset import RealData, Split
 from dvinv.data.real import Datasets
 from dvinv.errors import DvinvError, listed
 from dvinv.evaluation.scoring import validate_fits
@@ -22,7 +22,7 @@ from dvinv.networks import Classifier, create, load_classifier, load_network, re
 from dvinv.networks.classifier import check_finite, differing_shapes
 from dvinv.networks.files import refuse_other
 from dvinv.runtime.devices import make_mesh, training_mesh
-from dvinv.runtime.workdir import Workdir
+from dvinv.runtime.workdir import Workdir, network_file
 from dvinv.teacher import factories
 from dvinv.teacher.verifiers import print_pixels, read_verifier, validate_judge
 
@@ -41,7 +41,7 @@ class Run:
       training_mesh: the devices of all processes that a training batch is split over.
     """
 
-    def __init__(self, settings: Settings, path: str | Path = ''):
+    def __init__(self, settings: Settings, path: str | Path = '') -> None:
         """Finds the devices; everything else is opened at its first use.
 
         Args:
@@ -55,13 +55,16 @@ class Run:
         self.path = Path(path) if path else None
         self.mesh = make_mesh(settings.devices)
         self.training_mesh = training_mesh(self.mesh)
-        self._datasets, self._workdir, self._validated = Datasets(), None, set()
+        self._datasets = Datasets()
+        self._workdir: Workdir | None = None
+        self._validated: set[Callable[[Run], None]] = set()
+        self._students: dict[tuple, Any] = {}
 
     def with_synthesis(self, synthesis: SynthesisSettings, seed: int) -> 'Run':
         """Returns the run with other synthesis settings and another noise seed; everything already open is shared."""
-        other = copy.copy(self)
-        other.settings, other.noise_seed = dataclasses.replace(self.settings, synthesis=synthesis), seed
-        return other
+        run = copy.copy(self)
+        run.settings, run.noise_seed = dataclasses.replace(self.settings, synthesis=synthesis), seed
+        return run
 
     def once(self, validate: Callable[['Run'], None]) -> None:
         """Calls a validation that several tasks share, unless it was called before."""
@@ -81,12 +84,13 @@ class Run:
         Raises:
           DvinvError: see `Workdir`.
         """
+        assert self.path is not None, 'the run has no work directory'
         self._workdir = Workdir(self.path, self.settings)
         return self._workdir
 
     def is_finished(self, name: str) -> bool:
         """Returns whether the work directory has the file of a network; the work directory need not be open."""
-        return (self.path / 'networks' / f'{name}.safetensors').exists() if self.path else False
+        return self.path is not None and network_file(self.path, name).exists()
 
     # Real data
 
@@ -159,9 +163,7 @@ class Run:
             check_finite(self.factory_network.variables, f'teacher.factory {group.factory!r}')
             return self.factory_network
         module, variables, about = self.teacher_parts
-        if group.factory:
-            return teacher_of(module, variables, **{name: about[name] for name in ('image_shape', 'mean', 'std')})
-        return self._invertible(module, variables, about)
+        return self._teacher_of(module, variables, about['image_shape'], about['mean'], about['std'])
 
     @functools.cached_property
     def planned_teacher(self) -> Teacher:
@@ -184,27 +186,8 @@ class Run:
             print_pixels(group, 'teacher', teacher)
         if data is not None:
             validate_fits(teacher, data)
-            chosen = self.settings.data.classes
-            # The first classes keep their numbers. The task `continual` validates its classes itself.
-            if (
-                len(chosen) < teacher.num_classes
-                and chosen != (*range(len(chosen)),)
-                and 'continual' not in self.settings.tasks
-            ):
-                raise DvinvError(
-                    f'data.classes names {len(chosen)} classes, which are numbered again from 0, but the teacher knows '
-                    f'{teacher.num_classes}, so that their labels would be of other classes; leave data.classes out, or '
-                    'give a teacher of these classes alone.'
-                )
+            self._validate_chosen_classes(teacher)
         return teacher
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """The image shape (H, W, C) of the teacher, also before it is trained."""
-        group = self.settings.teacher
-        if not self.is_trained_here('teacher') and (group.factory or group.network):
-            return self.bare_teacher.image_shape
-        return self.data.image_shape if self.data else self.planned_teacher.image_shape  # raises an error
 
     @functools.cached_property
     def teacher_parts(self) -> tuple[Any, Any, dict]:
@@ -215,9 +198,10 @@ class Run:
         Raises:
           DvinvError: the file is missing, or belongs to another network.
         """
-        group, given = self.settings.teacher, {}
+        group = self.settings.teacher
         if group.factory:
             return self._own_parts()
+        given: dict[str, Any] = {}
         if group.weights:  # otherwise this run wrote the file, with these settings
             given = {'mean': group.mean, 'std': group.std, 'image_shape': group.image_shape, 'width': group.width}
         return read_classifier(self._file('teacher'), group.network, field='teacher.network', **given)
@@ -264,10 +248,6 @@ class Run:
             self._students[key] = module
         return self._students[key]
 
-    @functools.cached_property
-    def _students(self) -> dict:
-        return {}
-
     def validate_changeable(self) -> None:
         """Validates that the teacher can be modified and trained further, as pruning and continual learning require.
 
@@ -279,7 +259,7 @@ class Run:
             name = f'The network of teacher.factory {self.settings.teacher.factory!r}'
             if teacher.module is None:
                 raise DvinvError(
-                    f'{name} is not known; return what dvinv.from_linen or dvinv.from_nnx makes, which keep it.'
+                    f'{name} is unknown; return a Teacher of dvinv.from_linen or dvinv.from_nnx, which contains it.'
                 )
             validate_trainable(teacher.module, teacher.image_shape, teacher.num_classes, name, from_scratch=False)
 
@@ -298,8 +278,8 @@ class Run:
                     f"The {role} is to be trained, but {field} is ''; name a data set, or give {role}.weights"
                     + (", or '' for verifier.network to do without." if role == 'verifier' else '.')
                 )
-        if needed and 'teacher' in self.settings.tasks:
-            _validate_classes(data)
+            if 'teacher' in self.settings.tasks:
+                _validate_classes(data.train, data.num_classes)
 
     def validate_real_control(self, task: str) -> None:
         """Validates that there are real training images if the controls of `task` include 'real'.
@@ -315,35 +295,47 @@ class Run:
 
     def blank_classifier(self) -> Classifier:
         """Returns a classifier without network and weights, with the image shape and classes of networks trained here."""
-        data = self.data
-        return Classifier(None, None, data.image_shape, data.num_classes, *self._pixels)
+        data = self._training_data
+        no_network = cast(Callable, None)  # never called: a training replaces it
+        return Classifier(no_network, None, data.image_shape, data.num_classes, *self._pixels)
 
     def _blank_teacher(self) -> Teacher:
         """Returns the teacher that this run trains, with shapes for weights."""
         self.validate_training_data()
-        group, data = self.settings.teacher, self.data
+        group, data = self.settings.teacher, self._training_data
         shape = data.image_shape
         if group.image_shape and group.image_shape != tuple(shape):
             raise DvinvError(
                 f'teacher.image_shape is {group.image_shape}, but the teacher is trained here, on images of {tuple(shape)}; '
-                'leave it out, or scale these by data.image_size.'
+                'leave it out, or scale the images by data.image_size.'
             )
-        mean, std = self._pixels
         if group.factory:
             module = self.factory_network
             validate_trainable(module, shape, data.num_classes, f'The network of teacher.factory {group.factory!r}')
-            return teacher_of(module, shapes_of(module, shape), image_shape=shape, mean=mean, std=std)
-        module = create(group.network, data.num_classes, group.width)
-        about = {'image_shape': shape, 'num_classes': data.num_classes, 'mean': mean, 'std': std}
-        return self._invertible(module, shapes_of(module, shape), about)
+        else:
+            module = create(group.network, data.num_classes, group.width)
+        return self._teacher_of(module, shapes_of(module, shape), shape, *self._pixels)
 
-    def _invertible(self, module, variables, about: dict) -> Any:
-        """Returns the `Teacher` of a Linen module, its variables, and its description as `networks.save_network` takes it.
+    def _teacher_of(self, module, variables, image_shape, mean, std) -> Teacher:
+        """Returns the `Teacher` of the user's network or of one of dvinv's named networks.
 
         Raises:
           DvinvError: the network cannot be inverted.
         """
-        return trusted_linen(module, variables, image_shape=about['image_shape'], mean=about['mean'], std=about['std'])
+        make = teacher_of if self.settings.teacher.factory else trusted_linen
+        return make(module, variables, image_shape=image_shape, mean=mean, std=std)
+
+    def _validate_chosen_classes(self, teacher: Teacher) -> None:
+        """Validates that `data.classes` does not give other numbers to classes of a teacher that knows more classes."""
+        classes = self.settings.data.classes
+        keep_numbers = classes == (*range(len(classes)),)
+        # The task `continual` validates its classes itself.
+        if len(classes) < teacher.num_classes and not keep_numbers and 'continual' not in self.settings.tasks:
+            raise DvinvError(
+                f'data.classes names {len(classes)} classes, which are numbered again from 0, but the teacher knows '
+                f'{teacher.num_classes}, so that their labels would be those of other classes; leave data.classes out, or '
+                'give a teacher with these classes only.'
+            )
 
     def _validate_moments(self) -> None:
         """Validates that given moments belong to an existing network, and that there are images to record moments from."""
@@ -356,26 +348,26 @@ class Run:
             )
         if group.moments and self.is_trained_here('teacher'):
             raise DvinvError(
-                f'teacher.moments is {group.moments!r}, but the teacher is yet to be trained, so they are of another '
-                'network; record those of this one by teacher.moments_images=100.'
+                f'teacher.moments is {group.moments!r}, but the teacher is yet to be trained, so these moments are those of '
+                'another network; record those of this one by teacher.moments_images=100.'
             )
 
     def _own_parts(self) -> tuple[Any, Any, dict]:
         """Returns `teacher_parts` for a teacher from `teacher.factory`."""
-        own, group = self.factory_network, self.settings.teacher
-        if isinstance(own, Teacher):
-            about = {name: getattr(own, name) for name in ('num_classes', 'image_shape', 'mean', 'std')}
-            return own.module, trained_part(own.variables), {'network': '', 'width': 1.0, **about}
+        network, group = self.factory_network, self.settings.teacher
+        if isinstance(network, Teacher):
+            about = {name: getattr(network, name) for name in ('num_classes', 'image_shape', 'mean', 'std')}
+            return network.module, trained_part(network.variables), {'network': '', 'width': 1.0, **about}
         path = self._file('teacher')
         variables, about = load_network(path)
         if group.weights:
             refuse_other(path, 'teacher.', about, {name: getattr(group, name) for name in ('mean', 'std', 'image_shape')})
-        if differing := differing_shapes(shapes_of(own, about['image_shape']), variables):
+        if differing := differing_shapes(shapes_of(network, about['image_shape']), variables):
             raise DvinvError(
                 f'{path} holds other weights than the network of teacher.factory {group.factory!r} has: '
                 f'{listed(differing, 3)} differ; give the weights of this network, or another --workdir if it was changed.'
             )
-        return own, variables, about
+        return network, variables, about
 
     def _file(self, role: Role) -> Path:
         """Returns the path of the weights of the teacher or verifier."""
@@ -387,29 +379,40 @@ class Run:
             )
         return path
 
+    @property
+    def _training_data(self) -> RealData:
+        """The real data of a run that trains its teacher, see `validate_training_data`."""
+        assert self.data is not None
+        return self.data
+
     @functools.cached_property
     def _pixels(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """The mean and std of pixels for a teacher that this run trains."""
-        group, data = self.settings.teacher, self.data
-        half = (0.5,) * data.image_shape[-1]
-        usual = half, half
+        group, data = self.settings.teacher, self._training_data
+        channels = data.image_shape[-1]
+        default_mean = default_std = (0.5,) * channels
         if group.factory and not (group.mean and group.std):  # measured; dvinv's own networks keep their older default, 0.5
+            assert data.train is not None
             rows = np.unique(np.linspace(0, len(data.train.labels) - 1, MEASURED).astype(int))
-            pixels = data.train.images[rows].reshape(-1, len(half)) / 255
-            usual = tuple(tuple(round(float(v), 4) for v in values) for values in (pixels.mean(0), pixels.std(0)))
-        return group.mean or usual[0], group.std or usual[1]
+            pixels = data.train.images[rows].reshape(-1, channels) / 255
+            default_mean, default_std = (
+                tuple(round(float(value), 4) for value in values) for values in (pixels.mean(0), pixels.std(0))
+            )
+        return group.mean or default_mean, group.std or default_std
 
 
-def _validate_classes(data: RealData) -> None:
-    """Validates that a data set has at least one training image of each class."""
-    first, count = data.classes_without_images
+def _validate_classes(train: Split, num_classes: int) -> None:
+    """Validates that there is at least one training image of each class."""
+    present = np.unique(train.labels)
+    count = num_classes - len(present)
     if not count:
         return
-    numbers = listed([*map(str, first)], 5) if len(first) == count else f'{", ".join(map(str, first[:5]))}, ...'
-    present = np.unique(data.train.labels)
+    # A wrong label may make billions of classes. At least five of these candidates have no image, if so many have none.
+    candidates = np.arange(min(num_classes, len(present) + 5))
+    missing = ', '.join(map(str, np.setdiff1d(candidates, present)[:5])) + (', ...' if count > 5 else '')
     raise DvinvError(
-        f'The data set has {data.num_classes} classes by its labels or names, but {count} of them ({numbers}) have no image '
-        f'to train on: a network would have outputs that mean nothing, and images would be made of them. Labels count the '
-        f'classes from 0, and here the lowest is {present[0]}, the highest {present[-1]}; number them again, or name by '
-        'data.classes those that there are.'
+        f'The data set has {num_classes} classes by its labels or names, but {count} of them ({missing}) have no training '
+        'image: the outputs of a network for them would be untrained, and images of them would be made. Labels count the '
+        f'classes from 0; here the lowest is {present[0]}, and the highest is {present[-1]}. Number them again, or list the '
+        'existing classes in data.classes.'
     )

@@ -4,11 +4,13 @@ import dataclasses
 import fnmatch
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 
-from dvinv.config import TASKS, Settings, nested, parse
+from dvinv.config import Settings, nested, parse
 from dvinv.errors import DvinvError, listed, say
 from dvinv.pipeline import tasks as pipeline
 from dvinv.report.page import Section, Table, Tile, percent, render
@@ -50,35 +52,36 @@ def run(config: ml_collections.ConfigDict | Settings, workdir, count: int) -> di
     Raises:
       DvinvError: `workdir` holds a single run or other seeds, or as for `tasks.run`.
     """
-    settings = parse(config)
-    if (Path(workdir) / 'config.json').exists():
+    settings, workdir = parse(config), Path(workdir)
+    if (workdir / 'config.json').exists():
         if holds_work(workdir):
             raise DvinvError(f'{workdir} holds a single run; choose another --workdir for several seeds.')
         if is_primary():
-            (Path(workdir) / 'config.json').unlink(missing_ok=True)  # left by a run that ended without results
+            (workdir / 'config.json').unlink(missing_ok=True)  # left by a run that ended without results
     seeds, runs = [settings.seed + i for i in range(count)], []
-    others = {folder.name for folder in Path(workdir).glob('seed-*') if holds_work(folder)}
-    if others := others - {f'seed-{seed}' for seed in seeds}:
+    folders = {seed: workdir / f'seed-{seed}' for seed in seeds}
+    others = sorted(
+        {folder.name for folder in workdir.glob('seed-*') if holds_work(folder)} - {f.name for f in folders.values()}
+    )
+    if others:
         raise DvinvError(
-            f'{workdir} holds {", ".join(sorted(others))}, which these --seeds do not ask for; choose another --workdir.'
+            f'{workdir} holds {", ".join(others)}, which these --seeds do not include; choose another --workdir.'
         )
-    folders = [Path(workdir) / f'seed-{seed}' for seed in seeds]
-    tasks = [task for task in TASKS if task in settings.tasks]
-    for i, seed in enumerate(seeds):
+    for i, (seed, folder) in enumerate(folders.items()):
         if is_primary():
-            done = ', '.join(done_already(folders[i], tasks))
+            done = ', '.join(done_already(folder, settings.ordered_tasks))
             skipped = f'; done, not run again: {done}' if done else ''
-            say(f'seed {i + 1} of {count} (config.seed is {seed}), in {folders[i]}{skipped}')
-        runs.append(pipeline.run(dataclasses.replace(settings, seed=seed), folders[i]))
+            say(f'seed {i + 1} of {count} (config.seed is {seed}), in {folder}{skipped}')
+        runs.append(pipeline.run(dataclasses.replace(settings, seed=seed), folder))
     summary = {
         'seeds': seeds,
         'runs': runs,
         'mean': _over(runs, statistics.fmean),
         'std': _over(runs, lambda values: statistics.stdev(values) if len(values) > 1 else None),
     }
-    write_atomic(Path(workdir) / 'results.json', (json.dumps(summary, indent=2, sort_keys=True) + '\n').encode())
+    write_atomic(workdir / 'results.json', (json.dumps(summary, indent=2, sort_keys=True) + '\n').encode())
     if 'report' in settings.tasks:
-        write_atomic(Path(workdir) / 'report.html', _report(settings, summary).encode())
+        write_atomic(workdir / 'report.html', _report(settings, summary).encode())
     return summary
 
 
@@ -89,7 +92,7 @@ def _report(settings: Settings, summary: dict) -> str:
         mean, std = summary['mean'].get(task, {}), summary['std'].get(task, {})
         if not (names := _headlines(mean, patterns)):
             continue
-        rows = [['mean', *_cells(names, mean)], ['standard deviation', *_cells(names, std)]]
+        rows: list[list[Any]] = [['mean', *_cells(names, mean)], ['standard deviation', *_cells(names, std)]]
         for seed, results in zip(seeds, summary['runs'], strict=True):
             rows.append([(f'seed {seed}', f'seed-{seed}/report.html'), *_cells(names, _flat(results[task]))])
         columns = ['', *(name.replace('_', ' ') for name in names)]
@@ -101,8 +104,8 @@ def _report(settings: Settings, summary: dict) -> str:
     count = len(seeds)
     return render(
         f'{settings.data.name or settings.teacher.factory}: {count} seed{"s" if count > 1 else ""}',
-        f'The same config was run with the seeds {listed([*map(str, seeds)])}: everything that is drawn by chance differs. '
-        'Deviations are those of a sample (n - 1). Each seed has a report of its own; all figures are in results.json.',
+        f'The same config was run with the seeds {listed([*map(str, seeds)])}, so all random numbers differ. Deviations are '
+        'those of a sample (n - 1). Each seed has its own report; all figures are in results.json.',
         tiles,
         sections,
         configuration=json.dumps(nested(settings), indent=1, sort_keys=True),
@@ -114,18 +117,18 @@ def _cells(names: list[str], figures: dict) -> list[str | float | None]:
     return [percent(figures[name]) if name.endswith('accuracy') else figures[name] for name in names]
 
 
-def _over(runs: list[dict], summarise) -> dict:
+def _over(runs: list[dict], summarise: Callable[[list[float]], float | None]) -> dict:
     """Returns {task: {figure: summary}} of the figures that are numbers in every run."""
     runs = [{task: _flat(figures) for task, figures in results.items()} for results in runs]
 
-    def known(results, task, figure):
+    def is_number(results: dict, task: str, figure: str) -> bool:
         return isinstance(results.get(task, {}).get(figure), int | float)
 
     return {
         task: {
             figure: summarise([results[task][figure] for results in runs])
             for figure in figures
-            if figure != 'seed' and all(known(results, task, figure) for results in runs)
+            if figure != 'seed' and all(is_number(results, task, figure) for results in runs)
         }
         for task, figures in runs[0].items()
     }
@@ -133,9 +136,9 @@ def _over(runs: list[dict], summarise) -> dict:
 
 def _flat(figures: dict) -> dict:
     """Returns the figures of a task as a flat dict; a nested figure is named for instance 'w4a4.test_accuracy'."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in figures.items():
-        flat |= {f'{name}.{inner}': of for inner, of in value.items()} if isinstance(value, dict) else {name: value}
+        flat |= {f'{name}.{key}': item for key, item in value.items()} if isinstance(value, dict) else {name: value}
     return flat
 
 
@@ -156,9 +159,9 @@ def table(summary: dict, workdir) -> str:
             lines.append(f'{task:14}{figure:28}{_short(mean[task][figure]):>12}{deviation}')
     seconds = sum(figures['wall_seconds'] for results in runs for figures in results.values())
     lines.append(f'{"time":14}{duration(seconds)}')
-    for name, what in (('report.html', 'report'), ('results.json', 'all figures')):
-        if (Path(workdir) / name).exists():
-            lines.append(f'{what:14}{Path(workdir) / name}')
+    for name, title in (('report.html', 'report'), ('results.json', 'all figures')):
+        if (path := Path(workdir) / name).exists():
+            lines.append(f'{title:14}{path}')
     return '\n'.join(lines)
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import ml_collections
 
-from dvinv.config import PRESETS, TASKS, Settings, parse, preset_for
+from dvinv.config import PRESETS, Settings, parse, preset_for
 from dvinv.continual import task as continual
 from dvinv.distillation import task as distillation
 from dvinv.errors import DvinvError, say
-from dvinv.inversion import takes_resolutions
+from dvinv.inversion import Teacher, takes_resolutions
 from dvinv.pipeline.run import Run
 from dvinv.pruning import task as pruning
 from dvinv.quantization import task as quantization
@@ -55,9 +55,9 @@ def run(config: ml_collections.ConfigDict | Settings, workdir) -> dict:
     """
     run = validated(config, workdir)
     with contextlib.closing(run.open_workdir()):
-        for task in TASKS:
+        for task in run.settings.ordered_tasks:
             preemption.leave_if_asked(_saved(run.workdir))
-            if task in run.settings.tasks and not _is_finished(task, run):
+            if not _is_finished(task, run):
                 run_task(task, run)
         return run.workdir.results
 
@@ -73,15 +73,14 @@ def validated(config: ml_collections.ConfigDict | Settings, workdir='') -> Run:
       DvinvError: a user's mistake, explained in a sentence.
     """
     run = Run(parse(config), workdir)
-    if run.settings.synthesis.is_open:
-        run.settings = _with_preset(run)
     if run.settings.pool and not Path(run.settings.pool).is_dir():
         raise DvinvError(f'pool is {run.settings.pool!r}, but there is no such folder.')
     run.validate_training_data()
-    _ = run.planned_teacher  # raises an error if the teacher cannot be inverted
-    for task in TASKS:
-        if task in run.settings.tasks:
-            MODULES[task].validate(run)
+    teacher = run.planned_teacher  # raises an error if the teacher cannot be inverted
+    if run.settings.synthesis.is_open:
+        run.settings = _with_preset(run.settings, teacher)
+    for task in run.settings.ordered_tasks:
+        MODULES[task].validate(run)
     return run
 
 
@@ -97,20 +96,21 @@ def run_task(task: str, run: Run) -> None:
 def _saved(workdir: Workdir) -> str:
     """Returns a main clause that says which tasks of a run are saved, for a stop between two tasks."""
     finished = ', '.join(workdir.results)
-    return f'what {finished} made is saved' if finished else 'no task was under way, so nothing had to be saved'
+    return f'the results of {finished} are saved' if finished else 'no task was under way, so nothing had to be saved'
 
 
-def _with_preset(run: Run) -> Settings:
+def _with_preset(settings: Settings, teacher: Teacher) -> Settings:
     """Returns the settings with the synthesis fields that are None filled from a preset.
 
     The preset is chosen by the size of the teacher's images. A network that flattens its images takes them at one size only,
-    so its stages are all set to the full resolution.
+    so all stages of the preset are then set to the full resolution.
     """
-    chosen, settings = run.settings.synthesis.stages is None, run.settings.with_preset(PRESETS[preset_for(run.image_shape)])
-    if not chosen or takes_resolutions(run.planned_teacher, settings.inversion_config()):
-        return settings
-    stages = tuple(dataclasses.replace(stage, resolution=0) for stage in settings.synthesis.stages)
-    return dataclasses.replace(settings, synthesis=dataclasses.replace(settings.synthesis, stages=stages))
+    filled = settings.with_preset(PRESETS[preset_for(teacher.image_shape)])
+    config = filled.inversion_config()
+    if settings.synthesis.stages is not None or takes_resolutions(teacher, config):
+        return filled
+    stages = tuple(dataclasses.replace(stage, resolution=0) for stage in config.stages)
+    return dataclasses.replace(filled, synthesis=dataclasses.replace(filled.synthesis, stages=stages))
 
 
 def _is_finished(task: str, run: Run) -> bool:

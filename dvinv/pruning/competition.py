@@ -39,7 +39,7 @@ def images_against(run: Run, target: TrainTarget) -> ImagePool:
       The finished pool.
     """
     run, name = run_of_step(run, target.role, target.part), f'pruned_{target.part}'
-    pool = ImagePool(run.workdir.path / 'pools' / name, run.teacher.digest(), ours=True)
+    pool = ImagePool(run.workdir.path / 'pools' / name, run.teacher.digest(), quarantine=True)
     if missing := missing_batches(run.settings.synthesis, pool):
         student_fn, series = apply_fn_of(target.module), f'images_{name}'
         with Synthesizer(run, run.teacher, pool, 'adaptive', 'pruning', series, student_fn=student_fn) as synthesizer:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from dvinv.config import DATA_FREE_CONTROLS, StudentSettings, validate_devices
-from dvinv.data.joined import Joined
+from dvinv.data.rows import Joined
 from dvinv.distillation.student import distillation_loss
 from dvinv.errors import DvinvError
 from dvinv.evaluation.held_out import HeldOut, training_set
@@ -60,7 +60,7 @@ def validate(run: Run) -> None:
         raise DvinvError(
             f'teacher.weights is {run.settings.teacher.weights!r}, a network that has lost channels; prune a whole one.'
         )
-    if settings.adaptive_batches or {*DATA_FREE_CONTROLS} & {*settings.controls}:
+    if settings.adaptive_batches or run.settings.has_data_free_controls('pruning'):
         run.once(synthesizer.validate)
     if settings.adaptive_batches:
         images = settings.adaptive_batches * run.settings.synthesis.batch_size

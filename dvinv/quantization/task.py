@@ -104,7 +104,7 @@ def validate(run: Run) -> None:
     settings, teacher = run.settings.quantization, run.planned_teacher
     run.validate_real_control('quantization')
     validate_devices(settings.training, 'quantization.training', run.training_mesh.size)
-    if 'noise' in settings.controls:
+    if run.settings.has_data_free_controls('quantization'):
         run.once(synthesizer.validate)
     layers = find_layers(teacher.apply_fn, teacher.variables, teacher.image_shape)
     for setting in settings.settings:

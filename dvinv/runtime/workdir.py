@@ -67,6 +67,11 @@ def flat(tree, prefix='') -> dict:
     return {prefix: tree}
 
 
+def network_file(folder: Path, name: str) -> Path:
+    """Returns the path of the file of a finished network in a work directory, which need not be open."""
+    return folder / 'networks' / f'{name}.safetensors'
+
+
 def _is_exempt(key: str) -> bool:
     """Returns whether a key of `flat` is in `EXEMPT`, or inside a group that is."""
     return any(key == name or key.startswith((f'{name}.', f'{name}[')) for name in EXEMPT)
@@ -168,7 +173,7 @@ class Workdir:
 
     def network(self, name: str) -> Path:
         """Returns the path of the file of a finished network."""
-        return self.path / 'networks' / f'{name}.safetensors'
+        return network_file(self.path, name)
 
     def has_network(self, name: str) -> bool:
         """Returns whether the file of a finished network exists; all processes get the answer of process 0."""

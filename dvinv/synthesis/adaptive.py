@@ -37,7 +37,7 @@ def fill_pool(run: Run, teacher: Teacher, pool: ImagePool, student: TrainTarget,
     missing, rounds, per_round = missing_batches(settings, pool), rounds_of(run.settings), settings.batches_per_round
     if not missing:
         return
-    decide(lambda: [pool.notes(number) for number in pool.numbers()] and None, 'a look at the pool')
+    decide(lambda: [pool.sidecar(number) for number in pool.numbers()] and None, 'a look at the pool')
     job = job_of(run, teacher, rounds)
     print_hints(run, teacher)
     with (

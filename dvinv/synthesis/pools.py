@@ -16,7 +16,7 @@ def open_pool(run: Run) -> ImagePool:
     """Returns the pool of a run: the pool that the settings name, or that of the work directory."""
     if run.settings.pool:
         return ImagePool(run.settings.pool, run.teacher.digest())
-    return ImagePool(run.workdir.path / 'pool', run.teacher.digest(), ours=True)
+    return ImagePool(run.workdir.path / 'pool', run.teacher.digest(), quarantine=True)
 
 
 def finished_pool(run: Run) -> ImagePool:

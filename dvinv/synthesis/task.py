@@ -72,7 +72,7 @@ def _judge(pool: ImagePool, verifier: Classifier | None) -> dict:
     numbers, totals = pool.finished(), Counter()
     for number in numbers:
         preemption.leave_if_asked(alone=True)
-        notes, shard = pool.notes(number), pool.read(number)
+        notes, shard = pool.sidecar(number), pool.read(number)
         labels = shard['labels']
         totals['images'] += len(labels)
         totals['teacher'] += among_top(shard['logits'], labels).sum()
@@ -87,7 +87,7 @@ def _judge(pool: ImagePool, verifier: Classifier | None) -> dict:
     return {
         'images': totals['images'],
         'batches': len(numbers),
-        'iterations': pool.notes(numbers[0])['iterations'],
+        'iterations': pool.sidecar(numbers[0])['iterations'],
         **{f'{name}_accuracy': float(totals[name] / totals['images']) if there else None for name, there in judges.items()},
         **{f'feature_loss_{end}': totals[end] / len(numbers) if matched else None for end in ('first', 'last')},
     }
@@ -119,7 +119,7 @@ def _real_feature_loss(run: Run, pool: ImagePool) -> float | None:
         )
     measure = make_feature_loss(network, stage)
     batches = pool.numbers()
-    size = min(pool.notes(batches[0])['images'], len(data.train.labels))
+    size = min(pool.sidecar(batches[0])['images'], len(data.train.labels))
     order = np.random.default_rng(run.settings.seed).permutation(len(data.train.labels))
     losses = []
     for i in range(min(len(batches), len(order) // size)):

@@ -29,7 +29,7 @@ from dvinv.config import (
     validate_devices,
 )
 from dvinv.data.batches import HostBatches, ResidentBatches, fits_on_devices
-from dvinv.data.rows import Rows
+from dvinv.data.rows import RowArray
 from dvinv.errors import DvinvError
 from dvinv.inversion.augmentation import augmentation_of
 from dvinv.inversion.linen_tap import features_in_training
@@ -45,7 +45,7 @@ from dvinv.runtime.progress import Progress
 from dvinv.runtime.workdir import Workdir
 from dvinv.training.sampling import Rounds, chosen_images
 
-Array = np.ndarray | Rows  # in memory, or read by rows
+Array = RowArray
 RUNNING = 2  # dispatches that may be enqueued ahead, which limits the batches that occupy device memory
 STREAMED_BYTES = 2**28  # most bytes of images in one dispatch, where images are streamed from the host
 
