@@ -31,7 +31,8 @@ from dvinv.runtime.workdir import Workdir
 from dvinv.teacher import factories
 from dvinv.teacher import task as teacher
 from dvinv.training.sampling import Rounds
-from dvinv.training.trainer import Records, Training, TrainJob
+from dvinv.training.step import TrainJob
+from dvinv.training.trainer import Records, Training
 
 KEY = jax.random.key(0)
 

@@ -266,7 +266,7 @@ def test_a_pruning_from_its_pool_to_its_report_and_again(finished, tmp_path, mon
 
     for owner, name, killed in (
         (Synthesizer, 'fill', killed_in_a_batch),
-        (dvinv.training.trainer, 'chosen_images', killed_while_it_learns),
+        (dvinv.training.step, 'chosen_images', killed_while_it_learns),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, killed)

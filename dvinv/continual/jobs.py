@@ -22,7 +22,7 @@ from dvinv.networks import create, shapes_of
 from dvinv.networks.head import head_of
 from dvinv.pipeline.run import Run
 from dvinv.training.sampling import Rounds
-from dvinv.training.trainer import TrainJob
+from dvinv.training.step import TrainJob
 
 
 def network_of(run: Run, teacher: Teacher, num_classes: int) -> Teacher:

@@ -31,10 +31,13 @@ from dvinv.runtime.processes import is_primary
 from dvinv.synthesis import adaptive
 from dvinv.synthesis.synthesizer import fill_pool
 from dvinv.training.sampling import Rounds, rounds_of
-from dvinv.training.trainer import PlannedTraining, TrainJob, TrainTarget, train_network
+from dvinv.training.step import TrainJob
+from dvinv.training.targets import PlannedTraining, TrainTarget, train_network
 
 __all__ = ['complete', 'planned_trainings', 'run', 'validate']
-ROLE = 4  # see `training.TrainTarget`; the same for all networks, so that compared networks start from the same state
+ROLE = (
+    4  # see `training.targets.TrainTarget`; the same for all networks, so that compared networks start from the same state
+)
 
 
 def run(run: Run) -> dict:

@@ -132,7 +132,7 @@ def staged_forward(module, teacher: Teacher, pairs: tuple[StagePair, ...], share
       platform: the platform that the networks run on, 'cpu', 'gpu' or 'tpu'.
 
     Returns:
-      A `training.TrainJob.forward`; its features are {'teacher_logits': [B, K], 'stage_errors': float32 [stages]}.
+      A `training.step.TrainJob.forward`; its features are {'teacher_logits': [B, K], 'stage_errors': float32 [stages]}.
     """
     resolutions = [pair.student.resolution for pair in pairs]
     of_teacher = suited_to(platform, record(teacher.apply_fn, resolutions))

@@ -21,10 +21,11 @@ from dvinv.pipeline.run import Run
 from dvinv.runtime.devices import platform_of
 from dvinv.teacher.task import validate_takes
 from dvinv.training.sampling import Rounds
-from dvinv.training.trainer import TrainJob, TrainTarget
+from dvinv.training.step import TrainJob
+from dvinv.training.targets import TrainTarget
 
 NONE = MappingProxyType({})
-ROLE = 3  # see `training.TrainTarget`; the same for all students
+ROLE = 3  # see `training.targets.TrainTarget`; the same for all students
 PROJECTIONS = 2  # folded into the key of a student for its projections; a training folds in 0 and 1
 
 

@@ -12,7 +12,8 @@ from dvinv.synthesis import synthesizer
 from dvinv.synthesis.pools import controls_are_whole, finished_pool
 from dvinv.synthesis.synthesizer import control_pool
 from dvinv.training.sampling import Rounds, rounds_of
-from dvinv.training.trainer import Array, PlannedTraining, train_network
+from dvinv.training.targets import PlannedTraining, train_network
+from dvinv.training.trainer import Array
 
 
 def validate(run: Run) -> None:

@@ -24,7 +24,8 @@ from dvinv.pipeline.run import Run
 from dvinv.runtime.devices import make_mesh, platform_of
 from dvinv.runtime.progress import duration
 from dvinv.synthesis.synthesizer import abreast
-from dvinv.training.trainer import PlannedTraining, TrainStep
+from dvinv.training.step import TrainStep
+from dvinv.training.targets import PlannedTraining
 
 TIMED_SECONDS = 1.0  # least total time of the timed dispatches; at least three are timed besides the first
 PLANNED = ('teacher', 'distillation', 'pruning', 'continual', 'quantization')  # tasks that train networks

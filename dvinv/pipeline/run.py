@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dvinv.config import DataSettings, Settings, SynthesisSettings
-from dvinv.data.dataset import RealData
+from dvinv.data.dataset import RealData, Split
 from dvinv.data.real import Datasets
 from dvinv.errors import DvinvError, listed
 from dvinv.evaluation.scoring import validate_fits
@@ -102,6 +102,13 @@ class Run:
           DvinvError: see `load_real`.
         """
         return self._datasets.load(settings)
+
+    @property
+    def training_split(self) -> Split:
+        """The real training images, for a task after its validation has found that they exist."""
+        train = self.data.train if self.data else None
+        assert train is not None, 'there are no real training images'
+        return train
 
     # Networks
 

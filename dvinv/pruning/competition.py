@@ -12,14 +12,14 @@ from dvinv.networks import apply_fn_of
 from dvinv.pipeline.run import Run
 from dvinv.synthesis.pools import missing_batches
 from dvinv.synthesis.synthesizer import Synthesizer
-from dvinv.training.trainer import TrainTarget
+from dvinv.training.targets import TrainTarget
 
 
 def run_of_step(run: Run, role: int, step: int) -> Run:
     """Returns the run with the synthesis settings of a step: its number of batches, and a seed of its own.
 
     Args:
-      role: see `training.TrainTarget`.
+      role: see `training.targets.TrainTarget`.
     """
     count, synthesis = run.settings.pruning.adaptive_batches, run.settings.synthesis
     images = count * synthesis.batch_size

@@ -39,9 +39,11 @@ from dvinv.synthesis import synthesizer
 from dvinv.synthesis.pools import controls_are_whole, finished_pool
 from dvinv.synthesis.synthesizer import control_pool
 from dvinv.training.sampling import Rounds
-from dvinv.training.trainer import Array, PlannedTraining, TrainJob, TrainTarget, train_network
+from dvinv.training.step import TrainJob
+from dvinv.training.targets import PlannedTraining, TrainTarget, train_network
+from dvinv.training.trainer import Array
 
-ROLE = 5  # see `training.TrainTarget`
+ROLE = 5  # see `training.targets.TrainTarget`
 CONTROLS = ('untuned', 'magnitude', 'random', *DATA_FREE_CONTROLS, 'real')
 
 

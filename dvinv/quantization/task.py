@@ -25,9 +25,11 @@ from dvinv.synthesis import synthesizer
 from dvinv.synthesis.pools import finished_pool
 from dvinv.synthesis.synthesizer import control_pool
 from dvinv.training.sampling import Rounds
-from dvinv.training.trainer import PlannedTraining, Records, Training, TrainJob
+from dvinv.training.step import TrainJob
+from dvinv.training.targets import PlannedTraining
+from dvinv.training.trainer import Records, Training
 
-TASK, ROLE = 'quantization', 6  # see `training.TrainTarget`
+TASK, ROLE = 'quantization', 6  # see `training.targets.TrainTarget`
 
 
 def run(run: Run) -> dict:

@@ -15,7 +15,7 @@ from dvinv.runtime.processes import decide
 from dvinv.synthesis.pools import missing_batches
 from dvinv.synthesis.synthesizer import Synthesizer
 from dvinv.training.sampling import rounds_of
-from dvinv.training.trainer import TrainTarget, training_of
+from dvinv.training.targets import TrainTarget, training_of
 
 
 def fill_pool(run: Run, teacher: Teacher, pool: ImagePool, student: TrainTarget, task: str, series: str) -> None:

@@ -18,9 +18,10 @@ from dvinv.pipeline.run import Role, Run
 from dvinv.runtime.processes import is_primary, meet
 from dvinv.teacher.verifiers import print_pixels, refuse_chance
 from dvinv.training.sampling import Rounds
-from dvinv.training.trainer import PlannedTraining, TrainJob, TrainTarget, train_network
+from dvinv.training.step import TrainJob
+from dvinv.training.targets import PlannedTraining, TrainTarget, train_network
 
-ROLES: dict[Role, int] = {'teacher': 1, 'verifier': 2}  # see `training.TrainTarget`
+ROLES: dict[Role, int] = {'teacher': 1, 'verifier': 2}  # see `training.targets.TrainTarget`
 
 
 def validate(run: Run) -> None:
