@@ -22,7 +22,7 @@ from dvinv.networks import Classifier, create, load_classifier, load_network, re
 from dvinv.networks.classifier import check_finite, differing_shapes
 from dvinv.networks.files import refuse_other
 from dvinv.runtime.devices import make_mesh, training_mesh
-from dvinv.runtime.workdir import Workdir
+from dvinv.runtime.workdir import Workdir, network_path
 from dvinv.teacher import factories
 from dvinv.teacher.verifiers import print_pixels, read_verifier, validate_judge
 
@@ -86,7 +86,7 @@ class Run:
 
     def is_finished(self, name: str) -> bool:
         """Returns whether the work directory has the file of a network; the work directory need not be open."""
-        return (self.path / 'networks' / f'{name}.safetensors').exists() if self.path else False
+        return network_path(self.path, name).exists() if self.path else False
 
     # Real data
 

@@ -51,6 +51,16 @@ MADE = (
 )
 
 
+def network_path(workdir: Path, name: str) -> Path:
+    """Returns the path of the file of a finished network, also for a work directory that is not open."""
+    return workdir / 'networks' / f'{name}.safetensors'
+
+
+def network_files(workdir: Path) -> dict[str, Path]:
+    """Returns {name: path} of the files of all finished networks, sorted by name."""
+    return {path.stem: path for path in sorted(network_path(workdir, '*').parent.glob('*.safetensors'))}
+
+
 def holds_work(folder: Path) -> bool:
     """Returns whether a run has produced results in this folder; a run that was rejected or ended early has not."""
     places = (Path(folder) / name for name in MADE)
@@ -165,7 +175,7 @@ class Workdir:
 
     def network(self, name: str) -> Path:
         """Returns the path of the file of a finished network."""
-        return self.path / 'networks' / f'{name}.safetensors'
+        return network_path(self.path, name)
 
     def has_network(self, name: str) -> bool:
         """Returns whether the file of a finished network exists; all processes get the answer of process 0."""
