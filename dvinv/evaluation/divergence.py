@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
-def divergence(target_logits: jax.Array, logits: jax.Array, temperature: float = 1.0) -> jax.Array:
+def divergence(target_logits: jax.Array | np.ndarray, logits: jax.Array | np.ndarray, temperature: float = 1.0) -> jax.Array:
     """Computes the mean over images of KL(p_target || p), with softmaxes at `temperature`.
 
     Args:

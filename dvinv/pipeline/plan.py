@@ -23,7 +23,7 @@ from dvinv.pipeline import tasks as pipeline
 from dvinv.pipeline.run import Run
 from dvinv.runtime.devices import make_mesh, platform_of
 from dvinv.runtime.progress import duration
-from dvinv.synthesis.synthesizer import abreast
+from dvinv.synthesis.synthesizer import batches_side_by_side
 from dvinv.training.step import TrainStep
 from dvinv.training.targets import PlannedTraining
 
@@ -250,7 +250,7 @@ def plan_synthesis(run: Run, teacher: Teacher, pools: float) -> tuple[SynthesisP
         student = dataclasses.replace(teacher, apply_fn=apply_fn_of(module), variables=weights)
 
     settings, mesh = with_attention(teacher, run.settings.inversion_config()), run.mesh
-    side_by_side = abreast(run.settings, mesh.size)
+    side_by_side = batches_side_by_side(run.settings, mesh.size)
     mesh = mesh if settings.bn_stats == 'global' else make_mesh(side_by_side)
     labels = np.stack([balanced_labels(i, group.batch_size, teacher.num_classes) for i in range(side_by_side)])
     programs = Programs(teacher, settings, mesh, student and student.apply_fn)

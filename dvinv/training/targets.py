@@ -1,6 +1,7 @@
 """The networks that the tasks of a run train, each as a training, from its start to its network file."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,8 @@ class TrainTarget:
       name: the name of its file, metrics and checkpoints.
       network: settings with the fields `network` and `width`.
       like: A classifier with the same image shape, classes, mean and std.
-      role: A number from which, with the seed of the run, the seed of the training is computed. Students that are compared
-        share it, and so share their initial variables and shuffles.
+      role: A number from which, with the seed of the run, `seed_of` computes the seed of the training. Students that are
+        compared share it, and so share their initial variables and shuffles.
       part: the number of the training, for a network that is trained several times; each training shuffles differently.
       start: variables to start from (see `Training`); None for random variables.
       kept: the kept channels of a pruned network (see `networks.channels.PrunedModule`).
@@ -36,7 +37,7 @@ class TrainTarget:
     role: int
     part: int = 0
     start: dict | None = None
-    kept: dict[str, tuple[int, ...]] | None = None
+    kept: Mapping[str, tuple[int, ...]] | None = None
     own: Any = None
 
     @property
@@ -72,12 +73,16 @@ class PlannedTraining:
     teacher: Classifier | None = None
 
 
+def seed_of(run: Run, role: int, part: int = 0) -> int:
+    """Returns the seed of a training from that of the run; for `role` and `part` see `TrainTarget`."""
+    seed = 16 * run.settings.seed + role
+    return int(np.random.SeedSequence([seed, part]).generate_state(1)[0]) if part else seed
+
+
 def training_of(run: Run, target: TrainTarget, job: TrainJob) -> Training:
     """Returns the `Training` of a network of a run."""
-    seed = 16 * run.settings.seed + target.role
-    if target.part:
-        seed = int(np.random.SeedSequence([seed, target.part]).generate_state(1)[0])
     records = Records(run.workdir, target.task, target.name, run.settings.logging)
+    seed = seed_of(run, target.role, target.part)
     return Training(target.module, job, target.like, seed, run.training_mesh, records, target.start)
 
 
