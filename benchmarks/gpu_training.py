@@ -70,7 +70,7 @@ class DvinvTraining:
         from dvinv.pipeline.run import Run
         from dvinv.runtime.devices import make_mesh
         from dvinv.training.sampling import Rounds
-        from dvinv.training.trainer import TrainStep
+        from dvinv.training.step import TrainStep
 
         config, shape = default_config('cifar10_crop'), (SIZE, SIZE, 3)
         config.student.update(network=pair.student, width=pair.width)

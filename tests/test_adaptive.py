@@ -126,7 +126,7 @@ def test_a_lost_batch_of_an_earlier_round_is_told(adaptive, finished, tmp_path):
     run = shutil.copytree(adaptive[0], tmp_path / 'run')
     (run / 'pool' / 'shard-000001.json').unlink()
     with pytest.raises(
-        DvinvError, match=r'Batch 1 is missing.*against the student at update 4, which has learned on to'
+        DvinvError, match=r'Batch 1 is missing.*against the student at update 4, which has since been'
     ) as told:
         pipeline.run(adaptive_config(finished), run)
     student = run / 'networks' / 'student.safetensors'

@@ -30,7 +30,7 @@ from dvinv.networks.head import grown, head_of
 from dvinv.pipeline import tasks as pipeline
 from dvinv.synthesis.synthesizer import Synthesizer
 from dvinv.training.sampling import Rounds, chosen_images
-from dvinv.training.trainer import TrainJob
+from dvinv.training.step import TrainJob
 
 # Losses
 
@@ -134,12 +134,12 @@ def test_detached_answers_move_the_head_alone():
 
 
 def test_half_of_a_batch_is_of_each_set():
-    job = TrainJob(TrainingSettings(9, 6, 0.1), None, Rounds(5), beside=Rounds(9))
+    job = TrainJob(TrainingSettings(9, 6, 0.1), None, Rounds(5), second_rounds=Rounds(9))
     shown = np.stack([job.rows(3, update) for update in range(15)])
     assert shown[:, :3].max() < 5 <= shown[:, 3:].min()
     assert sorted(shown[:5, :3].ravel()) == sorted([*range(5)] * 3)
     assert sorted(shown[:3, 3:].ravel()) == [*range(5, 14)]
-    assert job.come_by(0) == 14
+    assert job.available_at(0) == 14
     first, second = np.arange(5), np.arange(5, 14)
     np.testing.assert_array_equal(Joined(first, second)[shown[7]], shown[7])
 
@@ -215,7 +215,7 @@ def test_the_network_knows_all_classes_and_the_figures_are_those_of_its_answers(
 def test_killed_and_without_old_images_it_ends_with_the_same_bits(undisturbed, tmp_path, monkeypatch):
     """Killed inside tasks and between them. Of the teacher's classes there never was an image to train on; those of a task
     are gone as soon as a network has learned it."""
-    folder, run, learned, original = tmp_path / 'data', tmp_path / 'run', [], dvinv.training.trainer.save_network
+    folder, run, learned, original = tmp_path / 'data', tmp_path / 'run', [], dvinv.training.targets.save_network
     folder.mkdir()
     config = config_of(folder)
     (folder / 'train0.npz').unlink()
@@ -233,10 +233,10 @@ def test_killed_and_without_old_images_it_ends_with_the_same_bits(undisturbed, t
                 raise KeyboardInterrupt
             return chosen_images(*args)
 
-        monkeypatch.setattr(dvinv.training.trainer, 'chosen_images', chosen)
+        monkeypatch.setattr(dvinv.training.step, 'chosen_images', chosen)
         return pipeline.run(config, run)
 
-    monkeypatch.setattr(dvinv.training.trainer, 'save_network', save)
+    monkeypatch.setattr(dvinv.training.targets, 'save_network', save)
     for updates, networks in ((5, []), (2, ['continual_1']), (5, ['continual_1'])):  # a checkpoint after 4, a task has 6
         with pytest.raises(KeyboardInterrupt):
             run_for(updates)
@@ -289,7 +289,7 @@ def test_an_adaptive_pool_competes_with_a_student_of_the_network_as_it_is(data, 
         fill(self, numbers, *args, **notes)
 
     for owner, name, killed in (
-        (dvinv.training.trainer, 'chosen_images', killed_while_it_learns),
+        (dvinv.training.step, 'chosen_images', killed_while_it_learns),
         (Synthesizer, 'fill', killed_in_a_round),
     ):
         with monkeypatch.context() as patch:

@@ -27,7 +27,7 @@ from dvinv.networks.classifier import Classifier, check_finite, flatten, unflatt
 from dvinv.networks.files import load_network
 from dvinv.teacher.task import supervised
 from dvinv.training.sampling import Rounds
-from dvinv.training.trainer import TrainJob, initial_state, make_train_step
+from dvinv.training.step import TrainJob, initial_state, make_train_step
 
 PICTURES = {'image_shape': IMAGE_SHAPE, 'mean': MEAN, 'std': STD}
 

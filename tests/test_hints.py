@@ -28,7 +28,8 @@ from dvinv.pipeline.run import Run
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.workdir import Workdir
 from dvinv.training.sampling import Rounds
-from dvinv.training.trainer import Records, Training, TrainJob, TrainStep, initial_state, make_train_step
+from dvinv.training.step import TrainJob, TrainStep, initial_state, make_train_step
+from dvinv.training.trainer import Records, Training
 
 LAYERS = ('BatchNorm_0', 'BatchNorm_1')
 

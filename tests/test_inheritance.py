@@ -13,7 +13,7 @@ from dvinv.networks import create, shapes_of
 from dvinv.networks.classifier import flatten
 from dvinv.networks.inheritance import inherited
 from dvinv.pipeline.run import Run
-from dvinv.training.trainer import _first_variables
+from dvinv.training.step import initial_variables
 
 
 def _inherited(teacher, student, width=1.0):
@@ -65,8 +65,8 @@ def test_what_is_not_inherited_is_drawn():
     start = inherited(teacher, shapes_of(TinyNet(), IMAGE_SHAPE))
     assert {*start['params']} == {'Conv_0', 'BatchNorm_0'}
     key = jax.random.key(0)
-    first = _first_variables(TinyNet(), key, IMAGE_SHAPE, start)
-    drawn = _first_variables(TinyNet(), key, IMAGE_SHAPE, None)
+    first = initial_variables(TinyNet(), key, IMAGE_SHAPE, start)
+    drawn = initial_variables(TinyNet(), key, IMAGE_SHAPE, None)
     for path, leaf in flatten(first).items():
         expected = flatten(start).get(path)
         np.testing.assert_array_equal(leaf, flatten(drawn)[path] if expected is None else expected)

@@ -16,6 +16,7 @@ import dvinv
 from dvinv.config import parse
 from dvinv.data.pool import ImagePool
 from dvinv.distillation import task as distillation
+from dvinv.distillation.student import job_of, student_of
 from dvinv.errors import DvinvError
 from dvinv.evaluation.scoring import top_accuracy
 from dvinv.networks import create, load_classifier, load_network, save_network
@@ -24,6 +25,7 @@ from dvinv.pipeline import tasks as pipeline
 from dvinv.pipeline.run import Run
 from dvinv.synthesis import pools, synthesizer
 from dvinv.training.sampling import rounds_of
+from dvinv.training.targets import train_network
 
 STUDENTS = {'student', 'noise', 'prior_only', 'real'}
 TEACHER_ALONE = {'tasks': ('teacher',)}
@@ -166,7 +168,7 @@ def test_controls_are_loaded_by_their_names(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, by_noise, dvinv.load(tmp_path, 'pruning', 'pruned_by_noise')[1])
     jax.tree.map(np.testing.assert_array_equal, pruned, dvinv.load(tmp_path, 'pruning', 'pruned')[1])
     assert not np.array_equal(jax.tree.leaves(pruned)[0], jax.tree.leaves(by_noise)[0])
-    sentence = "The task distillation has no network 'real' in .*; beside its result, .* there are noise, student_of_20."
+    sentence = "The task distillation has no network 'real' in .*; besides its result, .* there are noise, student_of_20."
     with pytest.raises(DvinvError, match=sentence):
         dvinv.load(tmp_path, 'distillation', 'real')
     with pytest.raises(DvinvError, match='there are finetune_1, joint'):
@@ -176,7 +178,7 @@ def test_controls_are_loaded_by_their_names(tmp_path):
 def test_what_makes_no_network_cannot_be_loaded(finished, tmp_path):
     with pytest.raises(
         DvinvError,
-        match="'synthesis' makes no network; choose one of teacher, distillation, pruning, continual, quantization, and .*"
+        match="'synthesis' makes no network; choose one of teacher, distillation, pruning, continual, quantization, option.*"
         r"controls, as in dvinv\.load\(workdir, 'distillation', 'noise'\)",
     ):
         dvinv.load(finished, 'synthesis')
@@ -255,7 +257,8 @@ def test_no_real_image_is_read_while_images_are_made_and_a_student_learns(taught
         pool = pools.open_pool(run)
         synthesizer.fill_pool(run, run.teacher, pool, 'deepinversion', 'synthesis', 'deepinversion')
         images, labels = pool.rows('images'), pool.rows('labels')
-        distillation.distil(run, images, labels, rounds_of(run.settings), 'student')
+        target, job = student_of(run, run.teacher), job_of(run, run.teacher, rounds_of(run.settings))
+        train_network(run, target, job, images, labels)
         with pytest.raises(AssertionError, match='real data were read'):  # not before the controls are finished, too
             distillation.run(run)
     networks = {path.stem for path in (taught / 'networks').iterdir()}

@@ -31,7 +31,8 @@ from dvinv.runtime.workdir import Workdir
 from dvinv.teacher import factories
 from dvinv.teacher import task as teacher
 from dvinv.training.sampling import Rounds
-from dvinv.training.trainer import Records, Training, TrainJob
+from dvinv.training.step import TrainJob
+from dvinv.training.trainer import Records, Training
 
 KEY = jax.random.key(0)
 
@@ -341,7 +342,7 @@ def test_a_factorys_module_is_trained_on_the_data(tmp_path):
 def test_a_module_that_is_to_be_trained_needs_data():
     with pytest.raises(DvinvError, match=r"The teacher is to be trained, but data\.name is ''"):
         _ = smoke_run(teacher__factory='factories:ten_classes', data__name='', verifier__network='').planned_teacher
-    with pytest.raises(DvinvError, match='takes num_classes, which the data tell'):
+    with pytest.raises(DvinvError, match='takes num_classes, which is that of the data'):
         _ = smoke_run(teacher__factory='factories:module', data__name='', verifier__network='').planned_teacher
 
 

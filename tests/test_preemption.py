@@ -181,10 +181,10 @@ def test_what_is_said_to_be_saved_of_batches(tmp_path, capsys):
     run = pipeline.validated(run_config(), tmp_path)
     run.open_workdir()
     synthesizer = Synthesizer(run, run.teacher, open_pool(run), 'noise', 'synthesis', 'noise')
-    assert synthesizer._kept(0) == 'no batch of noise was begun, so nothing had to be saved'
-    synthesizer._made = 3
-    assert synthesizer._kept(0) == 'of 4 batches of noise 3 are finished'
-    assert synthesizer._kept(1) == 'of 4 batches of noise 3 are finished and 1 under way saved'
+    assert synthesizer._saved_clause(0) == 'no batch of noise was begun, so nothing had to be saved'
+    synthesizer._finished = 3
+    assert synthesizer._saved_clause(0) == 'of 4 batches of noise 3 are finished'
+    assert synthesizer._saved_clause(1) == 'of 4 batches of noise 3 are finished and 1 under way saved'
 
 
 def test_progress_names_the_batches_that_its_loss_is_of():

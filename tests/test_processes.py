@@ -150,7 +150,7 @@ from dvinv.runtime import processes
 from dvinv.runtime.devices import make_mesh
 from dvinv.synthesis.batch_checkpoints import BatchCheckpoints
 from dvinv.teacher.task import supervised
-from dvinv.training.trainer import TrainJob, TrainStep
+from dvinv.training.step import TrainJob, TrainStep
 
 class Counted:
     def __init__(self, array): self.array, self.read = array, []

@@ -195,7 +195,7 @@ def test_a_pruned_network_competes_with_the_whole_one():
 def test_a_pruning_from_its_pool_to_its_report_and_again(finished, tmp_path, monkeypatch):
     """Killed in its last step's batch and while it learns from it, it ends with the same bits; what it leaves can be loaded,
     and is smaller. In each step images are made in competition."""
-    train, measure, fill, rivals = driver.train_network, driver.Pruner._next, Synthesizer.fill, []
+    train, measure, fill, rivals = driver.train_network, driver.Pruner._choose, Synthesizer.fill, []
     counts = {'measured': [], 'learned': []}
 
     def train_and_tell(run, target, job, images, labels):
@@ -212,7 +212,7 @@ def test_a_pruning_from_its_pool_to_its_report_and_again(finished, tmp_path, mon
 
     monkeypatch.setattr(dvinv.synthesis.synthesizer, 'make_inverter', drawn_inverter)
     monkeypatch.setattr(driver, 'train_network', train_and_tell)
-    monkeypatch.setattr(driver.Pruner, '_next', measure_and_tell)
+    monkeypatch.setattr(driver.Pruner, '_choose', measure_and_tell)
     monkeypatch.setattr(Synthesizer, 'fill', fill_and_tell)
     config = runpy.run_path(str(ROOT / 'configs' / 'digits_prune.py'))['get_config']('smoke')
     config.update(tasks=('pruning', 'report'), pool=str(finished / 'pool'))
@@ -245,7 +245,7 @@ def test_a_pruning_from_its_pool_to_its_report_and_again(finished, tmp_path, mon
     assert json.loads((run / 'pruning.json').read_text())['steps'][0]['flops_ratio'] == 1
 
     config.teacher.weights = str(run / 'networks' / 'pruned.safetensors')
-    with pytest.raises(DvinvError, match='a network that has lost channels'):
+    with pytest.raises(DvinvError, match='a network that is pruned already'):
         pipeline.validated(config)
     config.teacher.weights = str(finished / 'networks' / 'teacher.safetensors')
 
@@ -266,7 +266,7 @@ def test_a_pruning_from_its_pool_to_its_report_and_again(finished, tmp_path, mon
 
     for owner, name, killed in (
         (Synthesizer, 'fill', killed_in_a_batch),
-        (dvinv.training.trainer, 'chosen_images', killed_while_it_learns),
+        (dvinv.training.step, 'chosen_images', killed_while_it_learns),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, killed)

@@ -20,7 +20,8 @@ from dvinv.runtime import preemption
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.workdir import Workdir
 from dvinv.training.sampling import Rounds, chosen_images
-from dvinv.training.trainer import Records, Training, TrainJob, TrainStep
+from dvinv.training.step import TrainJob, TrainStep
+from dvinv.training.trainer import Records, Training
 
 CLASSIFIER = Classifier(None, None, IMAGE_SHAPE, 3, MEAN, STD)
 LOGGING = types.SimpleNamespace(every=2, checkpoint_every=4)
@@ -73,7 +74,7 @@ def test_a_killed_training_ends_with_the_bits_of_an_undisturbed_one(undisturbed,
             return chosen_images(seed, number, *args)
 
         calls = []
-        monkeypatch.setattr(dvinv.training.trainer, 'chosen_images', chosen)
+        monkeypatch.setattr(dvinv.training.step, 'chosen_images', chosen)
         return calls
 
     for update, first in ((5, 0), (7, 4)):  # after the checkpoint of update 4, and once more, resumed from it
@@ -98,7 +99,7 @@ def test_sigterm_keeps_a_checkpoint_of_any_update(undisturbed, tmp_path, monkeyp
                     patch.setattr(preemption, '_received', signal.SIGTERM)
                 return chosen_images(seed, number, *args)
 
-            patch.setattr(dvinv.training.trainer, 'chosen_images', chosen)
+            patch.setattr(dvinv.training.step, 'chosen_images', chosen)
             with pytest.raises(SystemExit) as ended:
                 _fit(tmp_path)
         assert ended.value.code == 143
@@ -151,12 +152,12 @@ def test_the_images_of_an_update_depend_on_seed_and_number_alone():
 
 def test_a_round_begins_with_its_new_images_and_goes_on_with_all_that_have_come():
     rounds = Rounds(images=6, count=3, updates=4)
-    assert [rounds.of(update) for update in (0, 3, 4, 8, 99)] == [0, 0, 1, 2, 2]
+    assert [rounds.round_of(update) for update in (0, 3, 4, 8, 99)] == [0, 0, 1, 2, 2]
     for number in range(3):
         first, known = rounds.first_update(number), 6 * (number + 1)
         shown = np.concatenate([chosen_images(5, update, 3, rounds) for update in range(first, first + 8)])
         if number < 2:
-            assert rounds.of(first + 4) == number + 1
+            assert rounds.round_of(first + 4) == number + 1
             shown = shown[:12]
         assert sorted(shown[:6]) == [*range(known - 6, known)]  # the new ones, each once, at once
         assert shown[6:].max() < known
@@ -170,7 +171,7 @@ def test_a_round_begins_with_its_new_images_and_goes_on_with_all_that_have_come(
 @pytest.mark.parametrize(('updates', 'resident'), [(2, False), (3, True)])
 def test_several_updates_a_dispatch_give_the_bits_of_single_ones(undisturbed, tmp_path, monkeypatch, updates, resident):
     """Also from images that lie on the devices; of a limit of 3 the dispatch takes 2, which divides the line of metrics."""
-    monkeypatch.setattr(dvinv.training.trainer, 'fits_on_devices', lambda mesh, size: resident)
+    monkeypatch.setattr(dvinv.training.step, 'fits_on_devices', lambda mesh, size: resident)
     recipe = dataclasses.replace(RECIPE, updates_per_dispatch=updates)
     variables, metrics = _fit(tmp_path, recipe, stops=(3,))
     _same(variables, undisturbed[0])
@@ -231,7 +232,7 @@ def test_batches_from_the_host_are_read_in_order_and_their_errors_reach_the_trai
 
 @pytest.mark.parametrize(('size', 'updates'), [(2**28, 50), (2**20, 5), (1, 1)])
 def test_a_dispatch_from_the_host_is_of_so_many_bytes_at_most(monkeypatch, size, updates):
-    monkeypatch.setattr(dvinv.training.trainer, 'STREAMED_BYTES', size)
+    monkeypatch.setattr(dvinv.training.step, 'STREAMED_BYTES', size)
     recipe = dataclasses.replace(RECIPE, batch_size=2**20 // 5 // 128)
     assert TrainStep(TinyNet(), TrainJob(recipe, _loss, Rounds(20)), CLASSIFIER, make_mesh(1), 50).updates == updates
 

@@ -30,7 +30,7 @@ from dvinv.networks.weights import import_weights
 from dvinv.pipeline import tasks as pipeline
 from dvinv.pipeline.run import Run
 from dvinv.training.sampling import Rounds
-from dvinv.training.trainer import TrainJob, initial_state, make_train_step
+from dvinv.training.step import TrainJob, initial_state, make_train_step
 
 PARAMETERS = {  # for 1,000 classes, as torchvision and timm publish them
     'vit_b_16': 86_567_656,

@@ -7,11 +7,8 @@ MAIN = 'continual'
 
 def chains_of(settings: ContinualSettings) -> dict[str, str]:
     """Returns {name of a chain: loss} for all chains, that of the run first; `joint` is not a chain."""
-    chains = {MAIN: settings.loss}
-    for control in settings.controls:
-        if control != 'joint':
-            chains[control] = settings.loss if control == 'replay' else control
-    return chains
+    losses = {control: settings.loss if control == 'replay' else control for control in settings.controls}
+    return {MAIN: settings.loss, **{name: loss for name, loss in losses.items() if name != 'joint'}}
 
 
 def synthesizing(settings: ContinualSettings) -> list[str]:
@@ -20,7 +17,7 @@ def synthesizing(settings: ContinualSettings) -> list[str]:
 
 
 def pools_of(settings: ContinualSettings) -> int:
-    """Returns the number of pools of all tasks: one for the first, which all chains share, then one a chain."""
+    """Returns the number of pools of all tasks: one for the first, which all chains share, then one per chain."""
     return 1 + (len(settings.steps) - 1) * len(synthesizing(settings))
 
 

@@ -13,7 +13,7 @@ from dvinv.continual.losses import (
     total,
 )
 from dvinv.data.dataset import Split
-from dvinv.data.rows import Joined
+from dvinv.data.rows import Joined, RowArray
 from dvinv.inversion import Teacher, from_linen
 from dvinv.inversion.execution import in_precision
 from dvinv.inversion.modules import with_classes
@@ -22,20 +22,24 @@ from dvinv.networks import create, shapes_of
 from dvinv.networks.head import head_of
 from dvinv.pipeline.run import Run
 from dvinv.training.sampling import Rounds
-from dvinv.training.trainer import TrainJob
+from dvinv.training.step import TrainJob
 
 
 def network_of(run: Run, teacher: Teacher, num_classes: int) -> Teacher:
     """Returns the teacher's network with `num_classes` classes, and with shapes in place of weights."""
-    own, pixels = run.own_module(teacher), {'mean': teacher.mean, 'std': teacher.std}
-    if own is not None:
-        module = with_classes(own, teacher.image_shape, num_classes)
-        return teacher_of(module, shapes_of(module, teacher.image_shape), image_shape=teacher.image_shape, **pixels)
-    module = create(run.settings.teacher.network, num_classes, run.settings.teacher.width)
-    return from_linen(module, shapes_of(module, teacher.image_shape), image_shape=teacher.image_shape, **pixels)
+    own = run.own_module(teacher)
+    make: Callable[..., Teacher]
+    if own is None:
+        module, make = create(run.settings.teacher.network, num_classes, run.settings.teacher.width), from_linen
+    else:
+        module, make = with_classes(own, teacher.image_shape, num_classes), teacher_of
+    shapes = shapes_of(module, teacher.image_shape)
+    return make(module, shapes, image_shape=teacher.image_shape, mean=teacher.mean, std=teacher.std)
 
 
-def job_of(run: Run, loss: str, current: Teacher, new: Split, old: Split | None) -> tuple:
+def job_of(
+    run: Run, loss: str, current: Teacher, new: Split, old: tuple[RowArray, np.ndarray] | None
+) -> tuple[TrainJob, RowArray, np.ndarray]:
     """Returns (job, images, labels) of a task, on new images, and on old ones if there are any.
 
     All losses get the same number of new images per batch: without old images, a batch is half as large.
@@ -44,7 +48,7 @@ def job_of(run: Run, loss: str, current: Teacher, new: Split, old: Split | None)
       loss: the name of the loss.
       current: the network before the task.
       new: the images of the new classes.
-      old: the images of the old classes, or None.
+      old: the images uint8 [N, H, W, C] of the old classes and their labels int [N], or None.
     """
     settings = run.settings.continual
     loss_fn, head = loss_of(run, loss, current)
@@ -52,8 +56,9 @@ def job_of(run: Run, loss: str, current: Teacher, new: Split, old: Split | None)
     if old is None:
         half = dataclasses.replace(settings, batch_size=settings.batch_size // 2)
         return TrainJob(half, loss_fn, rounds, current.variables, head=head), new.images, new.labels
-    job = TrainJob(settings, loss_fn, rounds, current.variables, Rounds(len(old.labels)), head)
-    return job, Joined(new.images, old.images), np.concatenate([new.labels, old.labels])
+    old_images, old_labels = old
+    job = TrainJob(settings, loss_fn, rounds, current.variables, Rounds(len(old_labels)), head)
+    return job, Joined(new.images, old_images), np.concatenate([new.labels, old_labels])
 
 
 def loss_of(run: Run, name: str, old: Teacher) -> tuple[Callable, str]:

@@ -23,11 +23,10 @@ def deepinversion_terms(logits, old_logits, labels, temperature: float) -> dict[
     softmax over the old classes only. Divergences are at `temperature` T, multiplied by T^2.
     """
     classes, half = old_logits.shape[-1], len(logits) // 2
-    new, old = logits[:half], logits[half:]
     return {
-        'old_images': temperature**2 * divergence(old_logits[half:], old, temperature),
-        'new_images': cross_entropy(new, labels[:half]),
-        'old_answers': temperature**2 * divergence(old_logits[:half], new[:, :classes], temperature),
+        'old_images': temperature**2 * divergence(old_logits[half:], logits[half:], temperature),
+        'new_images': cross_entropy(logits[:half], labels[:half]),
+        'old_answers': temperature**2 * divergence(old_logits[:half], logits[:half, :classes], temperature),
     }
 
 
@@ -47,12 +46,12 @@ def always_be_dreaming_terms(logits, head_logits, features, old_logits, labels, 
     """
     classes, half = old_logits.shape[-1], len(logits) // 2
     share = classes / logits.shape[-1]
-    kept = features.astype(jnp.float32) @ old_head['kernel'] + old_head.get('bias', 0.0)
+    old_head_logits = features.astype(jnp.float32) @ old_head['kernel'] + old_head.get('bias', 0.0)
     return {
         'new_images': cross_entropy(logits[:half, classes:], labels[:half] - classes),
         'head': (1 - share) * cross_entropy(head_logits[:half], labels[:half])
         + share * cross_entropy(head_logits[half:], labels[half:]),
-        'features': jnp.square(kept - old_logits.astype(jnp.float32)).mean(),
+        'features': jnp.square(old_head_logits - old_logits.astype(jnp.float32)).mean(),
     }
 
 
@@ -63,15 +62,16 @@ def lwf_mc_terms(logits, old_logits, labels) -> dict[str, jax.Array]:
     labels for new classes, and the sigmoids of the old network for old classes.
     """
     classes = old_logits.shape[-1]
-    targets = jax.nn.one_hot(labels - classes, logits.shape[-1] - classes)
-    old, new = (
-        optax.sigmoid_binary_cross_entropy(answers.astype(jnp.float32), wanted).sum(-1).mean()
-        for answers, wanted in (
-            (logits[:, :classes], jax.nn.sigmoid(old_logits.astype(jnp.float32))),
-            (logits[:, classes:], targets),
-        )
-    )
-    return {'new_images': new, 'old_answers': old}
+    old_targets = jax.nn.sigmoid(old_logits.astype(jnp.float32))
+    new_targets = jax.nn.one_hot(labels - classes, logits.shape[-1] - classes)
+
+    def binary_cross_entropy(logits, targets) -> jax.Array:
+        return optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), targets).sum(-1).mean()
+
+    return {
+        'new_images': binary_cross_entropy(logits[:, classes:], new_targets),
+        'old_answers': binary_cross_entropy(logits[:, :classes], old_targets),
+    }
 
 
 def cross_entropy(logits, labels) -> jax.Array:
@@ -81,4 +81,4 @@ def cross_entropy(logits, labels) -> jax.Array:
 
 def total(terms: dict[str, jax.Array], weights: dict[str, float]) -> jax.Array:
     """Computes the weighted sum of the terms; the default weight is 1."""
-    return sum(weights.get(name, 1.0) * term for name, term in terms.items())
+    return sum((weights.get(name, 1.0) * term for name, term in terms.items()), start=jnp.zeros(()))

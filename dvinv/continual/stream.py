@@ -6,11 +6,12 @@ except with `data.validation`, which uses a part of them for scores.
 """
 
 import dataclasses
+import itertools
 
 import numpy as np
 
 from dvinv.config import DataSettings, Settings, parse_group
-from dvinv.data.dataset import Split
+from dvinv.data.dataset import RealData, Split
 from dvinv.errors import DvinvError, listed
 from dvinv.networks import Classifier
 from dvinv.pipeline.run import Run
@@ -45,15 +46,14 @@ def sources_of(settings: Settings) -> dict[str, DataSettings]:
 
 
 def _refuse_overlaps(sources: dict[str, DataSettings]) -> None:
-    seen = {}
-    for field, source in sources.items():
-        data_set = source.name, source.path
-        for other, classes in seen.get(data_set, {}).items():
-            shared = sorted({*source.classes} & {*classes})
-            if shared or not (source.classes and classes):
+    for (other_field, other), (field, source) in itertools.combinations(sources.items(), 2):
+        if (other.name, other.path) == (source.name, source.path):
+            shared = sorted({*source.classes} & {*other.classes})
+            if shared or not (source.classes and other.classes):
                 which = f'the classes {listed([*map(str, shared)])}' if shared else 'all classes of one data set'
-                raise DvinvError(f'{other} and {field} overlap: both have {which}; every class must come in one task alone.')
-        seen.setdefault(data_set, {})[field] = source.classes
+                raise DvinvError(
+                    f'{other_field} and {field} overlap: both have {which}; every class must be in one task only.'
+                )
 
 
 def steps_of(run: Run, teacher: Classifier) -> list[Step]:
@@ -62,21 +62,22 @@ def steps_of(run: Run, teacher: Classifier) -> list[Step]:
     Raises:
       DvinvError: the settings of a task are invalid, or it has no images.
     """
-    steps, first = [], 0
+    (height, width, channels), first = teacher.image_shape, 0
+    steps: list[Step] = []
     for field, source in sources_of(run.settings).items():
         # The number of the teacher's classes is known without its data.
         classes = teacher.num_classes if not steps else len(source.classes) or _scored(run, source, field).num_classes
-        steps.append(Step(field, source, first, classes, tuple(teacher.image_shape)))
+        steps.append(Step(field, source, first, classes, (height, width, channels)))
         first += classes
     return steps
 
 
 def class_names_of(run: Run, steps: list[Step]) -> list[str]:
     """Returns the names of all classes in the order of the network's labels; numbers if the data have no names."""
-    names = []
+    names: list[str] = []
     for step in steps:
-        known = _scored(run, step.source, step.field).class_names
-        names += [known[label] if label < len(known) else str(step.first + label) for label in range(step.classes)]
+        in_data = _scored(run, step.source, step.field).class_names
+        names += [in_data[label] if label < len(in_data) else str(step.first + label) for label in range(step.classes)]
     return names
 
 
@@ -89,7 +90,7 @@ def training_images(run: Run, step: Step) -> Split:
     data = run.read_data(step.source)
     if data is None or data.train is None:
         raise DvinvError(
-            f'{step.field} has no training images, and a task is not learned without; name some by name and train_path.'
+            f'{step.field} has no training images, and a task cannot be learned without them; set its name and train_path.'
         )
     return _among_all(data.train, step)
 
@@ -99,11 +100,12 @@ def test_images(run: Run, step: Step) -> Split:
     return _among_all(_scored(run, step.source, step.field).test, step)
 
 
-def _scored(run: Run, source: DataSettings, field: str):
+def _scored(run: Run, source: DataSettings, field: str) -> RealData:
+    """Returns the data of a task without reading training images, unless test images are a part of them."""
     data = run.read_data(source if source.validation else dataclasses.replace(source, train_path=''))
     if data is None:
         raise DvinvError(
-            f"{field} names no data set, and a task cannot be scored without; give it a name, 'digits' for instance."
+            f"{field} names no data set, and a task cannot be scored without one; give it a name, 'digits' for instance."
         )
     return data
 
@@ -118,17 +120,17 @@ def _among_all(split: Split, step: Step) -> Split:
     if images.shape[-1] == 1 < channels:
         images = np.repeat(images, channels, -1)
     if images.shape[1:] != step.image_shape:
-        theirs, ours = ('x'.join(map(str, shape)) for shape in (images.shape[1:], step.image_shape))
+        found, expected = ('x'.join(map(str, shape)) for shape in (images.shape[1:], step.image_shape))
         raise DvinvError(
-            f'{step.field} has images of {theirs} (height x width x channels), but the network takes {ours}; image_size may '
-            'bring them to one size.'
+            f'{step.field} has images of {found} (height x width x channels), but the network takes {expected}; set its '
+            'image_size.'
         )
-    lacking, highest = sorted({*range(step.classes)} - {*labels.tolist()}), int(labels.max())
-    if lacking:
-        named = step.source.classes[lacking[0]] if step.source.classes else lacking[0]
-        raise DvinvError(f'{step.field} has no image of class {named}; leave the class out, or name more images.')
+    missing, highest = sorted({*range(step.classes)} - {*labels.tolist()}), int(labels.max())
+    if missing:
+        label = step.source.classes[missing[0]] if step.source.classes else missing[0]
+        raise DvinvError(f'{step.field} has no image of class {label}; leave the class out, or add images of it.')
     if highest >= step.classes:
         raise DvinvError(
-            f'{step.field} has the label {highest}, but its test images tell of {step.classes} classes, from 0.'
+            f'{step.field} has the label {highest}, but its test images are of {step.classes} classes, counted from 0.'
         )
     return Split(images, (labels + step.first).astype(np.int32))

@@ -11,6 +11,7 @@ finished.
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from dvinv.continual.stream import Step, steps_of, training_images
 from dvinv.continual.validation import validate
 from dvinv.data.dataset import Split
 from dvinv.data.pool import ImagePool
+from dvinv.data.rows import RowArray
 from dvinv.distillation.student import job_of as student_job
 from dvinv.distillation.student import student_of
 from dvinv.inversion import Teacher
@@ -31,10 +33,13 @@ from dvinv.runtime.processes import is_primary
 from dvinv.synthesis import adaptive
 from dvinv.synthesis.synthesizer import fill_pool
 from dvinv.training.sampling import Rounds, rounds_of
-from dvinv.training.trainer import PlannedTraining, TrainJob, TrainTarget, train_network
+from dvinv.training.step import TrainJob
+from dvinv.training.targets import PlannedTraining, TrainTarget, train_network
 
 __all__ = ['complete', 'planned_trainings', 'run', 'validate']
-ROLE = 4  # see `training.TrainTarget`; the same for all networks, so that compared networks start from the same state
+ROLE = (
+    4  # see `training.targets.TrainTarget`; the same for all networks, so that compared networks start from the same state
+)
 
 
 def run(run: Run) -> dict:
@@ -46,10 +51,11 @@ def run(run: Run) -> dict:
     learned = {chain: [first] for chain in chains_of(settings)}
     for number in range(1, len(steps)):
         train_task(run, steps[: number + 1], grown[number], learned)
+    networks: dict[str, Sequence[Teacher | None]] = {**learned}
     if 'joint' in settings.controls:
         joint = train_jointly(run, steps, grown[-1], learned[MAIN][0])
-        learned['joint'] = [None] * (len(steps) - 1) + [joint]
-    return {**figures(run, steps, learned), 'tasks': len(steps), 'updates': settings.updates}
+        networks['joint'] = [None] * (len(steps) - 1) + [joint]
+    return {**figures(run, steps, networks), 'tasks': len(steps), 'updates': settings.updates}
 
 
 def planned_trainings(run: Run) -> list[PlannedTraining]:
@@ -89,14 +95,17 @@ def train_task(run: Run, steps: list[Step], like: Teacher, learned: dict[str, li
     chains = chains_of(settings)
     paths = {chain: workdir.network(name_of(settings, chain, number)) for chain in chains}
     untrained = [chain for chain, path in paths.items() if not workdir.has_network(path.stem)]
-    old = {chain: pool_of(run, chain, number, learned[chain][-1]) for chain in synthesizing(settings) if chain in untrained}
-    if 'replay' in untrained:
-        old['replay'] = _union([training_images(run, step) for step in steps[:-1]])
-    new = training_images(run, steps[-1]) if untrained else None
-    for chain in untrained:
-        current = learned[chain][-1]
-        job, images, labels = job_of(run, chains[chain], current, new, old.get(chain))
-        train_network(run, _target(run, paths[chain].stem, like, current), job, images, labels)
+    if untrained:
+        old = {
+            chain: pool_of(run, chain, number, learned[chain][-1]) for chain in synthesizing(settings) if chain in untrained
+        }
+        if 'replay' in untrained:
+            old['replay'] = _union([training_images(run, step) for step in steps[:-1]])
+        new = training_images(run, steps[-1])
+        for chain in untrained:
+            current = learned[chain][-1]
+            job, images, labels = job_of(run, chains[chain], current, new, old.get(chain))
+            train_network(run, _target(run, paths[chain].stem, like, current), job, images, labels)
     for chain, path in paths.items():
         learned[chain].append(dataclasses.replace(like, variables=load_network(path)[0]))
 
@@ -106,24 +115,25 @@ def _target(run: Run, name: str, like: Teacher, before: Teacher) -> TrainTarget:
     return TrainTarget('continual', name, run.settings.teacher, like, ROLE, start=before.variables, own=run.own_module(like))
 
 
-def pool_of(run: Run, chain: str, number: int, current: Teacher) -> Split:
-    """Returns the images, synthesized from the `current` network of a chain, that are used to learn task `number`."""
+def pool_of(run: Run, chain: str, number: int, current: Teacher) -> tuple[RowArray, np.ndarray]:
+    """Returns images and labels, synthesized from the `current` network of a chain, that are used to learn task `number`."""
     # All chains begin with the same network, so they share its images.
     name = f'{number}' if chain == MAIN or number == 1 else f'{chain}_{number}'
     pool = ImagePool(run.workdir.path / 'pools' / name, current.digest(), quarantine=True)
-    method, series = run.settings.synthesis.method, ('continual', f'images_{name}')
+    method, series = run.settings.synthesis.method, f'images_{name}'
     if method == 'adaptive':
         student = student_of(run, current, f'student_{name}', 'continual')
-        adaptive.fill_pool(run, current, pool, student, *series)
+        adaptive.fill_pool(run, current, pool, student, 'continual', series)
         if is_primary():
             shutil.rmtree(run.workdir.path / 'checkpoints' / student.name, ignore_errors=True)
     else:
-        fill_pool(run, current, pool, method, *series)
-    return Split(pool.rows('images'), pool.rows('labels')[:])
+        fill_pool(run, current, pool, method, 'continual', series)
+    return pool.rows('images'), pool.rows('labels')[:]
 
 
-def _union(splits: list[Split]) -> Split:
-    return Split(np.concatenate([split.images for split in splits]), np.concatenate([split.labels for split in splits]))
+def _union(splits: list[Split]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the images and labels of several splits."""
+    return np.concatenate([split.images for split in splits]), np.concatenate([split.labels for split in splits])
 
 
 def train_jointly(run: Run, steps: list[Step], like: Teacher, first: Teacher) -> Teacher:
@@ -132,8 +142,7 @@ def train_jointly(run: Run, steps: list[Step], like: Teacher, first: Teacher) ->
     if not run.workdir.has_network('joint'):
         settings = run.settings.continual
         settings = dataclasses.replace(settings, updates=settings.updates * (len(steps) - 1))
-        images = _union([training_images(run, step) for step in steps])
-        job = TrainJob(settings, loss_of(run, 'joint', first)[0], Rounds(len(images.labels)))
-        target = _target(run, 'joint', like, first)
-        train_network(run, target, job, images.images, images.labels)
+        images, labels = _union([training_images(run, step) for step in steps])
+        job = TrainJob(settings, loss_of(run, 'joint', first)[0], Rounds(len(labels)))
+        train_network(run, _target(run, 'joint', like, first), job, images, labels)
     return dataclasses.replace(like, variables=load_network(path)[0])

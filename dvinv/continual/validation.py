@@ -22,20 +22,15 @@ def validate(run: Run) -> None:
     settings, teacher, devices = run.settings.continual, run.planned_teacher, run.training_mesh.size
     if settings.batch_size % (2 * devices):
         raise DvinvError(
-            f'continual.batch_size is {settings.batch_size}; half of a batch is of new classes, half of old ones, each '
-            f'split over the devices ({devices}): choose a multiple of {2 * devices}.'
+            f'continual.batch_size is {settings.batch_size}; half of a batch is of new classes and half of old ones, and '
+            f'each half is split over the devices ({devices}); choose a multiple of {2 * devices}.'
         )
     if not settings.steps:
-        raise DvinvError("continual.steps is empty; name what is to be learned, ({'classes': (5, 6)},) for instance.")
-    for value, what in (
-        (run.settings.pool, f'pool is {run.settings.pool!r}, but tasks make pools of their own; leave it out.'),
-        (
-            run.settings.synthesis.classes,
-            'synthesis.classes is set, but tasks make images of all classes so far; leave it out.',
-        ),
-    ):
-        if value:
-            raise DvinvError(what)
+        raise DvinvError("continual.steps is empty; name the classes to learn, ({'classes': (5, 6)},) for instance.")
+    if run.settings.pool:
+        raise DvinvError(f'pool is {run.settings.pool!r}, but the task makes pools of its own; leave it out.')
+    if run.settings.synthesis.classes:
+        raise DvinvError('synthesis.classes is set, but images of all classes so far are made; leave it out.')
     run.once(synthesizer.validate)
     if run.settings.trains_student:
         run.once(student.validate)
@@ -43,10 +38,10 @@ def validate(run: Run) -> None:
     steps = steps_of(run, teacher)
     synthesizer.validate_count(run, 'synthesis.images', run.settings.synthesis.images, steps[-1].first)
     old_images = sorted({'replay', 'joint'} & {*settings.controls})
-    if old_images and steps[0].source.name and run.read_data(steps[0].source).train is None:
+    if old_images and run.data is not None and run.data.train is None:
         raise DvinvError(
-            f'continual.controls names {old_images[0]}, which wants real images of the old classes, but there are none; '
-            'leave it out, or name some by data.train_path.'
+            f'continual.controls names {old_images[0]}, which needs real images of the old classes, but there are none; '
+            'leave it out, or set data.train_path.'
         )
     # Test images first, then training images: reading them in turn would open each data set twice for every task.
     for step in steps:
@@ -64,33 +59,33 @@ def _validate_network(run: Run) -> None:
     settings, group, teacher = run.settings.continual, run.settings.teacher, run.planned_teacher
     if MOMENTS in teacher.variables:
         raise DvinvError(
-            'teacher.moments and teacher.moments_images are of the first network alone, and tasks make images of every one '
-            'that follows it, too; leave them out (and where these have no BatchNorm, set synthesis.weights.feature=0).'
+            'teacher.moments and teacher.moments_images describe the first network only, but images are also made from the '
+            'networks that follow it; leave them out (and for networks without BatchNorm set synthesis.weights.feature=0).'
         )
     blank = network_of(run, teacher, teacher.num_classes)
     if differing_shapes(*(trained_part(network.variables) for network in (blank, teacher))):
         raise DvinvError(
-            f'The teacher is not the {group.network} of width {group.width} that the config tells, so it '
-            'cannot grow a head; set teacher.network and teacher.width to those of its weights.'
+            f'The teacher is not the {group.network} of width {group.width} that the config names, so it cannot grow a '
+            'head; set teacher.network and teacher.width to those of its weights.'
         )
     if group.factory:
         with_classes(teacher.module, teacher.image_shape, teacher.num_classes + 1)  # refuses heads that cannot grow
     data = run.data
     if data is not None and data.num_classes != teacher.num_classes:
         raise DvinvError(
-            f"The teacher's head has {teacher.num_classes} classes, but data has {data.num_classes}; name the teacher's "
-            'classes by data.classes, what is to be learned by continual.steps, or give teacher.weights of another network.'
+            f"The teacher's head has {teacher.num_classes} classes, but data has {data.num_classes}; set data.classes to "
+            "the teacher's and continual.steps to those to learn, or give teacher.weights of another network."
         )
     if 'always_be_dreaming' in (settings.loss, *settings.controls):
         if group.factory and not isinstance(teacher.module, LinenModule):
             raise DvinvError(
-                "The loss 'always_be_dreaming' listens to the head, which it can in a Linen module, and the network of "
-                f"teacher.factory {group.factory!r} is an NNX model; choose 'deepinversion'."
+                "The loss 'always_be_dreaming' captures the inputs of the head, which works for Linen modules only, and the "
+                f"network of teacher.factory {group.factory!r} is an NNX model; choose 'deepinversion'."
             )
         head = head_path(run, teacher)
         kernel = flatten(blank.variables['params'])[f'{head}/kernel']
         if kernel.ndim != 2:
             raise DvinvError(
-                f'The head of {group.factory or group.network} ({head}) is no dense layer, as the '
-                "loss 'always_be_dreaming' wants; choose 'deepinversion'."
+                f'The head of {group.factory or group.network} ({head}) is not a dense layer, which the loss '
+                "'always_be_dreaming' requires; choose 'deepinversion'."
             )

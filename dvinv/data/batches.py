@@ -1,6 +1,6 @@
 """The sources of training batches: images that reside on the devices, or batches that the host reads ahead."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
@@ -64,7 +64,7 @@ class ResidentBatches:
             self.arrays = self._write(self.arrays, (images[rows], np.asarray(labels[rows], np.int32)), self._loaded)
             self._loaded += len(rows)
 
-    def each(self, dispatches: Iterable[np.ndarray]) -> Iterator[jax.Array]:
+    def each(self, dispatches: Iterable[np.ndarray]) -> Generator[jax.Array, None, None]:
         """Yields the row numbers of every dispatch, int32 [n, B] or [B], on the devices."""
         for rows in dispatches:
             yield place(rows, NamedSharding(self._mesh, _split_batch(rows.ndim - 1)))
@@ -91,7 +91,7 @@ class HostBatches:
         """Sets the arrays from which all following batches are read."""
         self._images, self._labels = images, labels
 
-    def each(self, dispatches: Iterable[np.ndarray]) -> Iterator[tuple]:
+    def each(self, dispatches: Iterable[np.ndarray]) -> Generator[tuple, None, None]:
         """Yields (images [n, B, H, W, C] or [B, H, W, C], labels) of every dispatch, and reads the next one ahead."""
         with ThreadPoolExecutor(1, 'dvinv-batches') as reader:
             previous: Future | None = None

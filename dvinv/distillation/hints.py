@@ -11,7 +11,7 @@ update on. This is an idea of LIT (Koratana et al., arXiv 1810.01937), where all
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ class Hints:
         if self.layers:
             return f'Hints: the inputs of {len(self.layers)} BatchNorm layers that student and teacher have in common.'
         if not self.pairs:
-            return 'Hints: none; the student learns from the answers of the teacher alone.'
+            return 'Hints: none; the student is trained on the logits of the teacher only.'
         lines = ['Hints: the outputs of the stages, teacher and student.']
         lines += ['  {}: {}; {}; projection: {}'.format(*row) for row in self.rows()]
         return '\n'.join(lines)
@@ -114,9 +114,9 @@ def layer_error(features: dict, teacher_features: dict) -> jax.Array:
       features, teacher_features: {layer: BatchNorm inputs, one per call}; `features`, of the student, may have more layers.
     """
     terms = [
-        relative_error(own, target)
+        relative_error(output, target)
         for layer, calls in teacher_features.items()
-        for own, target in zip(features[layer], calls, strict=True)
+        for output, target in zip(features[layer], calls, strict=True)
     ]
     return jnp.stack(terms).mean()
 
@@ -132,19 +132,19 @@ def staged_forward(module, teacher: Teacher, pairs: tuple[StagePair, ...], share
       platform: the platform that the networks run on, 'cpu', 'gpu' or 'tpu'.
 
     Returns:
-      A `training.TrainJob.forward`; its features are {'teacher_logits': [B, K], 'stage_errors': float32 [stages]}.
+      A `training.step.TrainJob.forward`; its features are {'teacher_logits': [B, K], 'stage_errors': float32 [stages]}.
     """
     resolutions = [pair.student.resolution for pair in pairs]
     of_teacher = suited_to(platform, record(teacher.apply_fn, resolutions))
 
-    def forward(variables, projections: Mapping, x, rngs, frozen, progress):
+    def forward(variables, projections: dict, x, rngs, frozen, progress):
         teacher_logits, targets = of_teacher(frozen, x)
         key, probability = jax.random.fold_in(rngs['dropout'], 1), share * (1 - progress)
-        coins = jax.random.bernoulli(key, probability, (len(pairs), len(x), 1, 1, 1))
+        replaced = jax.random.bernoulli(key, probability, (len(pairs), len(x), 1, 1, 1))
 
-        def replace(index, output):
-            given = to_student(projections, pairs[index], targets[index])
-            return jnp.where(coins[index], given.astype(output.dtype), output) if share else output
+        def replace(index: int, output: jax.Array) -> jax.Array:
+            target = to_student(projections, pairs[index], targets[index])
+            return jnp.where(replaced[index], target.astype(output.dtype), output) if share else output
 
         student = graft(functools.partial(features_in_training, module), resolutions, replace)
         (logits, _, batch_stats), outputs = suited_to(platform, student)(variables, x, rngs)

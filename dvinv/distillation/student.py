@@ -2,11 +2,11 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dvinv.config import validate_devices
 from dvinv.distillation.hints import Hints, choose_hints, layer_error, staged_forward
@@ -21,10 +21,10 @@ from dvinv.pipeline.run import Run
 from dvinv.runtime.devices import platform_of
 from dvinv.teacher.task import validate_takes
 from dvinv.training.sampling import Rounds
-from dvinv.training.trainer import TrainJob, TrainTarget
+from dvinv.training.step import TrainJob
+from dvinv.training.targets import TrainTarget, seed_of
 
-NONE = MappingProxyType({})
-ROLE = 3  # see `training.TrainTarget`; the same for all students
+ROLE = 3  # see `training.targets.TrainTarget`; the same for all students
 PROJECTIONS = 2  # folded into the key of a student for its projections; a training folds in 0 and 1
 
 
@@ -66,9 +66,14 @@ def student_of(run: Run, teacher: Teacher, name: str = 'student', task: str = 'd
     return TrainTarget(task, name, group, teacher, ROLE, start=start, own=module if group.factory else None)
 
 
-def job_of(run: Run, teacher: Teacher, rounds: Rounds) -> TrainJob:
-    """Returns the training job of the run's student of `teacher`, on images that become available in `rounds`."""
-    settings, hints, seed = run.settings.distillation, hints_of(run, teacher), run.settings.seed
+def job_of(run: Run, teacher: Teacher, rounds: Rounds, hints: Hints | None = None) -> TrainJob:
+    """Returns the training job of the run's student of `teacher`.
+
+    Args:
+      rounds: the schedule by which images become available.
+      hints: the result of `hints_of`, which takes seconds for a large network; None to determine it here.
+    """
+    settings, hints = run.settings.distillation, hints_of(run, teacher) if hints is None else hints
     module, teacher = run.student_module(teacher), in_precision(teacher, settings.precision)
     if not hints.pairs:
         loss = distillation_loss(teacher, settings.temperature, settings.hint, hints.layers, decay=settings.hint_decay)
@@ -79,7 +84,7 @@ def job_of(run: Run, teacher: Teacher, rounds: Rounds) -> TrainJob:
         rounds,
         teacher.variables,
         forward=staged_forward(module, teacher, hints.pairs, settings.graft, platform_of(run.mesh)),
-        auxiliary=initial_projections(jax.random.fold_in(jax.random.key(16 * seed + ROLE), PROJECTIONS), hints.pairs),
+        auxiliary=initial_projections(jax.random.fold_in(jax.random.key(seed_of(run, ROLE)), PROJECTIONS), hints.pairs),
     )
 
 
@@ -93,19 +98,19 @@ def hints_of(run: Run, teacher: Teacher) -> Hints:
     return choose_hints(settings.hints, run.student_module(teacher), teacher) if settings.hint else Hints()
 
 
-def print_hints(run: Run, teacher: Teacher) -> None:
-    """Prints the hints with which the student is compared with `teacher`, before its training."""
-    print(hints_of(run, teacher), file=sys.stderr, flush=True)
+def print_hints(hints: Hints) -> None:
+    """Prints the hints with which a student is compared with its teacher, before its training."""
+    print(hints, file=sys.stderr, flush=True)
 
 
 def distillation_loss(
     teacher: Teacher,
     temperature: float,
     hint: float = 0.0,
-    layers: Iterable[str] = (),
-    left: Mapping = NONE,
+    layers: Collection[str] = (),
+    kept_channels: Mapping[str, np.ndarray] | None = None,
     decay: float = 0.0,
-):
+) -> Callable:
     """Returns the loss of a `TrainJob`: T^2 KL(teacher || student) at temperature T, plus `layer_error` of `layers`.
 
     Both networks get the same augmented images. T^2 keeps the scale of the gradient independent of the temperature (Hinton
@@ -116,8 +121,9 @@ def distillation_loss(
       temperature: T.
       hint, decay: the weight of the second term, see `hint_weight`.
       layers: the layers of the second term; none: no such term.
-      left: for a student with pruned channels, {layer: the teacher's channels that remain in the student, int [c]}.
+      kept_channels: for a student with pruned channels, {layer: the teacher's channels that the student keeps, int [c]}.
     """
+    kept = kept_channels or {}
 
     def loss(logits, features, x, labels, teacher_variables, progress):
         if layers:
@@ -126,15 +132,15 @@ def distillation_loss(
             teacher_logits = teacher.apply_fn(teacher_variables, x)
         total = temperature**2 * divergence(teacher_logits, logits, temperature)
         if layers:
-            hints = {layer: teacher_features[layer] for layer in layers}
-            hints |= {layer: [jnp.take(x, left[layer], -1) for x in hints[layer]] for layer in layers if layer in left}
-            total += hint_weight(hint, decay, progress) * layer_error(features, hints)
+            targets = {layer: teacher_features[layer] for layer in layers}
+            targets |= {layer: [jnp.take(x, kept[layer], -1) for x in targets[layer]] for layer in layers if layer in kept}
+            total += hint_weight(hint, decay, progress) * layer_error(features, targets)
         return total
 
     return loss
 
 
-def staged_loss(temperature: float, hint: float, decay: float = 0.0):
+def staged_loss(temperature: float, hint: float, decay: float = 0.0) -> Callable:
     """Returns the loss of a `TrainJob` with `hints.staged_forward`.
 
         T^2 KL(teacher || student) at temperature T + weight * mean over stages of the relative squared error of outputs
@@ -143,8 +149,8 @@ def staged_loss(temperature: float, hint: float, decay: float = 0.0):
     """
 
     def loss(logits, features, x, labels, teacher_variables, progress):
-        answers = temperature**2 * divergence(features['teacher_logits'], logits, temperature)
-        return answers + hint_weight(hint, decay, progress) * features['stage_errors'].mean()
+        distillation = temperature**2 * divergence(features['teacher_logits'], logits, temperature)
+        return distillation + hint_weight(hint, decay, progress) * features['stage_errors'].mean()
 
     return loss
 

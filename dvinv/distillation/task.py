@@ -1,6 +1,7 @@
 """The task `distillation`: training a student on the teacher's logits on synthesized images, and controls for comparison."""
 
 from dvinv.config import DATA_FREE_CONTROLS
+from dvinv.data.rows import RowArray
 from dvinv.distillation import student
 from dvinv.distillation.student import hints_of, job_of, print_hints, student_of
 from dvinv.errors import DvinvError
@@ -9,10 +10,10 @@ from dvinv.evaluation.scoring import flops, test_accuracy
 from dvinv.networks import Classifier
 from dvinv.pipeline.run import Run
 from dvinv.synthesis import synthesizer
-from dvinv.synthesis.pools import controls_are_whole, finished_pool
+from dvinv.synthesis.pools import controls_are_complete, finished_pool
 from dvinv.synthesis.synthesizer import control_pool
 from dvinv.training.sampling import Rounds, rounds_of
-from dvinv.training.trainer import Array, PlannedTraining, train_network
+from dvinv.training.targets import PlannedTraining, train_network
 
 
 def validate(run: Run) -> None:
@@ -42,22 +43,26 @@ def run(run: Run) -> dict:
             raise DvinvError(f'distillation.counts names {count}, but the pool has {len(labels)} images to learn from.')
     hints = hints_of(run, teacher)
     if run.settings.synthesis.method != 'adaptive' and not run.workdir.has_network('student'):
-        print_hints(run, teacher)
-    students = {'student': distil(run, images, labels, rounds, 'student')}
+        print_hints(hints)
+
+    def distil(name: str, images: RowArray, labels: RowArray, rounds: Rounds) -> Classifier:
+        return train_network(run, student_of(run, teacher, name), job_of(run, teacher, rounds, hints), images, labels)
+
+    students = {'student': distil('student', images, labels, rounds)}
     for count in settings.counts:
         name = f'student_of_{count}'
-        students[name] = distil(run, images, labels, Rounds(count), name)
+        students[name] = distil(name, images, labels, Rounds(count))
     for control in DATA_FREE_CONTROLS:
         if control in settings.controls:
-            lesser = control_pool(run, control, 'distillation')
-            rows = training_set(run.settings, lesser)
-            students[control] = distil(run, *rows, Rounds(len(rows[1])) if run.settings.pool else rounds, control)
+            control_images, control_labels = training_set(run.settings, control_pool(run, control, 'distillation'))
+            control_rounds = Rounds(len(control_labels)) if run.settings.pool else rounds
+            students[control] = distil(control, control_images, control_labels, control_rounds)
 
-    data = run.data
     if 'real' in settings.controls:
-        students['real'] = distil(run, data.train.images, data.train.labels, Rounds(len(data.train.labels)), 'real')
+        real = run.training_split
+        students['real'] = distil('real', real.images, real.labels, Rounds(len(real.labels)))
     held_out = HeldOut(run.settings, teacher, pool)
-    scores = {name: test_accuracy(student, data) for name, student in students.items()}
+    scores = {name: test_accuracy(student, run.data) for name, student in students.items()}
     student = students['student']
     return {
         'test_accuracy': scores['student'],
@@ -85,16 +90,4 @@ def planned_trainings(run: Run) -> list[PlannedTraining]:
 
 def complete(run: Run) -> bool:
     """Returns whether student and images of controls still exist; users delete damaged files to recompute them."""
-    return controls_are_whole(run, run.settings.distillation.controls) and run.workdir.has_network('student')
-
-
-def distil(run: Run, images: Array, labels: Array, rounds: Rounds, name: str) -> Classifier:
-    """Trains a student of the run's teacher; all students that are compared start from the same initialisation.
-
-    Args:
-      images: training images, uint8 [N, H, W, C].
-      labels: int [N].
-      rounds: the schedule by which images become available.
-      name: the name of the network's file.
-    """
-    return train_network(run, student_of(run, run.teacher, name), job_of(run, run.teacher, rounds), images, labels)
+    return controls_are_complete(run, run.settings.distillation.controls) and run.workdir.has_network('student')

@@ -6,7 +6,7 @@ These transforms change how a network's function is computed, not the function i
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import jax.numpy as jnp
 
@@ -16,6 +16,8 @@ from dvinv.inversion.tap import Tap
 from dvinv.inversion.teacher import Teacher
 from dvinv.networks.classifier import Classifier, cast_floats
 from dvinv.networks.suited import suited_to
+
+Network = TypeVar('Network', bound=Classifier)
 
 
 def executed(teacher: Teacher, student_fn: Callable | None, config: InversionConfig, platform: str):
@@ -40,7 +42,7 @@ def executed(teacher: Teacher, student_fn: Callable | None, config: InversionCon
     return dataclasses.replace(teacher, tap=cast(Tap, tap)), student_fn and run(student_fn)  # only called from here on
 
 
-def in_precision(network: Classifier, precision: str) -> Classifier:
+def in_precision(network: Network, precision: str) -> Network:
     """Returns `network`, a Classifier or Teacher, with its logits and features computed in `precision`."""
     if precision == 'float32':
         return network

@@ -146,7 +146,7 @@ class Programs:
         parameters, opt_state, iteration = jax.tree.unflatten(tree, leaves)
         return state.replace(parameters=parameters, opt_state=opt_state, iteration=iteration)
 
-    def _advance(self, stage: Stage, iterations: int) -> Callable:
+    def _advance(self, stage: Stage, iterations: int) -> jax.stages.Wrapped:
         step = make_step(self._teacher, self._config, stage, self._student_fn, AXIS if self._split else None)
         return self._mapped(make_chunk(step, iterations), weights=2, donate=True)
 

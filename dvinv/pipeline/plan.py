@@ -7,6 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,8 +25,9 @@ from dvinv.pipeline import tasks as pipeline
 from dvinv.pipeline.run import Run
 from dvinv.runtime.devices import make_mesh, platform_of
 from dvinv.runtime.progress import duration
-from dvinv.synthesis.synthesizer import abreast
-from dvinv.training.trainer import PlannedTraining, TrainStep
+from dvinv.synthesis.synthesizer import batches_side_by_side
+from dvinv.training.step import TrainStep
+from dvinv.training.targets import PlannedTraining
 
 TIMED_SECONDS = 1.0  # minimum total time of the timed dispatches; at least three are timed after the first
 PLANNED = ('teacher', 'distillation', 'pruning', 'continual', 'quantization')  # tasks that train networks
@@ -255,7 +257,7 @@ def plan_synthesis(run: Run, teacher: Teacher, pools: float) -> SynthesisPlan:
         student = dataclasses.replace(teacher, apply_fn=apply_fn_of(module), variables=weights)
 
     settings, mesh = with_attention(teacher, run.settings.inversion_config()), run.mesh
-    side_by_side = abreast(run.settings, mesh.size)
+    side_by_side = batches_side_by_side(run.settings, mesh.size)
     mesh = mesh if settings.bn_stats == 'global' else make_mesh(side_by_side)
     labels = np.stack([balanced_labels(i, group.batch_size, teacher.num_classes) for i in range(side_by_side)])
     programs = Programs(teacher, settings, mesh, student.apply_fn if student else None)
@@ -287,7 +289,7 @@ def _time_stage(programs: Programs, stage: Stage, labels: np.ndarray, networks: 
     program = programs.advance(stage, iterations).lower(state, *arguments).compile()
     compile_seconds = time.perf_counter() - start
     seconds = _median_seconds(lambda state: program(state, *arguments), state) / iterations
-    size = program.memory_analysis()
+    size: Any = program.memory_analysis()  # CPUs, GPUs and TPUs all report it
     memory = size.argument_size_in_bytes + size.output_size_in_bytes + size.temp_size_in_bytes - size.alias_size_in_bytes
     gflops = 2 * forward * labels.size / 1e9
     return StagePlan(view_shape[0], stage.iterations, gflops, seconds, memory, compile_seconds)

@@ -22,7 +22,7 @@ from dvinv.networks import Classifier, create, load_classifier, load_network, re
 from dvinv.networks.classifier import check_finite, differing_shapes
 from dvinv.networks.files import refuse_other
 from dvinv.runtime.devices import make_mesh, training_mesh
-from dvinv.runtime.workdir import Workdir, network_file
+from dvinv.runtime.workdir import Workdir, network_path
 from dvinv.teacher import factories
 from dvinv.teacher.verifiers import print_pixels, read_verifier, validate_judge
 
@@ -90,7 +90,7 @@ class Run:
 
     def is_finished(self, name: str) -> bool:
         """Returns whether the work directory has the file of a network; the work directory need not be open."""
-        return self.path is not None and network_file(self.path, name).exists()
+        return network_path(self.path, name).exists() if self.path else False
 
     # Real data
 
@@ -106,6 +106,13 @@ class Run:
           DvinvError: see `load_real`.
         """
         return self._datasets.load(settings)
+
+    @property
+    def training_split(self) -> Split:
+        """The real training images, for a task after its validation has found that they exist."""
+        train = self.data.train if self.data else None
+        assert train is not None, 'there are no real training images'
+        return train
 
     # Networks
 

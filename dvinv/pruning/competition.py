@@ -5,28 +5,24 @@ On these images the pruned network disagrees with the unpruned one (arXiv 1912.0
 
 import dataclasses
 
-import numpy as np
-
 from dvinv.data.pool import ImagePool
 from dvinv.networks import apply_fn_of
 from dvinv.pipeline.run import Run
 from dvinv.synthesis.pools import missing_batches
 from dvinv.synthesis.synthesizer import Synthesizer
-from dvinv.training.trainer import TrainTarget
+from dvinv.training.targets import TrainTarget, seed_of
 
 
 def run_of_step(run: Run, role: int, step: int) -> Run:
     """Returns the run with the synthesis settings of a step: its number of batches, and a seed of its own.
 
     Args:
-      role: see `training.TrainTarget`.
+      role: see `training.targets.TrainTarget`.
     """
     count, synthesis = run.settings.pruning.adaptive_batches, run.settings.synthesis
     images = count * synthesis.batch_size
     synthesis = dataclasses.replace(synthesis, method='adaptive', images=images, batches_per_round=count)
-    return run.with_synthesis(
-        synthesis, int(np.random.SeedSequence([16 * run.settings.seed + role, step]).generate_state(1)[0])
-    )
+    return run.with_synthesis(synthesis, seed_of(run, role, step))
 
 
 def images_against(run: Run, target: TrainTarget) -> ImagePool:

@@ -55,15 +55,16 @@ class Importance:
         """
         total, count = np.zeros(self._count), 0
         for images in batches:
-            total += np.square(self._summed(self._products(variables, self._teacher.variables, images, equal=equal)))
+            products = self._products(variables, self._teacher.variables, images, equal=equal)
+            total += np.square(self._summed(products))
             count += 1
         return total / count
 
     def magnitude(self, variables: dict) -> np.ndarray:
         """Computes the root mean square of the weights that the gates multiply, float64 [groups]."""
-        flat = flatten(variables)
-        squares = self._summed({path: np.square(_rows(flat[path])).sum(0) for path in self._gates})
-        numbers = self._summed({path: np.full(flat[path].shape[-1], len(_rows(flat[path]))) for path in self._gates})
+        weights = {path: _by_channel(leaf) for path, leaf in flatten(variables).items() if path in self._gates}
+        squares = self._summed({path: np.square(leaf).sum(0) for path, leaf in weights.items()})
+        numbers = self._summed({path: np.full(leaf.shape[-1], len(leaf)) for path, leaf in weights.items()})
         return np.sqrt(squares / numbers)
 
     def random(self, seed: int | tuple[int, ...]) -> np.ndarray:
@@ -73,17 +74,19 @@ class Importance:
     def _gate_products(self, variables, teacher_variables, images, equal: bool) -> dict:
         """Computes {path of a variable: its part of dL/dg for the gates along its last axis}."""
         x = self._teacher.normalise(images)
-        answers = self._teacher.apply_fn(teacher_variables, x)
+        teacher_logits = self._teacher.apply_fn(teacher_variables, x)
 
         def loss(params):
             logits = self._module.apply({**variables, 'params': params}, x, train=False)
             if equal:
-                return optax.softmax_cross_entropy_with_integer_labels(logits, answers.argmax(-1)).mean()
-            return divergence(answers, logits)
+                return optax.softmax_cross_entropy_with_integer_labels(logits, teacher_logits.argmax(-1)).mean()
+            return divergence(teacher_logits, logits)
 
         gradient = flatten({'params': jax.grad(loss)(variables['params'])})
         return {
-            path: _rows(gradient[path] * leaf).sum(0) for path, leaf in flatten(variables).items() if path in self._gates
+            path: _by_channel(gradient[path] * leaf).sum(0)
+            for path, leaf in flatten(variables).items()
+            if path in self._gates
         }
 
     def _summed(self, values: dict) -> np.ndarray:
@@ -98,19 +101,21 @@ class Importance:
         return sums[:-1]  # the last entry collects values of FIXED gates, which belong to no group
 
 
-def _rows(leaf):
+def _by_channel(leaf):
+    """Returns an array with all axes but the last merged, [n, C]."""
     return leaf.reshape(-1, leaf.shape[-1])
 
 
 def _gates(channels: ChannelGroups) -> dict[str, np.ndarray]:
     """Returns {path of a variable that gates multiply: the group of each gate along its last axis, or FIXED}."""
     normed = running_statistics(channels.shapes)
-    makes = {path: axes[-1] for path, axes in channels.axes.items() if path.startswith('params/') and axes[-1] is not None}
-    behind_norms = {path for path in makes if path.removeprefix('params/').rpartition('/')[0] in normed}
+    outputs = {path: axes[-1] for path, axes in channels.axes.items() if path.startswith('params/') and axes[-1] is not None}
+    behind_norms = {path for path in outputs if path.removeprefix('params/').rpartition('/')[0] in normed}
     covered = np.zeros(channels.count + 1, bool)
     for path in behind_norms:
-        covered[makes[path]] = True
+        covered[outputs[path]] = True
     covered[FIXED] = True
     return {
-        path: groups if path in behind_norms else np.where(covered[groups], FIXED, groups) for path, groups in makes.items()
+        path: groups if path in behind_norms else np.where(covered[groups], FIXED, groups)
+        for path, groups in outputs.items()
     }

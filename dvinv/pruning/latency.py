@@ -32,22 +32,26 @@ def latency(network: Classifier, batch_size: int, repetitions: int = 15) -> floa
 
 
 def measure_table(
-    channels: ChannelGroups, batch_size: int, multiple: int = 1, progress: Callable[[int, int], None] = lambda done, of: None
+    channels: ChannelGroups,
+    batch_size: int,
+    round_to: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict:
     """Measures the seconds of every layer at the widths of the grid, and of an empty call; returns plain numbers for JSON.
 
     Args:
-      multiple: the number that all widths of the grid are multiples of. Time is not linear between widths that a backend
+      round_to: the number that all widths of the grid are multiples of. Time is not linear between widths that a backend
         handles well and others: on a CPU, a convolution of 15 channels takes one and a half times as long as one of 16.
       progress: called with the number of finished layers and the number of all layers.
     """
-    seen, layers = {}, []
+    measured: dict[str, list[float]] = {}  # of equal layers, only the first is measured
+    layers = []
     for index, product in enumerate(channels.products):
-        widths = [_widths(len(axis), multiple) for axis in product.axes]
+        widths = [_widths(len(axis), round_to) for axis in product.axes]
         key = str((product.operation.name, product.operation.params, product.operation.shapes, product.operands))
-        if key not in seen:
-            seen[key] = [_seconds(product, counts, batch_size) for counts in itertools.product(*widths)]
-        layers.append({'layer': product.layer, 'widths': widths, 'seconds': seen[key]})
+        if key not in measured:
+            measured[key] = [_seconds(product, counts, batch_size) for counts in itertools.product(*widths)]
+        layers.append({'layer': product.layer, 'widths': widths, 'seconds': measured[key]})
         progress(index + 1, len(channels.products))
     return {
         'batch_size': batch_size,
@@ -68,8 +72,8 @@ def predicted(channels: ChannelGroups, table: dict) -> Cost:
     return Cost(channels.count, tuple(terms))
 
 
-def _widths(count: int, multiple: int) -> list[int]:
-    return sorted({min(count, multiple * max(1, round(count * share / multiple))) for share in SHARES})
+def _widths(count: int, round_to: int) -> list[int]:
+    return sorted({min(count, round_to * max(1, round(count * share / round_to))) for share in SHARES})
 
 
 def _interpolated(widths: list[list[int]], seconds: list[float], call: float) -> Callable[..., np.ndarray]:
@@ -78,20 +82,18 @@ def _interpolated(widths: list[list[int]], seconds: list[float], call: float) ->
     It is linear between grid points, and constant below the smallest width.
     """
     values = np.maximum(np.reshape(seconds, [len(axis) for axis in widths]) - call, 0.0)
-    if not widths:
-        return lambda: float(values)
     # An axis with a single width cannot be interpolated.
-    long = [index for index, axis in enumerate(widths) if len(axis) > 1]
-    values = values.reshape([len(widths[index]) for index in long])
-    for axis in range(len(long)):
+    axes = [index for index, axis in enumerate(widths) if len(axis) > 1]
+    values = values.reshape([len(widths[index]) for index in axes])
+    for axis in range(len(axes)):
         values = np.maximum.accumulate(values, axis)  # fewer channels taking longer can only be noise
-    if not long:
-        return lambda *left: float(values)
-    grid = RegularGridInterpolator([widths[index] for index in long], values, bounds_error=False, fill_value=None)
+    if not axes:
+        return lambda *counts: values
+    grid = RegularGridInterpolator([widths[index] for index in axes], values, bounds_error=False, fill_value=None)
 
-    def price(*left):
-        counts = (np.maximum(np.asarray(left[index], float), widths[index][0]) for index in long)
-        points = np.stack(np.broadcast_arrays(*counts), -1)
+    def price(*counts):
+        clipped = (np.maximum(np.asarray(counts[index], float), widths[index][0]) for index in axes)
+        points = np.stack(np.broadcast_arrays(*clipped), -1)
         return grid(points).reshape(points.shape[:-1])
 
     return price
@@ -119,8 +121,8 @@ def _seconds(product: Product, counts: tuple[int, ...], batch_size: int) -> floa
         shapes[0][0] = batch_size
 
     def layer(x, kernel, scale):
-        (made,) = operation.call(params, [x, kernel])
-        return jax.nn.relu(made * scale + scale)
+        (output,) = operation.call(params, [x, kernel])
+        return jax.nn.relu(output * scale + scale)
 
     arrays = [jnp.ones(shape, jnp.float32) for shape in shapes]
     run = jax.jit(suited_to(jax.default_backend(), layer))

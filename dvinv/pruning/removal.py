@@ -37,40 +37,45 @@ def without_lowest(
     Returns:
       The keep mask after the removal, bool [groups].
     """
-    keep, made = keep.copy(), [groups[groups != FIXED] for groups in channels.layers.values()]
-    held = np.stack([np.bincount(groups, minlength=channels.count) for groups in made])  # [layers, groups]
-    stay = np.array([(groups == FIXED).sum() for groups in channels.layers.values()])
-    left = held @ keep + stay
-    for bundle in _bundles(held, keep, scores, settings.round_to):
+    keep, layers = keep.copy(), channels.layers.values()
+    channels_in = np.stack([np.bincount(groups[groups != FIXED], minlength=channels.count) for groups in layers])
+    fixed = np.array([(groups == FIXED).sum() for groups in layers])
+    remaining = channels_in @ keep + fixed  # the number of channels of each layer
+    for bundle in _bundles(channels_in, keep, scores, settings.round_to):
         if price.of(keep) <= most:
             break
-        gone = held[:, bundle].sum(1)
-        if (left - gone >= settings.min_channels)[gone > 0].all():  # else a layer would fall below the minimum
+        removed = channels_in[:, bundle].sum(1)
+        if (remaining - removed >= settings.min_channels)[removed > 0].all():  # else a layer would fall below the minimum
             keep[bundle] = False
-            left = left - gone
+            remaining = remaining - removed
     return keep
 
 
-def _bundles(held: np.ndarray, keep: np.ndarray, scores: np.ndarray, multiple: int) -> list[np.ndarray]:
+def _bundles(channels_in: np.ndarray, keep: np.ndarray, scores: np.ndarray, round_to: int) -> list[np.ndarray]:
     """Returns bundles of groups that are removed together, those of the lowest mean score first.
 
     Groups with channels in the same layers are of the same kind. Groups of a kind are sorted by score and bundled by
-    `multiple`. If their number is not a multiple of it, the first bundle is smaller, so that the rest is a multiple.
+    `round_to`. If their number is not a multiple of it, the first bundle is smaller, so that a multiple remains.
+
+    Args:
+      channels_in: the number of channels of each group in each layer, [layers, groups].
+      keep, scores: the keep mask before the removal and the scores, [groups].
+      round_to: the number of groups in a bundle.
     """
-    _, kinds = np.unique(held, axis=1, return_inverse=True)
+    _, kinds = np.unique(channels_in, axis=1, return_inverse=True)
     order, bundles = np.argsort(scores, kind='stable'), []
     for kind in np.unique(kinds[keep]):
-        alike = order[(kinds == kind)[order] & keep[order]]
-        first = len(alike) % multiple or multiple
-        bundles += np.split(alike, range(first, len(alike), multiple))
+        groups = order[(kinds == kind)[order] & keep[order]]
+        first = len(groups) % round_to or round_to
+        bundles += np.split(groups, range(first, len(groups), round_to))
     return sorted(bundles, key=lambda bundle: (scores[bundle].mean(), bundle[0]))
 
 
 def least_reachable(channels: ChannelGroups, price: Cost, settings: PruningSettings) -> float:
     """Computes the smallest reachable ratio of the cost if groups are removed by number (other orders may differ)."""
-    whole = np.ones(channels.count, bool)
-    left = without_lowest(channels, whole, np.zeros(channels.count), price, -math.inf, settings)
-    return price.of(left) / price.of(whole)
+    keep_all = np.ones(channels.count, bool)
+    keep = without_lowest(channels, keep_all, np.zeros(channels.count), price, -math.inf, settings)
+    return price.of(keep) / price.of(keep_all)
 
 
 def refuse_unreachable(channels: ChannelGroups, price: Cost, settings: PruningSettings) -> None:
@@ -81,7 +86,12 @@ def refuse_unreachable(channels: ChannelGroups, price: Cost, settings: PruningSe
     """
     least = least_reachable(channels, price, settings)
     if settings.target_ratio < least:
-        raise DvinvError(
-            f'pruning.target_ratio is {settings.target_ratio}, but with {settings.min_channels} channels in every layer at '
-            f'least {least:.3f} of the {settings.measure} are left; ask for more, or lower pruning.min_channels.'
-        )
+        raise unreachable(settings, f'at least {least:.3f}')
+
+
+def unreachable(settings: PruningSettings, remaining: str) -> DvinvError:
+    """Returns the error for a target ratio that cannot be reached; `remaining` is the ratio that can."""
+    return DvinvError(
+        f'pruning.target_ratio is {settings.target_ratio}, but with {settings.min_channels} channels in every layer '
+        f'{remaining} of the {settings.measure} remain; raise it, or lower pruning.min_channels.'
+    )

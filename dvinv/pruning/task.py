@@ -10,11 +10,12 @@ the pool for `pruned` only; controls, which would each need competition images o
 import dataclasses
 import json
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 
 from dvinv.config import DATA_FREE_CONTROLS, StudentSettings, validate_devices
-from dvinv.data.rows import Joined
+from dvinv.data.rows import Joined, RowArray
 from dvinv.distillation.student import distillation_loss
 from dvinv.errors import DvinvError
 from dvinv.evaluation.held_out import HeldOut, training_set
@@ -23,6 +24,7 @@ from dvinv.inversion import Teacher
 from dvinv.inversion.execution import in_precision
 from dvinv.inversion.modules import trained_part
 from dvinv.inversion.statistics import find_statistics
+from dvinv.inversion.tap import Tap
 from dvinv.networks import Classifier, classifier_of, load_network, module_of, save_network
 from dvinv.networks.channels import PrunedModule, find_channels
 from dvinv.networks.channels.cost import Cost
@@ -31,17 +33,18 @@ from dvinv.pipeline.run import Run
 from dvinv.pruning import competition
 from dvinv.pruning.importance import Importance
 from dvinv.pruning.latency import latency, measure_table, predicted
-from dvinv.pruning.removal import EXACT, refuse_unreachable, removal_scores, without_lowest
+from dvinv.pruning.removal import EXACT, refuse_unreachable, removal_scores, unreachable, without_lowest
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.processes import decide
 from dvinv.runtime.progress import Progress
 from dvinv.synthesis import synthesizer
-from dvinv.synthesis.pools import controls_are_whole, finished_pool
+from dvinv.synthesis.pools import controls_are_complete, finished_pool
 from dvinv.synthesis.synthesizer import control_pool
 from dvinv.training.sampling import Rounds
-from dvinv.training.trainer import Array, PlannedTraining, TrainJob, TrainTarget, train_network
+from dvinv.training.step import TrainJob
+from dvinv.training.targets import PlannedTraining, TrainTarget, seed_of, train_network
 
-ROLE = 5  # see `training.TrainTarget`
+ROLE = 5  # see `training.targets.TrainTarget`
 CONTROLS = ('untuned', 'magnitude', 'random', *DATA_FREE_CONTROLS, 'real')
 
 
@@ -58,7 +61,8 @@ def validate(run: Run) -> None:
     module = teacher.module
     if isinstance(module, PrunedModule):
         raise DvinvError(
-            f'teacher.weights is {run.settings.teacher.weights!r}, a network that has lost channels; prune a whole one.'
+            f'teacher.weights is {run.settings.teacher.weights!r}, a network that is pruned already; give the weights of an '
+            'unpruned one.'
         )
     if settings.adaptive_batches or run.settings.has_data_free_controls('pruning'):
         run.once(synthesizer.validate)
@@ -84,20 +88,20 @@ def run(run: Run) -> dict:
             networks[control] = pruner.prune(control, images, labels, control)
     for control in DATA_FREE_CONTROLS:
         if control in controls:
-            lesser = control_pool(run, control, 'pruning')
-            rows = training_set(run.settings, lesser)
-            networks[control] = pruner.prune(f'pruned_by_{control}', *rows)
+            control_images, control_labels = training_set(run.settings, control_pool(run, control, 'pruning'))
+            networks[control] = pruner.prune(f'pruned_by_{control}', control_images, control_labels)
     data = run.data
     if 'real' in controls:
-        networks['real'] = pruner.prune('pruned_by_real', data.train.images, data.train.labels)
+        real = run.training_split
+        networks['real'] = pruner.prune('pruned_by_real', real.images, real.labels)
     held_out = HeldOut(run.settings, run.teacher, pool)
-    whole, pruned = test_accuracy(run.teacher, data), networks['pruned']
+    unpruned_score, pruned = test_accuracy(run.teacher, data), networks['pruned']
     scores = [test_accuracy(step.network, data) for step in pruned]
-    story = json.dumps(pruner.story(pruned, [whole, *scores]), indent=1)
-    write_atomic(run.workdir.path / 'pruning.json', f'{story}\n'.encode())
+    history = json.dumps(pruner.history(pruned, [unpruned_score, *scores]), indent=1)
+    write_atomic(run.workdir.path / 'pruning.json', f'{history}\n'.encode())
     return {
         'test_accuracy': scores[-1],
-        'unpruned_test_accuracy': whole,
+        'unpruned_test_accuracy': unpruned_score,
         **{
             f'{control}_test_accuracy': test_accuracy(networks[control][-1].network, data) if control in networks else None
             for control in CONTROLS
@@ -125,15 +129,15 @@ def planned_trainings(run: Run) -> list[PlannedTraining]:
 
 def _compared(teacher: Teacher) -> tuple[str, ...]:
     """Returns the layers with running statistics; the teacher may also have recorded moments of other layers."""
-    own = find_statistics(trained_part(teacher.variables))
-    return tuple(layer for layer in teacher.tap.layers if layer in own)
+    normalised = find_statistics(trained_part(teacher.variables))
+    return tuple(layer for layer in cast(Tap, teacher.tap).layers if layer in normalised)
 
 
 def complete(run: Run) -> bool:
     """Returns whether networks and images of controls still exist; users delete damaged files to recompute them."""
     controls, by_images = run.settings.pruning.controls, (*DATA_FREE_CONTROLS, 'real')
     names = (f'pruned_by_{name}' if name in by_images else name for name in controls)
-    return controls_are_whole(run, controls) and all(run.workdir.has_network(name) for name in ('pruned', *names))
+    return controls_are_complete(run, controls) and all(run.workdir.has_network(name) for name in ('pruned', *names))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +168,9 @@ class Pruner:
         """The number of images synthesized in competition, over all steps."""
         return self._settings.steps * self._settings.adaptive_batches * self._run.settings.synthesis.batch_size
 
-    def prune(self, name: str, images: Array, labels: Array, control: str = '', competing: bool = False) -> list[Pruned]:
+    def prune(
+        self, name: str, images: RowArray, labels: RowArray, control: str = '', competing: bool = False
+    ) -> list[Pruned]:
         """Prunes the teacher, and returns the network after each step.
 
         Args:
@@ -175,38 +181,38 @@ class Pruner:
           competing: whether images synthesized in competition are added in each step.
         """
         settings, keep = self._settings, np.ones(self._channels.count, bool)
-        variables, done = self._variables, []
+        variables, networks = self._variables, []
         for step in range(1, settings.steps + 1):
             path = self._workdir.network(name if step == settings.steps else f'{name}_{step}')
-            there = self._workdir.has_network(path.stem)
-            if competing or not there:
-                target = self._slimmed(path.stem, step, keep, variables, images, control)
+            finished = self._workdir.has_network(path.stem)
+            if competing or not finished:
+                keep, target = self._sliced(path.stem, step, keep, variables, images, control)
             if competing:
                 pool = competition.images_against(self._run, target)
                 images, labels = Joined(images, pool.rows('images')), Joined(labels, pool.rows('labels'))
-            if not there:
+            if not finished:
                 updates = settings.updates_per_step + (settings.updates if step == settings.steps else 0)
                 if control == 'untuned' or not updates:
                     save_network(path, target.start, target.about)
                 else:
-                    train_network(self._run, target, self._job(target, updates, len(labels)), images, labels)
+                    train_network(self._run, target, self._job(keep, updates, len(labels)), images, labels)
             variables, about = load_network(path)
             keep = self._channels.keep_mask(about.get('kept', {}))
-            done.append(Pruned(classifier_of(module_of(about, self._own), variables, about), keep))
-        return done
+            networks.append(Pruned(classifier_of(module_of(about, self._own), variables, about), keep))
+        return networks
 
     def ratios(self, pruned: Pruned) -> dict[str, float | None]:
         """Returns the costs of `pruned` divided by those of the teacher; this call measures the latencies."""
         size = self._settings.latency_batch
         measures = (*EXACT, *(('latency',) if self._table else ()))
-        ratios = {f'{measure}_ratio': self._share(measure, pruned.keep) for measure in measures}
+        ratios = {f'{measure}_ratio': self._ratio(measure, pruned.keep) for measure in measures}
         return {
             **ratios,
             'latency_ratio': latency(pruned.network, size) / latency(self._teacher, size),
             'predicted_latency_ratio': ratios.get('latency_ratio'),
         }
 
-    def story(self, steps: list[Pruned], accuracies: list[float | None]) -> dict:
+    def history(self, steps: list[Pruned], accuracies: list[float | None]) -> dict:
         """Returns data for the report: cost and score of the teacher and after each step, and layer widths.
 
         Args:
@@ -214,7 +220,7 @@ class Pruner:
           accuracies: the test accuracies of the teacher and of the network after each step.
         """
         keep = [np.ones(self._channels.count, bool), *(step.keep for step in steps)]
-        rows = [{f'{measure}_ratio': self._share(measure, one) for measure in EXACT} for one in keep]
+        rows = [{f'{measure}_ratio': self._ratio(measure, mask) for measure in EXACT} for mask in keep]
         return {
             'steps': [{**row, 'test_accuracy': score} for row, score in zip(rows, accuracies, strict=True)],
             'widths': {
@@ -223,19 +229,19 @@ class Pruner:
             },
         }
 
-    def _share(self, measure: str, keep: np.ndarray) -> float:
+    def _ratio(self, measure: str, keep: np.ndarray) -> float:
+        """Returns the cost of the network with these groups, divided by that of the unpruned network."""
         price = self._price(measure)
         return price.of(keep) / price.of(np.ones_like(keep))
 
     def _price(self, measure: str) -> Cost:
         """Returns the cost of the network as a function of its remaining groups."""
-        return EXACT[measure](self._channels) if measure in EXACT else predicted(self._channels, self._table)
+        if measure in EXACT:
+            return EXACT[measure](self._channels)
+        assert self._table is not None, 'the settings need no table of latencies'
+        return predicted(self._channels, self._table)
 
-    def _decided(self, name: str, choose: Callable[[], np.ndarray]) -> np.ndarray:
-        """Returns the keep mask of `choose`, or the one on disk if it exists: a resumed run must keep the same groups."""
-        return self._channels.keep_mask(self._kept_in(f'pruning/{name}.json', lambda: self._channels.kept(choose())))
-
-    def _kept_in(self, name: str, compute: Callable[[], dict]) -> dict:
+    def _read_or_compute(self, name: str, compute: Callable[[], dict]) -> dict:
         """Returns the content of a JSON file in the work directory; if it is missing, process 0 computes and writes it."""
 
         def read_or_compute() -> dict:
@@ -247,8 +253,8 @@ class Pruner:
 
         return decide(read_or_compute, name)
 
-    def _next(self, keep, variables: dict, images: Array, step: int, control: str) -> np.ndarray:
-        """Returns the keep mask, bool [groups], after a step.
+    def _choose(self, keep, variables: dict, images: RowArray, step: int, control: str) -> np.ndarray:
+        """Chooses the groups that remain after a step; returns their keep mask, bool [groups].
 
         Args:
           keep: the keep mask before the step, bool [groups].
@@ -262,53 +268,60 @@ class Pruner:
         """
         settings = self._settings
         method = control if control in ('magnitude', 'random') else settings.importance
-        whole = self._channels.restored(keep, variables)
-        seed = 16 * self._run.settings.seed + ROLE
+        full = self._channels.restored(keep, variables)
+        seed = seed_of(self._run, ROLE)
         if method == 'taylor':
             rows = np.random.default_rng((seed, step)).permutation(len(images))
             size = min(settings.batch_size, len(rows))
             starts = range(0, min(len(rows) - size + 1, size * settings.importance_batches), size)
             batches = (images[np.sort(rows[start : start + size])] for start in starts)
-            importance = self._importance.taylor(whole, batches, equal=bool(keep.all()))
+            importance = self._importance.taylor(full, batches, equal=bool(keep.all()))
+        elif method == 'magnitude':
+            importance = self._importance.magnitude(full)
         else:
-            importance = (
-                self._importance.magnitude(whole) if method == 'magnitude' else self._importance.random((seed, step))
-            )
+            importance = self._importance.random((seed, step))
         scores = removal_scores(settings, importance, self._price(settings.cost) if settings.eta else None, keep)
         price = self._price(settings.measure)
         most = settings.target_of_step(step) * price.of(np.ones_like(keep))
-        left = without_lowest(self._channels, keep, scores, price, most, settings)
-        if price.of(left) > most and step == settings.steps:
-            raise DvinvError(
-                f'pruning.target_ratio is {settings.target_ratio}, but with {settings.min_channels} channels in every layer '
-                f'{price.of(left) / price.of(np.ones_like(keep)):.3f} of the {settings.measure} are left; ask for more, or '
-                'lower pruning.min_channels.'
-            )
-        return left
+        remaining = without_lowest(self._channels, keep, scores, price, most, settings)
+        if price.of(remaining) > most and step == settings.steps:
+            raise unreachable(settings, f'{self._ratio(settings.measure, remaining):.3f}')
+        return remaining
 
-    def _slimmed(self, name: str, step: int, keep, variables: dict, images: Array, control: str) -> TrainTarget:
-        """Returns the pruned network of a step before fine-tuning.
+    def _sliced(
+        self, name: str, step: int, keep, variables: dict, images: RowArray, control: str
+    ) -> tuple[np.ndarray, TrainTarget]:
+        """Returns the keep mask after a step, and the pruned network before fine-tuning.
 
         Args:
           name: the name of its file.
+          step: the number of the step, from 1.
           keep, variables: the keep mask and the variables of the network before the step.
+          images, control: as in `prune`.
         """
-        left = self._decided(name, lambda: self._next(keep, variables, images, step, control))
-        kept, start = self._channels.kept(left), self._channels.sliced(left, self._channels.restored(keep, variables))
-        network = StudentSettings(network=self._about['network'], width=self._about['width'])
-        return TrainTarget('pruning', name, network, self._teacher, ROLE, step, start, kept, self._own)
+        channels = self._channels
 
-    def _job(self, target: TrainTarget, updates: int, count: int) -> TrainJob:
-        settings, keep = dataclasses.replace(self._settings, updates=updates), self._channels.keep_mask(target.kept)
+        def choose() -> dict:
+            return channels.kept(self._choose(keep, variables, images, step, control))
+
+        # The choice is kept on disk, because a resumed run must remove the same groups.
+        remaining = channels.keep_mask(self._read_or_compute(f'pruning/{name}.json', choose))
+        start, kept = channels.sliced(remaining, channels.restored(keep, variables)), channels.kept(remaining)
+        network = StudentSettings(network=self._about['network'], width=self._about['width'])
+        return remaining, TrainTarget('pruning', name, network, self._teacher, ROLE, step, start, kept, self._own)
+
+    def _job(self, keep: np.ndarray, updates: int, count: int) -> TrainJob:
+        """Returns the fine-tuning of the network with the groups in the keep mask, on `count` images."""
+        settings = dataclasses.replace(self._settings, updates=updates)
         compared, means = _compared(self._teacher), find_statistics(self._channels.shapes)
-        left = {
+        kept_channels = {
             layer: np.flatnonzero(self._channels.remaining(groups, keep))
             for layer in compared
             if (groups := self._channels.axes[join_names(means[layer][0])][-1]) is not None
         }
         layers = compared if settings.hint else ()
         teacher = in_precision(self._teacher, settings.precision)
-        loss = distillation_loss(teacher, settings.temperature, settings.hint, layers, left)
+        loss = distillation_loss(teacher, settings.temperature, settings.hint, layers, kept_channels)
         return TrainJob(settings, loss, Rounds(count), self._teacher.variables)
 
     def _latencies(self) -> dict:
@@ -320,6 +333,6 @@ class Pruner:
         def measure() -> dict:
             with Progress('pruning: latencies', len(self._channels.products), 'layers') as progress:
                 batch_size, round_to = self._settings.latency_batch, self._settings.round_to
-                return measure_table(self._channels, batch_size, round_to, lambda done, of: progress.update(done))
+                return measure_table(self._channels, batch_size, round_to, lambda done, total: progress.update(done))
 
-        return self._kept_in('latency.json', measure)
+        return self._read_or_compute('latency.json', measure)

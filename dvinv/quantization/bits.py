@@ -23,7 +23,7 @@ def bits_of_layers(settings: QuantizationSettings, setting: str, layers: Sequenc
     for pattern in settings.float_layers:
         if not fnmatch.filter(names, pattern):
             raise DvinvError(
-                f'quantization.float_layers names {pattern!r}, which matches no layer; there are {listed(names)}.'
+                f'quantization.float_layers names {pattern!r}, which matches no layer; the layers are {listed(names)}.'
             )
     weights, inputs = bits_of(setting)
     edges = (layers[0].kernel, layers[-1].kernel)
@@ -32,6 +32,6 @@ def bits_of_layers(settings: QuantizationSettings, setting: str, layers: Sequenc
         least = settings.edge_bits if layer.kernel in edges else 0
         is_float = any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in settings.float_layers)
         bits.append(Bits(0, 0) if is_float else Bits(max(weights, least), max(inputs, least)))
-    if not any(of.weights for of in bits):
-        raise DvinvError(f'quantization.float_layers is {settings.float_layers}, which is all layers; leave some out.')
+    if not any(layer_bits.weights for layer_bits in bits):
+        raise DvinvError(f'quantization.float_layers is {settings.float_layers}, which matches all layers; leave some out.')
     return bits

@@ -19,15 +19,17 @@ from dvinv.networks.quantized.layers import find_layers
 from dvinv.networks.quantized.learning import QuantizedModule, module_of, trained_variables
 from dvinv.networks.quantized.network import load_quantized, products_in_bfloat16, save_quantized, simulated
 from dvinv.pipeline.run import Run
+from dvinv.quantization.ablation import CalibratedNetwork, Scores, ablation, source_and_method
 from dvinv.quantization.bits import bits_of_layers
-from dvinv.quantization.ladder import Ladder, Scores, rungs
 from dvinv.synthesis import synthesizer
 from dvinv.synthesis.pools import finished_pool
 from dvinv.synthesis.synthesizer import control_pool
 from dvinv.training.sampling import Rounds
-from dvinv.training.trainer import PlannedTraining, Records, Training, TrainJob
+from dvinv.training.step import TrainJob
+from dvinv.training.targets import PlannedTraining, seed_of
+from dvinv.training.trainer import Records, Training
 
-TASK, ROLE = 'quantization', 6  # see `training.TrainTarget`
+TASK, ROLE = 'quantization', 6  # see `training.targets.TrainTarget`
 
 
 def run(run: Run) -> dict:
@@ -41,25 +43,25 @@ def run(run: Run) -> dict:
     weights = teacher.without_moments().variables
     plain = fold(teacher.apply_fn, weights, teacher.image_shape)
     network = equalise(plain) if settings.equalise else plain
-    ladder = _observed(run, network, pool)
+    calibration = _calibrated(run, network, pool)
     about = run.teacher_parts[2]
     for setting in settings.settings:
         path = workdir.network(file_name(setting))
         if not workdir.has_network(path.stem):
             bits = bits_of_layers(settings, setting, network.layers)
-            variables = ladder.variables(bits, *_chosen(settings), settings.correct)
-            if setting in settings.distilled:
+            variables = calibration.variables(bits, *source_and_method(settings), settings.correct)
+            if pool is not None and setting in settings.distilled:
                 variables = _distil(run, network, variables, pool, setting)
-            kernels = {layer.kernel: of.weights for layer, of in zip(network.layers, bits, strict=True) if of.weights}
-            save_quantized(path, variables, kernels, about)
+            layers = zip(network.layers, bits, strict=True)
+            kernel_bits = {layer.kernel: number.weights for layer, number in layers if number.weights}
+            save_quantized(path, variables, kernel_bits, about)
 
-    data = run.data
     for control in settings.controls:
-        images = data.train.images if control == 'real' else control_pool(run, 'noise', TASK).rows('images')
-        ladder = ladder.beside(control, on_images(network, teacher, _evenly(images, settings.images)))
+        images = run.training_split.images if control == 'real' else control_pool(run, 'noise', TASK).rows('images')
+        calibration = calibration.with_source(control, on_images(network, teacher, _evenly(images, settings.images)))
     held_out = pool and HeldOut(run.settings, teacher, pool)
-    unequalised = _observed(run, plain, pool) if settings.equalise else None
-    scores, float_bytes = Scores(teacher, data), len(network_bytes(weights, about))
+    unequalised = _calibrated(run, plain, pool) if settings.equalise else None
+    scores, float_bytes = Scores(teacher, run.data), len(network_bytes(weights, about))
     figures = {}
     for setting in settings.settings:
         path = workdir.network(file_name(setting))
@@ -71,7 +73,7 @@ def run(run: Run) -> dict:
             'bytes': size,
             'bytes_ratio': size / float_bytes,
             'distilled': setting in settings.distilled,
-            **rungs(settings, scores, ladder, unequalised, setting),
+            **ablation(settings, scores, calibration, unequalised, setting),
         }
     return {
         **figures,
@@ -89,8 +91,8 @@ def planned_trainings(run: Run) -> list[PlannedTraining]:
         return []
     network = fold(teacher.apply_fn, teacher.variables, teacher.image_shape)
     bits = bits_of_layers(settings, settings.distilled[0], network.layers)
-    seen = {'no_images': on_statistics(network, teacher, jax.random.key(0))}
-    variables = Ladder(network, seen).variables(bits, 'no_images', 'minmax', settings.correct)
+    inputs = {'no_images': on_statistics(network, teacher, jax.random.key(0))}
+    variables = CalibratedNetwork(network, inputs).variables(bits, 'no_images', 'minmax', settings.correct)
     module, job = _training(settings, teacher, network, variables, run.settings.synthesis.images)
     return [PlannedTraining('quantized', module, job, teacher, len(settings.distilled), teacher)]
 
@@ -121,27 +123,22 @@ def file_name(setting: str) -> str:
     return f'quantized_{setting}'
 
 
-def _chosen(settings) -> tuple[str, str]:
-    """Returns the source of ranges and the method to estimate them."""
-    return ('pool' if settings.images else 'no_images'), settings.ranges
-
-
-def _observed(run: Run, network: Folded, pool: ImagePool | None) -> Ladder:
+def _calibrated(run: Run, network: Folded, pool: ImagePool | None) -> CalibratedNetwork:
     """Returns the calibration data of the layers, without images and on the pool."""
     teacher, count = run.teacher, run.settings.quantization.images
     key = jax.random.fold_in(jax.random.key(run.settings.seed), ROLE)
-    seen = {'no_images': on_statistics(network, teacher, key)}
-    if count:
-        seen['pool'] = on_images(network, teacher, _evenly(training_rows(run.settings, pool.rows('images')), count))
-    return Ladder(network, seen)
+    inputs = {'no_images': on_statistics(network, teacher, key)}
+    if pool is not None and count:
+        inputs['pool'] = on_images(network, teacher, _evenly(training_rows(run.settings, pool.rows('images')), count))
+    return CalibratedNetwork(network, inputs)
 
 
 def _distil(run: Run, network: Folded, variables: dict, pool: ImagePool, setting: str):
     """Returns the variables after quantization-aware distillation from the float teacher on the pool's images."""
     images, labels = training_set(run.settings, pool)
     module, job = _training(run.settings.quantization, run.teacher, network, variables, len(labels))
-    seed, records = 16 * run.settings.seed + ROLE, Records(run.workdir, TASK, setting, run.settings.logging)
-    with Training(module, job, run.teacher, seed, run.training_mesh, records) as training:
+    records = Records(run.workdir, TASK, setting, run.settings.logging)
+    with Training(module, job, run.teacher, seed_of(run, ROLE), run.training_mesh, records) as training:
         return trained_variables(network, variables, training.finish(images, labels)['params'])
 
 

@@ -51,6 +51,16 @@ RESULTS = (
 )
 
 
+def network_path(workdir: Path, name: str) -> Path:
+    """Returns the path of the file of a finished network, also for a work directory that is not open."""
+    return workdir / 'networks' / f'{name}.safetensors'
+
+
+def network_files(workdir: Path) -> dict[str, Path]:
+    """Returns {name: path} of the files of all finished networks, sorted by name."""
+    return {path.stem: path for path in sorted(network_path(workdir, '*').parent.glob('*.safetensors'))}
+
+
 def holds_work(folder: Path) -> bool:
     """Returns whether a run has produced results in this folder; a run that was rejected or ended early has not."""
     places = (Path(folder) / name for name in RESULTS)
@@ -65,11 +75,6 @@ def flat(tree, prefix='') -> dict:
     if isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
         return {k: v for i, item in enumerate(tree) for k, v in flat(item, f'{prefix}[{i}]').items()}
     return {prefix: tree}
-
-
-def network_file(folder: Path, name: str) -> Path:
-    """Returns the path of the file of a finished network in a work directory, which need not be open."""
-    return folder / 'networks' / f'{name}.safetensors'
 
 
 def _is_exempt(key: str) -> bool:
@@ -173,7 +178,7 @@ class Workdir:
 
     def network(self, name: str) -> Path:
         """Returns the path of the file of a finished network."""
-        return network_file(self.path, name)
+        return network_path(self.path, name)
 
     def has_network(self, name: str) -> bool:
         """Returns whether the file of a finished network exists; all processes get the answer of process 0."""

@@ -6,7 +6,7 @@ makes the remaining updates after the last round, if the student is its own.
 """
 
 from dvinv.data.pool import ImagePool
-from dvinv.distillation.student import job_of, print_hints
+from dvinv.distillation.student import hints_of, job_of, print_hints
 from dvinv.errors import DvinvError
 from dvinv.evaluation.held_out import training_set
 from dvinv.inversion import Teacher
@@ -15,7 +15,7 @@ from dvinv.runtime.processes import decide
 from dvinv.synthesis.pools import missing_batches
 from dvinv.synthesis.synthesizer import Synthesizer
 from dvinv.training.sampling import rounds_of
-from dvinv.training.trainer import TrainTarget, training_of
+from dvinv.training.targets import TrainTarget, training_of
 
 
 def fill_pool(run: Run, teacher: Teacher, pool: ImagePool, student: TrainTarget, task: str, series: str) -> None:
@@ -38,23 +38,23 @@ def fill_pool(run: Run, teacher: Teacher, pool: ImagePool, student: TrainTarget,
     if not missing:
         return
     decide(lambda: [pool.sidecar(number) for number in pool.numbers()] and None, 'a look at the pool')
-    job = job_of(run, teacher, rounds)
-    print_hints(run, teacher)
+    hints = hints_of(run, teacher)
+    print_hints(hints)
     with (
-        training_of(run, student, job) as training,
+        training_of(run, student, job_of(run, teacher, rounds, hints)) as training,
         Synthesizer(run, teacher, pool, 'adaptive', task, series, student_fn=training.apply_fn) as synthesizer,
     ):
         for number in range(rounds.count):
-            lacking = [batch for batch in range(number * per_round, (number + 1) * per_round) if batch in missing]
+            unfinished = [batch for batch in range(number * per_round, (number + 1) * per_round) if batch in missing]
             start = rounds.first_update(number)
-            if lacking and training.step > start:
+            if unfinished and training.step > start:
                 raise DvinvError(
-                    f'Batch {lacking[0]} is missing from {pool.folder}. It was made against the student at update '
-                    f'{start}, which has learned on to update {training.step}; delete '
+                    f'Batch {unfinished[0]} is missing from {pool.folder}. It was made against the student at update '
+                    f'{start}, which has since been trained to update {training.step}; delete '
                     f'{run.workdir.path / "checkpoints" / student.name} and {run.workdir.network(student.name)}, and run '
-                    'the command again: the student learns again up to there, and the batch is made anew.'
+                    'the command again, which trains the student again up to there and makes the batch again.'
                 )
             if training.step < start:
                 training.advance(*training_set(run.settings, pool), start)
-            if lacking:
-                synthesizer.fill(lacking, training.variables, round=number, student_updates=start)
+            if unfinished:
+                synthesizer.fill(unfinished, training.variables, round=number, student_updates=start)

@@ -42,12 +42,13 @@ class BatchCheckpoints:
         """Returns the saved state of batch `number`; None if there is none that can be resumed."""
         checkpoints = self._checkpoints(number)
         try:
-            found = checkpoints.restore()
+            checkpoint = checkpoints.restore()
         except DamagedCheckpointError:
             return None
-        if found is None or checkpoints.notes() != self._about(student_variables):
+        if checkpoint is None or checkpoints.notes() != self._about(student_variables):
             return None
-        return BatchCheckpoint(len(found[1]['metrics']['loss']), **found[1])
+        _, state = checkpoint
+        return BatchCheckpoint(len(state['metrics']['loss']), **state)
 
     def numbers(self) -> list[int]:
         """Returns the numbers of the batches that have a checkpoint, in ascending order."""
@@ -61,7 +62,7 @@ class BatchCheckpoints:
         """Returns the properties that must be equal to resume a saved batch; the work directory checks the config."""
         digest = hashlib.sha256()
         for leaf in jax.tree.leaves(student_variables):
-            digest.update(np.ascontiguousarray(leaf))
+            digest.update(np.asarray(leaf).tobytes())
         return {'teacher': self._teacher, 'student': digest.hexdigest(), 'version': dvinv.__version__}
 
     def _checkpoints(self, number: int) -> Checkpoints:

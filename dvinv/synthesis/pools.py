@@ -27,7 +27,7 @@ def finished_pool(run: Run) -> ImagePool:
     """
     pool = open_pool(run)
     if not run.settings.pool and (missing := missing_batches(run.settings.synthesis, pool)):
-        raise DvinvError(f'Batch {missing[0]} is missing from {pool.folder}; run the task synthesis first: it makes it.')
+        raise DvinvError(f'Batch {missing[0]} is missing from {pool.folder}; run the task synthesis first, which makes it.')
     return pool
 
 
@@ -36,7 +36,7 @@ def open_control(workdir: Workdir, method: str, teacher_digest: str = '', ours: 
     return ImagePool(workdir.path / 'controls' / method, teacher_digest, ours)
 
 
-def controls_are_whole(run: Run, controls: Sequence[str]) -> bool:
+def controls_are_complete(run: Run, controls: Sequence[str]) -> bool:
     """Returns whether the image pools of the data-free `controls` are complete; other controls need no pool."""
     pools = [open_control(run.workdir, control) for control in controls if control in DATA_FREE_CONTROLS]
     return not any(missing_batches(run.settings.synthesis, pool) for pool in pools)
@@ -44,10 +44,10 @@ def controls_are_whole(run: Run, controls: Sequence[str]) -> bool:
 
 def missing_batches(synthesis: SynthesisSettings, pool: ImagePool) -> list[int]:
     """Returns the numbers of the batches that are missing from a pool; all processes get the list of process 0."""
-    return decide(lambda: sorted({*range(synthesis.batches)} - {*pool.numbers()}), 'a list of the pool')
+    return decide(lambda: sorted({*range(synthesis.batches)} - {*pool.numbers()}), 'the list of the pool')
 
 
-def put_aside_damaged(pool: ImagePool, task: str) -> None:
+def quarantine_damaged(pool: ImagePool, task: str) -> None:
     """Reports the damaged batches of a pool that the run makes, and moves them to quarantine, so that they are made again.
 
     Process 0 does the check.
@@ -57,7 +57,7 @@ def put_aside_damaged(pool: ImagePool, task: str) -> None:
       SystemExit: SIGTERM was received.
     """
 
-    def put_aside() -> None:
+    def quarantine() -> None:
         numbers = pool.numbers()
         with Progress(f'{task}: checking the pool', len(numbers), 'batches', brief=True) as progress:
             for done, number in enumerate(numbers, 1):
@@ -65,8 +65,7 @@ def put_aside_damaged(pool: ImagePool, task: str) -> None:
                 try:
                     pool.validate(number)
                 except DamagedError as error:
-                    aside = pool.folder / 'quarantine'
-                    say(f'{task}: {error.what}; it is put into {aside}, and made anew.')
+                    say(f'{task}: {error.what}; it is moved to {pool.folder / "quarantine"}, and made again.')
                 progress.update(done)
 
-    decide(put_aside, 'a check of the pool')
+    decide(quarantine, 'a check of the pool')

@@ -40,7 +40,7 @@ def synthesis_section(
       data: real data to show next to the images; None if there are none.
       names: the names of classes in the order of labels; () to show numbers.
     """
-    method = pool.notes(pool.finished()[0])['config']['method']
+    method = pool.sidecar(pool.finished()[0])['config']['method']
     verified, real_loss = found['verifier_accuracy'], found['feature_loss_real']
     table = Table(
         ('', 'value'),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import math
 import time
 from collections.abc import Callable
@@ -33,7 +32,7 @@ from dvinv.runtime.devices import make_mesh, platform_of
 from dvinv.runtime.processes import decide, is_primary, meet
 from dvinv.runtime.progress import Progress
 from dvinv.synthesis.batch_checkpoints import BatchCheckpoints
-from dvinv.synthesis.pools import missing_batches, open_control, put_aside_damaged
+from dvinv.synthesis.pools import missing_batches, open_control, quarantine_damaged
 
 VOTE = 20  # dispatches between two checks of process 0's clock, where several processes save a batch together
 
@@ -55,7 +54,7 @@ def validate(run: Run) -> None:
     idle = split - group.batches if settings.bn_stats == 'device' else 0
     virtual = split == run.mesh.size and platform_of(run.mesh) == 'cpu'  # virtual devices share the CPU's cores
     if idle > 0 and is_primary() and not virtual:
-        say(f'There are {group.batches} batches, one a device, so {idle} of {split} devices are idle in synthesis.')
+        say(f'There are {group.batches} batches, one per device, so {idle} of {split} devices are idle in synthesis.')
     validate_stages(run)
     config = settings.inversion_config()
     if group.method != 'noise':
@@ -93,8 +92,8 @@ def validate_count(run: Run, field: str, images: int, num_classes: int) -> None:
     if images < (named or num_classes):
         classes = f'{named} classes that synthesis.classes names' if named else f'{num_classes} classes of the network'
         raise DvinvError(
-            f'{field} makes {images} images, fewer than the {classes}, so that the last of these would get none; make at '
-            'least one of each, or name by synthesis.classes those that images are made of.'
+            f'{field} makes {images} images, fewer than the {classes}, so the last of these would have no image; make at '
+            'least one of each, or set synthesis.classes to those that images are made of.'
         )
 
 
@@ -105,7 +104,7 @@ def control_pool(run: Run, method: str, task: str) -> ImagePool:
     return pool
 
 
-def abreast(settings: Settings, devices: int, method: str = '') -> int:
+def batches_side_by_side(settings: Settings, devices: int, method: str = '') -> int:
     """Returns the number of batches that a process inverts side by side.
 
     Args:
@@ -158,11 +157,11 @@ class Synthesizer:
         """
         settings = run.settings.inversion_config(method)
         self._split = settings.bn_stats == 'global'
-        self._keeps = is_primary() or not self._split
+        self._writes = is_primary() or not self._split
         self._settings, self._noise_seed, self._workdir = run.settings, run.noise_seed, run.workdir
         self._teacher, self._pool, self._method = teacher, pool, method
         self._task, self._series = task, series
-        self._abreast = abreast(run.settings, run.mesh.size, method)
+        self._side_by_side = batches_side_by_side(run.settings, run.mesh.size, method)
         self._classes = np.asarray(run.settings.synthesis.classes or range(teacher.num_classes), np.int32)
         missing = missing_batches(run.settings.synthesis, pool)
         self._checkpoints = BatchCheckpoints(run.workdir.path / 'checkpoints' / f'{task}-{series}', teacher.digest())
@@ -175,7 +174,7 @@ class Synthesizer:
         if method == 'noise':
             self._invert = _make_noise(teacher, self._decode)
         else:
-            mesh = make_mesh(run.settings.devices, of_all=True) if self._split else make_mesh(self._abreast)
+            mesh = make_mesh(run.settings.devices, of_all=True) if self._split else make_mesh(self._side_by_side)
             self._invert = make_inverter(teacher, settings, mesh, student_fn)
         self._measure = make_feature_loss(teacher, settings.stages[-1])
         self._iterations = 0 if method == 'noise' else settings.iterations
@@ -183,8 +182,8 @@ class Synthesizer:
         self._seed_key = jax.random.key(run.noise_seed)
         self._batches = batches = run.settings.synthesis.batches
         each, unit = (self._iterations, 'iterations') if self._iterations else (1, 'batches')
-        self._made = batches - len(missing)  # the number of finished batches
-        self._progress = Progress(f'{task}: {series}', batches * each, unit, self._made * each)
+        self._finished = batches - len(missing)  # the number of finished batches
+        self._progress = Progress(f'{task}: {series}', batches * each, unit, self._finished * each)
         self._saved, self._pauses, self._scored = time.monotonic(), 0, False
 
     def __enter__(self):
@@ -193,13 +192,13 @@ class Synthesizer:
     def __exit__(self, *exception):
         return self._progress.__exit__(*exception)
 
-    def fill(self, numbers: list[int], student_variables=None, **notes) -> None:
+    def fill(self, numbers: list[int], student_variables=None, **entries) -> None:
         """Synthesizes batches and writes them to the pool.
 
         Args:
           numbers: the numbers of the batches.
           student_variables: the variables of the competitor, if there is one.
-          **notes: further entries of the sidecars of the batches.
+          **entries: further entries of the sidecars of the batches.
 
         Raises:
           DvinvError: a loss is not a finite number, or the disk is full. Finished batches are kept.
@@ -207,11 +206,11 @@ class Synthesizer:
         """
         group = self._settings.synthesis
         for batches, iterations in self._groups(numbers, student_variables):
-            preemption.leave_if_asked(self._kept(len(self._checkpoints.numbers())))
-            self._saved, own = time.monotonic(), self._own(batches)
+            preemption.leave_if_asked(self._saved_clause(len(self._checkpoints.numbers())))
+            self._saved, local = time.monotonic(), self._local(batches)
             # Batches are repeated until every device has one, so that all processes make the same number of dispatches.
             # The results of repeated batches are dropped.
-            padded = (own or batches[-1:]) + (own or batches)[-1:] * (self._abreast - max(1, len(own)))
+            padded = (local or batches[-1:]) + (local or batches)[-1:] * (self._side_by_side - max(1, len(local)))
             keys = jax.vmap(lambda i: jax.random.fold_in(self._seed_key, i))(np.asarray(padded))
             labels = np.stack([self._classes[balanced_labels(i, group.batch_size, len(self._classes))] for i in padded])
 
@@ -222,37 +221,37 @@ class Synthesizer:
                 student_variables,
                 functools.partial(self._report, batches),
                 begun=[self._checkpoints.load(number, student_variables) for number in padded] if iterations else None,
-                pause=functools.partial(self._pause, own, student_variables),
+                pause=functools.partial(self._pause, local, student_variables),
             )
             if not self._scored:  # scoring the first images of this process compiles programs
                 self._progress.compiles()
                 self._scored = True
-            for row, number in enumerate(own if self._keeps else ()):
+            for row, number in enumerate(local if self._writes else ()):
                 curve = _curve(row, inversion.metrics, self._settings.logging.iterations)
-                self._write(number, keys[row], labels[row], inversion.images[row], {**notes, 'curve': curve})
+                self._write(number, keys[row], labels[row], inversion.images[row], {**entries, 'curve': curve})
                 self._checkpoints.drop(number)
-            self._made += len(batches)
-            self._progress.update(self._made * max(1, self._iterations))
+            self._finished += len(batches)
+            self._progress.update(self._finished * max(1, self._iterations))
             self._workdir.tick(self._task)
         meet(f'batches of {self._series}')
 
     def _groups(self, numbers: list[int], student_variables) -> list[tuple[list[int], int]]:
         """Returns the groups of batches that all processes invert side by side, each with its number of iterations done."""
 
-        def begun() -> list[int]:
+        def iterations_done() -> list[int]:
             states = (self._checkpoints.load(number, student_variables) for number in numbers)
             return [state.iterations if state else 0 for state in states]
 
-        done = dict(zip(numbers, decide(begun, 'a look at batches under way'), strict=True))
-        size, groups = self._abreast * (1 if self._split else jax.process_count()), []
-        for iterations, same in itertools.groupby(sorted(numbers, key=done.get, reverse=True), done.get):
-            same = [*same]
-            groups += [(same[start : start + size], iterations) for start in range(0, len(same), size)]
+        done: list[int] = decide(iterations_done, 'the checkpoints of unfinished batches')
+        size, groups = self._side_by_side * (1 if self._split else jax.process_count()), []
+        for iterations in sorted({*done}, reverse=True):
+            batches = [number for number, count in zip(numbers, done, strict=True) if count == iterations]
+            groups += [(batches[start : start + size], iterations) for start in range(0, len(batches), size)]
         return groups
 
-    def _own(self, batches: list[int]) -> list[int]:
+    def _local(self, batches: list[int]) -> list[int]:
         """Returns the batches of a group that this process inverts."""
-        return batches if self._split else batches[jax.process_index() * self._abreast :][: self._abreast]
+        return batches if self._split else batches[jax.process_index() * self._side_by_side :][: self._side_by_side]
 
     def _pause(self, numbers: list[int], student_variables, take: Callable) -> None:
         """Saves the unfinished batches if that is due or if the process was asked to exit; called between two dispatches."""
@@ -261,24 +260,24 @@ class Synthesizer:
         if leave or self._is_due():
             for number, batch in zip(numbers, take(), strict=False):  # repeats are dropped
                 iteration = batch.iterations
-                if self._keeps:
+                if self._writes:
                     self._checkpoints.save(number, batch, student_variables)
             self._saved = time.monotonic()
         if leave:
-            preemption.leave_if_asked(self._kept(len(numbers), iteration))
+            preemption.leave_if_asked(self._saved_clause(len(numbers), iteration))
 
-    def _kept(self, under_way: int, iteration: int = 0) -> str:
+    def _saved_clause(self, under_way: int, iteration: int = 0) -> str:
         """Returns a main clause that says how many batches are saved.
 
         Args:
           under_way: the number of unfinished batches that are saved.
           iteration: the iteration of the unfinished batches; 0 if unknown.
         """
-        if not (self._made or under_way):
+        if not (self._finished or under_way):
             return f'no batch of {self._series} was begun, so nothing had to be saved'
         at = f' at iteration {iteration:,} of {self._iterations:,}' if iteration else ''
         saved = f' and {under_way} under way saved{at}' if under_way else ''
-        return f'of {self._batches} batches of {self._series} {self._made} are finished{saved}'
+        return f'of {self._batches} batches of {self._series} {self._finished} are finished{saved}'
 
     def _is_due(self) -> bool:
         """Returns whether unfinished batches should be saved now; the same on all processes if they share a batch."""
@@ -300,8 +299,8 @@ class Synthesizer:
           done: the number of iterations done on each of them.
           terms: the values of the loss terms.
         """
-        of = in_words(numbers, self._batches) if len(numbers) < self._batches else ''
-        self._progress.update(self._made * self._iterations + len(numbers) * done, of, **terms)
+        batches = in_words(numbers, self._batches) if len(numbers) < self._batches else ''
+        self._progress.update(self._finished * self._iterations + len(numbers) * done, batches, **terms)
         self._workdir.tick(self._task)
 
     def _feature_loss(self, x, key: jax.Array) -> float | None:
@@ -309,16 +308,17 @@ class Synthesizer:
         value = float(self._measure(self._teacher.variables, x, key))
         return None if math.isnan(value) and not self._teacher.statistics(self._teacher.variables) else value
 
-    def _write(self, number: int, key: jax.Array, labels: np.ndarray, x: np.ndarray, notes: dict) -> None:
+    def _write(self, number: int, key: jax.Array, labels: np.ndarray, x: np.ndarray, entries: dict) -> None:
+        """Writes a finished batch to the pool, with its measurements in the sidecar."""
         teacher, images = self._teacher, self._teacher.to_uint8(x)
-        parameters, view_key = initial_parameters(key, len(labels), teacher.image_shape)
+        parameters, augmentation_key = initial_parameters(key, len(labels), teacher.image_shape)
         synthesis = nested(self._settings.synthesis)
         del synthesis['controls']  # no image depends on them
-        about = {
+        sidecar = {
             'batch': number,
             'iterations': self._iterations,
-            'feature_loss_first': self._feature_loss(self._decode(parameters), view_key),
-            'feature_loss_last': self._feature_loss(teacher.normalise(images), view_key),
+            'feature_loss_first': self._feature_loss(self._decode(parameters), augmentation_key),
+            'feature_loss_last': self._feature_loss(teacher.normalise(images), augmentation_key),
             'config': {
                 **synthesis,
                 'seed': self._noise_seed,
@@ -327,9 +327,9 @@ class Synthesizer:
                 'weights': self._weights,
             },
             'version': dvinv.__version__,
-            **notes,
+            **entries,
         }
-        self._pool.write(number, images, labels, logits_of(teacher, images), about)
+        self._pool.write(number, images, labels, logits_of(teacher, images), sidecar)
 
 
 def fill_pool(run: Run, teacher: Teacher, pool: ImagePool, method: str, task: str, series: str) -> None:
@@ -341,7 +341,7 @@ def fill_pool(run: Run, teacher: Teacher, pool: ImagePool, method: str, task: st
     Raises:
       DvinvError: the pool was made from another teacher, or as for `Synthesizer`.
     """
-    put_aside_damaged(pool, task)
+    quarantine_damaged(pool, task)
     if missing := missing_batches(run.settings.synthesis, pool):
         with Synthesizer(run, teacher, pool, method, task, series) as synthesizer:
             synthesizer.fill(missing)

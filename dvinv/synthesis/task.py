@@ -18,7 +18,7 @@ from dvinv.runtime.files import write_atomic
 from dvinv.runtime.pictures import class_grid
 from dvinv.runtime.workdir import Workdir
 from dvinv.synthesis import adaptive, synthesizer
-from dvinv.synthesis.pools import controls_are_whole, missing_batches, open_pool
+from dvinv.synthesis.pools import controls_are_complete, missing_batches, open_pool
 from dvinv.synthesis.synthesizer import control_pool, fill_pool
 from dvinv.teacher import task as teacher
 from dvinv.training.sampling import rounds_of
@@ -69,35 +69,36 @@ def _fill(run: Run, pool: ImagePool) -> None:
 
 def _judge(pool: ImagePool, verifier: Classifier | None) -> dict:
     """Returns the figures of the images of a finished pool; reads one shard at a time into memory."""
-    numbers, totals = pool.finished(), Counter()
+    numbers, feature_losses = pool.finished(), {'first': 0.0, 'last': 0.0}
+    counts: Counter[str] = Counter()  # of images, and of those that each network classifies correctly
     for number in numbers:
         preemption.leave_if_asked(alone=True)
         notes, shard = pool.sidecar(number), pool.read(number)
         labels = shard['labels']
-        totals['images'] += len(labels)
-        totals['teacher'] += among_top(shard['logits'], labels).sum()
+        counts['images'] += len(labels)
+        counts['teacher'] += among_top(shard['logits'], labels).sum()
         if verifier:
             logits = logits_of(verifier, shard['images'])
-            totals['verifier'] += among_top(logits, labels).sum()
-            totals['verifier_top5'] += among_top(logits, labels, 5).sum()
-        for end in ('first', 'last'):
-            totals[end] += notes[f'feature_loss_{end}'] or 0.0
+            counts['verifier'] += among_top(logits, labels).sum()
+            counts['verifier_top5'] += among_top(logits, labels, 5).sum()
+        for end in feature_losses:
+            feature_losses[end] += notes[f'feature_loss_{end}'] or 0.0
     matched = notes['feature_loss_last'] is not None  # otherwise the teacher has no statistics
-    judges = {'teacher': True, 'verifier': verifier, 'verifier_top5': verifier}
+    accuracies = {name: float(count / counts['images']) for name, count in counts.items()}
     return {
-        'images': totals['images'],
+        'images': counts['images'],
         'batches': len(numbers),
         'iterations': pool.sidecar(numbers[0])['iterations'],
-        **{f'{name}_accuracy': float(totals[name] / totals['images']) if there else None for name, there in judges.items()},
-        **{f'feature_loss_{end}': totals[end] / len(numbers) if matched else None for end in ('first', 'last')},
+        **{f'{name}_accuracy': accuracies.get(name) for name in ('teacher', 'verifier', 'verifier_top5')},
+        **{f'feature_loss_{end}': total / len(numbers) if matched else None for end, total in feature_losses.items()},
     }
 
 
 def complete(run: Run) -> bool:
     """Returns whether the pools of the task are complete; shards may be in quarantine, and controls may have been added."""
     synthesis = run.settings.synthesis
-    whole = bool(run.settings.pool) or not missing_batches(synthesis, ImagePool(run.workdir.path / 'pool', ''))
-    return whole and controls_are_whole(run, synthesis.controls)
+    complete = bool(run.settings.pool) or not missing_batches(synthesis, ImagePool(run.workdir.path / 'pool', ''))
+    return complete and controls_are_complete(run, synthesis.controls)
 
 
 def _real_feature_loss(run: Run, pool: ImagePool) -> float | None:

@@ -21,8 +21,9 @@ def of_teacher(name: str, num_classes: Callable[[], int | None]):
     Raises:
       DvinvError: the function cannot be imported, takes other arguments, or returns something else.
     """
-    field = 'teacher.factory'
-    return built(field, name, num_classes() if 'num_classes' in _parameters(field, name) else None)
+    source = _imported('teacher.factory', name)
+    count = num_classes() if 'num_classes' in _arguments(source) else None
+    return network_of(source, count, f'teacher.factory {name!r}')
 
 
 def of_student(name: str, num_classes: int):
@@ -31,23 +32,12 @@ def of_student(name: str, num_classes: int):
     Raises:
       DvinvError: see `of_teacher`.
     """
-    network = built('student.factory', name, num_classes)
+    network = network_of(_imported('student.factory', name), num_classes, f'student.factory {name!r}')
     if isinstance(network, Teacher):
         raise DvinvError(
             f'student.factory {name!r} returned a dvinv.Teacher; return the Flax module itself, which is trained here.'
         )
     return network
-
-
-def built(field: str, name: str, num_classes: int | None = None):
-    """Calls the function `name`, 'module:function', and returns its Teacher unchanged, or its network as `trainable`.
-
-    Args:
-      field: the config field that names the function.
-      num_classes: the value of the function's argument of this name, if it has one; None: it is not known.
-    """
-    _parameters(field, name)
-    return network_of(_imported(field, name), num_classes, f'{field} {name!r}')
 
 
 def network_of(source, num_classes: int | None, name: str):
@@ -64,27 +54,26 @@ def network_of(source, num_classes: int | None, name: str):
     """
     make = None
     if _makes(source):
-        function, takes = source, _arguments(source)
-        if 'num_classes' in takes and num_classes is None:
+        parameters = _arguments(source)
+        if 'num_classes' in parameters and num_classes is None:
             raise DvinvError(
-                f"{name} takes num_classes, which the data tell, but data.name is ''; name a data set, or return a network "
-                'of so many classes without the argument.'
+                f"{name} takes num_classes, which is that of the data, but data.name is ''; name a data set, or return a "
+                'network with a fixed number of classes.'
             )
-        given = {'num_classes': num_classes} if 'num_classes' in takes else {}
-        if 'rngs' in takes:
+        build = functools.partial(source, num_classes=num_classes) if 'num_classes' in parameters else source
+        if 'rngs' in parameters:
             from flax import nnx  # imported only when needed, as in modules.py
 
-            make = functools.partial(function, **given)
-            source = make(rngs=nnx.Rngs(0))
+            make, source = build, build(rngs=nnx.Rngs(0))
         else:
-            source = function(**given)
+            source = build()
     if isinstance(source, Teacher):
         return source
     network = trainable(source, make=make and (lambda rngs: make(rngs=rngs)))
     if network is None:
         raise DvinvError(
-            f'{name} returned a {type(source).__name__}; it must return a dvinv.Teacher, as dvinv.from_linen and '
-            'dvinv.from_nnx make, or a Flax module, Linen or NNX, that is to be trained here.'
+            f'{name} returned a {type(source).__name__}; it must return a dvinv.Teacher, made by dvinv.from_linen or '
+            'dvinv.from_nnx, or a Flax module, Linen or NNX, that is trained here.'
         )
     return network
 
@@ -95,39 +84,35 @@ def _makes(source) -> bool:
 
 
 def _arguments(source) -> dict[str, inspect.Parameter]:
-    """Returns the parameters of a function, or of the `__init__` of a class; NNX hides the signature of the class itself."""
+    """Returns the parameters of a function, or of the `__init__` of a class; {} for a network that is built already."""
+    if not _makes(source):
+        return {}
+    # NNX hides the signature of the class itself.
     parameters = dict(inspect.signature(source.__init__ if inspect.isclass(source) else source).parameters)
     if inspect.isclass(source):
         del parameters[next(iter(parameters))]  # self
     return parameters
 
 
-def _parameters(field: str, name: str) -> tuple[str, ...]:
-    """Returns the names of a function's parameters.
+def _imported(field: str, name: str):
+    """Returns what `name`, 'module:function', denotes.
 
     Raises:
-      DvinvError: it has required parameters other than `num_classes` and `rngs`.
+      DvinvError: it cannot be imported, or has required parameters other than `num_classes` and `rngs`.
     """
-    source = _imported(field, name)
-    parameters = _arguments(source) if _makes(source) else {}
-    for parameter in parameters.values():
-        needed = parameter.default is parameter.empty and parameter.kind not in (
-            parameter.VAR_POSITIONAL,
-            parameter.VAR_KEYWORD,
-        )
-        if needed and parameter.name not in ('num_classes', 'rngs'):
-            raise DvinvError(
-                f'{field} {name!r} takes the argument {parameter.name!r}; it is given num_classes, and rngs for an NNX '
-                'model, where it takes them, and nothing else.'
-            )
-    return tuple(parameters)
-
-
-def _imported(field: str, name: str) -> Callable:
     module, _, function = name.partition(':')
     try:
-        return getattr(importlib.import_module(module), function)
+        source = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise DvinvError(
             f"{field} is {name!r}, which cannot be imported ({error}); it must be 'module:function' on the Python path."
         ) from error
+    for parameter in _arguments(source).values():
+        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        required = parameter.default is parameter.empty and not variadic
+        if required and parameter.name not in ('num_classes', 'rngs'):
+            raise DvinvError(
+                f'{field} {name!r} takes the argument {parameter.name!r}; the only arguments that it is given are '
+                'num_classes, and rngs for an NNX model.'
+            )
+    return source

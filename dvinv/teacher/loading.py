@@ -10,6 +10,7 @@ from dvinv.inversion.modules import with_classes
 from dvinv.networks import Classifier, load_classifier, load_network, module_of, shapes_of
 from dvinv.networks.classifier import differing_shapes
 from dvinv.networks.quantized.network import load_quantized
+from dvinv.runtime.workdir import network_files, network_path
 from dvinv.teacher.factories import network_of
 
 # task -> the stem of its final network file
@@ -55,13 +56,14 @@ def load(workdir, task: str, setting: str = '', *, teacher: Classifier | None = 
     """
     if task not in RESULTS:
         raise DvinvError(
-            f'The task {task!r} makes no network; choose one of {", ".join(RESULTS)}, and with it, where wanted, one of its '
-            "controls, as in dvinv.load(workdir, 'distillation', 'noise')."
+            f'The task {task!r} makes no network; choose one of {", ".join(RESULTS)}, optionally with one of its controls, '
+            "as in dvinv.load(workdir, 'distillation', 'noise')."
         )
+    folder = Path(workdir)
     if task == 'quantization':
-        network = load_quantized(_quantized(Path(workdir) / 'networks', setting), teacher)
+        network = load_quantized(_quantized(folder, setting), teacher)
         return network.apply_fn, network.variables
-    path = Path(workdir) / 'networks' / f'{_other(Path(workdir), task, setting) or RESULTS[task]}.safetensors'
+    path = network_path(folder, _other(folder, task, setting) or RESULTS[task])
     if task == 'teacher' and not setting and not path.exists():
         raise DvinvError(
             f'{workdir} has no teacher of its own: either the task teacher has not finished there, or the teacher came from '
@@ -79,14 +81,13 @@ def _other(workdir: Path, task: str, setting: str) -> str:
     """
     if setting in ('', RESULTS[task]):
         return ''
-    files = sorted(path.stem for path in (workdir / 'networks').glob('*.safetensors'))
-    there = {name.removeprefix('pruned_by_'): name for name in files if re.fullmatch(OTHERS[task], name)}
-    if not (name := there.get(setting.removeprefix('pruned_by_'))):
+    others = {stem.removeprefix('pruned_by_'): stem for stem in network_files(workdir) if re.fullmatch(OTHERS[task], stem)}
+    if not (stem := others.get(setting.removeprefix('pruned_by_'))):
         raise DvinvError(
-            f'The task {task} has no network {setting!r} in {workdir}; beside its result, which is loaded without a name, '
-            f'there are {", ".join(there) or "none"}.'
+            f'The task {task} has no network {setting!r} in {workdir}; besides its result, which is loaded without a name, '
+            f'there are {", ".join(others) or "none"}.'
         )
-    return name
+    return stem
 
 
 def _own(source, path: Path):
@@ -98,24 +99,28 @@ def _own(source, path: Path):
     variables, about = load_network(path)
     network = network_of(source, about['num_classes'], 'module')
     network = network.module if isinstance(network, Teacher) else network
-    whole = with_classes(network, about['image_shape'], about['num_classes'])
-    expected = shapes_of(module_of(about, whole), about['image_shape'])
+    network = with_classes(network, about['image_shape'], about['num_classes'])
+    expected = shapes_of(module_of(about, network), about['image_shape'])
     if differing := differing_shapes(expected, variables):
-        raise DvinvError(f'{path} holds other weights than this module has: {listed(differing, 3)} differ; give its own.')
-    return whole
+        raise DvinvError(
+            f'{path} holds other weights than this module has: {listed(differing, 3)} differ; give the module that was '
+            'trained.'
+        )
+    return network
 
 
-def _quantized(folder: Path, setting: str) -> Path:
+def _quantized(workdir: Path, setting: str) -> Path:
     """Returns the file of a setting, or the smallest file if `setting` is ''.
 
     Raises:
       DvinvError: there is no such file.
     """
-    files = sorted(folder.glob(f'quantized_{setting or "*"}.safetensors'), key=lambda path: (path.stat().st_size, path.name))
-    if not files:
-        there = sorted(path.stem.removeprefix('quantized_') for path in folder.glob('quantized_*.safetensors'))
+    prefix = RESULTS['quantization']
+    files = {stem.removeprefix(prefix): path for stem, path in network_files(workdir).items() if stem.startswith(prefix)}
+    chosen = [path for bits, path in files.items() if setting in ('', bits)]
+    if not chosen:
         raise DvinvError(
-            f'{folder} has no network quantized to {setting or "any setting"}; there are {", ".join(there) or "none"}, and '
+            f'{workdir} has no network quantized to {setting or "any setting"}; there are {", ".join(files) or "none"}, and '
             'the task quantization makes more.'
         )
-    return files[0]
+    return min(chosen, key=lambda path: (path.stat().st_size, path.name))

@@ -1,6 +1,6 @@
 """The task `teacher`: training or reading, and scoring, of the network to invert and of the verifier that judges images."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
@@ -13,23 +13,23 @@ from dvinv.inversion.augmentation import Augmentation, augmentation_of
 from dvinv.inversion.moments import Moments
 from dvinv.inversion.recording import record_moments
 from dvinv.inversion.teacher import Teacher
-from dvinv.networks import Classifier, create, shapes_of
+from dvinv.networks import create, shapes_of
 from dvinv.pipeline.run import Role, Run
 from dvinv.runtime.processes import is_primary, meet
 from dvinv.teacher.verifiers import print_pixels, refuse_chance
 from dvinv.training.sampling import Rounds
-from dvinv.training.trainer import PlannedTraining, TrainJob, TrainTarget, train_network
+from dvinv.training.step import TrainJob
+from dvinv.training.targets import PlannedTraining, TrainTarget, train_network
 
-ROLES: dict[Role, int] = {'teacher': 1, 'verifier': 2}  # see `training.TrainTarget`
+ROLES: dict[Role, int] = {'teacher': 1, 'verifier': 2}  # see `training.targets.TrainTarget`
 
 
 def validate(run: Run) -> None:
-    """Validates teacher and verifier before anything is written.
+    """Validates teacher and verifier before anything is written; `pipeline.tasks` validates their training images.
 
     Raises:
       DvinvError: one of them cannot be trained or read, or does not fit the data.
     """
-    run.validate_training_data()
     run.once(validate_verifier)
     for role in ROLES:
         if run.is_trained_here(role):
@@ -40,7 +40,7 @@ def run(run: Run) -> dict:
     """Trains teacher and verifier unless they are given, and scores them on the real test images; returns the figures."""
     scores = {}
     if run.settings.verifier.weights and run.settings.verifier.network:  # first, because it may be refused
-        scores['verifier'] = _score('verifier', run.verifier, run)
+        scores['verifier'] = _score('verifier', run)
     if run.is_trained_here('teacher'):
         _train('teacher', run)
     if run.settings.teacher.moments_images and not run.workdir.has_network('moments'):
@@ -48,10 +48,10 @@ def run(run: Run) -> dict:
         if is_primary():
             moments.save(run.workdir.network('moments'))
         meet('moments of the teacher')
-    scores['teacher'] = _score('teacher', run.teacher, run)
+    scores['teacher'] = _score('teacher', run)
     if run.is_trained_here('verifier'):
         _train('verifier', run)
-        scores['verifier'] = _score('verifier', run.verifier, run)
+        scores['verifier'] = _score('verifier', run)
     return {
         'test_accuracy': scores['teacher'],
         'verifier_test_accuracy': scores.get('verifier'),
@@ -66,7 +66,7 @@ def planned_trainings(run: Run) -> list[PlannedTraining]:
     trainings, teacher = [], run.planned_teacher
     for role in ROLES:
         if run.is_trained_here(role):
-            group, count = getattr(run.settings, role), len(run.data.train.labels)
+            group, count = getattr(run.settings, role), len(run.training_split.labels)
             own = run.own_module() if role == 'teacher' else None
             module = create(group.network, teacher.num_classes, group.width) if own is None else own
             trainings.append(PlannedTraining(role, module, _job_of(group.training, count), teacher))
@@ -91,21 +91,23 @@ def record(run: Run, images: int, layers: Iterable[str] = ()) -> Moments:
     """
     data = run.data
     if data is None or data.train is None:
-        raise DvinvError(
-            'There are no real training images to record moments from; name some by data.name and data.train_path.'
-        )
+        raise DvinvError('There are no real training images to record moments from; set data.name and data.train_path.')
     validate_fits(run.bare_teacher, data)
     labels = data.train.labels
     order = np.random.default_rng(run.settings.seed).permutation(len(labels))
-    turns = np.zeros(len(labels), int)  # the rank of each image within its class, in random order
+    ranks = np.zeros(len(labels), int)  # the rank of each image within its class, in random order
     for label in np.unique(labels):
         rows = order[labels[order] == label]
-        turns[rows] = np.arange(len(rows))
-    chosen = np.sort(np.argsort(turns, kind='stable')[: max(0, images)])
+        ranks[rows] = np.arange(len(rows))
+    chosen = np.sort(np.argsort(ranks, kind='stable')[: max(0, images)])
     augmentation = augmentation_of(run.settings.teacher.training)
-    augmentation = None if augmentation == Augmentation() else augmentation
-    pictures = data.train.images[chosen]
-    return record_moments(run.bare_teacher, pictures, layers, augmentation=augmentation, key=run.settings.seed)
+    return record_moments(
+        run.bare_teacher,
+        data.train.images[chosen],
+        layers,
+        augmentation=None if augmentation == Augmentation() else augmentation,
+        key=run.settings.seed,
+    )
 
 
 def statistics_of(run: Run) -> str:
@@ -147,7 +149,7 @@ def validate_takes(role: str, group, teacher: Teacher) -> None:
         raise DvinvError(f'{role}.network is {group.network}, which cannot take images of {shape}: {reason}') from error
 
 
-def supervised(label_smoothing: float):
+def supervised(label_smoothing: float) -> Callable:
     """Returns the cross-entropy to the labels, with label smoothing, as the loss of a `TrainJob`."""
 
     def loss(logits, features, x, labels, frozen, progress):
@@ -157,8 +159,10 @@ def supervised(label_smoothing: float):
     return loss
 
 
-def _score(role: Role, network: Classifier, run: Run) -> float | None:
+def _score(role: Role, run: Run) -> float | None:
     """Returns the test accuracy of 'teacher' or 'verifier'; refuses a given verifier that is no better than chance."""
+    network = run.teacher if role == 'teacher' else run.verifier
+    assert network is not None, 'the settings name no verifier'
     share, group = test_accuracy(network, run.data), getattr(run.settings, role)
     field = 'verifier' if role == 'verifier' and group.weights else ''
     name = f'The {role} {getattr(group, "factory", "") or group.network}'
@@ -169,7 +173,7 @@ def _score(role: Role, network: Classifier, run: Run) -> float | None:
 
 def _train(role: Role, run: Run) -> None:
     """Trains teacher or verifier on the labels of the real training images."""
-    group, train = getattr(run.settings, role), run.data.train
+    group, train = getattr(run.settings, role), run.training_split
     own = run.factory_network if role == 'teacher' else None
     like = run.blank_classifier() if role == 'teacher' else run.teacher
     target = TrainTarget('teacher', role, group, like, ROLES[role], own=own)

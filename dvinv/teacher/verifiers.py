@@ -1,6 +1,7 @@
 """Networks that judge images: reading them from weights files, and validating that they fit the teacher."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from dvinv.config import MoreVerifierSettings, VerifierSettings
 from dvinv.errors import DvinvError, say
@@ -22,14 +23,14 @@ def load_more(verifiers: Sequence[MoreVerifierSettings], teacher: Teacher, say: 
     Raises:
       DvinvError: a file is missing, or a verifier takes other images or classes than the teacher.
     """
-    found = {}
+    networks = {}
     for index, verifier in enumerate(verifiers):
-        field = f'verifiers[{index}]'
-        found[verifier.network] = read_verifier(verifier, field, teacher)
+        field, name = f'verifiers[{index}]', verifier.network
+        networks[name] = read_verifier(verifier, field, teacher)
         if say:
-            print_pixels(verifier, field, found[verifier.network])
-        validate_judge(teacher, found[verifier.network], f'verifier {verifier.network}', field, 'leave it out')
-    return found
+            print_pixels(verifier, field, networks[name])
+        validate_judge(teacher, networks[name], f'verifier {name}', field, 'leave it out')
+    return networks
 
 
 def read_verifier(group: VerifierSettings | MoreVerifierSettings, field: str, teacher: Classifier) -> Classifier:
@@ -46,26 +47,26 @@ def read_verifier(group: VerifierSettings | MoreVerifierSettings, field: str, te
     Raises:
       DvinvError: see `read_classifier`.
     """
-    own = describes_itself(group.weights)
-    read = read_classifier(
-        group.weights,
+    path = Path(group.weights)
+    module, variables, about = read_classifier(
+        path,
         group.network,
         mean=group.mean,
         std=group.std,
         width=group.width,
-        image_shape=None if own else teacher.image_shape,
+        image_shape=None if describes_itself(path) else teacher.image_shape,
         field=f'{field}.network',
         default_pixels=(teacher.mean, teacher.std),
     )
-    return classifier_of(*read)
+    return classifier_of(module, variables, about)
 
 
 def print_pixels(group, field: str, network: Classifier) -> None:
     """Prints the mean and std that are used for published weights if the settings do not give both."""
-    if (group.mean and group.std) or describes_itself(group.weights):
+    if (group.mean and group.std) or describes_itself(Path(group.weights)):
         return
     say(
-        f'{field}: the weights {group.weights} do not tell their mean and std; the pixels of this {group.network} are '
+        f'{field}: the weights {group.weights} come without mean and std; the pixels of this {group.network} are '
         f'normalised by mean {network.mean} and std {network.std} ({field}.mean and {field}.std set others).'
     )
 
@@ -88,17 +89,17 @@ def refuse_chance(share: float | None, count: int, network: Classifier, name: st
     """
     if share is None or network.num_classes < 2 or share * network.num_classes > 1:
         return
-    found = (
+    finding = (
         f'{name} recognises {share:.3f} of {count:,} real images, and chance would {1 / network.num_classes:.3f} '
         f'({network.num_classes} classes)'
     )
     if field and count >= FEW:
         raise DvinvError(
-            f'{found}: what it says of images means nothing. It is given pixels with mean {network.mean} and std '
-            f"{network.std}; give {field}.mean and {field}.std of its training, have the data's classes in its order, or "
-            f'{way_out}.'
+            f'{finding}, so its judgements of images are meaningless. It takes pixels with mean {network.mean} and std '
+            f'{network.std}; set {field}.mean and {field}.std to those of its training, order the classes of the data as it '
+            f'does, or {way_out}.'
         )
-    say(f'{found}.')
+    say(f'{finding}.')
 
 
 def validate_judge(teacher: Teacher, verifier: Classifier, name: str, field: str, without: str) -> None:
@@ -116,14 +117,14 @@ def validate_judge(teacher: Teacher, verifier: Classifier, name: str, field: str
     fits = len(verifier.mean) == len(verifier.std) == channels and all(isinstance(value, int | float) for value in numbers)
     if not (fits and min(verifier.std) > 0):
         raise DvinvError(
-            f'{field}.mean is {verifier.mean} and {field}.std {verifier.std}; each must be {channels} numbers, one a '
-            'channel, std above 0, or () for those that the weights are known to take.'
+            f'{field}.mean is {verifier.mean} and {field}.std is {verifier.std}; each must be {channels} numbers, one per '
+            'channel, with std above 0, or () for those of the weights.'
         )
     check_normalisation(verifier.mean, verifier.std, f'{field}.')
-    for attribute, says in (('image_shape', 'takes images of {}'), ('num_classes', 'knows {} classes')):
-        theirs, ours = getattr(verifier, attribute), getattr(teacher, attribute)
-        if theirs != ours:
+    for attribute, phrase in (('image_shape', 'takes images of {}'), ('num_classes', 'knows {} classes')):
+        of_verifier, of_teacher = (phrase.format(getattr(network, attribute)) for network in (verifier, teacher))
+        if of_verifier != of_teacher:
             raise DvinvError(
-                f'The {name} {says.format(theirs)}, but the teacher {says.format(ours)}; give {field}.weights of a network '
-                f'like the teacher, or {without}.'
+                f'The {name} {of_verifier}, but the teacher {of_teacher}; give {field}.weights of a network with the image '
+                f'shape and classes of the teacher, or {without}.'
             )

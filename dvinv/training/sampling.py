@@ -20,13 +20,18 @@ class Rounds:
     count: int = 1
     updates: int = 1
 
-    def of(self, update: int) -> int:
+    @property
+    def total(self) -> int:
+        """The number of images of all rounds."""
+        return self.count * self.images
+
+    def round_of(self, update: int) -> int:
         """Returns the number of the round that an update belongs to."""
         return min(update // self.updates, self.count - 1)
 
-    def come_by(self, update: int) -> int:
+    def available_at(self, update: int) -> int:
         """Returns the number of images that are available when an update is made."""
-        return (self.of(update) + 1) * self.images
+        return (self.round_of(update) + 1) * self.images
 
     def first_update(self, round_number: int) -> int:
         """Returns the update before which the images of a round are made."""
@@ -46,19 +51,19 @@ def chosen_images(seed: int, update: int, batch_size: int, rounds: Rounds) -> np
     A round begins with one shuffled epoch of its new images, and continues with shuffled epochs of all images that are
     available so far.
     """
-    now = rounds.of(update)
-    old, all_of_them = now * rounds.images, (now + 1) * rounds.images
-    first = (update - rounds.first_update(now)) * batch_size
+    number = rounds.round_of(update)
+    earlier, available = number * rounds.images, (number + 1) * rounds.images
+    first = (update - rounds.first_update(number)) * batch_size  # position of the batch in the sequence of the round
 
     def epoch_of(position: int) -> int:
-        return max(0, 1 + (position - rounds.images) // all_of_them)
+        return max(0, 1 + (position - rounds.images) // available)
 
     chosen = []
     for epoch in range(epoch_of(first), epoch_of(first + batch_size - 1) + 1):
-        start = rounds.images + (epoch - 1) * all_of_them if epoch else 0  # position of the epoch's first image
+        start = rounds.images + (epoch - 1) * available if epoch else 0  # position of the epoch's first image
         part = slice(max(0, first - start), first + batch_size - start)
-        count, before = (all_of_them, 0) if epoch else (rounds.images, old)
-        chosen.append(before + _shuffled(count, seed, epoch, now)[part])
+        count, offset = (available, 0) if epoch else (rounds.images, earlier)
+        chosen.append(offset + _shuffled(count, seed, epoch, number)[part])
     return np.concatenate(chosen).astype(np.int32)
 
 

@@ -17,23 +17,25 @@ from dvinv.quantization.bits import bits_of_layers
 
 
 @dataclasses.dataclass(frozen=True)
-class Ladder:
-    """A folded network and the calibration data of its layers: {source: one `Calibration` per layer}.
+class CalibratedNetwork:
+    """A folded network and the calibration data of its layers.
 
-    Sources are 'no_images', 'pool', 'noise' and 'real'.
+    Attributes:
+      network: the network.
+      inputs: {source: one `Calibration` per layer}; sources are 'no_images', 'pool', 'noise' and 'real'.
     """
 
     network: Folded
-    seen: dict[str, list[Calibration]]
+    inputs: dict[str, list[Calibration]]
 
-    def beside(self, source: str, seen: list[Calibration]) -> 'Ladder':
+    def with_source(self, source: str, inputs: list[Calibration]) -> 'CalibratedNetwork':
         """Returns a copy with one more source."""
-        return Ladder(self.network, {**self.seen, source: seen})
+        return CalibratedNetwork(self.network, {**self.inputs, source: inputs})
 
     def variables(self, bits: list[Bits], source: str, method: str, correct: bool) -> dict:
         """Returns the quantized variables with ranges from one source, and with bias correction if `correct`."""
-        means = [told.means for told in self.seen['no_images']] if correct else None
-        return quantize(self.network, bits, self.seen[source], method, means)
+        means = [layer.means for layer in self.inputs['no_images']] if correct else None
+        return quantize(self.network, bits, self.inputs[source], method, means)
 
 
 class Scores:
@@ -70,42 +72,54 @@ class Scores:
         if self._data is None:
             return None
         teacher = self._teacher
-        pictures = teacher.image_shape, teacher.num_classes, teacher.mean, teacher.std
-        network = Classifier(apply_fn, variables, *pictures)
+        network = Classifier(apply_fn, variables, teacher.image_shape, teacher.num_classes, teacher.mean, teacher.std)
         return among_top(logits_of(network, self._data.test.images), self._data.test.labels)
 
 
-def rungs(settings: QuantizationSettings, scores: Scores, ladder: Ladder, plain: Ladder | None, setting: str) -> dict:
+def source_and_method(settings: QuantizationSettings) -> tuple[str, str]:
+    """Returns the source of the ranges and the method to estimate them that the settings ask for."""
+    return ('pool' if settings.images else 'no_images'), settings.ranges
+
+
+def ablation(
+    settings: QuantizationSettings,
+    scores: Scores,
+    calibration: CalibratedNetwork,
+    plain: CalibratedNetwork | None,
+    setting: str,
+) -> dict:
     """Returns the figures of every way to calibrate `setting`, without training.
 
     Args:
-      ladder: the calibration data of the folded network.
+      calibration: the calibration data of the folded network.
       plain: the same without equalisation; None: equalisation is off.
       setting: the bits of weights and inputs, for instance 'w8a8'.
     """
-    bits, source = bits_of_layers(settings, setting, ladder.network.layers), 'pool' if settings.images else 'no_images'
-    ways = {'no_images': ('no_images', settings.ranges)}
+    bits, chosen = bits_of_layers(settings, setting, calibration.network.layers), source_and_method(settings)
+    ways: dict[str, tuple[str, str]] = {'no_images': ('no_images', settings.ranges)}
     if settings.images:
         ways |= {method: ('pool', method) for method in METHODS}
     ways |= {control: (control, settings.ranges) for control in settings.controls}
-    apply_fn = simulated(ladder.network.apply_fn, ladder.network.layers)
-    right = {
-        name: scores.right(apply_fn, ladder.variables(bits, seen, method, settings.correct))
-        for name, (seen, method) in ways.items()
-    }
-    right['uncorrected'] = scores.right(apply_fn, ladder.variables(bits, source, settings.ranges, False))
+    apply_fn = simulated(calibration.network.apply_fn, calibration.network.layers)
+    right = {name: scores.right(apply_fn, calibration.variables(bits, *way, settings.correct)) for name, way in ways.items()}
+    right['uncorrected'] = scores.right(apply_fn, calibration.variables(bits, *chosen, False))
     if plain:
-        right['unequalised'] = scores.right(apply_fn, plain.variables(bits, source, settings.ranges, settings.correct))
-    figures = {f'{name}_test_accuracy': None if of is None else float(of.mean()) for name, of in right.items()}
+        right['unequalised'] = scores.right(apply_fn, plain.variables(bits, *chosen, settings.correct))
+    figures = {f'{name}_test_accuracy': None if mask is None else float(mask.mean()) for name, mask in right.items()}
     for control in settings.controls:
         figures |= _difference(control, right[settings.ranges], right[control])
     return figures
 
 
-def _difference(control: str, ours: np.ndarray | None, theirs: np.ndarray | None) -> dict:
-    """Returns the accuracy with the pool minus that with a control, paired by image, and its standard error."""
+def _difference(control: str, pool_right: np.ndarray | None, control_right: np.ndarray | None) -> dict:
+    """Returns the accuracy with the pool minus that with a control, paired by image, and its standard error.
+
+    Args:
+      control: the name of the control.
+      pool_right, control_right: whether each image is classified correctly, bool [N]; None without real data.
+    """
     names = f'pool_minus_{control}', f'pool_minus_{control}_standard_error'
-    if ours is None:
+    if pool_right is None or control_right is None:
         return dict.fromkeys(names)
-    difference = ours.astype(float) - theirs
+    difference = pool_right.astype(float) - control_right
     return dict(zip(names, (float(difference.mean()), float(difference.std() / len(difference) ** 0.5)), strict=True))
