@@ -67,7 +67,7 @@ def test_a_sliced_network_computes_what_the_masked_one_does(name):
     network = classifier_of(
         pruned_module, pruned_variables, {'image_shape': image_shape, 'num_classes': 7, 'mean': (0,), 'std': (1,)}
     )
-    assert cost.flops(channels).of(keep) == evaluation.flops(network)
+    assert cost.flops(channels).total(keep) == evaluation.flops(network)
     assert cost.parameters(channels).of(keep) == network.parameters
 
 

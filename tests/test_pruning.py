@@ -79,15 +79,15 @@ def test_a_target_is_reached_and_no_more_removed_than_it_takes(measure):
     channels = find_channels(create('resnet20', 10, 0.5), (32, 32, 3))
     price, keep = getattr(cost, measure)(channels), np.ones(channels.count, bool)
     scores = np.random.default_rng(0).random(channels.count)
-    left = without_lowest(channels, keep, scores, price, 0.5 * price.of(keep), PruningSettings(min_channels=2))
-    assert price.of(left) <= 0.5 * price.of(keep)
+    left = without_lowest(channels, keep, scores, price, 0.5 * price.total(keep), PruningSettings(min_channels=2))
+    assert price.total(left) <= 0.5 * price.total(keep)
     last = max(np.flatnonzero(~left), key=scores.__getitem__)
     left[last] = True
-    assert price.of(left) > 0.5 * price.of(keep)
+    assert price.total(left) > 0.5 * price.total(keep)
     assert min(channels.remaining(groups, left).sum() for groups in channels.layers.values()) >= 2
     np.testing.assert_allclose(  # what each removal would save, told at once
         price.savings(left)[[3, 77]],
-        [price.of(left) - price.of(left & (np.arange(len(left)) != group)) for group in (3, 77)],
+        [price.total(left) - price.total(left & (np.arange(len(left)) != group)) for group in (3, 77)],
     )
 
 
@@ -95,9 +95,9 @@ def test_widths_stay_multiples():
     channels = find_channels(create('resnet20', 10), (32, 32, 3))
     price, keep = cost.flops(channels), np.ones(channels.count, bool)
     scores = np.random.default_rng(0).random(channels.count)
-    left = without_lowest(channels, keep, scores, price, 0.6 * price.of(keep), PruningSettings(round_to=8))
+    left = without_lowest(channels, keep, scores, price, 0.6 * price.total(keep), PruningSettings(round_to=8))
     widths = [channels.remaining(groups, left).sum() for groups in channels.layers.values()]
-    assert price.of(left) <= 0.6 * price.of(keep)
+    assert price.total(left) <= 0.6 * price.total(keep)
     assert not np.mod(widths, 8).any()
     assert min(widths) == 8
 
@@ -107,7 +107,7 @@ def test_a_width_that_is_no_multiple_becomes_one_first():
     groups = channels.layers['layer1_0/conv1']
     price, keep, scores = cost.flops(channels), np.ones(channels.count, bool), np.ones(channels.count)
     keep[groups[:3]], scores[groups] = False, 0
-    left = without_lowest(channels, keep, scores, price, price.of(keep) - 1, PruningSettings(round_to=8))
+    left = without_lowest(channels, keep, scores, price, price.total(keep) - 1, PruningSettings(round_to=8))
     assert keep.sum() - left.sum() == 5
     assert channels.remaining(groups, left).sum() == 8
 
@@ -129,10 +129,10 @@ def test_latency_is_read_off_the_table_between_its_widths():
         {'widths': widths[1:], 'seconds': [1, 1, 1]},
     ]
     price, keep = predicted(channels, {'call': 1.0, 'layers': rows}), np.ones(channels.count, bool)
-    assert price.of(keep) == pytest.approx(1 + 4 + 10 * 4 * 5 + 0)
+    assert price.total(keep) == pytest.approx(1 + 4 + 10 * 4 * 5 + 0)
     first = channels.layers['Conv_0'][0]
     keep[first] = False
-    assert price.of(keep) == pytest.approx(1 + 3 + 10 * 3 * 5)
+    assert price.total(keep) == pytest.approx(1 + 3 + 10 * 3 * 5)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
-from dvinv.runtime.files import disk_full_told, write_atomic
+from dvinv.runtime.files import refuse_full_disk, write_atomic
 from dvinv.runtime.pictures import visible
 from dvinv.runtime.progress import Progress
 
@@ -92,7 +92,7 @@ def to_npz(pool: ImagePool, folder: Path) -> None:
     """
     numbers, (_, *shape) = pool.finished(), pool.rows('images').shape  # batches that are added later are left out
     count, labels, path = sum(pool.sidecar(number)['images'] for number in numbers), [], folder / 'images.npz'
-    with disk_full_told(path):
+    with refuse_full_disk(path):
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix('.part')
         with zipfile.ZipFile(unfinished, 'w') as archive:

@@ -22,7 +22,7 @@ def removal_scores(settings: PruningSettings, importance: np.ndarray, price: Cos
       keep: the keep mask before the removal, bool [groups].
     """
     scores = importance / max(importance[keep].sum(), np.finfo(float).tiny)
-    return scores - settings.eta * price.savings(keep) / price.of(keep) if price else scores
+    return scores - settings.eta * price.savings(keep) / price.total(keep) if price else scores
 
 
 def without_lowest(
@@ -42,7 +42,7 @@ def without_lowest(
     fixed = np.array([(groups == FIXED).sum() for groups in layers])
     remaining = channels_in @ keep + fixed  # the number of channels of each layer
     for bundle in _bundles(channels_in, keep, scores, settings.round_to):
-        if price.of(keep) <= most:
+        if price.total(keep) <= most:
             break
         removed = channels_in[:, bundle].sum(1)
         if (remaining - removed >= settings.min_channels)[removed > 0].all():  # else a layer would fall below the minimum
@@ -75,7 +75,7 @@ def least_reachable(channels: ChannelGroups, price: Cost, settings: PruningSetti
     """Computes the smallest reachable ratio of the cost if groups are removed by number (other orders may differ)."""
     keep_all = np.ones(channels.count, bool)
     keep = without_lowest(channels, keep_all, np.zeros(channels.count), price, -math.inf, settings)
-    return price.of(keep) / price.of(keep_all)
+    return price.total(keep) / price.total(keep_all)
 
 
 def refuse_unreachable(channels: ChannelGroups, price: Cost, settings: PruningSettings) -> None:

@@ -232,7 +232,7 @@ class Pruner:
     def _ratio(self, measure: str, keep: np.ndarray) -> float:
         """Returns the cost of the network with these groups, divided by that of the unpruned network."""
         price = self._price(measure)
-        return price.of(keep) / price.of(np.ones_like(keep))
+        return price.total(keep) / price.total(np.ones_like(keep))
 
     def _price(self, measure: str) -> Cost:
         """Returns the cost of the network as a function of its remaining groups."""
@@ -282,9 +282,9 @@ class Pruner:
             importance = self._importance.random((seed, step))
         scores = removal_scores(settings, importance, self._price(settings.cost) if settings.eta else None, keep)
         price = self._price(settings.measure)
-        most = settings.target_of_step(step) * price.of(np.ones_like(keep))
+        most = settings.target_of_step(step) * price.total(np.ones_like(keep))
         remaining = without_lowest(self._channels, keep, scores, price, most, settings)
-        if price.of(remaining) > most and step == settings.steps:
+        if price.total(remaining) > most and step == settings.steps:
             raise unreachable(settings, f'{self._ratio(settings.measure, remaining):.3f}')
         return remaining
 

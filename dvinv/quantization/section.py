@@ -27,14 +27,14 @@ def quantization_section(figures: dict) -> Section:
     settings = _settings(figures)
     rows = [
         [
-            setting + (', distilled' if of['distilled'] else ''),
-            f'{of["bytes"] / 1e6:.3f}',
-            f'{of["bytes_ratio"]:.3f}',
-            percent(of['test_accuracy']),
-            percent(of['test_agreement']),
-            of['test_kl'],
+            setting + (', distilled' if row['distilled'] else ''),
+            f'{row["bytes"] / 1e6:.3f}',
+            f'{row["bytes_ratio"]:.3f}',
+            percent(row['test_accuracy']),
+            percent(row['test_agreement']),
+            row['test_kl'],
         ]
-        for setting, of in ((setting, figures[setting]) for setting in settings)
+        for setting, row in ((setting, figures[setting]) for setting in settings)
     ]
     score = figures['float_test_accuracy']
     same = (None, None) if score is None else (percent(1.0), 0)

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dvinv.errors import DvinvError
-from dvinv.runtime.files import disk_full_told, sha256_of, write_atomic
+from dvinv.runtime.files import refuse_full_disk, sha256_of, write_atomic
 from dvinv.runtime.processes import decide, is_primary
 
 MARGIN = 2**20  # bytes that must be free in addition to the arrays of a checkpoint
@@ -63,7 +63,7 @@ class Checkpoints:
         self._manifest(step).unlink(missing_ok=True)  # a checkpoint that was not restored, for instance a damaged one
         self._sweep()
         try:
-            with disk_full_told(target):
+            with refuse_full_disk(target):
                 self._check_room(state)
                 _save(target, state)
             files = {str(p.relative_to(target)): sha256_of(p) for p in sorted(target.rglob('*')) if p.is_file()}

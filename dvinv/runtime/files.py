@@ -12,7 +12,7 @@ from dvinv.runtime.processes import is_primary
 
 
 @contextlib.contextmanager
-def disk_full_told(path: Path):
+def refuse_full_disk(path: Path):
     """Converts a "no space left" error while writing `path` into a `DvinvError`."""
     try:
         yield
@@ -43,7 +43,7 @@ def write_atomic(path: Path, data: bytes | Iterable[bytes], own: bool = False) -
     if not (own or is_primary()):
         return
     path = Path(path)
-    with disk_full_told(path):
+    with refuse_full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f'.{path.name}.tmp')  # a fixed name, so that kills do not leave many files
         try:

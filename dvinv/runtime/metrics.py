@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dvinv.errors import DvinvError
-from dvinv.runtime.files import disk_full_told, write_atomic
+from dvinv.runtime.files import refuse_full_disk, write_atomic
 from dvinv.runtime.processes import is_primary
 
 
@@ -31,7 +31,7 @@ class Metrics:
         """Appends lines, each with a `step`, and flushes them to the operating system."""
         text = ''.join(json.dumps({'task': task, 'series': series, **line}) + '\n' for line in lines)
         if is_primary():
-            with disk_full_told(self._path), open(self._path, 'a') as file:
+            with refuse_full_disk(self._path), open(self._path, 'a') as file:
                 file.write(text)
         self._on_append(task)
 

@@ -16,7 +16,7 @@ import filelock
 
 from dvinv.config import Settings, current_name, nested
 from dvinv.errors import DvinvError, listed
-from dvinv.runtime.files import disk_full_told, write_atomic
+from dvinv.runtime.files import refuse_full_disk, write_atomic
 from dvinv.runtime.metrics import Metrics
 from dvinv.runtime.processes import decide, meet, refuse_differing
 from dvinv.runtime.versions import record, refuse_other_settings, versions
@@ -112,7 +112,7 @@ class Workdir:
                 self.refuse_other(settings)
                 refuse_other_settings(self.path)
             self._refuse_seeds()
-            with disk_full_told(self.path):
+            with refuse_full_disk(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock.acquire()
         except (FileExistsError, NotADirectoryError, PermissionError) as error:

@@ -31,9 +31,9 @@ def finished_pool(run: Run) -> ImagePool:
     return pool
 
 
-def open_control(workdir: Workdir, method: str, teacher_digest: str = '', ours: bool = False) -> ImagePool:
-    """Returns the image pool of a control, which all tasks share; for `teacher_digest` and `ours` see `ImagePool`."""
-    return ImagePool(workdir.path / 'controls' / method, teacher_digest, ours)
+def open_control(workdir: Workdir, method: str, teacher_digest: str = '', quarantine: bool = False) -> ImagePool:
+    """Returns the image pool of a control, which all tasks share; for `teacher_digest` and `quarantine` see `ImagePool`."""
+    return ImagePool(workdir.path / 'controls' / method, teacher_digest, quarantine)
 
 
 def controls_are_complete(run: Run, controls: Sequence[str]) -> bool:

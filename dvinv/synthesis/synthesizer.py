@@ -99,7 +99,7 @@ def validate_count(run: Run, field: str, images: int, num_classes: int) -> None:
 
 def control_pool(run: Run, method: str, task: str) -> ImagePool:
     """Returns the image pool of a control; `task` makes it, from the same noise and with the budget of the synthesis."""
-    pool = open_control(run.workdir, method, run.teacher.digest(), ours=True)
+    pool = open_control(run.workdir, method, run.teacher.digest(), quarantine=True)
     fill_pool(run, run.teacher, pool, method, task, f'{method}_images')
     return pool
 

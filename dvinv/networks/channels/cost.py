@@ -29,7 +29,7 @@ class Cost:
     count: int  # the number of channel groups
     terms: tuple[Term, ...]
 
-    def of(self, keep: np.ndarray) -> float:
+    def total(self, keep: np.ndarray) -> float:
         """Computes the cost of the network with the groups in the keep mask, bool [count]."""
         kept = np.append(keep, True)  # with the entry that FIXED, -1, reads
         return float(sum(term.price(*(kept[axis].sum() for axis in term.axes)) for term in self.terms))

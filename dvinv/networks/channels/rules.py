@@ -286,7 +286,7 @@ def _reshape(operation: Operation, input_labels: list[Labels], coupling: Couplin
         if len(labelled) == 1 and len(long) == 1:
             # Every place of the merged axis has the slot of the channel from which it comes.
             ((position, slots),) = labelled
-            expanded = np.expand_dims(slots, [other for other in range(len(before)) if other != position])
+            expanded = np.expand_dims(slots, tuple(other for other in range(len(before)) if other != position))
             labels[long[0]] = np.broadcast_to(expanded, [shape[axis] for axis in before]).ravel()
         else:
             _pin(operation, coupling, *(slots for _, slots in labelled))

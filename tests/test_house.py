@@ -1,0 +1,73 @@
+"""The rules of the house, as far as a program can see them: sizes, parameters, words and static types of dvinv/."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+
+from smoke import ROOT
+
+PACKAGE = ROOT / 'dvinv'
+FILES = sorted(PACKAGE.rglob('*.py'))
+NAMED = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+# Words that say nothing about what they name, or that the field has better words for.
+WORDS = {
+    'leader',
+    'mine',
+    'ours',
+    'theirs',
+    'alike',
+    'told',
+    'lesson',
+    'learner',
+    'taught',
+    'canvas',
+    'paint',
+    'ear',
+    'ears',
+}
+WORDS |= {'hear', 'heard', 'atom', 'alive', 'rungs', 'ladder', 'meeting', 'mistakes', 'looked'}
+ALONE = {'some', 'of', 'there', 'one', 'whole', 'made'}  # as a name of their own
+
+
+def names_of(tree: ast.AST) -> Iterator[str]:
+    """All names that a module assigns, takes or defines."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, NAMED):
+            yield node.name
+
+
+def test_names_say_what_they_hold():
+    poor = {}
+    for path in FILES:
+        for name in names_of(ast.parse(path.read_text())):
+            if name in ALONE or {part.lower() for part in re.findall(r'[A-Z]?[a-z]+|[A-Z]+', name)} & WORDS:
+                poor.setdefault(str(path.relative_to(ROOT)), set()).add(name)
+    assert poor == {}
+
+
+def test_no_function_is_named_check():
+    functions = (node for path in FILES for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, NAMED))
+    assert [function.name for function in functions if function.name == 'check'] == []
+
+
+def test_no_file_is_too_long():
+    assert {str(path.relative_to(ROOT)) for path in FILES if path.read_text().count('\n') > 500} == set()
+
+
+def test_settings_are_parsed_once():
+    """A ConfigDict goes no further than config/ and the pipeline, which parse it."""
+    users = {path.relative_to(PACKAGE) for path in FILES if 'ConfigDict' in path.read_text()}
+    assert {path.parts[0] for path in users} <= {'config', 'pipeline', 'main.py', 'moments.py', 'export.py', '__init__.py'}
+
+
+def test_static_types():
+    command = [sys.executable, '-m', 'mypy', '--cache-dir', '/dev/null', str(PACKAGE)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stdout
