@@ -42,7 +42,7 @@ def test_verifiers_go_by_the_name_of_their_network(told, kind):
     ('change', 'words'),
     [
         ({'weigths': 'x'}, r"no field 'verifiers\[0\]\.weigths'; did you mean 'verifiers\[0\]\.weights'"),
-        ({'weights': ''}, r"verifiers\[0\]\.weights is ''; name a network and the file of its weights"),
+        ({'weights': ''}, r"verifiers\[0\]\.weights is ''; name a network and its weights file"),
         ({'weights': 5}, r'verifiers\[0\]\.weights is 5; it must be of the type str'),
         ({'network': ''}, r"verifiers\[0\]\.network is ''; name a network"),
         ({'network': 'judge', 'weights': 'x.npz'}, r'The weights file x\.npz is not there'),
