@@ -418,7 +418,7 @@ def test_config_values_that_contradict_a_file_of_dvinv_are_refused(own_file, fie
 
 
 @pytest.mark.parametrize(
-    ('network', 'channels', 'otherwise', 'expected'),
+    ('network', 'channels', 'default_pixels', 'expected'),
     [
         ('resnet8', 3, ((0.0,) * 3, (1 / 255,) * 3), (0.485, 0.229)),
         ('resnet8', 1, ((0.1,), (0.2,)), (0.1, 0.2)),
@@ -426,11 +426,11 @@ def test_config_values_that_contradict_a_file_of_dvinv_are_refused(own_file, fie
         ('wrn16_1', 3, (), None),
     ],
 )
-def test_published_weights_take_their_own_pixels(tmp_path, network, channels, otherwise, expected):
+def test_published_weights_take_their_own_pixels(tmp_path, network, channels, default_pixels, expected):
     shape, path = (32, 32, channels), tmp_path / 'weights.npz'
     variables = flatten(trained_variables(create(network, 10, 0.125), shape))
     np.savez(path, **{name: variables[place] for place, name in find_keys(variables, '/', {}).items()})
-    given = {'width': 0.125, 'image_shape': shape, 'otherwise': otherwise}
+    given = {'width': 0.125, 'image_shape': shape, 'default_pixels': default_pixels}
     if expected is None:
         with pytest.raises(DvinvError, match=r'^mean is \(\), but of weights for wrn16_1 .* it is not known'):
             read_classifier(path, network, **given)
