@@ -18,7 +18,7 @@ from dvinv.inversion.parameterization import initial_parameters
 from dvinv.inversion.step import InversionState, make_step
 from dvinv.runtime.devices import make_mesh
 
-GOLDEN = Path(__file__).parent / 'golden' / 'inversion.npz'
+GOLDEN = Path(__file__).parents[1] / 'golden' / 'inversion.npz'
 KEY, LABELS = jax.random.key(7), np.array([0, 1, 2, 0, 1, 2], np.int32)
 EVERY_TERM = Weights(feature=0.3, first_bn_multiplier=2.0, total_variation=1e-2, l2=1e-2, competition=0.5)
 

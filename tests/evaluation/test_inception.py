@@ -24,7 +24,7 @@ AUXILIARY = {  # what published files have beside, for 1,000 classes
     'fc.bias': [1000],
 }
 
-with np.load(Path(__file__).parent / 'golden' / 'inception_logits.npz', allow_pickle=False) as arrays:
+with np.load(Path(__file__).parents[1] / 'golden' / 'inception_logits.npz', allow_pickle=False) as arrays:
     GOLDEN = dict(arrays)
 SIZE, WIDTH = int(GOLDEN['size']), float(GOLDEN['width'])
 

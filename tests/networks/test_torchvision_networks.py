@@ -33,7 +33,7 @@ MOBILENET_BLOCKS = ((1, 2), (2, 3), (3, 4), (4, 3), (5, 3), (6, 1))  # (stage, h
 
 
 def read_golden(name: str) -> dict:
-    with np.load(Path(__file__).parent / 'golden' / name, allow_pickle=False) as arrays:
+    with np.load(Path(__file__).parents[1] / 'golden' / name, allow_pickle=False) as arrays:
         return dict(arrays)
 
 

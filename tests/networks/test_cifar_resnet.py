@@ -17,7 +17,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @pytest.fixture(scope='module')
 def golden() -> dict:
-    with np.load(Path(__file__).parent / 'golden' / 'cifar_resnet_logits.npz', allow_pickle=False) as arrays:
+    with np.load(Path(__file__).parents[1] / 'golden' / 'cifar_resnet_logits.npz', allow_pickle=False) as arrays:
         return dict(arrays)
 
 

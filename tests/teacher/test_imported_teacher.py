@@ -15,7 +15,7 @@ from dvinv.networks.naming import find_keys
 from dvinv.pipeline import tasks as pipeline
 from dvinv.teacher import verifiers
 
-sys.path.append(str(Path(__file__).parent / 'golden'))
+sys.path.append(str(Path(__file__).parents[1] / 'golden'))
 from drawn import draw_state
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -22,7 +22,7 @@ from dvinv.runtime import banner, compilation
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.workdir import flat
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 # The clone

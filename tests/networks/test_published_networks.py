@@ -52,7 +52,7 @@ WITHOUT_BATCH_NORM = {
 SHAPE = (32, 32, 3)
 PIXELS = {'mean': (0.5, 0.4, 0.3), 'std': (0.2, 0.3, 0.4)}
 
-with np.load(Path(__file__).parent / 'golden' / 'published_logits.npz', allow_pickle=False) as arrays:
+with np.load(Path(__file__).parents[1] / 'golden' / 'published_logits.npz', allow_pickle=False) as arrays:
     GOLDEN = dict(arrays)
 NARROW = sorted(key.removesuffix('/logits') for key in GOLDEN if key.endswith('/logits'))
 

@@ -20,7 +20,7 @@ from dvinv.networks.resnet import CifarResNet
 from dvinv.networks.weights import import_weights, read_state_dict
 
 SHAPE, PIXELS = (32, 32, 3), {'mean': (0.5, 0.4, 0.3), 'std': (0.2, 0.3, 0.4)}
-GOLDEN = Path(__file__).parent / 'golden'
+GOLDEN = Path(__file__).parents[1] / 'golden'
 TINY = CifarResNet(10, 1, (4, 8, 16))
 
 

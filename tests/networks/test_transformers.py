@@ -47,7 +47,7 @@ SHALLOW = {  # of golden/transformer_logits.npz: few blocks, or compilation take
 }
 QUICKLY = {'xla_backend_optimization_level': 0}  # what runs once is not worth optimising
 
-with np.load(Path(__file__).parent / 'golden' / 'transformer_logits.npz', allow_pickle=False) as arrays:
+with np.load(Path(__file__).parents[1] / 'golden' / 'transformer_logits.npz', allow_pickle=False) as arrays:
     GOLDEN = dict(arrays)
 
 

@@ -193,7 +193,7 @@ def trained(tmp_path_factory):
         found = []
         for index in range(count):
             joined = (f'127.0.0.1:{port}', count, index) if count > 1 else ()
-            fields = {'tests': str(Path(__file__).parent), 'joined': joined, 'count': count, 'folder': str(folder)}
+            fields = {'tests': str(Path(__file__).parents[1]), 'joined': joined, 'count': count, 'folder': str(folder)}
             code = 'import json\n' + TRAINING.format(**fields)
             environment = {**os.environ, **THREADS, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(4 // count)}
             found.append(subprocess.Popen([sys.executable, '-c', code], env=environment, stdout=subprocess.PIPE, text=True))

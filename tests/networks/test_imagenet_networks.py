@@ -22,7 +22,7 @@ PIXELS = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 SYMMETRIC = {'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5)}
 SHAPE = (32, 32, 3)
 
-with np.load(Path(__file__).parent / 'golden' / 'imagenet_logits.npz', allow_pickle=False) as arrays:
+with np.load(Path(__file__).parents[1] / 'golden' / 'imagenet_logits.npz', allow_pickle=False) as arrays:
     GOLDEN = dict(arrays)
 SIZE = int(GOLDEN['size'])
 
