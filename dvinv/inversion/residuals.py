@@ -43,12 +43,12 @@ def _adds(program: Program, producers: dict, taken, returned) -> bool:
     """Returns whether `returned` is a sum of `taken` and a value that depends on it; `producers` is {value: operation}."""
     depends = {taken}
     for operation in program.operations:
-        if any(isinstance(value, int) and value in depends for value in operation.inputs):
+        if not depends.isdisjoint(operation.inputs):
             depends.update(operation.outputs)
     pending, summands, added = [returned], [], False
     while pending:
         value = pending.pop()
-        producer = producers.get(value) if isinstance(value, int) and value != taken else None
+        producer = producers.get(value) if value != taken else None
         if producer and producer.name in ('add', 'add_any'):
             pending += producer.inputs
             added = True
@@ -56,5 +56,4 @@ def _adds(program: Program, producers: dict, taken, returned) -> bool:
             pending.append(producer.inputs[0])
         else:
             summands.append(value)
-    others = [value for value in summands if isinstance(value, int) and value != taken]
-    return added and taken in summands and not depends.isdisjoint(others)
+    return added and taken in summands and not depends.isdisjoint({*summands} - {taken})
