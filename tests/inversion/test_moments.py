@@ -23,7 +23,7 @@ from dvinv.inversion.recording import default_places
 from dvinv.networks import create, shapes_of
 from dvinv.networks.vision_transformer import VisionTransformer
 from dvinv.pipeline import tasks as pipeline
-from dvinv.report import task as report
+from dvinv.synthesis import section
 
 QUICKLY = {'xla_backend_optimization_level': 0}  # what runs once is not worth optimising
 PICTURES = {'image_shape': IMAGE_SHAPE, 'mean': MEAN, 'std': STD}
@@ -374,5 +374,5 @@ def test_a_network_of_a_users_own_is_recorded_by_the_command_and_inverted(tmp_pa
     ],
 )
 def test_the_report_names_the_way_of_inversion(statistics, sentence):
-    made = {'images': 10, 'teacher_accuracy': 0.9, 'statistics': statistics}
-    assert re.search(sentence, report._summary({'synthesis': made}, *report.METHODS['deepinversion']))
+    figures = {'images': 10, 'teacher_accuracy': 0.9, 'statistics': statistics}
+    assert re.search(sentence, section._summary(figures, *section.METHODS['deepinversion']))

@@ -68,7 +68,7 @@ def test_a_sliced_network_computes_what_the_masked_one_does(name):
         pruned_module, pruned_variables, {'image_shape': image_shape, 'num_classes': 7, 'mean': (0,), 'std': (1,)}
     )
     assert cost.flops(channels).total(keep) == evaluation.flops(network)
-    assert cost.parameters(channels).of(keep) == network.parameters
+    assert cost.parameters(channels).total(keep) == network.parameters
 
 
 def test_option_a_shortcuts_tie_stages_by_their_channel_map():

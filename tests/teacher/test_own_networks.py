@@ -285,7 +285,7 @@ def test_a_teacher_keeps_its_module(kind):
     target = pruning.TrainTarget('pruning', 'pruned', run.settings.teacher, like, 5, own=like.module, kept={})
     assert module_of(target.about, target.own) is like.module
     run.planned_teacher = dataclasses.replace(like, module=None)
-    with pytest.raises(DvinvError, match=r'The network of teacher\.factory .* is not known'):
+    with pytest.raises(DvinvError, match=r'The network of teacher\.factory .* is unknown'):
         pruning.validate(run)
 
 
