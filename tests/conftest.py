@@ -33,6 +33,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Whole runs, trainings and inversions that several tests look at; such tests are slow, as are those marked so themselves.
+SLOW_FIXTURES = {'adaptive', 'batches', 'finished', 'quantized', 'trained', 'undisturbed', 'undivided'}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if SLOW_FIXTURES.intersection(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope='session')
 def real_data() -> Path:
     """The folder with published teachers and images; tests that need it are skipped where it is missing."""

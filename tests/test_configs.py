@@ -46,6 +46,7 @@ def test_the_config_can_be_run_where_its_data_are(path):
     settings.inversion_config().validate_for(shape)
 
 
+@pytest.mark.slow
 @each_config
 def test_the_smoke_run_needs_nothing_that_is_not_here(path):
     whole, smoke = read(path), read(path, 'smoke')
@@ -65,6 +66,7 @@ def test_an_argument_that_it_does_not_know_is_refused(path):
         read(path, 'smok')
 
 
+@pytest.mark.slow
 def test_the_template_has_its_networks_in_nnx_too():
     config, linen = (read(ROOT / 'configs' / 'own_network.py', argument) for argument in ('nnx', ''))
     teacher = pipeline.validated(config).planned_teacher
@@ -112,6 +114,7 @@ def test_the_docstring_tells_the_command(path):
     assert f'python -m dvinv.main --config configs/{path.name} --workdir runs/{path.stem}' in told
 
 
+@pytest.mark.slow
 def test_a_smoke_run_of_pictures_ends_with_a_report(command, tmp_path):
     """Nearly all of its time goes into compiling: a small verifier, instead of a ResNet-32, spares a fifth of it."""
     run, small = tmp_path / 'run', '--config.verifier.network=small_convnet'
@@ -125,6 +128,7 @@ def test_a_smoke_run_of_pictures_ends_with_a_report(command, tmp_path):
     assert results['distillation']['hinted_layers'] == 19
 
 
+@pytest.mark.slow
 def test_a_config_of_two_resolutions_runs_on_larger_images_to_its_report(command, tmp_path):
     """The first resolution does not divide the images', which is above any network's usual one. Nearly all of its time goes
     into compiling: the teacher has fewer layers than a MobileNet, and XLA is not to optimise."""

@@ -261,6 +261,7 @@ for name in report.unfinished(int(level)):
 """
 
 
+@pytest.mark.slow
 def test_a_stage_that_is_killed_or_hangs_loses_only_itself(settings, monkeypatch, tmp_path, capsys):
     (tmp_path / 'benchmarks').mkdir()
     script = STAND_IN_STAGE.replace('{benchmarks!r}', repr(str(ROOT / 'benchmarks')))
@@ -350,6 +351,7 @@ class Contestant:
         return 5.0
 
 
+@pytest.mark.slow
 def test_a_contestant_that_fails_or_computes_something_else_loses_its_own_figures(settings, monkeypatch):
     monkeypatch.setattr(gpu_contest.importlib.util, 'find_spec', lambda name: True)
     contestants = {

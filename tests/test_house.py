@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import pytest
 from smoke import ROOT
 
 PACKAGE = ROOT / 'dvinv'
@@ -67,6 +68,7 @@ def test_settings_are_parsed_once():
     assert {path.parts[0] for path in users} <= {'config', 'pipeline', 'main.py', 'moments.py', 'export.py', '__init__.py'}
 
 
+@pytest.mark.slow
 def test_static_types():
     command = [sys.executable, '-m', 'mypy', '--cache-dir', '/dev/null', str(PACKAGE)]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

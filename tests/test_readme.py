@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 import dvinv
@@ -36,6 +37,7 @@ def remembered(function, result):
     return call
 
 
+@pytest.mark.slow
 def test_the_own_network_examples_run(tmp_path, monkeypatch):
     """Those of docs/your_own_network.md, which train networks, and with these networks the README's."""
     linen, nnx = re.findall(r'```python\n(.*?)```', OWN_NETWORK, re.DOTALL)[:2]

@@ -105,6 +105,7 @@ TINY = ('--network', 'vgg11_bn', '--width', '0.0625', '--batch', '4', '--devices
 ONCE = (*TINY, '--rounds', '1', '--steps', '1')
 
 
+@pytest.mark.slow
 def test_dvinv_alone():
     status, result, err = run('step_time.py', *ONCE, '--alone')
     assert status == 0, err
@@ -127,6 +128,7 @@ def test_beside_pytorch_the_first_steps_are_alike():
         assert result['intervals'][f'ratio_over_{name}'] == [result[f'ratio_over_{name}']] * 2
 
 
+@pytest.mark.slow
 def test_a_sweep_has_an_exponent_for_batches_and_one_for_resolutions():
     status, result, err = run('step_time.py', *ONCE, '--sweep', '--batches', '2', '4', '--resolutions', '32', '64')
     assert status == 0, err
@@ -137,6 +139,7 @@ def test_a_sweep_has_an_exponent_for_batches_and_one_for_resolutions():
     assert result['exponents'].keys() == {'batch', 'resolution'}
 
 
+@pytest.mark.slow
 def test_the_drivers_overhead():
     status, result, err = run('driver_overhead.py', *TINY, '--iterations', '2', '--pairs', '1')
     assert status == 0, err
@@ -144,6 +147,7 @@ def test_the_drivers_overhead():
     assert result['overhead'] == pytest.approx(result['seconds_driver'] / result['seconds_bare'] - 1, rel=1e-2, abs=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('script', ['step_time.py', 'driver_overhead.py'])
 def test_a_network_that_does_not_exist_is_told(script):
     status, _, err = run(

@@ -240,6 +240,7 @@ def alive(pid: int) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_cells_are_resumed_where_the_minutes_ended(fill, tmp_path):
     status, out, err, calls = fill('--minutes', '0')
     assert (status, calls) == (3, [])

@@ -47,6 +47,7 @@ def answers():
     return rng.normal(size=(6, 5)), rng.normal(size=(6, 3)), np.array([3, 4, 4, 0, 1, 2])
 
 
+@pytest.mark.slow
 def test_the_papers_loss_is_its_equation(answers):
     logits, old, labels = answers
     terms = losses.deepinversion_terms(jnp.asarray(logits), jnp.asarray(old), labels, 2.0)
@@ -94,6 +95,7 @@ def test_lwf_mc_is_a_sum_of_binary_cross_entropies(answers):
 # The head
 
 
+@pytest.mark.slow
 def test_a_grown_network_answers_as_before_for_its_old_classes():
     few, many = (create('resnet20', classes, 0.25) for classes in (3, 5))
     old, new = (trained_variables(module, (32, 32, 3), seed) for seed, module in enumerate((few, many)))
@@ -111,6 +113,7 @@ def test_a_network_of_another_width_is_refused(widths):
         grown(new, old)
 
 
+@pytest.mark.slow
 def test_detached_answers_move_the_head_alone():
     module = create('small_convnet', 3, 0.125)
     head = head_of(lambda classes: create('small_convnet', classes, 0.125), (8, 8, 1))
@@ -250,6 +253,7 @@ def test_killed_and_without_old_images_it_ends_with_the_same_bits(undisturbed, t
     assert run_for(0)['continual']['tasks'] == 3  # what is finished wants no images
 
 
+@pytest.mark.slow
 def test_an_adaptive_pool_competes_with_a_student_of_the_network_as_it_is(data, tmp_path, monkeypatch):
     """Killed while it learns, and in the round after, it ends with the same bits; the student is thrown away."""
     rounds = {'synthesis__method': 'adaptive', 'synthesis__batches_per_round': 1, 'synthesis__weights__competition': 10.0}

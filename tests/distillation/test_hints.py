@@ -93,6 +93,7 @@ def test_features_in_training_are_the_inputs_that_move_the_running_statistics(te
         np.testing.assert_allclose(after, 0.9 * before + 0.1 * x.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_hints_are_added_to_the_answers_loss_and_reach_the_shared_layers_alone(teacher):
     student = trained_variables(TinyNet(), seed=5)
     x = _images()
@@ -113,6 +114,7 @@ def test_hints_are_added_to_the_answers_loss_and_reach_the_shared_layers_alone(t
     assert np.abs(gradient['Conv_0']['kernel'] - without['Conv_0']['kernel']).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_configs_hint_is_in_the_lesson():
     config, teacher = default_config('digits'), small_teacher()
     variables = trained(teacher.variables, seed=5)
@@ -141,6 +143,7 @@ def test_the_weight_of_hints_falls_over_the_training(decay, weights):
     np.testing.assert_allclose(measured, weights, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_layers_error_falls_by_the_configs_decay():
     config, teacher = default_config('digits'), small_teacher()
     config.distillation.update(hint=8.0, hint_decay=2.0)
@@ -157,6 +160,7 @@ def test_the_layers_error_falls_by_the_configs_decay():
     assert first > last + 1
 
 
+@pytest.mark.slow
 def test_a_student_learns_the_teachers_layers_from_hints_and_not_from_answers(teacher):
     images = np.random.default_rng(1).integers(0, 256, (64, *IMAGE_SHAPE), dtype=np.uint8)
     recipe = TrainingSettings(updates=60, batch_size=64, learning_rate=0.02)
@@ -221,6 +225,7 @@ def _teachers():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['linen', 'nnx'])
 def test_stages_of_unrelated_networks_are_matched_and_put_in_a_table(kind):
     hints = choose_hints('auto', Pooled(), _teachers()[kind])
@@ -258,6 +263,7 @@ def _train(folder, teacher, job, stops=()):
     return variables, [*workdir.metrics.lines('distillation', 'student')]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['linen', 'nnx'])
 def test_a_student_of_an_unrelated_teacher_learns_and_resumes_to_the_bit(kind, tmp_path):
     teacher = _teachers()[kind]
@@ -269,6 +275,7 @@ def test_a_student_of_an_unrelated_teacher_learns_and_resumes_to_the_bit(kind, t
     assert {*variables['params']} == {'first', 'norm', 'second', 'Dense_0'}  # and no projection
 
 
+@pytest.mark.slow
 def test_grafted_stages_are_entered_from_the_teachers_output_of_the_stage_before():
     teacher, student = _teachers()['linen'], trained_variables(Pooled(), seed=5)
     job, x = _staged(teacher, Pooled(), share=1.0), _images()
@@ -292,6 +299,7 @@ def test_grafted_stages_are_entered_from_the_teachers_output_of_the_stage_before
     np.testing.assert_allclose(features['teacher_logits'], teacher_logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_in_bfloat16_stages_are_compared_in_float32():
     teacher = _teachers()['linen']
     job = _staged(in_precision(teacher, 'bfloat16'), Pooled())
@@ -309,6 +317,7 @@ def test_in_bfloat16_stages_are_compared_in_float32():
     assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.auxiliary))} == {np.dtype(np.float32)}
 
 
+@pytest.mark.slow
 def test_the_matching_is_printed_and_stands_in_results_and_report(tmp_path, capsys):
     config = synthesis_config(
         synthesis__method='noise',

@@ -41,6 +41,7 @@ def shapes() -> dict:
     return shapes_of(create('inception_v3', 1000), SMALLEST)
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_pytorch(state):
     module = create('inception_v3', 10, WIDTH)
     variables = import_weights(module, (SIZE, SIZE, 3), state)
@@ -63,6 +64,7 @@ def test_pictures_may_be_of_any_size_that_leaves_a_pixel(shapes):
         shapes_of(module, (75, 74, 3))
 
 
+@pytest.mark.slow
 def test_a_file_with_an_auxiliary_head_is_read_without_it(tmp_path, state):
     auxiliary = draw_state({f'AuxLogits.{key}': shape for key, shape in AUXILIARY.items()}, seed=1)
     counters = {key.replace('running_var', 'num_batches_tracked'): np.array(9) for key in state if 'running_var' in key}

@@ -71,6 +71,7 @@ def test_features_are_what_the_last_layer_is_fed_with():
     np.testing.assert_allclose(logits, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('name', 'features'), [('resnet20', 16), ('squeezenet1_1', 128)])
 def test_a_convolution_as_the_head_has_features_over_space(name, features):
     module, x = create(name, 10, 0.25), RNG.normal(size=(2, 48, 48, 3)).astype(np.float32)

@@ -244,6 +244,7 @@ def _kept(fn) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(pull) if leaf.shape == X.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('segments', [1, 3, 1000])
 def test_segments_give_the_same_values_and_gradients(segments):
     run = recomputed(_deep, segments)

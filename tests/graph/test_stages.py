@@ -114,6 +114,7 @@ def _head(x):
     return nn.Dense(3).apply({'params': VARIABLES['params']['head']}, x.mean((1, 2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('way', ['plain', 'jit', 'remat', 'loop'])
 @pytest.mark.parametrize('train', [False, True])
 def test_recorded_outputs_are_those_of_the_pieces(way, train):
@@ -140,6 +141,7 @@ def test_grafting_runs_each_piece_from_the_output_that_takes_the_place_of_the_on
     np.testing.assert_allclose(logits, _head(values[1]), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('way', ['plain', 'remat'])
 def test_gradients_are_those_of_the_plain_network(way):
     """Also where a ReLU is given exactly 0: jax.nn.relu defines its derivative there as 0."""
@@ -234,6 +236,7 @@ class Model(nnx.Module):
         return self.head(x.mean((1, 2)))
 
 
+@pytest.mark.slow
 def test_stages_of_an_nnx_teacher_and_a_linen_student_are_matched():
     model = Model(nnx.Rngs(0))
     teacher = from_nnx(model, image_shape=IMAGE_SHAPE, mean=MEAN, std=STD)
@@ -263,6 +266,7 @@ def test_networks_without_a_common_resolution_are_refused():
         match_stages(_stages(32, 16), _stages(15), (32, 32, 3))
 
 
+@pytest.mark.slow
 def test_a_student_follows_the_stages_of_an_unrelated_teacher():
     """Each image enters a stage of the student as its own output or as that of the teacher, by a coin."""
     teacher = from_nnx(Model(nnx.Rngs(0)), image_shape=IMAGE_SHAPE, mean=MEAN, std=STD)

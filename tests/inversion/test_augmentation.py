@@ -78,6 +78,7 @@ def test_a_stage_keeps_the_shape_of_the_images_to_half_a_pixel(resolution, image
     assert Stage(1, 0.1, resolution=resolution).view_size(*image) == shown
 
 
+@pytest.mark.slow
 def test_roll_wraps_by_one_offset_for_the_batch():
     x, seen = _images(), set()
     shifts = {(i, j): np.roll(x, (i, j), (1, 2)).tobytes() for i in range(-2, 3) for j in range(-2, 3)}
@@ -154,6 +155,7 @@ def _whole_and_split(look, devices):
     return np.asarray(whole), np.asarray(split)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['roll', 'crop'])
 @pytest.mark.parametrize('devices', [2, 8])
 def test_a_split_batch_is_shown_the_same_to_the_bit(kind, devices):
@@ -161,12 +163,14 @@ def test_a_split_batch_is_shown_the_same_to_the_bit(kind, devices):
     assert split.tobytes() == whole.tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('devices', [2, 8])
 def test_a_split_batch_gets_the_same_noise(devices):
     # To the last bit but one: XLA rounds Gaussians differently in loops of different length.
     np.testing.assert_allclose(*_whole_and_split(Augmentation(noise=0.1), devices), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_resized_crop_is_a_scaled_window_of_each_image():
     rows, columns = np.meshgrid(np.arange(24.0), np.arange(20.0), indexing='ij')
     x = np.broadcast_to(np.stack([rows, columns], -1), (64, 24, 20, 2)).astype(np.float32)
@@ -211,6 +215,7 @@ def test_cutmix_pastes_a_rectangle_of_another_image_at_the_same_place():
     assert 0.1 < pasted.mean() < 0.25
 
 
+@pytest.mark.slow
 def test_mixup_mixes_every_image_with_another_by_one_share():
     x = _images()
     shares = set()
@@ -222,6 +227,7 @@ def test_mixup_mixes_every_image_with_another_by_one_share():
     assert min(shares) < 0.2 < 0.8 < max(shares)
 
 
+@pytest.mark.slow
 def test_both_are_parts_of_an_augmentation():
     x, key = _images(), jax.random.key(0)
     assert not np.allclose(Augmentation(resized_crop=0.3)(key, x, NETWORK), x, atol=0.1)

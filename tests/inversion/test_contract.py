@@ -461,6 +461,7 @@ def test_a_negative_variance_is_refused_whatever_its_name(path):
     check_finite({'others': {'log_var': np.float32([-1])}, 'params': {'var': np.float32([-1])}}, 'it')
 
 
+@pytest.mark.slow
 def test_a_class_that_is_masked_is_no_label():
     with pytest.raises(DvinvError, match=r'infinite before the first update.* -inf, as of a masked class'):
         invert(_teacher(Ending(_masked)), [0, 1], ONE, 0)

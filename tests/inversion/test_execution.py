@@ -32,6 +32,7 @@ def _compiled_step(teacher, **changes) -> str:
     return programs.advance(STAGE, 1).lower(*arguments).compile().as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('changes', [{}, {'precision': 'bfloat16'}, {'recompute': 2}], ids=str)
 def test_no_convolution_of_the_step_makes_a_gradient_of_weights(teacher, changes):
     assert _windows(_compiled_step(teacher, **changes)) == {'3x3'}
@@ -53,11 +54,13 @@ def usual(teacher, student):
     return _inversion(teacher, student)
 
 
+@pytest.mark.slow
 def test_stretches_make_the_same_images(teacher, student, usual):
     result = _inversion(teacher, student, recompute=3)
     np.testing.assert_allclose(result.images, usual.images, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_bfloat16_makes_about_the_same_images(teacher, student, usual):
     result = _inversion(teacher, student, precision='bfloat16')
     for term, values in usual.metrics.items():
@@ -84,6 +87,7 @@ def test_in_bfloat16_moments_and_statistics_stay_float32(teacher):
     assert dtypes['moments'] == dtypes['batch_stats'] == {jnp.dtype(np.float32)}
 
 
+@pytest.mark.slow
 def test_a_teacher_answers_in_the_precision_of_a_training(teacher):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, *IMAGE_SHAPE)), jnp.float32)
     assert in_precision(teacher, 'float32') is teacher
@@ -92,6 +96,7 @@ def test_a_teacher_answers_in_the_precision_of_a_training(teacher):
     np.testing.assert_allclose(logits.astype(np.float32), teacher.apply_fn(teacher.variables, x), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.slow
 def test_an_nnx_teacher_runs_the_same_ways(student):
     from flax import nnx
 

@@ -79,6 +79,7 @@ def _golden_run(teacher, student):
     return {'images': result.images, **result.metrics}
 
 
+@pytest.mark.slow
 def test_a_fixed_key_gives_the_golden_images_and_metrics(teacher, student):
     before = jax.tree.map(np.copy, (teacher.variables, student.variables))
     result, golden = _golden_run(teacher, student), np.load(GOLDEN)
@@ -128,6 +129,7 @@ def _reference(images, stages, low, high):
 ONLY_NORM = {'weights': Weights(main=0, feature=0, total_variation=0, l2=1), 'l2': 'batch', 'prior_on': 'image'}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'stages',
     [
@@ -154,6 +156,7 @@ def test_stages_are_adam_restarted_on_scaled_images_and_the_last_iterate_is_kept
         assert min(norms[:-1]) < norms[-1]
 
 
+@pytest.mark.slow
 def test_many_iterations_a_dispatch_are_the_same_inversion(teacher):
     config = _config(Stage(5, 0.1, jitter=1), weights=Weights(feature=0.3))
     reports = []
@@ -179,6 +182,7 @@ def test_the_loss_is_the_weighted_sum_of_its_logged_terms(teacher, student):
     np.testing.assert_allclose(loss, sum(weights[name] * float(value) for name, value in terms.items()), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_first_layer_alone_is_multiplied(teacher):
     stage = Stage(1, 0.1)
     values = []
@@ -192,6 +196,7 @@ def test_the_first_layer_alone_is_multiplied(teacher):
     np.testing.assert_allclose(values[1] - values[0], 9 * first, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_prior_only_has_no_gradient_of_the_features(teacher):
     moved = dataclasses.replace(teacher, statistics=lambda v: jax.tree.map(lambda a: 3 * a + 1, teacher.statistics(v)))
     config = default_config('digits')
@@ -205,6 +210,7 @@ def test_prior_only_has_no_gradient_of_the_features(teacher):
         assert np.array_equal(*gradients) == alike
 
 
+@pytest.mark.slow
 def test_the_priors_are_taken_on_the_view_or_on_the_image(teacher):
     stage, weights = Stage(1, 0.1, resolution=4, jitter=2, augmentation='crop'), Weights(l2=1.0)
     images, _ = initial_parameters(KEY, len(LABELS), IMAGE_SHAPE)
@@ -219,6 +225,7 @@ def test_the_priors_are_taken_on_the_view_or_on_the_image(teacher):
     assert values['view']['feature'] == values['image']['feature']
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_competition_flows_through_both_networks(teacher, student):
     def frozen(fn):
         return lambda variables, x, *rest: jax.lax.stop_gradient(fn(variables, x, *rest))
@@ -272,12 +279,14 @@ def test_the_feature_loss_of_images_has_unit_layer_weights(teacher):
 # What stops a run
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_numbers_stop_the_first_iteration(teacher):
     broken = dataclasses.replace(teacher, variables=jax.tree.map(lambda a: np.full_like(a, np.nan), teacher.variables))
     with pytest.raises(DvinvError, match=r'The term (cross_entropy|feature) is not a finite number at iteration 0 .*NaNs'):
         invert(broken, LABELS, _config(), KEY)
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_blows_up_is_told_with_its_iteration_over_all_stages(teacher):
     stages = Stage(2, 0.1), Stage(3, 1e30, schedule='constant', clip=False)
     with pytest.raises(DvinvError, match=r'The term (?!loss)\w+ is not a finite number at iteration 3 .*lower the learning'):

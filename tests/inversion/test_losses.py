@@ -58,6 +58,7 @@ def test_the_norm_is_not_squared_and_its_gradient_at_zero_is_zero():
     np.testing.assert_array_equal(jax.grad(losses.safe_norm)(np.zeros(3, np.float32)), 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('loss', [*losses.TOTAL_VARIATION.values(), *losses.L2.values()])
 def test_priors_of_a_flat_black_batch_have_the_gradient_zero(loss):
     np.testing.assert_array_equal(jax.grad(loss)(np.zeros((2, 4, 4, 1), np.float32)), 0)
@@ -162,6 +163,7 @@ def test_competition_of_equal_networks_is_one():
     np.testing.assert_allclose(losses.competition(_logits(7), _logits(7)), 1, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_confident_disagreement_costs_least_and_still_has_a_gradient():
     p, q = (jnp.zeros((1, 4)).at[0, winner].set(12.0) for winner in (0, 1))  # softmax(12 / 3) of the winner: .95
     value, gradients = jax.value_and_grad(losses.competition, (0, 1))(p, q)
@@ -174,6 +176,7 @@ def _divergence_where_p(p, q):
     return np.where(p > 0, p * np.log(np.where(p > 0, p, 1) / np.where(p > 0, q, 1)), 0).sum(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('masked', ['teacher', 'both'])
 def test_masked_classes_count_as_zero_times_log_zero(masked):
     """Logits of -inf: KL and JS are those over the other classes, and so are their gradients."""

@@ -93,6 +93,7 @@ def recorded():
 # What is captured and recorded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('teacher', 'places', 'stacked'),
     [
@@ -139,6 +140,7 @@ def test_what_is_captured_comes_with_logits_and_moments_in_one_pass():
     np.testing.assert_allclose(captured['Block_1:output'][0], features['Block_1:output'][0], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('name', 'count', 'some'),
     [
@@ -222,6 +224,7 @@ def test_the_entropy_of_similarities_is_that_of_their_density():
     assert np.isfinite(gradient(np.ones((2, 12, 6), np.float32))).all()
 
 
+@pytest.mark.slow
 def test_the_prior_is_the_sum_over_the_attention_layers_of_a_network():
     module = VisionTransformer(3, channels=8, depth=2, patch=2, head=4, token=False)
     teacher = dvinv.from_linen(module, trained_variables(module), **PICTURES)
@@ -249,6 +252,7 @@ def test_the_prior_is_the_sum_over_the_attention_layers_of_a_network():
         attention_of(loop(), dataclasses.replace(config, attention=('Dense:output',)))
 
 
+@pytest.mark.slow
 def test_a_network_with_attention_and_exact_gelus_is_inverted_from_patterns_of_its_layers():
     module = VisionTransformer(3, channels=8, depth=1, patch=2, head=4, token=False)
     teacher = dvinv.from_linen(module, trained_variables(module), **PICTURES)
@@ -347,6 +351,7 @@ def test_settings_that_do_not_go_together_are_refused(changes, sentence):
 # The command, and a run
 
 
+@pytest.mark.slow
 def test_a_network_of_a_users_own_is_recorded_by_the_command_and_inverted(tmp_path):
     """It has neither normalisations nor blocks, and one layer, which is named."""
     config = synthesis_config(teacher__factory='factories:without_batch_norm')

@@ -116,6 +116,7 @@ def _definition(inputs, axis, stacked):
     return x.mean(-2).mean(0), x.var(-2).mean(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('arrangement', 'block'),
     [
@@ -199,6 +200,7 @@ def twin():
     return _teacher(_model(Twin, leaves))
 
 
+@pytest.mark.slow
 def test_logits_moments_and_pixel_gradient_are_those_of_the_linen_twin(teacher, twin):
     def run(teacher):
         @jax.jit
@@ -217,6 +219,7 @@ def test_logits_moments_and_pixel_gradient_are_those_of_the_linen_twin(teacher, 
     )
 
 
+@pytest.mark.slow
 def test_an_inversion_on_two_devices_ends_in_the_images_of_the_linen_twin_on_one(teacher, twin):
     config = InversionConfig((Stage(iterations=3, learning_rate=0.05),), Weights(feature=1.0), bn_stats='global')
     linen, ours = (

@@ -38,6 +38,7 @@ def squashed(images):
     return np.log(images / (1 - images))
 
 
+@pytest.mark.slow
 def test_the_canvas_is_the_papers_white_noise_and_pixels_are_the_canvas():
     parameters_key, step_key = jax.random.split(jax.random.key(0))
     parameters, key = initial_parameters(jax.random.key(0), 512, SHAPE)
@@ -69,6 +70,7 @@ def test_images_are_dark_or_bright_as_a_whole_and_their_colours_go_together():
     assert np.corrcoef(means.T)[0, 1] == pytest.approx(0.85, abs=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('shape', [(8, 8, 1), (7, 5, 3), (9, 4, 4)])
 def test_any_shape_and_any_number_of_channels(shape):
     assert squashed(drawn('fourier', 0.5, shape=shape)).std() == pytest.approx(0.5, rel=0.15)
@@ -91,6 +93,7 @@ def test_a_step_on_the_canvas_moves_coarse_shapes_further_than_fine_ones():
     assert moved(1) / moved(8) == pytest.approx(8, rel=0.05)
 
 
+@pytest.mark.slow
 def test_an_inversion_through_the_spectrum_ends_in_pixels_that_the_teacher_takes(teacher):
     config = InversionConfig(
         (Stage(40, 0.2, jitter=1),), Weights(feature=0.3, total_variation=0.0), parameterization='fourier', prior_on='image'
@@ -129,6 +132,7 @@ def twin(mean, std):
     return trusted_linen(module, trained_variables(TinyNet()), image_shape=IMAGE_SHAPE, mean=mean, std=std)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('parameterization', ['pixels', 'fourier'])
 def test_networks_for_pixels_of_any_scale_give_the_same_images(teacher, parameterization):
     weights = Weights(feature=0.3, first_bn_multiplier=2.0, total_variation=1e-2, l2=1e-2)
@@ -169,6 +173,7 @@ def test_normalised_pixels_keep_their_scale_in_the_published_presets_and_raw_one
     assert rescaled(x, teacher, teacher) is x
 
 
+@pytest.mark.slow
 def test_the_settings_and_the_key_may_be_left_out(teacher, monkeypatch):
     monkeypatch.setitem(PRESETS, '8px', dataclasses.replace(PRESETS['8px'], stages=(Stage(1, 0.1),)))
     first = invert(teacher, [0, 1, 2])

@@ -117,6 +117,7 @@ def _definition(inputs, axis, stacked):
     return [np.mean(values, 0) for values in zip(*map(one, inputs), strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('arrangement', 'block'),
     [
@@ -192,6 +193,7 @@ class Chain(nn.Module):
         return x.mean((1, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scanned', [False, True])
 def test_a_trace_that_was_heard_once_is_neither_lost_nor_mistaken(scanned):
     """nn.jit keeps what it traced: the tap must hear every layer again, and each thing that it listens for."""
@@ -388,6 +390,7 @@ def test_what_is_missing_is_named(module, variables, options, sentence):
         from_linen(module, variables, **PICTURES, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('answer', 'logits'),
     [('', None), ('tuple', lambda out: out[1]), ('dict', lambda out: out['logits'])],

@@ -50,6 +50,7 @@ def test_the_families_are_all():
     assert {NETWORKS[name].family for name in FAMILIES} == {network.family for network in NETWORKS.values()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', FAMILIES)
 def test_a_sliced_network_computes_what_the_masked_one_does(name):
     width, size = FAMILIES[name]
@@ -79,6 +80,7 @@ def test_option_a_shortcuts_tie_stages_by_their_channel_map():
     assert len({*third} - {*second}) == 16
 
 
+@pytest.mark.slow
 def test_a_pruned_network_learns_like_the_masked_one():
     module, x = TinyNet(), np.random.default_rng(2).normal(size=(6, 8, 8, 2)).astype(np.float32)
     channels, keep, variables, pruned_module, pruned_variables = pruned(module, (8, 8, 2))
@@ -98,6 +100,7 @@ def test_a_pruned_network_learns_like_the_masked_one():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), of_pruned, of_masked)
 
 
+@pytest.mark.slow
 def test_the_tap_listens_to_a_pruned_network():
     _, keep, _, pruned_module, pruned_variables = pruned(TinyNet(), (8, 8, 2))
     teacher = from_linen(pruned_module, pruned_variables, image_shape=(8, 8, 2), mean=(0, 0), std=(1, 1))
@@ -110,6 +113,7 @@ def test_the_tap_listens_to_a_pruned_network():
     )
 
 
+@pytest.mark.slow
 def test_a_pruned_network_is_saved_with_its_widths(tmp_path):
     module = create('small_convnet', 3, 0.25)
     channels, keep, _, pruned_module, pruned_variables = pruned(module, (8, 8, 1))
@@ -172,6 +176,7 @@ class Scanned(nn.Module):
         return jax.lax.scan(lambda carry, _: (jnp.sin(carry), None), x, length=3)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('middle', 'count'),
     [

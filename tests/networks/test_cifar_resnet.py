@@ -40,6 +40,7 @@ def test_random_weights_give_the_logits_of_pytorch(golden, state):
     assert_close(logits_of(teacher, golden['images']), golden['random'])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('depth', 'right'), [(20, 915), (32, 928)])
 def test_published_weights_give_the_logits_of_pytorch(golden, real_data, depth, right):
     teacher = teacher_of(CifarResNet(10, (depth - 2) // 6), read_state_dict(real_data / f'cifar10_resnet{depth}.npz'))

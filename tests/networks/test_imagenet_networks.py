@@ -74,6 +74,7 @@ def size_of(tree) -> int:
 # What they compute
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NAMED)
 def test_logits_are_those_of_pytorch(name):
     module = create(name, 10, float(GOLDEN[f'{name}/width']))
@@ -82,6 +83,7 @@ def test_logits_are_those_of_pytorch(name):
     assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('name', 'file', 'width', 'pixels', 'step', 'top1', 'top5'),
     [

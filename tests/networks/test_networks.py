@@ -111,6 +111,7 @@ def test_equal_networks_make_equal_files(path, tmp_path, variables):
     assert (tmp_path / 'again').read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_loaded_classifier_is_the_network(path, variables):
     network = load_classifier(path)
     x = np.random.default_rng(0).normal(size=(2, *IMAGE_SHAPE)).astype(np.float32)
@@ -125,6 +126,7 @@ def test_safetensors_alone_reads_the_file(path, variables):
     np.testing.assert_array_equal(load_file(path)['params/Dense_1/bias'], variables['params']['Dense_1']['bias'])
 
 
+@pytest.mark.slow
 def test_any_flipped_byte_is_found(path, variables):
     whole = path.read_bytes()
     header = int.from_bytes(whole[:8], 'little') + 8

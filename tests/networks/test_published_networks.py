@@ -103,6 +103,7 @@ def test_names_and_shapes_are_those_of_pytorch(name):
     assert sum(leaf.size for leaf in jax.tree.leaves(variables['params'])) == PARAMETERS[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'name',
     # Not the deepest ones, which take seconds each, and none without BatchNorm.

@@ -40,6 +40,7 @@ def _suited_program(fn, *arrays) -> str:
     return str(jax.make_jaxpr(suited_to('cpu', fn))(*arrays))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('groups', [1, CHANNELS])
 @pytest.mark.parametrize('padding', ['SAME', 'VALID', ((1, 1), (0, 2))])
 @pytest.mark.parametrize(('size', 'stride'), [(1, 1), (1, 2), (2, 2), (3, 1), (3, 2), (3, 3)])
@@ -48,6 +49,7 @@ def test_values_and_gradients_are_those_of_xla(size, stride, padding, groups, he
     _compare(_convolution(stride, padding, groups), *_arrays(size, groups, height))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('padding', ['SAME', ((2, 1), (1, 2))])
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize(('height', 'width'), [(1, 1), (2, 2), (7, 1), (2, 7)])
@@ -57,6 +59,7 @@ def test_images_smaller_than_the_kernel(stride, padding, height, width):
     _compare(fn, *arrays)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('padding', ['SAME', 'VALID', ((1, 1), (1, 1))])
 @pytest.mark.parametrize(('size', 'stride'), [(2, 2), (3, 2), (3, 1)])
 @pytest.mark.parametrize('height', [6, 7])
@@ -154,6 +157,7 @@ def _nnx():
     return nnx.jit(lambda x: depthwise(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('make', [lambda: _linen(False), lambda: _linen(True), _nnx], ids=['linen', 'nn.jit', 'nnx'])
 def test_networks_of_users_are_reached_unmodified(make):
     fn, (x, _) = make(), _arrays(3, 1, 7)

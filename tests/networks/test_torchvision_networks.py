@@ -83,6 +83,7 @@ def size_of(tree) -> int:
 # What they compute
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NARROW)
 def test_logits_are_those_of_pytorch(name):
     module, state = narrow_network(name)
@@ -92,6 +93,7 @@ def test_logits_are_those_of_pytorch(name):
     assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_logits_and_moments_of_a_resnet50_are_those_of_pytorch():
     golden = read_golden('resnet50_moments.npz')
     size, every, channels = int(golden['size']), int(golden['every']), json.loads(str(golden['channels']))

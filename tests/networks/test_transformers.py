@@ -71,6 +71,7 @@ def numbered(shapes: dict) -> dict:
 # What they compute
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', SHALLOW)
 def test_logits_are_those_of_torchvision_and_timm(name):
     module, image_shape, state = shallow(name)
@@ -243,6 +244,7 @@ def one_block(monkeypatch):
     monkeypatch.setitem(registry.NETWORKS, 'small_vit', network)
 
 
+@pytest.mark.slow
 def test_the_task_teacher_trains_them_and_images_need_moments(one_block, tmp_path):
     def config(**changes):
         return smoke_config(**{'teacher__network': 'small_vit', 'verifier__network': '', 'devices': 1, **changes})
@@ -261,6 +263,7 @@ def test_the_task_teacher_trains_them_and_images_need_moments(one_block, tmp_pat
     assert verifier.parameters == figures['parameters']
 
 
+@pytest.mark.slow
 def test_a_vision_transformer_learns_the_answers_and_a_stage_of_another_network(one_block):
     module, student = create('small_resnet', 3, 0.125), create('small_vit', 3, 0.25)
     own = from_linen(module, trained_variables(module), image_shape=IMAGE_SHAPE, mean=MEAN, std=STD)

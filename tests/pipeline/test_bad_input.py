@@ -408,6 +408,7 @@ def test_weights_of_another_network_are_refused(finished, tmp_path):
     assert 'holds a small_convnet, but teacher.network is small_resnet' in refusal(tmp_path / 'run', teacher__weights=path)
 
 
+@pytest.mark.slow
 def test_a_batch_that_the_devices_do_not_divide_ends_the_process(command, tmp_path):
     answer = command('--workdir', tmp_path / 'run', '--config.bn_stats=global', '--config.devices=8')
     err = check_told(answer, 'synthesis.batch_size is 20, which 8 devices do not divide')
@@ -418,6 +419,7 @@ def test_a_batch_that_the_devices_do_not_divide_ends_the_process(command, tmp_pa
 # What is in the work directory already
 
 
+@pytest.mark.slow
 def test_a_run_with_another_config_is_left_alone(run, command):
     before = contents(run)
     answer = command('--workdir', run, '--config.seed=1', '--config.synthesis.images=20')
@@ -471,6 +473,7 @@ def test_a_damaged_checkpoint_is_named(run, how):
 # Losses that are not numbers
 
 
+@pytest.mark.slow
 def test_a_training_that_diverges_names_the_update(tmp_path):
     config = smoke_config(tasks=('teacher',), teacher__training__learning_rate=1e30, teacher__training__updates=5)
     with pytest.raises(DvinvError, match=r'^The loss of the teacher is not a finite number at update \d+: lower its'):

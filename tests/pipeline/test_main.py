@@ -191,6 +191,7 @@ def test_what_makes_no_network_cannot_be_loaded(finished, tmp_path):
 # What is finished, and what is lost
 
 
+@pytest.mark.slow
 def test_the_same_command_does_nothing_again(run, command):
     before = {path: path.stat().st_mtime_ns for name in MODIFIED for path in [run / name, *(run / name).rglob('*')]}
     status, out, err = command('--workdir', run)
@@ -209,6 +210,7 @@ def test_the_same_command_does_nothing_again(run, command):
     assert out.splitlines()[-2].split() == ['report', str(run / 'report.html')]
 
 
+@pytest.mark.slow
 def test_what_was_damaged_is_made_again_as_the_sentences_say(run):
     config = smoke_config()
     before, written = lasting(run), results(run)
@@ -235,6 +237,7 @@ def test_what_was_damaged_is_made_again_as_the_sentences_say(run):
 # Parts of a run
 
 
+@pytest.mark.slow
 def test_one_task_alone(command, taught):
     expected = results(taught)['teacher']['test_accuracy']
     for name in ('results.json', 'report.html'):
@@ -308,6 +311,7 @@ def test_a_pool_of_another_teacher_is_refused(finished, tmp_path):
     assert set(results(tmp_path / 'run')) == {'teacher'}
 
 
+@pytest.mark.slow
 def test_a_users_own_network_runs_through_the_whole_chain(tmp_path):
     figures = pipeline.run(
         smoke_config(teacher__factory='factories:own', verifier__network='', distillation__controls=()), tmp_path / 'run'
@@ -318,6 +322,7 @@ def test_a_users_own_network_runs_through_the_whole_chain(tmp_path):
     assert (tmp_path / 'run' / 'report.html').exists()
 
 
+@pytest.mark.slow
 def test_a_run_without_any_real_data_leaves_scores_open(tmp_path):
     changes = {'data__name': '', 'verifier__network': '', 'distillation__controls': ('noise',)}
     figures = pipeline.run(smoke_config(teacher__factory='factories:colour', **changes), tmp_path / 'run')

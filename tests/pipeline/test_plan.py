@@ -37,6 +37,7 @@ def test_the_plan_multiplies_out():
     assert 'all tasks: 0.33 h (20 min 00 s), 0.063 PFLOP' in text
 
 
+@pytest.mark.slow
 def test_figures_of_a_config():
     made = plan(smoke_config(devices=2))
     synthesis = made.synthesis
@@ -52,6 +53,7 @@ def test_figures_of_a_config():
     assert all(one.seconds > 0 and one.gflops > 0 for one in made.trainings)
 
 
+@pytest.mark.slow
 def test_images_of_a_network_with_attention_are_planned():
     config = run_path(str(ROOT / 'configs' / 'digits_vit.py'))['get_config']('smoke')
     config.update(tasks=('synthesis',), verifier={'network': ''})
@@ -61,6 +63,7 @@ def test_images_of_a_network_with_attention_are_planned():
     assert made.synthesis.stages[0].seconds > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('name', 'task', 'expected'),
     [
@@ -77,6 +80,7 @@ def test_every_task_that_trains_is_planned(name, task, expected):
     assert (training.name, training.networks, training.updates) == expected
 
 
+@pytest.mark.slow
 def test_the_competitor_counts():
     config = smoke_config(devices=1, synthesis__batches_per_round=1, distillation__updates_per_round=5)
     config.tasks = ('synthesis',)
@@ -88,6 +92,7 @@ def test_the_competitor_counts():
     assert [(training.name, training.networks) for training in made.trainings] == [('student', 1)]  # which learns meanwhile
 
 
+@pytest.mark.slow
 def test_given_networks_need_no_training_images(tmp_path):
     weights = saved(tmp_path / 'teacher.safetensors', 'small_convnet', 10, (8, 8, 1))
     np.savez(tmp_path / 'test.npz', x=np.zeros((20, 8, 8, 1), np.uint8), y=np.arange(20) % 10)
@@ -107,6 +112,7 @@ def test_given_networks_need_no_training_images(tmp_path):
     assert [training.name for training in plan(config).trainings] == ['student']
 
 
+@pytest.mark.slow
 def test_without_images_to_optimize_the_trainings_are_planned():
     made = plan(smoke_config(synthesis__method='noise', distillation__controls=()))
     assert made.synthesis is None
@@ -128,6 +134,7 @@ def test_what_cannot_be_planned_is_refused(changes, words):
         plan(smoke_config(**changes))
 
 
+@pytest.mark.slow
 def test_the_command_writes_nothing(command, tmp_path):
     status, out, err = command('--plan', '--workdir', tmp_path / 'run', "--config.tasks=('synthesis', 'distillation')")
     assert (status, err.count('\n')) == (0, 1), err  # a line of versions

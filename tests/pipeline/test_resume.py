@@ -2,7 +2,10 @@
 
 import time
 
+import pytest
 from smoke import lasting
+
+pytestmark = pytest.mark.slow
 
 # Killed as soon as this exists: in the middle of a training, between two shards, while a student learns.
 MOMENTS = ('checkpoints/teacher/000000010.json', 'pool/shard-000000.json', 'checkpoints/student/000000010.json')

@@ -39,6 +39,7 @@ def measured():
     return channels, variables, images, Importance(module, teacher, channels)
 
 
+@pytest.mark.slow
 def test_importances_of_an_unpruned_network_are_not_about_zero(measured):
     """Its KL to the teacher, itself, has none."""
     _, variables, images, importance = measured
@@ -47,6 +48,7 @@ def test_importances_of_an_unpruned_network_are_not_about_zero(measured):
     assert untold.max() < 1e-9 * told.max()
 
 
+@pytest.mark.slow
 def test_importance_is_the_square_of_what_the_loss_loses_a_gate(measured):
     """Against a difference quotient: gates nearly closed, for each group."""
     channels, variables, images, importance = measured
@@ -179,6 +181,7 @@ def test_a_target_in_latency_is_told_where_it_is_out_of_reach():
     assert least_reachable(channels, predicted(channels, table), PruningSettings(min_channels=1)) == 1.0
 
 
+@pytest.mark.slow
 def test_a_pruned_network_competes_with_the_whole_one():
     """R_compete is 1 at most, where the two agree."""
     module, variables = TinyNet(), trained_variables(TinyNet())

@@ -80,6 +80,7 @@ TEACHERS = {  # what they are, layers, how many are folded, how many feed anothe
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', TEACHERS)
 def test_folding_and_equalising_change_nothing(name):
     make, layers, folded, feeding = TEACHERS[name]
@@ -204,6 +205,7 @@ def test_a_corrected_shift_keeps_the_mean(prepared, teacher):
     np.testing.assert_allclose(moved, calibrations[-1].means @ flat[layer.kernel] + flat[layer.bias], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_more_bits_are_nearer_to_float_and_the_file_is_what_was_sought(prepared, teacher, tmp_path):
     network, calibrations, _ = prepared
     x = teacher.normalise(IMAGES)

@@ -256,6 +256,7 @@ def test_hints_are_told_where_there_were_some(report_of, hinted):
     assert ('and hints' in page) == bool(hinted)
 
 
+@pytest.mark.slow
 def test_the_page_and_quality_json_tell_all_verifiers(report_of, tmp_path):
     networks = [
         {'network': name, 'weights': saved(tmp_path / f'{name}.safetensors', name, 10, (8, 8, 1))}

@@ -81,6 +81,7 @@ def _collectives(compiled):
     return re.findall(rf' ({COLLECTIVE})[\w-]*\(', compiled.as_text())
 
 
+@pytest.mark.slow
 def test_devices_with_batches_of_their_own_never_communicate(teacher, student, parameterization):
     assert not _collectives(_first_step(teacher, student, parameterization, 'device', 8)[0])
 
@@ -110,6 +111,7 @@ def test_a_split_batch_has_the_losses_and_the_gradient_of_the_whole(teacher, stu
     assert difference < 1e-5
 
 
+@pytest.mark.slow
 def test_a_split_batch_ends_in_about_the_same_images(teacher):
     config = InversionConfig((STAGE,), WEIGHTS, bn_stats='global')
     labels, key = balanced_labels(0, BATCH, 3), jax.random.key(2)

@@ -38,6 +38,7 @@ def test_the_thread_of_an_earlier_installation_ends():
     preemption._listen(listening, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('bn_stats', 'dispatch'), [('device', 1), ('device', 3), ('global', 1)])
 def test_a_batch_goes_on_from_any_dispatch(teacher, bn_stats, dispatch):
     batches = 2 if bn_stats == 'device' else 1

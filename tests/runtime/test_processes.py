@@ -25,6 +25,8 @@ from dvinv.runtime.metrics import Metrics
 from dvinv.runtime.workdir import Workdir
 from dvinv.synthesis.batch_checkpoints import BatchCheckpoints
 
+pytestmark = pytest.mark.slow
+
 COUNT = 2
 # XLA splits some sums by the number of its threads, which are as many as there are devices or cores, or NPROC.
 THREADS = {'NPROC': '8'}

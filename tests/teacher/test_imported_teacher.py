@@ -67,6 +67,7 @@ def refusal(workdir, **changes) -> str:
     return str(told.value)
 
 
+@pytest.mark.slow
 def test_published_weights_are_scored_on_arrays_of_ones_own(fields, tmp_path):
     figures = pipeline.run(smoke_config(**fields, tasks=('teacher',)), tmp_path / 'run')['teacher']
     assert figures['test_images'] == 40
@@ -86,6 +87,7 @@ def test_a_verifier_of_other_classes_is_refused(fields, tmp_path):
     assert 'The verifier knows 100 classes, but the teacher knows 10 classes' in refusal(tmp_path / 'run', **fields)
 
 
+@pytest.mark.slow
 def test_a_verifier_may_be_normalised_in_its_own_way(fields, tmp_path):
     own = {'verifier__mean': (0.5, 0.4, 0.3), 'verifier__std': (0.1, 0.2, 0.3)}
     for changes, mean, std in (({}, MEAN, STD), (own, *own.values())):
@@ -94,6 +96,7 @@ def test_a_verifier_may_be_normalised_in_its_own_way(fields, tmp_path):
     assert 'verifier.mean is (0.5,)' in refusal(tmp_path / 'run', **fields, verifier__mean=(0.5,))
 
 
+@pytest.mark.slow
 def test_other_verifiers_may_be_normalised_in_their_own_ways(fields, tmp_path):
     pixels = {'mean': (0.5, 0.4, 0.3), 'std': [0.1, 0.2, 0.3]}
     others = [

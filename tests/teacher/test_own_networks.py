@@ -185,6 +185,7 @@ def test_functions_that_give_no_network_are_refused(name, words):
 # A student
 
 
+@pytest.mark.slow
 def test_a_killed_student_of_ones_own_ends_with_the_bits_of_an_undisturbed_one(images, tmp_path):
     like, module = tiny_teacher(), own()
     recipe = TrainingSettings(updates=4, batch_size=2, learning_rate=0.1, warmup=0)

@@ -119,6 +119,7 @@ def test_pixels_that_no_file_tells_are_said(tmp_path, capsys):
     assert 'normalised by mean (0.4, 0.6) and std (0.2, 0.3) (verifier.mean and' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_published_verifier_beside_a_teacher_of_raw_pixels(real_data):
     """The teacher takes 0 to 255; the ResNet-32 takes what it was trained with."""
     run = smoke_run(

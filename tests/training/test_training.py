@@ -193,6 +193,7 @@ def _updates(of_a_dispatch, devices=1):
     return state, losses
 
 
+@pytest.mark.slow
 def test_the_scan_that_accelerators_run_makes_the_same_updates_within_rounding():
     single = _updates(1)
     for scanned in (_updates(4), _updates(4, devices=2)):
@@ -249,6 +250,7 @@ def test_images_lie_on_the_devices_where_a_quarter_of_the_free_memory_holds_them
     assert not fits_on_devices(mesh('cpu', bytes_limit=1000, bytes_in_use=0), 1)
 
 
+@pytest.mark.slow
 def test_in_bfloat16_the_loss_is_nearly_the_same_and_all_that_is_kept_is_float32():
     images, labels = _data()
     losses = []
@@ -348,6 +350,7 @@ def on_one_device(tmp_path_factory):
     return _fit(tmp_path_factory.mktemp('one'), SHORT)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('devices', [2, 8])
 def test_several_devices_train_nearly_the_same_network(on_one_device, tmp_path, devices):
     several, _ = _fit(tmp_path, SHORT, devices)
@@ -359,6 +362,7 @@ def test_a_batch_that_devices_do_not_divide_is_refused(tmp_path):
         _fit(tmp_path, dataclasses.replace(RECIPE, batch_size=12), devices=8)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_training_and_names_the_update(tmp_path):
     # The first update is made with finite weights; its learning rate spoils them for the second.
     recipe = dataclasses.replace(SHORT, learning_rate=1e38)
