@@ -23,10 +23,11 @@ def deepinversion_terms(logits, old_logits, labels, temperature: float) -> dict[
     softmax over the old classes only. Divergences are at `temperature` T, multiplied by T^2.
     """
     classes, half = old_logits.shape[-1], len(logits) // 2
+    of_new_images, of_old_images = logits[:half], logits[half:]
     return {
-        'old_images': temperature**2 * divergence(old_logits[half:], logits[half:], temperature),
-        'new_images': cross_entropy(logits[:half], labels[:half]),
-        'old_answers': temperature**2 * divergence(old_logits[:half], logits[:half, :classes], temperature),
+        'old_images': temperature**2 * divergence(old_logits[half:], of_old_images, temperature),
+        'new_images': cross_entropy(of_new_images, labels[:half]),
+        'old_answers': temperature**2 * divergence(old_logits[:half], of_new_images[:, :classes], temperature),
     }
 
 
@@ -81,4 +82,4 @@ def cross_entropy(logits, labels) -> jax.Array:
 
 def total(terms: dict[str, jax.Array], weights: dict[str, float]) -> jax.Array:
     """Computes the weighted sum of the terms; the default weight is 1."""
-    return sum((weights.get(name, 1.0) * term for name, term in terms.items()), start=jnp.zeros(()))
+    return jnp.asarray(sum(weights.get(name, 1.0) * term for name, term in terms.items()))
