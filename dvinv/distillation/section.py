@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from dvinv.config import DistillationSettings
-from dvinv.evaluation.by_class import agreement_table
 from dvinv.report.charts import Chart, line_chart, loss_chart, mean_curves
+from dvinv.report.classes import agreement_table
 from dvinv.report.page import Section, Table, Tile, number, percent, reads_right
 from dvinv.runtime.metrics import Metrics
 

@@ -13,7 +13,6 @@ With p(y|x) the outputs of that network and f(x) [D] the inputs of its last laye
 """
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
@@ -23,24 +22,9 @@ from dvinv.data.rows import RowArray
 from dvinv.errors import DvinvError
 from dvinv.evaluation.scoring import logits_and_features_of, top_accuracy
 from dvinv.networks import Classifier
-from dvinv.report.page import Table, percent
 
 MOST = 5_000  # maximum number of images, evenly spaced over a pool
 KERNEL_MOST = 2_000
-
-SETS = {
-    'synthesized': 'Synthesized images',
-    'prior_only': 'Without the feature term',
-    'noise': 'Noise',
-    'real': 'Real images',
-}
-COLUMNS = {
-    'inception_score': 'inception score',
-    'frechet_distance': 'Fréchet distance',
-    'kernel_distance': 'kernel distance',
-    'spread': 'spread',
-    'nearest': 'nearest',
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,35 +128,6 @@ def figures_of_sets(
         }
         for name, images in sets.items()
     }
-
-
-def quality_table(results: dict[str, dict], verifier: str) -> Table:
-    """Returns the table for the report, with one row per set of images.
-
-    Args:
-      results: the result of `figures_of_sets`.
-      verifier: the name of the network that judged the images.
-    """
-    accuracies = {name: _accuracies(quality, verifier) for name, quality in results.items()}
-    rows = [
-        [SETS[name], *map(percent, accuracies[name].values()), *(quality[key] for key in COLUMNS)]
-        for name, quality in results.items()
-    ]
-    caption = (
-        f'On at most {MOST:,} images each. Under the name of a network: its accuracy; top 5: the class is among its first '
-        f'five answers. The other columns are measured with {verifier}. Inception score: higher is better. Distances to '
-        'real images: lower is better, 0 for the same images. Spread within classes: 0 if all images of a class are equal. '
-        'Nearest: the cosine to the most similar other image, 1 for copies.'
-    )
-    return Table(('Images', *accuracies['synthesized'], *COLUMNS.values()), rows, caption=caption)
-
-
-def _accuracies(quality: dict[str, Any], verifier: str) -> dict[str, float]:
-    """Returns {heading of a column: accuracy on a set of images} for every verifier."""
-    accuracies: dict[str, float | None] = {}
-    for network, figures in {verifier: quality, **quality['verifiers']}.items():
-        accuracies |= {network: figures['recognised'], f'{network}, top 5': figures['recognised_top5']}
-    return {heading: accuracy for heading, accuracy in accuracies.items() if accuracy is not None}
 
 
 def inception_score(logits: np.ndarray) -> float:

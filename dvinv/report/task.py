@@ -11,8 +11,8 @@ from dvinv.data.dataset import RealData
 from dvinv.data.pool import ImagePool
 from dvinv.distillation.section import distillation_section
 from dvinv.distillation.student import student_of
-from dvinv.evaluation.by_class import class_section, compare
-from dvinv.evaluation.quality import evenly, figures_of_sets, quality_table
+from dvinv.evaluation.by_class import compare
+from dvinv.evaluation.quality import evenly, figures_of_sets
 from dvinv.evaluation.scoring import accuracy, flops
 from dvinv.networks import Classifier, load_classifier
 from dvinv.networks.quantized.network import load_quantized
@@ -20,7 +20,9 @@ from dvinv.pipeline.run import Run
 from dvinv.pruning.section import pruning_section
 from dvinv.quantization.section import quantization_section, smallest
 from dvinv.quantization.task import file_name
+from dvinv.report.classes import class_section
 from dvinv.report.page import Link, Section, Table, percent, render
+from dvinv.report.quality import quality_table
 from dvinv.runtime import versions
 from dvinv.runtime.banner import device_names
 from dvinv.runtime.files import write_atomic

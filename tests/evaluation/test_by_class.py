@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from dvinv.data.dataset import Split
-from dvinv.evaluation.by_class import MOST_CLASSES, agreement_table, class_section, compare
+from dvinv.evaluation.by_class import compare
 from dvinv.networks import Classifier
+from dvinv.report.classes import MOST_CLASSES, agreement_table, class_section
 from dvinv.report.page import render
 
 NAMES = {'student': 'student'}

@@ -15,6 +15,7 @@ from dvinv.evaluation import quality
 from dvinv.evaluation.scoring import accuracy, logits_of
 from dvinv.networks import load_classifier
 from dvinv.pipeline import tasks as pipeline
+from dvinv.report.quality import quality_table
 from dvinv.teacher import task as teacher
 from dvinv.teacher.verifiers import load_more, print_pixels, refuse_chance, validate_judge
 
@@ -173,7 +174,7 @@ def test_each_verifier_tells_the_share_that_it_recognises(classes):
     assert shares[0] != shares[1]
     assert (of['recognised'], of['verifiers']['other']['recognised']) == shares
     assert (of['recognised_top5'] is None) == (of['verifiers']['other']['recognised_top5'] is None) == (classes == 3)
-    table = quality.quality_table({'synthesized': of}, 'first')
+    table = quality_table({'synthesized': of}, 'first')
     columns = ('first', 'other') if classes == 3 else ('first', 'first, top 5', 'other', 'other, top 5')
     assert table.columns[1 : len(columns) + 1] == columns
     shown = dict(zip(table.columns, table.rows[0], strict=True))
