@@ -32,6 +32,24 @@ WORDS = {
 WORDS |= {'hear', 'heard', 'atom', 'alive', 'rungs', 'ladder', 'meeting', 'mistakes', 'looked'}
 ALONE = {'some', 'of', 'there', 'one', 'whole', 'made'}  # as a name of their own
 
+# The floors of the house, from the ground; imports point down, or stay on their floor.
+FLOORS = [
+    {'errors', 'config'},
+    {'runtime'},
+    {'data', 'graph', 'networks'},
+    {'inversion'},
+    {'training', 'evaluation', 'pipeline.run'},
+    {'teacher', 'synthesis', 'distillation', 'pruning', 'continual', 'quantization', 'report'},
+    {'pipeline'},
+    {'main', 'moments', 'export', '__main__'},
+]
+OPENS = 'pipeline.run', 'teacher'  # an open run reads the networks of the run, from their files and a user's functions
+
+
+def floor_of(module: str) -> int:
+    """The number of the floor of a module of dvinv, such as 'pipeline.run' or 'graph.stages'."""
+    return next(n for n, floor in enumerate(FLOORS) for name in (module, module.partition('.')[0]) if name in floor)
+
 
 def names_of(tree: ast.AST) -> Iterator[str]:
     """All names that a module assigns, takes or defines."""
@@ -51,6 +69,18 @@ def test_names_say_what_they_hold():
             if name in ALONE or {part.lower() for part in re.findall(r'[A-Z]?[a-z]+|[A-Z]+', name)} & WORDS:
                 poor.setdefault(str(path.relative_to(ROOT)), set()).add(name)
     assert poor == {}
+
+
+def test_imports_point_down():
+    upward = []
+    for path in FILES:
+        module = '.'.join(path.relative_to(PACKAGE).with_suffix('').parts)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if module != '__init__' and isinstance(node, ast.ImportFrom) and (node.module or '').startswith('dvinv.'):
+                imported = node.module.removeprefix('dvinv.')
+                if floor_of(imported) > floor_of(module) and (module, imported.partition('.')[0]) != OPENS:
+                    upward.append((module, imported))
+    assert upward == []
 
 
 def test_no_function_is_named_check():
