@@ -17,8 +17,8 @@ from gpu_report import Item, Report, read_json  # noqa: E402
 
 from dvinv.errors import DvinvError  # noqa: E402
 
-# Stage -> its module, which has `items(rehearse) -> {name: Item}` and `measure(names, context)`. They import JAX and PyTorch
-# only in the processes that they start.
+# Stage -> its module, which has `items(stage, rehearse) -> {name: Item}` and `measure(names, context)`. They import JAX and
+# PyTorch only in the processes that they start.
 MODULES = {
     'peak': 'gpu_peak',
     'inversion': 'gpu_inversion',

@@ -1,4 +1,4 @@
-"""Networks as users have them, inverted with nothing chosen, beside the README's older recipe: a table in markdown.
+"""Networks as users have them, inverted with nothing chosen, beside an older recipe: a table in markdown.
 
     python benchmarks/own_networks.py --data ../shared/data
 

@@ -32,7 +32,9 @@ def main() -> None:
     parser.add_argument('--network', type=Path, required=True, help='the file of a pruned network')
     parser.add_argument('--batches', type=int, nargs='+', default=[1, 128])
     parser.add_argument('--rounds', type=int, default=15)
-    parser.add_argument('--multiple', type=int, default=1, help='what it was for pruning: the widths of the table')
+    parser.add_argument(
+        '--multiple', type=int, default=1, help='pruning.round_to of that run: widths of the table are multiples of it'
+    )
     arguments = parser.parse_args()
     if min(*arguments.batches, arguments.rounds, arguments.multiple) < 1:
         parser.error('--batches, --rounds and --multiple must be at least 1')
@@ -74,7 +76,7 @@ def measure(path: Path, batch_size: int, rounds: int, multiple: int) -> dict:
         'ratio': round(ratio, 4),
         'low': round(low, 4),
         'high': round(high, 4),
-        'predicted': round(price.of(keep) / price.of(np.ones_like(keep)), 4),
+        'predicted': round(price.total(keep) / price.total(np.ones_like(keep)), 4),
         'seconds': round(float(np.median(seconds[:, 0])), 6),
     }
 

@@ -48,7 +48,7 @@ class Torch:
         terms = {name: value.item() for name, value in self._loop.step(*self._view).items()}
         return {
             'terms': terms,
-            'gradient': self._loop.canvas.grad.cpu().numpy().transpose(0, 2, 3, 1).copy(),
+            'gradient': self._loop.pixels.grad.cpu().numpy().transpose(0, 2, 3, 1).copy(),
             'seconds': time.perf_counter() - begin,
         }
 

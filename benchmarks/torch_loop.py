@@ -16,7 +16,7 @@ from torch.linalg import vector_norm
 from torch.nn.functional import cross_entropy
 
 # The settings of a dvinv.InversionConfig and of its stage for which this loop knows a single value.
-ONLY = {'total_variation': 'l2', 'canvas': 'pixels', 'prior_on': 'view'}
+ONLY = {'total_variation': 'l2', 'parameterization': 'pixels', 'prior_on': 'view'}
 ONLY_OF_STAGE = {'augmentation': 'roll', 'resolution': 0, 'noise': 0}
 
 
@@ -24,7 +24,7 @@ class TorchLoop:
     """One batch of images, optimised step by step.
 
     Attributes:
-      canvas: [B, C, H, W] float32, the images; `canvas.grad` is the gradient of the last step.
+      pixels: [B, C, H, W] float32, the images; `pixels.grad` is the gradient of the last step.
       compile_mode: of torch.compile; '' where the network is not compiled.
     """
 
@@ -46,12 +46,12 @@ class TorchLoop:
         self._network = network.eval().requires_grad_(not variant.frozen).to(memory_format=layout)
         self._settings, self._variant = settings, variant
         images = torch.tensor(images.transpose(0, 3, 1, 2), device=device)
-        self.canvas = images.contiguous(memory_format=layout).requires_grad_()
+        self.pixels = images.contiguous(memory_format=layout).requires_grad_()
         self._labels = torch.tensor(labels, dtype=torch.long, device=device)
         low, high = ((bound - np.asarray(mean)) / np.asarray(std) for bound in (0, 1))
         self._low, self._high = (torch.tensor(a, dtype=torch.float32, device=device).reshape(-1, 1, 1) for a in (low, high))
         betas = self._stage.beta1, self._stage.beta2
-        self._optimizer = torch.optim.Adam([self.canvas], self._stage.learning_rate, betas, fused=variant.frozen)
+        self._optimizer = torch.optim.Adam([self.pixels], self._stage.learning_rate, betas, fused=variant.frozen)
         self._iteration, self._features, self._random = 0, [], random.Random(0)
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -98,17 +98,17 @@ class TorchLoop:
         self._optimizer.step()
         if stage.clip:
             with torch.no_grad():
-                self.canvas.clamp_(self._low, self._high)
+                self.pixels.clamp_(self._low, self._high)
         self._iteration += 1
         return terms
 
     def _gradient(self, offset: tuple[int, int], mirrored: bool) -> dict[str, torch.Tensor]:
-        """Leaves the gradient in `canvas.grad`; returns the terms of the loss."""
+        """Leaves the gradient in `pixels.grad`; returns the terms of the loss."""
         self._optimizer.zero_grad()
         self._network.zero_grad()
         if self.compile_mode == 'reduce-overhead':
             torch.compiler.cudagraph_mark_step_begin()
-        view = torch.roll(self.canvas, offset, (2, 3))
+        view = torch.roll(self.pixels, offset, (2, 3))
         view = view.flip(3) if mirrored else view
         if self._variant.compiled:
             view = view.contiguous(memory_format=torch.channels_last)  # one layout, or it would be compiled again

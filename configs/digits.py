@@ -4,7 +4,7 @@
 
 A residual network of 94 thousand parameters is trained on 1,437 scanned digits; 1,024 images are synthesized from it alone;
 a student with a quarter of its parameters learns from them, and everything is scored on the 360 real test images:
-one to two minutes on a 2-core CPU. Every setting was chosen on a validation part of the training split
+about two minutes on a 2-core CPU. Every setting was chosen on a validation part of the training split
 (`--config.data.validation=True`). Expected figures: the README's table. `:fast` makes the images in a quarter of the
 iterations: about as good to learn from, less good to look at. `:smoke` shrinks the run to seconds.
 """

@@ -2,7 +2,7 @@
 
     python -m dvinv.main --config configs/digits_quantize.py --workdir runs/digits_quantize
 
-Teacher and images as in `digits.py:fast`, then the ladder of quantization: ranges by BatchNorm's statistics, ranges from the
+Teacher and images as in `digits.py:fast`, then the ablation of quantization: ranges by BatchNorm's statistics, from the
 synthesized images, and for 2 bits distillation from the float network on these. Controls are ranges from noise and from
 real images.
 

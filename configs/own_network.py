@@ -90,8 +90,11 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     # Of pixels in [0, 1], one number a channel; () is: of the training images. The shape of images is that of the data.
     config.teacher.mean, config.teacher.std = (), ()
     config.synthesis.update(images=512, batch_size=256)
-    # How teacher, verifier (a second network that judges the images) and student are trained; more in the base config.
-    augmentation = {'shift': 1, 'noise': 0.1}  # pixels, and in units of std; 'flip': True for pictures of things
+    # How teacher, verifier (a second network that judges the images) and student are trained; all fields: docs/settings.md.
+    augmentation = {
+        'shift': 1,
+        'noise': 0.1,
+    }  # in pixels; a deviation of pixels in [0, 1]; 'flip': True for pictures of things
     config.teacher.training.update(updates=400, batch_size=64, learning_rate=5e-3, warmup=40, **augmentation)
     config.verifier.training.update(updates=400, batch_size=64, learning_rate=2e-3, warmup=40, **augmentation)
     config.distillation.update(updates=400, batch_size=64, learning_rate=1e-2, warmup=40, **augmentation)

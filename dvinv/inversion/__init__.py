@@ -1,4 +1,4 @@
-"""Inversion, the core of dvinv: images are optimised until a frozen teacher is confident and their statistics match.
+"""Inversion, the core of dvinv: images are optimized until a frozen teacher is confident and their statistics match.
 
 The package consists of pure functions. It reads no flags and no files except those with recorded moments. A good order to
 read it is teacher, tap, nnx_tap, moments, recording, augmentation, losses, priors, objective, execution, parameterization,

@@ -2,7 +2,7 @@
 
 The owner of a network runs about 100 of its training images through it, and keeps the mean and variance per channel, over
 images and positions, of the inputs or outputs of chosen layers. No image can be read off them. Once they are among the
-network's variables (the collection `MOMENTS`), synthesized images are optimised to match them, as they would match running
+network's variables (the collection `MOMENTS`), synthesized images are optimized to match them, as they would match running
 statistics (Table 8 of arXiv 1912.08795: 90.52 with the moments of 100 images, 90.68 with BatchNorm's own).
 """
 

@@ -14,7 +14,7 @@ TERMS = {
     'total_variation': 'total variation',
     'competition': 'competition',
 }
-UNTIL = 'pixels were optimised until a trained network {}'
+UNTIL = 'pixels were optimized until a trained network {}'
 METHODS = {  # (name, description); the braces stand for the verdict of the network on the labels
     'deepinversion': ('DeepInversion', f'{UNTIL} and found the statistics of its BatchNorm inputs familiar'),
     'adaptive': (
@@ -23,7 +23,7 @@ METHODS = {  # (name, description); the braces stand for the verdict of the netw
         'them meanwhile',
     ),
     'prior_only': ('DeepInversion without its feature term', f'{UNTIL}, whatever the statistics of its BatchNorm inputs'),
-    'noise': ('drawing noise', 'every inversion starts from it, and nothing was optimised'),
+    'noise': ('drawing noise', 'every inversion starts from it, and nothing was optimized'),
 }
 CONTROLS = {'prior_only': 'Made without the feature term.', 'noise': 'Noise: where every image starts.'}
 

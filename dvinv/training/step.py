@@ -35,13 +35,13 @@ class TrainJob:
     Attributes:
       settings: the settings of the training.
       loss_fn: (logits, features, x, labels, frozen, progress) -> scalar. x is the augmented, normalised batch [B, H, W, C];
-        features are the BatchNorm inputs of the network (see `inversion.tap.features_in_training`) or the features that
+        features are the BatchNorm inputs of the network (see `linen_tap.features_in_training`) or the features that
         `forward` returns; progress is the fraction of the updates that are done.
       rounds: the schedule by which the images become available.
       frozen: further variables that `loss_fn` needs, for instance those of a teacher.
       second_rounds: the schedule of a second set of images, which follow the first ones in the arrays; the second half of
         every batch is drawn from them. None for a single set.
-      head: the path of a layer that is captured too, see `inversion.tap.features_in_training`.
+      head: the path of a layer that is captured too, see `inversion.linen_tap.features_in_training`.
       forward: (variables, auxiliary, x, rngs, frozen, progress) -> (logits, features for the loss, running statistics), the
         forward pass in train mode. None for `features_in_training`.
       auxiliary: initial values of the parameters that are trained with the network and discarded afterwards, for instance

@@ -102,7 +102,7 @@ def test_the_page_tells_the_method_and_its_terms(report_of, method, words, terms
 @pytest.mark.parametrize(('accuracy', 'verdict'), [(0.98, 'was sure of them'), (0.23, 'leaned towards their class')])
 def test_the_page_claims_no_more_than_the_teacher_says_of_the_images(report_of, accuracy, verdict):
     page = report_of('deepinversion', made={'teacher_accuracy': accuracy})
-    assert f'pixels were optimised until a trained network {verdict} and found' in page
+    assert f'pixels were optimized until a trained network {verdict} and found' in page
 
 
 def test_rounds_of_competition_are_drawn_by_batch(report_of):

@@ -25,7 +25,7 @@ class PrunedModule(nn.Module):
     """`network` with fewer channels: the same layers and variable names, but smaller arrays.
 
     It maps x [B, H, W, C] to logits [B, K], and can be initialised, applied, trained, saved and tapped (its BatchNorm inputs
-    captured by `inversion.tap`) like the network itself.
+    captured by `inversion.linen_tap`) like the network itself.
 
     Raises, when called:
       DvinvError: `kept` names layers or channels that this network does not have, or removes channels without others that
