@@ -63,7 +63,7 @@ class DvinvTraining:
         import jax
 
         from dvinv.config import default_config, parse
-        from dvinv.distillation.student import job_of
+        from dvinv.distillation.student import hints_of, job_of
         from dvinv.inversion import from_linen
         from dvinv.networks import create, shapes_of
         from dvinv.networks.classifier import flatten, unflatten
@@ -79,7 +79,8 @@ class DvinvTraining:
         variables = [unflatten(drawn(flatten(shapes_of(module, shape)))) for module in modules]
         self._teacher = from_linen(modules[0], variables[0], image_shape=shape, mean=MEAN, std=STD)
         self._student = from_linen(modules[1], variables[1], image_shape=shape, mean=MEAN, std=STD)
-        self._job = job_of(Run(parse(config)), self._teacher, Rounds(pair.images))
+        run = Run(parse(config))
+        self._job = job_of(run, self._teacher, Rounds(pair.images), hints_of(run, self._teacher))
         self._train_step = TrainStep(modules[1], self._job, self._teacher, make_mesh(1), pair.dispatch)
         self._images, labels = (
             np.random.default_rng(0).integers(0, 256, (pair.images, *shape), np.uint8),

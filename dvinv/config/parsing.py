@@ -103,7 +103,7 @@ def _as_config(settings: Any) -> ml_collections.ConfigDict:
 
 def _required_fields(cls: type) -> list[dataclasses.Field]:
     """Returns the fields of a dataclass that have no default."""
-    return [field for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
+    return [field for field in dataclasses.fields(cls) if field.default is field.default_factory is dataclasses.MISSING]
 
 
 def _value(kind: Any, value: Any, path: str) -> Any:

@@ -56,17 +56,17 @@ def continual_section(run: Run, found: dict) -> Section:
             Tile('Old classes', percent(old), f'before the last task {percent(found["old_test_accuracy_before"])}', old),
         ],
         summary=f'In {found["tasks"]} tasks a network learned ever more classes, and saw no real image of an old one '
-        f'again: what it was to remember it recalled itself. It reads {percent(accuracy)} of the real test '
-        f'images of all classes right; after fine-tuning alone it would be {percent(found["finetune_test_accuracy"])}, with '
-        f'real images of the old classes {percent(found["replay_test_accuracy"])}.',
+        f'again: images of old classes were synthesized from the network itself. It reads {percent(accuracy)} of the real '
+        f'test images of all classes right; after fine-tuning alone it would be {percent(found["finetune_test_accuracy"])}, '
+        f'with real images of the old classes {percent(found["replay_test_accuracy"])}.',
     )
 
 
-def accuracy_matrix(rows: Sequence[Sequence[float | None]], title: str) -> Chart:
+def accuracy_matrix(rows: Sequence[Sequence[float | None] | None], title: str) -> Chart:
     """Draws the accuracy on each task after each task.
 
     Args:
-      rows: the accuracies on the tasks so far, for each task after which they were measured; [] for one without.
+      rows: the accuracies on the tasks so far, one row after each task; None for a task after which none was measured.
       title: the title above the chart.
     """
     known = {f'after task {task}': row for task, row in enumerate(rows) if row}

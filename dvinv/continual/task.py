@@ -23,8 +23,8 @@ from dvinv.continual.validation import validate
 from dvinv.data.dataset import Split
 from dvinv.data.pool import ImagePool
 from dvinv.data.rows import RowArray
+from dvinv.distillation.student import hints_of, student_of
 from dvinv.distillation.student import job_of as student_job
-from dvinv.distillation.student import student_of
 from dvinv.inversion import Teacher
 from dvinv.inversion.modules import trained_part
 from dvinv.networks import load_network
@@ -37,9 +37,8 @@ from dvinv.training.step import TrainJob
 from dvinv.training.targets import PlannedTraining, TrainTarget, train_network
 
 __all__ = ['complete', 'planned_trainings', 'run', 'validate']
-ROLE = (
-    4  # see `training.targets.TrainTarget`; the same for all networks, so that compared networks start from the same state
-)
+# See `training.targets.TrainTarget`; the same for all networks, so that compared networks start from the same state.
+ROLE = 4
 
 
 def run(run: Run) -> dict:
@@ -69,7 +68,7 @@ def planned_trainings(run: Run) -> list[PlannedTraining]:
     networks = (len(steps) - 1) * (len(chains_of(settings)) + ('joint' in settings.controls))
     trainings = [PlannedTraining('continual', module, job, teacher, networks, teacher)]
     if run.settings.synthesis.method == 'adaptive':  # a temporary student for every pool
-        job = student_job(run, teacher, rounds_of(run.settings))
+        job = student_job(run, teacher, rounds_of(run.settings), hints_of(run, teacher))
         trainings.append(PlannedTraining('student', run.student_module(teacher), job, teacher, pools_of(settings), teacher))
     return trainings
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dvinv.data.grids import visible
 from dvinv.data.pool import ImagePool
 from dvinv.errors import DvinvError
 from dvinv.runtime.files import refuse_full_disk, write_atomic
-from dvinv.runtime.pictures import visible
 from dvinv.runtime.progress import Progress
 
 

@@ -144,7 +144,7 @@ class ImagePool:
         """
         numbers = self.finished()
         for number in numbers:
-            preemption.leave_if_asked(alone=True)
+            preemption.leave_if_asked(single_process_only=True)
             self.validate(number)
         return Rows([self._shard(number) for number in numbers], name)
 

@@ -39,7 +39,7 @@ class Rows:
     """An object that behaves like an array [N, ...] when it is indexed by rows; every access reads from disk.
 
     Attributes:
-      shape, dtype, ndim: those of the whole array.
+      shape, dtype: those of the whole array.
     """
 
     def __init__(self, files: Sequence[Path], name: str):
@@ -53,7 +53,6 @@ class Rows:
             raise ValueError(f'{len(files)} files do not hold one array {name} in parts')
         self._starts = [0, *itertools.accumulate(part.shape[0] for part in self._parts)]
         self.shape, self.dtype = (self._starts[-1], *self._parts[0].shape[1:]), self._parts[0].dtype
-        self.ndim = len(self.shape)
 
     def __len__(self) -> int:
         return self.shape[0]

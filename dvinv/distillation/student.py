@@ -66,14 +66,16 @@ def student_of(run: Run, teacher: Teacher, name: str = 'student', task: str = 'd
     return TrainTarget(task, name, group, teacher, ROLE, start=start, own=module if group.factory else None)
 
 
-def job_of(run: Run, teacher: Teacher, rounds: Rounds, hints: Hints | None = None) -> TrainJob:
+def job_of(run: Run, teacher: Teacher, rounds: Rounds, hints: Hints) -> TrainJob:
     """Returns the training job of the run's student of `teacher`.
 
     Args:
+      run: the run.
+      teacher: the teacher.
       rounds: the schedule by which images become available.
-      hints: the result of `hints_of`, which takes seconds for a large network; None to determine it here.
+      hints: the result of `hints_of`.
     """
-    settings, hints = run.settings.distillation, hints_of(run, teacher) if hints is None else hints
+    settings = run.settings.distillation
     module, teacher = run.student_module(teacher), in_precision(teacher, settings.precision)
     if not hints.pairs:
         loss = distillation_loss(teacher, settings.temperature, settings.hint, hints.layers, decay=settings.hint_decay)

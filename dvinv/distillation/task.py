@@ -83,7 +83,7 @@ def run(run: Run) -> dict:
 def planned_trainings(run: Run) -> list[PlannedTraining]:
     """Returns the trainings of the task, for `--plan`: the student's, repeated for every other student to compare."""
     settings, teacher = run.settings.distillation, run.planned_teacher
-    job = job_of(run, teacher, rounds_of(run.settings))
+    job = job_of(run, teacher, rounds_of(run.settings), hints_of(run, teacher))
     others = len(settings.counts) + len(settings.controls) if 'distillation' in run.settings.tasks else 0
     return [PlannedTraining('student', run.student_module(teacher), job, teacher, 1 + others, teacher)]
 

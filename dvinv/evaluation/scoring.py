@@ -53,7 +53,7 @@ def _in_batches(
     apply_fn, outputs_of_batches = _compiled(network.apply_fn, features), []
     batch_size = min(batch_size, len(rows))
     for start in range(0, len(rows), batch_size):
-        preemption.leave_if_asked(alone=True)
+        preemption.leave_if_asked(single_process_only=True)
         batch = images[rows[start : start + batch_size]]
         padded = np.concatenate([batch, np.zeros((batch_size - len(batch), *batch.shape[1:]), batch.dtype)])
         outputs = apply_fn(network.variables, network.normalise(jnp.asarray(padded)))

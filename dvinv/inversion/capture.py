@@ -62,7 +62,7 @@ class CaptureSpec:
 
 
 class CallRecorder(abc.ABC):
-    """Calls the layers of a network and sows what a `CaptureSpec` specifies; a subclass knows how its kind of layer sows.
+    """Calls the layers of a network and sows what a `CaptureSpec` specifies; a subclass implements `sow` and `running_mean`.
 
     Attributes:
       spec: What is captured.

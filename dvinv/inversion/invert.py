@@ -77,7 +77,7 @@ def attention_of(teacher: Teacher, config: InversionConfig) -> tuple[str, ...]:
     if missed:
         raise DvinvError(
             f'weights.patch_similarity is {config.weights.patch_similarity}, but {missed[0]}, which attention names, is not '
-            'an array of patches [B, ..., C] that can be captured; name the layers whose it is, or set the weight to 0.'
+            'an array of patches [B, ..., C] that can be captured; name layers that return one, or set the weight to 0.'
         )
     return places
 

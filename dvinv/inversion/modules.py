@@ -177,8 +177,8 @@ def with_classes(module, image_shape, num_classes: int):
         if outputs == classes + 1 and changed == {layer}:
             return module.with_outputs(layer, num_classes)
     raise DvinvError(
-        f'The head of {module.label}, which is to grow from {classes} to {num_classes} classes, is not found: no layer '
-        'has an output a class and alone is of this size. End the network with a dense layer (nn.Dense, nnx.Linear) that '
+        f'The head of {module.label}, which is to grow from {classes} to {num_classes} classes, is not found: no single '
+        'layer has exactly one output per class. End the network with a dense layer (nn.Dense, nnx.Linear) that '
         'returns the logits.'
     )
 

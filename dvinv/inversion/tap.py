@@ -1,7 +1,7 @@
 """The tap: runs an unmodified Flax network and returns the moments of its BatchNorm inputs, or captures any other layers.
 
-`Tap` is what all kinds of networks share: which layers are captured, by which collection of variables their values come out
-of the network, and the sentences for users about networks for which that fails. `LinenTap` is in linen_tap.py, `NnxTap` in
+`Tap` is what all kinds of networks share: which layers are captured, into which collection of variables their values are
+sown, and the sentences for users about networks for which that fails. `LinenTap` is in linen_tap.py, `NnxTap` in
 nnx_tap.py; statistics.py finds the layers, capture.py measures them.
 """
 
@@ -318,7 +318,7 @@ class Tap(abc.ABC):
             raise DvinvError(f'{self._name} returns {logits.dtype} numbers; logits must be floating-point numbers.')
         if logits.shape[1] < 2:
             raise DvinvError(
-                f'{self._name} returns {logits.shape[1]} logit an image, and the softmax of one logit is always 1. A '
+                f'{self._name} returns {logits.shape[1]} logit per image, and the softmax of one logit is always 1. A '
                 'classifier with one logit z (a sigmoid) must return two, [0, z]: jnp.concatenate([0 * z, z], -1).'
             )
         return logits.shape[1]

@@ -204,8 +204,8 @@ def _pictures(image_shape, mean, std) -> _Pictures:
     if mean is None or std is None:
         missing = ' and '.join(name for name, values in (('mean', mean), ('std', std)) if values is None)
         raise DvinvError(
-            f'{missing} must be given, one number a channel, for pixels in [0, 1]: the network takes (pixels - mean) / std. '
-            'A network that takes the pixels as they are has mean=0, std=1.'
+            f'{missing} must be given, one number per channel, for pixels in [0, 1]: the network takes (pixels - mean) / '
+            'std. A network that takes the pixels as they are has mean=0, std=1.'
         )
     channels = image_shape[-1] if image_shape else 1
     try:
@@ -214,11 +214,11 @@ def _pictures(image_shape, mean, std) -> _Pictures:
             for values in (mean, std)
         )
     except (TypeError, ValueError) as error:
-        raise DvinvError(f'mean is {mean} and std is {std}; each must be one number a channel.') from error
+        raise DvinvError(f'mean is {mean} and std is {std}; each must be one number per channel.') from error
     if len(image_shape) != 3 or min(image_shape) < 1 or not len(mean) == len(std) == image_shape[-1]:
         raise DvinvError(
             f'image_shape is {image_shape} with {len(mean)} means and {len(std)} standard deviations; '
-            'image_shape must be (height, width, channels), with a mean and a deviation a channel.'
+            'image_shape must be (height, width, channels), with one mean and one deviation per channel.'
         )
     check_normalisation(mean, std)
     return _Pictures(image_shape, mean, std)

@@ -152,7 +152,7 @@ def read_classifier(
         if not values:
             raise DvinvError(
                 f'{group}{name} is (), but of weights for {network} that others published it is not known what they take; '
-                f'give the {name} of the pixels in [0, 1] that they were trained with, one number a channel.'
+                f'give the {name} of the pixels in [0, 1] that they were trained with, one number per channel.'
             )
     module = registry.create(network, num_classes, width)
     about = {

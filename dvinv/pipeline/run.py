@@ -285,8 +285,8 @@ class Run:
                     f"The {role} is to be trained, but {field} is ''; name a data set, or give {role}.weights"
                     + (", or '' for verifier.network to do without." if role == 'verifier' else '.')
                 )
-            if 'teacher' in self.settings.tasks:
-                _validate_classes(data.train, data.num_classes)
+        if needed and data and data.train and 'teacher' in self.settings.tasks:
+            _validate_classes(data.train, data.num_classes)
 
     def validate_real_control(self, task: str) -> None:
         """Validates that there are real training images if the controls of `task` include 'real'.

@@ -50,10 +50,11 @@ def run(run: Run) -> dict:
         if not workdir.has_network(path.stem):
             bits = bits_of_layers(settings, setting, network.layers)
             variables = calibration.variables(bits, *source_and_method(settings), settings.correct)
-            if pool is not None and setting in settings.distilled:
+            if setting in settings.distilled:
+                assert pool is not None  # it was read above
                 variables = _distil(run, network, variables, pool, setting)
             layers = zip(network.layers, bits, strict=True)
-            kernel_bits = {layer.kernel: number.weights for layer, number in layers if number.weights}
+            kernel_bits = {layer.kernel: layer_bits.weights for layer, layer_bits in layers if layer_bits.weights}
             save_quantized(path, variables, kernel_bits, about)
 
     for control in settings.controls:
@@ -128,7 +129,8 @@ def _calibrated(run: Run, network: Folded, pool: ImagePool | None) -> Calibrated
     teacher, count = run.teacher, run.settings.quantization.images
     key = jax.random.fold_in(jax.random.key(run.settings.seed), ROLE)
     inputs = {'no_images': on_statistics(network, teacher, key)}
-    if pool is not None and count:
+    if count:
+        assert pool is not None  # it is read if ranges are taken from images
         inputs['pool'] = on_images(network, teacher, _evenly(training_rows(run.settings, pool.rows('images')), count))
     return CalibratedNetwork(network, inputs)
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dvinv.data.grids import name_of
 from dvinv.report.charts import Chart, heat_map
 from dvinv.report.page import Section, Table, percent
-from dvinv.runtime.pictures import name_of
 
 MOST_CLASSES = 20  # maximum number of classes in a table or a matrix; of more, those that differ most are shown
 
@@ -60,7 +60,8 @@ def class_section(comparison: dict, names: dict[str, str], class_names: Sequence
     )
     if charts:
         text += (
-            '\n\nA row of a matrix is a class of the teacher: the percentages of its images in each class of the network.'
+            '\n\nEach row of a matrix is a class that the teacher predicts. Its cells are the percentages of those images '
+            'that the other network assigns to each class.'
         )
     return Section('Class by class', text, tables, charts)
 

@@ -13,9 +13,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
+from dvinv.data.grids import class_grid, name_of, png_data_uri, shown_classes
+from dvinv.data.rows import RowArray
 from dvinv.report.charts import Chart
 from dvinv.report.templates import ENVIRONMENT
-from dvinv.runtime.pictures import PixelRows, class_grid, name_of, png_data_uri, shown_classes
 
 UNKNOWN = '–'
 NARROW = 4  # most columns of a table that is placed next to a chart (with two of text at most)
@@ -160,7 +161,7 @@ def reads_right(score: float | None, other: float | None, name: str) -> str:
 
 
 def class_picture(
-    images: PixelRows,
+    images: RowArray,
     labels: np.ndarray,
     caption: str,
     class_names: Sequence[str],
@@ -192,7 +193,7 @@ def class_picture(
     names = ', '.join(name_of(classes[place], class_names) for place in places)
     same = beside is not None and len(places) == len(classes)
     which = 'in the same places' if same else f'row by row: {names}'
-    return Picture(grid, f'{caption} One a class, {which}.', wide=wide)
+    return Picture(grid, f'{caption} One per class, {which}.', wide=wide)
 
 
 def render(

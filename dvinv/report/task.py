@@ -27,6 +27,7 @@ from dvinv.runtime import versions
 from dvinv.runtime.banner import device_names
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.progress import duration
+from dvinv.runtime.workdir import network_files
 from dvinv.synthesis.pools import finished_pool, open_control
 from dvinv.synthesis.section import CONTROLS, synthesis_section
 from dvinv.teacher.section import teacher_section
@@ -103,7 +104,7 @@ def _facts(run: Run, results: dict) -> dict[str, str | list[Link]]:
     """Returns the facts about the run (date, command, device, versions, time) and links to its files."""
     workdir = run.workdir
     seconds = sum(results[task]['wall_seconds'] for task in TASKS if task in results)
-    networks = sorted((workdir.path / 'networks').glob('*.safetensors'))
+    networks = network_files(workdir.path).values()
     files = [(workdir.path / name) for name in FILES if (workdir.path / name).exists()]
     return {
         'Made': f'{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}',
@@ -175,12 +176,12 @@ def _networks(run: Run) -> Section:
     readable = run.settings.verifier.weights or workdir.network('verifier').exists()
     if score is not None and readable and (verifier := run.verifier):
         rows.append(['Verifier', verifier.parameters, flops(verifier), percent(score)])
-    caption = ('' if tested is None else f'{tested:,} real test images. ') + 'Two FLOPs a multiply-add.'
+    caption = ('' if tested is None else f'{tested:,} real test images. ') + 'Two FLOPs per multiply-add.'
     times = [[task, results[task]['wall_seconds']] for task in TASKS if task in results]
     return Section(
         'Networks and time',
         tables=[
-            Table(('Network', 'parameters', 'FLOPs an image', 'real test accuracy'), rows, caption=caption),
+            Table(('Network', 'parameters', 'FLOPs per image', 'real test accuracy'), rows, caption=caption),
             Table(('Task', 'seconds'), times, caption='Wall time, compilation included.'),
         ],
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 
 from dvinv.config import Settings
-from dvinv.runtime.devices import local_devices
+from dvinv.runtime.devices import jax_option, local_devices
 
 NVIDIA = '0x10de'  # vendor id on the PCI bus
 DISPLAY = '0x03'  # prefix of the class of a graphics card on the PCI bus
@@ -80,7 +80,7 @@ def unused_gpu() -> str:
     if jax.default_backend() != 'cpu' or not (name := _gpu()):
         return ''
     here = f'A GPU is there but not used ({name})'
-    if platforms := jax.config.values['jax_platforms']:
+    if platforms := jax_option('jax_platforms'):
         return f'{here}: JAX_PLATFORMS is {platforms!r}.'
     if any(map(find_spec, PLUGINS)):
         return f'{here}, although JAX for CUDA is installed: see whether nvidia-smi and the driver work.'

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 
 from dvinv.errors import say_once
+from dvinv.runtime.devices import jax_option
 
 
 def keep_compiled() -> None:
@@ -14,7 +15,7 @@ def keep_compiled() -> None:
     If there is no such folder (for instance for a user without a home in a container), programs are not cached, and a
     message says so once.
     """
-    if jax.config.values['jax_compilation_cache_dir']:
+    if jax_option('jax_compilation_cache_dir'):
         return
     try:
         folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'dvinv' / 'jax'

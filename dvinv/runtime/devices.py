@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 from collections import Counter
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +16,11 @@ from dvinv.errors import DvinvError
 AXIS = 'data'
 
 
+def jax_option(name: str) -> Any:
+    """Returns the value of an option of JAX, such as 'jax_platforms', which type checkers do not know as an attribute."""
+    return getattr(jax.config, name)
+
+
 def set_cpu_devices(count: int) -> None:
     """Sets the number of virtual devices of the CPU backend; must be called before any device is used.
 
@@ -24,7 +30,7 @@ def set_cpu_devices(count: int) -> None:
     Args:
       count: the number of virtual devices; 0 for one per core.
     """
-    decided = jax.config.values['jax_num_cpu_devices'] >= 0 or 'xla_force_host_platform_device_count' in os.environ.get(
+    decided = jax_option('jax_num_cpu_devices') >= 0 or 'xla_force_host_platform_device_count' in os.environ.get(
         'XLA_FLAGS', ''
     )
     if count or not decided:
@@ -50,7 +56,7 @@ def local_devices() -> list[jax.Device]:
     try:
         return jax.local_devices()
     except (RuntimeError, AssertionError) as error:  # AssertionError: nothing is installed for the platform
-        platforms = jax.config.values['jax_platforms']
+        platforms = jax_option('jax_platforms')
         asked = f'JAX_PLATFORMS is {platforms!r}, but ' if platforms else ''
         reason = (str(error) or 'nothing is installed for it').splitlines()[0]
         raise DvinvError(

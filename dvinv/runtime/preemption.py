@@ -60,18 +60,19 @@ def asked() -> bool:
     return _asked_anywhere() if _several() else bool(_received)
 
 
-def leave_if_asked(saved: str = '', alone: bool = False) -> None:
+def leave_if_asked(saved: str = '', single_process_only: bool = False) -> None:
     """Exits if a signal was received; the caller must have saved its work.
 
     Args:
       saved: a main clause that says what was saved; '' if nothing would be lost here.
-      alone: whether the caller is code that not all of several processes run, or not at the same points. It then exits only
-        in a run of a single process.
+      single_process_only: whether the caller may run on only some of the processes, or at different points; it then exits
+        only if there is a single process.
 
     Raises:
       SystemExit: a signal was received; the status is 143, or 130 after Ctrl-C.
     """
-    if not (alone and _several()) and asked() and _received:
+    if not (single_process_only and _several()) and asked():
+        assert _received is not None  # `asked` has set it
         say(f'{NAMES[_received]}: {saved or "nothing under way had to be saved"}; the same command goes on from here.')
         raise SystemExit(128 + _received)
 
@@ -126,7 +127,7 @@ def _wait(grace: float, first: signal.Signals) -> None:
         _end(f'{NAMES[first]}: this process ends at once.', first)
     patience = grace
     if first == signal.SIGINT and grace > HINT and not _flag_checked.wait(HINT):
-        say('Ctrl-C: this process ends when it has saved what it is at; Ctrl-C again ends it at once.')
+        say('Ctrl-C: this process ends when it has saved its current work; Ctrl-C again ends it at once.')
         patience -= HINT
     while _flag_checked.wait(patience):
         _flag_checked.clear()

@@ -61,7 +61,7 @@ def quarantine_damaged(pool: ImagePool, task: str) -> None:
         numbers = pool.numbers()
         with Progress(f'{task}: checking the pool', len(numbers), 'batches', brief=True) as progress:
             for done, number in enumerate(numbers, 1):
-                preemption.leave_if_asked(alone=True)
+                preemption.leave_if_asked(single_process_only=True)
                 try:
                     pool.validate(number)
                 except DamagedError as error:

@@ -54,7 +54,7 @@ def synthesis_section(
             ['Feature loss of real batches', number(real_loss)],
             ['Batches', found['batches']],
             ['Rounds in which they came to the student', found['rounds']],
-            ['Iterations a batch', found['iterations']],
+            ['Iterations per batch', found['iterations']],
         ],
         caption=f'{found["images"]:,} images, synthesized by {METHODS[method][0]}.',
     )

@@ -7,6 +7,7 @@ from collections import Counter
 import jax
 import numpy as np
 
+from dvinv.data.grids import class_grid
 from dvinv.data.pool import ImagePool
 from dvinv.distillation import student
 from dvinv.evaluation.scoring import among_top, logits_of, validate_fits
@@ -15,7 +16,6 @@ from dvinv.networks import Classifier
 from dvinv.pipeline.run import Run
 from dvinv.runtime import preemption
 from dvinv.runtime.files import write_atomic
-from dvinv.runtime.pictures import class_grid
 from dvinv.runtime.workdir import Workdir
 from dvinv.synthesis import adaptive, synthesizer
 from dvinv.synthesis.pools import controls_are_complete, missing_batches, open_pool
@@ -72,8 +72,8 @@ def _judge(pool: ImagePool, verifier: Classifier | None) -> dict:
     numbers, feature_losses = pool.finished(), {'first': 0.0, 'last': 0.0}
     counts: Counter[str] = Counter()  # of images, and of those that each network classifies correctly
     for number in numbers:
-        preemption.leave_if_asked(alone=True)
-        notes, shard = pool.sidecar(number), pool.read(number)
+        preemption.leave_if_asked(single_process_only=True)
+        sidecar, shard = pool.sidecar(number), pool.read(number)
         labels = shard['labels']
         counts['images'] += len(labels)
         counts['teacher'] += among_top(shard['logits'], labels).sum()
@@ -82,8 +82,8 @@ def _judge(pool: ImagePool, verifier: Classifier | None) -> dict:
             counts['verifier'] += among_top(logits, labels).sum()
             counts['verifier_top5'] += among_top(logits, labels, 5).sum()
         for end in feature_losses:
-            feature_losses[end] += notes[f'feature_loss_{end}'] or 0.0
-    matched = notes['feature_loss_last'] is not None  # otherwise the teacher has no statistics
+            feature_losses[end] += sidecar[f'feature_loss_{end}'] or 0.0
+    matched = sidecar['feature_loss_last'] is not None  # otherwise the teacher has no statistics
     accuracies = {name: float(count / counts['images']) for name, count in counts.items()}
     return {
         'images': counts['images'],

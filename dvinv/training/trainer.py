@@ -1,7 +1,7 @@
 """The training loop of all networks: teachers and verifiers are trained from labels, students from a teacher.
 
-A checkpoint holds everything that a later update depends on (see `step`). A training that was killed and resumed therefore
-ends with the same bits as one that ran through.
+A checkpoint holds everything that a later update depends on (see `training.step`). A training that was killed and resumed
+therefore ends with the same bits as one that ran through.
 """
 
 import collections

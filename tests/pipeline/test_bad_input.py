@@ -230,7 +230,7 @@ ADAPTIVE = {
         ({'verifier__weights': '/no/such.safetensors'}, ['/no/such.safetensors is not there']),
         ({'verifiers': ({'network': 'resnet20', 'weights': '/no/such.npz'},)}, ['/no/such.npz is not there']),
         ({'verifiers': ('resnet20=w.npz',)}, ["verifiers[0] is 'resnet20=w.npz'", 'must be a dict']),
-        ({'teacher__mean': (0.3, 0.3)}, ['2 means', 'a mean and a deviation a channel']),
+        ({'teacher__mean': (0.3, 0.3)}, ['2 means', 'one mean and one deviation per channel']),
         ({'teacher__std': (0.0,)}, ['std is (0.0,)', 'above 0']),
         ({'teacher__training__optimizer': 'lion'}, ["teacher.training.optimizer is 'lion'", 'adam, sgd']),
         ({'distillation__updates': 0}, ['distillation.updates is 0', 'at least 1']),

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 from tiny import numbered
 
+from dvinv.data.grids import class_grid
 from dvinv.report.charts import line_chart
 from dvinv.report.page import Picture, Section, Table, Tile, class_picture, number, percent, render
-from dvinv.runtime.pictures import class_grid
 
 HOSTILE = '<script src="x">&\'</script>'
 
@@ -127,11 +127,11 @@ def test_grids_name_their_classes():
 def test_classes_of_few_images_stand_side_by_side_and_real_ones_in_the_same_places():
     images, labels = numbered([5, 3, 4, 3])
     picture = class_picture(images, labels, 'c', (), 4)
-    assert (picture.row_labels, picture.caption) == ((), 'c One a class, row by row: 3, 4, 5.')
+    assert (picture.row_labels, picture.caption) == ((), 'c One per class, row by row: 3, 4, 5.')
     real, of = numbered([5] * 9 + [4] * 9 + [3] * 9 + [0])
     beside = class_picture(real, of, 'r', (), 4, labels)
-    assert (beside.image.size, beside.caption) == (picture.image.size, 'r One a class, in the same places.')
-    assert class_picture(real, of, 'r', (), 4, np.array([3, 7])).caption == 'r One a class, row by row: 3.'
+    assert (beside.image.size, beside.caption) == (picture.image.size, 'r One per class, in the same places.')
+    assert class_picture(real, of, 'r', (), 4, np.array([3, 7])).caption == 'r One per class, row by row: 3.'
     many = class_picture(images, labels, 'c', (), 4, of)  # rows, as the other set has
     assert many.row_labels == ['0', '3', '4', '5']
 

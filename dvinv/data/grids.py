@@ -6,27 +6,11 @@ import base64
 import io
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
-
-class PixelRows(Protocol):
-    """Images uint8 [N, H, W, C]: an array, or an object that is read by rows and has these parts of an array."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> np.dtype: ...
-
-    @property
-    def ndim(self) -> int: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: Any, /) -> Any: ...
+from dvinv.data.rows import RowArray
 
 
 def shown_classes(labels: np.ndarray, max_classes: int = 20) -> list[int]:
@@ -65,7 +49,7 @@ def visible(pixels: np.ndarray) -> np.ndarray:
 
 
 def class_grid(
-    images: PixelRows,
+    images: RowArray,
     labels: np.ndarray,
     per_class: int,
     *,
@@ -92,7 +76,7 @@ def class_grid(
       suits a light and a dark page.
     """
     labels = np.asarray(labels)
-    if images.ndim != 4 or not images.shape[-1] or images.dtype != np.uint8:
+    if len(images.shape) != 4 or not images.shape[-1] or images.dtype != np.uint8:
         raise ValueError(f'Images are {images.dtype} {images.shape}; a grid needs uint8 [N, H, W, C].')
     if labels.shape != images.shape[:1]:
         raise ValueError(f'Labels have shape {labels.shape} for {len(images)} images; give one label for each image.')
