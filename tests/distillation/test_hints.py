@@ -16,7 +16,7 @@ from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, trained, trained_variables
 from dvinv import DvinvError
 from dvinv.config import TrainingSettings, default_config, parse
 from dvinv.distillation.hints import Hints, choose_hints, layer_error, staged_forward
-from dvinv.distillation.student import distillation_loss, job_of, staged_loss
+from dvinv.distillation.student import distillation_loss, hints_of, job_of, staged_loss
 from dvinv.graph import graft, record
 from dvinv.graph.projections import initial_projections, relative_error, to_student, to_teacher
 from dvinv.inversion import from_linen, from_nnx
@@ -121,7 +121,8 @@ def test_the_configs_hint_is_in_the_lesson():
     jobs = []
     for hint in (0.0, 7.0):
         config.distillation.hint = hint
-        jobs.append(job_of(Run(parse(config)), teacher, Rounds(4)).loss_fn)
+        run = Run(parse(config))
+        jobs.append(job_of(run, teacher, Rounds(4), hints_of(run, teacher)).loss_fn)
 
     @jax.jit
     def measure(x):
@@ -148,7 +149,8 @@ def test_the_layers_error_falls_by_the_configs_decay():
     config, teacher = default_config('digits'), small_teacher()
     config.distillation.update(hint=8.0, hint_decay=2.0)
     variables, x = trained(teacher.variables, seed=5), np.random.default_rng(0).normal(size=(4, *teacher.image_shape))
-    loss = job_of(Run(parse(config)), teacher, Rounds(4)).loss_fn
+    run = Run(parse(config))
+    loss = job_of(run, teacher, Rounds(4), hints_of(run, teacher)).loss_fn
 
     @jax.jit
     def measure(x):

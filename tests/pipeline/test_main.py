@@ -16,7 +16,7 @@ import dvinv
 from dvinv.config import parse
 from dvinv.data.pool import ImagePool
 from dvinv.distillation import task as distillation
-from dvinv.distillation.student import job_of, student_of
+from dvinv.distillation.student import hints_of, job_of, student_of
 from dvinv.errors import DvinvError
 from dvinv.evaluation.scoring import top_accuracy
 from dvinv.networks import create, load_classifier, load_network, save_network
@@ -260,7 +260,8 @@ def test_no_real_image_is_read_while_images_are_made_and_a_student_learns(taught
         pool = pools.open_pool(run)
         synthesizer.fill_pool(run, run.teacher, pool, 'deepinversion', 'synthesis', 'deepinversion')
         images, labels = pool.rows('images'), pool.rows('labels')
-        target, job = student_of(run, run.teacher), job_of(run, run.teacher, rounds_of(run.settings))
+        target = student_of(run, run.teacher)
+        job = job_of(run, run.teacher, rounds_of(run.settings), hints_of(run, run.teacher))
         train_network(run, target, job, images, labels)
         with pytest.raises(AssertionError, match='real data were read'):  # not before the controls are finished, too
             distillation.run(run)
