@@ -9,7 +9,8 @@ its parameters learns from them. `:free` records nothing: the images are made by
 pictures have in common (docs/networks_without_batchnorm.md). Every setting was chosen on a validation part of the training
 split (`--config.data.validation=True`). Expected on 360 real test images (five seeds): teacher .988, the student .966 +-
 .008 (.997 from the real training images, .777 from noise, .481 without the moments); the verifier recognises .917 of the
-synthesized images. 6 minutes a seed on one core. `:smoke` shrinks the run to seconds.
+synthesized images. 6 minutes a seed on one core. `:free` gets .683 +- .047 (three seeds), less than noise. `:smoke` shrinks
+the run to seconds.
 """
 
 import ml_collections
