@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from collections.abc import Iterable
 
 CLEAR = '\r\x1b[K'  # clears the terminal line of the cursor
 
@@ -11,6 +12,11 @@ class DvinvError(Exception):
 
     `dvinv.main` prints the sentence and exits with status 1, without a traceback.
     """
+
+
+def shape_text(shape: Iterable[int]) -> str:
+    """Returns a shape as text, for instance '32x32x3'."""
+    return 'x'.join(map(str, shape))
 
 
 def listed(names: list[str], most: int = 12) -> str:

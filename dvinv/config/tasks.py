@@ -138,7 +138,7 @@ class QuantizationSettings:
     """How a network is quantized."""
 
     settings: tuple[str, ...] = ('w8a8', 'w6a6', 'w4a4')  # bits of weights and of layers' inputs
-    distilled: tuple[str, ...] = ('w4a4',)  # the `settings` whose networks are distilled from the float one, on the pool
+    distilled: tuple[str, ...] = ('w4a4',)  # those of `settings` that are distilled from the float network, on the pool
     edge_bits: int = 8  # minimum number of bits of the first and the last layer
     float_layers: tuple[str, ...] = ()  # patterns (*, ?) of layers that stay in float32
     # Number of calibration images from the pool (and from each control); 0: ranges follow from BatchNorm's statistics.

@@ -12,7 +12,7 @@ import numpy as np
 
 from dvinv.config import DataSettings, Settings, parse_group
 from dvinv.data.dataset import RealData, Split
-from dvinv.errors import DvinvError, listed
+from dvinv.errors import DvinvError, listed, shape_text
 from dvinv.networks import Classifier
 from dvinv.pipeline.run import Run
 
@@ -120,7 +120,7 @@ def _among_all(split: Split, step: Step) -> Split:
     if images.shape[-1] == 1 < channels:
         images = np.repeat(images, channels, -1)
     if images.shape[1:] != step.image_shape:
-        found, expected = ('x'.join(map(str, shape)) for shape in (images.shape[1:], step.image_shape))
+        found, expected = (shape_text(shape) for shape in (images.shape[1:], step.image_shape))
         raise DvinvError(
             f'{step.field} has images of {found} (height x width x channels), but the network takes {expected}; set its '
             'image_size.'

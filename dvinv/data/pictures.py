@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dvinv.errors import DvinvError
+from dvinv.errors import DvinvError, shape_text
 
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP')
 
@@ -31,7 +31,7 @@ def decode(files: Mapping[str, bytes | Path], image_size: int = 0, mode: str = '
         if i == 0:
             images, first_name = np.empty((len(files), *pixels.shape), np.uint8), name
         if pixels.shape != images.shape[1:]:
-            size, first_size = ('x'.join(map(str, shape[:2])) for shape in (pixels.shape, images.shape[1:]))
+            size, first_size = (shape_text(shape[:2]) for shape in (pixels.shape, images.shape[1:]))
             raise DvinvError(
                 f'All images must have one size, but {first_name} has {first_size} pixels (height x width) and {name} has '
                 f'{size}; set data.image_size to resize them.'

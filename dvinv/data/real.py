@@ -8,7 +8,7 @@ import dataclasses
 from dvinv.config import DataSettings
 from dvinv.data import digits, folders, npz, prepared
 from dvinv.data.dataset import RealData
-from dvinv.errors import DvinvError
+from dvinv.errors import DvinvError, shape_text
 
 # {name: (reader, fields of the config's group `data` that the reader takes)}
 DATA_SETS = {
@@ -95,6 +95,6 @@ def _read(source: DataSettings) -> RealData:
         raise DvinvError(f'data.class_names is {names}; it must be different folder names, in the order of labels.')
     data = reader(source)
     if data.train and data.train.images.shape[1:] != data.image_shape:
-        train, test = ('x'.join(map(str, shape)) for shape in (data.train.images.shape[1:], data.image_shape))
+        train, test = (shape_text(shape) for shape in (data.train.images.shape[1:], data.image_shape))
         raise DvinvError(f'Training images are {train} (height x width x channels), but test images are {test}.')
     return data

@@ -1,6 +1,7 @@
 """The section of the report about the student: its accuracy next to those of controls, and the curves of its training."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from dvinv.config import DistillationSettings
 from dvinv.report.charts import Chart, line_chart, loss_chart, mean_curves
@@ -8,12 +9,14 @@ from dvinv.report.classes import agreement_table
 from dvinv.report.page import Section, Table, Tile, number, percent, reads_right
 from dvinv.runtime.metrics import Metrics
 
-STUDENTS = {
-    'student': 'Synthesized images',
-    'real': 'Real training images (upper control)',
-    'prior_only': 'Images without the feature term',
-    'noise': 'Noise images',
-}
+STUDENTS = MappingProxyType(
+    {
+        'student': 'Synthesized images',
+        'real': 'Real training images (upper control)',
+        'prior_only': 'Images without the feature term',
+        'noise': 'Noise images',
+    }
+)
 
 
 def distillation_section(settings: DistillationSettings, results: dict, metrics: Metrics, names: Sequence[str]) -> Section:
@@ -53,7 +56,7 @@ def distillation_section(settings: DistillationSettings, results: dict, metrics:
             rows.append(['The teacher itself', percent(teacher['test_accuracy'])])
     tables = [Table(('Student distilled from', *columns), rows, highlight=0, caption=caption)]
     if points := _measured_counts(settings.counts, found):
-        caption = 'Students of the first so many images alone, all there from the start; as many updates each.'
+        caption = 'Students trained on the first images only, all available from the start, with equally many updates.'
         rows = [[number(count), percent(score)] for count, score in points.items()]
         tables.append(Table(('Images', 'real test accuracy'), rows, caption=caption))
     if stages:
@@ -77,7 +80,7 @@ def distillation_section(settings: DistillationSettings, results: dict, metrics:
     )
 
 
-def training_losses(metrics: Metrics, students: dict[str, str] = STUDENTS, hinted: bool = False) -> Chart | None:
+def training_losses(metrics: Metrics, students: Mapping[str, str] = STUDENTS, hinted: bool = False) -> Chart | None:
     """Draws the losses of the trainings of students.
 
     Args:

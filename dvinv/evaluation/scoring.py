@@ -9,7 +9,7 @@ import numpy as np
 
 from dvinv.data.dataset import RealData
 from dvinv.data.rows import RowArray
-from dvinv.errors import DvinvError
+from dvinv.errors import DvinvError, shape_text
 from dvinv.graph.flops import count_flops
 from dvinv.networks.classifier import Classifier
 from dvinv.networks.features import with_features
@@ -92,7 +92,7 @@ def validate_fits(network: Classifier, data: RealData) -> None:
       DvinvError: it does not; the message names both shapes, or the classes.
     """
     if tuple(network.image_shape) != tuple(data.image_shape):
-        expected, found = ('x'.join(map(str, shape)) for shape in (network.image_shape, data.image_shape))
+        expected, found = (shape_text(shape) for shape in (network.image_shape, data.image_shape))
         raise DvinvError(
             f'The teacher takes images of {expected} (height x width x channels), but the data set has {found}.'
         )

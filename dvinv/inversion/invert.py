@@ -12,7 +12,7 @@ from dvinv.config import PRESETS, InversionConfig, Stage, preset_for
 from dvinv.errors import DvinvError, listed
 from dvinv.inversion.programs import make_feature_loss, programs_of
 from dvinv.inversion.teacher import Teacher, network_input
-from dvinv.runtime.devices import make_mesh, on_mesh
+from dvinv.runtime.devices import make_mesh, on_mesh, usual_promotions
 
 REPORT_EVERY = 20  # the least number of iterations between two fetches of the metrics
 
@@ -266,8 +266,7 @@ def invert(
     labels, (key_data, kind) = np.asarray(labels), _key_data(key)
     validate_labels(labels, teacher.num_classes)
     mesh = (mesh or make_mesh()) if config.bn_stats == 'global' else make_mesh(1)
-    # The caller's settings of JAX may forbid promotions.
-    with on_mesh(mesh), jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):
+    with on_mesh(mesh), usual_promotions():
         run = make_inverter(teacher, config, mesh, student_fn)
         result = run(jax.random.wrap_key_data(key_data[None], impl=kind), labels[None], student_variables)
     return Inversion(result.images[0], {term: values[0] for term, values in result.metrics.items()}, labels)
@@ -327,7 +326,7 @@ def feature_loss(teacher: Teacher, images, config: InversionConfig | str | None 
     if not teacher.statistics(teacher.variables):
         raise DvinvError('The network has no running statistics and no recorded moments to set the images against.')
     stage, (key_data, kind) = _settings(config, teacher).stages[-1], _key_data(key)
-    with jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):
+    with usual_promotions():
         x, measure = network_input(teacher, images), make_feature_loss(teacher, stage)
         return float(measure(teacher.variables, x, jax.random.wrap_key_data(key_data, impl=kind)))
 

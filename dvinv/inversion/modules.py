@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from dvinv.errors import DvinvError, in_a_line, listed
+from dvinv.errors import DvinvError, in_a_line, listed, shape_text
 from dvinv.inversion.linen_tap import features_in_training
 from dvinv.inversion.statistics import PRIVATE, STATISTICS
 from dvinv.networks.classifier import flatten, join_names
@@ -202,7 +202,7 @@ def validate_trainable(module, image_shape, num_classes: int, name: str, from_sc
       DvinvError: It does not take such images, returns other logits, cannot be run in train mode, has variables besides
         params and batch_stats, or has BatchNorms that cannot be switched to train mode.
     """
-    shape = 'x'.join(map(str, image_shape))
+    shape = shape_text(image_shape)
     x = jax.ShapeDtypeStruct((2, *image_shape), np.float32)
     try:
         variables = jax.eval_shape(module.initial, jax.random.key(0), x)

@@ -15,6 +15,7 @@ from dvinv.inversion.statistics import find_statistics
 from dvinv.inversion.tap import in_order
 from dvinv.inversion.teacher import Teacher, network_input
 from dvinv.networks.classifier import flatten, join_names
+from dvinv.runtime.devices import usual_promotions
 
 NORMALISES = re.compile(r'^(?!Weight|Spectral).*Norm(?:aliz\w*|alis\w*)?(?:_?\d+[dD]?)?$')  # class names of such layers
 LEAST = 2  # the least number of images
@@ -74,7 +75,7 @@ def record_moments(
 
     totals: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     count = 0
-    with jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):
+    with usual_promotions():
         for view in range(1 if augmentation is None else views):
             for start in range(0, len(images), batch_size):
                 batch = images[start : start + batch_size]

@@ -17,7 +17,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from dvinv.errors import DvinvError, in_a_line, listed, say
+from dvinv.errors import DvinvError, in_a_line, listed, say, shape_text
 from dvinv.graph.program import called_or_jaxs_own, program_of
 from dvinv.inversion.capture import (
     OUTPUT,
@@ -296,7 +296,7 @@ class Tap(abc.ABC):
         Raises:
           DvinvError: It cannot be run, is not in eval mode, or does not return logits of two classes or more.
         """
-        shape = 'x'.join(map(str, example.shape[1:]))
+        shape = shape_text(example.shape[1:])
         try:
             logits = jax.eval_shape(self.apply_fn, variables, example)
         except flax.errors.ModifyScopeVariableError as error:

@@ -37,6 +37,13 @@ def set_cpu_devices(count: int) -> None:
         jax.config.update('jax_num_cpu_devices', max(1, count or cores()))
 
 
+@contextlib.contextmanager
+def usual_promotions():
+    """Lets JAX promote ranks and dtypes as usual while the context is open; the caller's settings may forbid it."""
+    with jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):
+        yield
+
+
 def cores() -> int:
     """Returns the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1

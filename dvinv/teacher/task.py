@@ -7,7 +7,7 @@ import numpy as np
 import optax
 
 from dvinv.config import LabelTrainingSettings, validate_devices
-from dvinv.errors import DvinvError
+from dvinv.errors import DvinvError, shape_text
 from dvinv.evaluation.scoring import flops, test_accuracy, validate_fits
 from dvinv.inversion.augmentation import Augmentation, augmentation_of
 from dvinv.inversion.moments import Moments
@@ -145,7 +145,7 @@ def validate_takes(role: str, group, teacher: Teacher) -> None:
     try:
         shapes_of(module, teacher.image_shape)
     except Exception as error:  # Flax and JAX raise many types of errors here
-        shape, reason = 'x'.join(map(str, teacher.image_shape)), str(error).splitlines()[0]
+        shape, reason = shape_text(teacher.image_shape), str(error).splitlines()[0]
         raise DvinvError(f'{role}.network is {group.network}, which cannot take images of {shape}: {reason}') from error
 
 

@@ -188,12 +188,12 @@ def test_a_missing_shard_is_named(pool):
 
 @pytest.mark.parametrize('ending', ['npz', 'json'])
 def test_what_is_damaged_in_a_pool_of_ours_is_put_aside(pool, ending):
-    ours = ImagePool(pool.folder, 'a' * 64, quarantine=True)
+    writer = ImagePool(pool.folder, 'a' * 64, quarantine=True)
     path = pool.folder / f'shard-000001.{ending}'
     flip(path)
     damaged = path.read_bytes()
-    assert f'it was moved to {pool.folder / "quarantine"}; run the command that made the pool again' in refusal(ours)
-    assert ours.numbers() == [0]
+    assert f'it was moved to {pool.folder / "quarantine"}; run the command that made the pool again' in refusal(writer)
+    assert writer.numbers() == [0]
     assert (pool.folder / 'quarantine' / path.name).read_bytes() == damaged
     assert not path.exists()
 

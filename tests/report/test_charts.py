@@ -196,7 +196,7 @@ def test_a_cell_a_share_darker_where_it_is_higher():
     ElementTree.fromstring(svg)
     assert '<script' not in svg
     cells = re.findall(r'<rect x="(\d+)" y="(\d+)".*?fill-opacity="([\d.]+)"><title>([^<]*)<', svg)
-    assert [told.rpartition(' ')[2] for *_, told in cells] == ['25.0%', '100.0%', '0.0%']
+    assert [title.rpartition(' ')[2] for *_, title in cells] == ['25.0%', '100.0%', '0.0%']
     low, high, none = (float(opacity) for _, _, opacity, _ in cells)
     assert none < low < high
     (x0, y0), (x1, y1), (x2, y2) = ((int(x), int(y)) for x, y, *_ in cells)
