@@ -26,8 +26,8 @@ Rehearse all of it on a CPU, in toy sizes and a few minutes; without PyTorch its
 First pass: peak (versions, matrix products, copies), inversion (the step of ResNet-50 at 224 and 112 px), imagenet (finished
 batches of MobileNetV1, GPU-hours of 215,000 images), vgg11 and resnet34 (teacher, adaptive and plain student), training (the
 train step of a student). Second pass, which `--core` leaves out: inversion (CIFAR's ResNet-34, MobileNetV1), vgg11 and
-resnet34 (other students, controls, seeds 1 and 2). Flags after `--` go to every run of vgg11 and resnet34. Exit status: 0,
-all is done; 1, something failed; 3, time was short.
+resnet34 (other students, controls, seeds 1 and 2). `--stages peak training` measures these alone, in a short call. Flags
+after `--` go to every run of vgg11 and resnet34. Exit status: 0, all is done; 1, something failed; 3, time was short.
 """
 
 import argparse
@@ -42,7 +42,7 @@ sys.path.insert(0, str(ROOT))
 
 import gpu_bundle  # noqa: E402
 from gpu_schedule import Session, find_gpu, restore  # noqa: E402
-from gpu_stage import Settings  # noqa: E402
+from gpu_stage import MODULES, Settings  # noqa: E402
 
 from dvinv.errors import DvinvError  # noqa: E402
 
@@ -78,6 +78,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument('--bundle', action='store_true', help='build the bundle, measure nothing')
     parser.add_argument('--rehearse', action='store_true', help='toy sizes on CPU')
     parser.add_argument('--core', action='store_true', help='the first passes alone')
+    parser.add_argument('--stages', nargs='+', choices=MODULES, default=tuple(MODULES), help='these alone')
     parser.add_argument('--minutes', type=float, default=9.5, help='in all, from the start of the command')
     parser.add_argument(
         '--out', type=Path, help="folder of the figures; default: $OUT, and a rehearsal's runs/gpu_rehearsal/out"
@@ -121,6 +122,7 @@ def prepare(arguments: argparse.Namespace, deadline: float) -> Session:
         arguments.core,
         arguments.side_by_side,
         arguments.run_flags,
+        tuple(arguments.stages),
     )
     restore(settings, arguments.previous)
     return Session(settings, deadline, python_path)

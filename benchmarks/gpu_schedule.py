@@ -117,11 +117,11 @@ class Session:
         with open(Path(settings.out) / 'log.txt', 'a') as log:
             self._say(log, f'{settings.gpu or "rehearsal on CPU"}; {self._left():.0f} s')
             for each in SCHEDULE:
-                if each.level == 1 or not settings.core:
+                if each.stage in settings.stages and (each.level == 1 or not settings.core):
                     self._run_pass(each, settings_file, log)
             reports = {stage: settings.report(stage) for stage in MODULES}
             self._say(log, summary(reports, settings))
-        return self._status([*reports.values()])
+        return self._status([reports[stage] for stage in settings.stages])
 
     def _run_pass(self, each: Pass, settings_file: Path, log) -> None:
         report, name = self.settings.report(each.stage), f'{each.stage}, pass {each.level}'

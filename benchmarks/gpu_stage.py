@@ -42,6 +42,7 @@ class Settings:
       core: only the first pass.
       side_by_side: runs that share the GPU in the stages 'vgg11' and 'resnet34'.
       run_flags: further flags of these runs.
+      stages: those that are measured.
     """
 
     out: str
@@ -52,6 +53,7 @@ class Settings:
     core: bool
     side_by_side: int
     run_flags: tuple[str, ...] = ()
+    stages: tuple[str, ...] = tuple(MODULES)
 
     @property
     def platform(self) -> str:

@@ -1,0 +1,40 @@
+"""A ResNet-20 with GroupNorm, without statistics, is inverted by recorded moments; a ResNet-20 learns from the images.
+
+    python -m dvinv.main --config configs/cifar10_resnet20_gn.py --workdir runs/cifar10_resnet20_gn
+
+Trains the teacher on CIFAR-10 for 30 epochs (see docs/real_data.md; or `--config.data.name=npz
+--config.data.path=TEST.npz --config.data.train_path=TRAIN.npz` with arrays of your own), and records the mean and variance a
+channel of what its normalisations take and its blocks return, over 100 training images (`teacher.moments_images`). 5,120
+images are synthesized from the network and these numbers. A ResNet-20 with BatchNorm learns from them, compared with the
+teacher at the end of each stage. The verifier is a published ResNet-20, `--config.verifier.weights=resnet20.th` (without
+weights it is trained too). For a GPU. `:free` records nothing; the images come from the class and what natural pictures have
+in common. `:smoke` shrinks the run to seconds.
+"""
+
+import ml_collections
+
+from dvinv.config import default_config, shrink
+
+
+def get_config(arg: str = '') -> ml_collections.ConfigDict:
+    """The config; `arg` is '', 'free' or 'smoke'."""
+    if arg not in ('', 'free', 'smoke'):
+        raise ValueError(f'This config knows the arguments free and smoke, not {arg!r}')
+    config = default_config('cifar10_crop')
+    sgd = {'optimizer': 'sgd', 'learning_rate': 0.1, 'weight_decay': 5e-4, 'shift': 4, 'flip': True}
+    config.data.name = 'cifar10'
+    config.teacher.update(network='resnet20_gn', mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    config.teacher.moments_images = 0 if arg == 'free' else 100
+    for group in (config.teacher.training, config.verifier.training):
+        group.update(updates=11_700, batch_size=128, warmup=500, **sgd)
+    config.verifier.network = 'resnet20'
+    config.student.network = 'resnet20'
+    config.synthesis.images = 20 * 256
+    if arg == 'free':
+        config.synthesis.method = 'prior_only'
+    config.distillation.update(updates=8_000, batch_size=16, warmup=100, clip_norm=30.0, hint=100.0, **sgd)
+    config.distillation.update(color_jitter=0.2, cutmix=0.5, controls=())
+    config.logging.update(every=100, checkpoint_every=500)
+    if arg == 'smoke':
+        shrink(config)
+    return config

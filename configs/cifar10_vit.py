@@ -1,0 +1,35 @@
+"""A small vision transformer of CIFAR-10 is inverted by recorded moments; a ResNet-20 learns from the images.
+
+    python -m dvinv.main --config configs/cifar10_vit.py --workdir runs/cifar10_vit
+
+As `cifar10_resnet20_gn.py`, which describes the data, the verifier and the arguments, but the teacher has patches of 4x4
+pixels, six blocks and 192 channels, is trained for 60 epochs, and has no stages that a residual network could be compared
+with: the student learns from its answers and, with `:free`, from images by the entropy of the similarities between patches.
+For a GPU. `:smoke` shrinks the run to seconds.
+"""
+
+import runpy
+from pathlib import Path
+
+import ml_collections
+
+from dvinv.config import shrink
+
+resnet20_gn = runpy.run_path(str(Path(__file__).with_name('cifar10_resnet20_gn.py')))['get_config']
+
+
+def get_config(arg: str = '') -> ml_collections.ConfigDict:
+    """The config; `arg` is '', 'free' or 'smoke'."""
+    config = resnet20_gn('' if arg == 'smoke' else arg)
+    config.teacher.network = 'cifar_vit'
+    config.teacher.training.update(
+        updates=11_700, batch_size=256, optimizer='adam', learning_rate=1e-3, weight_decay=5e-2, warmup=500, clip_norm=1.0
+    )
+    config.teacher.training.update(color_jitter=0.2, label_smoothing=0.1)
+    if arg == 'free':
+        config.synthesis.update(method='deepinversion')
+        config.synthesis.weights.update(feature=0.0, patch_similarity=0.1)
+    config.distillation.update(updates=12_000, batch_size=128, hint=0.0)
+    if arg == 'smoke':
+        shrink(config)
+    return config
