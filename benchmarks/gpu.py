@@ -19,6 +19,8 @@ items are skipped, runs continue where they were ended (`runs/gpu` in the checko
 fetched JSON files into `.gpu_bundle/previous` first, which travels too, or name their folder by `--previous` (`results/gpu`
 has those that are landed): finished items are skipped there as well, unfinished runs start again, with a new teacher.
 
+`gpu_students.py` trains students side by side, from the same bundle; where time is short, give it the first minutes.
+
 Rehearse all of it on a CPU, in toy sizes and a few minutes; without PyTorch its figures are null, with that reason:
 
     python benchmarks/gpu.py --rehearse

@@ -18,6 +18,10 @@ DATA = (
     'cifar10_test_jpeg.npz',
     'imagenet_mobilenet_v1_075_224.npz',
     'imagenet_squeezenet1.1.npz',
+    'cifar10_resnet20.npz',
+    'cifar10_resnet32.npz',
+    'cifar10_lossless_test1000.npz',
+    'cifar10_lossless_train4000.npz',
 )
 MOST_BYTES = 64 * 2**20  # of the checkout and the bundle together
 # Of the dependencies in pyproject.toml: what the GPU machine has, and what only data sets need that are not used there.

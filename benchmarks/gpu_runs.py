@@ -15,7 +15,11 @@ ENDED = (128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL)  # exit statuse
 
 
 class Run:
-    """A run in a process of its own; the same work directory continues an earlier one."""
+    """A run in a process of its own; the same work directory continues an earlier one.
+
+    Attributes:
+      flags: of `dvinv.main`, without --workdir.
+    """
 
     def __init__(self, workdir: Path, flags: list[str], memory_share: float = 0.85):
         """Starts it; its output is appended to log.txt in `workdir`.
@@ -24,7 +28,7 @@ class Run:
           flags: of `dvinv.main`, without --workdir.
           memory_share: of the GPU's memory.
         """
-        self._workdir, self._start = workdir, time.monotonic()
+        self._workdir, self._start, self.flags = workdir, time.monotonic(), flags
         workdir.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, 'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{memory_share:.2f}'}
         environment.pop('XLA_PYTHON_CLIENT_PREALLOCATE', None)

@@ -1,0 +1,279 @@
+"""Trains students of CIFAR-10 side by side on one GPU, and networks without BatchNorm with theirs.
+
+With the bundle of `gpu.py`, and as there, in the root of the checkout on the GPU machine:
+
+    PYTHONUNBUFFERED=1 python3 benchmarks/gpu_students.py --minutes 8 --out "$OUT"
+
+Every run is a command of `dvinv.main` in a process of its own; `students.json` in the folder of the figures has its command,
+status, seconds and results, and is written after every run. First come runs that are scored on validation images (4,000
+training images that no other run is shown): the answers of the teacher alone, 1 million views, in four ways; a ResNet-8 by
+seven pools. The best of each is then scored on test images, three seeds. Then come the controls of every student, networks
+without BatchNorm that were trained here, and a ResNet-20 by recorded moments. Runs that time is too short for are named, and
+those that are under way at the end are stopped; the same command continues them while the machine is held. The teachers
+without BatchNorm and one file of the images of each pool come back in `networks.tar`, logs and curves in `logs.tar.gz`.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tarfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import gpu_bundle  # noqa: E402
+from gpu_report import read_json  # noqa: E402
+from gpu_runs import Run, end_all  # noqa: E402
+
+from dvinv.errors import DvinvError  # noqa: E402
+
+GRACE = 15.0  # seconds before the end in which runs that are under way are stopped and files are packed
+LEAST = 25.0  # seconds that a run needs at least; none is started with less
+DATA = {  # test images, training images
+    'validation': ('cifar10_lossless_train4000', 'cifar10_lossless_train4000'),
+    'test': ('cifar10_lossless_test1000', 'cifar10_lossless_train4000'),
+    'jpeg': ('cifar10_test_jpeg', 'cifar10_train_jpeg'),
+}
+RESNET20, RESNET32 = 'cifar10_resnet20', 'cifar10_resnet32'
+
+
+class Planned(NamedTuple):
+    """A run."""
+
+    config: str  # in configs/, with its argument
+    data: str  # a key of `DATA`
+    flags: tuple[str, ...] = ()  # without their --config.
+    weights: tuple[str, str] = ('', '')  # teacher, verifier: names of files in the bundle; '': trained here
+    best_of: tuple[str, ...] = ()  # runs on validation images; it also has the flags of the best of them
+    pool_of: str = ''  # the run whose images it takes
+    network_of: str = ''  # the run whose teacher, and moments where `moments` is set, it takes
+    moments: bool = False
+
+
+def pool(batches: int, iterations: int) -> tuple[str, ...]:
+    """Returns the flags of a pool of this many batches of 256 images."""
+    return f'synthesis.images={256 * batches}', f'synthesis.stages[0].iterations={iterations}'
+
+
+def answers(updates: int, *flags: str) -> tuple[str, ...]:
+    """Returns the flags of a student that learns from answers alone, from 51,200 images."""
+    rest = ('batch_size=256', 'learning_rate=0.1', 'warmup=200', f'updates={updates}')
+    every = ('logging.every=100', f'logging.checkpoint_every={updates}')
+    return (*(f'distillation.{flag}' for flag in rest), *every, *pool(200, 40), *flags)
+
+
+def adaptive(batches: int, updates: int) -> tuple[str, ...]:
+    """Returns the flags of adaptive synthesis: this many batches a round, of so many updates."""
+    return 'synthesis.method=adaptive', f'synthesis.batches_per_round={batches}', f'distillation.updates_per_round={updates}'
+
+
+CONTROLS = ("distillation.controls=('real','prior_only')",)
+REAL = ("distillation.controls=('real',)",)
+SEEDS = (0, 1, 2)
+VIEWS = 4_000  # updates of 256 images: 1 million views
+ANSWERS = {
+    'answers_adaptive': adaptive(10, 150),
+    'answers_plain': (),
+    'answers_adaptive_plain_colours': (*adaptive(10, 150), 'distillation.cutmix=0.0', 'distillation.color_jitter=0.0'),
+    'answers_sharp': ('distillation.temperature=1.0',),
+}
+POOLS = {  # of a ResNet-8; at most 1,600 iterations in all, which two CPU cores make in 20 minutes
+    'resnet8_10x160': pool(10, 160),
+    'resnet8_20x40': pool(20, 40),
+    'resnet8_10x80': pool(10, 80),
+    'resnet8_20x40_class': (*pool(20, 40), 'synthesis.weights.main=0.1'),
+    'resnet8_adaptive': (*pool(20, 40), *adaptive(1, 500)),
+}
+LARGER_POOLS = {'resnet8_20x160': pool(20, 160), 'resnet8_40x40': pool(40, 40)}  # to see what would help
+OTHERS = {'resnet20': 2, 'wrn16_1': 0, 'vgg': 0, 'mobilenet': 0}  # seed: the one that is missing, else the first
+
+
+def students(argument: str, data: str, *flags: str, **more) -> Planned:
+    """Returns a run of configs/cifar10_students.py."""
+    weights = (RESNET32, RESNET20) if argument == 'resnet20' else (RESNET20, RESNET32)
+    return Planned(f'cifar10_students.py:{argument}', data, flags, weights, **more)
+
+
+def runs() -> dict[str, Planned]:
+    """Returns all runs in the order of their worth."""
+    gn, vit, verified = 'cifar10_resnet20_gn.py', 'cifar10_vit.py', ('', RESNET20)
+    without = ('teacher.moments_images=0',)
+    looked_at = "tasks=('teacher','synthesis')", 'synthesis.images=512'
+    plan = {
+        'gn': Planned(gn, 'jpeg', ("distillation.controls=('prior_only',)",), verified),
+        'vit': Planned(vit, 'jpeg', (), verified),
+        **{name: students('answers', 'validation', *answers(VIEWS, *flags)) for name, flags in ANSWERS.items()},
+        **{name: students('resnet8', 'validation', *flags) for name, flags in (POOLS | LARGER_POOLS).items()},
+    }
+    plan['answers_sharp'] = plan['answers_sharp']._replace(pool_of='answers_plain')
+    for seed in SEEDS:
+        more = REAL if seed == 0 else ()
+        flags = (*answers(VIEWS), f'seed={seed}', *more)
+        plan[f'answers_1m_seed{seed}'] = students('answers', 'test', *flags, best_of=tuple(ANSWERS))
+        plan[f'resnet8_seed{seed}'] = students('resnet8', 'test', f'seed={seed}', *more, best_of=tuple(POOLS))
+    plan |= {
+        'gn_free': Planned(f'{gn}:free', 'jpeg', without, verified, network_of='gn'),
+        'vit_free': Planned(f'{vit}:free', 'jpeg', without, verified, network_of='vit'),
+        'answers_4m_seed0': students('answers', 'test', *answers(4 * VIEWS, *adaptive(10, 600)), *REAL),
+    }
+    for name, seed in OTHERS.items():
+        plan[f'{name}_seed{seed}'] = students(name, 'test', f'seed={seed}', *CONTROLS)
+    for name, seed in OTHERS.items():
+        flags = f'seed={seed}', 'distillation.hint=0.0'
+        plan[f'{name}_answers_seed{seed}'] = students(name, 'test', *flags, pool_of=f'{name}_seed{seed}')
+    for weight in (0.1, 0.03):
+        flags = (*without, *looked_at, f'synthesis.weights.feature={weight}')
+        plan[f'vit_feature_{weight}'] = Planned(vit, 'jpeg', flags, verified, network_of='vit', moments=True)
+    for seed in SEEDS:
+        for name, flags in (('statistics', ()), ('moments', ('teacher.moments_images=100',))):
+            flags = (f'seed={seed}', *flags)
+            plan[f'{name}_seed{seed}'] = Planned('cifar10_resnet20.py', 'test', flags, (RESNET20, RESNET32))
+    return plan
+
+
+def flags_of(planned: Planned, data: Path, folder: Path, chosen: tuple[str, ...] = ()) -> list[str]:
+    """Returns the flags of `dvinv.main` without its work directory.
+
+    Args:
+      data: the folder of the .npz files.
+      folder: the folder of the work directories.
+      chosen: flags of the best of `planned.best_of`.
+    """
+    test, train = (data / f'{name}.npz' for name in DATA[planned.data])
+    flags = ['data.name=npz', f'data.path={test}', f'data.train_path={train}']
+    for role, name in zip(('teacher', 'verifier'), planned.weights, strict=True):
+        if name:
+            flags.append(f'{role}.weights={data / name}.npz')
+    if planned.network_of:
+        networks = folder / planned.network_of / 'networks'
+        flags.append(f'teacher.weights={networks / "teacher.safetensors"}')
+        if planned.moments:
+            flags.append(f'teacher.moments={networks / "moments.safetensors"}')
+    return ['--config', f'configs/{planned.config}', *(f'--config.{flag}' for flag in (*flags, *planned.flags, *chosen))]
+
+
+class Queue:
+    """Runs that share the GPU, so many at a time."""
+
+    def __init__(self, plan: Mapping[str, Planned], folder: Path, out: Path, data: Path):
+        """Brings back the figures of an earlier call on this machine; see `flags_of` for the folders."""
+        self._plan, self._folder, self._out, self._data = plan, folder, out, data
+        self.done: dict[str, dict] = {
+            name: entry for name, entry in read_json(folder / 'students.json').items() if entry['status'] == 0
+        }
+
+    def run(self, side_by_side: int, deadline: float) -> None:
+        """Runs all that is not done, until `deadline` on the clock of `time.monotonic`."""
+        waiting, running = [name for name in self._plan if name not in self.done], {}
+        try:
+            while (waiting or running) and time.monotonic() < deadline:
+                for name in [name for name in running if running[name].status is not None]:
+                    self._finish(name, running.pop(name))
+                ready = [name for name in waiting if self._is_ready(name)]
+                if not running and not ready:
+                    break  # what is left waits for runs that failed
+                if ready and len(running) < side_by_side and deadline - time.monotonic() > LEAST:
+                    waiting.remove(ready[0])
+                    running[ready[0]] = self._start(ready[0])
+                elif not running:
+                    break
+                time.sleep(0.1)
+        finally:
+            end_all([*running.values()])
+            for name, run in running.items():
+                self._finish(name, run)
+        print(f'Not started: {", ".join(waiting) or "none"}.', flush=True)
+
+    def _is_ready(self, name: str) -> bool:
+        planned = self._plan[name]
+        others = filter(None, (planned.pool_of, planned.network_of))
+        tried = all(other in self.done for other in planned.best_of)
+        return tried and all(self.done.get(other, {}).get('status') == 0 for other in others)
+
+    def _start(self, name: str) -> Run:
+        planned, workdir = self._plan[name], self._folder / name
+        if planned.pool_of and not (workdir / 'pool').exists():
+            shutil.copytree(self._folder / planned.pool_of / 'pool', workdir / 'pool')
+        best = best_of(planned.best_of, self.done)
+        chosen = {**ANSWERS, **POOLS}.get(best, ())
+        print(f'{name}: starts' + (f', as {best}' if best else ''), flush=True)
+        return Run(workdir, flags_of(planned, self._data, self._folder, chosen), memory_share=0.12)
+
+    def _finish(self, name: str, run: Run) -> None:
+        """Writes what a run left, whatever way it ended."""
+        entry = {
+            'status': run.status,
+            'seconds': round(run.seconds, 1),
+            'command': ' '.join(run.flags),
+            'results': run.results,
+        }
+        self.done[name] = entry
+        for folder in (self._folder, self._out):
+            (folder / 'students.json').write_text(json.dumps(self.done, indent=1) + '\n')
+        print(f'{name}: {run.seconds:.0f} s, status {run.status}, {headline(entry["results"])}', flush=True)
+        if run.status not in (0, None):
+            print(f'  {run.explain()}', flush=True)
+
+
+def best_of(names: tuple[str, ...], done: Mapping[str, dict]) -> str:
+    """Returns the run whose student reads most of the validation images; '' where none has finished."""
+    scores = {
+        name: done[name]['results'].get('distillation', {}).get('test_accuracy', 0.0) for name in names if name in done
+    }
+    return max(scores, key=lambda name: scores[name], default='')
+
+
+def headline(results: Mapping) -> str:
+    """Returns the accuracies of a run as a line."""
+    wanted = {
+        'teacher': 'test_accuracy',
+        'synthesis': 'verifier_accuracy',
+        'distillation': 'test_accuracy',
+    }
+    parts = [f'{task} {results[task].get(key)}' for task, key in wanted.items() if task in results]
+    return ', '.join(parts) or 'no figures'
+
+
+def pack(folder: Path, out: Path) -> None:
+    """Packs teachers without BatchNorm, the first images of the pools, logs and curves."""
+    with tarfile.open(out / 'networks.tar', 'w') as tar:
+        for name in ('gn', 'vit', 'gn_free', 'vit_free', 'vit_feature_0.1', 'vit_feature_0.03'):
+            files = [*(folder / name / 'networks').glob('*.safetensors')] if name in ('gn', 'vit') else []
+            for path in [*files, *sorted((folder / name / 'pool').glob('*.npz'))[:1]]:
+                tar.add(path, f'{name}/{path.name}')
+    with tarfile.open(out / 'logs.tar.gz', 'w:gz') as tar:
+        for path in [*folder.glob('*/log.txt'), *folder.glob('*/metrics.jsonl')]:
+            tar.add(path, f'{path.parent.name}.{path.name}')
+
+
+def main() -> None:
+    """Runs what time allows; a user's mistake ends in a sentence and status 1."""
+    start = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--minutes', type=float, default=8.0, help='in all, from the start of the command')
+    parser.add_argument('--out', type=Path, required=True, help='folder of the figures')
+    parser.add_argument('--workdir', type=Path, default=ROOT / 'runs' / 'gpu_students', help='folder of the runs')
+    parser.add_argument('--side-by-side', type=int, default=7, help='runs at a time')
+    arguments = parser.parse_args()
+    for folder in (arguments.workdir, arguments.out):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        gpu_bundle.check(gpu_bundle.BUNDLE)
+        packages = gpu_bundle.install(gpu_bundle.BUNDLE, ROOT / 'runs' / 'site')
+    except DvinvError as error:
+        sys.exit(f'gpu_students: {error}')
+    os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [*packages, str(ROOT), os.environ.get('PYTHONPATH', '')]))
+    os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT / 'runs' / 'cache'))
+    queue = Queue(runs(), arguments.workdir, arguments.out, gpu_bundle.BUNDLE / 'data')
+    queue.run(arguments.side_by_side, start + 60 * arguments.minutes - GRACE)
+    pack(arguments.workdir, arguments.out)
+
+
+if __name__ == '__main__':
+    main()
