@@ -19,7 +19,7 @@ from dvinv.config import default_config, shrink
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
-    """The config; `arg` is '', 'free' or 'smoke'."""
+    """The config; `arg` is '', 'free', 'quantize' or 'smoke'."""
     config = default_config('digits_vit_free' if arg == 'free' else 'digits_vit')
     config.teacher.mean, config.teacher.std = (0.3053,), (0.3761,)  # of the training pixels
     augmentation = {'shift': 1, 'noise': 0.1}
@@ -30,10 +30,13 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     )
     config.verifier.training.update(updates=600, learning_rate=2e-3, warmup=60, **optimizer, **augmentation)
     config.synthesis.update(images=1024, batch_size=256)
-    config.distillation.update(updates=700, learning_rate=3e-2, warmup=40, **optimizer, **augmentation)
+    config.distillation.update(updates=700, learning_rate=3e-2, warmup=40, cutmix=0.5, **optimizer, **augmentation)
     config.logging.checkpoint_every = 200
-    if arg == 'smoke':
+    if arg == 'quantize':
+        config.tasks = ('teacher', 'synthesis', 'quantization', 'report')
+        config.quantization.update(settings=('w8a8', 'w6a6', 'w4a4'), distilled=())
+    elif arg == 'smoke':
         shrink(config)
     elif arg not in ('', 'free'):
-        raise ValueError(f'This config knows the arguments free and smoke, not {arg!r}')
+        raise ValueError(f'This config knows the arguments free, quantize and smoke, not {arg!r}')
     return config
