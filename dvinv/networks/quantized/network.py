@@ -15,7 +15,7 @@ import numpy as np
 from dvinv.errors import DvinvError, listed
 from dvinv.graph.rewriting import contraction_rules, rewritten
 from dvinv.networks import registry
-from dvinv.networks.classifier import Classifier, flatten, unflatten
+from dvinv.networks.classifier import MOMENTS, Classifier, flatten, unflatten
 from dvinv.networks.files import classifier_of, load_network, module_of, save_network
 from dvinv.networks.quantized.calibration import Calibration, quantization_parameters
 from dvinv.networks.quantized.folding import Folded, bias_corrected
@@ -179,8 +179,10 @@ def load_quantized(path: Path, unquantized: Classifier | None = None) -> Classif
             )
         module = module_of(about)
         unquantized = classifier_of(module, registry.shapes_of(module, tuple(about['image_shape'])), about)
-    shapes = {place: leaf.shape for place, leaf in flatten(unquantized.variables).items()}
-    layers = find_layers(unquantized.apply_fn, unquantized.variables, unquantized.image_shape)
+    # Recorded moments are no part of the network that was quantized.
+    whole = {collection: leaves for collection, leaves in unquantized.variables.items() if collection != MOMENTS}
+    shapes = {place: leaf.shape for place, leaf in flatten(whole).items()}
+    layers = find_layers(unquantized.apply_fn, whole, unquantized.image_shape)
     layers = with_token_ranges(layers, about.get('per_token', ()))
     run, bits, constants = _rounding_inputs(unquantized.apply_fn, layers), about['bits'], about['constants']
     names = {name.split('/', 1)[1] for name in flatten(stored) if name.startswith(('bits/', 'is/'))} | constants.keys()
