@@ -180,9 +180,9 @@ def load_quantized(path: Path, unquantized: Classifier | None = None) -> Classif
         module = module_of(about)
         unquantized = classifier_of(module, registry.shapes_of(module, tuple(about['image_shape'])), about)
     # Recorded moments are no part of the network that was quantized.
-    whole = {collection: leaves for collection, leaves in unquantized.variables.items() if collection != MOMENTS}
-    shapes = {place: leaf.shape for place, leaf in flatten(whole).items()}
-    layers = find_layers(unquantized.apply_fn, whole, unquantized.image_shape)
+    variables = {collection: leaves for collection, leaves in unquantized.variables.items() if collection != MOMENTS}
+    shapes = {place: leaf.shape for place, leaf in flatten(variables).items()}
+    layers = find_layers(unquantized.apply_fn, variables, unquantized.image_shape)
     layers = with_token_ranges(layers, about.get('per_token', ()))
     run, bits, constants = _rounding_inputs(unquantized.apply_fn, layers), about['bits'], about['constants']
     names = {name.split('/', 1)[1] for name in flatten(stored) if name.startswith(('bits/', 'is/'))} | constants.keys()
