@@ -61,7 +61,7 @@ def test_the_smoke_run_needs_nothing_that_is_not_here(path):
 @each_config
 def test_an_argument_that_it_does_not_know_is_refused(path):
     students = 'resnet20, resnet8, wrn16_1, vgg, mobilenet, answers'
-    others = f'pictures, paper|paper|fast|free|answers|{students}|short, spectrum|mixup|twos|digits|10, 20|71|nnx'
+    others = f'pictures, paper|paper|fast|free, quantize|answers|{students}|short, spectrum|mixup|twos|digits|10, 20|71|nnx'
     with pytest.raises(ValueError, match=rf"knows the (argument|arguments ({others}) and) smoke, not 'smok'"):
         read(path, 'smok')
 

@@ -72,6 +72,8 @@ class Weights:
     competition: float = 0.0  # Adaptive DeepInversion; needs a student
     # Entropy of the similarities between patches, for networks with attention: see dvinv.inversion.priors.
     patch_similarity: float = 0.0
+    # Mean and variance of the pixels of a batch against the network's mean and std, which are those of its training pixels.
+    pixel_moments: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

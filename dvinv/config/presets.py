@@ -77,12 +77,12 @@ def _fast(preset: str, main: float, **fields: Any) -> InversionConfig:
 PRESETS['digits_fast'] = _fast('digits', main=1.0, iterations=25)
 PRESETS['cifar10_fast'] = _fast('cifar10_crop', main=0.02, iterations=20, learning_rate=0.3)
 
-# For a vision transformer of the digits: with recorded moments, and without any statistics (the weight of the patch
-# similarity is from the ablation in docs/networks_without_batchnorm.md).
+# For a vision transformer of the digits: with recorded moments, and without any statistics but the mean and std by which it
+# normalises pixels (the weight is from the ablation in docs/networks_without_batchnorm.md).
 _DIGITS = PRESETS['digits']
 PRESETS['digits_vit'] = dataclasses.replace(_DIGITS, weights=dataclasses.replace(_DIGITS.weights, feature=0.03))
 PRESETS['digits_vit_free'] = dataclasses.replace(
-    _DIGITS, weights=dataclasses.replace(_DIGITS.weights, feature=0.0, patch_similarity=0.1)
+    _DIGITS, weights=dataclasses.replace(_DIGITS.weights, feature=0.0, pixel_moments=1.0)
 )
 
 # For networks of users, see `preset_for`. They may not have been trained on mirrored images, so images are not mirrored;

@@ -173,7 +173,7 @@ class SynthesisSettings:
         values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         weights = self.weights
         if (method or self.method) == 'prior_only':
-            weights = dataclasses.replace(weights, feature=0.0, patch_similarity=0.0)
+            weights = dataclasses.replace(weights, feature=0.0, patch_similarity=0.0, pixel_moments=0.0)
         return InversionConfig(weights=weights, bn_stats=bn_stats, **values)
 
 

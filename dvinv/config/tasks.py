@@ -144,6 +144,8 @@ class QuantizationSettings:
     # Number of calibration images from the pool (and from each control); 0: ranges follow from BatchNorm's statistics.
     images: int = 512
     ranges: Literal['minmax', 'percentile', 'mse'] = 'mse'  # 'minmax', 'percentile' or 'mse' (least squared error)
+    # Whether each token gets a range of its own, computed at run time, in layers that take tokens (as in transformers).
+    token_ranges: bool = False
     equalise: bool = False  # equalise the ranges of the channels between two layers; see docs/experiments.md
     correct: bool = True  # bias correction: removes the shift of the means by rounding, with BatchNorm's statistics
     controls: tuple[Literal['noise', 'real'], ...] = ('noise', 'real')  # additional networks, calibrated on other images

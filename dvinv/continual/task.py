@@ -17,6 +17,7 @@ import numpy as np
 
 from dvinv.continual.chains import MAIN, chains_of, name_of, names_of_networks, pools_of, synthesizing
 from dvinv.continual.jobs import job_of, loss_of, network_of
+from dvinv.continual.moments import names_of_moments, record, with_recorded
 from dvinv.continual.scores import figures
 from dvinv.continual.stream import Step, steps_of, training_images
 from dvinv.continual.validation import validate
@@ -93,18 +94,26 @@ def train_task(run: Run, steps: list[Step], like: Teacher, learned: dict[str, li
     settings, workdir, number = run.settings.continual, run.workdir, len(steps) - 1
     chains = chains_of(settings)
     paths = {chain: workdir.network(name_of(settings, chain, number)) for chain in chains}
-    untrained = [chain for chain, path in paths.items() if not workdir.has_network(path.stem)]
-    if untrained:
+    moments = names_of_moments(run, run.teacher, number)
+    unfinished = [
+        chain
+        for chain, path in paths.items()
+        if not all(map(workdir.has_network, (path.stem, *filter(None, [moments.get(chain)]))))
+    ]
+    if unfinished:
         old = {
-            chain: pool_of(run, chain, number, learned[chain][-1]) for chain in synthesizing(settings) if chain in untrained
+            chain: pool_of(run, chain, number, learned[chain][-1]) for chain in synthesizing(settings) if chain in unfinished
         }
-        if 'replay' in untrained:
+        if 'replay' in unfinished:
             old['replay'] = _union([training_images(run, step) for step in steps[:-1]])
         new = training_images(run, steps[-1])
-        for chain in untrained:
+        for chain in unfinished:
             current = learned[chain][-1]
             job, images, labels = job_of(run, chains[chain], current, new, old.get(chain))
             train_network(run, _target(run, paths[chain].stem, like, current), job, images, labels)
+            if chain in moments:
+                network = dataclasses.replace(like, variables=load_network(paths[chain])[0])
+                record(run, network, moments[chain], images, labels)
     for chain, path in paths.items():
         learned[chain].append(dataclasses.replace(like, variables=load_network(path)[0]))
 
@@ -118,6 +127,7 @@ def pool_of(run: Run, chain: str, number: int, current: Teacher) -> tuple[RowArr
     """Returns images and labels, synthesized from the `current` network of a chain, that are used to learn task `number`."""
     # All chains begin with the same network, so they share its images.
     name = f'{number}' if chain == MAIN or number == 1 else f'{chain}_{number}'
+    current = with_recorded(run, chain, number, current)
     pool = ImagePool(run.workdir.path / 'pools' / name, current.digest(), quarantine=True)
     method, series = run.settings.synthesis.method, f'images_{name}'
     if method == 'adaptive':

@@ -2,11 +2,12 @@
 
 from dvinv.continual.chains import names_of_networks
 from dvinv.continual.jobs import head_path, network_of
+from dvinv.continual.moments import names_of_moments
 from dvinv.continual.stream import steps_of, test_images, training_images
 from dvinv.distillation import student
 from dvinv.errors import DvinvError
 from dvinv.inversion.modules import LinenModule, trained_part, with_classes
-from dvinv.networks.classifier import MOMENTS, differing_shapes, flatten
+from dvinv.networks.classifier import differing_shapes, flatten
 from dvinv.pipeline.run import Run
 from dvinv.synthesis import synthesizer
 
@@ -47,7 +48,8 @@ def validate(run: Run) -> None:
     for step in steps:
         test_images(run, step)
     for number, step in enumerate(steps):
-        if number and all(run.is_finished(name) for name in names_of_networks(settings, number)):
+        needed = [*names_of_networks(settings, number), *names_of_moments(run, teacher, number).values()]
+        if number and all(map(run.is_finished, needed)):
             continue
         if number or old_images:
             training_images(run, step)
@@ -57,11 +59,6 @@ def _validate_network(run: Run) -> None:
     """Validates that the head of the teacher matches its data and settings, and that the losses support it."""
     run.validate_changeable()
     settings, group, teacher = run.settings.continual, run.settings.teacher, run.planned_teacher
-    if MOMENTS in teacher.variables:
-        raise DvinvError(
-            'teacher.moments and teacher.moments_images describe the first network only, but images are also made from the '
-            'networks that follow it; leave them out (and for networks without BatchNorm set synthesis.weights.feature=0).'
-        )
     blank = network_of(run, teacher, teacher.num_classes)
     if differing_shapes(*(trained_part(network.variables) for network in (blank, teacher))):
         raise DvinvError(

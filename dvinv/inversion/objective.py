@@ -15,7 +15,7 @@ from dvinv.inversion.losses import (
     feature_terms,
 )
 from dvinv.inversion.parameterization import pixel_scale_of, rescaled
-from dvinv.inversion.priors import patch_similarity
+from dvinv.inversion.priors import patch_similarity, pixel_moments
 from dvinv.inversion.teacher import Teacher
 from dvinv.networks.arrays import Images
 
@@ -62,6 +62,8 @@ def make_objective(
         terms['l2'] = weights.l2, L2[config.l2](smooth, axis)
         if captured:
             terms['patch_similarity'] = weights.patch_similarity, patch_similarity(captured[0], axis)
+        if weights.pixel_moments:
+            terms['pixel_moments'] = weights.pixel_moments, pixel_moments(scaled, axis)
         if student_fn is not None:
             student_logits = student_fn(student_variables, augmented)
             terms['competition'] = weights.competition, competition(logits, student_logits, axis)

@@ -1,14 +1,33 @@
-"""Priors for networks without running statistics, as plain functions of attention outputs."""
+"""Priors for networks without running statistics, as plain functions of pixels and of attention outputs."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from dvinv.inversion.losses import EPSILON, pmean
-from dvinv.networks.arrays import AnyArray, Scalar
+from dvinv.inversion.losses import EPSILON, pmean, safe_norm
+from dvinv.networks.arrays import AnyArray, Images, Scalar
 
 POINTS = 32  # the number of points at which the density is evaluated
 MARGIN = 3.0  # the first and last point are so many bandwidths beyond the lowest and highest similarity
+
+
+def pixel_moments(x: Images, axis: str | None = None) -> Scalar:
+    """Computes how far mean and variance per channel of normalised pixels are from 0 and 1; float32 scalar.
+
+        ||mu(x)||_2 + ||sigma^2(x) - 1||_2
+
+    A network normalises pixels by the mean and standard deviation of its training images, so that their pixels have mean 0
+    and variance 1 over all images and positions. This is all that the network itself says about the training pixels, and it
+    holds only if its mean and std were measured on them, instead of being set to .5 for instance.
+
+    Args:
+      x: Images before augmentation, [B, H, W, C], normalised.
+      axis: The mesh axis over which the batch is split, or None.
+    """
+    x = x.astype(jnp.float32)
+    mean = pmean(x.mean((0, 1, 2)), axis)
+    variance = pmean(jnp.square(x - mean[None, None, None]).mean((0, 1, 2)), axis)
+    return safe_norm(mean) + safe_norm(variance - 1)
 
 
 def patch_similarity_entropy(tokens: Float[AnyArray, 'B ... C'], axis: str | None = None) -> Scalar:

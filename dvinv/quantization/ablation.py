@@ -12,6 +12,7 @@ from dvinv.evaluation.scoring import among_top, logits_of, top_accuracy, validat
 from dvinv.networks import Classifier
 from dvinv.networks.quantized.calibration import METHODS, Calibration
 from dvinv.networks.quantized.folding import Folded
+from dvinv.networks.quantized.layers import with_token_ranges
 from dvinv.networks.quantized.network import Bits, quantize, simulated
 from dvinv.quantization.bits import bits_of_layers
 
@@ -33,8 +34,12 @@ class CalibratedNetwork:
         return CalibratedNetwork(self.network, {**self.inputs, source: inputs})
 
     def variables(self, bits: list[Bits], source: str, method: str, correct: bool) -> dict:
-        """Returns the quantized variables with ranges from one source, and with bias correction if `correct`."""
-        means = [layer.means for layer in self.inputs['no_images']] if correct else None
+        """Returns the quantized variables with ranges from one source, and with bias correction if `correct`.
+
+        The means for bias correction are those of BatchNorm's statistics, or of the source for a network without any.
+        """
+        source_of_means = 'no_images' if self.network.statistics else source
+        means = [layer.means for layer in self.inputs[source_of_means]] if correct else None
         return quantize(self.network, bits, self.inputs[source], method, means)
 
 
@@ -103,6 +108,13 @@ def ablation(
     apply_fn = simulated(calibration.network.apply_fn, calibration.network.layers)
     right = {name: scores.right(apply_fn, calibration.variables(bits, *way, settings.correct)) for name, way in ways.items()}
     right['uncorrected'] = scores.right(apply_fn, calibration.variables(bits, *chosen, False))
+    layers = calibration.network.layers
+    if any(layer.tokens for layer in layers):
+        variables = calibration.variables(bits, *chosen, settings.correct)
+        for name, kernels in (('per_layer', ()), ('per_token', None)):
+            right[name] = scores.right(
+                simulated(calibration.network.apply_fn, with_token_ranges(layers, kernels)), variables
+            )
     if plain:
         right['unequalised'] = scores.right(apply_fn, plain.variables(bits, *chosen, settings.correct))
     figures = {f'{name}_test_accuracy': None if mask is None else float(mask.mean()) for name, mask in right.items()}

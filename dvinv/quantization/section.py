@@ -13,6 +13,8 @@ ABLATIONS = {  # figure -> its label
     'noise_test_accuracy': 'noise',
     'uncorrected_test_accuracy': 'uncorrected',
     'unequalised_test_accuracy': 'not equalised',
+    'per_layer_test_accuracy': 'pool, ranges per layer',
+    'per_token_test_accuracy': 'pool, ranges per token',
 }
 FINAL = 'the network in the file'
 

@@ -15,7 +15,7 @@ from dvinv.inversion.execution import in_precision
 from dvinv.networks.files import network_bytes
 from dvinv.networks.quantized.calibration import on_images, on_statistics
 from dvinv.networks.quantized.folding import Folded, equalise, fold
-from dvinv.networks.quantized.layers import find_layers
+from dvinv.networks.quantized.layers import find_layers, with_token_ranges
 from dvinv.networks.quantized.learning import QuantizedModule, module_of, trained_variables
 from dvinv.networks.quantized.network import load_quantized, products_in_bfloat16, save_quantized, simulated
 from dvinv.pipeline.run import Run
@@ -41,7 +41,7 @@ def run(run: Run) -> dict:
     settings, teacher, workdir = run.settings.quantization, run.teacher, run.workdir
     pool = finished_pool(run) if settings.images or settings.distilled else None
     weights = teacher.without_moments().variables
-    plain = fold(teacher.apply_fn, weights, teacher.image_shape)
+    plain = _prepared(settings, fold(teacher.apply_fn, weights, teacher.image_shape))
     network = equalise(plain) if settings.equalise else plain
     calibration = _calibrated(run, network, pool)
     about = run.teacher_parts[2]
@@ -55,7 +55,7 @@ def run(run: Run) -> dict:
                 variables = _distil(run, network, variables, pool, setting)
             layers = zip(network.layers, bits, strict=True)
             kernel_bits = {layer.kernel: layer_bits.weights for layer, layer_bits in layers if layer_bits.weights}
-            save_quantized(path, variables, kernel_bits, about)
+            save_quantized(path, variables, kernel_bits, about | _token_ranges(network))
 
     for control in settings.controls:
         images = run.training_split.images if control == 'real' else control_pool(run, 'noise', TASK).rows('images')
@@ -90,7 +90,7 @@ def planned_trainings(run: Run) -> list[PlannedTraining]:
     settings, teacher = run.settings.quantization, run.planned_teacher
     if not settings.distilled:
         return []
-    network = fold(teacher.apply_fn, teacher.variables, teacher.image_shape)
+    network = _prepared(settings, fold(teacher.apply_fn, teacher.variables, teacher.image_shape))
     bits = bits_of_layers(settings, settings.distilled[0], network.layers)
     inputs = {'no_images': on_statistics(network, teacher, jax.random.key(0))}
     variables = CalibratedNetwork(network, inputs).variables(bits, 'no_images', 'minmax', settings.correct)
@@ -122,6 +122,17 @@ def complete(run: Run) -> bool:
 def file_name(setting: str) -> str:
     """Returns the name of the network file of a setting."""
     return f'quantized_{setting}'
+
+
+def _prepared(settings: QuantizationSettings, network: Folded) -> Folded:
+    """Returns the folded network, with ranges per token if the settings ask for them."""
+    return dataclasses.replace(network, layers=with_token_ranges(network.layers)) if settings.token_ranges else network
+
+
+def _token_ranges(network: Folded) -> dict:
+    """Returns what the file of a network says about ranges per token; nothing if all ranges are per layer."""
+    kernels = [layer.kernel for layer in network.layers if layer.per_token]
+    return {'per_token': kernels} if kernels else {}
 
 
 def _calibrated(run: Run, network: Folded, pool: ImagePool | None) -> CalibratedNetwork:

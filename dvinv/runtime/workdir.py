@@ -33,6 +33,8 @@ ADDED = {
     'teacher.moments_images': 0,
     'synthesis.attention': ['*Attention*:output'],
     'synthesis.weights.patch_similarity': 0.0,
+    'synthesis.weights.pixel_moments': 0.0,
+    'quantization.token_ranges': False,
     'synthesis.stages.color_shift': 0.0,  # of every stage
     'synthesis.stages.centre': 1.0,
 }

@@ -93,13 +93,7 @@ def record(run: Run, images: int, layers: Iterable[str] = ()) -> Moments:
     if data is None or data.train is None:
         raise DvinvError('There are no real training images to record moments from; set data.name and data.train_path.')
     validate_fits(run.bare_teacher, data)
-    labels = data.train.labels
-    order = np.random.default_rng(run.settings.seed).permutation(len(labels))
-    ranks = np.zeros(len(labels), int)  # the rank of each image within its class, in random order
-    for label in np.unique(labels):
-        rows = order[labels[order] == label]
-        ranks[rows] = np.arange(len(rows))
-    chosen = np.sort(np.argsort(ranks, kind='stable')[: max(0, images)])
+    chosen = balanced_rows(data.train.labels, images, run.settings.seed)
     augmentation = augmentation_of(run.settings.teacher.training)
     return record_moments(
         run.bare_teacher,
@@ -108,6 +102,22 @@ def record(run: Run, images: int, layers: Iterable[str] = ()) -> Moments:
         augmentation=None if augmentation == Augmentation() else augmentation,
         key=run.settings.seed,
     )
+
+
+def balanced_rows(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Returns the rows of `count` random images, or of all, with classes as balanced as possible; ascending, int [n].
+
+    Args:
+      labels: the labels of the images, int [N].
+      count: the number of rows.
+      seed: the seed of the choice.
+    """
+    order = np.random.default_rng(seed).permutation(len(labels))
+    ranks = np.zeros(len(labels), int)  # the rank of each image within its class, in random order
+    for label in np.unique(labels):
+        rows = order[labels[order] == label]
+        ranks[rows] = np.arange(len(rows))
+    return np.sort(np.argsort(ranks, kind='stable')[: max(0, count)])
 
 
 def statistics_of(run: Run) -> str:

@@ -254,6 +254,26 @@ def test_killed_and_without_old_images_it_ends_with_the_same_bits(undisturbed, t
 
 
 @pytest.mark.slow
+def test_moments_of_networks_that_follow_a_recorded_one_are_those_of_what_they_learned_from(data, tmp_path):
+    config = config_of(data, data__train_path=str(data / 'train0.npz'), teacher__moments_images=8)
+    pipeline.run(config, tmp_path / 'run')
+    networks = tmp_path / 'run' / 'networks'
+    assert sorted(path.stem for path in networks.glob('moments*')) == ['moments', 'moments_continual_1']
+    first, second = (dvinv.Moments.load(networks / f'{name}.safetensors') for name in ('moments', 'moments_continual_1'))
+    assert second.digest == load_classifier(networks / 'continual_1.safetensors').digest()
+    assert second.images == 8
+    assert tuple(second.layers) == tuple(first.layers)
+    made_of = [ImagePool(tmp_path / 'run' / 'pools' / number).sidecar(0)['teacher'] for number in '12']
+    assert not {*made_of} & {first.digest, second.digest}  # of the network with its moments
+    (networks / 'moments_continual_1.safetensors').unlink()
+    (networks / 'continual.safetensors').unlink()
+    pipeline.run(config, tmp_path / 'run')
+    again = dvinv.Moments.load(networks / 'moments_continual_1.safetensors')
+    for place, pair in second.layers.items():
+        np.testing.assert_array_equal(pair, again.layers[place])
+
+
+@pytest.mark.slow
 def test_an_adaptive_pool_competes_with_a_student_of_the_network_as_it_is(data, tmp_path, monkeypatch):
     """Killed while it learns, and in the round after, it ends with the same bits; the student is thrown away."""
     rounds = {'synthesis__method': 'adaptive', 'synthesis__batches_per_round': 1, 'synthesis__weights__competition': 10.0}

@@ -18,7 +18,7 @@ from dvinv.errors import DvinvError
 from dvinv.inversion import attention_of
 from dvinv.inversion.augmentation import Augmentation, centred, color_shift_each
 from dvinv.inversion.objective import make_objective, view
-from dvinv.inversion.priors import patch_similarity_entropy
+from dvinv.inversion.priors import patch_similarity_entropy, pixel_moments
 from dvinv.inversion.recording import default_places
 from dvinv.networks import create, shapes_of
 from dvinv.networks.vision_transformer import VisionTransformer
@@ -250,6 +250,25 @@ def test_the_prior_is_the_sum_over_the_attention_layers_of_a_network():
         DvinvError, match=r'patch_similarity is 0.5, but Dense_1:output, which attention names, is not an array'
     ):
         attention_of(loop(), dataclasses.replace(config, attention=('Dense:output',)))
+
+
+def test_pixels_are_drawn_to_the_mean_and_variance_that_the_network_normalises_by():
+    x = np.float32(np.random.default_rng(0).normal((0.5, -1.0), 2, (6, *IMAGE_SHAPE)))
+    mean, variance = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    expected = np.linalg.norm(mean) + np.linalg.norm(variance - 1)
+    np.testing.assert_allclose(pixel_moments(x), expected, rtol=1e-5)
+    parts = jax.vmap(lambda part: pixel_moments(part, 'devices'), axis_name='devices')(x.reshape(2, 3, *IMAGE_SHAPE))
+    np.testing.assert_allclose(parts, expected, rtol=1e-5)  # those of the whole batch
+    np.testing.assert_allclose(pixel_moments((x - mean) / np.sqrt(variance)), 0, atol=1e-4)
+    assert np.isfinite(jax.grad(pixel_moments)(np.zeros_like(x))).all()
+
+    teacher = loop()
+    config = dvinv.InversionConfig((dvinv.Stage(1, 0.1, jitter=3),), dvinv.Weights(feature=0.0, pixel_moments=2.0))
+    objective = make_objective(teacher, config, config.stages[0])
+    loss, terms = objective(x, np.arange(6) % 3, teacher.variables, None, jax.random.key(0))
+    np.testing.assert_allclose(terms['pixel_moments'], expected, rtol=1e-5)  # before the augmentation
+    others = terms['cross_entropy'] + 1e-4 * terms['total_variation']
+    np.testing.assert_allclose(loss, others + 2 * expected, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from dvinv.evaluation import scoring as evaluation
 from dvinv.inversion import from_linen
 from dvinv.networks import NETWORKS, classifier_of, create, load_classifier, save_network
 from dvinv.networks.channels import PrunedModule, cost, find_channels
+from dvinv.networks.vision_transformer import VisionTransformer
 
 # One network of every family: its width, and the size of its pictures.
 FAMILIES = {
@@ -147,6 +148,13 @@ def test_channels_that_cannot_be_left_are_refused(kept, sentence):
         kept = {**kept, 'conv1': range(4)}  # which would go with them
     with pytest.raises(DvinvError, match=sentence):
         channels.keep_mask(kept)
+
+
+def test_of_a_vision_transformer_hidden_channels_can_go_and_what_keeps_the_others_is_named():
+    channels = find_channels(VisionTransformer(3, channels=8, depth=1, patch=2, head=4, token=False), (8, 8, 2))
+    assert {layer: len({*groups}) for layer, groups in channels.layers.items()} == {'blocks_0/mlp/fc1': 32}
+    kept_by = {(pin.operation, pin.module.removeprefix('VisionTransformer/blocks_0/')) for pin in channels.pins}
+    assert {('reduce_sum', 'norm1'), ('reduce_sum', 'norm2'), ('reshape', 'attn')} <= kept_by
 
 
 class Stacked(nn.Module):

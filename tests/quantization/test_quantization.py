@@ -21,7 +21,7 @@ from dvinv.networks.classifier import flatten
 from dvinv.networks.quantized import rounding
 from dvinv.networks.quantized.calibration import Calibration, on_images, on_statistics, quantization_parameters
 from dvinv.networks.quantized.folding import bias_corrected, equalise, fold
-from dvinv.networks.quantized.layers import find_layers, with_rules
+from dvinv.networks.quantized.layers import find_layers, with_rules, with_token_ranges
 from dvinv.networks.quantized.network import (
     Bits,
     load_quantized,
@@ -31,6 +31,7 @@ from dvinv.networks.quantized.network import (
     simulated,
 )
 from dvinv.pipeline import tasks as pipeline
+from dvinv.quantization.ablation import CalibratedNetwork, Scores, ablation
 from dvinv.quantization.bits import bits_of_layers
 from dvinv.quantization.section import quantization_section
 from dvinv.report.page import render
@@ -247,6 +248,64 @@ def test_products_in_bfloat16_are_nearly_the_same_and_learn(prepared, teacher):
     assert len(re.findall(r':bf16\[[^=]*= conv_general_dilated', text)) == 2
     slopes = jax.jit(jax.grad(lambda steps: in_bfloat16({**variables, 'steps': steps}, x).std()))(variables['steps'])
     assert all(np.isfinite(leaf).all() and leaf.any() for leaf in jax.tree.leaves(slopes))
+
+
+class Tokens(nn.Module):
+    """Two dense layers on every pixel, which makes it a token, with a LayerNorm between them, and a head."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.LayerNorm()(nn.Dense(6, name='first')(x))
+        return nn.Dense(3, name='head')(nn.relu(nn.Dense(8, name='second')(x)).mean((1, 2)))
+
+
+def test_a_token_of_large_values_does_not_make_the_others_coarse():
+    x = np.array([[[0.1, 0.2, -0.1], [100.0, 0.0, -50.0], [0.0, 0.0, 0.0]]], np.float32)
+    rounded = np.asarray(rounding.round_tokens(x, 2, 255.0))
+    np.testing.assert_allclose(rounded[0, 0], x[0, 0], atol=0.3 / 255)
+    np.testing.assert_allclose(rounded[0, 1], x[0, 1], atol=0.5 * 150 / 255)
+    assert not rounded[0, 2].any()
+    by_x = jax.grad(lambda x: (rounding.round_tokens(x, 2, 255.0) * x[:, ::-1]).sum())(x)
+    assert np.isfinite(by_x).all()
+
+
+@pytest.mark.slow
+def test_ranges_per_token_are_kept_in_the_file_and_compared_with_those_per_layer(tmp_path):
+    teacher = _linen_teacher(Tokens(), IMAGE_SHAPE)
+    recorded = teacher.with_moments(dvinv.record_moments(teacher, IMAGES))  # which the file need not have
+    network = fold(teacher.apply_fn, teacher.variables, teacher.image_shape)
+    assert [layer.tokens for layer in network.layers] == [True, True, False]
+    per_token = with_token_ranges(network.layers)
+    assert [layer.per_token for layer in per_token] == [True, True, False]
+    calibrations, x = on_images(network, teacher, IMAGES), teacher.normalise(IMAGES)
+    variables = quantize(network, [Bits(8, 3), Bits(8, 3), Bits(8, 8)], calibrations, 'minmax', None)
+    bits = {layer.kernel: 8 for layer in network.layers}
+    expected, logits = teacher.apply_fn(teacher.variables, x), {}
+    about = {'network': '', 'width': 1.0, 'num_classes': 3, 'image_shape': IMAGE_SHAPE, 'mean': MEAN, 'std': STD}
+    for name, layers in (('layer', network.layers), ('token', per_token)):
+        logits[name] = jax.jit(simulated(network.apply_fn, layers))(variables, x)
+        kernels = [layer.kernel for layer in layers if layer.per_token]
+        save_quantized(tmp_path / name, variables, bits, about | {'per_token': kernels})
+        loaded = load_quantized(tmp_path / name, recorded)
+        np.testing.assert_allclose(jax.jit(loaded.apply_fn)(loaded.variables, x), logits[name], rtol=1e-4, atol=1e-4)
+    errors = {name: float(np.abs(value - expected).mean()) for name, value in logits.items()}
+    assert errors['token'] < 0.8 * errors['layer']
+
+    settings = QuantizationSettings(('w8a8',), distilled=(), controls=(), token_ranges=True)
+    inputs = {'no_images': calibrations, 'pool': calibrations}
+    figures = ablation(settings, Scores(teacher, None), CalibratedNetwork(network, inputs), None, 'w8a8')
+    assert {'per_layer_test_accuracy', 'per_token_test_accuracy'} <= figures.keys()
+
+
+def test_without_statistics_the_means_for_bias_correction_are_those_of_the_calibration_images():
+    teacher = _linen_teacher(Tokens(), IMAGE_SHAPE)
+    network = fold(teacher.apply_fn, teacher.variables, teacher.image_shape)
+    on_pool, blank = on_images(network, teacher, IMAGES), on_images(network, teacher, np.zeros_like(IMAGES))
+    calibrated = CalibratedNetwork(network, {'no_images': blank, 'pool': on_pool})
+    found = calibrated.variables([Bits(3, 8)] * 3, 'pool', 'mse', correct=True)
+    expected = quantize(network, [Bits(3, 8)] * 3, on_pool, 'mse', [layer.means for layer in on_pool])
+    for leaf, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(leaf, other)
 
 
 def test_a_float_file_is_no_quantized_one(tmp_path):

@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -59,6 +59,8 @@ class Layer:
       norm: the BatchNorm of the result, if any.
       feeds: the `number` of the layer that gets the result after at most a BatchNorm and a ReLU, if any.
       ceilings: the ReLU6 operations on the way to that layer, by their numbers among all `CUT`.
+      tokens: whether the input is an array of tokens, [B, ..., C], and the sum is over the channels of each token.
+      per_token: whether each token of the input gets a range of its own, see `rounding.round_tokens`.
     """
 
     number: int
@@ -74,6 +76,8 @@ class Layer:
     norm: Norm | None = None
     feeds: int | None = None
     ceilings: tuple[int, ...] = ()
+    tokens: bool = False
+    per_token: bool = False
 
     @property
     def name(self) -> str:
@@ -100,6 +104,17 @@ def find_layers(apply_fn: Callable, variables, image_shape) -> tuple[Layer, ...]
     if not layers:
         raise DvinvError('The network has no convolution or matrix product with weights, so there is nothing to quantize.')
     return layers
+
+
+def with_token_ranges(layers: Sequence[Layer], kernels: Collection[str] | None = None) -> tuple[Layer, ...]:
+    """Returns the layers, those with tokens as input with a range per token.
+
+    Args:
+      layers: the layers of a network.
+      kernels: the kernels of the layers to change; None: all layers with tokens as input.
+    """
+    chosen = (layer.tokens if kernels is None else layer.kernel in kernels for layer in layers)
+    return tuple(dataclasses.replace(layer, per_token=per_token) for layer, per_token in zip(layers, chosen, strict=True))
 
 
 def with_rules(apply_fn: Callable, layers: Sequence[Layer], compute_layer: Callable) -> Callable:
@@ -334,4 +349,5 @@ def _axes(operation: Operation, side: int) -> dict[str, Any]:
         'outputs': free[0] if len(free) == 1 and not batch else None,
         'channel': of_input[0] if len(of_input) == 1 else None,
         'last': side == 1,
+        'tokens': of_input == (len(operation.shapes[1 - side]) - 1,) and len(operation.shapes[1 - side]) > 2,
     }

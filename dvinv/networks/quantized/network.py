@@ -15,16 +15,17 @@ import numpy as np
 from dvinv.errors import DvinvError, listed
 from dvinv.graph.rewriting import contraction_rules, rewritten
 from dvinv.networks import registry
-from dvinv.networks.classifier import Classifier, flatten, unflatten
+from dvinv.networks.classifier import MOMENTS, Classifier, flatten, unflatten
 from dvinv.networks.files import classifier_of, load_network, module_of, save_network
 from dvinv.networks.quantized.calibration import Calibration, quantization_parameters
 from dvinv.networks.quantized.folding import Folded, bias_corrected
-from dvinv.networks.quantized.layers import Layer, find_layers, with_rules
+from dvinv.networks.quantized.layers import Layer, find_layers, with_rules, with_token_ranges
 from dvinv.networks.quantized.rounding import (
     integer_weights,
     largest,
     packed,
     round_inputs,
+    round_tokens,
     round_weights,
     unpacked,
     weight_steps,
@@ -74,7 +75,11 @@ def _rounding_inputs(apply_fn: Callable, layers: Sequence[Layer]) -> Callable:
             layer = layers[index]
             if layer.kernel in steps:
                 operands, side = list(operands), 1 - layer.side
-                operands[side] = round_inputs(operands[side], *(inputs[name][index] for name in INPUT_PARAMETERS))
+                parameters = [inputs[name][index] for name in INPUT_PARAMETERS]
+                if layer.per_token and layer.channel is not None:
+                    operands[side] = round_tokens(operands[side], layer.channel, parameters[-1])
+                else:
+                    operands[side] = round_inputs(operands[side], *parameters)
             return bind(*operands)
 
         return with_rules(apply_fn, layers, compute_layer)(weights, ceilings, x)
@@ -174,8 +179,11 @@ def load_quantized(path: Path, unquantized: Classifier | None = None) -> Classif
             )
         module = module_of(about)
         unquantized = classifier_of(module, registry.shapes_of(module, tuple(about['image_shape'])), about)
-    shapes = {place: leaf.shape for place, leaf in flatten(unquantized.variables).items()}
-    layers = find_layers(unquantized.apply_fn, unquantized.variables, unquantized.image_shape)
+    # Recorded moments are no part of the network that was quantized.
+    variables = {collection: leaves for collection, leaves in unquantized.variables.items() if collection != MOMENTS}
+    shapes = {place: leaf.shape for place, leaf in flatten(variables).items()}
+    layers = find_layers(unquantized.apply_fn, variables, unquantized.image_shape)
+    layers = with_token_ranges(layers, about.get('per_token', ()))
     run, bits, constants = _rounding_inputs(unquantized.apply_fn, layers), about['bits'], about['constants']
     names = {name.split('/', 1)[1] for name in flatten(stored) if name.startswith(('bits/', 'is/'))} | constants.keys()
     if names != shapes.keys() or not bits.keys() <= {layer.kernel for layer in layers}:

@@ -1,8 +1,8 @@
 """Rounding of weights and activations to a few bits, and their storage as a dense stream of bits.
 
 Weights are symmetric, with one step per channel: w = step q with |q| <= 2^(b-1) - 1. Activations are affine, with one step
-per layer: x = step (q - zero point) with 0 <= q <= 2^b - 1, so that 0 (padding, the negative side of a ReLU) is represented
-exactly.
+per layer or per token: x = step (q - zero point) with 0 <= q <= 2^b - 1, so that 0 (padding, the negative side of a ReLU) is
+represented exactly.
 """
 
 import jax
@@ -43,6 +43,23 @@ def integer_weights(kernel: np.ndarray, step: np.ndarray, bits: int) -> np.ndarr
 def round_inputs(x, step, zero_point, top):
     """Rounds activations to `top` + 1 values, `zero_point` of them below 0; float, differentiable as `round_weights`."""
     return (jnp.clip(rounded(x / step) + zero_point, 0, top) - zero_point) * step
+
+
+def round_tokens(x, axis: int, top):
+    """Rounds each token of activations to `top` + 1 values between its own extremes; float, differentiable in `x`.
+
+    The range is computed in the call (dynamic quantization), so that it needs no calibration, and a token of large values
+    does not make the steps of all others coarse.
+
+    Args:
+      x: activations, [..., C, ...].
+      axis: the axis of the channels of a token.
+      top: the number of steps, 2^b - 1.
+    """
+    fixed = jax.lax.stop_gradient(x)
+    low, high = jnp.minimum(fixed.min(axis, keepdims=True), 0), jnp.maximum(fixed.max(axis, keepdims=True), 0)
+    step = jnp.where(high > low, (high - low) / top, 1.0)
+    return round_inputs(x, step, jnp.round(-low / step), top)
 
 
 def weight_steps(kernel: np.ndarray, bits: int, contracted: tuple[int, ...]) -> np.ndarray:
