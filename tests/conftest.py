@@ -43,6 +43,18 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Lets XLA optimise little, here and in the processes that a test starts: compiling is most of what tests do.
+
+    Tests that compare programs that XLA could optimise differently, bit for bit or instruction by instruction, are marked
+    `optimized`, and get the programs that users run.
+    """
+    quick = item.get_closest_marker('optimized') is None
+    jax.config.update('jax_disable_most_optimizations', quick)
+    os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = str(quick)
+
+
 @pytest.fixture(scope='session')
 def real_data() -> Path:
     """The folder with published teachers and images; tests that need it are skipped where it is missing."""
@@ -87,7 +99,6 @@ def start():
     `more`: environment variables.
     """
     environment = {
-        **os.environ,
         'JAX_PLATFORMS': 'cpu',
         'JAX_NUM_CPU_DEVICES': '8',  # as here: on some CPUs sums are split by the number of threads, which follows
         'PYTHONPATH': str(Path(__file__).parent),
@@ -98,7 +109,7 @@ def start():
         return subprocess.Popen(
             command,
             cwd=Path(__file__).parents[1],
-            env={**environment, **(more or {})},
+            env={**os.environ, **environment, **(more or {})},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
