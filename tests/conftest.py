@@ -12,8 +12,19 @@ import pytest
 from jaxtyping import install_import_hook
 
 # The shapes and dtypes that these modules declare are checked at every call, which must be set before they are imported.
-CHECKED = [f'dvinv.inversion.{name}' for name in ('augmentation', 'losses', 'objective', 'parameterization', 'priors')]
-install_import_hook([*CHECKED, 'dvinv.evaluation.divergence'], 'beartype.beartype')
+CHECKED = {
+    'continual': ['losses'],
+    'data': ['batches', 'dataset', 'pictures', 'pool'],
+    'distillation': ['hints'],
+    'evaluation': ['divergence', 'quality', 'scoring'],
+    'graph': ['projections'],
+    'inversion': ['augmentation', 'capture', 'linen_tap', 'losses', 'nnx_tap', 'objective', 'parameterization', 'priors'],
+    'networks': ['channels.cost', 'classifier', 'quantized.calibration', 'quantized.rounding', 'suited'],
+    'pruning': ['importance', 'removal'],
+    'training': ['sampling', 'step'],
+}
+CHECKED['inversion'] += ['statistics', 'step', 'tap']
+install_import_hook([f'dvinv.{room}.{name}' for room, names in CHECKED.items() for name in names], 'checking.check')
 
 from tiny import tiny_teacher  # noqa: E402
 
