@@ -18,12 +18,14 @@ CHECKED = {
     'distillation': ['hints'],
     'evaluation': ['divergence', 'quality', 'scoring'],
     'graph': ['projections'],
-    'inversion': ['augmentation', 'capture', 'linen_tap', 'losses', 'nnx_tap', 'objective', 'parameterization', 'priors'],
+    'inversion': [
+        *('augmentation', 'capture', 'linen_tap', 'losses', 'nnx_tap', 'objective', 'parameterization', 'priors'),
+        *('statistics', 'step', 'tap'),
+    ],
     'networks': ['channels.cost', 'classifier', 'quantized.calibration', 'quantized.rounding', 'suited'],
     'pruning': ['importance', 'removal'],
     'training': ['sampling', 'step'],
 }
-CHECKED['inversion'] += ['statistics', 'step', 'tap']
 install_import_hook([f'dvinv.{room}.{name}' for room, names in CHECKED.items() for name in names], 'checking.check')
 
 from tiny import tiny_teacher  # noqa: E402

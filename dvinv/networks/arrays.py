@@ -1,9 +1,9 @@
 """The shapes of the arrays that travel between networks, losses and augmentations, as jaxtyping annotations.
 
 `B` images have height `H`, width `W` and `C` channels; a network has `K` classes, and `D` features before its last layer.
-Functions take numpy arrays as well as JAX's, and return JAX's. The tests check these annotations at every call (see
-tests/conftest.py); otherwise nothing is checked. (A shape of one name begins with a space, so that linters do not take it
-for the name of a type.)
+Functions take numpy arrays as well as JAX's, and return JAX's. The tests check these annotations at every call, in the
+modules that tests/conftest.py names; otherwise nothing is checked. (A shape of one name begins with a space, so that linters
+do not take it for the name of a type.)
 """
 
 import jax
