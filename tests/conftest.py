@@ -22,7 +22,7 @@ CHECKED = {
         *('augmentation', 'capture', 'linen_tap', 'losses', 'nnx_tap', 'objective', 'parameterization', 'priors'),
         *('statistics', 'step', 'tap'),
     ],
-    'networks': ['channels.cost', 'classifier', 'quantized.calibration', 'quantized.rounding', 'suited'],
+    'networks': ['channels.cost', 'classifier', 'quantized.calibration', 'quantized.rounding'],
     'pruning': ['importance', 'removal'],
     'training': ['sampling', 'step'],
 }

@@ -15,7 +15,7 @@ With p(y|x) the outputs of that network and f(x) [D] the inputs of its last laye
 import dataclasses
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 
 from dvinv.data.dataset import RealData
 from dvinv.data.pool import ImagePool
@@ -34,7 +34,7 @@ class Judgement:
 
     logits: Float[np.ndarray, 'N K']
     features: Float[np.ndarray, 'N D']
-    labels: Int[np.ndarray, ' N']
+    labels: Integer[np.ndarray, ' N']
 
 
 def judge(network: Classifier, images: RowArray, labels: RowArray, batch_size: int = 128) -> Judgement:
@@ -50,7 +50,7 @@ def judge(network: Classifier, images: RowArray, labels: RowArray, batch_size: i
     return Judgement(*logits_and_features_of(network, images, chosen, batch_size), np.asarray(labels[chosen]))
 
 
-def evenly(count: int, most: int) -> Int[np.ndarray, ' n']:
+def evenly(count: int, most: int) -> Integer[np.ndarray, ' n']:
     """Returns at most `most` of the numbers below `count`, evenly spaced."""
     return np.linspace(0, count - 1, min(count, most)).round().astype(int)
 
@@ -166,7 +166,7 @@ def kernel_distance(x: Float[np.ndarray, 'N D'], y: Float[np.ndarray, 'M D']) ->
     return float(within(x) + within(y) - 2 * kernel(x, y).mean())
 
 
-def spread(features: Float[np.ndarray, 'N D'], labels: Int[np.ndarray, ' N']) -> float | None:
+def spread(features: Float[np.ndarray, 'N D'], labels: Integer[np.ndarray, ' N']) -> float | None:
     """Computes the mean squared distance to the class mean over that to the overall mean.
 
     Returns:

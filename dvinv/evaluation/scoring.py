@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int, UInt8
+from jaxtyping import Bool, Float, Float32, Integer, UInt8
 
 from dvinv.data.dataset import RealData
 from dvinv.data.rows import RowArray
@@ -60,7 +60,7 @@ def logits_of(
 
 
 def logits_and_features_of(
-    network: Classifier, images: RowArray, rows: Int[np.ndarray, ' n'], batch_size: int = 128
+    network: Classifier, images: RowArray, rows: Integer[np.ndarray, ' n'], batch_size: int = 128
 ) -> tuple[Float32[np.ndarray, 'n K'], Float32[np.ndarray, 'n D']]:
     """Computes logits float32 [n, K] and features float32 [n, D] of chosen images.
 
@@ -89,13 +89,13 @@ def _in_batches(
     return [np.concatenate(outputs) for outputs in zip(*outputs_of_batches, strict=True)]
 
 
-def among_top(logits: Float[np.ndarray, 'N K'], labels: Int[np.ndarray, ' N'], k: int = 1) -> Bool[np.ndarray, ' N']:
+def among_top(logits: Float[np.ndarray, 'N K'], labels: Integer[np.ndarray, ' N'], k: int = 1) -> Bool[np.ndarray, ' N']:
     """Returns whether the label of each image is among the `k` highest of its logits [N, K]; bool [N]."""
     top = np.argsort(-logits, axis=1, kind='stable')[:, :k]
     return (top == np.asarray(labels)[:, None]).any(1)
 
 
-def top_accuracy(logits: Float[np.ndarray, 'N K'], labels: Int[np.ndarray, ' N'], k: int = 1) -> float:
+def top_accuracy(logits: Float[np.ndarray, 'N K'], labels: Integer[np.ndarray, ' N'], k: int = 1) -> float:
     """Returns the fraction (0 to 1) of images that have their label among the `k` highest of their logits [N, K]."""
     return float(among_top(logits, labels, k).mean())
 

@@ -8,14 +8,14 @@ do not take it for the name of a type.)
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int, Num, UInt8
+from jaxtyping import Float, Integer, Num, UInt8
 
 AnyArray = jax.Array | np.ndarray
 
 Images = Float[AnyArray, 'B H W C']
 Pixels = UInt8[AnyArray, 'B H W C']
 Logits = Float[AnyArray, 'B K']
-Labels = Int[AnyArray, ' B']
+Labels = Integer[AnyArray, ' B']
 PerImage = Float[jax.Array, ' B']
 PerChannel = Float[AnyArray, ' C']
 Scalar = Float[jax.Array, '']
