@@ -74,8 +74,7 @@ def main(_) -> None:
 
     from dvinv.config import parse
     from dvinv.runtime.banner import announce
-    from dvinv.runtime.compilation import keep_compiled
-    from dvinv.runtime.devices import set_cpu_devices
+    from dvinv.runtime.devices import keep_compiled, set_cpu_devices
     from dvinv.runtime.processes import is_primary, joined
 
     jax.config.update('jax_numpy_rank_promotion', 'allow')  # environment settings are meant for other code

@@ -12,8 +12,21 @@ import pytest
 from jaxtyping import install_import_hook
 
 # The shapes and dtypes that these modules declare are checked at every call, which must be set before they are imported.
-CHECKED = [f'dvinv.inversion.{name}' for name in ('augmentation', 'losses', 'objective', 'parameterization', 'priors')]
-install_import_hook([*CHECKED, 'dvinv.evaluation.divergence'], 'beartype.beartype')
+CHECKED = {
+    'continual': ['losses'],
+    'data': ['batches', 'dataset', 'pictures', 'pool'],
+    'distillation': ['hints'],
+    'evaluation': ['divergence', 'quality', 'scoring'],
+    'graph': ['projections'],
+    'inversion': [
+        *('augmentation', 'capture', 'linen_tap', 'losses', 'nnx_tap', 'objective', 'parameterization', 'priors'),
+        *('statistics', 'step', 'tap'),
+    ],
+    'networks': ['channels.cost', 'classifier', 'quantized.calibration', 'quantized.rounding'],
+    'pruning': ['importance', 'removal'],
+    'training': ['sampling', 'step'],
+}
+install_import_hook([f'dvinv.{room}.{name}' for room, names in CHECKED.items() for name in names], 'checking.check')
 
 from tiny import tiny_teacher  # noqa: E402
 
@@ -41,6 +54,18 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if SLOW_FIXTURES.intersection(item.fixturenames):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Lets XLA optimise little, here and in the processes that a test starts: compiling is most of what tests do.
+
+    Tests that compare programs that XLA could optimise differently, bit for bit or instruction by instruction, are marked
+    `optimized`, and get the programs that users run.
+    """
+    quick = item.get_closest_marker('optimized') is None
+    jax.config.update('jax_disable_most_optimizations', quick)
+    os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = str(quick)
 
 
 @pytest.fixture(scope='session')
@@ -87,7 +112,6 @@ def start():
     `more`: environment variables.
     """
     environment = {
-        **os.environ,
         'JAX_PLATFORMS': 'cpu',
         'JAX_NUM_CPU_DEVICES': '8',  # as here: on some CPUs sums are split by the number of threads, which follows
         'PYTHONPATH': str(Path(__file__).parent),
@@ -98,7 +122,7 @@ def start():
         return subprocess.Popen(
             command,
             cwd=Path(__file__).parents[1],
-            env={**environment, **(more or {})},
+            env={**os.environ, **environment, **(more or {})},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -12,7 +12,7 @@ import pytest
 from smoke import NAMES, ROOT
 from tiny import saved, trained_variables
 
-from dvinv.config import PRESETS, parse, preset_for
+from dvinv.config import PRESETS, parse, preset_for, shrink
 from dvinv.data.real import DATA_SETS
 from dvinv.networks import create, shapes_of
 from dvinv.networks.classifier import flatten, name_of
@@ -22,7 +22,6 @@ from dvinv.pipeline import tasks as pipeline
 from dvinv.pipeline.run import Run
 
 CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
-QUICKLY = {'XLA_FLAGS': '--xla_backend_optimization_level=0'}  # for what is mostly compiled
 each_config = pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 
 
@@ -56,6 +55,18 @@ def test_the_smoke_run_needs_nothing_that_is_not_here(path):
     assert smoke.synthesis.method == whole.synthesis.method
     assert smoke.synthesis.images <= 100
     assert max(group.updates for group in (smoke.teacher.training, smoke.verifier.training, smoke.distillation)) <= 50
+
+
+@pytest.mark.parametrize('name', ['', 'npz'])
+def test_a_smoke_run_of_a_users_network_keeps_its_data(name):
+    """The network may take only images of the shape of these data."""
+    config = read(ROOT / 'configs' / 'own_network.py')
+    config.data.name = name
+    shrink(config)
+    assert config.data.name == name
+    config.teacher.factory = ''
+    shrink(config)
+    assert config.data.name == 'digits'
 
 
 @each_config
@@ -116,9 +127,9 @@ def test_the_docstring_tells_the_command(path):
 
 @pytest.mark.slow
 def test_a_smoke_run_of_pictures_ends_with_a_report(command, tmp_path):
-    """Nearly all of its time goes into compiling: a small verifier, instead of a ResNet-32, spares a fifth of it."""
-    run, small = tmp_path / 'run', '--config.verifier.network=small_convnet'
-    status, _, err = command('--workdir', run, small, config='configs/cifar10_resnet20.py:smoke', more=QUICKLY)
+    """Nearly all of its time goes into compiling: a small verifier and no controls shorten it."""
+    run, small = tmp_path / 'run', ('--config.verifier.network=small_convnet', '--config.distillation.controls=()')
+    status, _, err = command('--workdir', run, *small, config='configs/cifar10_resnet20.py:smoke')
     assert status == 0, err
     assert (run / 'report.html').exists()
     results = json.loads((run / 'results.json').read_text())
@@ -131,7 +142,7 @@ def test_a_smoke_run_of_pictures_ends_with_a_report(command, tmp_path):
 @pytest.mark.slow
 def test_a_config_of_two_resolutions_runs_on_larger_images_to_its_report(command, tmp_path):
     """The first resolution does not divide the images', which is above any network's usual one. Nearly all of its time goes
-    into compiling: the teacher has fewer layers than a MobileNet, and XLA is not to optimise."""
+    into compiling, so the teacher has fewer layers than a MobileNet."""
     size, run = 232, tmp_path / 'run'
     variables = flatten(trained_variables(create('wrn16_1', 10, 0.25), (size, size, 3)))
     np.savez(tmp_path / 'teacher.npz', **{name: variables[path] for path, name in find_keys(variables, '/', {}).items()})
@@ -154,7 +165,7 @@ def test_a_config_of_two_resolutions_runs_on_larger_images_to_its_report(command
         settings = {'iterations': 2, 'warmup': 1, 'resolution': resolution}
         flags |= {f'synthesis.stages[{stage}].{field}': value for field, value in settings.items()}
     arguments = [f'--config.{name}={value}' for name, value in flags.items()]
-    status, _, err = command('--workdir', run, *arguments, config='configs/imagenet_mobilenet_v1.py', more=QUICKLY)
+    status, _, err = command('--workdir', run, *arguments, config='configs/imagenet_mobilenet_v1.py')
     assert status == 0, err
     with np.load(run / 'pool' / 'shard-000000.npz') as shard:
         assert shard['images'].shape == (4, size, size, 3)

@@ -95,8 +95,7 @@ def test_the_interval_of_a_median_is_the_sign_tests(count, cut):
 def run(script: str, *flags: str) -> tuple[int, dict, str]:
     """(exit status, the JSON of the last line, stderr) of a benchmark."""
     command = [sys.executable, str(ROOT / 'benchmarks' / script), *flags]
-    # Programs that run once are not worth optimising.
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     return done.returncode, json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}, done.stderr
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from dvinv.inversion import Inversion, from_linen
-from dvinv.networks import create, save_network
+from dvinv.networks import Classifier, create, save_network
 
 IMAGE_SHAPE = (8, 8, 2)
 MEAN, STD = (0.4, 0.6), (0.2, 0.3)
@@ -54,6 +54,11 @@ def tiny_teacher(seed: int = 0, **fields):
     """A Teacher of 3 classes that takes pictures of `IMAGE_SHAPE`."""
     module = TinyNet(**fields)
     return from_linen(module, trained_variables(module, seed=seed), image_shape=IMAGE_SHAPE, mean=MEAN, std=STD)
+
+
+def pixels_only(image_shape, num_classes: int, mean, std) -> Classifier:
+    """A Classifier without a network, where only its images matter."""
+    return Classifier(lambda variables, x: x, {}, image_shape, num_classes, mean, std)
 
 
 def saved(path, network: str = 'small_convnet', num_classes: int = 3, image_shape=IMAGE_SHAPE) -> str:

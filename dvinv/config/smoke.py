@@ -9,13 +9,14 @@ from dvinv.config.presets import preset_for
 def shrink(config: ml_collections.ConfigDict, width: float = 0.25) -> None:
     """Shrinks a config to seconds instead of minutes, without a download; the figures of such a run have no meaning.
 
-    Every part still runs. Enlarged digits replace other data sets.
+    Every part still runs. Enlarged digits replace other data sets, but for a network of the user's own (teacher.factory),
+    which may take only images of one shape: its config keeps its data, or none.
 
     Args:
       config: changed in place.
       width: factor of the number of channels of all networks.
     """
-    if config.data.name != 'digits':
+    if config.data.name != 'digits' and not config.teacher.factory:
         config.data.update(name='digits', image_size=32)
         config.teacher.mean, config.teacher.std = (0.3053,), (0.3761,)
     config.teacher.width, config.verifier.width = width, width

@@ -19,7 +19,7 @@ from dvinv.inversion.execution import in_precision
 from dvinv.inversion.modules import with_classes
 from dvinv.inversion.teacher import teacher_of
 from dvinv.networks import create, shapes_of
-from dvinv.networks.head import head_of
+from dvinv.networks.inheritance import head_of
 from dvinv.pipeline.run import Run
 from dvinv.training.sampling import Rounds
 from dvinv.training.step import TrainJob
@@ -27,12 +27,12 @@ from dvinv.training.step import TrainJob
 
 def network_of(run: Run, teacher: Teacher, num_classes: int) -> Teacher:
     """Returns the teacher's network with `num_classes` classes, and with shapes in place of weights."""
-    own = run.own_module(teacher)
+    user_module = run.user_module(teacher)
     make: Callable[..., Teacher]
-    if own is None:
+    if user_module is None:
         module, make = create(run.settings.teacher.network, num_classes, run.settings.teacher.width), from_linen
     else:
-        module, make = with_classes(own, teacher.image_shape, num_classes), teacher_of
+        module, make = with_classes(user_module, teacher.image_shape, num_classes), teacher_of
     shapes = shapes_of(module, teacher.image_shape)
     return make(module, shapes, image_shape=teacher.image_shape, mean=teacher.mean, std=teacher.std)
 
@@ -88,7 +88,7 @@ def loss_of(run: Run, name: str, old: Teacher) -> tuple[Callable, str]:
 
 def head_path(run: Run, teacher: Teacher) -> str:
     """Returns the path of the head, the last layer, of the teacher's network."""
-    group, own = run.settings.teacher, run.own_module(teacher)
-    if own is not None:
-        return with_classes(own, teacher.image_shape, teacher.num_classes + 1).head
+    group, user_module = run.settings.teacher, run.user_module(teacher)
+    if user_module is not None:
+        return with_classes(user_module, teacher.image_shape, teacher.num_classes + 1).head
     return head_of(lambda classes: create(group.network, classes, group.width), teacher.image_shape)

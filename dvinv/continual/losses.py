@@ -9,11 +9,15 @@ applies weights.
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Float
 
 from dvinv.evaluation.divergence import divergence
+from dvinv.networks.arrays import AnyArray, Features, Labels, Logits, Scalar
+
+OldLogits = Float[AnyArray, 'B O']
 
 
-def deepinversion_terms(logits, old_logits, labels, temperature: float) -> dict[str, jax.Array]:
+def deepinversion_terms(logits: Logits, old_logits: OldLogits, labels: Labels, temperature: float) -> dict[str, Scalar]:
     """Computes the terms of the loss of the DeepInversion paper (arXiv 1912.08795, section 3.4).
 
         KL(p_old(x') || p(x')) + CE(y, p(x)) + KL(p_old(x) || p(x | old classes))
@@ -31,7 +35,9 @@ def deepinversion_terms(logits, old_logits, labels, temperature: float) -> dict[
     }
 
 
-def always_be_dreaming_terms(logits, head_logits, features, old_logits, labels, old_head) -> dict[str, jax.Array]:
+def always_be_dreaming_terms(
+    logits: Logits, head_logits: Logits, features: Features, old_logits: OldLogits, labels: Labels, old_head
+) -> dict[str, Scalar]:
     """Computes the terms of Always Be Dreaming (Smith et al., arXiv 2106.09701, section 5), for similar old and new classes.
 
         new_images   CE of the new images over the new classes only, so that it does not push old classes away
@@ -56,7 +62,7 @@ def always_be_dreaming_terms(logits, head_logits, features, old_logits, labels, 
     }
 
 
-def lwf_mc_terms(logits, old_logits, labels) -> dict[str, jax.Array]:
+def lwf_mc_terms(logits: Logits, old_logits: OldLogits, labels: Labels) -> dict[str, Scalar]:
     """Computes the terms of LwF.MC (Rebuffi et al., iCaRL, arXiv 1611.07725, sections 3.3 and 4), for new images only.
 
     Each is the mean over images of the sum over classes of the binary cross-entropy of sigmoid(logit). The targets are the
@@ -66,7 +72,7 @@ def lwf_mc_terms(logits, old_logits, labels) -> dict[str, jax.Array]:
     old_targets = jax.nn.sigmoid(old_logits.astype(jnp.float32))
     new_targets = jax.nn.one_hot(labels - classes, logits.shape[-1] - classes)
 
-    def binary_cross_entropy(logits, targets) -> jax.Array:
+    def binary_cross_entropy(logits: Logits, targets: Logits) -> Scalar:
         return optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), targets).sum(-1).mean()
 
     return {
@@ -75,11 +81,11 @@ def lwf_mc_terms(logits, old_logits, labels) -> dict[str, jax.Array]:
     }
 
 
-def cross_entropy(logits, labels) -> jax.Array:
+def cross_entropy(logits: Logits, labels: Labels) -> Scalar:
     """Computes the mean over images of -log p(label)."""
     return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels).mean()
 
 
-def total(terms: dict[str, jax.Array], weights: dict[str, float]) -> jax.Array:
+def total(terms: dict[str, Scalar], weights: dict[str, float]) -> Scalar:
     """Computes the weighted sum of the terms; the default weight is 1."""
     return jnp.asarray(sum(weights.get(name, 1.0) * term for name, term in terms.items()))

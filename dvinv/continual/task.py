@@ -120,7 +120,8 @@ def train_task(run: Run, steps: list[Step], like: Teacher, learned: dict[str, li
 
 def _target(run: Run, name: str, like: Teacher, before: Teacher) -> TrainTarget:
     """Returns the training target of the network `name`, with the architecture of `like` and the weights of `before`."""
-    return TrainTarget('continual', name, run.settings.teacher, like, ROLE, start=before.variables, own=run.own_module(like))
+    user_module = run.user_module(like)
+    return TrainTarget('continual', name, run.settings.teacher, like, ROLE, start=before.variables, user_module=user_module)
 
 
 def pool_of(run: Run, chain: str, number: int, current: Teacher) -> tuple[RowArray, np.ndarray]:

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Int32
 
 from dvinv.data.rows import RowArray
+from dvinv.networks.arrays import AnyArray, Labels, Pixels
 from dvinv.runtime.devices import AXIS, place, platform_of
 
 RESIDENT_SHARE = 0.25  # fraction of a device's free memory that images may take, so that most remains for the training
@@ -48,7 +50,7 @@ class ResidentBatches:
         self._write = jax.jit(_write, donate_argnums=0, out_shardings=self._everywhere)
 
     @staticmethod
-    def pick(arrays, chosen):
+    def pick(arrays, chosen: Int32[AnyArray, ' B']) -> tuple[Pixels, Labels]:
         """Returns (images, labels) of the row numbers `chosen`, int32 [B]; for use inside a compiled program."""
         images, labels = arrays
         return images[chosen], labels[chosen]

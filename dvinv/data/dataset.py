@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+from jaxtyping import Integer, UInt8
 
 from dvinv.errors import DvinvError
 
@@ -11,8 +12,8 @@ from dvinv.errors import DvinvError
 class Split:
     """Images uint8 [N, H, W, C] and their labels int32 [N]."""
 
-    images: np.ndarray
-    labels: np.ndarray
+    images: UInt8[np.ndarray, 'N H W C']
+    labels: Integer[np.ndarray, ' N']
 
     def of_classes(self, classes: tuple[int, ...]) -> 'Split':
         """Returns only the images of these classes, in their old order; labels become positions in `classes`."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from dvinv.errors import DvinvError, shape_text
@@ -13,7 +14,7 @@ from dvinv.errors import DvinvError, shape_text
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP')
 
 
-def decode(files: Mapping[str, bytes | Path], image_size: int = 0, mode: str = '') -> np.ndarray:
+def decode(files: Mapping[str, bytes | Path], image_size: int = 0, mode: str = '') -> UInt8[np.ndarray, 'N H W C']:
     """Returns image files decoded as uint8 [N, H, W, C].
 
     Args:
@@ -40,7 +41,7 @@ def decode(files: Mapping[str, bytes | Path], image_size: int = 0, mode: str = '
     return images.reshape(*images.shape[:3], -1)
 
 
-def resize(images: np.ndarray, image_size: int) -> np.ndarray:
+def resize(images: UInt8[np.ndarray, 'N _ _ C'], image_size: int) -> UInt8[np.ndarray, 'N _ _ C']:
     """Returns images, uint8 [N, H, W, C], made square as in `square`; unchanged if `image_size` is 0."""
     if not image_size or images.shape[1:3] == (image_size, image_size):
         return images

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
+from jaxtyping import Float, Num
 
 from dvinv.data.rows import Rows
 from dvinv.errors import DvinvError
@@ -56,7 +57,14 @@ class ImagePool:
         self.folder = Path(folder)
         self._digest, self._quarantine = teacher_digest, quarantine
 
-    def write(self, number: int, images: np.ndarray, labels: np.ndarray, logits: np.ndarray, entries: dict) -> None:
+    def write(
+        self,
+        number: int,
+        images: Num[np.ndarray, 'B H W C'],
+        labels: Num[np.ndarray, ' B'],
+        logits: Float[np.ndarray, 'B K'],
+        entries: dict,
+    ) -> None:
         """Adds batch `number` atomically.
 
         Args:

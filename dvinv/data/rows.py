@@ -11,7 +11,7 @@ import struct
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -19,6 +19,7 @@ import numpy as np
 LOCAL_HEADER = struct.Struct('<26xHH')
 
 
+@runtime_checkable  # for the tests, which check the types of arguments
 class RowArray(Protocol):
     """An array, or an object that behaves like one when it is indexed by rows: `Rows`, `Chosen` or `Joined`."""
 

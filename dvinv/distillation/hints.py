@@ -22,6 +22,7 @@ from dvinv.graph.projections import relative_error, to_student, to_teacher
 from dvinv.inversion import Teacher
 from dvinv.inversion.linen_tap import features_in_training
 from dvinv.networks import shapes_of
+from dvinv.networks.arrays import Images, Scalar
 from dvinv.networks.suited import suited_to
 
 
@@ -107,7 +108,7 @@ def _input_shapes(fn: Callable, *args) -> dict[str, list]:
     return {layer: [x.shape for x in calls] for layer, calls in features.items()}
 
 
-def layer_error(features: dict, teacher_features: dict) -> jax.Array:
+def layer_error(features: dict, teacher_features: dict) -> Scalar:
     """Computes the mean over layers and calls of the relative squared error, float32 scalar; see `relative_error`.
 
     Args:
@@ -137,7 +138,7 @@ def staged_forward(module, teacher: Teacher, pairs: tuple[StagePair, ...], share
     resolutions = [pair.student.resolution for pair in pairs]
     of_teacher = suited_to(platform, record(teacher.apply_fn, resolutions))
 
-    def forward(variables, projections: dict, x, rngs, frozen, progress):
+    def forward(variables, projections: dict, x: Images, rngs, frozen, progress):
         teacher_logits, targets = of_teacher(frozen, x)
         key, probability = jax.random.fold_in(rngs['dropout'], 1), share * (1 - progress)
         replaced = jax.random.bernoulli(key, probability, (len(pairs), len(x), 1, 1, 1))

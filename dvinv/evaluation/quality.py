@@ -15,6 +15,7 @@ With p(y|x) the outputs of that network and f(x) [D] the inputs of its last laye
 import dataclasses
 
 import numpy as np
+from jaxtyping import Float, Integer
 
 from dvinv.data.dataset import RealData
 from dvinv.data.pool import ImagePool
@@ -31,9 +32,9 @@ KERNEL_MOST = 2_000
 class Judgement:
     """The outputs of a network on a set of images: logits float32 [N, K], features float32 [N, D], and labels int [N]."""
 
-    logits: np.ndarray
-    features: np.ndarray
-    labels: np.ndarray
+    logits: Float[np.ndarray, 'N K']
+    features: Float[np.ndarray, 'N D']
+    labels: Integer[np.ndarray, ' N']
 
 
 def judge(network: Classifier, images: RowArray, labels: RowArray, batch_size: int = 128) -> Judgement:
@@ -49,7 +50,7 @@ def judge(network: Classifier, images: RowArray, labels: RowArray, batch_size: i
     return Judgement(*logits_and_features_of(network, images, chosen, batch_size), np.asarray(labels[chosen]))
 
 
-def evenly(count: int, most: int) -> np.ndarray:
+def evenly(count: int, most: int) -> Integer[np.ndarray, ' n']:
     """Returns at most `most` of the numbers below `count`, evenly spaced."""
     return np.linspace(0, count - 1, min(count, most)).round().astype(int)
 
@@ -130,7 +131,7 @@ def figures_of_sets(
     }
 
 
-def inception_score(logits: np.ndarray) -> float:
+def inception_score(logits: Float[np.ndarray, 'N K']) -> float:
     """Computes exp E KL(p(y|x) || p(y)) from logits [N, K]."""
     logits = logits.astype(np.float64)
     log_p = logits - logits.max(1, keepdims=True)
@@ -139,7 +140,7 @@ def inception_score(logits: np.ndarray) -> float:
     return float(np.exp((p * (log_p - np.log(p.mean(0) + 1e-300))).sum(1).mean()))
 
 
-def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
+def frechet_distance(x: Float[np.ndarray, 'N D'], y: Float[np.ndarray, 'M D']) -> float:
     """Computes |m_x - m_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^(1/2)) of features [N, D] and [M, D]."""
     x, y = x.astype(np.float64), y.astype(np.float64)
     mean_x, mean_y = x.mean(0), y.mean(0)
@@ -151,7 +152,7 @@ def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
     return float(((mean_x - mean_y) ** 2).sum() + np.trace(cov_x) + np.trace(cov_y) - 2 * trace_of_root)
 
 
-def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
+def kernel_distance(x: Float[np.ndarray, 'N D'], y: Float[np.ndarray, 'M D']) -> float:
     """Computes the unbiased MMD^2 of features [N, D] and [M, D], from at most `KERNEL_MOST` evenly spaced rows of each."""
     x, y = (features[evenly(len(features), KERNEL_MOST)].astype(np.float64) for features in (x, y))
 
@@ -165,7 +166,7 @@ def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
     return float(within(x) + within(y) - 2 * kernel(x, y).mean())
 
 
-def spread(features: np.ndarray, labels: np.ndarray) -> float | None:
+def spread(features: Float[np.ndarray, 'N D'], labels: Integer[np.ndarray, ' N']) -> float | None:
     """Computes the mean squared distance to the class mean over that to the overall mean.
 
     Returns:
@@ -185,7 +186,7 @@ def spread(features: np.ndarray, labels: np.ndarray) -> float | None:
     return float(within / total) if total else 0.0
 
 
-def nearest(features: np.ndarray) -> float:
+def nearest(features: Float[np.ndarray, 'N D']) -> float:
     """Computes the mean over images of the largest cosine between its features and another image's; features are [N, D]."""
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     largest = []

@@ -6,15 +6,41 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Float32, Integer, UInt8
 
 from dvinv.data.dataset import RealData
 from dvinv.data.rows import RowArray
 from dvinv.errors import DvinvError, shape_text
-from dvinv.graph.flops import count_flops
+from dvinv.graph.program import count_flops
+from dvinv.graph.rewriting import contraction_rules, rewritten
+from dvinv.networks.arrays import Features, Images, Logits
 from dvinv.networks.classifier import Classifier
-from dvinv.networks.features import with_features
 from dvinv.networks.suited import suited_to
 from dvinv.runtime import preemption
+
+
+def with_features(apply_fn: Callable) -> Callable:
+    """Returns `(variables, x) -> (logits [B, K], features [B, D])` for `apply_fn`, which returns the logits only.
+
+    The features are the first operand of the last matrix product or convolution, averaged over spatial axes if it has any.
+    """
+
+    def run(variables, x: Images) -> tuple[Logits, Features]:
+        inputs: list[jax.Array] = []  # the first operand of the last operation so far
+
+        def rule(primitive, params):
+            def bind(first, second):
+                inputs[:] = [first]
+                return primitive.bind(first, second, **params)
+
+            return bind
+
+        logits = rewritten(apply_fn, contraction_rules(rule))(variables, x)
+        (features,) = inputs
+        features = features.reshape(len(features), -1, features.shape[-1]).mean(1)
+        return logits, features.astype(jnp.float32)
+
+    return run
 
 
 @functools.lru_cache(maxsize=64)
@@ -22,7 +48,9 @@ def _compiled(apply_fn: Callable, features: bool):
     return jax.jit(suited_to(jax.default_backend(), with_features(apply_fn) if features else apply_fn))
 
 
-def logits_of(network: Classifier, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
+def logits_of(
+    network: Classifier, images: UInt8[np.ndarray, 'N H W C'], batch_size: int = 256
+) -> Float32[np.ndarray, 'N K']:
     """Computes logits float32 [N, K] of pixels uint8 [N, H, W, C], in eval mode.
 
     The last batch is padded, so that a single program is compiled.
@@ -32,8 +60,8 @@ def logits_of(network: Classifier, images: np.ndarray, batch_size: int = 256) ->
 
 
 def logits_and_features_of(
-    network: Classifier, images: RowArray, rows: np.ndarray, batch_size: int = 128
-) -> tuple[np.ndarray, np.ndarray]:
+    network: Classifier, images: RowArray, rows: Integer[np.ndarray, ' n'], batch_size: int = 128
+) -> tuple[Float32[np.ndarray, 'n K'], Float32[np.ndarray, 'n D']]:
     """Computes logits float32 [n, K] and features float32 [n, D] of chosen images.
 
     Args:
@@ -61,13 +89,13 @@ def _in_batches(
     return [np.concatenate(outputs) for outputs in zip(*outputs_of_batches, strict=True)]
 
 
-def among_top(logits: np.ndarray, labels: np.ndarray, k: int = 1) -> np.ndarray:
+def among_top(logits: Float[np.ndarray, 'N K'], labels: Integer[np.ndarray, ' N'], k: int = 1) -> Bool[np.ndarray, ' N']:
     """Returns whether the label of each image is among the `k` highest of its logits [N, K]; bool [N]."""
     top = np.argsort(-logits, axis=1, kind='stable')[:, :k]
     return (top == np.asarray(labels)[:, None]).any(1)
 
 
-def top_accuracy(logits: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
+def top_accuracy(logits: Float[np.ndarray, 'N K'], labels: Integer[np.ndarray, ' N'], k: int = 1) -> float:
     """Returns the fraction (0 to 1) of images that have their label among the `k` highest of their logits [N, K]."""
     return float(among_top(logits, labels, k).mean())
 

@@ -12,6 +12,7 @@ Every analysis of a network starts from `program_of`, so that all follow the sam
 import collections
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -271,3 +272,23 @@ def call(equation: JaxprEqn, arrays: Sequence, run: Callable) -> Any:
     if equation.primitive is remat_p:
         run = jax.checkpoint(run, prevent_cse=equation.params['prevent_cse'], policy=equation.params['policy'])
     return run(*arrays)
+
+
+def count_flops(closed: ClosedJaxpr) -> int:
+    """Counts the floating-point operations of the convolutions and matrix products of a program, two per multiply-add.
+
+    The body of a scan counts as often as it runs, that of another loop once, and all branches of a condition count.
+    """
+    return sum(map(_flops, program_of(closed, called_or_derived).operations))
+
+
+def _flops(operation: Operation) -> int:
+    if operation.name == 'conv_general_dilated':
+        kernel, (result,) = operation.shapes[1], operation.result_shapes
+        features = kernel[operation.params['dimension_numbers'].rhs_spec[0]]
+        return 2 * math.prod(result) * math.prod(kernel) // features
+    if operation.name == 'dot_general':
+        (contracted, _), _ = operation.params['dimension_numbers']
+        (result,) = operation.result_shapes
+        return 2 * math.prod(result) * math.prod(operation.shapes[0][axis] for axis in contracted)
+    return operation.params.get('length', 1) * sum(map(count_flops, programs_inside(operation.equation)))

@@ -15,8 +15,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from dvinv.graph.stages import StagePair
+from dvinv.networks.arrays import AnyArray, Scalar
 
 
 def initial_projections(key: jax.Array, pairs: Sequence[StagePair]) -> dict:
@@ -41,17 +43,17 @@ def initial_projections(key: jax.Array, pairs: Sequence[StagePair]) -> dict:
     return projections
 
 
-def to_teacher(projections: dict, pair: StagePair, output: jax.Array) -> jax.Array:
+def to_teacher(projections: dict, pair: StagePair, output: Float[AnyArray, 'B h w _']) -> Float[AnyArray, 'B h w _']:
     """Maps the student's output [B, h, w, C_student] to the teacher's channels, [B, h, w, C_teacher]."""
     return output @ projections[_name(pair)]['to_teacher'] if pair.projected else output
 
 
-def to_student(projections: dict, pair: StagePair, output: jax.Array) -> jax.Array:
+def to_student(projections: dict, pair: StagePair, output: Float[AnyArray, 'B h w _']) -> Float[AnyArray, 'B h w _']:
     """Maps the teacher's output [B, h, w, C_teacher] to the student's channels, [B, h, w, C_student]."""
     return output @ projections[_name(pair)]['to_student'] if pair.projected else output
 
 
-def relative_error(output: jax.Array, teacher_output: jax.Array) -> jax.Array:
+def relative_error(output: Float[AnyArray, '*S'], teacher_output: Float[AnyArray, '*S']) -> Scalar:
     """Computes E[(output - teacher_output)^2] / E[teacher_output^2], float32 scalar; 0 if the teacher's output is 0."""
     output, teacher_output = output.astype(jnp.float32), teacher_output.astype(jnp.float32)
     power = jnp.square(teacher_output).mean()

@@ -15,16 +15,18 @@ import dataclasses
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from dvinv.errors import DvinvError
 from dvinv.inversion.losses import EPSILON, pmean
 from dvinv.inversion.statistics import VariablePath
+from dvinv.networks.arrays import AnyArray, LayerInput, Moment
 from dvinv.networks.classifier import join_names
 
 OUTPUT = ':output'  # follows the path of a layer and denotes the layer's output instead of its input
@@ -127,7 +129,7 @@ def sown_name(place: str, name: str) -> str:
     return f'{name}_output' if place.endswith(OUTPUT) else name
 
 
-def by_place(flat: Mapping[tuple, tuple], name: str = SOWN) -> dict[str, tuple]:
+def by_place(flat: Mapping[tuple, Any], name: str = SOWN) -> dict[str, tuple]:
     """Returns {place: the sown value of each of its calls} from {path: value}, for the variables that `sown_name` names."""
     ends = {sown_name('', name): '', sown_name(OUTPUT, name): OUTPUT}
     return {join_names(path[:-1]) + ends[path[-1]]: values for path, values in flat.items() if path[-1] in ends}
@@ -177,12 +179,14 @@ def output_of(returned) -> Any:
     return next((leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)), None)
 
 
-def entire_input(layer, running_mean: jax.Array | None, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+def entire_input(layer, running_mean: Moment | None, x: LayerInput, mask: AnyArray | None) -> LayerInput:
     """Returns the input x itself: the `measure` of a `CaptureSpec` that captures features."""
     return x
 
 
-def shifted_moments(layer, running_mean: jax.Array | None, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, ...]:
+def shifted_moments(
+    layer, running_mean: Float[AnyArray, '...'] | None, x: LayerInput, mask: AnyArray | None
+) -> tuple[Float[jax.Array, '*S'], ...]:
     """Computes moments of the input x of `layer`: the `measure` of a `CaptureSpec` that captures moments.
 
     Returns:
@@ -207,7 +211,9 @@ def shifted_moments(layer, running_mean: jax.Array | None, x: jax.Array, mask: j
     return shifted.mean(reduced), jnp.square(shifted).mean(reduced), mask.mean(reduced, dtype=jnp.float32)
 
 
-def moments_of_calls(running_mean, calls):
+def moments_of_calls(
+    running_mean: Float[AnyArray, '...'], calls: Sequence[tuple]
+) -> tuple[Float[jax.Array, '...'], Float[jax.Array, '...']]:
     """Computes (mean, variance) of a layer from the (d, s) of its calls, or (p d, p s, p) of calls with a mask.
 
     If a layer is called more than once in a forward pass, the result is the mean over its calls, because its running
@@ -219,7 +225,7 @@ def moments_of_calls(running_mean, calls):
     return mean, variance
 
 
-def joint_moments_of_calls(calls, axis: str | None):
+def joint_moments_of_calls(calls: Sequence[tuple], axis: str | None) -> tuple[Moment, Moment]:
     """Computes (mean, variance) over all shards, the mean over calls, from `shifted_moments` without a running mean."""
     means, variances = [], []
     for mean, variance, share in calls:

@@ -4,15 +4,13 @@ These transforms change how a network's function is computed, not the function i
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
 from dvinv.config import InversionConfig
 from dvinv.graph.rewriting import recomputed
-from dvinv.inversion.tap import Tap
 from dvinv.inversion.teacher import Teacher
 from dvinv.networks.classifier import Classifier, cast_floats
 from dvinv.networks.suited import suited_to
@@ -36,10 +34,7 @@ def executed(teacher: Teacher, student_fn: Callable | None, config: InversionCon
             fn = recomputed(fn, config.recompute)
         return in_bfloat16(fn) if config.precision == 'bfloat16' else fn
 
-    def tap(variables, x, axis: str | None = None, **capture):
-        return run(functools.partial(teacher.tap, axis=axis, **capture))(variables, x)
-
-    return dataclasses.replace(teacher, tap=cast(Tap, tap)), student_fn and run(student_fn)  # only called from here on
+    return dataclasses.replace(teacher, tap=teacher.tap.rewritten(run)), student_fn and run(student_fn)
 
 
 def in_precision(network: Network, precision: str) -> Network:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float, Integer
 
 from dvinv.config import PRESETS, InversionConfig, Stage, preset_for
 from dvinv.errors import DvinvError, listed
@@ -103,9 +104,9 @@ class Inversion:
       labels: The classes of the images, int [..., B], or None if they were not kept.
     """
 
-    images: np.ndarray
-    metrics: dict[str, np.ndarray]
-    labels: np.ndarray | None = None
+    images: Float[np.ndarray, '*n B H W C']
+    metrics: dict[str, Float[np.ndarray, '*n iterations']]
+    labels: Integer[np.ndarray, '*n B'] | None = None
 
     def __repr__(self):
         """Returns one line with the shapes, labels, number of iterations and mean final loss, without the arrays."""
@@ -132,10 +133,10 @@ class BatchCheckpoint:
 
     iterations: int
     state: list[np.ndarray]
-    metrics: dict[str, np.ndarray]
+    metrics: dict[str, Float[np.ndarray, ' iterations']]
 
 
-def balanced_labels(number: int, batch_size: int, num_classes: int) -> np.ndarray:
+def balanced_labels(number: int, batch_size: int, num_classes: int) -> Integer[np.ndarray, ' B']:
     """Returns the labels of batch `number`, int32 [B]: all classes in turn, continued from the end of the previous batch."""
     return ((np.arange(batch_size, dtype=np.int64) + number * batch_size) % num_classes).astype(np.int32)
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import flax
 import flax.linen as nn
@@ -14,6 +15,7 @@ from dvinv.errors import DvinvError, listed
 from dvinv.inversion.capture import ARRAY, SOWN, CallRecorder, CaptureSpec, by_place, entire_input, input_of
 from dvinv.inversion.statistics import PRIVATE, STATISTICS, non_intermediates, running_means
 from dvinv.inversion.tap import Tap
+from dvinv.networks.arrays import Images, Logits
 from dvinv.networks.classifier import join_names
 
 CAPTURED = jax.make_user_context()  # what is captured; nn.jit must not reuse a trace that captured something else
@@ -43,7 +45,7 @@ class LinenTap(Tap):
                 "module.init returned, as they are after training: {'params': ..., 'batch_stats': ...}."
             )
 
-    def apply_fn(self, variables, x):
+    def apply_fn(self, variables, x: Images):
         """Computes the logits [B, K] of normalised images x [B, H, W, C], in eval mode."""
         return self._pick(self._module.apply(variables, x, **self._kwargs))
 
@@ -61,14 +63,14 @@ class LinenTap(Tap):
             jax.eval_shape(lambda v, x: self.apply_fn(v, x), variables, self._example)
         return found
 
-    def _capture(self, variables, x, spec: CaptureSpec, calls: Counter[str]):
+    def _capture(self, variables, x: Images, spec: CaptureSpec, calls: Counter[str]):
         with _sowing(_LinenRecorder(spec, calls, self._collection)):
             returned, sown = self._module.apply(variables, x, mutable=[self._collection], **self._kwargs)
         flat = _flat(sown, self._collection)
         return self._pick(returned), by_place(flat), by_place(flat, ARRAY)
 
 
-def features_in_training(module: nn.Module, variables, x, rngs: dict, head: str = ''):
+def features_in_training(module, variables, x: Images, rngs: dict, head: str = '') -> tuple[Logits, dict, dict]:
     """Runs a forward pass in train mode and captures the BatchNorm inputs.
 
     Args:
@@ -140,6 +142,6 @@ def _sowing_head(path: str) -> Iterator[None]:
         yield
 
 
-def _flat(sown, collection: str) -> dict[tuple[str, ...], tuple]:
-    """Returns {path without the collection: the sown values of all calls} of one collection of a Linen module."""
+def _flat(sown, collection: str) -> dict[tuple[str, ...], Any]:
+    """Returns {path without the collection: variable, or the sown values of all calls} of one collection."""
     return flax.traverse_util.flatten_dict(flax.core.unfreeze(sown).get(collection, {}))

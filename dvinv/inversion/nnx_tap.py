@@ -20,6 +20,7 @@ from dvinv.errors import DvinvError
 from dvinv.inversion.capture import ARRAY, CallRecorder, CaptureSpec, by_place
 from dvinv.inversion.statistics import STATISTICS
 from dvinv.inversion.tap import DRAWS, LEARNS, Tap
+from dvinv.networks.arrays import Images
 from dvinv.networks.classifier import join_names
 
 GROUPS = {'params': nnx.Param, STATISTICS: nnx.BatchStat, 'others': ...}  # {group: its type}; the first match counts
@@ -98,7 +99,7 @@ def record_calls(model: nnx.Module, spec: CaptureSpec) -> 'NnxRecorder':
     for path, module in [*nnx.iter_modules(model)]:
         if spec.names(layer := join_names(path)):
             if not hasattr(module, 'dvinv_recorder'):
-                module.__class__ = _recording(type(module))
+                module.__class__ = _recording_subclass(type(module))
             module.dvinv_recorder = layer, recorder  # type: ignore[attr-defined]  # of the subclass
     return recorder
 
@@ -114,11 +115,11 @@ class NnxTap(Tap):
         graph, state = nnx.split(model)
         self._split = graph, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
         # One graph per specification, because JAX may cache traces by the graph.
-        self._recording: dict[CaptureSpec, tuple[Any, NnxRecorder]] = {}
+        self._graphs: dict[CaptureSpec, tuple[Any, NnxRecorder]] = {}
         super().__init__(model, variables, example, call_kwargs, logits)
         self._check_silence(variables, example)
 
-    def apply_fn(self, variables, x):
+    def apply_fn(self, variables, x: Images):
         """Computes the logits [B, K] of normalised images x [B, H, W, C], in eval mode."""
         return self._logits(variables, x)
 
@@ -131,12 +132,12 @@ class NnxTap(Tap):
         """Returns {path: class} of all modules of the model that can be called, in the order of its attributes."""
         return self._modules
 
-    def _capture(self, variables, x, spec: CaptureSpec, calls: Counter[str]):
-        if spec not in self._recording:
+    def _capture(self, variables, x: Images, spec: CaptureSpec, calls: Counter[str]):
+        if spec not in self._graphs:
             model = nnx.merge(*self._split)
             recorder = record_calls(model, spec)
-            self._recording[spec] = nnx.graphdef(model), recorder
-        graph, recorder = self._recording[spec]
+            self._graphs[spec] = nnx.graphdef(model), recorder
+        graph, recorder = self._graphs[spec]
         recorder.restart(calls)
         returned, sown = nnx.capture(self._model(graph, variables), Sown)(x, **self._kwargs)
         if recorder.learning:
@@ -195,15 +196,18 @@ class NnxRecorder(CallRecorder):
 
 
 @functools.cache
-def _recording(layer: type) -> type:
+def _recording_subclass(layer: type) -> type:
     """Returns a subclass of the class `layer` that records each `__call__` that it has or inherits."""
     inherited = [
-        base for c in layer.__mro__[1:] if c is not Generic for base in ((_recorded(), c) if '__call__' in vars(c) else (c,))
+        base
+        for c in layer.__mro__[1:]
+        if c is not Generic
+        for base in ((_recording_class(), c) if '__call__' in vars(c) else (c,))
     ]
-    return _recorded(layer, *inherited)
+    return _recording_class(layer, *inherited)
 
 
-def _recorded(*bases: type) -> type:
+def _recording_class(*bases: type) -> type:
     """Returns a class, derived from `bases`, with a `__call__` that goes through the recorder of the layer."""
 
     class Recorded(*bases):  # type: ignore[misc]  # the bases are known at run time only

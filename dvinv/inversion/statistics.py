@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax
-import jax
 import numpy as np
 
 from dvinv.networks.classifier import MOMENTS, join_names
@@ -80,7 +79,7 @@ def non_intermediates(variables: Mapping) -> dict[VariablePath, Any]:
     return dict(sorted(kept, key=lambda item: item[0][0] != STATISTICS))
 
 
-def running_statistics(variables: Mapping) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Returns {layer: (running mean, running variance)}, each [..., C]; see `find_statistics`."""
+def running_statistics(variables: Mapping) -> dict[str, tuple[Any, Any]]:
+    """Returns {layer: (running mean, running variance)}, each [..., C], arrays or shapes; see `find_statistics`."""
     flat = non_intermediates(variables)
     return {layer: (flat[mean], flat[variance]) for layer, (mean, variance) in find_statistics(variables).items()}

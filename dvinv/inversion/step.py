@@ -1,5 +1,7 @@
 """One iteration of the inversion as a pure function from state to state, and many iterations in one dispatch."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -9,6 +11,7 @@ from dvinv.config import InversionConfig, Stage
 from dvinv.inversion.objective import make_objective
 from dvinv.inversion.parameterization import make_decode, pixel_scale_of
 from dvinv.inversion.teacher import Teacher
+from dvinv.networks.arrays import Labels, Scalar
 
 
 class InversionState(struct.PyTreeNode):
@@ -22,10 +25,11 @@ class InversionState(struct.PyTreeNode):
       key: The batch's random key. Iteration t draws from fold_in(key, t).
     """
 
-    parameters: jax.Array
-    opt_state: optax.OptState
-    iteration: jax.Array
-    key: jax.Array
+    # Arrays, or what JAX puts in their places in trees of the same structure.
+    parameters: Any
+    opt_state: Any
+    iteration: Any
+    key: Any
 
 
 def make_step(teacher: Teacher, config: InversionConfig, stage: Stage, student_fn=None, axis: str | None = None):
@@ -40,7 +44,9 @@ def make_step(teacher: Teacher, config: InversionConfig, stage: Stage, student_f
     low, high = (bound[None, None, None] for bound in scale.valid_range)  # [1, 1, 1, C]: JAX may refuse to promote ranks
     decode = make_decode(config.parameterization, config.contrast, teacher, scale)
 
-    def step(state: InversionState, labels, variables, student_variables):
+    def step(
+        state: InversionState, labels: Labels, variables, student_variables
+    ) -> tuple[InversionState, dict[str, Scalar]]:
         def loss_fn(parameters):
             key = jax.random.fold_in(state.key, state.iteration)
             return objective(decode(parameters), labels, variables, student_variables, key)

@@ -35,6 +35,7 @@ from dvinv.inversion.statistics import (
     running_statistics,
     unpaired_statistics,
 )
+from dvinv.networks.arrays import Images, Logits, Moment
 from dvinv.networks.classifier import MOMENTS, join_names, name_of
 
 # Symptoms of a network in training mode, and arguments that may put it in eval mode.
@@ -56,6 +57,7 @@ class Tap(abc.ABC):
     collections: tuple[str, ...] = ('',)
     last_collections: tuple[str, ...] = ()
     layers: tuple[str, ...]
+    _rewrites: tuple[Callable[[Callable], Callable], ...] = ()  # see `rewritten`
 
     def __init__(self, network, variables, example, call_kwargs: dict, logits: Callable | None):
         """Finds, by shapes alone, the collection to sow into that reaches every layer with running statistics.
@@ -122,6 +124,16 @@ class Tap(abc.ABC):
         if others := [*foreign, *unpaired_statistics(variables)]:
             say(f'{name} has {listed(others)}, named as running statistics, but no layer is known to use them: left out.')
         self._places = {layer: self._places[layer] for layer in self.layers}
+
+    def rewritten(self, rewrite: Callable[[Callable], Callable]) -> 'Tap':
+        """Returns a copy of this tap whose calls run `rewrite(fn)` in place of a function `fn(variables, x)`.
+
+        Args:
+          rewrite: Changes how a function is computed, for instance `execution.in_bfloat16`, on top of earlier rewrites.
+        """
+        tap = copy.copy(self)
+        tap._rewrites = (*self._rewrites, rewrite)
+        return tap
 
     def reaching(self, variables, places: Iterable[str]) -> 'Tap':
         """Returns a copy of this tap that captures these places, as returned by `find`, in `moments` and by `capture`.
@@ -195,7 +207,7 @@ class Tap(abc.ABC):
         return {layer for layer, pair in self._places.items() if not used.intersection(pair)}
 
     @abc.abstractmethod
-    def apply_fn(self, variables, x):
+    def apply_fn(self, variables, x: Images):
         """Computes the logits [B, K] of normalised images x [B, H, W, C], in eval mode."""
 
     @abc.abstractmethod
@@ -203,7 +215,7 @@ class Tap(abc.ABC):
         """Returns {path: class} of the modules inside the network, those of a forward pass in the order of their calls."""
 
     @abc.abstractmethod
-    def _capture(self, variables, x, spec: CaptureSpec, calls: Counter[str]) -> tuple[Any, dict, dict]:
+    def _capture(self, variables, x: Images, spec: CaptureSpec, calls: Counter[str]) -> tuple[Any, dict, dict]:
         """Runs the network and captures values as `spec` specifies, sown into the collection `self._collection`.
 
         Args:
@@ -217,7 +229,7 @@ class Tap(abc.ABC):
           calls}).
         """
 
-    def __call__(self, variables, x, axis: str | None = None, capture: tuple[str, ...] = ()):
+    def __call__(self, variables, x: Images, axis: str | None = None, capture: tuple[str, ...] = ()):
         """Computes the logits and the moments of the inputs of the tapped layers.
 
         Args:
@@ -230,10 +242,16 @@ class Tap(abc.ABC):
           (logits [B, K], {layer: (mean, variance)} in forward order). With `capture`, a third item {place: its arrays, one
           per call}.
         """
-        logits, moments, *captured = self._run(variables, x, Counter(), axis, tuple(capture))
-        return logits, {layer: moments[layer] for layer in self.layers}, *captured
 
-    def features(self, variables, x):
+        def run(variables, x):
+            logits, moments, *captured = self._run(variables, x, Counter(), axis, tuple(capture))
+            return logits, {layer: moments[layer] for layer in self.layers}, *captured
+
+        for rewrite in self._rewrites:
+            run = rewrite(run)
+        return run(variables, x)
+
+    def features(self, variables, x: Images) -> tuple[Logits, dict[str, tuple]]:
         """Computes the logits and the inputs of the tapped layers.
 
         Returns:
@@ -243,7 +261,9 @@ class Tap(abc.ABC):
         logits, inputs, _ = self._capture(variables, x, CaptureSpec(entire_input, self._means()), Counter())
         return logits, {layer: inputs[layer] for layer in self.layers}
 
-    def moments(self, variables, x, places: tuple[str, ...], calls: Counter[str] | None = None) -> dict:
+    def moments(
+        self, variables, x: Images, places: tuple[str, ...], calls: Counter[str] | None = None
+    ) -> dict[str, tuple[Moment, Moment]]:
         """Computes {place: (mean, variance)}, each float32 [..., C], of a batch x [B, H, W, C].
 
         Call it on the tap that `reaching` returns for these places.

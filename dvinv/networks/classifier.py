@@ -11,8 +11,10 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Num, UInt8
 
 from dvinv.errors import DvinvError, listed
+from dvinv.networks.arrays import AnyArray
 
 MOMENTS = 'dvinv_moments'  # the collection of recorded moments among a network's variables, see inversion/moments.py
 # Matches the name of a running variance, but not of a log-variance, which may be negative.
@@ -39,20 +41,20 @@ class Classifier:
         count = sum(int(np.size(leaf)) for leaf in jax.tree.leaves(self.variables))
         return f'{type(self).__name__}({pixels}, {count:,} numbers in variables)'
 
-    def normalise(self, images):
+    def normalise(self, images: Num[AnyArray, '*B H W C']) -> Float[AnyArray, '*B H W C']:
         """Normalises pixels, uint8 or float in [0, 1], [..., H, W, C], to the float32 input of the network."""
         pixels = images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
         # Expanded explicitly, for users who configure JAX to refuse implicit rank promotion.
         mean, std = (jnp.expand_dims(jnp.float32(values), range(pixels.ndim - 1)) for values in (self.mean, self.std))
         return (pixels - mean) / std
 
-    def to_uint8(self, x) -> np.ndarray:
+    def to_uint8(self, x: Float[AnyArray, '*B H W C']) -> UInt8[np.ndarray, '*B H W C']:
         """Converts normalised float [..., H, W, C] to uint8 pixels, rounded and clipped to the valid range."""
         pixels = np.asarray(x, np.float32) * np.asarray(self.std, np.float32) + np.asarray(self.mean, np.float32)
         return np.clip(np.rint(pixels * 255), 0, 255).astype(np.uint8)
 
     @property
-    def valid_range(self) -> tuple[np.ndarray, np.ndarray]:
+    def valid_range(self) -> tuple[Float[np.ndarray, ' C'], Float[np.ndarray, ' C']]:
         """Black and white in normalised space, float32 [C] each."""
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         return (0 - mean) / std, (1 - mean) / std

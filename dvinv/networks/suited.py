@@ -20,11 +20,14 @@ from collections.abc import Callable, Iterable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from dvinv.graph.rewriting import rewritten
+from dvinv.networks.arrays import AnyArray
 
 IMAGES_LAST = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))  # images and result [B, H, W, C], kernel [H, W, I, O]
 
+Inputs = Float[AnyArray, 'B H W I']
 Padding = tuple[tuple[int, int], tuple[int, int]]  # (above, below), (left, right), in pixels
 
 
@@ -67,15 +70,17 @@ def _max(params: dict) -> Callable | None:
 # The forms: all take images [B, H, W, I] and kernels [h, w, I, O], as Flax does.
 
 
-def pointwise(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], precision=None, dtype=None) -> jax.Array:
+def pointwise(
+    x: Inputs, kernel: Float[AnyArray, '1 1 I O'], strides: tuple[int, int], precision=None, dtype=None
+) -> Float[jax.Array, 'B _ _ O']:
     """Computes a 1x1 convolution, x [B, H, W, I], kernel [1, 1, I, O], as a matrix product; sums and result of `dtype`."""
     x = x[:, :: strides[0], :: strides[1]]
     return jnp.einsum('bhwi,io->bhwo', x, kernel[0, 0], precision=precision, preferred_element_type=dtype)
 
 
 def gathered(
-    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding, precision=None, dtype=None
-) -> jax.Array:
+    x: Inputs, kernel: Float[AnyArray, 'h w I O'], strides: tuple[int, int], padding: Padding, precision=None, dtype=None
+) -> Float[jax.Array, 'B _ _ O']:
     """Computes a convolution, x [B, H, W, I], kernel [h, w, I, O], as one matrix product over the pixels of all windows."""
     size = kernel.shape[:2]
     sizes, x = places(x.shape[1:3], size, strides, padding), padded(x, padding)
@@ -85,8 +90,10 @@ def gathered(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def depthwise(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding) -> jax.Array:
-    """Computes a depthwise convolution, x [B, H, W, C], kernel [h, w, 1, C], by shifted multiply-adds."""
+def depthwise(
+    x: Inputs, kernel: Float[AnyArray, 'h w 1 I'], strides: tuple[int, int], padding: Padding
+) -> Float[jax.Array, 'B _ _ I']:
+    """Computes a depthwise convolution, x [B, H, W, I], kernel [h, w, 1, I], by shifted multiply-adds."""
     size = kernel.shape[:2]
     sizes, x = places(x.shape[1:3], size, strides, padding), padded(x, padding)
     return total(kernel[(*tap, 0)] * shifted(x, tap, sizes, strides) for tap in taps(size))
@@ -137,8 +144,8 @@ def _to_images(gradient, kernel, shape, strides, padding):
     return image.reshape(batch, *size, channels)[:, : lengths[0], : lengths[1]]
 
 
-def max_pool(x: jax.Array, size: Sequence[int], strides: Sequence[int], padding: Padding) -> jax.Array:
-    """Takes the maximum of every window of x [B, H, W, C]; the gradient goes to the first of equal values, as in XLA."""
+def max_pool(x: Inputs, size: Sequence[int], strides: Sequence[int], padding: Padding) -> Float[jax.Array, 'B _ _ I']:
+    """Takes the maximum of every window of x [B, H, W, I]; the gradient goes to the first of equal values, as in XLA."""
     sizes, x = places(x.shape[1:3], size, strides, padding), padded(x, padding, -jnp.inf)
     return functools.reduce(_larger, (shifted(x, tap, sizes, strides) for tap in taps(size)))
 
@@ -165,13 +172,13 @@ def places(shape: Sequence[int], size: Sequence[int], strides: Sequence[int], pa
     ]
 
 
-def padded(x: jax.Array, padding: Padding, value: float = 0.0) -> jax.Array:
+def padded(x: AnyArray, padding: Padding, value: float = 0.0) -> jax.Array:
     """Pads x [B, H, W, C] with `value`; negative padding crops."""
     margins = ((0, 0, 0), *((int(before), int(after), 0) for before, after in padding), (0, 0, 0))
     return jax.lax.pad(x, jnp.asarray(value, x.dtype), margins)
 
 
-def shifted(x: jax.Array, tap: Sequence[int], sizes: Sequence[int], strides: Sequence[int]) -> jax.Array:
+def shifted(x: AnyArray, tap: Sequence[int], sizes: Sequence[int], strides: Sequence[int]) -> jax.Array:
     """Returns the pixels of x [B, H, W, C], already padded, at one tap: one for each pixel of a result of these `sizes`."""
     ends = [first + (size - 1) * stride + 1 for first, size, stride in zip(tap, sizes, strides, strict=True)]
     return jax.lax.slice(x, (0, *tap, 0), (len(x), *ends, x.shape[3]), (1, *strides, 1))

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 
@@ -213,7 +213,7 @@ class Run:
             given = {'mean': group.mean, 'std': group.std, 'image_shape': group.image_shape, 'width': group.width}
         return read_classifier(self._file('teacher'), group.network, field='teacher.network', **given)
 
-    def own_module(self, teacher: Teacher | None = None) -> Any:
+    def user_module(self, teacher: Teacher | None = None) -> Any:
         """Returns the user's network that is the teacher; None if the teacher is one of dvinv's named networks.
 
         Args:
@@ -303,8 +303,7 @@ class Run:
     def blank_classifier(self) -> Classifier:
         """Returns a classifier without network and weights, with the image shape and classes of networks trained here."""
         data = self._training_data
-        no_network = cast(Callable, None)  # never called: a training replaces it
-        return Classifier(no_network, None, data.image_shape, data.num_classes, *self._pixels)
+        return Classifier(_no_network, None, data.image_shape, data.num_classes, *self._pixels)
 
     def _blank_teacher(self) -> Teacher:
         """Returns the teacher that this run trains, with shapes for weights."""
@@ -423,3 +422,8 @@ def _validate_classes(train: Split, num_classes: int) -> None:
         f'classes from 0; here the lowest is {present[0]}, and the highest is {present[-1]}. Number them again, or list the '
         'existing classes in data.classes.'
     )
+
+
+def _no_network(variables, x):
+    """Takes the place of a network that is yet to be trained; nothing calls it."""
+    raise NotImplementedError

@@ -20,6 +20,8 @@ import optax
 from dvinv.evaluation.divergence import divergence
 from dvinv.inversion import Teacher
 from dvinv.inversion.statistics import running_statistics
+from dvinv.networks.arrays import Pixels
+from dvinv.networks.channels.cost import PerGroup
 from dvinv.networks.channels.groups import FIXED, ChannelGroups
 from dvinv.networks.classifier import flatten
 
@@ -43,7 +45,7 @@ class Importance:
         self._gates, self._count = _gates(channels), channels.count
         self._products = jax.jit(self._gate_products, static_argnames='equal')
 
-    def taylor(self, variables: dict, batches: Iterable[np.ndarray], equal: bool) -> np.ndarray:
+    def taylor(self, variables: dict, batches: Iterable[np.ndarray], equal: bool) -> PerGroup:
         """Computes the first-order Taylor importance, float64 [groups].
 
         Args:
@@ -60,18 +62,18 @@ class Importance:
             count += 1
         return total / count
 
-    def magnitude(self, variables: dict) -> np.ndarray:
+    def magnitude(self, variables: dict) -> PerGroup:
         """Computes the root mean square of the weights that the gates multiply, float64 [groups]."""
         weights = {path: _by_channel(leaf) for path, leaf in flatten(variables).items() if path in self._gates}
         squares = self._summed({path: np.square(leaf).sum(0) for path, leaf in weights.items()})
         numbers = self._summed({path: np.full(leaf.shape[-1], len(leaf)) for path, leaf in weights.items()})
         return np.sqrt(squares / numbers)
 
-    def random(self, seed: int | tuple[int, ...]) -> np.ndarray:
+    def random(self, seed: int | tuple[int, ...]) -> PerGroup:
         """Draws uniform random importance, float64 [groups]."""
         return np.random.default_rng(seed).random(self._count)
 
-    def _gate_products(self, variables, teacher_variables, images, equal: bool) -> dict:
+    def _gate_products(self, variables, teacher_variables, images: Pixels, equal: bool) -> dict:
         """Computes {path of a variable: its part of dL/dg for the gates along its last axis}."""
         x = self._teacher.normalise(images)
         teacher_logits = self._teacher.apply_fn(teacher_variables, x)
@@ -89,7 +91,7 @@ class Importance:
             if path in self._gates
         }
 
-    def _summed(self, values: dict) -> np.ndarray:
+    def _summed(self, values: dict) -> PerGroup:
         """Sums values over the gates of each group, float64 [groups].
 
         Args:

@@ -7,13 +7,13 @@ import numpy as np
 from dvinv.config import PruningSettings
 from dvinv.errors import DvinvError
 from dvinv.networks.channels import cost
-from dvinv.networks.channels.cost import Cost
+from dvinv.networks.channels.cost import Cost, KeepMask, PerGroup
 from dvinv.networks.channels.groups import FIXED, ChannelGroups
 
 EXACT = {'filters': cost.filters, 'flops': cost.flops, 'parameters': cost.parameters}
 
 
-def removal_scores(settings: PruningSettings, importance: np.ndarray, price: Cost | None, keep: np.ndarray) -> np.ndarray:
+def removal_scores(settings: PruningSettings, importance: PerGroup, price: Cost | None, keep: KeepMask) -> PerGroup:
     """Computes importance(u) - eta * savings(u) per group u, both relative to the network; the lowest are removed first.
 
     Args:
@@ -26,8 +26,8 @@ def removal_scores(settings: PruningSettings, importance: np.ndarray, price: Cos
 
 
 def without_lowest(
-    channels: ChannelGroups, keep: np.ndarray, scores: np.ndarray, price: Cost, most: float, settings: PruningSettings
-) -> np.ndarray:
+    channels: ChannelGroups, keep: KeepMask, scores: PerGroup, price: Cost, most: float, settings: PruningSettings
+) -> KeepMask:
     """Removes the groups of the lowest scores until the cost is at most `most` or no more can be removed.
 
     Args:
@@ -51,7 +51,7 @@ def without_lowest(
     return keep
 
 
-def _bundles(channels_in: np.ndarray, keep: np.ndarray, scores: np.ndarray, round_to: int) -> list[np.ndarray]:
+def _bundles(channels_in: np.ndarray, keep: KeepMask, scores: PerGroup, round_to: int) -> list[np.ndarray]:
     """Returns bundles of groups that are removed together, those of the lowest mean score first.
 
     Groups with channels in the same layers are of the same kind. Groups of a kind are sorted by score and bundled by

@@ -156,7 +156,7 @@ class Pruner:
         self._run, self._workdir, self._teacher = run, run.workdir, run.teacher
         self._settings = settings = run.settings.pruning
         module, self._variables, self._about = run.teacher_parts
-        self._own = run.own_module()
+        self._user_module = run.user_module()
         self._channels = find_channels(module, run.teacher.image_shape, settings.ignored_layers)
         self._importance = Importance(module, run.teacher, self._channels)
         self._table = self._latencies() if settings.needs_latency else None
@@ -198,7 +198,7 @@ class Pruner:
                     train_network(self._run, target, self._job(keep, updates, len(labels)), images, labels)
             variables, about = load_network(path)
             keep = self._channels.keep_mask(about.get('kept', {}))
-            networks.append(Pruned(classifier_of(module_of(about, self._own), variables, about), keep))
+            networks.append(Pruned(classifier_of(module_of(about, self._user_module), variables, about), keep))
         return networks
 
     def ratios(self, pruned: Pruned) -> dict[str, float | None]:
@@ -308,7 +308,7 @@ class Pruner:
         remaining = channels.keep_mask(self._read_or_compute(f'pruning/{name}.json', choose))
         start, kept = channels.sliced(remaining, channels.restored(keep, variables)), channels.kept(remaining)
         network = StudentSettings(network=self._about['network'], width=self._about['width'])
-        return remaining, TrainTarget('pruning', name, network, self._teacher, ROLE, step, start, kept, self._own)
+        return remaining, TrainTarget('pruning', name, network, self._teacher, ROLE, step, start, kept, self._user_module)
 
     def _job(self, keep: np.ndarray, updates: int, count: int) -> TrainJob:
         """Returns the fine-tuning of the network with the groups in the keep mask, on `count` images."""

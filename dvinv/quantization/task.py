@@ -21,6 +21,7 @@ from dvinv.networks.quantized.network import load_quantized, products_in_bfloat1
 from dvinv.pipeline.run import Run
 from dvinv.quantization.ablation import CalibratedNetwork, Scores, ablation, source_and_method
 from dvinv.quantization.bits import bits_of_layers
+from dvinv.runtime.workdir import quantized_name
 from dvinv.synthesis import synthesizer
 from dvinv.synthesis.pools import finished_pool
 from dvinv.synthesis.synthesizer import control_pool
@@ -46,7 +47,7 @@ def run(run: Run) -> dict:
     calibration = _calibrated(run, network, pool)
     about = run.teacher_parts[2]
     for setting in settings.settings:
-        path = workdir.network(file_name(setting))
+        path = workdir.network(quantized_name(setting))
         if not workdir.has_network(path.stem):
             bits = bits_of_layers(settings, setting, network.layers)
             variables = calibration.variables(bits, *source_and_method(settings), settings.correct)
@@ -65,7 +66,7 @@ def run(run: Run) -> dict:
     scores, float_bytes = Scores(teacher, run.data), len(network_bytes(weights, about))
     figures = {}
     for setting in settings.settings:
-        path = workdir.network(file_name(setting))
+        path = workdir.network(quantized_name(setting))
         size = path.stat().st_size
         quantized = load_quantized(path, teacher)
         figures[setting] = {
@@ -116,12 +117,7 @@ def validate(run: Run) -> None:
 
 def complete(run: Run) -> bool:
     """Returns whether the network files of the finished task still exist; users delete damaged files to recompute them."""
-    return all(run.workdir.has_network(file_name(setting)) for setting in run.settings.quantization.settings)
-
-
-def file_name(setting: str) -> str:
-    """Returns the name of the network file of a setting."""
-    return f'quantized_{setting}'
+    return all(run.workdir.has_network(quantized_name(setting)) for setting in run.settings.quantization.settings)
 
 
 def _prepared(settings: QuantizationSettings, network: Folded) -> Folded:

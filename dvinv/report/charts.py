@@ -11,8 +11,15 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from dvinv.report.templates import ENVIRONMENT
+ENVIRONMENT = Environment(  # of the templates in this folder; texts are escaped unless they are `Markup`
+    loader=PackageLoader('dvinv.report', '.'),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 # View-box units; one unit is one CSS pixel when the chart is shown at its natural width.
 WIDTH = 520

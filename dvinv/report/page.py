@@ -15,8 +15,7 @@ from PIL import Image
 
 from dvinv.data.grids import class_grid, name_of, png_data_uri, shown_classes
 from dvinv.data.rows import RowArray
-from dvinv.report.charts import Chart
-from dvinv.report.templates import ENVIRONMENT
+from dvinv.report.charts import ENVIRONMENT, Chart
 
 UNKNOWN = '–'
 NARROW = 4  # most columns of a table that is placed next to a chart (with two of text at most)

@@ -19,7 +19,6 @@ from dvinv.networks.quantized.network import load_quantized
 from dvinv.pipeline.run import Run
 from dvinv.pruning.section import pruning_section
 from dvinv.quantization.section import quantization_section, smallest
-from dvinv.quantization.task import file_name
 from dvinv.report.classes import class_section
 from dvinv.report.page import Link, Section, Table, percent, render
 from dvinv.report.quality import quality_table
@@ -27,7 +26,7 @@ from dvinv.runtime import versions
 from dvinv.runtime.banner import device_names
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.progress import duration
-from dvinv.runtime.workdir import network_files
+from dvinv.runtime.workdir import FINAL_NETWORKS, network_files, quantized_name
 from dvinv.synthesis.pools import finished_pool, open_control
 from dvinv.synthesis.section import CONTROLS, synthesis_section
 from dvinv.teacher.section import teacher_section
@@ -45,7 +44,7 @@ HEADLINES = {  # the headline for the last task of a run
     'quantization': 'few bits without data',
 }
 FILES = 'results.json', 'config.json', 'versions.json', 'metrics.jsonl', 'quality.json', 'by_class.json', 'pruning.json'
-COMPARED = {'distillation': ('student', 'student'), 'pruning': ('pruned', 'pruned network')}  # (file, name in text) by task
+COMPARED = {'distillation': 'student', 'pruning': 'pruned network'}  # what the text calls the final network of a task
 
 
 def validate(run: Run) -> None:
@@ -145,13 +144,14 @@ def _classes(run: Run, data: RealData, names: Sequence[str]) -> Section:
     teacher, workdir = run.teacher, run.workdir
     networks: dict[str, Classifier] = {}
     titles: dict[str, str] = {}
-    for name, (file, title) in COMPARED.items():
+    for name, title in COMPARED.items():
+        file = FINAL_NETWORKS[name]
         if name in workdir.results and workdir.network(file).exists():
-            own = student_of(run, teacher).own if name == 'distillation' else run.own_module()
-            networks[file], titles[file] = load_classifier(workdir.network(file), own), title
+            user_module = student_of(run, teacher).user_module if name == 'distillation' else run.user_module()
+            networks[file], titles[file] = load_classifier(workdir.network(file), user_module), title
     if 'quantization' in workdir.results:
         setting = smallest(workdir.results['quantization'])
-        path = workdir.network(file_name(setting))
+        path = workdir.network(quantized_name(setting))
         if path.exists():
             networks[path.stem], titles[path.stem] = load_quantized(path, teacher), f'network of {setting}'
     digests = {name: network.digest() for name, network in {'teacher': teacher, **networks}.items()}

@@ -26,6 +26,7 @@ from dvinv.errors import DvinvError
 from dvinv.runtime.files import refuse_full_disk, sha256_of, write_atomic
 from dvinv.runtime.processes import decide, is_primary
 
+METADATA = 'notes'  # the entry of a manifest with its metadata, as it has been called since the first version
 MARGIN = 2**20  # bytes that must be free in addition to the arrays of a checkpoint
 
 
@@ -46,13 +47,13 @@ class Checkpoints:
         """
         self._folder, self._own = Path(folder).absolute(), own
 
-    def save(self, step: int, state, notes: dict | None = None) -> None:
+    def save(self, step: int, state, metadata: dict | None = None) -> None:
         """Writes the checkpoint of `step`, then deletes older ones.
 
         Args:
           step: the number of the step.
           state: a pytree of arrays.
-          notes: further entries, which can be written as JSON.
+          metadata: what a resumed run needs besides the arrays, for instance their origin; can be written as JSON.
 
         Raises:
           DvinvError: the disk is full. The older checkpoint is kept.
@@ -67,7 +68,7 @@ class Checkpoints:
                 self._check_room(state)
                 _save(target, state)
             files = {str(p.relative_to(target)): sha256_of(p) for p in sorted(target.rglob('*')) if p.is_file()}
-            manifest = {'step': step, 'sha256': files, 'notes': notes or {}}
+            manifest = {'step': step, 'sha256': files, METADATA: metadata or {}}
             write_atomic(self._manifest(step), json.dumps(manifest, indent=1).encode(), own=True)
             for older in self._steps():
                 if older != step:
@@ -86,6 +87,21 @@ class Checkpoints:
           DamagedCheckpointError: a file of the checkpoint is missing or differs from the one that was written; the message
             names it.
         """
+        step = self.verified_step()
+        if step is None:
+            return None
+        folder = self._folder / f'{step:09d}'
+        with ocp.StandardCheckpointer(multiprocessing_options=_this_process()) as checkpointer:
+            if template is None:
+                template = checkpointer.metadata(folder).item_metadata.tree
+            return step, checkpointer.restore(folder, jax.tree.map(_shape, template))
+
+    def verified_step(self) -> int | None:
+        """Returns the step of the newest checkpoint, after verifying its files; None if there is no checkpoint.
+
+        Raises:
+          DamagedCheckpointError: see `restore`.
+        """
         step = self._newest() if self._own else decide(self._newest, 'a list of checkpoints')
         if step is None:
             return None
@@ -101,15 +117,12 @@ class Checkpoints:
                 raise DamagedCheckpointError(
                     f'The checkpoint file {folder / name} is damaged (its sha256 is not the one written); {way_out}.'
                 )
-        with ocp.StandardCheckpointer(multiprocessing_options=_this_process()) as checkpointer:
-            if template is None:
-                template = checkpointer.metadata(folder).item_metadata.tree
-            return step, checkpointer.restore(folder, jax.tree.map(_shape, template))
+        return step
 
-    def notes(self) -> dict:
-        """Returns the notes that were saved with the newest checkpoint; {} if there is none."""
+    def metadata(self) -> dict:
+        """Returns the metadata of the newest checkpoint, without reading its arrays; {} if there is none."""
         step = self._newest()
-        return {} if step is None else json.loads(self._manifest(step).read_text()).get('notes', {})
+        return {} if step is None else json.loads(self._manifest(step).read_text()).get(METADATA, {})
 
     def drop(self) -> None:
         """Deletes the folder with all its checkpoints."""

@@ -1,9 +1,10 @@
-"""Devices as a 1-D mesh with the axis `data`, over which batches are split."""
+"""Devices as a 1-D mesh with the axis `data`, over which batches are split; and the cache of what is compiled for them."""
 
 import contextlib
 import functools
 import os
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
-from dvinv.errors import DvinvError
+from dvinv.errors import DvinvError, say_once
 
 AXIS = 'data'
 
@@ -143,3 +144,23 @@ def fetch(tree, mesh: Mesh):
 @functools.cache
 def _gather(mesh: Mesh):
     return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, P()))
+
+
+def keep_compiled() -> None:
+    """Sets JAX's compilation cache to a folder in XDG_CACHE_HOME or ~/.cache, unless one is set; called by main only.
+
+    If there is no such folder (for instance for a user without a home in a container), programs are not cached, and a
+    message says so once.
+    """
+    if jax_option('jax_compilation_cache_dir'):
+        return
+    try:
+        folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'dvinv' / 'jax'
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f'{folder} cannot be written to')
+    except (RuntimeError, OSError) as error:  # RuntimeError: the home folder of the user is unknown
+        say_once(f'Compiled programs are not kept for later runs ({error}); set XDG_CACHE_HOME to a folder for them.')
+        return
+    jax.config.update('jax_compilation_cache_dir', str(folder))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)

@@ -52,6 +52,20 @@ RESULTS = (
     'pruning',
 )
 
+# task -> the name of the file of its final network; after that of 'quantization' follows the setting, as in 'quantized_w8a8'
+FINAL_NETWORKS = {
+    'teacher': 'teacher',
+    'distillation': 'student',
+    'pruning': 'pruned',
+    'continual': 'continual',
+    'quantization': 'quantized_',
+}
+
+
+def quantized_name(setting: str) -> str:
+    """Returns the name of the file of the network that is quantized to a setting, for instance 'w8a8'."""
+    return FINAL_NETWORKS['quantization'] + setting
+
 
 def network_path(workdir: Path, name: str) -> Path:
     """Returns the path of the file of a finished network, also for a work directory that is not open."""

@@ -40,15 +40,19 @@ class BatchCheckpoints:
 
     def load(self, number: int, student_variables=None) -> BatchCheckpoint | None:
         """Returns the saved state of batch `number`; None if there is none that can be resumed."""
+        iterations = self.iterations(number, student_variables)
+        if not iterations or not (checkpoint := self._checkpoints(number).restore()):
+            return None
+        return BatchCheckpoint(iterations, **checkpoint[1])
+
+    def iterations(self, number: int, student_variables=None) -> int:
+        """Returns the iterations after which batch `number` can be resumed, without reading its state; 0 if it cannot."""
         checkpoints = self._checkpoints(number)
         try:
-            checkpoint = checkpoints.restore()
+            step = checkpoints.verified_step()
         except DamagedCheckpointError:
-            return None
-        if checkpoint is None or checkpoints.notes() != self._about(student_variables):
-            return None
-        _, state = checkpoint
-        return BatchCheckpoint(len(state['metrics']['loss']), **state)
+            return 0
+        return step if step and checkpoints.metadata() == self._about(student_variables) else 0
 
     def numbers(self) -> list[int]:
         """Returns the numbers of the batches that have a checkpoint, in ascending order."""

@@ -239,8 +239,7 @@ class Synthesizer:
         """Returns the groups of batches that all processes invert side by side, each with its number of iterations done."""
 
         def iterations_done() -> list[int]:
-            states = (self._checkpoints.load(number, student_variables) for number in numbers)
-            return [state.iterations if state else 0 for state in states]
+            return [self._checkpoints.iterations(number, student_variables) for number in numbers]
 
         done: list[int] = decide(iterations_done, 'the checkpoints of unfinished batches')
         size, groups = self._side_by_side * (1 if self._split else jax.process_count()), []

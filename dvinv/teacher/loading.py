@@ -10,18 +10,10 @@ from dvinv.inversion.modules import with_classes
 from dvinv.networks import Classifier, load_classifier, load_network, module_of, shapes_of
 from dvinv.networks.classifier import differing_shapes
 from dvinv.networks.quantized.network import load_quantized
-from dvinv.runtime.workdir import network_files, network_path
+from dvinv.runtime.workdir import FINAL_NETWORKS, network_files, network_path, quantized_name
 from dvinv.teacher.factories import network_of
 
-# task -> the stem of its final network file
-RESULTS = {
-    'teacher': 'teacher',
-    'distillation': 'student',
-    'pruning': 'pruned',
-    'continual': 'continual',
-    'quantization': 'quantized_',  # followed by the setting
-}
-# task -> a pattern for the stems of its other network files: controls and intermediate steps
+# task -> a pattern for the names of its other network files: controls and intermediate steps
 OTHERS = {
     'teacher': 'verifier',
     'distillation': r'student_of_\d+|noise|prior_only|real',
@@ -54,22 +46,22 @@ def load(workdir, task: str, setting: str = '', *, teacher: Classifier | None = 
       DvinvError: there is no such task or network (the message lists the existing ones), the task has not finished, or the
         file is damaged.
     """
-    if task not in RESULTS:
+    if task not in FINAL_NETWORKS:
         raise DvinvError(
-            f'The task {task!r} makes no network; choose one of {", ".join(RESULTS)}, optionally with one of its controls, '
-            "as in dvinv.load(workdir, 'distillation', 'noise')."
+            f'The task {task!r} makes no network; choose one of {", ".join(FINAL_NETWORKS)}, optionally with one of its '
+            "controls, as in dvinv.load(workdir, 'distillation', 'noise')."
         )
     folder = Path(workdir)
     if task == 'quantization':
         network = load_quantized(_quantized(folder, setting), teacher)
         return network.apply_fn, network.variables
-    path = network_path(folder, _other(folder, task, setting) or RESULTS[task])
+    path = network_path(folder, _other(folder, task, setting) or FINAL_NETWORKS[task])
     if task == 'teacher' and not setting and not path.exists():
         raise DvinvError(
             f'{workdir} has no teacher of its own: either the task teacher has not finished there, or the teacher came from '
             'elsewhere (teacher.weights, teacher.factory in config.json); dvinv.networks.read_classifier reads weights.'
         )
-    network = load_classifier(path, module if module is None else _own(module, path))
+    network = load_classifier(path, module if module is None else _user_module(module, path))
     return network.apply_fn, network.variables
 
 
@@ -79,7 +71,7 @@ def _other(workdir: Path, task: str, setting: str) -> str:
     Raises:
       DvinvError: there is no such file.
     """
-    if setting in ('', RESULTS[task]):
+    if setting in ('', FINAL_NETWORKS[task]):
         return ''
     others = {stem.removeprefix('pruned_by_'): stem for stem in network_files(workdir) if re.fullmatch(OTHERS[task], stem)}
     if not (stem := others.get(setting.removeprefix('pruned_by_'))):
@@ -90,7 +82,7 @@ def _other(workdir: Path, task: str, setting: str) -> str:
     return stem
 
 
-def _own(source, path: Path):
+def _user_module(source, path: Path):
     """Returns the user's network with the number of classes of the file `path`.
 
     Raises:
@@ -115,7 +107,7 @@ def _quantized(workdir: Path, setting: str) -> Path:
     Raises:
       DvinvError: there is no such file.
     """
-    prefix = RESULTS['quantization']
+    prefix = quantized_name('')
     files = {stem.removeprefix(prefix): path for stem, path in network_files(workdir).items() if stem.startswith(prefix)}
     chosen = [path for bits, path in files.items() if setting in ('', bits)]
     if not chosen:

@@ -67,8 +67,8 @@ def planned_trainings(run: Run) -> list[PlannedTraining]:
     for role in ROLES:
         if run.is_trained_here(role):
             group, count = getattr(run.settings, role), len(run.training_split.labels)
-            own = run.own_module() if role == 'teacher' else None
-            module = create(group.network, teacher.num_classes, group.width) if own is None else own
+            user_module = run.user_module() if role == 'teacher' else None
+            module = create(group.network, teacher.num_classes, group.width) if user_module is None else user_module
             trainings.append(PlannedTraining(role, module, _job_of(group.training, count), teacher))
     return trainings
 
@@ -184,9 +184,9 @@ def _score(role: Role, run: Run) -> float | None:
 def _train(role: Role, run: Run) -> None:
     """Trains teacher or verifier on the labels of the real training images."""
     group, train = getattr(run.settings, role), run.training_split
-    own = run.factory_network if role == 'teacher' else None
+    user_module = run.factory_network if role == 'teacher' else None
     like = run.blank_classifier() if role == 'teacher' else run.teacher
-    target = TrainTarget('teacher', role, group, like, ROLES[role], own=own)
+    target = TrainTarget('teacher', role, group, like, ROLES[role], user_module=user_module)
     train_network(run, target, _job_of(group.training, len(train.labels)), train.images, train.labels)
 
 

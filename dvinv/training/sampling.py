@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import numpy as np
+from jaxtyping import Int32
 
 from dvinv.config import Settings
 
@@ -45,7 +46,7 @@ def rounds_of(settings: Settings) -> Rounds:
     return Rounds(size - settings.held_out_of(size), count, max(1, settings.distillation.updates_per_round))
 
 
-def chosen_images(seed: int, update: int, batch_size: int, rounds: Rounds) -> np.ndarray:
+def chosen_images(seed: int, update: int, batch_size: int, rounds: Rounds) -> Int32[np.ndarray, ' B']:
     """Returns the row numbers of the images in the batch of an update, int32 [B].
 
     A round begins with one shuffled epoch of its new images, and continues with shuffled epochs of all images that are

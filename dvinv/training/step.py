@@ -6,6 +6,7 @@ Randomness is a function of the seed and the number of the update only, so a sta
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax
 import jax
@@ -14,14 +15,16 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Int32
 
 from dvinv.config import TrainingSettings
 from dvinv.data.batches import HostBatches, ResidentBatches, fits_on_devices
 from dvinv.inversion.augmentation import augmentation_of
 from dvinv.inversion.linen_tap import features_in_training
 from dvinv.networks import Classifier, initialise, shapes_of
+from dvinv.networks.arrays import Images, Labels, Pixels, Scalar
 from dvinv.networks.classifier import cast_floats, flatten, shapes_by_path, unflatten
-from dvinv.networks.head import grown
+from dvinv.networks.inheritance import grown
 from dvinv.runtime.devices import AXIS, place, platform_of
 from dvinv.training.sampling import Rounds, chosen_images
 
@@ -57,7 +60,7 @@ class TrainJob:
     forward: Callable | None = None
     auxiliary: Mapping = dataclasses.field(default_factory=dict)
 
-    def rows(self, seed: int, update: int) -> np.ndarray:
+    def rows(self, seed: int, update: int) -> Int32[np.ndarray, ' B']:
         """Returns the row numbers of the images in the batch of an update, int32 [B]."""
         size = self.settings.batch_size
         if self.second_rounds is None:
@@ -102,11 +105,12 @@ class TrainState:
       step: the number of updates done, int32 scalar.
     """
 
-    params: dict
-    batch_stats: dict
-    auxiliary: dict
-    opt_state: optax.OptState
-    step: jax.Array | np.ndarray
+    # Dicts of arrays, or what JAX and Orbax put in their places in trees of the same structure.
+    params: Any
+    batch_stats: Any
+    auxiliary: Any
+    opt_state: Any
+    step: Any
 
     @property
     def variables(self) -> dict:
@@ -122,7 +126,7 @@ def initial_variables(module, key: jax.Array, image_shape, start: dict | None) -
       key: the random key of the initialisation.
       image_shape: H, W, C.
       start: variables to start from: all of them, those of some of the layers, or those of a network with fewer classes
-        (see `networks.head.grown`). All others are random. None for random variables only.
+        (see `networks.inheritance.grown`). All others are random. None for random variables only.
     """
     if start is None:
         return initialise(module, key, image_shape)
@@ -159,7 +163,7 @@ def make_train_step(module, job: TrainJob, classifier: Classifier) -> Callable:
     """
     settings, optimizer, forward = job.settings, job.settings.make_optimizer(), make_forward(module, job)
 
-    def train_step(state: TrainState, images, labels, frozen, key):
+    def train_step(state: TrainState, images: Pixels, labels: Labels, frozen, key: jax.Array) -> tuple[TrainState, Scalar]:
         x, dropout_key = _augmented(settings, classifier, images, state, key)
         trained = state.params, state.auxiliary
 
@@ -183,7 +187,7 @@ def make_reestimate(module, job: TrainJob, classifier: Classifier) -> Callable:
     """
     settings, forward = job.settings, make_forward(module, dataclasses.replace(job, forward=None))
 
-    def reestimate(state: TrainState, images, key):
+    def reestimate(state: TrainState, images: Pixels, key: jax.Array) -> TrainState:
         x, dropout_key = _augmented(settings, classifier, images, state, key)
         _, _, batch_stats = forward(state.params, {}, state.batch_stats, x, dropout_key, None, 1.0)
         return dataclasses.replace(state, batch_stats=batch_stats, step=state.step + 1)
@@ -191,7 +195,9 @@ def make_reestimate(module, job: TrainJob, classifier: Classifier) -> Callable:
     return reestimate
 
 
-def _augmented(settings: TrainingSettings, classifier: Classifier, images, state: TrainState, key: jax.Array) -> tuple:
+def _augmented(
+    settings: TrainingSettings, classifier: Classifier, images: Pixels, state: TrainState, key: jax.Array
+) -> tuple[Images, jax.Array]:
     """Returns the augmented, normalised batch [B, H, W, C] of the next update, and the random key of its dropout."""
     augmentation_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
     return augmentation_of(settings)(augmentation_key, classifier.normalise(images), classifier), dropout_key
@@ -205,10 +211,10 @@ def make_forward(module, job: TrainJob) -> Callable:
     """
     dtype = jnp.dtype(job.settings.precision)
 
-    def plain(variables, auxiliary, x, rngs, frozen, progress):
+    def plain(variables, auxiliary, x: Images, rngs, frozen, progress):
         return features_in_training(module, variables, x, rngs, job.head)
 
-    def forward(params, auxiliary, batch_stats, x, dropout_key, frozen, progress):
+    def forward(params, auxiliary, batch_stats, x: Images, dropout_key, frozen, progress):
         params, auxiliary = cast_floats((params, auxiliary), dtype)
         variables = {'params': params, 'batch_stats': batch_stats}
         run = job.forward or plain
@@ -264,41 +270,41 @@ class TrainStep:
         """Returns `tree` with its arrays replicated on every device."""
         return place(tree, self._everywhere)
 
-    def __call__(self, state: TrainState, chosen, key: jax.Array) -> tuple[TrainState, jax.Array]:
+    def __call__(self, state: TrainState, batch, key: jax.Array) -> tuple[TrainState, jax.Array]:
         """Runs the updates of one dispatch.
 
         Args:
           state: the state, on the devices; its buffers are donated, so it must not be read afterwards.
-          chosen: the batches of the dispatch, as `batches.each` yields them.
+          batch: the batch of the dispatch, or its batches along a leading axis, as `batches.each` yields them.
           key: the random key of augmentation and dropout, which is folded with the number of the update.
 
         Returns:
           The new state, and the losses: float32 [n], or a scalar where the dispatch is a single update.
         """
-        leaves = jax.tree.leaves(chosen)
+        leaves = jax.tree.leaves(batch)
         several = leaves[-1].ndim > 1  # the last leaf holds row numbers or labels
         if several and platform_of(self._mesh) == 'cpu':
             # XLA runs convolutions in a loop body 12 times slower on CPU. Single calls also give the same bits.
             losses = []
             for i in range(len(leaves[-1])):
-                state, loss = self(state, jax.tree.map(lambda array, i=i: array[i], chosen), key)
+                state, loss = self(state, jax.tree.map(lambda array, i=i: array[i], batch), key)
                 losses.append(loss)
             return state, jnp.stack(losses)
-        return self.programs[several](state, self.batches.arrays, chosen, self._frozen, key)
+        return self.programs[several](state, self.batches.arrays, batch, self._frozen, key)
 
     def function(self, several: bool):
-        """Returns the pure function `(state, arrays, chosen, frozen, key) -> (state, losses)` of a dispatch.
+        """Returns the pure function `(state, arrays, batch, frozen, key) -> (state, losses)` of a dispatch.
 
         Args:
           several: whether the function scans over several updates; otherwise the dispatch is a single update.
         """
         pick, step = self.batches.pick, self._step
 
-        def single(state, arrays, chosen, frozen, key):
-            return step(state, *pick(arrays, chosen), frozen, key)
+        def single(state, arrays, batch, frozen, key):
+            return step(state, *pick(arrays, batch), frozen, key)
 
-        def scan(state, arrays, chosen, frozen, key):
-            return jax.lax.scan(lambda state, batch: single(state, arrays, batch, frozen, key), state, chosen)
+        def scan(state, arrays, batches, frozen, key):
+            return jax.lax.scan(lambda state, batch: single(state, arrays, batch, frozen, key), state, batches)
 
         return scan if several else single
 

@@ -28,7 +28,7 @@ class TrainTarget:
       part: the number of the training, for a network that is trained several times; each training shuffles differently.
       start: variables to start from (see `Training`); None for random variables.
       kept: the kept channels of a pruned network (see `networks.channels.PrunedModule`).
-      own: the user's network (see `inversion.modules`), which is trained instead of `network`; None to train `network`.
+      user_module: the user's network (see `inversion.modules`), trained instead of `network`; None to train `network`.
     """
 
     task: str
@@ -39,20 +39,20 @@ class TrainTarget:
     part: int = 0
     start: dict | None = None
     kept: Mapping[str, tuple[int, ...]] | None = None
-    own: Any = None
+    user_module: Any = None
 
     @property
     def about(self) -> dict:
         """The description of the network, as `networks.save_network` takes it."""
         about = {field: getattr(self.like, field) for field in ('num_classes', 'image_shape', 'mean', 'std')}
         pruned = {'kept': self.kept} if self.kept else {}
-        network, width = ('', 1.0) if self.own is not None else (self.network.network, self.network.width)
+        network, width = ('', 1.0) if self.user_module is not None else (self.network.network, self.network.width)
         return {'network': network, 'width': width, **about, **pruned}
 
     @property
     def module(self):
         """The network: a Linen module that takes x and `train`, or an object with the same `init` and `apply`."""
-        return module_of(self.about, self.own)
+        return module_of(self.about, self.user_module)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,4 +102,4 @@ def train_network(run: Run, target: TrainTarget, job: TrainJob, images: RowArray
         with training_of(run, target, job) as training:
             variables = training.finish(images, labels)
         save_network(path, variables, target.about)
-    return load_classifier(path, target.own)
+    return load_classifier(path, target.user_module)

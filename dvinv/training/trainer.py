@@ -99,7 +99,7 @@ class Training:
             self.step, state = restored
         self._saved = self.step  # the number of updates in the newest checkpoint
         self._progress.pass_over(self.step)
-        self._losses: list = self._checkpoints.notes().get('losses', [])  # since the last line of metrics
+        self._losses: list = self._checkpoints.metadata().get('losses', [])  # since the last line of metrics
         self._line: tuple[int, list] | None = None  # (step, losses) of the line of metrics that is due to be written
         records.workdir.metrics.cut(task, series, self.step)
         self._state, self._key = self._train_step.place((of_primary(state), jax.random.fold_in(key, 1)))
@@ -184,8 +184,8 @@ class Training:
             self._records.workdir.metrics.append(self._records.task, self._records.series, [{'step': step, 'loss': mean}])
             self._progress.update(step, loss=mean)
 
-    def _checkpoint(self, notes: dict | None = None) -> None:
-        self._checkpoints.save(self.step, jax.device_get(self._state), notes)
+    def _checkpoint(self, metadata: dict | None = None) -> None:
+        self._checkpoints.save(self.step, jax.device_get(self._state), metadata)
         self._saved = self.step
 
     def _leave_if_asked(self) -> None:

@@ -26,7 +26,7 @@ from dvinv.data.pool import ImagePool
 from dvinv.data.rows import Joined
 from dvinv.inversion.linen_tap import features_in_training
 from dvinv.networks import create, load_classifier
-from dvinv.networks.head import grown, head_of
+from dvinv.networks.inheritance import grown, head_of
 from dvinv.pipeline import tasks as pipeline
 from dvinv.synthesis.synthesizer import Synthesizer
 from dvinv.training.sampling import Rounds, chosen_images
@@ -137,7 +137,7 @@ def test_detached_answers_move_the_head_alone():
 
 
 def test_half_of_a_batch_is_of_each_set():
-    job = TrainJob(TrainingSettings(9, 6, 0.1), None, Rounds(5), second_rounds=Rounds(9))
+    job = TrainJob(TrainingSettings(9, 6, 0.1), lambda *_: 0.0, Rounds(5), second_rounds=Rounds(9))
     shown = np.stack([job.rows(3, update) for update in range(15)])
     assert shown[:, :3].max() < 5 <= shown[:, 3:].min()
     assert sorted(shown[:5, :3].ravel()) == sorted([*range(5)] * 3)

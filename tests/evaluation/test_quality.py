@@ -8,8 +8,8 @@ from tiny import tiny_teacher
 
 from dvinv.errors import DvinvError
 from dvinv.evaluation import quality
+from dvinv.evaluation.scoring import with_features
 from dvinv.networks import create, initialise
-from dvinv.networks.features import with_features
 
 RNG = np.random.default_rng(0)
 

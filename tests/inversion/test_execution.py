@@ -72,14 +72,16 @@ def test_bfloat16_makes_about_the_same_images(teacher, student, usual):
 def test_in_bfloat16_moments_and_statistics_stay_float32(teacher):
     seen = {}
 
-    def tap(variables, x, axis=None):
-        logits, moments = teacher.tap(variables, x, axis)
-        seen.update(x=x, logits=logits, **variables, moments=moments)
-        return logits, moments
+    def spied(tap):
+        def spy(variables, x):
+            logits, moments = tap(variables, x)
+            seen.update(x=x, logits=logits, **variables, moments=moments)
+            return logits, moments
 
-    programs = Programs(
-        dataclasses.replace(teacher, tap=tap), dataclasses.replace(CONFIG, precision='bfloat16'), make_mesh(1)
-    )
+        return spy
+
+    spied_teacher = dataclasses.replace(teacher, tap=teacher.tap.rewritten(spied))
+    programs = Programs(spied_teacher, dataclasses.replace(CONFIG, precision='bfloat16'), make_mesh(1))
     state = programs.restart(STAGE, programs.begin(KEY[None], len(LABELS)))
     jax.eval_shape(programs.advance(STAGE, 1), state, programs.labels(LABELS[None]), programs.variables, None)
     dtypes = {name: {leaf.dtype for leaf in jax.tree.leaves(value)} for name, value in seen.items()}

@@ -80,6 +80,7 @@ def _golden_run(teacher, student):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_a_fixed_key_gives_the_golden_images_and_metrics(teacher, student):
     before = jax.tree.map(np.copy, (teacher.variables, student.variables))
     result, golden = _golden_run(teacher, student), np.load(GOLDEN)

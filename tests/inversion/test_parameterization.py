@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, trained_variables
+from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, pixels_only, trained_variables
 
 from dvinv.config import PRESETS, InversionConfig, Stage, Weights
 from dvinv.errors import DvinvError
@@ -15,14 +15,13 @@ from dvinv.inversion import feature_loss, invert
 from dvinv.inversion.parameterization import initial_parameters, make_decode, pixel_scale_of, rescaled
 from dvinv.inversion.step import InversionState, make_step
 from dvinv.inversion.teacher import trusted_linen
-from dvinv.networks import Classifier
 
 SHAPE = (32, 24, 3)
 
 
 def pixels(shape):
     """A classifier that takes pixels as they are."""
-    return Classifier(None, None, shape, 10, (0.0,) * shape[-1], (1.0,) * shape[-1])
+    return pixels_only(shape, 10, (0.0,) * shape[-1], (1.0,) * shape[-1])
 
 
 def drawn(kind, contrast=0.6, batch_size=512, shape=SHAPE):

@@ -33,7 +33,6 @@ FAMILIES = {
     'small_convnet': (0.5, 8),
 }
 FEW = {'convnext_tiny': {'blocks': (1, 1, 1, 1)}, 'small_vit': {'depth': 1}}  # blocks, where one is like another
-QUICKLY = {'xla_backend_optimization_level': 0}  # each program runs once
 
 
 def pruned(module, image_shape, share=0.4, seed=0):
@@ -44,7 +43,7 @@ def pruned(module, image_shape, share=0.4, seed=0):
 
 
 def compiled(module):
-    return jax.jit(lambda v, x: module.apply(v, x, train=False), compiler_options=QUICKLY)
+    return jax.jit(lambda v, x: module.apply(v, x, train=False))
 
 
 def test_the_families_are_all():

@@ -83,6 +83,7 @@ def test_logits_are_those_of_pytorch(name):
     assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.optimized  # runs much longer than it compiles
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ('name', 'file', 'width', 'pixels', 'step', 'top1', 'top5'),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from smoke import flip
-from tiny import IMAGE_SHAPE, tiny_teacher, trained_variables
+from tiny import IMAGE_SHAPE, pixels_only, tiny_teacher, trained_variables
 
 from dvinv.errors import DvinvError
 from dvinv.evaluation.scoring import accuracy, flops, logits_of, top_accuracy
@@ -182,7 +182,7 @@ def test_a_digest_is_that_of_weights_and_normalisation():
 @pytest.mark.parametrize('array', [np.asarray, jnp.asarray])
 def test_every_pixel_value_survives_normalising_and_back(mean_and_std, array):
     mean, std = mean_and_std
-    network = Classifier(None, None, (16, 16, 1), 2, (mean,), (std,))
+    network = pixels_only((16, 16, 1), 2, (mean,), (std,))
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
     x = network.normalise(array(pixels))
     assert x.dtype == jnp.float32
@@ -191,12 +191,12 @@ def test_every_pixel_value_survives_normalising_and_back(mean_and_std, array):
 
 
 def test_channels_have_their_own_mean_and_std():
-    network = Classifier(None, None, (1, 1, 2), 2, (0.0, 1.0), (1.0, 0.5))
+    network = pixels_only((1, 1, 2), 2, (0.0, 1.0), (1.0, 0.5))
     np.testing.assert_allclose(network.normalise(jnp.full((1, 1, 2), 255, jnp.uint8)).ravel(), [1.0, 0.0])
 
 
 def test_values_beyond_the_range_are_cut():
-    network = Classifier(None, None, (1, 2, 1), 2, (0.5,), (0.5,))
+    network = pixels_only((1, 2, 1), 2, (0.5,), (0.5,))
     np.testing.assert_array_equal(network.to_uint8(np.array([-9.0, 9.0]).reshape(1, 1, 2, 1)).ravel(), [0, 255])
 
 

@@ -38,7 +38,6 @@ def read_golden(name: str) -> dict:
 
 
 GOLDEN = read_golden('imagenet_logits.npz')
-QUICKLY = {'xla_backend_optimization_level': 0}  # what runs once is not worth optimising
 SIZE = int(GOLDEN['size'])
 SHAPE = (SIZE, SIZE, 3)
 
@@ -88,7 +87,7 @@ def size_of(tree) -> int:
 def test_logits_are_those_of_pytorch(name):
     module, state = narrow_network(name)
     variables = import_weights(module, SHAPE, state)
-    logits = jax.jit(module.apply, compiler_options=QUICKLY)(variables, draw_images(0, SIZE))
+    logits = jax.jit(module.apply)(variables, draw_images(0, SIZE))
     expected = GOLDEN[f'{name}/logits']
     assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
 
@@ -100,7 +99,7 @@ def test_logits_and_moments_of_a_resnet50_are_those_of_pytorch():
     state = draw_state(json.loads(str(golden['shapes'])), seed=0, gain=float(golden['gain']))
     module, shape = create('resnet50', 10), (size, size, 3)
     teacher = trusted_linen(module, import_weights(module, shape, state), image_shape=shape, **PIXELS)
-    logits, moments = jax.jit(teacher.tap, compiler_options=QUICKLY)(teacher.variables, draw_images(0, size))
+    logits, moments = jax.jit(teacher.tap)(teacher.variables, draw_images(0, size))
     assert np.abs(logits - golden['logits']).max() < 1e-4 * np.abs(golden['logits']).max()
     assert [torchvision_name(layer) for layer in teacher.tap.layers] == [*channels]
     expected = np.split(golden['moments'], np.cumsum([*channels.values()])[:-1], axis=1)

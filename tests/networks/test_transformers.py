@@ -45,7 +45,6 @@ SHALLOW = {  # of golden/transformer_logits.npz: few blocks, or compilation take
     'convnext_tiny': {'blocks': (1, 1, 2, 1)},
     'resnet20_gn': {'blocks': 1},
 }
-QUICKLY = {'xla_backend_optimization_level': 0}  # what runs once is not worth optimising
 
 with np.load(Path(__file__).parents[1] / 'golden' / 'transformer_logits.npz', allow_pickle=False) as arrays:
     GOLDEN = dict(arrays)
@@ -76,7 +75,7 @@ def numbered(shapes: dict) -> dict:
 def test_logits_are_those_of_torchvision_and_timm(name):
     module, image_shape, state = shallow(name)
     variables = import_weights(module, image_shape, state)
-    logits = jax.jit(module.apply, compiler_options=QUICKLY)(variables, draw_images(0, image_shape[0]))
+    logits = jax.jit(module.apply)(variables, draw_images(0, image_shape[0]))
     expected = GOLDEN[f'{name}/logits']
     assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
 
@@ -274,7 +273,7 @@ def test_a_vision_transformer_learns_the_answers_and_a_stage_of_another_network(
     projections = initial_projections(jax.random.key(0), pairs)
     job = TrainJob(recipe, staged_loss(3.0, 1.0), Rounds(20), own.variables, forward=staged, auxiliary=projections)
     images, labels = np.random.default_rng(1).integers(0, 256, (20, *IMAGE_SHAPE), dtype=np.uint8), np.zeros(20, np.int32)
-    step, losses = jax.jit(make_train_step(student, job, own), compiler_options=QUICKLY), []
+    step, losses = jax.jit(make_train_step(student, job, own)), []
     state = initial_state(recipe, trained_variables(student), projections)
     for _ in range(recipe.updates):
         state, loss = step(state, images, labels, job.frozen, jax.random.key(0))

@@ -238,12 +238,11 @@ def test_what_was_damaged_is_made_again_as_the_sentences_say(run):
 
 
 @pytest.mark.slow
-def test_one_task_alone(command, taught):
+def test_one_task_alone(taught):
     expected = results(taught)['teacher']['test_accuracy']
     for name in ('results.json', 'report.html'):
         (taught / name).unlink()
-    status, _, err = command('--workdir', taught, "--config.tasks=('teacher',)")
-    assert status == 0, err
+    pipeline.run(smoke_config(tasks=('teacher',)), taught)
     assert set(results(taught)) == {'teacher'}
     assert results(taught)['teacher']['test_accuracy'] == expected
     assert not (taught / 'pool').exists()

@@ -107,7 +107,7 @@ def test_the_page_claims_no_more_than_the_teacher_says_of_the_images(report_of, 
 
 def test_rounds_of_competition_are_drawn_by_batch(report_of):
     page = report_of('adaptive', rounds=2)
-    assert '<td class="words">Rounds in which they came to the student</td><td>2</td>' in page
+    assert '<td class="words">Rounds of images and student training</td><td>2</td>' in page
     assert _charts(page)['Loss terms at the end of each batch, before weighting'] == ['feature loss', 'competition']
     assert re.findall(r'<title>competition: (\S+) at (\d)</title>', page)[-2:] == [('0.1', '0'), ('0.08333', '1')]
 

@@ -47,17 +47,20 @@ def batches(teacher, student, parameterization):
     return _run_batches(teacher, student, parameterization, 1)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize('devices', [2, 8])
 def test_batches_are_the_same_bytes_on_any_number_of_devices(teacher, student, parameterization, batches, devices):
     assert _run_batches(teacher, student, parameterization, devices).tobytes() == batches.tobytes()
 
 
+@pytest.mark.optimized
 def test_no_image_is_drawn_twice(batches):
     starts = np.stack([initial_parameters(key, BATCH, IMAGE_SHAPE)[0] for key in _keys(range(BATCHES))])
     for images in (starts, batches):
         assert len({image.tobytes() for image in images.reshape(-1, *IMAGE_SHAPE)}) == BATCHES * BATCH
 
 
+@pytest.mark.optimized
 def test_the_number_of_a_batch_decides_not_its_place(teacher, student, parameterization, batches):
     assert _run_batches(teacher, student, parameterization, 2, [5, 2]).tobytes() == batches[[5, 2]].tobytes()
 

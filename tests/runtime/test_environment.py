@@ -18,7 +18,7 @@ from dvinv import main
 from dvinv.__main__ import cli
 from dvinv.config import default_config, documentation, nested, parse
 from dvinv.errors import DvinvError, say_once
-from dvinv.runtime import banner, compilation
+from dvinv.runtime import banner, devices
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.workdir import flat
 
@@ -133,7 +133,7 @@ def test_without_a_home_nothing_is_kept_and_that_is_said_once(monkeypatch, tmp_p
     monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
     where(monkeypatch, tmp_path)
     for _ in range(2):
-        compilation.keep_compiled()
+        devices.keep_compiled()
     assert jax.config.jax_compilation_cache_dir is None
     said = capsys.readouterr().err
     assert said.startswith('dvinv: Compiled programs are not kept for later runs (')
@@ -142,7 +142,7 @@ def test_without_a_home_nothing_is_kept_and_that_is_said_once(monkeypatch, tmp_p
 
 def test_compiled_programs_are_kept_in_the_cache_of_the_user(monkeypatch, tmp_path, no_cache):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    compilation.keep_compiled()
+    devices.keep_compiled()
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / 'dvinv' / 'jax')
 
 

@@ -33,12 +33,14 @@ THREADS = {'NPROC': '8'}
 FLAGS = (
     '--config.verifier.network=',
     '--config.distillation.controls=()',
+    '--config.teacher.factory=factories:own',
+)
+TRAINING_FLAGS = (
+    "--config.tasks=('synthesis', 'distillation')",
     '--config.synthesis.images=80',
-    '--config.teacher.network=small_convnet',
     '--config.student.network=small_convnet',
     '--config.student.width=0.25',
-    '--config.teacher.training.updates=40',
-    '--config.distillation.updates=10',
+    '--config.distillation.updates=40',
 )
 OFTEN = '--config.logging.checkpoint_minutes=1e-9'  # every dispatch is saved
 
@@ -82,16 +84,10 @@ def _ended(begun) -> tuple[list[int], list[str]]:
 
 
 def test_processes_stop_resume_and_end_as_if_undisturbed(begin, start, tmp_path):
-    """SIGTERM to one while the teacher is trained; kill -9 of process 0 while images are made; then the end."""
+    """kill -9 of process 0 while images are made; SIGTERM to one while the student is trained; then the end."""
     run, undisturbed, one = tmp_path / 'run', tmp_path / 'undisturbed', tmp_path / 'one'
-    begun = begin(run, *FLAGS)
-    _until(run / 'checkpoints' / 'teacher' / '000000010.json', begun)
-    begun[1].send_signal(signal.SIGTERM)
-    statuses, said = _ended(begun)
-    assert statuses == [143, 143], said
-    assert all(re.search('SIGTERM: .* saved; the same command goes on from here', text) for text in said), said
-
-    begun = begin(run, *FLAGS, OFTEN)
+    flags = FLAGS + TRAINING_FLAGS
+    begun = begin(run, *flags, OFTEN)
     _until(run / 'pool' / 'shard-000001.json', begun)
     begun[0].kill()
     statuses, said = _ended(begun)
@@ -99,18 +95,30 @@ def test_processes_stop_resume_and_end_as_if_undisturbed(begin, start, tmp_path)
     assert 'Another process of the run has ended' in said[1] or 'another task died' in said[1]
     kept = {path.name: path.stat().st_mtime_ns for path in (run / 'pool').glob('*.npz')}
 
-    statuses, said = _ended(begin(run, *FLAGS))
+    begun = begin(run, *flags)
+    _until(run / 'checkpoints' / 'student' / '000000010.json', begun)
+    begun[1].send_signal(signal.SIGTERM)
+    statuses, said = _ended(begun)
+    assert statuses == [143, 143], said
+    assert all(re.search('SIGTERM: .* saved; the same command goes on from here', text) for text in said), said
+
+    statuses, said = _ended(begin(run, *flags))
     assert statuses == [0, 0], said
     assert kept.items() <= {path.name: path.stat().st_mtime_ns for path in (run / 'pool').glob('*.npz')}.items()
-    assert _ended(begin(undisturbed, *FLAGS))[0] == [0, 0]
-    assert lasting(run) == lasting(undisturbed)
+    statuses, said = _ended(begin(undisturbed, *flags, "--config.tasks=('teacher', 'synthesis', 'distillation', 'report')"))
+    assert statuses == [0, 0], said
+    assert (undisturbed / 'report.html').exists()
+    found, expected = lasting(run), lasting(undisturbed)
+    assert expected['results.json'].pop('teacher')
+    assert found == expected
 
-    # One process with as many devices makes the same images of the same teacher.
-    flags = [*FLAGS, f'--config.teacher.weights={run}/networks/teacher.safetensors', "--config.tasks=('synthesis',)"]
+    # One process with as many devices makes the same images.
+    flags = [*flags, "--config.tasks=('synthesis',)"]
     with start('--workdir', one, *flags, more={**THREADS, 'JAX_NUM_CPU_DEVICES': '2'}) as process:
         assert (process.communicate(), process.returncode)[1] == 0
-    for path in (one / 'pool').glob('*.npz'):
-        assert path.read_bytes() == (run / 'pool' / path.name).read_bytes()
+    expected, found = ({path.name: path.read_bytes() for path in (folder / 'pool').glob('*.npz')} for folder in (run, one))
+    assert len(found) == 4
+    assert found == expected
 
 
 @pytest.mark.parametrize('method', ['deepinversion', 'adaptive'])
@@ -122,7 +130,7 @@ def test_processes_split_a_batch_and_teach_together(begin, tmp_path, method):
         changes |= {'student__network': 'small_convnet', 'student__width': 0.25, 'synthesis__weights__competition': 10.0}
     names = {name.replace('__', '.'): value for name, value in changes.items()}
     flags = [f'--config.{name}={value}' for name, value in names.items()]
-    flags += ['--config.teacher.factory=factories:own', *FLAGS[:2], "--config.tasks=('synthesis',)"]
+    flags += [*FLAGS, "--config.tasks=('synthesis',)"]
     statuses, said = _ended(begin(run, *flags, devices=2))
     assert statuses == [0, 0], said
     pipeline.run(synthesis_config(devices=4, **changes), tmp_path / 'one')

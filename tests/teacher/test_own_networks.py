@@ -283,8 +283,8 @@ def test_a_teacher_keeps_its_module(kind):
     assert (grown.num_classes, head_path(run, like)) == (5, {'linen': 'Dense_0', 'nnx': 'head'}[kind])
     assert grown.tap.layers == like.tap.layers
     assert network_of(run, grown, 7).num_classes == 7
-    target = pruning.TrainTarget('pruning', 'pruned', run.settings.teacher, like, 5, own=like.module, kept={})
-    assert module_of(target.about, target.own) is like.module
+    target = pruning.TrainTarget('pruning', 'pruned', run.settings.teacher, like, 5, user_module=like.module, kept={})
+    assert module_of(target.about, target.user_module) is like.module
     run.planned_teacher = dataclasses.replace(like, module=None)
     with pytest.raises(DvinvError, match=r'The network of teacher\.factory .* is unknown'):
         pruning.validate(run)

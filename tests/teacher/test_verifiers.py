@@ -1,6 +1,7 @@
 """Several verifiers: what each recognises, in figures; what is told of them wrongly is refused."""
 
 import dataclasses
+from unittest import mock
 
 import ml_collections
 import numpy as np
@@ -9,6 +10,7 @@ from smoke import smoke_config, smoke_run
 from tiny import IMAGE_SHAPE, saved, tiny_teacher
 
 from dvinv.config import DataSettings, parse
+from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
 from dvinv.errors import DvinvError
 from dvinv.evaluation import quality
@@ -165,11 +167,9 @@ def test_each_verifier_tells_the_share_that_it_recognises(classes):
     images = np.random.default_rng(0).integers(0, 256, (30, *IMAGE_SHAPE), dtype=np.uint8)
     labels = (logits_of(first, images).argmax(1) + (np.arange(30) >= 20)) % classes  # the first knows two thirds
 
-    class Pool:
-        def rows(self, name):
-            return {'images': images, 'labels': labels}[name]
-
-    of = quality.figures_of_sets(first, {'other': other}, {'synthesized': Pool()}, None)['synthesized']
+    pool = mock.Mock(ImagePool)
+    pool.rows = {'images': images, 'labels': labels}.__getitem__
+    of = quality.figures_of_sets(first, {'other': other}, {'synthesized': pool}, None)['synthesized']
     shares = pytest.approx(2 / 3), accuracy(other, images, labels)
     assert shares[0] != shares[1]
     assert (of['recognised'], of['verifiers']['other']['recognised']) == shares

@@ -3,19 +3,19 @@
 import dataclasses
 import signal
 import types
+from unittest import mock
 
 import jax
 import numpy as np
 import optax
 import pytest
-from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet
+from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, pixels_only
 
 import dvinv.training
 from dvinv import DvinvError
 from dvinv.config import TrainingSettings
 from dvinv.data.batches import HostBatches, ResidentBatches, fits_on_devices
 from dvinv.data.rows import Joined
-from dvinv.networks import Classifier
 from dvinv.runtime import preemption
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.workdir import Workdir
@@ -23,7 +23,7 @@ from dvinv.training.sampling import Rounds, chosen_images
 from dvinv.training.step import TrainJob, TrainStep
 from dvinv.training.trainer import Records, Training
 
-CLASSIFIER = Classifier(None, None, IMAGE_SHAPE, 3, MEAN, STD)
+CLASSIFIER = pixels_only(IMAGE_SHAPE, 3, MEAN, STD)
 LOGGING = types.SimpleNamespace(every=2, checkpoint_every=4)
 RECIPE = TrainingSettings(
     updates=8, batch_size=8, learning_rate=0.05, warmup=2, weight_decay=1e-3, shift=1, flip=True, noise=0.1
@@ -241,7 +241,7 @@ def test_a_dispatch_from_the_host_is_of_so_many_bytes_at_most(monkeypatch, size,
 def test_images_lie_on_the_devices_where_a_quarter_of_the_free_memory_holds_them():
     def mesh(platform, **stats):
         device = types.SimpleNamespace(platform=platform, memory_stats=lambda: stats)
-        return types.SimpleNamespace(devices=np.array([device]), local_devices=[device])
+        return mock.Mock(jax.sharding.Mesh, devices=np.array([device]), local_devices=[device])
 
     gpu = mesh('gpu', bytes_limit=1000, bytes_in_use=200)
     assert fits_on_devices(gpu, 200)

@@ -5,8 +5,12 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+from jaxtyping import Bool, Float
 
 from dvinv.networks.channels.groups import FIXED, ChannelGroups
+
+KeepMask = Bool[np.ndarray, ' groups']  # whether each channel group is kept
+PerGroup = Float[np.ndarray, ' groups']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +33,12 @@ class Cost:
     count: int  # the number of channel groups
     terms: tuple[Term, ...]
 
-    def total(self, keep: np.ndarray) -> float:
+    def total(self, keep: KeepMask) -> float:
         """Computes the cost of the network with the groups in the keep mask, bool [count]."""
         kept = np.append(keep, True)  # with the entry that FIXED, -1, reads
         return float(sum(term.price(*(kept[axis].sum() for axis in term.axes)) for term in self.terms))
 
-    def savings(self, keep: np.ndarray) -> np.ndarray:
+    def savings(self, keep: KeepMask) -> PerGroup:
         """Computes the saving by the removal of each group alone, float [count]; 0 for groups that are removed already."""
         kept, savings = np.append(keep, True), np.zeros(self.count)
         for term in self.terms:

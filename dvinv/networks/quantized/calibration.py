@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from dvinv.networks.classifier import Classifier
 from dvinv.networks.quantized.folding import Folded
@@ -32,8 +33,8 @@ class Calibration:
 
     low: float
     high: float
-    sample: np.ndarray
-    means: np.ndarray
+    sample: Float[np.ndarray, ' n']
+    means: Float[np.ndarray, ' I']
 
 
 def on_images(network: Folded, classifier: Classifier, images) -> list[Calibration]:

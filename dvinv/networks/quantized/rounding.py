@@ -8,6 +8,9 @@ represented exactly.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Num, UInt8
+
+from dvinv.networks.arrays import AnyArray
 
 # Fractions of the largest magnitude that are tried in the search for the step of least squared error.
 SHARES = np.linspace(0.3, 1.0, 36)
@@ -19,7 +22,7 @@ def largest(bits: int) -> int:
 
 
 @jax.custom_jvp
-def rounded(x):
+def rounded(x: Float[AnyArray, '*S']) -> Float[jax.Array, '*S']:
     """Rounds to the nearest integer, with a straight-through gradient (Bengio et al., arXiv 1308.3432)."""
     return jnp.round(x)
 
@@ -27,7 +30,7 @@ def rounded(x):
 rounded.defjvp(lambda x, dx: (jnp.round(x[0]), dx[0]))
 
 
-def round_weights(weights, step, top):
+def round_weights(weights: Float[AnyArray, '*S'], step, top) -> Float[jax.Array, '*S']:
     """Rounds `weights` to whole numbers of `step` (broadcast), of a magnitude of at most `top`.
 
     Differentiable in both; the gradient with respect to `step` is that of LSQ (Esser et al., arXiv 1902.08153, eq. 3).
@@ -35,17 +38,17 @@ def round_weights(weights, step, top):
     return jnp.clip(rounded(weights / step), -top, top)
 
 
-def integer_weights(kernel: np.ndarray, step: np.ndarray, bits: int) -> np.ndarray:
+def integer_weights(kernel: Float[np.ndarray, '*S'], step: np.ndarray, bits: int) -> Float[np.ndarray, '*S']:
     """Computes the same as `round_weights` in NumPy, for `bits` bits and without a gradient."""
     return np.clip(np.rint(kernel / step), -largest(bits), largest(bits))
 
 
-def round_inputs(x, step, zero_point, top):
+def round_inputs(x: Float[AnyArray, '*S'], step, zero_point, top) -> Float[jax.Array, '*S']:
     """Rounds activations to `top` + 1 values, `zero_point` of them below 0; float, differentiable as `round_weights`."""
     return (jnp.clip(rounded(x / step) + zero_point, 0, top) - zero_point) * step
 
 
-def round_tokens(x, axis: int, top):
+def round_tokens(x: Float[AnyArray, '*S'], axis: int, top) -> Float[jax.Array, '*S']:
     """Rounds each token of activations to `top` + 1 values between its own extremes; float, differentiable in `x`.
 
     The range is computed in the call (dynamic quantization), so that it needs no calibration, and a token of large values
@@ -62,7 +65,7 @@ def round_tokens(x, axis: int, top):
     return round_inputs(x, step, jnp.round(-low / step), top)
 
 
-def weight_steps(kernel: np.ndarray, bits: int, contracted: tuple[int, ...]) -> np.ndarray:
+def weight_steps(kernel: Float[np.ndarray, '...'], bits: int, contracted: tuple[int, ...]) -> Float[np.ndarray, '...']:
     """Returns the step of least squared error for each output channel; float32, of length 1 along the `contracted` axes."""
     top = largest(bits)
     magnitude = np.abs(kernel).max(contracted, keepdims=True)
@@ -75,13 +78,13 @@ def weight_steps(kernel: np.ndarray, bits: int, contracted: tuple[int, ...]) -> 
     return best.astype(np.float32)
 
 
-def packed(integers: np.ndarray, bits: int) -> np.ndarray:
+def packed(integers: Num[np.ndarray, '...'], bits: int) -> UInt8[np.ndarray, 'bytes']:
     """Packs integers into a dense stream of `bits` bits each, uint8; two per byte at 4 bits."""
     unsigned = (integers.ravel().astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
     return np.packbits(np.unpackbits(unsigned[:, None], axis=1)[:, -bits:].ravel())
 
 
-def unpacked(stream, bits: int, shape):
+def unpacked(stream: UInt8[AnyArray, 'bytes'], bits: int, shape) -> Float[AnyArray, '...']:
     """Unpacks the integers of such a stream, float32 of `shape`; also usable within a compiled function."""
     digits = (stream[:, None] >> np.arange(7, -1, -1, dtype=np.uint8)) & 1
     count = int(np.prod(shape))
