@@ -203,7 +203,7 @@ def shifted_moments(
         mean = jnp.where(mask, x, 0).mean(reduced)
         centre = jnp.expand_dims(mean / jnp.maximum(share, EPSILON), reduced)
         return mean, jnp.where(mask, jnp.square(x - centre), 0).mean(reduced), share
-    shifted = x.astype(jnp.float32) - jnp.expand_dims(running_mean.astype(jnp.float32), reduced)
+    shifted = jnp.asarray(x, jnp.float32) - jnp.expand_dims(running_mean.astype(jnp.float32), reduced)
     if mask is None:
         return shifted.mean(reduced), jnp.square(shifted).mean(reduced)
     mask = jnp.broadcast_to(jnp.asarray(mask, bool), x.shape)
