@@ -11,8 +11,8 @@ and data as in `cifar10_resnet20.py`.
 20 batches of 256 images, 20 iterations each (the preset `cifar10_fast`), and then the student: it is compared with the
 teacher at the end of each stage (`distillation.hints`), the last values of 32x32, 16x16 and 8x8 pixels, and at first half of
 the images enter a stage from the teacher's stage before it (`distillation.graft`). Where the two are of one family, the
-student starts from the teacher's weights (`student.inherit`). Measured so far, on 1,000 real test images: `:resnet20` .906
-(two seeds; the ResNet-32 .928), `:wrn16_1` .869 +- .009 (three seeds), `:vgg` .827 +- .003 (three; the ResNet-20 .915),
+student starts from the teacher's weights (`student.inherit`). Measured so far, on 1,000 real test images: `:resnet20` .907
++- .007 (three seeds; the ResNet-32 .928), `:wrn16_1` .869 +- .009 (three), `:vgg` .827 +- .003 (three; the ResNet-20 .915),
 `:mobilenet` .810 +- .005 (three) and `:resnet8` .759 (one; .809 from 4,000 real images); on one CPU core 7 minutes for the
 images (14 for `:resnet8`) and 9 to 20 for the student. `:answers` is not measured yet. A ResNet-8 is small enough that the
 weight of its hints falls over the training (`distillation.hint_decay`). docs/experiments.md says how the settings were
