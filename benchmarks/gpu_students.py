@@ -1,4 +1,4 @@
-"""Trains students of CIFAR-10 side by side on one GPU, and networks without BatchNorm with theirs.
+"""Trains CIFAR-10 students side by side on one GPU, also from teachers without BatchNorm.
 
 With the bundle of `gpu.py`, and as there, in the root of the checkout on the GPU machine:
 
@@ -6,11 +6,12 @@ With the bundle of `gpu.py`, and as there, in the root of the checkout on the GP
 
 Every run is a command of `dvinv.main` in a process of its own; `students.json` in the folder of the figures has its command,
 status, seconds and results, and is written after every run. First come runs that are scored on validation images (4,000
-training images that no other run is shown): the answers of the teacher alone, 1 million views, in four ways; a ResNet-8 by
-seven pools. The best of each is then scored on test images, three seeds. Then come the controls of every student, networks
-without BatchNorm that were trained here, and a ResNet-20 by recorded moments. Runs that time is too short for are named, and
-those that are under way at the end are stopped; the same command continues them while the machine is held. The teachers
-without BatchNorm and one file of the images of each pool come back in `networks.tar`, logs and curves in `logs.tar.gz`.
+training images, on which no data-free student is trained): the answers of the teacher alone, 1 million views, in four ways;
+a ResNet-8 by seven pools. The best of each is then scored on test images, three seeds. Then come the controls of every
+student, teachers without BatchNorm that were trained here, and a ResNet-20 by recorded moments. Runs for which time is too
+short are named, and those under way at the end are stopped; the same command continues them while the machine is held. The
+teachers without BatchNorm and one file of images of each of their pools come back in `networks.tar`, logs and curves in
+`logs.tar.gz`.
 """
 
 import argparse
@@ -51,9 +52,9 @@ class Planned(NamedTuple):
     flags: tuple[str, ...] = ()  # without their --config.
     weights: tuple[str, str] = ('', '')  # teacher, verifier: names of files in the bundle; '': trained here
     best_of: tuple[str, ...] = ()  # runs on validation images; it also has the flags of the best of them
-    pool_of: str = ''  # the run whose images it takes
-    network_of: str = ''  # the run whose teacher, and moments where `moments` is set, it takes
-    moments: bool = False
+    pool_of: str = ''  # name of the run whose pool is copied and trained on
+    network_of: str = ''  # name of the run whose trained teacher is used
+    moments: bool = False  # use that run's recorded moments as well
 
 
 def pool(batches: int, iterations: int) -> tuple[str, ...]:
@@ -222,7 +223,7 @@ class Queue:
 
 
 def best_of(names: tuple[str, ...], done: Mapping[str, dict]) -> str:
-    """Returns the run whose student reads most of the validation images; '' where none has finished."""
+    """Returns the name of the run with the highest validation accuracy; '' if none of them has finished."""
     scores = {
         name: done[name]['results'].get('distillation', {}).get('test_accuracy', 0.0) for name in names if name in done
     }

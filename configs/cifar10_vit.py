@@ -2,9 +2,9 @@
 
     python -m dvinv.main --config configs/cifar10_vit.py --workdir runs/cifar10_vit
 
-As `cifar10_resnet20_gn.py`, which describes the data, the verifier and the arguments, but the teacher has patches of 4x4
-pixels, six blocks and 192 channels, is trained for 60 epochs, and has no stages that a residual network could be compared
-with: the student learns from its answers and, with `:free`, from images by the entropy of the similarities between patches.
+Data, verifier and arguments are those of `cifar10_resnet20_gn.py`. The teacher has patches of 4x4 pixels, six blocks and 192
+channels, and is trained for 60 epochs. It has no stages that a residual network could be compared with, so the
+student learns from its answers alone. With `:free` the images come from the entropy of the similarities between patches.
 For a GPU. `:smoke` shrinks the run to seconds.
 """
 

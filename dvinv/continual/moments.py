@@ -9,18 +9,17 @@ import numpy as np
 
 from dvinv.continual.chains import name_of, synthesizing
 from dvinv.data.rows import RowArray
-from dvinv.inversion import Teacher, record_moments
-from dvinv.inversion.augmentation import Augmentation, augmentation_of
+from dvinv.inversion import Teacher
 from dvinv.networks.classifier import MOMENTS
 from dvinv.pipeline.run import Run
 from dvinv.runtime.processes import is_primary, meet
-from dvinv.teacher.task import balanced_rows
+from dvinv.teacher.task import record_balanced
 
 IMAGES = 100  # the number of images that moments are recorded from, unless the teacher's settings name another
 
 
 def names_of_moments(run: Run, teacher: Teacher, number: int) -> dict[str, str]:
-    """Returns {chain: name of the file of moments} of all chains of which moments are recorded after task `number`."""
+    """Returns {chain: name of its moments file} for all chains whose moments are recorded after task `number`."""
     settings = run.settings.continual
     if MOMENTS not in teacher.variables or number == len(settings.steps):
         return {}
@@ -54,14 +53,9 @@ def record(run: Run, network: Teacher, name: str, images: RowArray, labels: np.n
     if run.workdir.has_network(name):
         return
     settings = run.settings
-    augmentation = augmentation_of(settings.continual)
-    moments = record_moments(
-        network,
-        images[balanced_rows(labels, settings.teacher.moments_images or IMAGES, settings.seed)],
-        tuple(run.teacher.variables[MOMENTS]),
-        augmentation=None if augmentation == Augmentation() else augmentation,
-        key=settings.seed,
-    )
+    count = settings.teacher.moments_images or IMAGES
+    layers = tuple(run.teacher.variables[MOMENTS])
+    moments = record_balanced(network, images, labels, count, settings.continual, settings.seed, layers)
     if is_primary():
         moments.save(run.workdir.network(name))
     meet(f'the moments {name}')

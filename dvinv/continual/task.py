@@ -95,11 +95,9 @@ def train_task(run: Run, steps: list[Step], like: Teacher, learned: dict[str, li
     chains = chains_of(settings)
     paths = {chain: workdir.network(name_of(settings, chain, number)) for chain in chains}
     moments = names_of_moments(run, run.teacher, number)
-    unfinished = [
-        chain
-        for chain, path in paths.items()
-        if not all(map(workdir.has_network, (path.stem, *filter(None, [moments.get(chain)]))))
-    ]
+    # A chain without recorded moments has no other file than its network's.
+    files = {chain: {path.stem, moments.get(chain, path.stem)} for chain, path in paths.items()}
+    unfinished = [chain for chain, names in files.items() if not all(map(workdir.has_network, names))]
     if unfinished:
         old = {
             chain: pool_of(run, chain, number, learned[chain][-1]) for chain in synthesizing(settings) if chain in unfinished

@@ -126,7 +126,7 @@ class Tap(abc.ABC):
         self._places = {layer: self._places[layer] for layer in self.layers}
 
     def rewritten(self, rewrite: Callable[[Callable], Callable]) -> 'Tap':
-        """Returns a copy of this tap whose calls run `rewrite(fn)` in place of a function `fn(variables, x)`.
+        """Returns a copy of this tap that computes its function `fn(variables, x)` as `rewrite(fn)`.
 
         Args:
           rewrite: Changes how a function is computed, for instance `execution.in_bfloat16`, on top of earlier rewrites.

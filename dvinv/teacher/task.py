@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import optax
 
-from dvinv.config import LabelTrainingSettings, validate_devices
+from dvinv.config import LabelTrainingSettings, TrainingSettings, validate_devices
+from dvinv.data.rows import RowArray
 from dvinv.errors import DvinvError, shape_text
 from dvinv.evaluation.scoring import flops, test_accuracy, validate_fits
 from dvinv.inversion.augmentation import Augmentation, augmentation_of
@@ -93,14 +94,36 @@ def record(run: Run, images: int, layers: Iterable[str] = ()) -> Moments:
     if data is None or data.train is None:
         raise DvinvError('There are no real training images to record moments from; set data.name and data.train_path.')
     validate_fits(run.bare_teacher, data)
-    chosen = balanced_rows(data.train.labels, images, run.settings.seed)
-    augmentation = augmentation_of(run.settings.teacher.training)
+    training, seed = run.settings.teacher.training, run.settings.seed
+    return record_balanced(run.bare_teacher, data.train.images, data.train.labels, images, training, seed, layers)
+
+
+def record_balanced(
+    network: Teacher,
+    images: RowArray,
+    labels: np.ndarray,
+    count: int,
+    training: TrainingSettings,
+    seed: int,
+    layers: Iterable[str] = (),
+) -> Moments:
+    """Records moments on `count` of the images, with classes as balanced as possible, augmented as for `training`.
+
+    Args:
+      network: the network.
+      images: uint8 [N, H, W, C].
+      labels: their labels, int [N].
+      count: the number of images to record from.
+      training: the training whose augmentation is used.
+      seed: the seed of the choice of images and of the augmentation.
+      layers: see `record_moments`.
+
+    Raises:
+      DvinvError: see `record_moments`.
+    """
+    chosen, augmentation = images[balanced_rows(labels, count, seed)], augmentation_of(training)
     return record_moments(
-        run.bare_teacher,
-        data.train.images[chosen],
-        layers,
-        augmentation=None if augmentation == Augmentation() else augmentation,
-        key=run.settings.seed,
+        network, chosen, layers, augmentation=None if augmentation == Augmentation() else augmentation, key=seed
     )
 
 
