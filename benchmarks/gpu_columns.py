@@ -6,12 +6,11 @@ are of the last update, on the 10,000 JPEG test images.
 """
 
 import statistics
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 from gpu_report import DONE, Item
-from gpu_runs import ENDED, Run, end_all
+from gpu_runs import ENDED, Run, run_side_by_side
 
 TEST, TRAIN = 'cifar10_test_jpeg.npz', 'cifar10_train_jpeg.npz'
 CONFIGS = {'vgg11': 'configs/cifar10_vgg11.py', 'resnet34': 'configs/cifar10_resnet34.py'}
@@ -116,23 +115,11 @@ class Column:
     def measure(self, names: list[str], side_by_side: int) -> None:
         """Runs these items, so many at a time; at the deadline they are ended, saved where they can be."""
         self._side_by_side = min(side_by_side, max(1, len(names)))
-        waiting, running = list(names), {}
-        try:
-            while (waiting or running) and self._context.remaining():
-                while waiting and len(running) < self._side_by_side:
-                    name = waiting.pop(0)
-                    if self._context.enough_time(name):
-                        running[name] = self._start(name)
-                for name, run in list(running.items()):
-                    if run.status is not None:
-                        self._finish(name, running.pop(name))
-                time.sleep(0.1)
-        finally:
-            end_all([*running.values()])
-            for name, run in running.items():
-                self._finish(name, run)
+        run_side_by_side(names, self._side_by_side, self._start, self._finish, self._context.remaining)
 
-    def _start(self, name: str) -> Run:
+    def _start(self, name: str) -> Run | None:
+        if not self._context.enough_time(name):
+            return None
         self._context.report.begin(name)
         flags = flags_of(name, self._context, self.weights)
         return Run(self._folder / name, flags, 0.85 / self._side_by_side)

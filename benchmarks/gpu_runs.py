@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from gpu_report import read_json
@@ -83,3 +84,45 @@ def end_all(runs: list[Run]) -> None:
     deadline = time.monotonic() + SAVE_SECONDS
     for run in runs:
         run.end(deadline)
+
+
+def run_side_by_side(
+    names: list[str],
+    most: int,
+    start: Callable[[str], Run | None],
+    finish: Callable[[str, Run], None],
+    time_is_left: Callable[[], bool | float],
+    is_ready: Callable[[str], bool] = lambda name: True,
+) -> list[str]:
+    """Runs so many at a time until time is over; those under way are then ended, saved where they can be.
+
+    Args:
+      names: of the runs, in the order of their worth.
+      most: runs at a time.
+      start: starts one; None if it decides not to.
+      finish: is called once for each that was started, whatever way it ended.
+      time_is_left: whether the runs under way may go on.
+      is_ready: whether one may start now; it is asked again until none is under way.
+
+    Returns:
+      The names of those that never were ready.
+    """
+    waiting, running = list(names), {}
+    try:
+        while (waiting or running) and time_is_left():
+            for name in [name for name, run in running.items() if run.status is not None]:
+                finish(name, running.pop(name))
+            ready = [name for name in waiting if is_ready(name)]
+            if not ready and not running:
+                break
+            for name in ready[: most - len(running)]:
+                waiting.remove(name)
+                run = start(name)
+                if run is not None:
+                    running[name] = run
+            time.sleep(0.1)
+    finally:
+        end_all([*running.values()])
+        for name, run in running.items():
+            finish(name, run)
+    return waiting

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import gpu_bundle  # noqa: E402
 from gpu_report import read_json  # noqa: E402
-from gpu_runs import Run, end_all  # noqa: E402
+from gpu_runs import Run, run_side_by_side  # noqa: E402
 
 from dvinv.errors import DvinvError  # noqa: E402
 
@@ -171,24 +171,14 @@ class Queue:
 
     def run(self, side_by_side: int, deadline: float) -> None:
         """Runs all that is not done, until `deadline` on the clock of `time.monotonic`."""
-        waiting, running = [name for name in self._plan if name not in self.done], {}
-        try:
-            while (waiting or running) and time.monotonic() < deadline:
-                for name in [name for name in running if running[name].status is not None]:
-                    self._finish(name, running.pop(name))
-                ready = [name for name in waiting if self._is_ready(name)]
-                if not running and not ready:
-                    break  # what is left waits for runs that failed
-                if ready and len(running) < side_by_side and deadline - time.monotonic() > LEAST:
-                    waiting.remove(ready[0])
-                    running[ready[0]] = self._start(ready[0])
-                elif not running:
-                    break
-                time.sleep(0.1)
-        finally:
-            end_all([*running.values()])
-            for name, run in running.items():
-                self._finish(name, run)
+        waiting = run_side_by_side(
+            [name for name in self._plan if name not in self.done],
+            side_by_side,
+            self._start,
+            self._finish,
+            lambda: time.monotonic() < deadline,
+            lambda name: self._is_ready(name) and deadline - time.monotonic() > LEAST,
+        )
         print(f'Not started: {", ".join(waiting) or "none"}.', flush=True)
 
     def _is_ready(self, name: str) -> bool:

@@ -8,19 +8,16 @@ trains a ResNet-32 on the first 20 classes of CIFAR-100 (see docs/real_data.md),
 been measured yet. `:smoke` shrinks the run to seconds.
 """
 
-import runpy
-from pathlib import Path
-
 import ml_collections
 
-cifar10 = runpy.run_path(str(Path(__file__).with_name('cifar10_continual.py')))['get_config']
+from dvinv.configs import cifar10_continual
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
     """The config; `arg` is '', '10', '20' or 'smoke'."""
     if arg not in ('', '10', '20', 'smoke'):
         raise ValueError(f'This config knows the arguments 10, 20 and smoke, not {arg!r}')
-    config = cifar10('smoke' if arg == 'smoke' else '')
+    config = cifar10_continual.get_config('smoke' if arg == 'smoke' else '')
     config.continual.update(loss='always_be_dreaming', controls=('finetune', 'lwf_mc', 'deepinversion', 'replay', 'joint'))
     if arg == 'smoke':
         return config

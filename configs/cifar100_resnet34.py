@@ -7,17 +7,14 @@ Others report 78.05 for the teacher and 61.32 for a student by DeepInversion wit
 `:smoke` shrinks the run to seconds.
 """
 
-import runpy
-from pathlib import Path
-
 import ml_collections
 
-cifar10 = runpy.run_path(str(Path(__file__).with_name('cifar10_resnet34.py')))['get_config']
+from dvinv.configs import cifar10_resnet34
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
     """The config; `arg` is '', 'paper' or 'smoke'."""
-    config = cifar10(arg)
+    config = cifar10_resnet34.get_config(arg)
     if config.data.name == 'cifar10':
         config.data.name = 'cifar100'
         config.teacher.mean, config.teacher.std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)

@@ -12,19 +12,15 @@ step that is made in competition with the network just pruned, Adaptive DeepInve
 `:smoke` shrinks the run to seconds.
 """
 
-import runpy
-from pathlib import Path
-
 import ml_collections
 
 from dvinv.config import shrink
-
-resnet20 = runpy.run_path(str(Path(__file__).with_name('cifar10_resnet20.py')))['get_config']
+from dvinv.configs import cifar10_resnet20
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
     """The config; `arg` is '', '71' or 'smoke'."""
-    config = resnet20()
+    config = cifar10_resnet20.get_config()
     config.tasks = ('teacher', 'synthesis', 'pruning', 'report')
     taught = {
         field: config.distillation[field] for field in ('optimizer', 'weight_decay', 'shift', 'flip', 'clip_norm', 'hint')

@@ -8,19 +8,16 @@ by ranges from 512 of the images; 4 bits by 300 updates of 64 with the float net
 have 8 bits throughout. Figures are in docs/results.md. `:smoke` shrinks the run to seconds.
 """
 
-import runpy
-from pathlib import Path
-
 import ml_collections
 
-resnet20 = runpy.run_path(str(Path(__file__).with_name('cifar10_resnet20.py')))['get_config']
+from dvinv.configs import cifar10_resnet20
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
     """The config; `arg` is '' or 'smoke'."""
     if arg not in ('', 'smoke'):
         raise ValueError(f'This config knows the argument smoke, not {arg!r}')
-    config = resnet20(arg)
+    config = cifar10_resnet20.get_config(arg)
     config.tasks = ('teacher', 'synthesis', 'quantization', 'report')
     config.synthesis.batches_per_round = 0  # nobody learns meanwhile
     if arg != 'smoke':

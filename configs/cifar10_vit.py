@@ -8,19 +8,15 @@ student learns from its answers alone. With `:free` the images come from the ent
 For a GPU. `:smoke` shrinks the run to seconds.
 """
 
-import runpy
-from pathlib import Path
-
 import ml_collections
 
 from dvinv.config import shrink
-
-resnet20_gn = runpy.run_path(str(Path(__file__).with_name('cifar10_resnet20_gn.py')))['get_config']
+from dvinv.configs import cifar10_resnet20_gn
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
     """The config; `arg` is '', 'free' or 'smoke'."""
-    config = resnet20_gn('' if arg == 'smoke' else arg)
+    config = cifar10_resnet20_gn.get_config('' if arg == 'smoke' else arg)
     config.teacher.network = 'cifar_vit'
     config.teacher.training.update(
         updates=11_700, batch_size=256, optimizer='adam', learning_rate=1e-3, weight_decay=5e-2, warmup=500, clip_norm=1.0

@@ -9,17 +9,14 @@ parameters, .247 of the teacher's) reads .987 +- .005 of the real test images ri
 hints, as in the paper. `:smoke` shrinks the run to seconds.
 """
 
-import runpy
-from pathlib import Path
-
 import ml_collections
 
-digits = runpy.run_path(str(Path(__file__).with_name('digits.py')))['get_config']
+from dvinv.configs import digits
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
     """The config; `arg` is '', 'answers' or 'smoke'."""
-    config = digits('smoke' if arg == 'smoke' else '')
+    config = digits.get_config('smoke' if arg == 'smoke' else '')
     config.student.update(network='small_convnet', width=0.25 if arg == 'smoke' else 0.65)
     if arg != 'smoke':
         config.distillation.updates = 1200

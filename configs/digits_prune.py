@@ -8,19 +8,15 @@ operations go; what is left is drawn to the teacher's answers and, by hints, to 
 `:smoke` shrinks the run to seconds.
 """
 
-import runpy
-from pathlib import Path
-
 import ml_collections
 
 from dvinv.config import shrink
-
-digits = runpy.run_path(str(Path(__file__).with_name('digits.py')))['get_config']
+from dvinv.configs import digits
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
     """The config; `arg` is '' or 'smoke'."""
-    config = digits()
+    config = digits.get_config()
     config.tasks = ('teacher', 'synthesis', 'pruning', 'report')
     config.pruning.update({field: config.distillation[field] for field in ('batch_size', 'shift', 'noise')})
     config.pruning.update(steps=3, updates_per_step=60, updates=800, learning_rate=0.01, warmup=20, hint=3.0)

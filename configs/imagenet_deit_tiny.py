@@ -14,14 +14,10 @@ the pictures come from the class, the entropy of the similarities between patche
 std. Neither has been measured. `:smoke` shrinks the run to seconds.
 """
 
-import runpy
-from pathlib import Path
-
 import ml_collections
 
 from dvinv.config import default_config, shrink
-
-CLASSES = runpy.run_path(str(Path(__file__).with_name('imagenet_mobilenet_v1.py')))['CLASSES']
+from dvinv.configs import imagenet_mobilenet_v1
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
@@ -34,7 +30,9 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     config.data.name = ''
     config.teacher.update(network='deit_tiny', mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     config.verifier.update(network='squeezenet1_1', mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    config.synthesis.update(images=64, batch_size=64, classes=CLASSES, parameterization='fourier', precision='bfloat16')
+    config.synthesis.update(
+        images=64, batch_size=64, classes=imagenet_mobilenet_v1.CLASSES, parameterization='fourier', precision='bfloat16'
+    )
     config.synthesis.stages[0].learning_rate = 0.1
     config.synthesis.controls = ('noise',)
     config.distillation.controls = ()

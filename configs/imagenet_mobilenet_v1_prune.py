@@ -9,19 +9,15 @@ batch of 64 shows the way: a thousand classes want as many images as docs/scalin
 `:smoke` shrinks the run to seconds.
 """
 
-import runpy
-from pathlib import Path
-
 import ml_collections
 
 from dvinv.config import shrink
-
-mobilenet = runpy.run_path(str(Path(__file__).with_name('imagenet_mobilenet_v1.py')))['get_config']
+from dvinv.configs import imagenet_mobilenet_v1
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
     """The config; `arg` is '' or 'smoke'."""
-    config = mobilenet('short')
+    config = imagenet_mobilenet_v1.get_config('short')
     config.tasks = ('teacher', 'synthesis', 'pruning', 'report')
     config.pruning.update(measure='filters', target_ratio=0.8, steps=2, latency_batch=1, controls=('untuned',))
     config.pruning.update(optimizer='sgd', learning_rate=1e-3, batch_size=16, updates=100, updates_per_step=20, flip=True)

@@ -9,19 +9,16 @@ Weights and data as in `imagenet_mobilenet_v1.py`, whose 64 images in their `:sh
 is needed: ranges follow from BatchNorm's statistics (figures in docs/results.md). `:smoke` shrinks the run to seconds.
 """
 
-import runpy
-from pathlib import Path
-
 import ml_collections
 
-mobilenet = runpy.run_path(str(Path(__file__).with_name('imagenet_mobilenet_v1.py')))['get_config']
+from dvinv.configs import imagenet_mobilenet_v1
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
     """The config; `arg` is '' or 'smoke'."""
     if arg not in ('', 'smoke'):
         raise ValueError(f'This config knows the argument smoke, not {arg!r}')
-    config = mobilenet(arg or 'short')
+    config = imagenet_mobilenet_v1.get_config(arg or 'short')
     config.tasks = ('teacher', 'synthesis', 'quantization', 'report')
     config.quantization.update(settings=('w8a8', 'w6a6'), distilled=(), controls=('noise',))
     return config

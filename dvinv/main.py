@@ -22,11 +22,9 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 import dvinv
+from dvinv import configs
 from dvinv.errors import DvinvError, listed, say
 from dvinv.runtime import preemption
-
-# The folders with the config files of dvinv: in an installed package, and in a clone.
-CONFIGS = Path(__file__).parent / 'configs', Path(__file__).parents[1] / 'configs'
 
 # A module that teacher.factory names may define flags with the same names, as many training scripts do; its flags override.
 _CONFIG = config_flags.DEFINE_config_file(
@@ -219,9 +217,8 @@ def _find_config_file(argv: list[str]) -> None:
         if not equals:
             value = ''.join(argv[position : position + 1])
         path, colon, argument = value.partition(':')
-        candidates = [folder / Path(path).name for folder in CONFIGS]
-        bundled = next((candidate for candidate in candidates if candidate.is_file()), None)
-        if not Path(path).is_file() and bundled and Path(path) == Path('configs') / bundled.name:
+        bundled = configs.FOLDER / Path(path).name
+        if not Path(path).is_file() and bundled.is_file() and Path(path) == Path('configs') / bundled.name:
             path = str(bundled)
             argv[position] = f'{name}={path}{colon}{argument}' if equals else f'{path}{colon}{argument}'
         if Path(path).is_file() and path.endswith('.py'):
@@ -230,8 +227,8 @@ def _find_config_file(argv: list[str]) -> None:
                     f'{path} is no config file: it must have a function get_config, like the files in configs/.'
                 )
             continue
-        folder = next((folder for folder in (Path('configs'), *CONFIGS) if folder.is_dir()), Path('configs'))
-        names = sorted(file.name for file in folder.glob('*.py'))
+        folder = Path('configs') if Path('configs').is_dir() else configs.FOLDER
+        names = sorted(file.name for file in folder.glob('*.py') if file.name != '__init__.py')
         choices = f'{folder}/ has {listed(names, 30)}.' if names else 'name a Python file that has a function get_config.'
         similar = difflib.get_close_matches(f'{Path(path).stem}.py', names, 1)
         suggestion = f'did you mean {folder}/{similar[0]}? ' if similar else ''
