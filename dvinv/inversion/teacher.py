@@ -47,8 +47,7 @@ class Teacher(Classifier):
         """Returns the same network as it was before `with_moments`."""
         if MOMENTS not in self.variables:
             return self
-        bare = dataclasses.replace(self, variables={k: v for k, v in self.variables.items() if k != MOMENTS})
-        return bare.with_variables({})
+        return dataclasses.replace(self, variables=super().without_moments().variables).with_variables({})
 
     def with_variables(self, more: dict) -> 'Teacher':
         """Returns the same network with the collections `more` added to its variables; they may contain statistics."""

@@ -73,6 +73,10 @@ class Classifier:
             sha.update(leaf.tobytes())
         return sha.hexdigest()
 
+    def without_moments(self) -> 'Classifier':
+        """Returns the same network without recorded moments among its variables."""
+        return dataclasses.replace(self, variables={name: v for name, v in self.variables.items() if name != MOMENTS})
+
 
 def shapes_by_path(variables) -> dict[str, tuple[int, ...]]:
     """Returns {path: shape} of arrays, or of shapes and dtypes, in nested dicts."""

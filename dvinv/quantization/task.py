@@ -91,7 +91,8 @@ def planned_trainings(run: Run) -> list[PlannedTraining]:
     settings, teacher = run.settings.quantization, run.planned_teacher
     if not settings.distilled:
         return []
-    network = _prepared(settings, fold(teacher.apply_fn, teacher.variables, teacher.image_shape))
+    weights = teacher.without_moments().variables
+    network = _prepared(settings, fold(teacher.apply_fn, weights, teacher.image_shape))
     bits = bits_of_layers(settings, settings.distilled[0], network.layers)
     inputs = {'no_images': on_statistics(network, teacher, jax.random.key(0))}
     variables = CalibratedNetwork(network, inputs).variables(bits, 'no_images', 'minmax', settings.correct)
