@@ -77,12 +77,13 @@ def adaptive(batches: int, updates: int) -> tuple[str, ...]:
 CONTROLS = ("distillation.controls=('real','prior_only')",)
 REAL = ("distillation.controls=('real',)",)
 SEEDS = (0, 1, 2)
+PLAIN = 'synthesis.method=deepinversion', 'synthesis.batches_per_round=0', 'distillation.updates_per_round=0'
 VIEWS = 4_000  # updates of 256 images: 1 million views
 ANSWERS = {
     'answers_adaptive': adaptive(10, 150),
-    'answers_plain': (),
+    'answers_plain': PLAIN,
     'answers_adaptive_plain_colours': (*adaptive(10, 150), 'distillation.cutmix=0.0', 'distillation.color_jitter=0.0'),
-    'answers_sharp': ('distillation.temperature=1.0',),
+    'answers_sharp': (*PLAIN, 'distillation.temperature=1.0'),
 }
 POOLS = {  # of a ResNet-8; at most 1,600 iterations in all, which two CPU cores make in 20 minutes
     'resnet8_10x160': pool(10, 160),

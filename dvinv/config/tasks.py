@@ -31,6 +31,7 @@ class DistillationSettings(TrainingSettings):
     hint_decay: float = 0.0  # exponent p of the factor (1 - fraction of the updates done)^p of `hint`; 0: constant
     updates_per_round: int = 0  # updates between two rounds of new images; the other updates follow the last round
     counts: tuple[int, ...] = ()  # additional students of the first n images each: the curve of accuracy against image count
+    curve_points: int = 0  # evenly spaced points of the curve of accuracy against image views; 0: no curve
     # Additional students with the same budget, trained on other images.
     controls: tuple[Literal['noise', 'prior_only', 'real'], ...] = ('noise', 'prior_only', 'real')
 
@@ -38,7 +39,7 @@ class DistillationSettings(TrainingSettings):
         """Validates the fields; a `DvinvError` names the field, its value and the way out."""
         super().__post_init__()
         validate_positive(self, 'temperature')
-        validate_bounds(self, 0, 'hint', 'hint_decay', 'updates_per_round')
+        validate_bounds(self, 0, 'hint', 'hint_decay', 'updates_per_round', 'curve_points')
         if self.hints in ('layers', 'stages') and not self.hint:
             raise DvinvError(
                 f'hints is {self.hints!r}, but distillation.hint, their weight, is 0; set it to 100 for instance, '
@@ -46,6 +47,12 @@ class DistillationSettings(TrainingSettings):
             )
         if not 0 <= self.graft <= 1:
             raise DvinvError(f'graft is {self.graft}; it is a probability, from 0 to 1.')
+
+    @property
+    def curve_updates(self) -> tuple[int, ...]:
+        """The numbers of updates at the points of the curve before the last one, ascending."""
+        updates = (round(self.updates * point / self.curve_points) for point in range(1, self.curve_points))
+        return tuple(sorted({update for update in updates if 0 < update < self.updates}))
 
 
 @dataclasses.dataclass(frozen=True)

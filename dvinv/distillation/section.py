@@ -74,7 +74,11 @@ def distillation_section(settings: DistillationSettings, results: dict, metrics:
         'Distillation',
         text,
         tables=tables,
-        charts=[training_losses(metrics, students, bool(hints)), accuracy_by_image_count(settings.counts, found)],
+        charts=[
+            training_losses(metrics, students, bool(hints)),
+            accuracy_by_image_count(settings.counts, found),
+            accuracy_by_views(settings, found),
+        ],
         tiles=[tile],
         summary=_summary(found) if 'synthesis' in results else '',
     )
@@ -104,6 +108,27 @@ def accuracy_by_image_count(counts: Sequence[int], found: dict) -> Chart | None:
     points = _measured_counts(counts, found)
     curve = {'Student': ([*points], [*points.values()])}
     return line_chart(curve, 'Student accuracy against image count', 'images', 'real test accuracy', log_x=True)
+
+
+def accuracy_by_views(settings: DistillationSettings, found: dict) -> Chart | None:
+    """Draws the accuracy of the student and of its controls against the number of images seen, repetitions included.
+
+    Args:
+      settings: the settings of the task; `curve_points` says where students were scored.
+      found: the figures of the task in results.json.
+
+    Returns:
+      The chart; None if nothing was measured before the last update.
+    """
+    curves = {}
+    for name in ('student', *settings.controls):
+        prefix = '' if name == 'student' else f'{name}_'
+        scores = {n: found.get(f'{prefix}test_accuracy_after_{n}_updates') for n in settings.curve_updates}
+        scores[settings.updates] = found.get(f'{prefix}test_accuracy')
+        points = {settings.batch_size * n: score for n, score in scores.items() if score is not None}
+        if len(points) > 1:
+            curves[STUDENTS[name]] = ([*points], [*points.values()])
+    return line_chart(curves, 'Student accuracy against image views', 'images seen', 'real test accuracy')
 
 
 def _measured_counts(counts: Sequence[int], found: dict) -> dict[int, float]:

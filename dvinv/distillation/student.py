@@ -63,7 +63,9 @@ def student_of(run: Run, teacher: Teacher, name: str = 'student', task: str = 'd
                 'student.inherit is True, but no layer of the student has name and shapes of one of the teacher; set '
                 'student.inherit=False, or choose a student of the same family and width.'
             )
-    return TrainTarget(task, name, group, teacher, ROLE, start=start, user_module=module if group.factory else None)
+    user_module = module if group.factory else None
+    snapshots = run.settings.distillation.curve_updates if task == 'distillation' else ()
+    return TrainTarget(task, name, group, teacher, ROLE, start=start, user_module=user_module, snapshots=snapshots)
 
 
 def job_of(run: Run, teacher: Teacher, rounds: Rounds, hints: Hints) -> TrainJob:

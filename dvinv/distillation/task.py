@@ -1,5 +1,7 @@
 """The task `distillation`: training a student on the teacher's logits on synthesized images, and controls for comparison."""
 
+import dataclasses
+
 from dvinv.config import DATA_FREE_CONTROLS
 from dvinv.data.rows import RowArray
 from dvinv.distillation import student
@@ -7,13 +9,13 @@ from dvinv.distillation.student import hints_of, job_of, print_hints, student_of
 from dvinv.errors import DvinvError
 from dvinv.evaluation.held_out import HeldOut, training_set
 from dvinv.evaluation.scoring import flops, test_accuracy
-from dvinv.networks import Classifier
+from dvinv.networks import Classifier, load_classifier
 from dvinv.pipeline.run import Run
 from dvinv.synthesis import synthesizer
 from dvinv.synthesis.pools import controls_are_complete, finished_pool
 from dvinv.synthesis.synthesizer import control_pool
 from dvinv.training.sampling import Rounds, rounds_of
-from dvinv.training.targets import PlannedTraining, train_network
+from dvinv.training.targets import PlannedTraining, TrainTarget, snapshot_name, train_network
 
 
 def validate(run: Run) -> None:
@@ -45,13 +47,15 @@ def run(run: Run) -> dict:
     if run.settings.synthesis.method != 'adaptive' and not run.workdir.has_network('student'):
         print_hints(hints)
 
-    def distil(name: str, images: RowArray, labels: RowArray, rounds: Rounds) -> Classifier:
-        return train_network(run, student_of(run, teacher, name), job_of(run, teacher, rounds, hints), images, labels)
+    def distil(name: str, images: RowArray, labels: RowArray, rounds: Rounds, snapshots: bool = True) -> Classifier:
+        target = student_of(run, teacher, name)
+        target = target if snapshots else dataclasses.replace(target, snapshots=())
+        return train_network(run, target, job_of(run, teacher, rounds, hints), images, labels)
 
     students = {'student': distil('student', images, labels, rounds)}
     for count in settings.counts:
         name = f'student_of_{count}'
-        students[name] = distil(name, images, labels, Rounds(count))
+        students[name] = distil(name, images, labels, Rounds(count), snapshots=False)
     for control in DATA_FREE_CONTROLS:
         if control in settings.controls:
             control_images, control_labels = training_set(run.settings, control_pool(run, control, 'distillation'))
@@ -63,11 +67,15 @@ def run(run: Run) -> dict:
         students['real'] = distil('real', real.images, real.labels, Rounds(len(real.labels)))
     held_out = HeldOut(run.settings, teacher, pool)
     scores = {name: test_accuracy(student, run.data) for name, student in students.items()}
+    curve: dict[str, float | None] = {}
+    for name in ('student', *settings.controls):
+        curve |= _scores_of_snapshots(run, student_of(run, teacher, name))
     student = students['student']
     return {
         'test_accuracy': scores['student'],
         **{f'{control}_test_accuracy': scores.get(control) for control in (*DATA_FREE_CONTROLS, 'real')},
         **{f'test_accuracy_of_{count}_images': scores[f'student_of_{count}'] for count in settings.counts},
+        **curve,
         **held_out.beside(students, 'student'),
         'parameters': student.parameters,
         'parameters_ratio': student.parameters / teacher.parameters,
@@ -78,6 +86,16 @@ def run(run: Run) -> dict:
         'hinted_layers': len(hints.layers),
         'hinted_stages': hints.rows(),
     }
+
+
+def _scores_of_snapshots(run: Run, student: TrainTarget) -> dict[str, float | None]:
+    """Returns {'test_accuracy_after_N_updates': accuracy} of a student at the points of its curve before the last one."""
+    prefix = '' if student.name == 'student' else f'{student.name}_'
+    scores = {}
+    for update in student.snapshots:
+        network = load_classifier(run.workdir.network(snapshot_name(student.name, update)), student.user_module)
+        scores[f'{prefix}test_accuracy_after_{update}_updates'] = test_accuracy(network, run.data)
+    return scores
 
 
 def planned_trainings(run: Run) -> list[PlannedTraining]:

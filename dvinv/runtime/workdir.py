@@ -34,6 +34,7 @@ ADDED = {
     'synthesis.attention': ['*Attention*:output'],
     'synthesis.weights.patch_similarity': 0.0,
     'synthesis.weights.pixel_moments': 0.0,
+    'distillation.curve_points': 0,
     'quantization.token_ranges': False,
     'synthesis.stages.color_shift': 0.0,  # of every stage
     'synthesis.stages.centre': 1.0,

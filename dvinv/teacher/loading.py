@@ -16,7 +16,7 @@ from dvinv.teacher.factories import network_of
 # task -> a pattern for the names of its other network files: controls and intermediate steps
 OTHERS = {
     'teacher': 'verifier',
-    'distillation': r'student_of_\d+|noise|prior_only|real',
+    'distillation': r'student_of_\d+|(student|noise|prior_only|real)_after_\d+|noise|prior_only|real',
     'pruning': r'(untuned|magnitude|random|pruned_by_(noise|prior_only|real))(_\d+)?|pruned_\d+',
     'continual': r'(finetune|lwf_mc|replay|joint|deepinversion|always_be_dreaming)(_\d+)?|continual_\d+',
 }

@@ -29,6 +29,7 @@ class TrainTarget:
       start: variables to start from (see `Training`); None for random variables.
       kept: the kept channels of a pruned network (see `networks.channels.PrunedModule`).
       user_module: the user's network (see `inversion.modules`), trained instead of `network`; None to train `network`.
+      snapshots: the numbers of updates after which the network is saved too, see `snapshot_name`.
     """
 
     task: str
@@ -40,6 +41,7 @@ class TrainTarget:
     start: dict | None = None
     kept: Mapping[str, tuple[int, ...]] | None = None
     user_module: Any = None
+    snapshots: tuple[int, ...] = ()
 
     @property
     def about(self) -> dict:
@@ -74,6 +76,11 @@ class PlannedTraining:
     teacher: Classifier | None = None
 
 
+def snapshot_name(name: str, update: int) -> str:
+    """Returns the name of the file of a network after a number of updates of its training."""
+    return f'{name}_after_{update}'
+
+
 def seed_of(run: Run, role: int, part: int = 0) -> int:
     """Returns the seed of a training from that of the run; for `role` and `part` see `TrainTarget`."""
     seed = 16 * run.settings.seed + role
@@ -82,7 +89,11 @@ def seed_of(run: Run, role: int, part: int = 0) -> int:
 
 def training_of(run: Run, target: TrainTarget, job: TrainJob) -> Training:
     """Returns the `Training` of a network of a run."""
-    records = Records(run.workdir, target.task, target.name, run.settings.logging)
+
+    def save_snapshot(update: int, variables: dict) -> None:
+        save_network(run.workdir.network(snapshot_name(target.name, update)), variables, target.about)
+
+    records = Records(run.workdir, target.task, target.name, run.settings.logging, target.snapshots, save_snapshot)
     seed = seed_of(run, target.role, target.part)
     return Training(target.module, job, target.like, seed, run.training_mesh, records, target.start)
 

@@ -7,6 +7,7 @@ therefore ends with the same bits as one that ran through.
 import collections
 import contextlib
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -36,12 +37,15 @@ class Records:
       workdir: the work directory.
       task, series: the names of the task and of the series in the metrics; checkpoints are named by the series.
       logging: A line of metrics is written every `every` updates, a checkpoint every `checkpoint_every` updates.
+      snapshots: numbers of updates, ascending, after which `save_snapshot(updates, variables)` is called.
     """
 
     workdir: Workdir
     task: str
     series: str
     logging: LoggingSettings
+    snapshots: tuple[int, ...] = ()
+    save_snapshot: Callable[[int, dict], None] | None = None
 
 
 class Training:
@@ -116,7 +120,7 @@ class Training:
         return jax.device_get(self._state.variables)
 
     def advance(self, images: RowArray, labels: RowArray, until: int) -> None:
-        """Trains up to update `until`, and saves a checkpoint there if it is not the last update.
+        """Trains up to update `until`, and saves a checkpoint there and at snapshots if it is not the last update.
 
         Args:
           images: all images that are available by then, in order, uint8 [N, H, W, C].
@@ -128,6 +132,15 @@ class Training:
           ValueError: there are fewer images than should be available by then.
           SystemExit: SIGTERM was received; a checkpoint was saved.
         """
+        for snapshot in self._records.snapshots:
+            # That of the current update too: the training may have been killed between its checkpoint and its snapshot.
+            if self._records.save_snapshot and self.step <= snapshot < until:
+                self._advance(images, labels, snapshot)
+                self._records.save_snapshot(snapshot, self.variables)
+        self._advance(images, labels, until)
+
+    def _advance(self, images: RowArray, labels: RowArray, until: int) -> None:
+        """Trains up to update `until`, without snapshots."""
         expected = self._job.available_at(max(until - 1, 0))
         if len(images) < expected:
             raise ValueError(f'by update {until} there should be {expected} images, not {len(images)}')

@@ -151,7 +151,13 @@ def test_a_loaded_student_scores_what_the_results_say(finished):
 
 def test_controls_are_loaded_by_their_names(tmp_path):
     """Each from a file of its own; which files belong to a task follows from their names."""
-    other = {'verifier': 'teacher', 'noise': 'distillation', 'student_of_20': 'distillation', 'untuned': 'pruning'}
+    other = {
+        'verifier': 'teacher',
+        'noise': 'distillation',
+        'student_of_20': 'distillation',
+        'real_after_5': 'distillation',
+        'untuned': 'pruning',
+    }
     other |= {'pruned_by_noise': 'pruning', 'pruned_1': 'pruning', 'joint': 'continual', 'finetune_1': 'continual'}
     (tmp_path / 'networks').mkdir()
     for seed, name in enumerate([*other, 'student', 'pruned']):
@@ -168,7 +174,7 @@ def test_controls_are_loaded_by_their_names(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, by_noise, dvinv.load(tmp_path, 'pruning', 'pruned_by_noise')[1])
     jax.tree.map(np.testing.assert_array_equal, pruned, dvinv.load(tmp_path, 'pruning', 'pruned')[1])
     assert not np.array_equal(jax.tree.leaves(pruned)[0], jax.tree.leaves(by_noise)[0])
-    sentence = "The task distillation has no network 'real' in .*; besides its result, .* there are noise, student_of_20."
+    sentence = "The task distillation has no network 'real' in .*; besides .* are noise, real_after_5, student_of_20."
     with pytest.raises(DvinvError, match=sentence):
         dvinv.load(tmp_path, 'distillation', 'real')
     with pytest.raises(DvinvError, match='there are finetune_1, joint'):

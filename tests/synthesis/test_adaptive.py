@@ -155,3 +155,16 @@ def test_a_curve_of_students_by_image_count(adaptive, finished, tmp_path):
     with contextlib.closing(Workdir(tmp_path / 'run', parse(config))) as workdir:
         few, many = (workdir.network(f'student_of_{count}').read_bytes() for count in (20, 80))
         assert few != many == workdir.network('student').read_bytes()
+
+
+def test_a_curve_of_accuracy_by_image_views(adaptive, finished, tmp_path):
+    """`curve_points`: the same student is also scored on the way, in the rounds of the synthesis too."""
+    tasks = ('teacher', 'synthesis', 'distillation', 'report')
+    config = adaptive_config(finished, distillation__curve_points=4, tasks=tasks)
+    figures = pipeline.run(config, tmp_path / 'run')['distillation']
+    assert figures['test_accuracy'] == adaptive[1]['distillation']['test_accuracy']
+    updates = config.distillation.updates
+    scores = {name: score for name, score in figures.items() if '_after_' in name}
+    assert scores.keys() == {f'test_accuracy_after_{updates * point // 4}_updates' for point in (1, 2, 3)}
+    assert all(0 <= score <= 1 for score in scores.values())
+    assert 'Student accuracy against image views' in (tmp_path / 'run' / 'report.html').read_text()

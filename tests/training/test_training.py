@@ -41,13 +41,14 @@ def _data(count=20):
     return rng.integers(0, 256, (count, *IMAGE_SHAPE), dtype=np.uint8), (np.arange(count) % 3).astype(np.int32)
 
 
-def _fit(folder, recipe=RECIPE, devices=1, loss=_loss, seed=3, stops=()):
+def _fit(folder, recipe=RECIPE, devices=1, loss=_loss, seed=3, stops=(), **snapshots):
     """(variables, metrics) of a training that stops and goes on at the updates `stops`."""
     images, labels = _data()
     workdir, job = Workdir(folder, {}), TrainJob(recipe, loss, Rounds(len(labels)))
     try:
         mesh = make_mesh(devices)
-        with Training(TinyNet(), job, CLASSIFIER, seed, mesh, Records(workdir, 'teacher', 'teacher', LOGGING)) as training:
+        records = Records(workdir, 'teacher', 'teacher', LOGGING, **snapshots)
+        with Training(TinyNet(), job, CLASSIFIER, seed, mesh, records) as training:
             for stop in stops:
                 training.advance(images, labels, stop)
             variables = training.finish(images, labels)
@@ -116,6 +117,23 @@ def test_a_training_in_stretches_is_the_same_training_and_each_stop_is_a_checkpo
     _same(variables, undisturbed[0])
     assert [line['step'] for line in metrics] == [2, 3, 4, 6, 8]
     assert [path.name for path in (tmp_path / 'checkpoints' / 'teacher').glob('*.json')] == ['000000006.json']
+
+
+def test_snapshots_are_the_network_at_their_updates_and_survive_kills(undisturbed, tmp_path):
+    taken: list = []
+
+    def save(update, variables):
+        if not taken:
+            taken.append(None)
+            raise KeyboardInterrupt  # killed when the checkpoint of update 3 is written and the snapshot is not
+        taken.append((update, variables))
+
+    with pytest.raises(KeyboardInterrupt):
+        _fit(tmp_path / 'run', snapshots=(3, 6), save_snapshot=save)
+    variables, _ = _fit(tmp_path / 'run', snapshots=(3, 6), save_snapshot=save)
+    _same(variables, undisturbed[0])
+    assert [update for update, _ in taken[1:]] == [3, 6]
+    assert not np.array_equal(*(snapshot['params']['Dense_0']['kernel'] for _, snapshot in taken[1:]))
 
 
 def test_metrics_tell_the_mean_loss_every_so_many_updates(undisturbed):
