@@ -22,9 +22,10 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
         updates=11_700, batch_size=256, optimizer='adam', learning_rate=1e-3, weight_decay=5e-2, warmup=500, clip_norm=1.0
     )
     config.teacher.training.update(color_jitter=0.2, label_smoothing=0.1)
+    config.synthesis.images = 20 * 256
+    config.synthesis.stages[0].iterations = 300
     if arg == 'free':
-        config.synthesis.update(method='deepinversion')
-        config.synthesis.weights.update(feature=0.0, patch_similarity=0.1)
+        config.synthesis.weights.patch_similarity = 0.1
     config.distillation.update(updates=12_000, batch_size=128, hint=0.0)
     if arg == 'smoke':
         shrink(config)
