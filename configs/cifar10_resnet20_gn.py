@@ -29,11 +29,11 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
         group.update(updates=3_500, batch_size=128, warmup=300, **sgd)
     config.verifier.network = 'resnet20'
     config.student.network = 'resnet20'
-    config.synthesis.images = 4 * 256
+    config.synthesis.update(images=4 * 256, contrast=0.5)
     config.synthesis.stages[0].iterations = 150
-    config.synthesis.weights.feature = 0.03  # a tenth of that for BatchNorm: more recognisable images
-    if arg == 'free':
-        config.synthesis.weights.update(feature=0.0, pixel_moments=1.0)
+    # A tenth of the feature weight for BatchNorm: more recognisable images. GroupNorm does not see brightness and contrast,
+    # so that without `pixel_moments` backgrounds become black or white.
+    config.synthesis.weights.update(feature=0.0 if arg == 'free' else 0.03, pixel_moments=3.0)
     config.distillation.update(updates=8_000, batch_size=16, warmup=100, clip_norm=30.0, hint=100.0, **sgd)
     config.distillation.update(color_jitter=0.2, cutmix=0.5, controls=())
     config.logging.update(every=100, checkpoint_every=500)
