@@ -88,7 +88,7 @@ def end_all(runs: list[Run]) -> None:
 
 def run_side_by_side(
     names: list[str],
-    most: int,
+    max_running: int,
     start: Callable[[str], Run | None],
     finish: Callable[[str, Run], None],
     time_is_left: Callable[[], bool | float],
@@ -98,14 +98,14 @@ def run_side_by_side(
 
     Args:
       names: of the runs, in the order of their worth.
-      most: runs at a time.
+      max_running: the number of runs at a time.
       start: starts one; None if it decides not to.
       finish: is called once for each that was started, whatever way it ended.
       time_is_left: whether the runs under way may go on.
       is_ready: whether one may start now; it is asked again until none is under way.
 
     Returns:
-      The names of those that never were ready.
+      The names of the runs that were neither started nor declined by `start`.
     """
     waiting, running = list(names), {}
     try:
@@ -115,7 +115,7 @@ def run_side_by_side(
             ready = [name for name in waiting if is_ready(name)]
             if not ready and not running:
                 break
-            for name in ready[: most - len(running)]:
+            for name in ready[: max_running - len(running)]:
                 waiting.remove(name)
                 run = start(name)
                 if run is not None:

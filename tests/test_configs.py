@@ -5,6 +5,9 @@ import dataclasses
 import json
 import math
 import runpy
+import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -173,3 +176,17 @@ def test_a_config_of_two_resolutions_runs_on_larger_images_to_its_report(command
     assert json.loads((run / 'pool' / 'shard-000000.json').read_text())['curve']['step'] == [0, 1, 2, 3]
     assert list(json.loads((run / 'quality.json').read_text())) == ['synthesized', 'noise']
     assert 'Loss terms, mean over batches' in (run / 'report.html').read_text()
+
+
+@pytest.mark.slow
+def test_the_configs_of_an_installed_package_import_one_another(tmp_path):
+    """setup.py copies them into the package; a folder `configs` beside the package is not taken for them."""
+    installed = tmp_path / 'site' / 'dvinv' / 'configs'
+    shutil.copytree(ROOT / 'dvinv', installed.parent)
+    shutil.copytree(ROOT / 'configs', installed, dirs_exist_ok=True)
+    (tmp_path / 'site' / 'configs').mkdir()
+    code = (
+        'from dvinv.configs import FOLDER, digits_prune as prune; print(FOLDER, prune.__file__, *prune.get_config().tasks)'
+    )
+    found = subprocess.run([sys.executable, '-c', code], cwd=tmp_path / 'site', check=True, capture_output=True, text=True)
+    assert found.stdout.split()[:3] == [str(installed), str(installed / 'digits_prune.py'), 'teacher']

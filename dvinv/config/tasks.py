@@ -31,7 +31,7 @@ class DistillationSettings(TrainingSettings):
     hint_decay: float = 0.0  # exponent p of the factor (1 - fraction of the updates done)^p of `hint`; 0: constant
     updates_per_round: int = 0  # updates between two rounds of new images; the other updates follow the last round
     counts: tuple[int, ...] = ()  # additional students of the first n images each: the curve of accuracy against image count
-    curve_points: int = 0  # evenly spaced points of the curve of accuracy against image views; 0: no curve
+    curve_points: int = 0  # evenly spaced points of the curve of accuracy against images seen; 0: no curve
     # Additional students with the same budget, trained on other images.
     controls: tuple[Literal['noise', 'prior_only', 'real'], ...] = ('noise', 'prior_only', 'real')
 
@@ -47,12 +47,16 @@ class DistillationSettings(TrainingSettings):
             )
         if not 0 <= self.graft <= 1:
             raise DvinvError(f'graft is {self.graft}; it is a probability, from 0 to 1.')
+        if self.curve_points == 1 or self.curve_points > self.updates:
+            raise DvinvError(
+                f'curve_points is {self.curve_points}; it must be from 2 to {self.updates}, the number of updates, or 0 for '
+                'no curve.'
+            )
 
     @property
     def curve_updates(self) -> tuple[int, ...]:
         """The numbers of updates at the points of the curve before the last one, ascending."""
-        updates = (round(self.updates * point / self.curve_points) for point in range(1, self.curve_points))
-        return tuple(sorted({update for update in updates if 0 < update < self.updates}))
+        return tuple(round(self.updates * point / self.curve_points) for point in range(1, self.curve_points))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,9 +5,7 @@ A built package has copies of them in this folder; a clone has them in `configs/
 
 from pathlib import Path
 
-_CLONE = Path(__file__).parents[2]
-
 FOLDER = Path(__file__).parent  # the folder with the config files
-if (_CLONE / 'setup.py').is_file():
-    FOLDER = _CLONE / 'configs'
+if not (FOLDER / 'digits.py').is_file():
+    FOLDER = Path(__file__).parents[2] / 'configs'
     __path__.append(str(FOLDER))

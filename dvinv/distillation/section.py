@@ -77,7 +77,7 @@ def distillation_section(settings: DistillationSettings, results: dict, metrics:
         charts=[
             training_losses(metrics, students, bool(hints)),
             accuracy_by_image_count(settings.counts, found),
-            accuracy_by_views(settings, found),
+            accuracy_by_images_seen(settings, found),
         ],
         tiles=[tile],
         summary=_summary(found) if 'synthesis' in results else '',
@@ -110,8 +110,8 @@ def accuracy_by_image_count(counts: Sequence[int], found: dict) -> Chart | None:
     return line_chart(curve, 'Student accuracy against image count', 'images', 'real test accuracy', log_x=True)
 
 
-def accuracy_by_views(settings: DistillationSettings, found: dict) -> Chart | None:
-    """Draws the accuracy of the student and of its controls against the number of images seen, repetitions included.
+def accuracy_by_images_seen(settings: DistillationSettings, found: dict) -> Chart | None:
+    """Draws the accuracy of the student and of its controls against the images seen, updates times batch size.
 
     Args:
       settings: the settings of the task; `curve_points` says where students were scored.
@@ -128,7 +128,7 @@ def accuracy_by_views(settings: DistillationSettings, found: dict) -> Chart | No
         points = {settings.batch_size * n: score for n, score in scores.items() if score is not None}
         if len(points) > 1:
             curves[STUDENTS[name]] = ([*points], [*points.values()])
-    return line_chart(curves, 'Student accuracy against image views', 'images seen', 'real test accuracy')
+    return line_chart(curves, 'Student accuracy against images seen', 'images seen', 'real test accuracy')
 
 
 def _measured_counts(counts: Sequence[int], found: dict) -> dict[int, float]:

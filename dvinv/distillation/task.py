@@ -68,7 +68,7 @@ def run(run: Run) -> dict:
     held_out = HeldOut(run.settings, teacher, pool)
     scores = {name: test_accuracy(student, run.data) for name, student in students.items()}
     curve: dict[str, float | None] = {}
-    for name in ('student', *settings.controls):
+    for name in ('student', *settings.controls) if settings.curve_updates else ():
         curve |= _scores_of_snapshots(run, student_of(run, teacher, name))
     student = students['student']
     return {
@@ -89,11 +89,22 @@ def run(run: Run) -> dict:
 
 
 def _scores_of_snapshots(run: Run, student: TrainTarget) -> dict[str, float | None]:
-    """Returns {'test_accuracy_after_N_updates': accuracy} of a student at the points of its curve before the last one."""
+    """Returns {'test_accuracy_after_N_updates': accuracy} of a student at the points of its curve before the last one.
+
+    Raises:
+      DvinvError: the file of one of these networks is missing.
+    """
     prefix = '' if student.name == 'student' else f'{student.name}_'
     scores = {}
     for update in student.snapshots:
-        network = load_classifier(run.workdir.network(snapshot_name(student.name, update)), student.user_module)
+        file = snapshot_name(student.name, update)
+        if not run.workdir.has_network(file):
+            raise DvinvError(
+                f'{run.workdir.network(file)} is missing, a point of the curve (distillation.curve_points); delete '
+                f'{run.workdir.path / "checkpoints" / student.name} and {run.workdir.network(student.name)}, and run the '
+                'command again, which trains this student again.'
+            )
+        network = load_classifier(run.workdir.network(file), student.user_module)
         scores[f'{prefix}test_accuracy_after_{update}_updates'] = test_accuracy(network, run.data)
     return scores
 

@@ -31,8 +31,8 @@ def load(workdir, task: str, setting: str = '', *, teacher: Classifier | None = 
       workdir: the work directory of the run.
       task: the name of the task.
       setting: the network to load. '': the result of the task; else a control, by its name in the config ('noise', 'real'),
-        or a file in `workdir`/networks, by its stem ('verifier', 'student_of_256', 'pruned_2'). For quantization, the bits,
-        for instance 'w8a8'; '': those of the smallest file.
+        or a file in `workdir`/networks, by its stem ('verifier', 'student_after_6250', 'pruned_2'). For quantization, the
+        bits, for instance 'w8a8'; '': those of the smallest file.
       teacher: the teacher that was quantized, needed only if it is a user's own network (teacher.factory) rather than one of
         dvinv.networks: the file has its weights in a few bits, but not its code.
       module: the network of a task other than quantization, if it is a user's own (teacher.factory, student.factory): a Flax

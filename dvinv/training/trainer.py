@@ -37,7 +37,8 @@ class Records:
       workdir: the work directory.
       task, series: the names of the task and of the series in the metrics; checkpoints are named by the series.
       logging: A line of metrics is written every `every` updates, a checkpoint every `checkpoint_every` updates.
-      snapshots: numbers of updates, ascending, after which `save_snapshot(updates, variables)` is called.
+      snapshots: numbers of updates, ascending and before the last, after which `save_snapshot` is called.
+      save_snapshot: (number of updates, variables of the network) -> None; called again if the training was killed there.
     """
 
     workdir: Workdir
@@ -120,7 +121,7 @@ class Training:
         return jax.device_get(self._state.variables)
 
     def advance(self, images: RowArray, labels: RowArray, until: int) -> None:
-        """Trains up to update `until`, and saves a checkpoint there and at snapshots if it is not the last update.
+        """Trains up to update `until`; saves a checkpoint there, unless it is the last update, and at each snapshot.
 
         Args:
           images: all images that are available by then, in order, uint8 [N, H, W, C].

@@ -287,6 +287,9 @@ ADAPTIVE = {
         ({'distillation__hints': 'blocks'}, ["distillation.hints is 'blocks'", 'auto, layers, stages, none']),
         ({'distillation__hints': 'stages'}, ["distillation.hints is 'stages', but distillation.hint", 'is 0']),
         ({'distillation__graft': 1.5}, ['distillation.graft is 1.5', 'from 0 to 1']),
+        ({'distillation__curve_points': -1}, ['distillation.curve_points is -1']),
+        ({'distillation__curve_points': 1}, ['distillation.curve_points is 1', 'from 2 to 20']),
+        ({'distillation__curve_points': 21}, ['distillation.curve_points is 21', 'from 2 to 20']),
         ({'distillation__hint': -1.0}, ['distillation.hint is -1.0', 'at least 0']),
         (
             {'distillation__hint': 1.0, 'distillation__hints': 'layers', 'teacher__width': 0.25, 'student__width': 0.125},

@@ -41,6 +41,7 @@ TRAINING_FLAGS = (
     '--config.student.network=small_convnet',
     '--config.student.width=0.25',
     '--config.distillation.updates=40',
+    '--config.distillation.curve_points=2',
 )
 OFTEN = '--config.logging.checkpoint_minutes=1e-9'  # every dispatch is saved
 
