@@ -7,7 +7,7 @@ With the bundle of `gpu.py`, and as there, in the root of the checkout on the GP
 Every run is a command of `dvinv.main` in a process of its own; `students.json` in the folder of the figures has its command,
 status, seconds and results, and is written after every run. First come runs that are scored on validation images (4,000
 training images, on which no data-free student is trained): the answers of the teacher alone, 1 million views, in four ways;
-a ResNet-8 by eight pools. The best of each is then scored on test images, three seeds. Then come the controls of every
+a ResNet-8 by seven pools. The best of each is then scored on test images, three seeds. Then come the controls of every
 student, teachers without BatchNorm that were trained here, and a ResNet-20 by recorded moments. Runs for which time is too
 short are named, and those under way at the end are stopped; the same command continues them while the machine is held. The
 teachers without BatchNorm and one file of images of each of their pools come back in `networks.tar`, logs and curves in
@@ -86,7 +86,6 @@ ANSWERS = {
     'answers_sharp': (*PLAIN, 'distillation.temperature=1.0'),
 }
 POOLS = {  # of a ResNet-8; at most 1,600 iterations in all, which two CPU cores make in 20 minutes
-    'resnet8_40x20': pool(40, 20),
     'resnet8_10x160': pool(10, 160),
     'resnet8_20x40': pool(20, 40),
     'resnet8_10x80': pool(10, 80),
@@ -130,7 +129,7 @@ def runs() -> dict[str, Planned]:
     for name, seed in OTHERS.items():
         flags = f'seed={seed}', 'distillation.hint=0.0'
         plan[f'{name}_answers_seed{seed}'] = students(name, 'test', *flags, pool_of=f'{name}_seed{seed}')
-    for weight in (0.1, 0.03):
+    for weight in (0.3, 0.1):
         flags = (*without, *looked_at, f'synthesis.weights.feature={weight}')
         plan[f'vit_feature_{weight}'] = Planned(vit, 'jpeg', flags, verified, network_of='vit', moments=True)
     for seed in SEEDS:
@@ -236,7 +235,7 @@ def headline(results: Mapping) -> str:
 def pack(folder: Path, out: Path) -> None:
     """Packs teachers without BatchNorm, the first images of the pools, logs and curves."""
     with tarfile.open(out / 'networks.tar', 'w') as tar:
-        for name in ('gn', 'vit', 'gn_free', 'vit_free', 'vit_feature_0.1', 'vit_feature_0.03'):
+        for name in ('gn', 'vit', 'gn_free', 'vit_free', 'vit_feature_0.3', 'vit_feature_0.1'):
             files = [*(folder / name / 'networks').glob('*.safetensors')] if name in ('gn', 'vit') else []
             for path in [*files, *sorted((folder / name / 'pool').glob('*.npz'))[:1]]:
                 tar.add(path, f'{name}/{path.name}')

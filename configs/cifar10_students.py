@@ -35,13 +35,12 @@ class Student(NamedTuple):
     hint: float = 100.0  # weight of the hints
     hint_decay: float = 0.0  # power by which it falls to 0; for networks that are too small to follow the teacher's stages
     inherit: bool = False  # starts from the teacher's weights
-    weight_decay: float = 5e-4
-    batches: int = 20  # of 256 images
+    iterations: int = 20  # of the synthesis
 
 
 STUDENTS = {
     'resnet20': Student('resnet20', 8_000, inherit=True),
-    'resnet8': Student('resnet8', 45_000, hint_decay=2.0, inherit=True, weight_decay=1e-4, batches=40),
+    'resnet8': Student('resnet8', 20_000, hint_decay=2.0, inherit=True, iterations=40),
     'wrn16_1': Student('wrn16_1', 8_000),
     'vgg': Student('cifar_vgg', 8_000),
     'mobilenet': Student('cifar_mobilenet', 8_000),
@@ -63,10 +62,10 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     for group in (config.teacher.training, config.verifier.training):  # where no weights are given: 200 epochs
         group.update(updates=78_000, warmup=1000, **sgd)
     config.student.update(network=student.network, inherit=student.inherit)
-    config.synthesis.images = student.batches * 256
+    config.synthesis.images = 20 * 256
+    config.synthesis.stages[0].iterations = student.iterations
     config.distillation.update(batch_size=16, warmup=100, clip_norm=30.0, color_jitter=0.2, cutmix=0.5, controls=(), **sgd)
     config.distillation.update(updates=student.updates, learning_rate=student.learning_rate)
-    config.distillation.weight_decay = student.weight_decay
     config.distillation.update(hint=student.hint, hint_decay=student.hint_decay)
     if arg == 'answers':  # 15,360 images in ten rounds, in which they compete with the student; 1 million views
         config.synthesis.update(method='adaptive', images=60 * 256, batches_per_round=6)
