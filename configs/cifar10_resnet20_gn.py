@@ -2,13 +2,17 @@
 
     python -m dvinv.main --config configs/cifar10_resnet20_gn.py --workdir runs/cifar10_resnet20_gn
 
-Trains the teacher on CIFAR-10 for 30 epochs (see docs/real_data.md; or `--config.data.name=npz
---config.data.path=TEST.npz --config.data.train_path=TRAIN.npz` with arrays of your own), and records the mean and variance a
-channel of what its normalisations take and its blocks return, over 100 training images (`teacher.moments_images`). 5,120
-images are synthesized from the network and these numbers. A ResNet-20 with BatchNorm learns from them, compared with the
-teacher at the end of each stage. The verifier is a published ResNet-20, `--config.verifier.weights=resnet20.th` (without
-weights it is trained too). For a GPU. `:free` records nothing; the images come from the class and what natural pictures have
-in common. `:smoke` shrinks the run to seconds.
+Trains the teacher on CIFAR-10 for 9 epochs (see docs/real_data.md; or `--config.data.name=npz --config.data.path=TEST.npz
+--config.data.train_path=TRAIN.npz` with arrays of your own), and records the mean and variance per channel of the inputs of
+its normalisations and of the outputs of its blocks, over 100 training images (`teacher.moments_images`). 1,024 images are
+synthesized from the network and these numbers. A ResNet-20 with BatchNorm learns from them, compared with the teacher at the
+end of each stage. The verifier is a published ResNet-20, `--config.verifier.weights=resnet20.th` (without weights it is
+trained too). `:free` records nothing: the images come from the class and from the mean and std of pixels, here ImageNet's,
+which are near enough to CIFAR-10's.
+
+Measured on JPEG images of quality 75 (10,000 test images): teacher .756, the published ResNet-20 .810; of the images the
+verifier recognises .782, of those of `:free` .266; the student reads .719. On one CPU core beside other jobs 65 minutes
+for the teacher, 17 for the images and 18 for the student. `:smoke` shrinks the run to seconds.
 """
 
 import ml_collections
