@@ -94,7 +94,7 @@ def run_side_by_side(
     time_is_left: Callable[[], bool | float],
     is_ready: Callable[[str], bool] = lambda name: True,
 ) -> list[str]:
-    """Runs so many at a time until time is over; those under way are then ended, saved where they can be.
+    """Keeps up to `max_running` runs under way until time is over; the rest are then ended, and save what they can.
 
     Args:
       names: of the runs, in the order of their worth.

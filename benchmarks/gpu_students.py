@@ -52,8 +52,8 @@ class Planned(NamedTuple):
     flags: tuple[str, ...] = ()  # without their --config.
     weights: tuple[str, str] = ('', '')  # teacher, verifier: names of files in the bundle; '': trained here
     best_of: tuple[str, ...] = ()  # runs on validation images; it also has the flags of the best of them
-    pool_of: str = ''  # name of the run whose pool is copied and trained on
-    network_of: str = ''  # name of the run whose trained teacher is used
+    pool_of: str = ''  # run with the pool to copy and train on; '': its own
+    network_of: str = ''  # run with the trained teacher to use; '': that of `weights`
     moments: bool = False  # use that run's recorded moments as well
 
 

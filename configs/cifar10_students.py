@@ -70,7 +70,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     config.distillation.update(batch_size=16, warmup=100, clip_norm=30.0, color_jitter=0.2, cutmix=0.5, controls=(), **sgd)
     config.distillation.update(updates=student.updates, learning_rate=student.learning_rate)
     config.distillation.update(hint=student.hint, hint_decay=student.hint_decay)
-    if arg == 'answers':  # 15,360 images in ten rounds, in which they compete with the student; 1 million views
+    if arg == 'answers':  # 15,360 images in ten rounds, made in competition with the student; 1 million images seen
         config.synthesis.update(method='adaptive', images=60 * 256, batches_per_round=6)
         config.distillation.update(updates_per_round=5_000, curve_points=10)
     config.logging.update(every=100, checkpoint_every=500)

@@ -19,7 +19,7 @@ IMAGES = 100  # the number of images that moments are recorded from, unless the 
 
 
 def names_of_moments(run: Run, teacher: Teacher, number: int) -> dict[str, str]:
-    """Returns {chain: name of its moments file} for all chains whose moments are recorded after task `number`."""
+    """Returns {chain: name of the file of its moments} for the chains that record moments after task `number`."""
     settings = run.settings.continual
     if MOMENTS not in teacher.variables or number == len(settings.steps):
         return {}

@@ -95,8 +95,8 @@ def train_task(run: Run, steps: list[Step], like: Teacher, learned: dict[str, li
     chains = chains_of(settings)
     paths = {chain: workdir.network(name_of(settings, chain, number)) for chain in chains}
     moments = names_of_moments(run, run.teacher, number)
-    # A chain without recorded moments has no other file than its network's.
-    files = {chain: {path.stem, moments.get(chain, path.stem)} for chain, path in paths.items()}
+    # In the same order on all processes, since each question about a file is a collective.
+    files = {chain: [path.stem, *filter(None, [moments.get(chain)])] for chain, path in paths.items()}
     unfinished = [chain for chain, names in files.items() if not all(map(workdir.has_network, names))]
     if unfinished:
         old = {

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from dvinv.config import DistillationSettings
+from dvinv.distillation.student import prefix_of
 from dvinv.report.charts import Chart, line_chart, loss_chart, mean_curves
 from dvinv.report.classes import agreement_table
 from dvinv.report.page import Section, Table, Tile, number, percent, reads_right
@@ -37,7 +38,7 @@ def distillation_section(settings: DistillationSettings, results: dict, metrics:
         f'The same student ({found["parameters"]:,} parameters, {found["parameters_ratio"]:.2f} of the '
         f"teacher's), {found['updates']:,} updates each{hints}; last update, never the best."
     )
-    prefixes = {name: '' if name == 'student' else f'{name}_' for name in students}
+    prefixes = {name: prefix_of(name) for name in students}
     if held_out:  # there are no real images to score on
         columns = ['agrees with the teacher', 'KL']
         rows = [
@@ -122,7 +123,7 @@ def accuracy_by_images_seen(settings: DistillationSettings, found: dict) -> Char
     """
     curves = {}
     for name in ('student', *settings.controls):
-        prefix = '' if name == 'student' else f'{name}_'
+        prefix = prefix_of(name)
         scores = {n: found.get(f'{prefix}test_accuracy_after_{n}_updates') for n in settings.curve_updates}
         scores[settings.updates] = found.get(f'{prefix}test_accuracy')
         points = {settings.batch_size * n: score for n, score in scores.items() if score is not None}

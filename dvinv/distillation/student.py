@@ -68,6 +68,11 @@ def student_of(run: Run, teacher: Teacher, name: str = 'student', task: str = 'd
     return TrainTarget(task, name, group, teacher, ROLE, start=start, user_module=user_module, snapshots=snapshots)
 
 
+def prefix_of(name: str) -> str:
+    """Returns the prefix of the figures of a student in results.json: '' for the result of the task, else its name."""
+    return '' if name == 'student' else f'{name}_'
+
+
 def job_of(run: Run, teacher: Teacher, rounds: Rounds, hints: Hints) -> TrainJob:
     """Returns the training job of the run's student of `teacher`.
 

@@ -5,7 +5,7 @@ import dataclasses
 from dvinv.config import DATA_FREE_CONTROLS
 from dvinv.data.rows import RowArray
 from dvinv.distillation import student
-from dvinv.distillation.student import hints_of, job_of, print_hints, student_of
+from dvinv.distillation.student import hints_of, job_of, prefix_of, print_hints, student_of
 from dvinv.errors import DvinvError
 from dvinv.evaluation.held_out import HeldOut, training_set
 from dvinv.evaluation.scoring import flops, test_accuracy
@@ -94,7 +94,6 @@ def _scores_of_snapshots(run: Run, student: TrainTarget) -> dict[str, float | No
     Raises:
       DvinvError: the file of one of these networks is missing.
     """
-    prefix = '' if student.name == 'student' else f'{student.name}_'
     scores = {}
     for update in student.snapshots:
         file = snapshot_name(student.name, update)
@@ -105,7 +104,7 @@ def _scores_of_snapshots(run: Run, student: TrainTarget) -> dict[str, float | No
                 'command again, which trains this student again.'
             )
         network = load_classifier(run.workdir.network(file), student.user_module)
-        scores[f'{prefix}test_accuracy_after_{update}_updates'] = test_accuracy(network, run.data)
+        scores[f'{prefix_of(student.name)}test_accuracy_after_{update}_updates'] = test_accuracy(network, run.data)
     return scores
 
 

@@ -114,7 +114,7 @@ def record_balanced(
       images: uint8 [N, H, W, C].
       labels: their labels, int [N].
       count: the number of images to record from.
-      training: the training whose augmentation is used.
+      training: settings with the augmentation to apply.
       seed: the seed of the choice of images and of the augmentation.
       layers: see `record_moments`.
 
