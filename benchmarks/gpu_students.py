@@ -108,8 +108,6 @@ def runs() -> dict[str, Planned]:
     without = ('teacher.moments_images=0',)
     looked_at = "tasks=('teacher','synthesis')", 'synthesis.images=512'
     plan = {
-        'gn': Planned(gn, 'jpeg', ("distillation.controls=('prior_only',)",), verified),
-        'vit': Planned(vit, 'jpeg', (), verified),
         **{name: students('answers', 'validation', *answers(VIEWS, *flags)) for name, flags in ANSWERS.items()},
         **{name: students('resnet8', 'validation', *flags) for name, flags in (POOLS | LARGER_POOLS).items()},
     }
@@ -120,6 +118,8 @@ def runs() -> dict[str, Planned]:
         plan[f'answers_1m_seed{seed}'] = students('answers', 'test', *flags, best_of=tuple(ANSWERS))
         plan[f'resnet8_seed{seed}'] = students('resnet8', 'test', f'seed={seed}', *more, best_of=tuple(POOLS))
     plan |= {
+        'vit': Planned(vit, 'jpeg', (), verified),
+        'gn': Planned(gn, 'jpeg', ("distillation.controls=('prior_only',)",), verified),
         'gn_free': Planned(f'{gn}:free', 'jpeg', without, verified, network_of='gn'),
         'vit_free': Planned(f'{vit}:free', 'jpeg', without, verified, network_of='vit'),
         'answers_4m_seed0': students('answers', 'test', *answers(4 * VIEWS, *adaptive(10, 600)), *REAL),
