@@ -5,19 +5,18 @@ With the bundle of `gpu.py`, and as there, in the root of the checkout on the GP
     PYTHONUNBUFFERED=1 python3 benchmarks/gpu_students.py --minutes 8 --out "$OUT"
 
 Every run is a command of `dvinv.main` in a process of its own; `students.json` in the folder of the figures has its command,
-status, seconds and results, and is written after every run. First come runs that are scored on validation images (4,000
-training images, on which no data-free student is trained): the answers of the teacher alone, 1 million views, in four ways;
-a ResNet-8 by seven pools. The best of each is then scored on test images, three seeds. Then come the controls of every
-student, teachers without BatchNorm that were trained here, and a ResNet-20 by recorded moments. Runs for which time is too
-short are named, and those under way at the end are stopped; the same command continues them while the machine is held. The
-teachers without BatchNorm and one file of images of each of their pools come back in `networks.tar`, logs and curves in
-`logs.tar.gz`.
+status, seconds and results, and is written after every run. First comes the pool of `cifar10_students.py:answers`, 51,200
+images, from which all other students learn as well: a ResNet-8 in five ways, scored on validation images (4,000 training
+images, on which no data-free student is trained), the best of them on test images with three seeds; the other students from
+1 million views. Then come the controls of every student, teachers without BatchNorm that are trained here, and a ResNet-20
+by recorded moments. Runs for which time is too short are named, and those under way at the end are stopped; the same command
+continues them while the machine is held. The teachers without BatchNorm and one file of images of each of their pools come
+back in `networks.tar`, logs and curves in `logs.tar.gz`.
 """
 
 import argparse
 import json
 import os
-import shutil
 import sys
 import tarfile
 import time
@@ -52,48 +51,30 @@ class Planned(NamedTuple):
     flags: tuple[str, ...] = ()  # without their --config.
     weights: tuple[str, str] = ('', '')  # teacher, verifier: names of files in the bundle; '': trained here
     best_of: tuple[str, ...] = ()  # runs on validation images; it also has the flags of the best of them
-    pool_of: str = ''  # run with the pool to copy and train on; '': its own
+    pool_of: str = ''  # run with the pool to train on; '': its own
     network_of: str = ''  # run with the trained teacher to use; '': that of `weights`
     moments: bool = False  # use that run's recorded moments as well
 
 
-def pool(batches: int, iterations: int) -> tuple[str, ...]:
-    """Returns the flags of a pool of this many batches of 256 images."""
-    return f'synthesis.images={256 * batches}', f'synthesis.stages[0].iterations={iterations}'
-
-
-def answers(updates: int, *flags: str) -> tuple[str, ...]:
-    """Returns the flags of a student that learns from answers alone, from 51,200 images."""
-    rest = ('batch_size=256', 'learning_rate=0.1', 'warmup=200', f'updates={updates}')
-    every = ('logging.every=100', f'logging.checkpoint_every={updates}')
-    return (*(f'distillation.{flag}' for flag in rest), *every, *pool(200, 40), *flags)
-
-
-def adaptive(batches: int, updates: int) -> tuple[str, ...]:
-    """Returns the flags of adaptive synthesis: this many batches a round, of so many updates."""
-    return 'synthesis.method=adaptive', f'synthesis.batches_per_round={batches}', f'distillation.updates_per_round={updates}'
+def large(million_views: int, *flags: str) -> tuple[str, ...]:
+    """Returns the flags of a student that sees this many million images, of a pool that is complete: updates of 256."""
+    rest = ('batch_size=256', 'learning_rate=0.1', 'warmup=200', f'updates={4_000 * million_views}')
+    every = ('logging.every=100', f'logging.checkpoint_every={4_000 * million_views}')
+    return (*(f'distillation.{flag}' for flag in rest), *every, *flags)
 
 
 CONTROLS = ("distillation.controls=('real','prior_only')",)
 REAL = ("distillation.controls=('real',)",)
 SEEDS = (0, 1, 2)
-PLAIN = 'synthesis.method=deepinversion', 'synthesis.batches_per_round=0', 'distillation.updates_per_round=0'
-VIEWS = 4_000  # updates of 256 images: 1 million views
-ANSWERS = {
-    'answers_adaptive': adaptive(10, 150),
-    'answers_plain': PLAIN,
-    'answers_adaptive_plain_colours': (*adaptive(10, 150), 'distillation.cutmix=0.0', 'distillation.color_jitter=0.0'),
-    'answers_sharp': (*PLAIN, 'distillation.temperature=1.0'),
+ANSWERS = ('distillation.hint=0.0',)
+LARGE = {  # of a ResNet-8, from the pool of `answers`
+    'resnet8_answers_4m': large(4, *ANSWERS),
+    'resnet8_hints_4m': large(4),
+    'resnet8_answers_1m': large(1, *ANSWERS),
+    'resnet8_hints_1m': large(1),
+    'resnet8_small_updates_1m': ('distillation.updates=62500',),
 }
-POOLS = {  # of a ResNet-8; at most 1,600 iterations in all, which two CPU cores make in 20 minutes
-    'resnet8_10x160': pool(10, 160),
-    'resnet8_20x40': pool(20, 40),
-    'resnet8_10x80': pool(10, 80),
-    'resnet8_20x40_class': (*pool(20, 40), 'synthesis.weights.main=0.1'),
-    'resnet8_adaptive': (*pool(20, 40), *adaptive(1, 500)),
-}
-LARGER_POOLS = {'resnet8_20x160': pool(20, 160), 'resnet8_40x40': pool(40, 40)}  # to see what would help
-OTHERS = {'resnet20': 2, 'wrn16_1': 0, 'vgg': 0, 'mobilenet': 0}  # seed: the one that is missing, else the first
+OTHERS = {'wrn16_1': 0, 'vgg': 0, 'mobilenet': 0, 'resnet20': 2}  # seed: the one that is missing, else the first
 
 
 def students(argument: str, data: str, *flags: str, **more) -> Planned:
@@ -108,27 +89,27 @@ def runs() -> dict[str, Planned]:
     without = ('teacher.moments_images=0',)
     looked_at = "tasks=('teacher','synthesis')", 'synthesis.images=512'
     plan = {
-        **{name: students('answers', 'validation', *answers(VIEWS, *flags)) for name, flags in ANSWERS.items()},
-        **{name: students('resnet8', 'validation', *flags) for name, flags in (POOLS | LARGER_POOLS).items()},
+        'answers_seed0': students('answers', 'test'),
+        **{name: students('resnet8', 'validation', *flags, pool_of='answers_seed0') for name, flags in LARGE.items()},
     }
-    plan['answers_sharp'] = plan['answers_sharp']._replace(pool_of='answers_plain')
+    for name in ('wrn16_1', 'vgg', 'mobilenet'):
+        plan[f'{name}_answers_1m'] = students(name, 'test', *large(1, *ANSWERS), pool_of='answers_seed0')
+        plan[f'{name}_hints_1m'] = students(name, 'test', *large(1), pool_of='answers_seed0')
     for seed in SEEDS:
-        more = REAL if seed == 0 else ()
-        flags = (*answers(VIEWS), f'seed={seed}', *more)
-        plan[f'answers_1m_seed{seed}'] = students('answers', 'test', *flags, best_of=tuple(ANSWERS))
-        plan[f'resnet8_seed{seed}'] = students('resnet8', 'test', f'seed={seed}', *more, best_of=tuple(POOLS))
-    plan |= {
-        'vit': Planned(vit, 'jpeg', (), verified),
-        'gn': Planned(gn, 'jpeg', ("distillation.controls=('prior_only',)",), verified),
-        'gn_free': Planned(f'{gn}:free', 'jpeg', without, verified, network_of='gn'),
-        'vit_free': Planned(f'{vit}:free', 'jpeg', without, verified, network_of='vit'),
-        'answers_4m_seed0': students('answers', 'test', *answers(4 * VIEWS, *adaptive(10, 600)), *REAL),
-    }
+        plan.setdefault(f'answers_seed{seed}', students('answers', 'test', f'seed={seed}'))
+        flags, pool = (f'seed={seed}', *(REAL if seed == 0 else ())), f'answers_seed{seed}'
+        plan[f'resnet8_seed{seed}'] = students('resnet8', 'test', *flags, best_of=tuple(LARGE), pool_of=pool)
     for name, seed in OTHERS.items():
         plan[f'{name}_seed{seed}'] = students(name, 'test', f'seed={seed}', *CONTROLS)
     for name, seed in OTHERS.items():
-        flags = f'seed={seed}', 'distillation.hint=0.0'
-        plan[f'{name}_answers_seed{seed}'] = students(name, 'test', *flags, pool_of=f'{name}_seed{seed}')
+        plan[f'{name}_answers_seed{seed}'] = students(name, 'test', f'seed={seed}', *ANSWERS, pool_of=f'{name}_seed{seed}')
+    plan |= {
+        'answers_prior_only': students('answers', 'test', "distillation.controls=('prior_only',)"),
+        'vit': Planned(vit, 'jpeg', (), verified),
+        'vit_free': Planned(f'{vit}:free', 'jpeg', without, verified, network_of='vit'),
+        'gn': Planned(gn, 'jpeg', ("distillation.controls=('prior_only',)",), verified),
+        'gn_free': Planned(f'{gn}:free', 'jpeg', without, verified, network_of='gn'),
+    }
     for weight in (0.3, 0.1):
         flags = (*without, *looked_at, f'synthesis.weights.feature={weight}')
         plan[f'vit_feature_{weight}'] = Planned(vit, 'jpeg', flags, verified, network_of='vit', moments=True)
@@ -157,6 +138,8 @@ def flags_of(planned: Planned, data: Path, folder: Path, chosen: tuple[str, ...]
         flags.append(f'teacher.weights={networks / "teacher.safetensors"}')
         if planned.moments:
             flags.append(f'teacher.moments={networks / "moments.safetensors"}')
+    if planned.pool_of:
+        flags.append(f'pool={folder / planned.pool_of / "pool"}')
     return ['--config', f'configs/{planned.config}', *(f'--config.{flag}' for flag in (*flags, *planned.flags, *chosen))]
 
 
@@ -190,12 +173,10 @@ class Queue:
 
     def _start(self, name: str) -> Run:
         planned, workdir = self._plan[name], self._folder / name
-        if planned.pool_of and not (workdir / 'pool').exists():
-            shutil.copytree(self._folder / planned.pool_of / 'pool', workdir / 'pool')
         best = best_of(planned.best_of, self.done)
-        chosen = {**ANSWERS, **POOLS}.get(best, ())
+        chosen = LARGE.get(best, ())
         print(f'{name}: starts' + (f', as {best}' if best else ''), flush=True)
-        return Run(workdir, flags_of(planned, self._data, self._folder, chosen), memory_share=0.12)
+        return Run(workdir, flags_of(planned, self._data, self._folder, chosen), memory_share=0.2)
 
     def _finish(self, name: str, run: Run) -> None:
         """Writes what a run left, whatever way it ended."""
@@ -251,7 +232,7 @@ def main() -> None:
     parser.add_argument('--minutes', type=float, default=8.0, help='in all, from the start of the command')
     parser.add_argument('--out', type=Path, required=True, help='folder of the figures')
     parser.add_argument('--workdir', type=Path, default=ROOT / 'runs' / 'gpu_students', help='folder of the runs')
-    parser.add_argument('--side-by-side', type=int, default=7, help='runs at a time')
+    parser.add_argument('--side-by-side', type=int, default=4, help='runs at a time')
     arguments = parser.parse_args()
     for folder in (arguments.workdir, arguments.out):
         folder.mkdir(parents=True, exist_ok=True)

@@ -448,7 +448,7 @@ def test_the_imagenet_run_has_two_batches_of_84_classes(real, config_of):
 def test_the_flags_of_every_student_are_a_config(config_of, name):
     plan = gpu_students.runs()
     tried = plan[name].best_of
-    chosen = (gpu_students.ANSWERS | gpu_students.POOLS)[tried[0]] if tried else ()
+    chosen = gpu_students.LARGE[tried[0]] if tried else ()
     config = config_of(gpu_students.flags_of(plan[name], Path('data'), Path('runs'), chosen))
     parse(config)
     assert ('test1000' in config.data.path or 'test_jpeg' in config.data.path) == (plan[name].data != 'validation')
@@ -478,8 +478,8 @@ def test_the_best_on_validation_images_is_scored_on_test_images(monkeypatch, tmp
     (tmp_path / 'runs').mkdir()
     queue.run(16, time.monotonic() + 60)
     assert set(plan) - set(queue.done) == {'gn_free'}  # its teacher could not be trained
-    best = gpu_students.best_of(tuple(gpu_students.POOLS), queue.done)
-    assert {f'--config.{flag}' for flag in gpu_students.POOLS[best]} < set(queue.done['resnet8_seed1']['command'].split())
+    best = gpu_students.best_of(tuple(gpu_students.LARGE), queue.done)
+    assert {f'--config.{flag}' for flag in gpu_students.LARGE[best]} < set(queue.done['resnet8_seed1']['command'].split())
     assert 'Not started: gn_free.' in capsys.readouterr().out
     assert read_json(tmp_path / 'students.json') == queue.done
 
