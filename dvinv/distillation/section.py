@@ -114,6 +114,8 @@ def accuracy_by_image_count(counts: Sequence[int], found: dict) -> Chart | None:
 def accuracy_by_images_seen(settings: DistillationSettings, found: dict) -> Chart | None:
     """Draws the accuracy of the student and of its controls against the images seen, updates times batch size.
 
+    Without real test images it is the agreement with the teacher on images that were held out.
+
     Args:
       settings: the settings of the task; `curve_points` says where students were scored.
       found: the figures of the task in results.json.
@@ -122,14 +124,17 @@ def accuracy_by_images_seen(settings: DistillationSettings, found: dict) -> Char
       The chart; None if nothing was measured before the last update.
     """
     curves = {}
+    figure, label = 'test_accuracy', 'real test accuracy'
+    if found['test_accuracy'] is None:
+        figure, label = 'held_out_agreement', 'agreement with the teacher'
     for name in ('student', *settings.controls):
         prefix = prefix_of(name)
-        scores = {n: found.get(f'{prefix}test_accuracy_after_{n}_updates') for n in settings.curve_updates}
-        scores[settings.updates] = found.get(f'{prefix}test_accuracy')
+        scores = {n: found.get(f'{prefix}{figure}_after_{n}_updates') for n in settings.curve_updates}
+        scores[settings.updates] = found.get(f'{prefix}{figure}')
         points = {settings.batch_size * n: score for n, score in scores.items() if score is not None}
         if len(points) > 1:
             curves[STUDENTS[name]] = ([*points], [*points.values()])
-    return line_chart(curves, 'Student accuracy against images seen', 'images seen', 'real test accuracy')
+    return line_chart(curves, 'Student accuracy against images seen', 'images seen', label)
 
 
 def _measured_counts(counts: Sequence[int], found: dict) -> dict[int, float]:

@@ -50,7 +50,9 @@ def run(run: Run) -> dict:
     def distil(name: str, images: RowArray, labels: RowArray, rounds: Rounds, snapshots: bool = True) -> Classifier:
         target = student_of(run, teacher, name)
         target = target if snapshots else dataclasses.replace(target, snapshots=())
-        return train_network(run, target, job_of(run, teacher, rounds, hints), images, labels)
+        network = train_network(run, target, job_of(run, teacher, rounds, hints), images, labels)
+        _validate_snapshots(run, target)
+        return network
 
     students = {'student': distil('student', images, labels, rounds)}
     for count in settings.counts:
@@ -69,7 +71,7 @@ def run(run: Run) -> dict:
     scores = {name: test_accuracy(student, run.data) for name, student in students.items()}
     curve: dict[str, float | None] = {}
     for name in ('student', *settings.controls) if settings.curve_updates else ():
-        curve |= _scores_of_snapshots(run, student_of(run, teacher, name))
+        curve |= _scores_of_snapshots(run, student_of(run, teacher, name), held_out)
     student = students['student']
     return {
         'test_accuracy': scores['student'],
@@ -88,13 +90,12 @@ def run(run: Run) -> dict:
     }
 
 
-def _scores_of_snapshots(run: Run, student: TrainTarget) -> dict[str, float | None]:
-    """Returns {'test_accuracy_after_N_updates': accuracy} of a student at the points of its curve before the last one.
+def _validate_snapshots(run: Run, student: TrainTarget) -> None:
+    """Validates that the networks of the points of a student's curve are there, once it is trained.
 
     Raises:
-      DvinvError: the file of one of these networks is missing.
+      DvinvError: the file of one of them is missing.
     """
-    scores = {}
     for update in student.snapshots:
         file = snapshot_name(student.name, update)
         if not run.workdir.has_network(file):
@@ -103,8 +104,20 @@ def _scores_of_snapshots(run: Run, student: TrainTarget) -> dict[str, float | No
                 f'{run.workdir.path / "checkpoints" / student.name} and {run.workdir.network(student.name)}, and run the '
                 'command again, which trains this student again.'
             )
-        network = load_classifier(run.workdir.network(file), student.user_module)
-        scores[f'{prefix_of(student.name)}test_accuracy_after_{update}_updates'] = test_accuracy(network, run.data)
+
+
+def _scores_of_snapshots(run: Run, student: TrainTarget, held_out: HeldOut) -> dict[str, float | None]:
+    """Returns {'test_accuracy_after_N_updates': accuracy} of a student at the points of its curve before the last one.
+
+    Where images are held out, the student's agreement with the teacher on them is 'held_out_agreement_after_N_updates'.
+    """
+    scores = {}
+    for update in student.snapshots:
+        network = load_classifier(run.workdir.network(snapshot_name(student.name, update)), student.user_module)
+        figures = {'test_accuracy': test_accuracy(network, run.data)}
+        if held_out.count:
+            figures['held_out_agreement'] = held_out.figures(network)['held_out_agreement']
+        scores |= {f'{prefix_of(student.name)}{name}_after_{update}_updates': value for name, value in figures.items()}
     return scores
 
 

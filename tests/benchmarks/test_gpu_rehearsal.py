@@ -12,10 +12,14 @@ import pytest
 from gpu_cases import ROOT, reasons
 from gpu_report import DONE, PENDING
 
+# The column of a ResNet-34 is measured by the code of that of a VGG-11, whose networks are compiled in less time.
+STAGES = [stage for stage in gpu_stage.MODULES if stage != 'resnet34']
+
 
 def rehearse(workdir: Path) -> tuple[int, str]:
     """Returns (exit status, output) of a rehearsal of the first passes."""
-    command = [sys.executable, str(ROOT / 'benchmarks' / 'gpu.py'), '--rehearse', '--core', '--workdir', str(workdir)]
+    flags = ['--rehearse', '--core', '--workdir', str(workdir), '--stages', *STAGES]
+    command = [sys.executable, str(ROOT / 'benchmarks' / 'gpu.py'), *flags]
     # Programs that run once are not worth optimising.
     environment = {**os.environ, 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -28,7 +32,7 @@ def test_a_rehearsal_measures_every_figure_and_goes_on_where_it_ended(tmp_path):
     assert status == 0, output + (tmp_path / 'out' / 'log.txt').read_text()
     assert output.endswith('All is done.\n')
     has_torch = gpu_contest.importlib.util.find_spec('torch') is not None
-    for stage in gpu_stage.MODULES:
+    for stage in STAGES:
         report = json.loads((tmp_path / 'out' / f'{stage}.json').read_text())
         assert (report['stage'], report['rehearsal'], report['error']) == (stage, True, None)
         declared = gpu_stage.items_of(stage, True)
@@ -42,13 +46,13 @@ def test_a_rehearsal_measures_every_figure_and_goes_on_where_it_ended(tmp_path):
                 allowed = ('no GPU', 'not installed here', 'PyTorch is not installed here', 'no seed has both students')
                 assert {reason for reason in why.values() if not reason.startswith((*allowed, 'torch_'))} == set(), name
                 assert has_torch or not any('torch' in path and path not in why for path in leaves(entry['figures']))
-    names = {'log.txt', 'imagenet.jpg', *(f'{stage}.json' for stage in gpu_stage.MODULES)}
+    names = {'log.txt', 'imagenet.jpg', *(f'{stage}.json' for stage in STAGES)}
     assert {path.name for path in (tmp_path / 'out').iterdir()} == names
-    assert len(names) <= 8  # as many come back from the GPU machine
+    assert len(gpu_stage.MODULES) + 2 <= 8  # as many come back from the GPU machine
 
     for folder in ('out', 'figures'):
         (tmp_path / folder / 'peak.json').unlink()
-    before = {stage: (tmp_path / 'out' / f'{stage}.json').read_text() for stage in gpu_stage.MODULES if stage != 'peak'}
+    before = {stage: (tmp_path / 'out' / f'{stage}.json').read_text() for stage in STAGES if stage != 'peak'}
     status, output = rehearse(tmp_path)
     assert status == 0
     assert output.count('done in an earlier call') == len(before)

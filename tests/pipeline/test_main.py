@@ -330,7 +330,9 @@ def test_a_users_own_network_runs_through_the_whole_chain(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_without_any_real_data_leaves_scores_open(tmp_path):
+    """The curve of accuracy is one of agreement with the teacher."""
     changes = {'data__name': '', 'verifier__network': '', 'distillation__controls': ('noise',)}
+    changes |= {'distillation__curve_points': 2}
     figures = pipeline.run(smoke_config(teacher__factory='factories:colour', **changes), tmp_path / 'run')
     assert figures['synthesis']['teacher_accuracy'] is not None
     scores = [
@@ -340,9 +342,13 @@ def test_a_run_without_any_real_data_leaves_scores_open(tmp_path):
         figures['distillation']['noise_test_accuracy'],
     ]
     assert scores == [None] * 4
+    for prefix in ('', 'noise_'):
+        assert figures['distillation'][f'{prefix}test_accuracy_after_10_updates'] is None
+        assert 0 <= figures['distillation'][f'{prefix}held_out_agreement_after_10_updates'] <= 1
     page = (tmp_path / 'run' / 'report.html').read_text()
     assert 'None' not in page.split('<details')[0]
     assert '–' not in page.split('<details')[0]
+    assert 'Student accuracy against images seen' in page
 
 
 # Seeds
