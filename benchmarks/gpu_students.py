@@ -5,13 +5,14 @@ With the bundle of `gpu.py`, and as there, in the root of the checkout on the GP
     PYTHONUNBUFFERED=1 python3 benchmarks/gpu_students.py --minutes 8 --out "$OUT"
 
 Every run is a command of `dvinv.main` in a process of its own; `students.json` in the folder of the figures has its command,
-status, seconds and results, and is written after every run. First comes the pool of `cifar10_students.py:answers`, 51,200
-images, from which all other students learn as well: a ResNet-8 in five ways, scored on validation images (4,000 training
-images, on which no data-free student is trained), the best of them on test images with three seeds; the other students from
-1 million views. Then come the controls of every student, teachers without BatchNorm that are trained here, and a ResNet-20
-by recorded moments. Runs for which time is too short are named, and those under way at the end are stopped; the same command
-continues them while the machine is held. The teachers without BatchNorm and one file of images of each of their pools come
-back in `networks.tar`, logs and curves in `logs.tar.gz`.
+status, seconds and results, and is written after every run. First come the pools of `cifar10_students.py:answers`, 51,200
+images each. A ResNet-8 is trained on the first in five ways and scored on validation images (4,000 training images, on which
+no data-free student is trained), so are three other students in two ways; the best way for the ResNet-8 is scored on test
+images, with the pools of three seeds. Then come controls of the other students, teachers without BatchNorm that are trained
+here, and a ResNet-20 by recorded moments. A run that waits for another is overtaken by those that need none. Runs for which
+time is too short are named, and those under way at the end are stopped; the same command continues them while the machine is
+held. The teachers without BatchNorm and one file of images of each of their pools come back in `networks.tar`, logs and
+curves in `logs.tar.gz`.
 """
 
 import argparse
@@ -57,10 +58,10 @@ class Planned(NamedTuple):
 
 
 def large(million_views: int, *flags: str) -> tuple[str, ...]:
-    """Returns the flags of a student that sees this many million images, of a pool that is complete: updates of 256."""
-    rest = ('batch_size=256', 'learning_rate=0.1', 'warmup=200', f'updates={4_000 * million_views}')
-    every = ('logging.every=100', f'logging.checkpoint_every={4_000 * million_views}')
-    return (*(f'distillation.{flag}' for flag in rest), *every, *flags)
+    """Returns the flags of a training on `million_views` times 1,024,000 augmented images, 256 an update."""
+    updates = 4_000 * million_views
+    rest = (f'distillation.updates={updates}', 'distillation.batch_size=256', 'distillation.warmup=200')
+    return (*rest, f'logging.checkpoint_every={updates}', *flags)
 
 
 CONTROLS = ("distillation.controls=('real','prior_only')",)
@@ -74,7 +75,8 @@ LARGE = {  # of a ResNet-8, from the pool of `answers`
     'resnet8_hints_1m': large(1),
     'resnet8_small_updates_1m': ('distillation.updates=62500',),
 }
-OTHERS = {'wrn16_1': 0, 'vgg': 0, 'mobilenet': 0, 'resnet20': 2}  # seed: the one that is missing, else the first
+OTHERS = 'wrn16_1', 'vgg', 'mobilenet'
+PRIOR_ONLY = 'synthesis.method=prior_only', 'synthesis.batches_per_round=0', 'distillation.updates_per_round=0'
 
 
 def students(argument: str, data: str, *flags: str, **more) -> Planned:
@@ -88,23 +90,20 @@ def runs() -> dict[str, Planned]:
     gn, vit, verified = 'cifar10_resnet20_gn.py', 'cifar10_vit.py', ('', RESNET20)
     without = ('teacher.moments_images=0',)
     looked_at = "tasks=('teacher','synthesis')", 'synthesis.images=512'
-    plan = {
-        'answers_seed0': students('answers', 'test'),
-        **{name: students('resnet8', 'validation', *flags, pool_of='answers_seed0') for name, flags in LARGE.items()},
-    }
-    for name in ('wrn16_1', 'vgg', 'mobilenet'):
-        plan[f'{name}_answers_1m'] = students(name, 'test', *large(1, *ANSWERS), pool_of='answers_seed0')
-        plan[f'{name}_hints_1m'] = students(name, 'test', *large(1), pool_of='answers_seed0')
+    plan = {f'answers_seed{seed}': students('answers', 'test', f'seed={seed}') for seed in SEEDS}
+    pool = 'answers_seed0'
+    plan |= {name: students('resnet8', 'validation', *flags, pool_of=pool) for name, flags in LARGE.items()}
+    for name in OTHERS:
+        plan[f'{name}_answers_1m'] = students(name, 'validation', *large(1, *ANSWERS), pool_of=pool)
+        plan[f'{name}_hints_1m'] = students(name, 'validation', *large(1), pool_of=pool)
     for seed in SEEDS:
-        plan.setdefault(f'answers_seed{seed}', students('answers', 'test', f'seed={seed}'))
         flags, pool = (f'seed={seed}', *(REAL if seed == 0 else ())), f'answers_seed{seed}'
         plan[f'resnet8_seed{seed}'] = students('resnet8', 'test', *flags, best_of=tuple(LARGE), pool_of=pool)
-    for name, seed in OTHERS.items():
-        plan[f'{name}_seed{seed}'] = students(name, 'test', f'seed={seed}', *CONTROLS)
-    for name, seed in OTHERS.items():
-        plan[f'{name}_answers_seed{seed}'] = students(name, 'test', f'seed={seed}', *ANSWERS, pool_of=f'{name}_seed{seed}')
+    for name in ('resnet20', *OTHERS):
+        plan[f'{name}_seed0'] = students(name, 'test', *CONTROLS)
+        plan[f'{name}_answers_seed0'] = students(name, 'test', *ANSWERS, pool_of=f'{name}_seed0')
     plan |= {
-        'answers_prior_only': students('answers', 'test', "distillation.controls=('prior_only',)"),
+        'answers_prior_only': students('answers', 'test', *PRIOR_ONLY),
         'vit': Planned(vit, 'jpeg', (), verified),
         'vit_free': Planned(f'{vit}:free', 'jpeg', without, verified, network_of='vit'),
         'gn': Planned(gn, 'jpeg', ("distillation.controls=('prior_only',)",), verified),
@@ -146,18 +145,18 @@ def flags_of(planned: Planned, data: Path, folder: Path, chosen: tuple[str, ...]
 class Queue:
     """Runs that share the GPU, so many at a time."""
 
-    def __init__(self, plan: Mapping[str, Planned], folder: Path, out: Path, data: Path):
+    def __init__(self, plan: Mapping[str, Planned], folder: Path, out: Path, data: Path, side_by_side: int):
         """Brings back the figures of an earlier call on this machine; see `flags_of` for the folders."""
-        self._plan, self._folder, self._out, self._data = plan, folder, out, data
+        self._plan, self._folder, self._out, self._data, self._side_by_side = plan, folder, out, data, side_by_side
         self.done: dict[str, dict] = {
             name: entry for name, entry in read_json(folder / 'students.json').items() if entry['status'] == 0
         }
 
-    def run(self, side_by_side: int, deadline: float) -> None:
+    def run(self, deadline: float) -> None:
         """Runs all that is not done, until `deadline` on the clock of `time.monotonic`."""
         waiting = run_side_by_side(
             [name for name in self._plan if name not in self.done],
-            side_by_side,
+            self._side_by_side,
             self._start,
             self._finish,
             lambda: time.monotonic() < deadline,
@@ -176,7 +175,7 @@ class Queue:
         best = best_of(planned.best_of, self.done)
         chosen = LARGE.get(best, ())
         print(f'{name}: starts' + (f', as {best}' if best else ''), flush=True)
-        return Run(workdir, flags_of(planned, self._data, self._folder, chosen), memory_share=0.2)
+        return Run(workdir, flags_of(planned, self._data, self._folder, chosen), memory_share=0.8 / self._side_by_side)
 
     def _finish(self, name: str, run: Run) -> None:
         """Writes what a run left, whatever way it ended."""
@@ -196,9 +195,8 @@ class Queue:
 
 def best_of(names: tuple[str, ...], done: Mapping[str, dict]) -> str:
     """Returns the name of the run with the highest validation accuracy; '' if none of them has finished."""
-    scores = {
-        name: done[name]['results'].get('distillation', {}).get('test_accuracy', 0.0) for name in names if name in done
-    }
+    finished = [name for name in names if name in done and done[name]['status'] == 0]
+    scores = {name: done[name]['results']['distillation']['test_accuracy'] for name in finished}
     return max(scores, key=lambda name: scores[name], default='')
 
 
@@ -243,8 +241,8 @@ def main() -> None:
         sys.exit(f'gpu_students: {error}')
     os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [*packages, str(ROOT), os.environ.get('PYTHONPATH', '')]))
     os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT / 'runs' / 'cache'))
-    queue = Queue(runs(), arguments.workdir, arguments.out, gpu_bundle.BUNDLE / 'data')
-    queue.run(arguments.side_by_side, start + 60 * arguments.minutes - GRACE)
+    queue = Queue(runs(), arguments.workdir, arguments.out, gpu_bundle.BUNDLE / 'data', arguments.side_by_side)
+    queue.run(start + 60 * arguments.minutes - GRACE)
     pack(arguments.workdir, arguments.out)
 
 

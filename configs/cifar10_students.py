@@ -35,20 +35,24 @@ class Student(NamedTuple):
 
     network: str
     updates: int
-    learning_rate: float = 0.1
     hint: float = 100.0  # weight of the hints
     hint_decay: float = 0.0  # power by which it falls to 0; for networks that are too small to follow the teacher's stages
     inherit: bool = False  # starts from the teacher's weights
-    iterations: int = 20  # of the synthesis
+    batches: int = 20  # of 256 images
+    iterations: int = 20  # of the synthesis of each
+    batches_per_round: int = 0  # made in competition with the student as it is then; 0: all are made before the training
+    updates_per_round: int = 0
 
 
 STUDENTS = {
     'resnet20': Student('resnet20', 8_000, inherit=True),
-    'resnet8': Student('resnet8', 20_000, hint_decay=2.0, inherit=True, iterations=40),
+    'resnet8': Student(
+        'resnet8', 20_000, hint_decay=2.0, inherit=True, iterations=40, batches_per_round=1, updates_per_round=500
+    ),
     'wrn16_1': Student('wrn16_1', 8_000),
     'vgg': Student('cifar_vgg', 8_000),
     'mobilenet': Student('cifar_mobilenet', 8_000),
-    'answers': Student('resnet20', 4_000, hint=0.0, iterations=40),
+    'answers': Student('resnet20', 4_000, hint=0.0, batches=200, iterations=40, batches_per_round=10, updates_per_round=150),
 }
 
 
@@ -66,16 +70,16 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     for group in (config.teacher.training, config.verifier.training):  # where no weights are given: 200 epochs
         group.update(updates=78_000, warmup=1000, **sgd)
     config.student.update(network=student.network, inherit=student.inherit)
-    config.synthesis.images = 20 * 256
+    config.synthesis.update(images=256 * student.batches, batches_per_round=student.batches_per_round)
+    if student.batches_per_round:
+        config.synthesis.method = 'adaptive'
     config.synthesis.stages[0].iterations = student.iterations
     config.distillation.update(batch_size=16, warmup=100, clip_norm=30.0, color_jitter=0.2, cutmix=0.5, controls=(), **sgd)
-    config.distillation.update(updates=student.updates, learning_rate=student.learning_rate)
+    config.distillation.update(updates=student.updates, updates_per_round=student.updates_per_round)
     config.distillation.update(hint=student.hint, hint_decay=student.hint_decay)
     config.logging.update(every=100, checkpoint_every=500)
-    if arg == 'answers':  # 51,200 images in twenty rounds, made in competition with the student; 1 million images seen
-        config.synthesis.update(method='adaptive', images=200 * 256, batches_per_round=10)
-        config.distillation.update(batch_size=256, warmup=200, updates_per_round=150, curve_points=10)
-        config.logging.checkpoint_every = 100
+    if arg == 'answers':  # 1 million images seen
+        config.distillation.update(batch_size=256, warmup=200, curve_points=10)
     if arg == 'smoke':
         shrink(config)
     return config

@@ -5,8 +5,8 @@
 Data, verifier and arguments are those of `cifar10_resnet20_gn.py`. The teacher has patches of 4x4 pixels, six blocks and 192
 channels, and is trained for 60 epochs. It has no stages that a residual network could be compared with, so the
 student learns from its answers alone. With `:free` the images come from the class, the mean and std of pixels and the
-entropy of the similarities between patches. For a GPU: the teacher reads .815 of 10,000 test images after minutes on an
-H100 (seed 0); its images are not measured yet. `:smoke` shrinks the run to seconds.
+entropy of the similarities between patches. For a GPU: the teacher reads .815 of 10,000 JPEG test images (seed 0); its
+images are not measured yet. `:smoke` shrinks the run to seconds.
 """
 
 import ml_collections

@@ -1,4 +1,4 @@
-"""launch/colab.ipynb: its cells run, and the first asks for what it cannot know."""
+"""launch/colab.ipynb: its cells run, and the first asks for the address of the repository."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ NOTEBOOK = ROOT / 'launch' / 'colab.ipynb'
 
 
 def _cells() -> list[str]:
-    """The code cells: the one that installs the package, and those of Python."""
+    """The code cells; the first installs the package."""
     return [''.join(cell['source']) for cell in json.loads(NOTEBOOK.read_text())['cells'] if cell['cell_type'] == 'code']
 
 
@@ -90,8 +90,8 @@ def test_the_notebook_runs_the_demo_by_which_the_control_tells_the_story():
     assert "'DVINV_CONFIG', 'configs/digits.py')" in ''.join(_cells())
 
 
-def test_the_first_cell_asks_where_dvinv_comes_from():
+def test_the_first_cell_asks_for_the_address_of_the_repository():
     lines = _cells()[0].splitlines()
-    with pytest.raises(SystemExit, match='the address or folder that `git clone` gets dvinv from'):
-        exec('\n'.join(line for line in lines if line[0] not in '!%'))
-    assert '!git clone -q {repository} dvinv' in lines
+    with pytest.raises(ValueError, match='the address or folder that `git clone` gets dvinv from'):
+        exec('\n'.join(line for line in lines if not line.startswith(('!', '%'))), {})
+    assert '!git clone -q "{repository}" dvinv' in lines

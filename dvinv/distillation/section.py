@@ -114,7 +114,7 @@ def accuracy_by_image_count(counts: Sequence[int], found: dict) -> Chart | None:
 def accuracy_by_images_seen(settings: DistillationSettings, found: dict) -> Chart | None:
     """Draws the accuracy of the student and of its controls against the images seen, updates times batch size.
 
-    Without real test images it is the agreement with the teacher on images that were held out.
+    Without real test images, draws their agreement with the teacher on images that were held out.
 
     Args:
       settings: the settings of the task; `curve_points` says where students were scored.
@@ -124,9 +124,9 @@ def accuracy_by_images_seen(settings: DistillationSettings, found: dict) -> Char
       The chart; None if nothing was measured before the last update.
     """
     curves = {}
-    figure, label = 'test_accuracy', 'real test accuracy'
+    figure, drawn, label = 'test_accuracy', 'accuracy', 'real test accuracy'
     if found['test_accuracy'] is None:
-        figure, label = 'held_out_agreement', 'agreement with the teacher'
+        figure, drawn, label = 'held_out_agreement', 'agreement with the teacher', 'agreement, synthesized images'
     for name in ('student', *settings.controls):
         prefix = prefix_of(name)
         scores = {n: found.get(f'{prefix}{figure}_after_{n}_updates') for n in settings.curve_updates}
@@ -134,7 +134,7 @@ def accuracy_by_images_seen(settings: DistillationSettings, found: dict) -> Char
         points = {settings.batch_size * n: score for n, score in scores.items() if score is not None}
         if len(points) > 1:
             curves[STUDENTS[name]] = ([*points], [*points.values()])
-    return line_chart(curves, 'Student accuracy against images seen', 'images seen', label)
+    return line_chart(curves, f'Student {drawn} against images seen', 'images seen', label)
 
 
 def _measured_counts(counts: Sequence[int], found: dict) -> dict[int, float]:

@@ -44,7 +44,7 @@ def run(run: Run) -> dict:
         if count > len(labels):
             raise DvinvError(f'distillation.counts names {count}, but the pool has {len(labels)} images to learn from.')
     hints = hints_of(run, teacher)
-    if run.settings.synthesis.method != 'adaptive' and not run.workdir.has_network('student'):
+    if (run.settings.pool or run.settings.synthesis.method != 'adaptive') and not run.workdir.has_network('student'):
         print_hints(hints)
 
     def distil(name: str, images: RowArray, labels: RowArray, rounds: Rounds, snapshots: bool = True) -> Classifier:
@@ -91,7 +91,7 @@ def run(run: Run) -> dict:
 
 
 def _validate_snapshots(run: Run, student: TrainTarget) -> None:
-    """Validates that the networks of the points of a student's curve are there, once it is trained.
+    """Validates that the files of a trained student's snapshots exist.
 
     Raises:
       DvinvError: the file of one of them is missing.
@@ -107,9 +107,11 @@ def _validate_snapshots(run: Run, student: TrainTarget) -> None:
 
 
 def _scores_of_snapshots(run: Run, student: TrainTarget, held_out: HeldOut) -> dict[str, float | None]:
-    """Returns {'test_accuracy_after_N_updates': accuracy} of a student at the points of its curve before the last one.
+    """Scores a student at the points of its curve before the last one.
 
-    Where images are held out, the student's agreement with the teacher on them is 'held_out_agreement_after_N_updates'.
+    Returns:
+      {'[<control>_]test_accuracy_after_N_updates': accuracy, None without real test images}, and where images are held out
+      also '[<control>_]held_out_agreement_after_N_updates'.
     """
     scores = {}
     for update in student.snapshots:

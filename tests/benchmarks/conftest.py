@@ -1,13 +1,15 @@
-"""Settings of gpu.py and the configs that its flags make."""
+"""Lets tests import the scripts of benchmarks/; settings of gpu.py and the configs that its flags make."""
 
 import dataclasses
 import sys
 
 import pytest
 from absl import flags
-from gpu_cases import ROOT
-from gpu_stage import Settings
 from ml_collections import config_flags
+from smoke import ROOT
+
+sys.path.append(str(ROOT / 'benchmarks'))
+from gpu_stage import Settings
 
 
 @pytest.fixture

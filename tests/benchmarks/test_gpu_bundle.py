@@ -9,7 +9,7 @@ import gpu
 import gpu_bundle
 import gpu_schedule
 import pytest
-from gpu_cases import ROOT
+from smoke import ROOT
 
 from dvinv.errors import DvinvError
 

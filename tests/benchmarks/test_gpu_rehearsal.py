@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: a rehearsal of all of it."""
+"""benchmarks/gpu.py: a rehearsal of all stages but `resnet34`."""
 
 import json
 import os
@@ -9,10 +9,11 @@ from pathlib import Path
 import gpu_contest
 import gpu_stage
 import pytest
-from gpu_cases import ROOT, reasons
+from gpu_cases import reasons
 from gpu_report import DONE, PENDING
+from smoke import ROOT
 
-# The column of a ResNet-34 is measured by the code of that of a VGG-11, whose networks are compiled in less time.
+# `resnet34` runs the code of `vgg11` with networks that take longer to compile.
 STAGES = [stage for stage in gpu_stage.MODULES if stage != 'resnet34']
 
 

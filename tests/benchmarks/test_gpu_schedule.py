@@ -7,8 +7,9 @@ from pathlib import Path
 import gpu_schedule
 import gpu_stage
 import pytest
-from gpu_cases import ROOT, context_of, measured, reasons
+from gpu_cases import context_of, reasons
 from gpu_report import DONE, FAILED, PENDING, Item, Report, nulls, read_json
+from smoke import ROOT
 
 from dvinv.errors import DvinvError
 
@@ -152,15 +153,26 @@ def test_a_stage_that_is_killed_or_hangs_loses_only_itself(settings, monkeypatch
     assert calls == [f'{stage} 1' for stage in gpu_stage.MODULES] + ['inversion 1', 'imagenet 1']
 
 
-def test_figures_of_earlier_calls_come_back(settings, tmp_path):
-    settings = dataclasses.replace(settings, rehearse=False, gpu='NVIDIA X100')
+def measured(folder: Path, stage: str = 'peak', card: str = 'NVIDIA X100', rehearsal: bool = False) -> Path:
+    """Writes a stage's file as an earlier call left it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    report = Report([folder / f'{stage}.json'], stage, gpu_stage.items_of(stage, False), card, rehearsal)
+    name = report.names()[0]
+    report.begin(name)
+    report.record(name, {})
+    report.excuse(name, 'a stand-in')
+    report.finish(name)
+    return folder / f'{stage}.json'
+
+
+def test_figures_of_earlier_calls_come_back(real, tmp_path):
     measured(tmp_path / 'previous', 'peak', card='NVIDIA X200')
     measured(tmp_path / 'previous', 'training')
-    measured(Path(settings.workdir) / 'figures', 'inversion')
-    gpu_schedule.restore(settings, tmp_path / 'previous')
-    assert sorted(path.name for path in Path(settings.out).iterdir()) == ['inversion.json', 'training.json']
-    assert settings.report('training').complete()
-    assert not settings.report('peak').complete()  # of another card: shares of its peak would be wrong
+    measured(Path(real.workdir) / 'figures', 'inversion')
+    gpu_schedule.restore(real, tmp_path / 'previous')
+    assert sorted(path.name for path in Path(real.out).iterdir()) == ['inversion.json', 'training.json']
+    assert real.report('training').complete()
+    assert not real.report('peak').complete()  # of another card: shares of its peak would be wrong
 
 
 def test_a_rehearsal_is_not_taken_for_a_measurement(settings, tmp_path):

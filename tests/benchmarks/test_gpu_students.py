@@ -22,6 +22,7 @@ def test_the_flags_of_every_student_are_a_config(config_of, name):
     assert ('test1000' in config.data.path or 'test_jpeg' in config.data.path) == (plan[name].data != 'validation')
     assert not set(tried) - {each for each, planned in plan.items() if planned.data == 'validation'}
     assert {plan[name].pool_of, plan[name].network_of} <= {'', *plan}
+    assert config.pool == (f'runs/{plan[name].pool_of}/pool' if plan[name].pool_of else '')
 
 
 class StandInRun:
@@ -42,9 +43,9 @@ def test_the_best_on_validation_images_is_scored_on_test_images(monkeypatch, tmp
     monkeypatch.setattr(gpu_students, 'Run', StandInRun)
     monkeypatch.setattr(gpu_students, 'LEAST', 0.0)
     plan = gpu_students.runs()
-    queue = gpu_students.Queue(plan, tmp_path / 'runs', tmp_path, Path('data'))
+    queue = gpu_students.Queue(plan, tmp_path / 'runs', tmp_path, Path('data'), 16)
     (tmp_path / 'runs').mkdir()
-    queue.run(16, time.monotonic() + 60)
+    queue.run(time.monotonic() + 60)
     assert set(plan) - set(queue.done) == {'gn_free'}  # its teacher could not be trained
     best = gpu_students.best_of(tuple(gpu_students.LARGE), queue.done)
     assert {f'--config.{flag}' for flag in gpu_students.LARGE[best]} < set(queue.done['resnet8_seed1']['command'].split())

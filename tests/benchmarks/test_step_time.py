@@ -7,11 +7,9 @@ import sys
 
 import numpy as np
 import pytest
-from smoke import ROOT
-
-sys.path.append(str(ROOT / 'benchmarks'))
 import step_time
 from paired import median_interval
+from smoke import ROOT
 
 from dvinv.errors import DvinvError
 

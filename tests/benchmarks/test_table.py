@@ -17,7 +17,6 @@ import pytest
 from smoke import ROOT
 
 SCRIPT = ROOT / 'benchmarks' / 'table.py'
-sys.path.append(str(SCRIPT.parent))
 table = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
 Cell = table.Cell
 

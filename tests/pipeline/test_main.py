@@ -348,7 +348,7 @@ def test_a_run_without_any_real_data_leaves_scores_open(tmp_path):
     page = (tmp_path / 'run' / 'report.html').read_text()
     assert 'None' not in page.split('<details')[0]
     assert '–' not in page.split('<details')[0]
-    assert 'Student accuracy against images seen' in page
+    assert 'Student agreement with the teacher against images seen' in page
 
 
 # Seeds

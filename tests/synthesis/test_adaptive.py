@@ -170,6 +170,7 @@ def test_a_curve_of_accuracy_by_images_seen(adaptive, finished, tmp_path):
     assert 'Student accuracy against images seen' in (tmp_path / 'run' / 'report.html').read_text()
     (tmp_path / 'run' / 'networks' / 'student_after_5.safetensors').unlink()
     (tmp_path / 'run' / 'results.json').unlink()
+    config.distillation.controls = ('noise',)
     with pytest.raises(
         DvinvError, match=r'student_after_5.safetensors is missing, a point of the curve .* delete .*student'
     ):

@@ -6,14 +6,12 @@ import re
 import sys
 from pathlib import Path
 
-import pytest
-from smoke import ROOT
-
-sys.path.append(str(ROOT / 'benchmarks'))
 import gpu_rows
 import measured
+import pytest
 import step_time
 import tables
+from smoke import ROOT
 
 FILES = sorted((ROOT / 'results').glob('*.csv'))
 LOCAL_PATH = re.compile(r'(?<![\w.$])(/(home|root|tmp|work|mnt|data|Users|var)\b|[A-Z]:\\|~/)')
