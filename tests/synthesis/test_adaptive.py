@@ -160,18 +160,24 @@ def test_a_curve_of_students_by_image_count(adaptive, finished, tmp_path):
 def test_a_curve_of_accuracy_by_images_seen(adaptive, finished, tmp_path):
     """`curve_points`: the same student is also scored on the way, in the rounds of the synthesis too."""
     tasks = ('teacher', 'synthesis', 'distillation', 'report')
-    config = adaptive_config(finished, distillation__curve_points=4, tasks=tasks)
+    config = adaptive_config(finished, distillation__curve_points=4, distillation__controls=('noise',), tasks=tasks)
     figures = pipeline.run(config, tmp_path / 'run')['distillation']
     assert figures['test_accuracy'] == adaptive[1]['distillation']['test_accuracy']
     updates = config.distillation.updates
     scores = {name: score for name, score in figures.items() if '_after_' in name}
-    assert scores.keys() == {f'test_accuracy_after_{updates * point // 4}_updates' for point in (1, 2, 3)}
+    names = {f'test_accuracy_after_{updates * point // 4}_updates' for point in (1, 2, 3)}
+    assert scores.keys() == names | {f'noise_{name}' for name in names}
     assert all(0 <= score <= 1 for score in scores.values())
     assert 'Student accuracy against images seen' in (tmp_path / 'run' / 'report.html').read_text()
-    (tmp_path / 'run' / 'networks' / 'student_after_5.safetensors').unlink()
-    (tmp_path / 'run' / 'results.json').unlink()
-    config.distillation.controls = ('noise',)
+    networks = tmp_path / 'run' / 'networks'
+    for lost in (
+        networks / 'student_after_5.safetensors',
+        networks / 'noise.safetensors',
+        tmp_path / 'run' / 'results.json',
+    ):
+        lost.unlink()
     with pytest.raises(
         DvinvError, match=r'student_after_5.safetensors is missing, a point of the curve .* delete .*student'
     ):
         pipeline.run(config, tmp_path / 'run')
+    assert not (networks / 'noise.safetensors').exists()  # told before it is trained again
