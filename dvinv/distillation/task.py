@@ -113,7 +113,7 @@ def _scores_of_snapshots(run: Run, student: TrainTarget, held_out: HeldOut) -> d
       {'[<control>_]test_accuracy_after_N_updates': accuracy, None without real test images}, and where images are held out
       also '[<control>_]held_out_agreement_after_N_updates'.
     """
-    scores = {}
+    scores: dict[str, float | None] = {}
     for update in student.snapshots:
         network = load_classifier(run.workdir.network(snapshot_name(student.name, update)), student.user_module)
         figures = {'test_accuracy': test_accuracy(network, run.data)}
