@@ -99,7 +99,6 @@ def test_settings_are_parsed_once():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.version_info >= (3, 12), reason='takes long, and the oldest Python is the strictest')
 def test_static_types():
     command = [sys.executable, '-m', 'mypy', '--cache-dir', '/dev/null', str(PACKAGE)]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -180,4 +180,4 @@ def test_a_curve_of_accuracy_by_images_seen(adaptive, finished, tmp_path):
         DvinvError, match=r'student_after_5.safetensors is missing, a point of the curve .* delete .*student'
     ):
         pipeline.run(config, tmp_path / 'run')
-    assert not (networks / 'noise.safetensors').exists()  # told before it is trained again
+    assert not (networks / 'noise.safetensors').exists()  # the error is raised before any control is trained
