@@ -93,7 +93,7 @@ def main(_) -> None:
 
         preemption.install()
         if _SEEDS.value:
-            summary = seeds.run(settings, _WORKDIR.value, _SEEDS.value)
+            summary = seeds.run_seeds(settings, _WORKDIR.value, _SEEDS.value)
         else:
             summary = {'runs': [tasks.run(settings, _WORKDIR.value)]}
         if is_primary():

@@ -31,7 +31,7 @@ from dvinv.inversion.modules import trained_part
 from dvinv.networks import load_network
 from dvinv.pipeline.run import Run
 from dvinv.runtime.processes import is_primary
-from dvinv.synthesis import adaptive
+from dvinv.synthesis.adaptive import fill_in_competition
 from dvinv.synthesis.synthesizer import fill_pool
 from dvinv.training.sampling import Rounds, rounds_of
 from dvinv.training.step import TrainJob
@@ -131,7 +131,7 @@ def pool_of(run: Run, chain: str, number: int, current: Teacher) -> tuple[RowArr
     method, series = run.settings.synthesis.method, f'images_{name}'
     if method == 'adaptive':
         student = student_of(run, current, f'student_{name}', 'continual')
-        adaptive.fill_pool(run, current, pool, student, 'continual', series)
+        fill_in_competition(run, current, pool, student, 'continual', series)
         if is_primary():
             shutil.rmtree(run.workdir.path / 'checkpoints' / student.name, ignore_errors=True)
     else:

@@ -7,7 +7,7 @@ from dvinv.data.dataset import RealData, Split
 from dvinv.data.pictures import resize
 
 
-def read(source: DataSettings) -> RealData:
+def read_digits(source: DataSettings) -> RealData:
     """Returns the 1,797 scanned digits, 8x8 grey (or enlarged): 1,437 training and 360 test images, stratified."""
     from sklearn.datasets import load_digits  # imported late, because it takes a second and other runs do not need it
 

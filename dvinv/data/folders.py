@@ -19,14 +19,14 @@ from dvinv.errors import DvinvError, listed
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
 
 
-def read(source: DataSettings) -> RealData:
+def read_folders(source: DataSettings) -> RealData:
     """Reads the folders `source.path` and `source.train_path` (if given) in RGB, with the labels of `labels_of`.
 
     Raises:
       DvinvError: a folder or a class is missing or empty, a name has no label, or a file cannot be decoded.
     """
-    test = _files(source.path)
-    train = _files(source.train_path) if source.train_path else None
+    test = _files_of_classes(source.path)
+    train = _files_of_classes(source.train_path) if source.train_path else None
     labels, by_position = labels_of(sorted({*test, *(train or test)}), source.class_names, source.path)
     unmatched = sorted(test.keys() ^ train.keys()) if train else []
     if unmatched and by_position:
@@ -75,7 +75,7 @@ def _sort_key(name: str) -> list[tuple[str, int]]:
     return [('', int(part)) if part.isdecimal() else (part, 0) for part in re.split('([0-9]+)', name)]
 
 
-def _files(path: str) -> dict[str, list[Path]]:
+def _files_of_classes(path: str) -> dict[str, list[Path]]:
     """Returns the image files of each class; ignores hidden folders and files of other types."""
     if not Path(path).is_dir():
         raise DvinvError(f'The data folder {path} does not exist.')

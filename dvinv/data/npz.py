@@ -39,7 +39,7 @@ DARK = 32  # a warning is printed if no pixel of uint8 images is as bright as th
 FEW_CHANNELS = 4  # an axis of at most this length is taken for channels if it precedes a larger height and width
 
 
-def read(source: DataSettings) -> RealData:
+def read_npz(source: DataSettings) -> RealData:
     """Reads the files `source.path` and `source.train_path` (if given).
 
     The number of classes is that of the class names, or else follows from the highest label or the one-hot labels.
@@ -80,7 +80,7 @@ def _read(path: str, image_size: int) -> tuple[Split, list[str], int]:
     if 'images' in arrays:
         images = resize(as_pixels(arrays['images'], path), image_size)
     else:
-        images = decode(_files(arrays, path), image_size)
+        images = decode(_jpeg_files(arrays, path), image_size)
     names = arrays['class_names'].tolist() if 'class_names' in arrays else []
     return Split(images, labels.astype(np.int32)), names, classes
 
@@ -148,7 +148,7 @@ def _as_labels(labels: np.ndarray, path: str) -> tuple[np.ndarray, int]:
     return labels, classes
 
 
-def _files(arrays: dict[str, np.ndarray], path: str) -> dict[str, bytes]:
+def _jpeg_files(arrays: dict[str, np.ndarray], path: str) -> dict[str, bytes]:
     """Returns {a name for messages: the bytes of a JPEG file}."""
     offsets, jpeg = arrays['offsets'].astype(np.int64), arrays['jpeg'].tobytes()
     header = arrays['header'].tobytes() if 'header' in arrays else b''

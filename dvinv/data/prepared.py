@@ -11,7 +11,7 @@ from dvinv.data.pictures import decode
 from dvinv.errors import DvinvError
 
 
-def read(source: DataSettings) -> RealData:
+def read_prepared(source: DataSettings) -> RealData:
     """Reads the data set `source.name` from array_record files below `source.path`, the `data_dir` of TFDS.
 
     An empty path stands for the default of TFDS.
@@ -48,9 +48,9 @@ def read(source: DataSettings) -> RealData:
         )
     label = features['label']
     names = tuple(getattr(label, 'names', ()))
-    return RealData(_split(train, folder), _split(test, folder), label.num_classes, class_names=names)
+    return RealData(_prepared_split(train, folder), _prepared_split(test, folder), label.num_classes, class_names=names)
 
 
-def _split(examples: list[dict], folder: os.PathLike) -> Split:
+def _prepared_split(examples: list[dict], folder: os.PathLike) -> Split:
     files = {f'image {i} of {folder}': example['image'] for i, example in enumerate(examples)}
     return Split(decode(files, mode='RGB'), np.array([example['label'] for example in examples], np.int32))

@@ -6,17 +6,20 @@ No synthesized pixel depends on them.
 import dataclasses
 
 from dvinv.config import DataSettings
-from dvinv.data import digits, folders, npz, prepared
 from dvinv.data.dataset import RealData
+from dvinv.data.digits import read_digits
+from dvinv.data.folders import read_folders
+from dvinv.data.npz import read_npz
+from dvinv.data.prepared import read_prepared
 from dvinv.errors import DvinvError, shape_text
 
 # {name: (reader, fields of the config's group `data` that the reader takes)}
 DATA_SETS = {
-    'digits': (digits.read, ('image_size',)),
-    'cifar10': (prepared.read, ('path',)),
-    'cifar100': (prepared.read, ('path',)),
-    'npz': (npz.read, ('path', 'train_path', 'image_size')),
-    'folders': (folders.read, ('path', 'train_path', 'image_size', 'class_names')),
+    'digits': (read_digits, ('image_size',)),
+    'cifar10': (read_prepared, ('path',)),
+    'cifar100': (read_prepared, ('path',)),
+    'npz': (read_npz, ('path', 'train_path', 'image_size')),
+    'folders': (read_folders, ('path', 'train_path', 'image_size', 'class_names')),
 }
 
 

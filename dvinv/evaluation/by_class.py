@@ -10,7 +10,7 @@ from dvinv.evaluation.quality import evenly
 from dvinv.evaluation.scoring import logits_of
 from dvinv.networks import Classifier
 
-MOST = 5_000  # maximum number of test images, evenly spaced
+MOST_TEST_IMAGES = 5_000  # maximum number of test images, evenly spaced
 
 
 def compare(teacher: Classifier, networks: dict[str, Classifier], test: Split) -> dict:
@@ -19,7 +19,7 @@ def compare(teacher: Classifier, networks: dict[str, Classifier], test: Split) -
     Args:
       teacher: the network that the others are compared with.
       networks: {name: network}, with the classes of the teacher.
-      test: real images; at most `MOST` are scored.
+      test: real images; at most `MOST_TEST_IMAGES` are scored.
 
     Returns:
       A dict with these entries:
@@ -29,7 +29,7 @@ def compare(teacher: Classifier, networks: dict[str, Classifier], test: Split) -
         'accuracy': {name: list of accuracies, one per class}, including 'teacher';
         'confusion': {name: list of [class by the teacher, class by the network, number of images]}, most frequent first.
     """
-    rows = evenly(len(test.labels), MOST)
+    rows = evenly(len(test.labels), MOST_TEST_IMAGES)
     images, labels = test.images[rows], np.asarray(test.labels[rows])
     answers = {name: logits_of(network, images).argmax(1) for name, network in {'teacher': teacher, **networks}.items()}
     classes, counts = np.unique(labels, return_counts=True)

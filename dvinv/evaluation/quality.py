@@ -24,7 +24,7 @@ from dvinv.errors import DvinvError
 from dvinv.evaluation.scoring import logits_and_features_of, top_accuracy
 from dvinv.networks import Classifier
 
-MOST = 5_000  # maximum number of images, evenly spaced over a pool
+MOST_POOL_IMAGES = 5_000  # maximum number of images, evenly spaced over a pool
 KERNEL_MOST = 2_000
 
 
@@ -38,7 +38,7 @@ class Judgement:
 
 
 def judge(network: Classifier, images: RowArray, labels: RowArray, batch_size: int = 128) -> Judgement:
-    """Returns the outputs of `network` on at most `MOST` evenly spaced images.
+    """Returns the outputs of `network` on at most `MOST_POOL_IMAGES` evenly spaced images.
 
     Args:
       network: the network that judges.
@@ -46,7 +46,7 @@ def judge(network: Classifier, images: RowArray, labels: RowArray, batch_size: i
       labels: int [N].
       batch_size: the number of images that run through the network at a time.
     """
-    chosen = evenly(len(images), MOST)
+    chosen = evenly(len(images), MOST_POOL_IMAGES)
     return Judgement(*logits_and_features_of(network, images, chosen, batch_size), np.asarray(labels[chosen]))
 
 

@@ -20,8 +20,7 @@ import numpy as np
 from dvinv.errors import DvinvError, in_a_line, listed, shape_text
 from dvinv.inversion.linen_tap import features_in_training
 from dvinv.inversion.statistics import PRIVATE, STATISTICS
-from dvinv.networks.classifier import flatten, join_names
-from dvinv.networks.registry import shapes_of
+from dvinv.networks.classifier import flatten, join_names, shapes_of
 
 # Names of arguments and fields that switch between train and eval mode, and their values in eval mode.
 EVAL_MODE = {

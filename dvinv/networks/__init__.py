@@ -1,6 +1,6 @@
 """Flax networks by name, and their files."""
 
-from dvinv.networks.classifier import Classifier, apply_fn_of
+from dvinv.networks.classifier import Classifier, apply_fn_of, initialise, shapes_of
 from dvinv.networks.files import (
     classifier_of,
     describes_itself,
@@ -10,7 +10,7 @@ from dvinv.networks.files import (
     read_classifier,
     save_network,
 )
-from dvinv.networks.registry import NETWORKS, create, image_shape, initialise, shapes_of
+from dvinv.networks.registry import NETWORKS, create, image_shape
 
 __all__ = [
     'NETWORKS',

@@ -16,7 +16,7 @@ from safetensors.numpy import save
 from dvinv.errors import DvinvError
 from dvinv.networks import formats, registry
 from dvinv.networks.channels.pruned import PrunedModule
-from dvinv.networks.classifier import Classifier, apply_fn_of, flatten, unflatten
+from dvinv.networks.classifier import Classifier, apply_fn_of, flatten, shapes_of, unflatten
 from dvinv.networks.weights import MisfitError, agreement, count_classes, import_weights, read_state_dict, refuse_values
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.processes import meet
@@ -193,7 +193,7 @@ def _fitting(state: dict[str, np.ndarray], network: str, width: float) -> str:
 @functools.cache
 def _template(name: str, width: float) -> dict:
     """Returns {path: shape} of the variables of a network with one class."""
-    return flatten(registry.shapes_of(registry.create(name, 1, width), registry.image_shape(name)))
+    return flatten(shapes_of(registry.create(name, 1, width), registry.image_shape(name)))
 
 
 def refuse_other(path: Path, group: str, about: dict, arguments: dict) -> None:

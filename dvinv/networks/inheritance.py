@@ -14,8 +14,7 @@ import flax.linen as nn
 import numpy as np
 
 from dvinv.errors import DvinvError, listed
-from dvinv.networks.classifier import flatten, join_names, unflatten
-from dvinv.networks.registry import shapes_of
+from dvinv.networks.classifier import flatten, join_names, shapes_of, unflatten
 
 NUMBERED = re.compile(r'(.*?)(\d+)')
 

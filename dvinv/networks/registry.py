@@ -8,14 +8,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 
 from dvinv.errors import DvinvError
 from dvinv.networks.convnext import ConvNeXt
 from dvinv.networks.inception_v3 import InceptionV3
 from dvinv.networks.mobilenet import LAST, MobileNetV1, MobileNetV2, TimmMobileNetV1, in_eighths
 from dvinv.networks.resnet import BasicBlock, Bottleneck, CifarResNet, ResNet, imagenet_stem
-from dvinv.networks.small import SmallConvNet, SmallResNet
+from dvinv.networks.small_convnet import SmallConvNet
+from dvinv.networks.small_resnet import SmallResNet
 from dvinv.networks.squeezenet import SqueezeNet
 from dvinv.networks.torch_layers import group_norm
 from dvinv.networks.vgg import VGG, ImageNetVGG
@@ -189,18 +189,3 @@ def _named(name: str) -> Network:
     if name not in NETWORKS:
         raise DvinvError(f'There is no network {name!r}; choose one of {", ".join(sorted(NETWORKS))}.')
     return NETWORKS[name]
-
-
-def shapes_of(module, image_shape) -> dict:
-    """Returns the shapes of the variables of a Linen module for images [H, W, C]."""
-    image = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
-    return jax.eval_shape(functools.partial(module.init, train=False), jax.random.key(0), image)
-
-
-def initialise(module, key: jax.Array, image_shape) -> dict:
-    """Returns randomly initialised variables of a Linen module for images [H, W, C]."""
-    # Run once, so not worth optimising: XLA spends 8 s on the random numbers of a small network, and 0.7 s without it.
-    options = {'xla_backend_optimization_level': 0}
-    return jax.jit(lambda k: module.init(k, np.zeros((1, *image_shape), np.float32), train=False), compiler_options=options)(
-        key
-    )

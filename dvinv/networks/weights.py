@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dvinv.errors import DvinvError, listed, say_once
-from dvinv.networks.classifier import flatten, unflatten
+from dvinv.networks.classifier import flatten, shapes_of, unflatten
 from dvinv.networks.formats import read_tensors
 from dvinv.networks.naming import Unwrapped, find_keys, to_flax_layout, unwrapped
-from dvinv.networks.registry import shapes_of
 
 
 class MisfitError(DvinvError):

@@ -11,7 +11,7 @@ import jax
 from dvinv.networks.torch_layers import batch_norm, conv
 
 
-class Block(nn.Module):
+class PreActivationBlock(nn.Module):
     """BatchNorm, ReLU, conv, BatchNorm, ReLU, conv; plus x, or if shapes differ plus a 1x1 convolution of relu(bn1(x))."""
 
     channels: int
@@ -37,7 +37,7 @@ class Stage(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         for block in range(self.blocks):
-            x = Block(self.channels, 1 if block else self.stride, name=f'layer_{block}')(x, train)
+            x = PreActivationBlock(self.channels, 1 if block else self.stride, name=f'layer_{block}')(x, train)
         return x
 
 

@@ -36,7 +36,7 @@ HEADLINES = {  # patterns of the figures in results.json that are printed, in th
 }
 
 
-def run(config: ml_collections.ConfigDict | Settings, workdir, count: int) -> dict:
+def run_seeds(config: ml_collections.ConfigDict | Settings, workdir, count: int) -> dict:
     """Runs `config` with `count` consecutive seeds from config.seed on, each in the folder `workdir`/seed-S; resumable.
 
     Args:

@@ -18,7 +18,7 @@ from dvinv.training.sampling import rounds_of
 from dvinv.training.targets import TrainTarget, training_of
 
 
-def fill_pool(run: Run, teacher: Teacher, pool: ImagePool, student: TrainTarget, task: str, series: str) -> None:
+def fill_in_competition(run: Run, teacher: Teacher, pool: ImagePool, student: TrainTarget, task: str, series: str) -> None:
     """Makes the batches that are missing from the pool, in rounds, and trains the student between rounds.
 
     Args:

@@ -17,7 +17,7 @@ from dvinv.pipeline.run import Run
 from dvinv.runtime import preemption
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.workdir import Workdir
-from dvinv.synthesis import adaptive, synthesizer
+from dvinv.synthesis.adaptive import fill_in_competition, synthesizer
 from dvinv.synthesis.pools import controls_are_complete, missing_batches, open_pool
 from dvinv.synthesis.synthesizer import control_pool, fill_pool
 from dvinv.teacher import task as teacher
@@ -62,7 +62,7 @@ def _fill(run: Run, pool: ImagePool) -> None:
     """
     method = run.settings.synthesis.method
     if method == 'adaptive':
-        adaptive.fill_pool(run, run.teacher, pool, student.student_of(run, run.teacher), 'synthesis', method)
+        fill_in_competition(run, run.teacher, pool, student.student_of(run, run.teacher), 'synthesis', method)
         return
     fill_pool(run, run.teacher, pool, method, 'synthesis', method)
 

@@ -21,7 +21,7 @@ from dvinv.continual import losses, scores
 from dvinv.continual import task as driver
 from dvinv.continual.jobs import network_of
 from dvinv.data.dataset import Split
-from dvinv.data.digits import read
+from dvinv.data.digits import read_digits
 from dvinv.data.pool import ImagePool
 from dvinv.data.rows import Joined
 from dvinv.inversion.linen_tap import features_in_training
@@ -174,7 +174,7 @@ def config_of(folder, **changes):
 
 
 def parts():
-    data = read(DataSettings('digits'))
+    data = read_digits(DataSettings('digits'))
     return [
         [Split(*(array[:60] for array in (split.of_classes(classes).images, split.of_classes(classes).labels)))
          for split in (data.train, data.test)]

@@ -357,7 +357,7 @@ def test_a_run_without_any_real_data_leaves_scores_open(tmp_path):
 def test_several_seeds_give_mean_and_deviation(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / 'runs' / 'seed-0')
     config = smoke_config(**TEACHER_ALONE)
-    summary = seeds.run(config, tmp_path / 'runs', 2)
+    summary = seeds.run_seeds(config, tmp_path / 'runs', 2)
     first, second = (results(tmp_path / 'runs' / f'seed-{seed}') for seed in (0, 1))
     assert summary == json.loads((tmp_path / 'runs' / 'results.json').read_text())
     assert summary['seeds'] == [first['teacher']['seed'], second['teacher']['seed']] == [0, 1]
@@ -390,11 +390,11 @@ def test_seeds_that_were_not_asked_for_are_refused(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / 'seed-7' / 'results.json').write_text('{}')  # in seed-8 nothing was made
     with pytest.raises(DvinvError, match='holds seed-7, which these --seeds do not include'):
-        seeds.run(smoke_config(), tmp_path, 2)
+        seeds.run_seeds(smoke_config(), tmp_path, 2)
 
 
 def test_a_single_run_and_several_seeds_do_not_share_a_folder(run, tmp_path):
     before = lasting(run)
     with pytest.raises(DvinvError, match='holds a single run; choose another --workdir'):
-        seeds.run(smoke_config(), run, 2)
+        seeds.run_seeds(smoke_config(), run, 2)
     assert lasting(run) == before

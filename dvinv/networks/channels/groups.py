@@ -11,8 +11,7 @@ import numpy as np
 from dvinv.errors import DvinvError, listed
 from dvinv.graph.program import called_or_jaxs_own, program_of
 from dvinv.networks.channels.rules import Coupling, Pin, Product, follow
-from dvinv.networks.classifier import flatten, name_of, unflatten
-from dvinv.networks.registry import shapes_of
+from dvinv.networks.classifier import flatten, name_of, shapes_of, unflatten
 
 FIXED = -1  # stands for the group of a place that cannot be removed
 

@@ -14,8 +14,7 @@ import numpy as np
 
 from dvinv.errors import DvinvError, listed
 from dvinv.graph.rewriting import contraction_rules, rewritten
-from dvinv.networks import registry
-from dvinv.networks.classifier import Classifier, flatten, unflatten
+from dvinv.networks.classifier import Classifier, flatten, shapes_of, unflatten
 from dvinv.networks.files import classifier_of, load_network, module_of, save_network
 from dvinv.networks.quantized.calibration import Calibration, quantization_parameters
 from dvinv.networks.quantized.folding import Folded, bias_corrected
@@ -178,7 +177,7 @@ def load_quantized(path: Path, unquantized: Classifier | None = None) -> Classif
                 '(what teacher.factory returned): dvinv.load(..., teacher=teacher).'
             )
         module = module_of(about)
-        unquantized = classifier_of(module, registry.shapes_of(module, tuple(about['image_shape'])), about)
+        unquantized = classifier_of(module, shapes_of(module, tuple(about['image_shape'])), about)
     variables = unquantized.without_moments().variables  # what was quantized
     shapes = {place: leaf.shape for place, leaf in flatten(variables).items()}
     layers = find_layers(unquantized.apply_fn, variables, unquantized.image_shape)

@@ -1,4 +1,4 @@
-"""Small networks for small images (8x8 to 32x32): a residual one and, as a verifier of another architecture, a plain one."""
+"""x."""
 
 from collections.abc import Sequence
 
@@ -43,19 +43,3 @@ class SmallResNet(nn.Module):
         x = nn.avg_pool(x, (2, 2), (2, 2))
         x = nn.relu(batch_norm(train)(nn.Dense(self.hidden, use_bias=False)(x.reshape(x.shape[0], -1))))
         return nn.Dense(self.num_classes)(x)
-
-
-class SmallConvNet(nn.Module):
-    """3x3 convolutions with BatchNorm and max-pooling, dropout, and a wide dense layer. x [B, H, W, C] -> logits [B, K]."""
-
-    num_classes: int
-    channels: Sequence[int] = (32, 64)  # per convolution
-    hidden: int = 128
-    dropout: float = 0.3
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        for channels in self.channels:
-            x = nn.max_pool(nn.relu(batch_norm(train)(nn.Conv(channels, (3, 3))(x))), (2, 2), (2, 2))
-        x = nn.Dropout(self.dropout, deterministic=not train)(x.reshape(x.shape[0], -1))
-        return nn.Dense(self.num_classes)(nn.relu(nn.Dense(self.hidden)(x)))
