@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dvinv.errors import DvinvError
+from dvinv.config.errors import DvinvError
 
 # Neither JAX nor PyTorch here: a process imports its own, when it starts.
 
@@ -267,7 +267,7 @@ class Dvinv:
         """What the other contestants are to have alike, and what a step costs."""
         import jax
 
-        from dvinv.evaluation.scoring import flops
+        from dvinv.evaluation import flops
         from dvinv.networks.classifier import flatten
 
         return {

@@ -69,8 +69,7 @@ class DvinvTraining:
         from dvinv.networks.classifier import flatten, unflatten
         from dvinv.pipeline.run import Run
         from dvinv.runtime.devices import make_mesh
-        from dvinv.training.sampling import Rounds
-        from dvinv.training.step import TrainStep
+        from dvinv.training.step import Rounds, TrainStep
 
         config, shape = default_config('cifar10_crop'), (SIZE, SIZE, 3)
         config.student.update(network=pair.student, width=pair.width)
@@ -127,7 +126,7 @@ class DvinvTraining:
 
     def about(self) -> dict:
         """Returns the weights, and the operations of a step: the teacher's forward pass, three times the student's."""
-        from dvinv.evaluation.scoring import flops
+        from dvinv.evaluation import flops
         from dvinv.networks.classifier import flatten
 
         networks = {'teacher': self._teacher, 'student': self._student}

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from paired import median_interval
 
-from dvinv.errors import DvinvError
+from dvinv.config.errors import DvinvError
 from dvinv.networks import classifier_of, initialise, load_network, module_of
-from dvinv.networks.channels import find_channels
+from dvinv.networks.channel_groups import find_channels
 from dvinv.networks.suited import suited_to
-from dvinv.pruning.latency import measure_table, predicted, timed
+from dvinv.pruning.selection import measure_table, predicted, timed
 
 tell = functools.partial(print, file=sys.stderr, flush=True)  # stdout is for the result
 

@@ -1,8 +1,8 @@
 """A published DeiT-Ti, a vision transformer of ImageNet, is inverted by recorded moments. For a GPU.
 
-    python -m dvinv.moments --config configs/imagenet_deit_tiny.py --config.teacher.weights=deit_tiny.safetensors \\
+    python -m dvinv.main --config configs/imagenet_deit_tiny.py --config.teacher.weights=deit_tiny.safetensors \\
       --config.data.name=folders --config.data.path=VAL --config.data.train_path=TRAIN --config.data.image_size=224 \\
-      --out moments.safetensors
+      --record_moments moments.safetensors
     python -m dvinv.main --config configs/imagenet_deit_tiny.py --workdir runs/imagenet_deit_tiny \\
       --config.teacher.weights=deit_tiny.safetensors --config.teacher.moments=moments.safetensors \\
       --config.verifier.weights=squeezenet1_1.npz

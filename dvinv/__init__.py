@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # the names that `__getattr__` imports, for tools that read t
     from dvinv.config import Stage as Stage
     from dvinv.config import Weights as Weights
     from dvinv.config import default_config as default_config
-    from dvinv.errors import DvinvError as DvinvError
+    from dvinv.config.errors import DvinvError as DvinvError
     from dvinv.inversion import Moments as Moments
     from dvinv.inversion import Teacher as Teacher
     from dvinv.inversion import balanced_labels as balanced_labels
@@ -20,10 +20,10 @@ if TYPE_CHECKING:  # the names that `__getattr__` imports, for tools that read t
     from dvinv.inversion import record_moments as record_moments
     from dvinv.inversion.invert import invert as invert
     from dvinv.pipeline.tasks import run as run
-    from dvinv.teacher.loading import load as load
+    from dvinv.teacher.networks import load as load
 
 _EXPORTS = {
-    'DvinvError': 'dvinv.errors',
+    'DvinvError': 'dvinv.config.errors',
     'InversionConfig': 'dvinv.config',
     'Moments': 'dvinv.inversion',
     'PRESETS': 'dvinv.config',
@@ -36,7 +36,7 @@ _EXPORTS = {
     'from_linen': 'dvinv.inversion',
     'from_nnx': 'dvinv.inversion',
     'invert': 'dvinv.inversion.invert',
-    'load': 'dvinv.teacher.loading',
+    'load': 'dvinv.teacher.networks',
     'record_moments': 'dvinv.inversion',
     'run': 'dvinv.pipeline.tasks',
 }

@@ -13,7 +13,6 @@ import difflib
 import inspect
 import re
 import traceback
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from ml_collections import config_flags
 
 import dvinv
 from dvinv import configs
-from dvinv.errors import DvinvError, listed, say
+from dvinv.config.errors import DvinvError, listed, say
 from dvinv.runtime import preemption
 
 # A module that teacher.factory names may define flags with the same names, as many training scripts do; its flags override.
@@ -48,6 +47,23 @@ _SEEDS = flags.DEFINE_integer(
     'Run the config with this number of seeds, each in its own folder; 0: once.',
     allow_override=True,
 )
+_RECORD_MOMENTS = flags.DEFINE_string(
+    'record_moments',
+    '',
+    'Record the moments of the teacher on real training images to this file (for --config.teacher.moments), and run nothing '
+    'else. The file holds no image. The teacher is given, or was trained in --workdir.',
+    allow_override=True,
+)
+_MOMENTS_IMAGES = flags.DEFINE_integer(
+    'moments_images', 100, 'With --record_moments: the number of images, equally many per class.', allow_override=True
+)
+_MOMENTS_LAYERS = flags.DEFINE_list(
+    'moments_layers',
+    [],
+    'With --record_moments: paths or classes of layers, with * for any characters; their inputs, or their outputs with '
+    "':output' appended. Default: the inputs of all normalisations and the outputs of all residual blocks.",
+    allow_override=True,
+)
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed',
     None,
@@ -66,14 +82,13 @@ _PROCESS_ID = flags.DEFINE_integer(
 
 
 def main(_) -> None:
-    """Runs the config that the flags name, or prints its plan."""
+    """Runs the config that the flags name, prints its plan, or records moments of its teacher."""
     # Imported late, so that a mistyped flag is reported at once; the slowest imports come after the banner.
     import jax
 
     from dvinv.config import parse
-    from dvinv.runtime.banner import announce
-    from dvinv.runtime.devices import keep_compiled, set_cpu_devices
-    from dvinv.runtime.processes import is_primary, joined
+    from dvinv.runtime.devices import is_primary, joined, keep_compiled, set_cpu_devices
+    from dvinv.runtime.progress import announce
 
     jax.config.update('jax_numpy_rank_promotion', 'allow')  # environment settings are meant for other code
     jax.config.update('jax_numpy_dtype_promotion', 'standard')
@@ -86,31 +101,38 @@ def main(_) -> None:
 
         print(plan.plan(settings))
         return
+    if _RECORD_MOMENTS.value:
+        from dvinv.teacher.task import record_to_file
+
+        print(record_to_file(settings, _WORKDIR.value, _RECORD_MOMENTS.value, _MOMENTS_IMAGES.value, _MOMENTS_LAYERS.value))
+        return
     with joined(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
         if is_primary():
             announce(settings, _WORKDIR.value, settings.ordered_tasks, _SEEDS.value)
-        from dvinv.pipeline import seeds, tasks
+        from dvinv.pipeline import tasks
 
         preemption.install()
         if _SEEDS.value:
-            summary = seeds.run_seeds(settings, _WORKDIR.value, _SEEDS.value)
+            summary = tasks.run_seeds(settings, _WORKDIR.value, _SEEDS.value)
         else:
             summary = {'runs': [tasks.run(settings, _WORKDIR.value)]}
         if is_primary():
-            print(seeds.table(summary, _WORKDIR.value))
+            print(tasks.table(summary, _WORKDIR.value))
 
 
 def _parse(argv: list[str]) -> list[str]:
     """Parses the flags of a run, and raises a `DvinvError` for flags that do not define one."""
-    arguments = parse_flags(argv)
-    if not (_WORKDIR.value or _PLAN.value):
+    arguments = _parse_flags(argv)
+    if _RECORD_MOMENTS.value and not Path(_RECORD_MOMENTS.value).absolute().parent.is_dir():
+        raise DvinvError(f'--record_moments is {_RECORD_MOMENTS.value!r}, but there is no such folder.')
+    if not (_WORKDIR.value or _PLAN.value or _RECORD_MOMENTS.value):
         raise DvinvError('--workdir is missing; name the folder for all files of the run.')
     if _SEEDS.value < 0:
         raise DvinvError(f'--seeds is {_SEEDS.value}; it must be at least 1, or 0 for a single run.')
     return arguments
 
 
-def parse_flags(argv: list[str]) -> list[str]:
+def _parse_flags(argv: list[str]) -> list[str]:
     """Parses flags with absl; raises a `DvinvError` where absl would print a traceback or nothing at all."""
     _find_config_file(argv)
     for argument in argv[1:]:
@@ -124,7 +146,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         # Printed now, because the config file, which is read next, takes a second or more for its imports.
         print(f'dvinv {dvinv.__version__} with JAX {version("jax")}', file=sys.stderr, flush=True)
     if {'--helpfull', '-helpfull'} & {*argv}:
-        from dvinv.config.documentation import described
+        from dvinv.config.parsing import described
 
         print(f'{described()}\n')
     try:
@@ -181,7 +203,7 @@ def _unknown(error: Exception) -> str:
 def _suggestion(name: str) -> str:
     """Returns the end of a sentence that names a field with a similar name, of any group; '' if there is none."""
     from dvinv.config import RENAMED
-    from dvinv.config.documentation import fields
+    from dvinv.config.parsing import fields
 
     for old, new in RENAMED.items():
         if name == old.split('.')[-1]:
@@ -235,11 +257,11 @@ def _find_config_file(argv: list[str]) -> None:
         raise DvinvError(f'There is no config file {path!r}; {suggestion}{choices}')
 
 
-def cli(main: Callable = main, parse: Callable = _parse) -> None:
-    """Runs a program with absl flags; a user's mistake is reported in one sentence, with exit status 1."""
+def cli() -> None:
+    """Runs `main` with absl flags; a user's mistake is reported in one sentence, with exit status 1."""
     preemption.install(grace=0)
     try:
-        app.run(main, flags_parser=parse)
+        app.run(main, flags_parser=_parse)
     except DvinvError as error:
         say(str(error))
         sys.exit(1)

@@ -12,21 +12,19 @@ import pytest
 from jaxtyping import install_import_hook
 
 # The shapes and dtypes that these modules declare are checked at every call, which must be set before they are imported.
-CHECKED = {
-    'continual': ['losses'],
-    'data': ['batches', 'dataset', 'pictures', 'pool'],
-    'distillation': ['hints'],
-    'evaluation': ['divergence', 'quality', 'scoring'],
-    'graph': ['projections'],
-    'inversion': [
-        *('augmentation', 'capture', 'linen_tap', 'losses', 'nnx_tap', 'objective', 'parameterization', 'priors'),
-        *('statistics', 'step', 'tap'),
-    ],
-    'networks': ['channels.cost', 'classifier', 'quantized.calibration', 'quantized.rounding'],
-    'pruning': ['importance', 'removal'],
-    'training': ['sampling', 'step'],
-}
-install_import_hook([f'dvinv.{room}.{name}' for room, names in CHECKED.items() for name in names], 'checking.check')
+CHECKED = [
+    'continual.losses',
+    *('data.dataset', 'data.files', 'data.pool'),
+    'distillation.student',
+    'evaluation',
+    'graph.stages',
+    *('inversion.augmentation', 'inversion.capture', 'inversion.linen_modules', 'inversion.losses', 'inversion.nnx_models'),
+    *('inversion.statistics', 'inversion.step', 'inversion.tap'),
+    *('networks.calibration', 'networks.channel_groups', 'networks.classifier', 'networks.quantized'),
+    'pruning.selection',
+    'training.step',
+]
+install_import_hook([f'dvinv.{module}' for module in CHECKED], 'checking.check')
 
 from tiny import tiny_teacher  # noqa: E402
 
@@ -47,7 +45,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 # Whole runs, trainings and inversions that several tests look at; such tests are slow, as are those marked so themselves.
-SLOW_FIXTURES = {'adaptive', 'batches', 'finished', 'quantized', 'trained', 'undisturbed', 'undivided'}
+SLOW_FIXTURES = {'adaptive', 'batches', 'finished', 'quantized_run', 'trained', 'undisturbed', 'undivided'}
 
 
 def pytest_collection_modifyitems(items):

@@ -12,7 +12,7 @@ import pytest
 
 import dvinv
 from dvinv.config import default_config
-from dvinv.config.documentation import fields
+from dvinv.config.parsing import fields
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / 'docs').glob('*.md'))

@@ -34,14 +34,14 @@ ALONE = {'some', 'of', 'there', 'one', 'whole', 'made'}  # as a name of their ow
 
 # The floors of the house, from the ground; imports point down, or stay on their floor.
 FLOORS = [
-    {'errors', 'config'},
+    {'config'},
     {'runtime'},
     {'data', 'graph', 'networks'},
     {'inversion'},
     {'training', 'evaluation', 'pipeline.run'},
     {'teacher', 'synthesis', 'distillation', 'pruning', 'continual', 'quantization', 'report'},
     {'pipeline'},
-    {'main', 'moments', 'export', '__main__'},
+    {'main', '__main__'},
 ]
 OPENS = 'pipeline.run', 'teacher'  # an open run reads the networks of the run, from their files and a user's functions
 
@@ -95,7 +95,7 @@ def test_no_file_is_too_long():
 def test_settings_are_parsed_once():
     """A ConfigDict goes no further than config/ and the pipeline, which parse it."""
     users = {path.relative_to(PACKAGE) for path in FILES if 'ConfigDict' in path.read_text()}
-    assert {path.parts[0] for path in users} <= {'config', 'pipeline', 'main.py', 'moments.py', 'export.py', '__init__.py'}
+    assert {path.parts[0] for path in users} <= {'config', 'pipeline', 'main.py', '__init__.py'}
 
 
 @pytest.mark.slow

@@ -1,8 +1,7 @@
 """Every setting of a run, once: frozen dataclasses that validate themselves, and the ConfigDict that config files change."""
 
-from dvinv.config.inversion import InversionConfig, Stage, Weights
-from dvinv.config.parsing import RENAMED, current_name, default_config, parse, parse_group
-from dvinv.config.presets import PRESETS, preset_for
+from dvinv.config.inversion import PRESETS, InversionConfig, Stage, Weights, preset_for
+from dvinv.config.parsing import RENAMED, current_name, default_config, parse, parse_group, shrink
 from dvinv.config.settings import (
     CONTROLLED,
     DATA_FREE_CONTROLS,
@@ -17,17 +16,18 @@ from dvinv.config.settings import (
     VerifierSettings,
     nested,
 )
-from dvinv.config.smoke import shrink
 from dvinv.config.tasks import (
     BITS,
     CONTINUAL_LOSSES,
     ContinualSettings,
     DistillationSettings,
+    LabelTrainingSettings,
     PruningSettings,
     QuantizationSettings,
+    TrainingSettings,
     bits_of,
+    validate_devices,
 )
-from dvinv.config.training import LabelTrainingSettings, TrainingSettings, validate_devices
 
 __all__ = [
     'BITS',

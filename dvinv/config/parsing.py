@@ -1,17 +1,20 @@
-"""Converts a config file's ConfigDict to `Settings`, and `Settings` to the ConfigDict that config files change."""
+"""The ConfigDict that config files change: conversion to `Settings` and back, documentation, and the argument `smoke`."""
 
 import dataclasses
 import difflib
+import inspect
+import re
+import textwrap
 import types
-from collections.abc import Mapping
-from typing import Any, Literal, Union, get_args, get_origin
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import ml_collections
 from ml_collections import config_dict
 
-from dvinv.config.presets import PRESETS
-from dvinv.config.settings import Settings
-from dvinv.errors import DvinvError
+from dvinv.config.errors import DvinvError
+from dvinv.config.inversion import PRESETS, InversionConfig, preset_for
+from dvinv.config.settings import Settings, SynthesisSettings
 
 # {name of a field in earlier versions: its current name}
 RENAMED = {
@@ -30,8 +33,8 @@ def default_config(preset: str = '') -> ml_collections.ConfigDict:
     """Returns all fields with their defaults, for a config file to change.
 
     Args:
-      preset: name of the preset of the synthesis, see `presets.PRESETS`; '': its fields are None, and a run fills those that
-        are still None from the preset for images of the teacher's size.
+      preset: name of the preset of the synthesis, see `PRESETS`; '': its fields are None, and a run fills those that are
+        still None from the preset for images of the teacher's size.
 
     Returns:
       A locked config: setting a field that does not exist is an error.
@@ -142,3 +145,126 @@ def _unknown(path: str, known: list[str]) -> str:
     close = difflib.get_close_matches(path, known, 1)
     suggestion = f'did you mean {close[0]!r}?' if close else f'choose among {", ".join(known)}.'
     return f'The config has no field {path!r}; {suggestion} --helpfull lists all fields.'
+
+
+def shrink(config: ml_collections.ConfigDict, width: float = 0.25) -> None:
+    """Shrinks a config to seconds instead of minutes, without a download; the figures of such a run have no meaning.
+
+    Every part still runs. Enlarged digits replace other data sets, but for a network of the user's own (teacher.factory),
+    which may take only images of one shape: its config keeps its data, or none.
+
+    Args:
+      config: changed in place.
+      width: factor of the number of channels of all networks.
+    """
+    if config.data.name != 'digits' and not config.teacher.factory:
+        config.data.update(name='digits', image_size=32)
+        config.teacher.mean, config.teacher.std = (0.3053,), (0.3761,)
+    config.teacher.width, config.verifier.width = width, width
+    config.teacher.moments_images = min(config.teacher.moments_images, 20)
+    config.verifiers = ()
+    config.student.width = width if config.distillation.hint else width / 2  # hints of layers need equal shapes
+    trainings = (config.teacher.training, config.verifier.training, config.quantization.training)
+    for group in (*trainings, config.distillation, config.pruning, config.continual):
+        group.update(updates=20, batch_size=32, warmup=2, precision='float32')
+    config.pruning.update(steps=2, updates_per_step=10, importance_batches=2, latency_batch=2)
+    if config.continual.steps:
+        config.data.classes = (0, 1, 2, 3)
+        config.continual.steps = ({'classes': (4, 5, 6)}, {'classes': (7, 8, 9)})[: len(config.continual.steps)]
+    config.bn_stats = 'device'  # since a batch of 20 images cannot be split over any number of devices
+    config.synthesis.update(images=40, batch_size=20, classes=(), precision='float32')
+    if config.synthesis.stages is None:
+        config.synthesis.stages = default_config(preset_for((8, 8, 1))).synthesis.stages
+    largest = max(stage.resolution for stage in config.synthesis.stages)
+    for stage in config.synthesis.stages:
+        resolution = stage.resolution and stage.resolution * config.data.image_size // largest
+        stage.update(iterations=5, warmup=0, resolution=resolution, jitter=min(stage.jitter, 2))
+    if config.synthesis.batches_per_round:
+        config.synthesis.batches_per_round, config.distillation.updates_per_round = 1, 10
+    if config.distillation.counts:
+        config.distillation.counts = (20, 40)
+    config.logging.update(every=5, checkpoint_every=10, iterations=2)
+
+
+FIELD = re.compile(r'    (\w+): \w')
+
+
+class Field(NamedTuple):
+    """A field of a config: 'teacher.training.updates' for instance."""
+
+    path: str
+    default: Any
+    comment: str
+
+
+def described(width: int = 100) -> str:
+    """Returns one paragraph per field: the flag that sets it, with its default, and its comment."""
+    paragraphs = ['Fields of a config, with the defaults of dvinv.default_config and the preset of the digits:']
+    for field in fields():
+        text = textwrap.fill(field.comment, width, initial_indent='    ', subsequent_indent='    ')
+        paragraphs.append(f'  --config.{field.path}={field.default!r}' + (f'\n{text}' if field.comment else ''))
+    return '\n'.join(paragraphs)
+
+
+def as_markdown() -> str:
+    """Returns the contents of docs/settings.md: one table per group."""
+    lines = [
+        '# Settings',
+        '',
+        'Every field of a config, its default, and what it does. The defaults of the group `synthesis`',
+    ]
+    lines += ['are those of the preset `digits`; they differ from preset to preset (dvinv/config/inversion.py).', '']
+    lines += ['This page is made by `python -m dvinv.config.parsing > docs/settings.md`.']
+    group = None
+    for field in fields():
+        owner, _, name = field.path.rpartition('.')
+        if owner != group:
+            lines += ['', f'## {owner or "The run"}', '', '| field | default | |', '|---|---|---|']
+            group = owner
+        comment = field.comment.replace('|', '\\|')
+        lines.append(f'| `{name}` | `{field.default!r}` | {comment} |')
+    return '\n'.join(lines) + '\n'
+
+
+def fields() -> list[Field]:
+    """Returns all fields, those of the run itself first; the fields of a stage are listed once."""
+    # The sort is stable: the groups keep their order.
+    return sorted(_fields(parse(default_config('digits')), ''), key=lambda field: '.' in field.path)
+
+
+def _fields(settings: Any, prefix: str) -> Iterator[Field]:
+    classes = type(settings).__mro__[::-1]
+    if isinstance(settings, SynthesisSettings):  # fields that a preset fills have their comments in `InversionConfig`
+        classes = (InversionConfig, *classes)
+    comments: dict[str, str] = {}
+    for cls in classes:
+        if dataclasses.is_dataclass(cls):
+            comments |= _comments(inspect.getsource(cls))
+    for field in dataclasses.fields(settings):
+        value, path = getattr(settings, field.name), f'{prefix}{field.name}'
+        if dataclasses.is_dataclass(value):
+            yield from _fields(value, f'{path}.')
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            yield from _fields(value[0], f'{path}[0].')
+        else:
+            yield Field(path, value, comments.get(field.name, ''))
+
+
+def _comments(source: str) -> dict[str, str]:
+    """Returns {field: its comment}, from the field's line and the comment lines above it."""
+    comments: dict[str, str] = {}
+    above: list[str] = []
+    for line in source.splitlines():
+        if (text := line.strip()).startswith('#'):
+            above.append(text.lstrip('# '))
+            continue
+        if field := FIELD.match(line):
+            _, _, comment = line.partition('  # ')
+            if text := ' '.join([*above, comment]).strip():
+                comments[field[1]] = text
+        above = []
+    return comments
+
+
+if __name__ == '__main__':
+    print(as_markdown(), end='')

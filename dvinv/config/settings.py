@@ -4,17 +4,17 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from dvinv.config.checks import validate_bounds, validate_choices
+from dvinv.config.errors import DvinvError, validate_bounds, validate_choices
 from dvinv.config.inversion import InversionConfig, Stage, StatisticsScope, Weights
 from dvinv.config.tasks import (
     ContinualSettings,
     DataFreeControl,
     DistillationSettings,
+    LabelTrainingSettings,
+    Precision,
     PruningSettings,
     QuantizationSettings,
 )
-from dvinv.config.training import LabelTrainingSettings, Precision
-from dvinv.errors import DvinvError
 
 Task = Literal['teacher', 'synthesis', 'distillation', 'pruning', 'continual', 'quantization', 'report']
 Method = Literal['deepinversion', 'adaptive', 'prior_only', 'noise']
@@ -35,7 +35,7 @@ class DataSettings:
     train_path: str = ''  # path of the training images (npz, folders); '': none, and no network is trained on real images
     image_size: int = 0  # height and width that images (not TFDS ones) are scaled and cropped to; 0: all have one size
     classes: tuple[int, ...] = ()  # the classes to use, renumbered from 0 in this order; (): all
-    # Names of the class folders, in the order of labels; (): see dvinv.data.folders. Without data, for the report only.
+    # Names of the class folders, in the order of labels; (): see dvinv.data.files. Without data, for the report only.
     class_names: tuple[str, ...] = ()
     validation: bool = False  # score on a held-out fifth of the training split instead of the test split
 
@@ -56,7 +56,7 @@ class TeacherSettings:
     # weights, or .5 each for a network that is trained here.
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()  # as `mean`
-    # Recorded moments for a network without BatchNorm, or to replace running statistics: file of `python -m dvinv.moments`.
+    # Recorded moments for a network without BatchNorm, or to replace running statistics: a file of `--record_moments`.
     moments: str = ''
     moments_images: int = 0  # number of real training images from which the task teacher records moments; 0: none
     training: LabelTrainingSettings = LabelTrainingSettings()  # for a network that is trained here
@@ -290,7 +290,7 @@ class Settings:
         return self.synthesis.images - rounds * self.held_out_of(self.round_images)
 
     def held_out_of(self, images: int) -> int:
-        """Returns the number of held-out images in a round of `images` images, see `dvinv.evaluation.held_out`."""
+        """Returns the number of held-out images in a round of `images` images, see `dvinv.evaluation`."""
         return 0 if self.data.name else int(self.held_out * images)
 
     def inversion_config(self, method: str = '') -> InversionConfig:

@@ -1,4 +1,4 @@
-"""The protocol of continual learning: the order of the tasks, and the classes and data set of each.
+"""The protocol of continual learning: the tasks, the chains of networks that learn them, and the accuracy matrix.
 
 Task 0 is that of the teacher: the classes of the group `data`. In the labels of the network, the classes of task t follow
 those of all earlier tasks. Training images are read one task at a time. Reading test images does not read training images,
@@ -7,12 +7,16 @@ except with `data.validation`, which uses a part of them for scores.
 
 import dataclasses
 import itertools
+import statistics
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dvinv.config import DataSettings, Settings, parse_group
+from dvinv.config import CONTINUAL_LOSSES, ContinualSettings, DataSettings, Settings, parse_group
+from dvinv.config.errors import DvinvError, listed, shape_text
 from dvinv.data.dataset import RealData, Split
-from dvinv.errors import DvinvError, listed, shape_text
+from dvinv.evaluation import logits_of
+from dvinv.inversion import Teacher
 from dvinv.networks import Classifier
 from dvinv.pipeline.run import Run
 
@@ -134,3 +138,90 @@ def _among_all(split: Split, step: Step) -> Split:
             f'{step.field} has the label {highest}, but its test images are of {step.classes} classes, counted from 0.'
         )
     return Split(images, (labels + step.first).astype(np.int32))
+
+
+MAIN = 'continual'
+
+
+def chains_of(settings: ContinualSettings) -> dict[str, str]:
+    """Returns {name of a chain: loss} for all chains, that of the run first; `joint` is not a chain."""
+    losses = {control: settings.loss if control == 'replay' else control for control in settings.controls}
+    return {MAIN: settings.loss, **{name: loss for name, loss in losses.items() if name != 'joint'}}
+
+
+def synthesizing(settings: ContinualSettings) -> list[str]:
+    """Returns the names of the chains that learn from images that they synthesize."""
+    return [chain for chain, loss in chains_of(settings).items() if chain != 'replay' and loss in CONTINUAL_LOSSES]
+
+
+def pools_of(settings: ContinualSettings) -> int:
+    """Returns the number of pools of all tasks: one for the first, which all chains share, then one per chain."""
+    return 1 + (len(settings.steps) - 1) * len(synthesizing(settings))
+
+
+def name_of(settings: ContinualSettings, chain: str, number: int) -> str:
+    """Returns the name of the network of a chain after task `number`; after the last task it is the name of the chain."""
+    return chain if number == len(settings.steps) else f'{chain}_{number}'
+
+
+def names_of_networks(settings: ContinualSettings, number: int) -> list[str]:
+    """Returns the names of all networks that result from task `number`."""
+    names = [name_of(settings, chain, number) for chain in chains_of(settings)]
+    return names + ['joint'] * ('joint' in settings.controls and number == len(settings.steps))
+
+
+def figures(run: Run, steps: list[Step], networks: Mapping[str, Sequence[Teacher | None]]) -> dict:
+    """Computes the scores of the networks on the real test images of all tasks that they have learned.
+
+    Figures of a control have its name as a prefix; those of the run's own network have no prefix.
+
+    Args:
+      steps: the tasks.
+      networks: {chain: the network after each task}; None for unknown ones, but never after the last task.
+    """
+    tests = [test_images(run, step) for step in steps]
+    sizes = [len(test.labels) for test in tests]
+    scores: dict[str, float | None] = {}
+    matrices = {}
+    for chain, after_task in networks.items():
+        counts = [_correct(network, tests[: task + 1]) if network else [] for task, network in enumerate(after_task)]
+        matrix = [[count / size for count, size in zip(row, sizes, strict=False)] or None for row in counts]
+        prefix = '' if chain == MAIN else f'{chain}_'
+        last = counts[-1]
+        scores |= {
+            f'{prefix}test_accuracy': sum(last) / sum(sizes),
+            f'{prefix}old_test_accuracy': sum(last[:-1]) / sum(sizes[:-1]),
+            f'{prefix}new_test_accuracy': last[-1] / sizes[-1],
+            f'{prefix}average_accuracy': statistics.fmean(count / size for count, size in zip(last, sizes, strict=True)),
+            f'{prefix}forgetting': forgetting(matrix),
+        }
+        if chain == MAIN:
+            scores['old_test_accuracy_before'] = sum(counts[-2]) / sum(sizes[:-1])
+        matrices[chain] = matrix
+    for control in ('finetune', 'replay'):
+        scores.setdefault(f'{control}_test_accuracy', None)
+    return {**scores, 'test_images': sum(sizes), 'accuracy_matrix': matrices}
+
+
+def _correct(network: Teacher, tests: list[Split]) -> list[int]:
+    """Counts the images of each task that `network` classifies correctly among all of its classes."""
+    images, labels = (np.concatenate([getattr(test, field) for test in tests]) for field in ('images', 'labels'))
+    correct = logits_of(network, images).argmax(1) == labels
+    ends = np.cumsum([len(test.labels) for test in tests])
+    return [int(part.sum()) for part in np.split(correct, ends[:-1])]
+
+
+def forgetting(matrix: Sequence[list[float] | None]) -> float | None:
+    """Computes forgetting: the best earlier accuracy on a task minus the last one (Chaudhry et al., arXiv 1801.10112).
+
+    Args:
+      matrix: [task learned][task tested] accuracies, for tested tasks up to the one learned; None for unknown rows.
+
+    Returns:
+      The mean over all tasks but the last; None if there are unknown rows.
+    """
+    known = [row for row in matrix if row]
+    if len(known) < len(matrix):
+        return None
+    *earlier, last = known
+    return statistics.fmean(max(row[task] for row in earlier[task:]) - last[task] for task in range(len(earlier)))

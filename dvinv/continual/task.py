@@ -11,34 +11,205 @@ finished.
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dvinv.continual.chains import MAIN, chains_of, name_of, names_of_networks, pools_of, synthesizing
-from dvinv.continual.jobs import job_of, loss_of, network_of
-from dvinv.continual.moments import names_of_moments, record, with_recorded
-from dvinv.continual.scores import figures
-from dvinv.continual.stream import Step, steps_of, training_images
-from dvinv.continual.validation import validate
-from dvinv.data.dataset import Split
+from dvinv.config.errors import DvinvError
+from dvinv.continual.losses import (
+    always_be_dreaming_terms,
+    cross_entropy,
+    deepinversion_terms,
+    lwf_mc_terms,
+    names_of_moments,
+    record,
+    total,
+    with_recorded,
+)
+from dvinv.continual.stream import (
+    MAIN,
+    Step,
+    chains_of,
+    class_names_of,
+    figures,
+    name_of,
+    names_of_networks,
+    pools_of,
+    steps_of,
+    synthesizing,
+    test_images,
+    training_images,
+)
+from dvinv.data.dataset import Joined, RowArray, Split
 from dvinv.data.pool import ImagePool
-from dvinv.data.rows import RowArray
+from dvinv.distillation import student
 from dvinv.distillation.student import hints_of, student_of
 from dvinv.distillation.student import job_of as student_job
-from dvinv.inversion import Teacher
-from dvinv.inversion.modules import trained_part
-from dvinv.networks import load_network
+from dvinv.inversion import Teacher, from_linen
+from dvinv.inversion.linen_modules import LinenModule, trained_part, with_classes
+from dvinv.inversion.programs import in_precision
+from dvinv.inversion.teacher import teacher_of
+from dvinv.networks import create, load_network, shapes_of
+from dvinv.networks.classifier import differing_shapes, flatten
+from dvinv.networks.naming import head_of
 from dvinv.pipeline.run import Run
-from dvinv.runtime.processes import is_primary
-from dvinv.synthesis.adaptive import fill_in_competition
-from dvinv.synthesis.synthesizer import fill_pool
-from dvinv.training.sampling import Rounds, rounds_of
-from dvinv.training.step import TrainJob
-from dvinv.training.targets import PlannedTraining, TrainTarget, train_network
+from dvinv.report.charts import Chart, heat_map
+from dvinv.report.page import Picture, Section, Table, Tile, class_picture, percent
+from dvinv.runtime.devices import is_primary
+from dvinv.runtime.workdir import Workdir
+from dvinv.synthesis import synthesizer
+from dvinv.synthesis.synthesizer import fill_in_competition, fill_pool
+from dvinv.training.step import Rounds, TrainJob, rounds_of
+from dvinv.training.trainer import PlannedTraining, TrainTarget, train_network
+
+
+def validate(run: Run) -> None:
+    """Validates that the tasks can be learned.
+
+    Training images are not required for tasks with all networks in the work directory.
+
+    Raises:
+      DvinvError: a setting is invalid, or images are missing; the message names the field, its value and the way out.
+    """
+    settings, teacher, devices = run.settings.continual, run.planned_teacher, run.training_mesh.size
+    if settings.batch_size % (2 * devices):
+        raise DvinvError(
+            f'continual.batch_size is {settings.batch_size}; half of a batch is of new classes and half of old ones, and '
+            f'each half is split over the devices ({devices}); choose a multiple of {2 * devices}.'
+        )
+    if not settings.steps:
+        raise DvinvError("continual.steps is empty; name the classes to learn, ({'classes': (5, 6)},) for instance.")
+    if run.settings.pool:
+        raise DvinvError(f'pool is {run.settings.pool!r}, but the task makes pools of its own; leave it out.')
+    if run.settings.synthesis.classes:
+        raise DvinvError('synthesis.classes is set, but images of all classes so far are made; leave it out.')
+    run.once(synthesizer.validate)
+    if run.settings.trains_student:
+        run.once(student.validate)
+    _validate_network(run)
+    steps = steps_of(run, teacher)
+    synthesizer.validate_count(run, 'synthesis.images', run.settings.synthesis.images, steps[-1].first)
+    old_images = sorted({'replay', 'joint'} & {*settings.controls})
+    if old_images and run.data is not None and run.data.train is None:
+        raise DvinvError(
+            f'continual.controls names {old_images[0]}, which needs real images of the old classes, but there are none; '
+            'leave it out, or set data.train_path.'
+        )
+    # Test images first, then training images: reading them in turn would open each data set twice for every task.
+    for step in steps:
+        test_images(run, step)
+    for number, step in enumerate(steps):
+        needed = [*names_of_networks(settings, number), *names_of_moments(run, teacher, number).values()]
+        if number and all(map(run.is_finished, needed)):
+            continue
+        if number or old_images:
+            training_images(run, step)
+
+
+def _validate_network(run: Run) -> None:
+    """Validates that the head of the teacher matches its data and settings, and that the losses support it."""
+    run.validate_changeable()
+    settings, group, teacher = run.settings.continual, run.settings.teacher, run.planned_teacher
+    blank = network_of(run, teacher, teacher.num_classes)
+    if differing_shapes(*(trained_part(network.variables) for network in (blank, teacher))):
+        raise DvinvError(
+            f'The teacher is not the {group.network} of width {group.width} that the config names, so it cannot grow a '
+            'head; set teacher.network and teacher.width to those of its weights.'
+        )
+    if group.factory:
+        with_classes(teacher.module, teacher.image_shape, teacher.num_classes + 1)  # refuses heads that cannot grow
+    data = run.data
+    if data is not None and data.num_classes != teacher.num_classes:
+        raise DvinvError(
+            f"The teacher's head has {teacher.num_classes} classes, but data has {data.num_classes}; set data.classes to "
+            "the teacher's and continual.steps to those to learn, or give teacher.weights of another network."
+        )
+    if 'always_be_dreaming' in (settings.loss, *settings.controls):
+        if group.factory and not isinstance(teacher.module, LinenModule):
+            raise DvinvError(
+                "The loss 'always_be_dreaming' captures the inputs of the head, which works for Linen modules only, and the "
+                f"network of teacher.factory {group.factory!r} is an NNX model; choose 'deepinversion'."
+            )
+        head = head_path(run, teacher)
+        kernel = flatten(blank.variables['params'])[f'{head}/kernel']
+        if kernel.ndim != 2:
+            raise DvinvError(
+                f'The head of {group.factory or group.network} ({head}) is not a dense layer, which the loss '
+                "'always_be_dreaming' requires; choose 'deepinversion'."
+            )
+
+
+def network_of(run: Run, teacher: Teacher, num_classes: int) -> Teacher:
+    """Returns the teacher's network with `num_classes` classes, and with shapes in place of weights."""
+    user_module = run.user_module(teacher)
+    make: Callable[..., Teacher]
+    if user_module is None:
+        module, make = create(run.settings.teacher.network, num_classes, run.settings.teacher.width), from_linen
+    else:
+        module, make = with_classes(user_module, teacher.image_shape, num_classes), teacher_of
+    shapes = shapes_of(module, teacher.image_shape)
+    return make(module, shapes, image_shape=teacher.image_shape, mean=teacher.mean, std=teacher.std)
+
+
+def job_of(
+    run: Run, loss: str, current: Teacher, new: Split, old: tuple[RowArray, np.ndarray] | None
+) -> tuple[TrainJob, RowArray, np.ndarray]:
+    """Returns (job, images, labels) of a task, on new images, and on old ones if there are any.
+
+    All losses get the same number of new images per batch: without old images, a batch is half as large.
+
+    Args:
+      loss: the name of the loss.
+      current: the network before the task.
+      new: the images of the new classes.
+      old: the images uint8 [N, H, W, C] of the old classes and their labels int [N], or None.
+    """
+    settings = run.settings.continual
+    loss_fn, head = loss_of(run, loss, current)
+    rounds = Rounds(len(new.labels))
+    if old is None:
+        half = dataclasses.replace(settings, batch_size=settings.batch_size // 2)
+        return TrainJob(half, loss_fn, rounds, current.variables, head=head), new.images, new.labels
+    old_images, old_labels = old
+    job = TrainJob(settings, loss_fn, rounds, current.variables, Rounds(len(old_labels)), head)
+    return job, Joined(new.images, old_images), np.concatenate([new.labels, old_labels])
+
+
+def loss_of(run: Run, name: str, old: Teacher) -> tuple[Callable, str]:
+    """Returns (loss of a `TrainJob`, path of the layer to capture or ''); the argument `frozen` is the old network."""
+    settings = run.settings.continual
+    old = in_precision(old, settings.precision)
+    head = head_path(run, old) if name == 'always_be_dreaming' else ''
+
+    def loss(logits, features, x, labels, frozen, progress):
+        if name in ('finetune', 'joint'):
+            return cross_entropy(logits, labels)
+        old_logits = old.apply_fn(frozen, x)
+        if name == 'lwf_mc':
+            return total(lwf_mc_terms(logits, old_logits, labels), {})
+        if name == 'deepinversion':
+            terms = deepinversion_terms(logits, old_logits, labels, settings.temperature)
+        else:
+            ((inputs, head_logits),) = features[head]
+            old_head = frozen['params']
+            for part in head.split('/'):
+                old_head = old_head[part]
+            terms = always_be_dreaming_terms(logits, head_logits, inputs, old_logits, labels, old_head)
+        return total(terms, settings.weights)
+
+    return loss, head
+
+
+def head_path(run: Run, teacher: Teacher) -> str:
+    """Returns the path of the head, the last layer, of the teacher's network."""
+    group, user_module = run.settings.teacher, run.user_module(teacher)
+    if user_module is not None:
+        return with_classes(user_module, teacher.image_shape, teacher.num_classes + 1).head
+    return head_of(lambda classes: create(group.network, classes, group.width), teacher.image_shape)
+
 
 __all__ = ['complete', 'planned_trainings', 'run', 'validate']
-# See `training.targets.TrainTarget`; the same for all networks, so that compared networks start from the same state.
+# See `training.trainer.TrainTarget`; the same for all networks, so that compared networks start from the same state.
 ROLE = 4
 
 
@@ -154,3 +325,85 @@ def train_jointly(run: Run, steps: list[Step], like: Teacher, first: Teacher) ->
         job = TrainJob(settings, loss_of(run, 'joint', first)[0], Rounds(len(labels)))
         train_network(run, _target(run, 'joint', like, first), job, images, labels)
     return dataclasses.replace(like, variables=load_network(path)[0])
+
+
+PER_CLASS = 12  # images in a row of a grid
+LOSSES = {
+    'deepinversion': 'Synthesized images, the loss of DeepInversion',
+    'always_be_dreaming': 'Synthesized images, the loss of Always Be Dreaming',
+}
+CONTROLS = {
+    'finetune': 'New images alone (fine-tuning)',
+    'lwf_mc': 'New images alone, LwF.MC',
+    'replay': 'Real images of old classes (oracle)',
+    'joint': 'All real images at once (joint training)',
+    **LOSSES,
+}
+
+
+def continual_section(run: Run, found: dict) -> Section:
+    """Returns the section: a table, accuracy matrices, and the first images of each task's pool."""
+    settings, names = run.settings.continual, class_names_of(run, steps_of(run, run.teacher))
+    labels = {MAIN: LOSSES[settings.loss], **CONTROLS}
+    chains = [MAIN, *settings.controls]
+    figures = ('test_accuracy', 'old_test_accuracy', 'new_test_accuracy', 'average_accuracy', 'forgetting')
+    rows = []
+    for chain in chains:
+        prefix = '' if chain == MAIN else f'{chain}_'
+        rows.append([labels[chain], *(percent(found.get(prefix + figure)) for figure in figures)])
+    table = Table(
+        ('Learned from', 'all classes', 'old classes', 'classes of the last task', 'mean over tasks', 'forgetting'),
+        rows,
+        highlight=0,
+        caption=f'Accuracy of the same network on {found["test_images"]:,} real test images after {found["tasks"]} tasks, '
+        f'{found["updates"]:,} updates each but for the first. Forgetting: the best earlier accuracy on a task less the '
+        'last one, mean over tasks.',
+    )
+    accuracy, old = found['test_accuracy'], found['old_test_accuracy']
+    return Section(
+        'Continual learning',
+        text=f'After {found["tasks"]} tasks the network reads {percent(accuracy)} of the real test images '
+        f'right, of the classes before the last task {percent(old)}.\n\n'
+        'Rows of a matrix: after which task. Columns: on which task, in per cent, among all classes known by then.',
+        tables=[table],
+        charts=[accuracy_matrix(found['accuracy_matrix'][chain], labels[chain]) for chain in chains],
+        pictures=[*(recalled_images(run.workdir, task, names) for task in range(1, found['tasks'])), *_real(run, names)],
+        tiles=[
+            Tile('All classes', percent(accuracy), 'real test accuracy, old images unseen', accuracy),
+            Tile('Old classes', percent(old), f'before the last task {percent(found["old_test_accuracy_before"])}', old),
+        ],
+        summary=f'In {found["tasks"]} tasks a network learned ever more classes, and saw no real image of an old one '
+        f'again: images of old classes were synthesized from the network itself. It reads {percent(accuracy)} of the real '
+        f'test images of all classes right; after fine-tuning alone it would be {percent(found["finetune_test_accuracy"])}, '
+        f'with real images of the old classes {percent(found["replay_test_accuracy"])}.',
+    )
+
+
+def accuracy_matrix(rows: Sequence[Sequence[float | None] | None], title: str) -> Chart:
+    """Draws the accuracy on each task after each task.
+
+    Args:
+      rows: the accuracies on the tasks so far, one row after each task; None for a task after which none was measured.
+      title: the title above the chart.
+    """
+    known = {f'after task {task}': row for task, row in enumerate(rows) if row}
+    return heat_map([*known.values()], title, [*known], [f'task {task}' for task in range(len(rows))])
+
+
+def recalled_images(workdir: Workdir, task: int, names: Sequence[str]) -> Picture:
+    """Returns the first images of each old class that were synthesized before a task.
+
+    Args:
+      workdir: the work directory.
+      task: the number of the task, from 1.
+      names: the names of classes in the order of labels; () to show numbers.
+    """
+    pool = ImagePool(workdir.path / 'pools' / f'{task}')
+    caption = f'Synthesized before task {task}: the old classes as the network recalled them; rows are classes.'
+    return class_picture(pool.rows('images'), pool.rows('labels')[:], caption, names, PER_CLASS)
+
+
+def _real(run: Run, names: Sequence[str]) -> list[Picture]:
+    data = run.data
+    caption = 'Real test images of the first classes, for comparison.'
+    return [class_picture(data.test.images, data.test.labels, caption, names, PER_CLASS)] if data else []

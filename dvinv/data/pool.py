@@ -21,8 +21,8 @@ from typing import NoReturn
 import numpy as np
 from jaxtyping import Float, Num
 
-from dvinv.data.rows import Rows
-from dvinv.errors import DvinvError
+from dvinv.config.errors import DvinvError
+from dvinv.data.dataset import Rows
 from dvinv.runtime import preemption
 from dvinv.runtime.files import sha256_of, state_of, write_atomic
 

@@ -17,9 +17,9 @@ from dvinv.inversion.invert import (
     validate_resolutions,
     validate_statistics,
 )
-from dvinv.inversion.moments import Moments
 from dvinv.inversion.programs import make_feature_loss
 from dvinv.inversion.recording import record_moments
+from dvinv.inversion.statistics import Moments
 from dvinv.inversion.teacher import Teacher, from_linen, from_nnx
 
 __all__ = [

@@ -16,8 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dvinv.config import Stage, TrainingSettings
-from dvinv.networks.arrays import AnyArray, Images, PerChannel
-from dvinv.networks.classifier import Classifier
+from dvinv.networks.classifier import AnyArray, Classifier, Images, PerChannel
 
 
 def average_pool(x: Images, factor: int) -> Float[AnyArray, 'B H//{factor} W//{factor} C']:

@@ -23,11 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from dvinv.errors import DvinvError
+from dvinv.config.errors import DvinvError
 from dvinv.inversion.losses import EPSILON, pmean
 from dvinv.inversion.statistics import VariablePath
-from dvinv.networks.arrays import AnyArray, LayerInput, Moment
-from dvinv.networks.classifier import join_names
+from dvinv.networks.classifier import AnyArray, LayerInput, Moment, join_names
 
 OUTPUT = ':output'  # follows the path of a layer and denotes the layer's output instead of its input
 SOWN, ARRAY = 'dvinv_sown', 'dvinv_array'  # names of the sown variables: measured values (moments, say), and whole arrays

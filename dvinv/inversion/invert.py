@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Integer
 
 from dvinv.config import PRESETS, InversionConfig, Stage, preset_for
-from dvinv.errors import DvinvError, listed
+from dvinv.config.errors import DvinvError, listed
 from dvinv.inversion.programs import make_feature_loss, programs_of
 from dvinv.inversion.teacher import Teacher, network_input
 from dvinv.runtime.devices import make_mesh, on_mesh, usual_promotions
@@ -50,7 +50,7 @@ def validate_statistics(teacher: Teacher, config: InversionConfig) -> None:
         raise DvinvError(
             f'The network has no running statistics (it has no BatchNorm) and no recorded moments, so the feature term, of '
             f'weight {config.weights.feature}, has nothing to match. Either record the moments of about 100 of its training '
-            'images (dvinv.record_moments, or python -m dvinv.moments) and give them: teacher.moments=FILE, or '
+            'images (dvinv.record_moments, or the flag --record_moments) and give them: teacher.moments=FILE, or '
             'from_linen(..., moments=...); or invert it without any, weights.feature=0, by the prior alone.'
         )
 

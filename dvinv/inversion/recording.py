@@ -6,12 +6,11 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 
-from dvinv.errors import DvinvError, listed
+from dvinv.config.errors import DvinvError, listed
 from dvinv.graph.program import Program, called_or_jaxs_own, program_of
 from dvinv.inversion.augmentation import Augmentation
 from dvinv.inversion.capture import OUTPUT
-from dvinv.inversion.moments import Moments
-from dvinv.inversion.statistics import find_statistics
+from dvinv.inversion.statistics import Moments, find_statistics
 from dvinv.inversion.tap import in_order
 from dvinv.inversion.teacher import Teacher, network_input
 from dvinv.networks.classifier import flatten, join_names

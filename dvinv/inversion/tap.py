@@ -1,8 +1,8 @@
 """The tap: runs an unmodified Flax network and returns the moments of its BatchNorm inputs, or captures any other layers.
 
 `Tap` is what all kinds of networks share: which layers are captured, into which collection of variables their values are
-sown, and the sentences for users about networks for which that fails. `LinenTap` is in linen_tap.py, `NnxTap` in
-nnx_tap.py; statistics.py finds the layers, capture.py measures them.
+sown, and the sentences for users about networks for which that fails. `LinenTap` is in linen_modules.py, `NnxTap` in
+nnx_models.py; statistics.py finds the layers, capture.py measures them.
 """
 
 import abc
@@ -17,7 +17,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from dvinv.errors import DvinvError, in_a_line, listed, say, shape_text
+from dvinv.config.errors import DvinvError, in_a_line, listed, say, shape_text
 from dvinv.graph.program import called_or_jaxs_own, program_of
 from dvinv.inversion.capture import (
     OUTPUT,
@@ -35,8 +35,7 @@ from dvinv.inversion.statistics import (
     running_statistics,
     unpaired_statistics,
 )
-from dvinv.networks.arrays import Images, Logits, Moment
-from dvinv.networks.classifier import MOMENTS, join_names, name_of
+from dvinv.networks.classifier import MOMENTS, Images, Logits, Moment, join_names, name_of
 
 # Symptoms of a network in training mode, and arguments that may put it in eval mode.
 LEARNS = 'wants to update its running statistics', {'train': False}
@@ -129,7 +128,7 @@ class Tap(abc.ABC):
         """Returns a copy of this tap that computes its function `fn(variables, x)` as `rewrite(fn)`.
 
         Args:
-          rewrite: Changes how a function is computed, for instance `execution.in_bfloat16`, on top of earlier rewrites.
+          rewrite: Changes how a function is computed, for instance `programs.in_bfloat16`, on top of earlier rewrites.
         """
         tap = copy.copy(self)
         tap._rewrites = (*self._rewrites, rewrite)

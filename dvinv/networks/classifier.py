@@ -1,4 +1,10 @@
-"""A Classifier: a trained network in eval mode, and the normalisation of its input images."""
+"""A Classifier: a trained network in eval mode, and the normalisation of its input images; and the shapes of arrays.
+
+`B` images have height `H`, width `W` and `C` channels; a network has `K` classes, and `D` features before its last layer.
+Functions take numpy arrays as well as JAX's, and return JAX's. The tests check these annotations at every call, in the
+modules that tests/conftest.py names; otherwise nothing is checked. (A shape of one name begins with a space, so that linters
+do not take it for the name of a type.)
+"""
 
 import dataclasses
 import functools
@@ -12,12 +18,26 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Num, UInt8
+from jaxtyping import Float, Integer, Num, UInt8
 
-from dvinv.errors import DvinvError, listed
-from dvinv.networks.arrays import AnyArray
+from dvinv.config.errors import DvinvError, listed
 
-MOMENTS = 'dvinv_moments'  # the collection of recorded moments among a network's variables, see inversion/moments.py
+AnyArray = jax.Array | np.ndarray
+
+Images = Float[AnyArray, 'B H W C']
+Pixels = UInt8[AnyArray, 'B H W C']
+Logits = Float[AnyArray, 'B K']
+Labels = Integer[AnyArray, ' B']
+PerImage = Float[jax.Array, ' B']
+PerChannel = Float[AnyArray, ' C']
+Scalar = Float[jax.Array, '']
+Features = Float[AnyArray, 'B D']
+LayerInput = Num[AnyArray, '...']  # of any layer of any network
+# A mean or a variance of a layer's input; the layer may be a stack of layers, as nn.scan makes them.
+Moment = Float[AnyArray, '*stack channels']
+
+
+MOMENTS = 'dvinv_moments'  # the collection of recorded moments among a network's variables, see inversion/statistics.py
 # Matches the name of a running variance, but not of a log-variance, which may be negative.
 VARIANCE = re.compile(r'(?<!log)(?:^|[\W\d_])var(?:iance)?(?:$|[\W\d_])|(?<![lL]og)Var(?:iance)?$')
 

@@ -13,13 +13,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from dvinv.errors import DvinvError
-from dvinv.networks import formats, registry
-from dvinv.networks.channels.pruned import PrunedModule
+from dvinv.config.errors import DvinvError
+from dvinv.networks import registry, weights
 from dvinv.networks.classifier import Classifier, apply_fn_of, flatten, shapes_of, unflatten
+from dvinv.networks.pruned import PrunedModule
 from dvinv.networks.weights import MisfitError, agreement, count_classes, import_weights, read_state_dict, refuse_values
+from dvinv.runtime.devices import meet
 from dvinv.runtime.files import write_atomic
-from dvinv.runtime.processes import meet
 
 
 def save_network(path: Path, variables, description: dict) -> None:
@@ -223,7 +223,7 @@ def describes_itself(path: Path) -> bool:
     Raises:
       DvinvError: the file is missing or damaged.
     """
-    if formats.kind_of(Path(path)) != 'safetensors':
+    if weights.kind_of(Path(path)) != 'safetensors':
         return False
     with _opened(path) as file:
         return 'dvinv' in (file.metadata() or {})

@@ -1,10 +1,16 @@
-"""The MobileNets: V1 of Howard et al. (arXiv 1704.04861), pairs of a depthwise and a pointwise convolution, and V2 of
-Sandler et al. (arXiv 1801.04381), inverted residuals without a ReLU at the end of a block.
+"""Networks for small devices: the MobileNets, and SqueezeNet.
+
+MobileNet V1 of Howard et al. (arXiv 1704.04861) has pairs of a depthwise and a pointwise convolution, V2 of Sandler et al.
+(arXiv 1801.04381) inverted residuals without a ReLU at the end of a block.
 
 `MobileNetV1` has the semantics and names of Keras: the paths of submodules correspond to the keys ('conv_dw_1_bn' is
 `conv_dw_1_bn/gamma` and so on). timm's network has the same layers with other padding and another epsilon, and so is a
 separate class. The paths in `MobileNetV2` correspond to the keys of torchvision's state dicts ('features_2/conv_0_1' is
 `features.2.conv.0.1`).
+
+SqueezeNet 1.1 of Iandola et al. (arXiv 1602.07360) has fire modules and no BatchNorm. Its convolutions are numbered as in
+Gluon: 'conv0' is `squeezenet0_conv0_weight` and `squeezenet0_conv0_bias`; in the state dict of torchvision it is
+`features.0.weight` and `features.0.bias`.
 """
 
 from collections.abc import Sequence
@@ -12,9 +18,10 @@ from typing import ClassVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from dvinv.networks.naming import nested_names
-from dvinv.networks.torch_layers import batch_norm, conv
+from dvinv.networks.torch_layers import batch_norm, conv, refuse_small_images
 
 V1_STRIDES = (2, 1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)  # of the stem, then of the depthwise convolutions
 V2_BLOCKS, V2_STRIDES = (1, 2, 3, 4, 3, 3, 1), (1, 2, 2, 2, 1, 2, 1)  # per stage: blocks, stride of the first block
@@ -147,3 +154,50 @@ class MobileNetV2(nn.Module):
                 index += 1
         x = layer(x, index, max(LAST, self.last), 1, 1).mean((1, 2))
         return nn.Dense(self.num_classes, name='classifier_1')(nn.Dropout(0.2, deterministic=not train)(x))
+
+
+POOLED = (0, 2, 4)  # the fire modules with a max-pooling before them
+SMALLEST = 31  # height and width that the stem and three poolings reduce to one pixel
+FIRES = (3, 4, 6, 7, 9, 10, 11, 12)  # indices of the fire modules in torchvision's list of layers
+
+
+def torchvision_names() -> dict[str, str]:
+    """Returns {name of a submodule here: name in torchvision}."""
+    parts = ('squeeze', 'expand1x1', 'expand3x3')
+    fires = [f'features.{place}.{part}' for place in FIRES for part in parts]
+    names = ['features.0', *fires, 'classifier.1']
+    return {f'conv{index}': name for index, name in enumerate(names)}
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """Halves x [B, H, W, C] by 3x3 max-pooling; a last partial window counts, as in Gluon and torchvision."""
+    margins = [(0, (length - 3) % 2) for length in x.shape[1:3]]
+    return nn.max_pool(x, (3, 3), (2, 2), margins)
+
+
+class SqueezeNet(nn.Module):
+    """x [B, 224, 224, 3] -> logits [B, K], none below 0; other images from 31x31 up work too."""
+
+    num_classes: int
+    channels: Sequence[int] = (64, 16, 16, 32, 32, 48, 48, 64, 64)  # of the stem, then of each fire module's squeeze layer
+
+    aliases: ClassVar[dict[str, str]] = torchvision_names()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Computes logits; raises DvinvError for images that are too small to be pooled three times."""
+        refuse_small_images('A SqueezeNet', x, SMALLEST)
+
+        def layer(x, index: int, channels: int, size: int):
+            return nn.relu(conv(channels, size, bias=True, name=f'conv{index}')(x))
+
+        stem, *squeezed = self.channels
+        x = nn.relu(nn.Conv(stem, (3, 3), (2, 2), 'VALID', name='conv0')(x))
+        for fire, channels in enumerate(squeezed):
+            if fire in POOLED:
+                x = max_pool(x)
+            index = 3 * fire + 1
+            x = layer(x, index, channels, 1)
+            x = jnp.concatenate([layer(x, index + 1, 4 * channels, 1), layer(x, index + 2, 4 * channels, 3)], axis=-1)
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        return layer(x, 3 * len(squeezed) + 1, self.num_classes, 1).mean((1, 2))

@@ -9,18 +9,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from dvinv.errors import DvinvError
+from dvinv.config.errors import DvinvError
 from dvinv.networks.convnext import ConvNeXt
 from dvinv.networks.inception_v3 import InceptionV3
-from dvinv.networks.mobilenet import LAST, MobileNetV1, MobileNetV2, TimmMobileNetV1, in_eighths
-from dvinv.networks.resnet import BasicBlock, Bottleneck, CifarResNet, ResNet, imagenet_stem
-from dvinv.networks.small_convnet import SmallConvNet
-from dvinv.networks.small_resnet import SmallResNet
-from dvinv.networks.squeezenet import SqueezeNet
+from dvinv.networks.mobilenet import LAST, MobileNetV1, MobileNetV2, SqueezeNet, TimmMobileNetV1, in_eighths
+from dvinv.networks.resnet import BasicBlock, Bottleneck, CifarResNet, ResNet, SmallResNet, WideResNet, imagenet_stem
 from dvinv.networks.torch_layers import group_norm
-from dvinv.networks.vgg import VGG, ImageNetVGG
+from dvinv.networks.vgg import VGG, ImageNetVGG, SmallConvNet
 from dvinv.networks.vision_transformer import VisionTransformer, in_heads
-from dvinv.networks.wide_resnet import WideResNet
 
 
 def rounded(channels: float) -> int:

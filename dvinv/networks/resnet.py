@@ -1,8 +1,11 @@
-"""The ResNets of He et al. (arXiv 1512.03385): those for ImageNet (section 4.1), also with a stem for CIFAR's 32x32 images,
-and the narrow ones for CIFAR (section 4.2), with three stages and shortcuts without parameters.
+"""Residual networks: the ResNets, the Wide ResNets, and a small one for small images.
 
-The paths of submodules correspond to the keys of published PyTorch weights ('layer2_0/downsample_0' is
-`layer2.0.downsample.0`).
+The ResNets of He et al. (arXiv 1512.03385) are those for ImageNet (section 4.1), also with a stem for CIFAR's 32x32 images,
+and the narrow ones for CIFAR (section 4.2), with three stages and shortcuts without parameters. The paths of submodules
+correspond to the keys of published PyTorch weights ('layer2_0/downsample_0' is `layer2.0.downsample.0`).
+
+The Wide ResNets of Zagoruyko and Komodakis (arXiv 1605.07146) have pre-activation blocks, few layers and many channels.
+The paths of submodules correspond to the keys of the usual PyTorch port ('block1/layer_0/conv1' is `block1.layer.0.conv1`).
 """
 
 import functools
@@ -145,3 +148,87 @@ class CifarResNet(nn.Module):
         blocks = (self.blocks,) * len(self.channels)
         x = residual_features(x, train, blocks, self.channels, option_a, BasicBlock, small_stem, self.norm)
         return nn.Dense(self.num_classes, name='linear')(x)
+
+
+class PreActivationBlock(nn.Module):
+    """BatchNorm, ReLU, conv, BatchNorm, ReLU, conv; plus x, or if shapes differ plus a 1x1 convolution of relu(bn1(x))."""
+
+    channels: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        active = nn.relu(batch_norm(train, 'bn1')(x))
+        y = conv(self.channels, 3, self.stride, name='conv1')(active)
+        y = conv(self.channels, 3, name='conv2')(nn.relu(batch_norm(train, 'bn2')(y)))
+        if self.stride > 1 or x.shape[-1] != y.shape[-1]:
+            x = conv(self.channels, 1, self.stride, name='convShortcut')(active)
+        return x + y
+
+
+class Stage(nn.Module):
+    """Blocks with the same number of channels; the first one has the stride."""
+
+    blocks: int
+    channels: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        for block in range(self.blocks):
+            x = PreActivationBlock(self.channels, 1 if block else self.stride, name=f'layer_{block}')(x, train)
+        return x
+
+
+class WideResNet(nn.Module):
+    """WRN-(6n + 4)-k for 32x32 images. x [B, 32, 32, 3] -> logits [B, K]."""
+
+    num_classes: int
+    blocks: int  # per stage: n
+    channels: Sequence[int]  # of the stem, then per stage: 16, 16k, 32k, 64k
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        stem, *stages = self.channels
+        x = conv(stem, 3, name='conv1')(x)
+        for stage, channels in enumerate(stages, 1):
+            x = Stage(self.blocks, channels, 1 if stage == 1 else 2, name=f'block{stage}')(x, train)
+        x = nn.relu(batch_norm(train, 'bn1')(x))
+        return nn.Dense(self.num_classes, name='fc')(x.mean((1, 2)))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions, each with BatchNorm, and a shortcut (1x1 convolution and BatchNorm where shapes differ)."""
+
+    channels: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        strides = (self.stride, self.stride)
+        y = nn.Conv(self.channels, (3, 3), strides, use_bias=False)(x)
+        y = nn.relu(batch_norm(train)(y))
+        y = batch_norm(train)(nn.Conv(self.channels, (3, 3), use_bias=False)(y))
+        if x.shape != y.shape:
+            x = batch_norm(train)(nn.Conv(self.channels, (1, 1), strides, use_bias=False)(x))
+        return nn.relu(x + y)
+
+
+class SmallResNet(nn.Module):
+    """A 3x3 stem, one residual block per stage (all but the first halve the image), and a dense layer with BatchNorm.
+
+    x [B, H, W, C] -> logits [B, K].
+    """
+
+    num_classes: int
+    channels: Sequence[int] = (32, 64)  # per stage
+    hidden: int = 64
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = nn.relu(batch_norm(train)(nn.Conv(self.channels[0], (3, 3), use_bias=False)(x)))
+        for stage, channels in enumerate(self.channels):
+            x = ResidualBlock(channels, 2 if stage else 1)(x, train)
+        x = nn.avg_pool(x, (2, 2), (2, 2))
+        x = nn.relu(batch_norm(train)(nn.Dense(self.hidden, use_bias=False)(x.reshape(x.shape[0], -1))))
+        return nn.Dense(self.num_classes)(x)

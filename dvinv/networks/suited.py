@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from dvinv.graph.rewriting import rewritten
-from dvinv.networks.arrays import AnyArray
+from dvinv.graph.program import rewritten
+from dvinv.networks.classifier import AnyArray
 
 IMAGES_LAST = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))  # images and result [B, H, W, C], kernel [H, W, I, O]
 

@@ -1,8 +1,8 @@
-"""The VGGs of Simonyan and Zisserman (arXiv 1409.1556) with BatchNorm: the variant for CIFAR's 32x32 images, with one dense
-layer, and torchvision's for ImageNet, with three.
+"""Networks without shortcuts: the VGGs, and a small one for small images.
 
-The paths of submodules correspond to PyTorch's keys ('features_4' is `features.4`); the index counts every layer, including
-ReLU and pooling.
+The VGGs of Simonyan and Zisserman (arXiv 1409.1556) have BatchNorm here. There are the variant for CIFAR's 32x32 images,
+with one dense layer, and torchvision's for ImageNet, with three. The paths of submodules correspond to PyTorch's keys
+('features_4' is `features.4`); the index counts every layer, including ReLU and pooling.
 """
 
 from collections.abc import Sequence
@@ -84,3 +84,19 @@ class ImageNetVGG(nn.Module):
         for name in ('classifier_0', 'classifier_3'):
             x = nn.Dropout(0.5, deterministic=not train)(nn.relu(nn.Dense(self.hidden, name=name)(x)))
         return nn.Dense(self.num_classes, name='classifier_6')(x)
+
+
+class SmallConvNet(nn.Module):
+    """3x3 convolutions with BatchNorm and max-pooling, dropout, and a wide dense layer. x [B, H, W, C] -> logits [B, K]."""
+
+    num_classes: int
+    channels: Sequence[int] = (32, 64)  # per convolution
+    hidden: int = 128
+    dropout: float = 0.3
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        for channels in self.channels:
+            x = nn.max_pool(nn.relu(batch_norm(train)(nn.Conv(channels, (3, 3))(x))), (2, 2), (2, 2))
+        x = nn.Dropout(self.dropout, deterministic=not train)(x.reshape(x.shape[0], -1))
+        return nn.Dense(self.num_classes)(nn.relu(nn.Dense(self.hidden)(x)))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dvinv.errors import DvinvError, say_once
+from dvinv.config.errors import DvinvError, say_once
 from dvinv.networks.naming import nested_names
 from dvinv.networks.torch_layers import Mlp, layer_norm
 

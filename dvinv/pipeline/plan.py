@@ -14,9 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dvinv.config import Settings, Stage
-from dvinv.continual.chains import pools_of
-from dvinv.errors import DvinvError
-from dvinv.evaluation.scoring import flops
+from dvinv.config.errors import DvinvError
+from dvinv.continual.stream import pools_of
+from dvinv.evaluation import flops
 from dvinv.inversion import Teacher, balanced_labels
 from dvinv.inversion.invert import with_attention
 from dvinv.inversion.programs import Programs
@@ -27,7 +27,7 @@ from dvinv.runtime.devices import make_mesh, platform_of
 from dvinv.runtime.progress import duration
 from dvinv.synthesis.synthesizer import batches_side_by_side
 from dvinv.training.step import TrainStep
-from dvinv.training.targets import PlannedTraining
+from dvinv.training.trainer import PlannedTraining
 
 TIMED_SECONDS = 1.0  # minimum total time of the timed dispatches; at least three are timed after the first
 PLANNED = ('teacher', 'distillation', 'pruning', 'continual', 'quantization')  # tasks that train networks

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import numpy as np
 
 from dvinv.config import DataSettings, Settings, SynthesisSettings
+from dvinv.config.errors import DvinvError, listed
 from dvinv.data.dataset import RealData, Split
 from dvinv.data.real import Datasets
-from dvinv.errors import DvinvError, listed
-from dvinv.evaluation.scoring import validate_fits
+from dvinv.evaluation import validate_fits
 from dvinv.inversion import Teacher
-from dvinv.inversion.modules import trained_part, validate_trainable
+from dvinv.inversion.linen_modules import trained_part, validate_trainable
 from dvinv.inversion.recording import with_shapes
 from dvinv.inversion.teacher import teacher_of, trusted_linen
 from dvinv.networks import Classifier, create, load_classifier, load_network, read_classifier, shapes_of
@@ -23,8 +23,8 @@ from dvinv.networks.classifier import check_finite, differing_shapes
 from dvinv.networks.files import refuse_other
 from dvinv.runtime.devices import make_mesh, training_mesh
 from dvinv.runtime.workdir import Workdir, network_path
-from dvinv.teacher import factories
-from dvinv.teacher.verifiers import print_pixels, read_verifier, validate_judge
+from dvinv.teacher import networks
+from dvinv.teacher.networks import print_pixels, read_verifier, validate_judge
 
 Role = Literal['teacher', 'verifier']
 MEASURED = 10_000  # maximum number of images that the mean and std of pixels are measured on
@@ -136,10 +136,10 @@ class Run:
         """The result of the function `teacher.factory`: a Teacher, or a network to be trained; None if there is no function.
 
         Raises:
-          DvinvError: see `factories.of_teacher`.
+          DvinvError: see `networks.of_teacher`.
         """
         name = self.settings.teacher.factory
-        return factories.of_teacher(name, lambda: self.data.num_classes if self.data else None) if name else None
+        return networks.of_teacher(name, lambda: self.data.num_classes if self.data else None) if name else None
 
     @functools.cached_property
     def teacher(self) -> Teacher:
@@ -249,7 +249,7 @@ class Run:
             return create(group.network, teacher.num_classes, group.width)
         key = group.factory, teacher.image_shape, teacher.num_classes
         if key not in self._students:
-            module = factories.of_student(group.factory, teacher.num_classes)
+            module = networks.of_student(group.factory, teacher.num_classes)
             name = f'The network of student.factory {group.factory!r}'
             validate_trainable(module, teacher.image_shape, teacher.num_classes, name)
             self._students[key] = module
@@ -350,7 +350,7 @@ class Run:
             raise DvinvError(
                 f'teacher.moments_images is {group.moments_images}, but there are no real training images to record moments '
                 'from; name some by data.name and data.train_path, or give a file that was made where they are, '
-                'teacher.moments=FILE (python -m dvinv.moments).'
+                'teacher.moments=FILE (from the flag --record_moments).'
             )
         if group.moments and self.is_trained_here('teacher'):
             raise DvinvError(

@@ -1,50 +1,90 @@
 """The task `pruning`: channels of the teacher are removed step by step, each followed by fine-tuning on synthesized images.
 
-Channels that can only be removed together form groups (`networks.channels`). A step measures the importance of each group
-(`importance`), removes the least important groups until the cost is at the target of the step (`removal`), slices them out
-of the arrays and fine-tunes the pruned network by distillation from the unpruned teacher (arXiv 1912.08795, section 4.3).
-Optionally, images are first synthesized in competition with the pruned network (`competition`). These images are added to
-the pool for `pruned` only; controls, which would each need competition images of their own, use the pool.
+Channels that can only be removed together form groups (`networks.channel_groups`). A step measures the importance of each
+group, removes the least important ones until the cost is at the target of the step (`selection`), slices them out of the
+arrays and fine-tunes the pruned network by distillation from the unpruned teacher (arXiv 1912.08795, section 4.3).
+Optionally, images are first synthesized on which the pruned network disagrees with the unpruned one (sections 3.3 and 4.3).
+These images are added to the pool for `pruned` only; controls, which would each need images of their own, use the pool.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import numpy as np
 
 from dvinv.config import DATA_FREE_CONTROLS, StudentSettings, validate_devices
-from dvinv.data.rows import Joined, RowArray
+from dvinv.config.errors import DvinvError
+from dvinv.data.dataset import Joined, RowArray
+from dvinv.data.pool import ImagePool
 from dvinv.distillation.student import distillation_loss
-from dvinv.errors import DvinvError
-from dvinv.evaluation.held_out import HeldOut, training_set
-from dvinv.evaluation.scoring import test_accuracy
+from dvinv.evaluation import HeldOut, test_accuracy, training_set
 from dvinv.inversion import Teacher
-from dvinv.inversion.execution import in_precision
-from dvinv.inversion.modules import trained_part
+from dvinv.inversion.linen_modules import trained_part
+from dvinv.inversion.programs import in_precision
 from dvinv.inversion.statistics import find_statistics
 from dvinv.inversion.tap import Tap
-from dvinv.networks import Classifier, classifier_of, load_network, module_of, save_network
-from dvinv.networks.channels import PrunedModule, find_channels
-from dvinv.networks.channels.cost import Cost
+from dvinv.networks import Classifier, apply_fn_of, classifier_of, load_network, module_of, save_network
+from dvinv.networks.channel_groups import Cost, find_channels
 from dvinv.networks.classifier import join_names
+from dvinv.networks.pruned import PrunedModule
 from dvinv.pipeline.run import Run
-from dvinv.pruning import competition
-from dvinv.pruning.importance import Importance
-from dvinv.pruning.latency import latency, measure_table, predicted
-from dvinv.pruning.removal import EXACT, refuse_unreachable, removal_scores, unreachable, without_lowest
+from dvinv.pruning.selection import (
+    EXACT,
+    Importance,
+    latency,
+    measure_table,
+    predicted,
+    refuse_unreachable,
+    removal_scores,
+    unreachable,
+    without_lowest,
+)
+from dvinv.report.charts import Chart, bars, line_chart
+from dvinv.report.page import Section, Table, Tile, number, percent
+from dvinv.runtime.devices import decide
 from dvinv.runtime.files import write_atomic
-from dvinv.runtime.processes import decide
 from dvinv.runtime.progress import Progress
+from dvinv.runtime.workdir import Workdir
 from dvinv.synthesis import synthesizer
-from dvinv.synthesis.pools import controls_are_complete, finished_pool
-from dvinv.synthesis.synthesizer import control_pool
-from dvinv.training.sampling import Rounds
-from dvinv.training.step import TrainJob
-from dvinv.training.targets import PlannedTraining, TrainTarget, seed_of, train_network
+from dvinv.synthesis.pools import controls_are_complete, finished_pool, missing_batches
+from dvinv.synthesis.synthesizer import Synthesizer, control_pool
+from dvinv.training.step import Rounds, TrainJob
+from dvinv.training.trainer import PlannedTraining, TrainTarget, seed_of, train_network
 
-ROLE = 5  # see `training.targets.TrainTarget`
+
+def run_of_step(run: Run, role: int, step: int) -> Run:
+    """Returns the run with the synthesis settings of a step: its number of batches, and a seed of its own.
+
+    Args:
+      role: see `training.trainer.TrainTarget`.
+    """
+    count, synthesis = run.settings.pruning.adaptive_batches, run.settings.synthesis
+    images = count * synthesis.batch_size
+    synthesis = dataclasses.replace(synthesis, method='adaptive', images=images, batches_per_round=count)
+    return run.with_synthesis(synthesis, seed_of(run, role, step))
+
+
+def images_against(run: Run, target: TrainTarget) -> ImagePool:
+    """Synthesizes the pool of a step from the unpruned teacher, in competition with the network just pruned.
+
+    Args:
+      target: the pruned network before fine-tuning.
+
+    Returns:
+      The finished pool.
+    """
+    run, name = run_of_step(run, target.role, target.part), f'pruned_{target.part}'
+    pool = ImagePool(run.workdir.path / 'pools' / name, run.teacher.digest(), quarantine=True)
+    if missing := missing_batches(run.settings.synthesis, pool):
+        student_fn, series = apply_fn_of(target.module), f'images_{name}'
+        with Synthesizer(run, run.teacher, pool, 'adaptive', 'pruning', series, student_fn=student_fn) as synthesizer:
+            synthesizer.fill(missing, target.start, step=target.part)
+    return pool
+
+
+ROLE = 5  # see `training.trainer.TrainTarget`
 CONTROLS = ('untuned', 'magnitude', 'random', *DATA_FREE_CONTROLS, 'real')
 
 
@@ -188,7 +228,7 @@ class Pruner:
             if competing or not finished:
                 keep, target = self._sliced(path.stem, step, keep, variables, images, control)
             if competing:
-                pool = competition.images_against(self._run, target)
+                pool = images_against(self._run, target)
                 images, labels = Joined(images, pool.rows('images')), Joined(labels, pool.rows('labels'))
             if not finished:
                 updates = settings.updates_per_step + (settings.updates if step == settings.steps else 0)
@@ -336,3 +376,75 @@ class Pruner:
                 return measure_table(self._channels, batch_size, round_to, lambda done, total: progress.update(done))
 
         return self._read_or_compute('latency.json', measure)
+
+
+NAMES = {
+    'test_accuracy': 'Synthesized images',
+    'real_test_accuracy': 'Real training images (upper control)',
+    'prior_only_test_accuracy': 'Images without the feature term',
+    'noise_test_accuracy': 'Noise images',
+    'magnitude_test_accuracy': 'Synthesized images, removed by magnitude',
+    'random_test_accuracy': 'Synthesized images, removed by chance',
+    'untuned_test_accuracy': 'No fine-tuning',
+    'unpruned_test_accuracy': 'The whole network',
+}
+RATIOS = {
+    'flops_ratio': 'FLOPs',
+    'parameters_ratio': 'Parameters',
+    'filters_ratio': 'Filters',
+    'latency_ratio': 'Latency, measured',
+    'predicted_latency_ratio': 'Latency, by the table of layers',
+}
+
+
+def pruning_section(workdir: Workdir, found: dict) -> Section:
+    """Returns the section for the figures of the task and the file pruning.json."""
+    story = workdir.read_json('pruning.json', {'steps': [], 'widths': {}})
+    names, competing = {**NAMES}, found.get('adaptive_images')
+    if competing:
+        names['test_accuracy'] += f', and {competing:,} more made in competition with it'
+    scores = Table(
+        ('Pruned and fine-tuned on', 'real test accuracy'),
+        [[name, percent(found[key])] for key, name in names.items() if found[key] is not None],
+        highlight=0,
+        caption=f'As many removals and, but for the untuned, {found["updates"]:,} updates each; the last, never the best.',
+    )
+    costs = Table(
+        ('Pruned over whole', 'share'),
+        [[name, number(found[key])] for key, name in RATIOS.items() if found[key] is not None],
+        caption=f'{found["parameters"]:,} parameters are left.',
+    )
+    accuracy, sentence = found['test_accuracy'], pruning_sentence(found)
+    note = f'real test accuracy with {percent(found["flops_ratio"], 0)} of the FLOPs'
+    return Section(
+        'Pruning',
+        sentence,
+        tables=[scores, costs],
+        charts=[accuracy_by_flops(story['steps']), channels_left(story['widths'])],
+        tiles=[Tile('Pruned', percent(accuracy), note, accuracy)],
+        summary=sentence,
+    )
+
+
+def accuracy_by_flops(steps: Sequence[dict]) -> Chart | None:
+    """Draws the accuracy after each step against the FLOPs that are left; `steps` are those in pruning.json."""
+    known = [step for step in steps if step['test_accuracy'] is not None]
+    curve = [step['flops_ratio'] for step in known], [step['test_accuracy'] for step in known]
+    return line_chart({'Pruned network': curve}, 'Accuracy after each step', 'FLOPs left', 'real test accuracy')
+
+
+def channels_left(widths: Mapping[str, Sequence[int]]) -> Chart:
+    """Draws the channels of each layer before and after; `widths` are those in pruning.json."""
+    return bars(
+        {layer: (before, after) for layer, (before, after) in widths.items()}, 'Channels that layers make', 'channels'
+    )
+
+
+def pruning_sentence(found: dict) -> str:
+    """Returns a sentence that states the result."""
+    flops, parameters = (percent(found[name], 0) for name in ('flops_ratio', 'parameters_ratio'))
+    text = f'With {flops} of its FLOPs and {parameters} of its parameters '
+    if found['test_accuracy'] is None:
+        return f'{text}left, the network was fine-tuned on synthesized images alone.'
+    before = percent(found['unpruned_test_accuracy'])
+    return f'{text}left, the network reads {percent(found["test_accuracy"])} of the real test images right, {before} before.'

@@ -13,9 +13,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
-from dvinv.data.grids import class_grid, name_of, png_data_uri, shown_classes
-from dvinv.data.rows import RowArray
-from dvinv.report.charts import ENVIRONMENT, Chart
+from dvinv.data.dataset import RowArray
+from dvinv.data.export import class_grid, name_of, png_data_uri, shown_classes
+from dvinv.evaluation import MOST_POOL_IMAGES
+from dvinv.report.charts import ENVIRONMENT, Chart, heat_map
 
 UNKNOWN = '–'
 NARROW = 4  # most columns of a table that is placed next to a chart (with two of text at most)
@@ -105,7 +106,7 @@ class Picture:
     image: Image.Image
     caption: str
     row_labels: Sequence[str | int] = ()
-    """Names of the rows of a grid, from the top; see `pictures.shown_classes`."""
+    """Names of the rows of a grid, from the top; see `files.shown_classes`."""
     wide: bool = False
     """Takes the whole width; those that do not stand side by side. All are above the charts."""
 
@@ -171,7 +172,7 @@ def class_picture(
     """Returns a grid with one named row per class, or with one image per class side by side if classes have few images.
 
     Args:
-      images, labels, per_class: see `pictures.class_grid`.
+      images, labels, per_class: see `files.class_grid`.
       caption: the caption of the picture.
       class_names: the names of classes in the order of labels; () to show numbers.
       beside: the labels of another set of images, to use the layout of its grid; None for the layout of `labels`.
@@ -251,3 +252,147 @@ def _is_known(value: Cell) -> bool:
 def _longest_word(value: Cell) -> int:
     text = value if isinstance(value, str) else value[0] if isinstance(value, tuple) else number(value)
     return max(map(len, text.split()), default=0)
+
+
+SETS = {
+    'synthesized': 'Synthesized images',
+    'prior_only': 'Without the feature term',
+    'noise': 'Noise',
+    'real': 'Real images',
+}
+COLUMNS = {
+    'inception_score': 'inception score',
+    'frechet_distance': 'Fréchet distance',
+    'kernel_distance': 'kernel distance',
+    'spread': 'spread',
+    'nearest': 'nearest',
+}
+
+
+def quality_table(results: dict[str, dict], verifier: str) -> Table:
+    """Returns the table for the report, with one row per set of images.
+
+    Args:
+      results: the result of `figures_of_sets`.
+      verifier: the name of the network that judged the images.
+    """
+    accuracies = {name: _accuracies(quality, verifier) for name, quality in results.items()}
+    rows = [
+        [SETS[name], *map(percent, accuracies[name].values()), *(quality[key] for key in COLUMNS)]
+        for name, quality in results.items()
+    ]
+    caption = (
+        f'On at most {MOST_POOL_IMAGES:,} images each. Under the name of a network: its accuracy; top 5: the class is among '
+        f'its first five answers. The other columns are measured with {verifier}. Inception score: higher is better. '
+        'Distances to real images: lower is better, 0 for the same images. Spread within classes: 0 if all images of a '
+        'class are equal. Nearest: the cosine to the most similar other image, 1 for copies.'
+    )
+    return Table(('Images', *accuracies['synthesized'], *COLUMNS.values()), rows, caption=caption)
+
+
+def _accuracies(quality: dict[str, Any], verifier: str) -> dict[str, float]:
+    """Returns {heading of a column: accuracy on a set of images} for every verifier."""
+    accuracies: dict[str, float | None] = {}
+    for network, figures in {verifier: quality, **quality['verifiers']}.items():
+        accuracies |= {network: figures['recognised'], f'{network}, top 5': figures['recognised_top5']}
+    return {heading: accuracy for heading, accuracy in accuracies.items() if accuracy is not None}
+
+
+MOST_CLASSES = 20  # maximum number of classes in a table or a matrix; of more, those that differ most are shown
+
+
+def class_section(comparison: dict, names: dict[str, str], class_names: Sequence[str]) -> Section:
+    """Returns the section of the report.
+
+    Args:
+      comparison: the result of `evaluation.compare`.
+      names: {name of a network: its name for readers}.
+      class_names: the names of classes in the order of labels; () to show numbers.
+    """
+    labels, accuracy, confusion = comparison['classes'], comparison['accuracy'], comparison['confusion']
+    networks, shows_all = [*confusion], len(labels) <= MOST_CLASSES
+    indices, selection = [*range(len(labels))], ''
+    if not shows_all:
+        first = accuracy[networks[0]] if networks else np.zeros(len(labels))
+        indices = np.argsort(np.subtract(first, accuracy['teacher']), kind='stable')[:MOST_CLASSES].tolist()
+        criterion = f'the {names[networks[0]]} loses most' if networks else 'the teacher is best'
+        selection = f'The {MOST_CLASSES} of {len(labels)} classes in which {criterion}. '
+    rows = [
+        [
+            name_of(labels[i], class_names),
+            comparison['test_images'][i],
+            *(percent(accuracy[name][i]) for name in ('teacher', *networks)),
+        ]
+        for i in indices
+    ]
+    table = Table(
+        ('Class', 'test images', 'teacher', *(names[name] for name in networks)),
+        rows,
+        caption=f'{selection}Fraction of {comparison["images"]:,} real test images that each network classifies correctly.',
+    )
+    tables, charts = [table], []
+    for name in networks:
+        if shows_all:
+            charts.append(confusion_matrix(confusion[name], labels, names[name], class_names))
+            continue
+        differing = [pair for pair in confusion[name] if pair[0] != pair[1]][:MOST_CLASSES]
+        tables.append(
+            Table(
+                ('The teacher says', f'the {names[name]} says', 'images'),
+                [[name_of(first, class_names), name_of(second, class_names), count] for first, second, count in differing],
+                caption=f'The classes in which the {names[name]} most often differs from the teacher.',
+                text_columns=2,
+            )
+        )
+    text = ' '.join(
+        f'The {names[name]} agrees with the teacher on {percent(_agreement(confusion[name]))} of the real test images.'
+        for name in networks
+    )
+    if charts:
+        text += (
+            '\n\nEach row of a matrix is a class that the teacher predicts. Its cells are the percentages of those images '
+            'that the other network assigns to each class.'
+        )
+    return Section('Class by class', text, tables, charts)
+
+
+def agreement_table(agreement: Sequence[float | None], class_names: Sequence[str]) -> Table:
+    """Returns the table of agreement by class: the fraction of images that student and teacher assign the same class.
+
+    Args:
+      agreement: the agreement for each class; None for a class without images.
+      class_names: see `class_section`.
+    """
+    by_label = {label: value for label, value in enumerate(agreement) if value is not None}
+    labels, selection = [*by_label], ''
+    if len(labels) > MOST_CLASSES:
+        labels = sorted(labels, key=lambda label: by_label[label])[:MOST_CLASSES]
+        selection = f', for the {MOST_CLASSES} of {len(by_label)} classes where it is lowest'
+    return Table(
+        ('Class', 'agrees with the teacher'),
+        [[name_of(label, class_names), percent(by_label[label])] for label in labels],
+        caption=f'On synthesized images that no student was trained on{selection}.',
+    )
+
+
+def _agreement(pairs: list[list[int]]) -> float:
+    """Returns the fraction of images that both networks assign the same class."""
+    return sum(count for first, second, count in pairs if first == second) / sum(count for *_, count in pairs)
+
+
+def confusion_matrix(pairs: list[list[int]], labels: list[int], name: str, class_names: Sequence[str]) -> Chart:
+    """Draws a confusion matrix; a row sums to 100%, less answers in classes that have no test image.
+
+    Args:
+      pairs: the confusion of a network, see `evaluation.compare`.
+      labels: the classes, see `evaluation.compare`.
+      name: the name of the network for readers.
+      class_names: see `class_section`.
+    """
+    counts = {(first, second): count for first, second, count in pairs}
+    totals = dict.fromkeys(labels, 0)
+    for first, _, count in pairs:
+        totals[first] = totals.get(first, 0) + count
+    rows = [[counts[row, column] / totals[row] if (row, column) in counts else None for column in labels] for row in labels]
+    headings = [name_of(label, class_names) for label in labels]
+    return heat_map(rows, f'Teacher (rows) and {name} (columns)', headings, headings)

@@ -6,31 +6,25 @@ from datetime import datetime
 from pathlib import Path
 
 from dvinv.config import TASKS, Settings, nested
-from dvinv.continual.section import continual_section
+from dvinv.continual.task import continual_section
 from dvinv.data.dataset import RealData
 from dvinv.data.pool import ImagePool
-from dvinv.distillation.section import distillation_section
 from dvinv.distillation.student import student_of
-from dvinv.evaluation.by_class import compare
-from dvinv.evaluation.quality import evenly, figures_of_sets
-from dvinv.evaluation.scoring import accuracy, flops
+from dvinv.distillation.task import distillation_section
+from dvinv.evaluation import accuracy, compare, evenly, figures_of_sets, flops
 from dvinv.networks import Classifier, load_classifier
-from dvinv.networks.quantized.network import load_quantized
+from dvinv.networks.quantized import load_quantized
 from dvinv.pipeline.run import Run
-from dvinv.pruning.section import pruning_section
-from dvinv.quantization.section import quantization_section, smallest
-from dvinv.report.classes import class_section
-from dvinv.report.page import Link, Section, Table, percent, render
-from dvinv.report.quality import quality_table
-from dvinv.runtime import versions
-from dvinv.runtime.banner import device_names
+from dvinv.pruning.task import pruning_section
+from dvinv.quantization.task import quantization_section, smallest
+from dvinv.report.page import Link, Section, Table, class_section, percent, quality_table, render
 from dvinv.runtime.files import write_atomic
-from dvinv.runtime.progress import duration
-from dvinv.runtime.workdir import FINAL_NETWORKS, network_files, quantized_name
+from dvinv.runtime.progress import device_names, duration
+from dvinv.runtime.workdir import FINAL_NETWORKS, command, network_files, packages, quantized_name
 from dvinv.synthesis.pools import finished_pool, open_control
-from dvinv.synthesis.section import CONTROLS, synthesis_section
-from dvinv.teacher.section import teacher_section
-from dvinv.teacher.verifiers import load_more, refuse_chance
+from dvinv.synthesis.task import CONTROLS, synthesis_section
+from dvinv.teacher.networks import load_more, refuse_chance
+from dvinv.teacher.task import teacher_section
 
 MOST_SCORED = 500  # maximum number of real images on which a verifier is checked to be better than chance
 # The order of the key figures: what the run was for comes first.
@@ -107,9 +101,9 @@ def _facts(run: Run, results: dict) -> dict[str, str | list[Link]]:
     files = [(workdir.path / name) for name in FILES if (workdir.path / name).exists()]
     return {
         'Made': f'{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}',
-        'Command': versions.command(),
+        'Command': command(),
         'Device': device_names(run.settings.devices),
-        'Versions': versions.packages(),
+        'Versions': packages(),
         'Time': duration(seconds) + ' for all tasks, compilation included' if seconds else '',
         'Networks': [(f'{file.stem} ({file.stat().st_size / 1e6:.2f} MB)', f'networks/{file.name}') for file in networks],
         'Figures': [(file.name, file.name) for file in files],

@@ -22,9 +22,9 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dvinv.errors import DvinvError
+from dvinv.config.errors import DvinvError
+from dvinv.runtime.devices import decide, is_primary
 from dvinv.runtime.files import refuse_full_disk, sha256_of, write_atomic
-from dvinv.runtime.processes import decide, is_primary
 
 METADATA = 'notes'  # the entry of a manifest with its metadata, as it has been called since the first version
 MARGIN = 2**20  # bytes that must be free in addition to the arrays of a checkpoint

@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from dvinv.errors import DvinvError
-from dvinv.runtime.processes import is_primary
+from dvinv.config.errors import DvinvError
+from dvinv.runtime.devices import is_primary
 
 
 @contextlib.contextmanager

@@ -1,25 +1,203 @@
-"""The work directory of a run: its config, results, lock and clock.
+"""The work directory of a run: its config, results, metrics, lock and clock, and with which versions it was made.
 
-    config.json  versions.json  results.json  metrics.jsonl  times.json  quality.json  by_class.json  report.html
+config.json  versions.json  results.json  metrics.jsonl  times.json  quality.json  by_class.json  report.html
     checkpoints/  networks/  pool/  pools/  controls/  samples/  pruning/
 
 The same command resumes the run; another config is rejected. If there are several processes, all of them read the work
 directory and process 0 writes to it; batches of images are written by the process that made them.
+
+A run may be resumed with other packages; a message then says that results may differ in their last bits. Settings of JAX
+that change random numbers or precision would mix two kinds of images in one pool, so a run is not resumed under other
+settings.
+
+The measurements of a batch of images are in its sidecar (`data.pool`). If there are several processes, process 0 writes.
 """
 
+import enum
+import importlib.metadata
+import io
 import json
+import os
+import platform
 import re
+import shlex
+import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import filelock
+import jax
 
+import dvinv
 from dvinv.config import Settings, current_name, nested
-from dvinv.errors import DvinvError, listed
+from dvinv.config.errors import DvinvError, listed
+from dvinv.runtime.devices import decide, is_primary, meet, refuse_differing
 from dvinv.runtime.files import refuse_full_disk, write_atomic
-from dvinv.runtime.metrics import Metrics
-from dvinv.runtime.processes import decide, meet, refuse_differing
-from dvinv.runtime.versions import record, refuse_other_settings, versions
+
+
+class Metrics:
+    """The measurements of a run.
+
+    A line has the keys "task", "series" and "step", which counts updates of a training, and further keys with floats. An
+    incomplete last line, which a kill may leave, is ignored.
+
+    Raises:
+      DvinvError: a line is damaged; raised by the methods that read.
+    """
+
+    def __init__(self, path: Path, on_append: Callable[[str], None] = lambda task: None):
+        self._path, self._on_append = Path(path), on_append
+
+    def append(self, task: str, series: str, lines: list[dict]) -> None:
+        """Appends lines, each with a `step`, and flushes them to the operating system."""
+        text = ''.join(json.dumps({'task': task, 'series': series, **line}) + '\n' for line in lines)
+        if is_primary():
+            with refuse_full_disk(self._path), open(self._path, 'a') as file:
+                file.write(text)
+        self._on_append(task)
+
+    def lines(self, task: str, series: str) -> Iterator[dict]:
+        """Yields the lines of a series, reading them one at a time."""
+        with self._open() as file:
+            for line in file:
+                if line.endswith(b'\n'):
+                    entry = self._parse(line)
+                    if (entry['task'], entry['series']) == (task, series):
+                        yield entry
+
+    def cut(self, task: str, series: str, step: int) -> None:
+        """Deletes the lines of a series beyond `step`, which will be measured again, and an incomplete last line."""
+
+        def stays(line: bytes) -> bool:
+            if not line.endswith(b'\n'):
+                return False
+            entry = self._parse(line)
+            return (entry['task'], entry['series']) != (task, series) or entry['step'] <= step
+
+        with self._open() as file:
+            lines = file.readlines()
+        kept = [line for line in lines if stays(line)]
+        if kept != lines:
+            write_atomic(self._path, kept)
+
+    def _open(self) -> BinaryIO:
+        try:
+            return open(self._path, 'rb')
+        except FileNotFoundError:
+            return io.BytesIO()  # no measurement yet
+
+    def _parse(self, line: bytes) -> dict:
+        text = line.decode(errors='replace')
+        try:
+            entry = json.loads(text)
+            entry['task'], entry['series'], entry['step']
+        except (ValueError, KeyError, TypeError) as error:
+            raise DvinvError(
+                f'{self._path} holds a line that is damaged ({text.strip()[:60]!r}); delete that line.'
+            ) from error
+        return entry
+
+
+PACKAGES = 'jax', 'jaxlib', 'flax', 'optax', 'numpy'
+SETTINGS = (  # names in jax.config; settings that a version of JAX does not have are skipped
+    'jax_enable_x64',
+    'jax_explicit_x64_dtypes',
+    'jax_numpy_dtype_promotion',
+    'jax_default_matmul_precision',
+    'jax_allow_f16_reductions',
+    'jax_default_prng_impl',
+    'jax_threefry_partitionable',
+    'jax_random_seed_offset',
+    'jax_high_dynamic_range_gumbel',
+    'jax_accurate_erf_inv',
+    'jax_softmax_custom_jvp',
+    'jax_use_hlo_logistic_lowering',
+    'jax_disable_jit',
+    'jax_disable_most_optimizations',
+    'jax_optimization_level',
+    'jax_exec_time_optimization_effort',
+    'eager_constant_folding',
+)
+ENVIRONMENT = 'XLA_FLAGS', 'NVIDIA_TF32_OVERRIDE'
+NO_MATTER = '--xla_force_host_platform_device_count', '--xla_dump'  # flags in XLA_FLAGS without an effect on results
+FILE = 'versions.json'
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of the packages in use, including dvinv, and the values of the settings, in one dict."""
+    packages = {'dvinv': dvinv.__version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}
+    variables = {name: os.environ.get(name, '').split() for name in ENVIRONMENT}
+    return {
+        **packages,
+        **{name: _value(getattr(jax.config, name)) for name in SETTINGS if hasattr(jax.config, name)},
+        **{name: ' '.join(sorted(w for w in words if not w.startswith(NO_MATTER))) for name, words in variables.items()},
+    }
+
+
+def _value(setting) -> str:
+    """Returns the value of a setting as the text that JAX reads from the environment."""
+    if isinstance(setting, enum.Enum):
+        setting = setting.value if isinstance(setting.value, str) else setting.name.lower()
+    return str(setting)
+
+
+def refuse_other_settings(folder: Path) -> None:
+    """Validates that the settings of JAX are those of the run in a folder.
+
+    Raises:
+      DvinvError: they differ; the message names the settings and says how to restore them.
+    """
+    if differing := _differing(folder, {name: value for name, value in versions().items() if name in SETTINGS}):
+        assigned = ' '.join(
+            f'no {name.upper()}' if old == 'None' else f'{name.upper()}={old}' for name, (old, _) in differing.items()
+        )
+        raise DvinvError(
+            f'{folder} holds a run under other settings of JAX: {_sentence(differing)}. Its images would be of two kinds; '
+            f'set them as they were ({assigned} in the environment), or choose another --workdir.'
+        )
+
+
+def record(folder: Path) -> None:
+    """Writes the versions to the work directory, and prints a message if a run is resumed with other versions."""
+    current = versions()
+    if differing := _differing(folder, current):
+        print(
+            f'This run goes on under other versions: {_sentence(differing)}. What is made from now on may differ from what '
+            'would have been made, in its last bits.',
+            file=sys.stderr,
+        )
+    write_atomic(folder / FILE, (json.dumps(current, indent=2, sort_keys=True) + '\n').encode())
+
+
+def command() -> str:
+    """Returns the command line that started this process; '' if it was not dvinv's, as in a notebook."""
+    program, *arguments = sys.argv or ['']
+    path = Path(program)
+    if path.name == 'main.py' and path.parent.name == 'dvinv':
+        return shlex.join(['python', '-m', 'dvinv.main', *arguments])
+    return shlex.join(['dvinv', *arguments]) if path.stem == 'dvinv' else ''
+
+
+def packages() -> str:
+    """Returns the versions of dvinv, Python and the packages that the results depend on."""
+    found = versions()
+    return ', '.join([*(f'{name} {found[name]}' for name in ('dvinv', *PACKAGES)), f'Python {platform.python_version()}'])
+
+
+def _differing(folder: Path, current: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """Returns {name: (recorded value, current value)} of the values in `current` that differ from those a run recorded."""
+    try:
+        recorded = dict(json.loads((folder / FILE).read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return {}
+    return {name: (recorded[name], new) for name, new in current.items() if recorded.get(name, new) != new}
+
+
+def _sentence(differing: dict[str, tuple[str, str]]) -> str:
+    return listed([f'{name} {old or "none"} there, {new or "none"} here' for name, (old, new) in differing.items()], 8)
+
 
 # Keys that a resumed run may change, since no result depends on them. (Only the report, which is made again each time,
 # depends on verifiers and synthesis.controls.)

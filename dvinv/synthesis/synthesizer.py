@@ -1,4 +1,9 @@
-"""Synthesizes numbered batches of images from a teacher, by one of the methods, into a pool."""
+"""Synthesizes numbered batches of images from a teacher, by one of the methods, into a pool.
+
+Round r begins with the student after `r * distillation.updates_per_round` updates, which is a checkpoint. The batches of the
+round compete with that student. After that the student is trained further, first on the new images. The task `distillation`
+makes the remaining updates after the last round, if the student is its own.
+"""
 
 import dataclasses
 import functools
@@ -11,9 +16,10 @@ import numpy as np
 
 import dvinv
 from dvinv.config import Settings, nested
+from dvinv.config.errors import DvinvError, listed, say
 from dvinv.data.pool import ImagePool
-from dvinv.errors import DvinvError, listed, say
-from dvinv.evaluation.scoring import logits_of
+from dvinv.distillation.student import hints_of, job_of, print_hints
+from dvinv.evaluation import logits_of, training_set
 from dvinv.inversion import (
     Inversion,
     Teacher,
@@ -25,14 +31,14 @@ from dvinv.inversion import (
     validate_resolutions,
     validate_statistics,
 )
-from dvinv.inversion.parameterization import initial_parameters, make_decode, pixel_scale_of
+from dvinv.inversion.step import initial_parameters, make_decode, pixel_scale_of
 from dvinv.pipeline.run import Run
 from dvinv.runtime import preemption
-from dvinv.runtime.devices import make_mesh, platform_of
-from dvinv.runtime.processes import decide, is_primary, meet
+from dvinv.runtime.devices import decide, is_primary, make_mesh, meet, platform_of
 from dvinv.runtime.progress import Progress
-from dvinv.synthesis.batch_checkpoints import BatchCheckpoints
-from dvinv.synthesis.pools import missing_batches, open_control, quarantine_damaged
+from dvinv.synthesis.pools import BatchCheckpoints, missing_batches, open_control, quarantine_damaged
+from dvinv.training.step import rounds_of
+from dvinv.training.trainer import TrainTarget, training_of
 
 VOTE = 20  # dispatches between two checks of process 0's clock, where several processes save a batch together
 
@@ -380,3 +386,45 @@ def _curve(row: int, metrics: dict, every: int) -> dict[str, list]:
     last = len(metrics['loss'][row]) - 1
     steps = [i for i in range(last + 1) if i % every == 0 or i == last]
     return {'step': steps, **{term: [float(values[row][i]) for i in steps] for term, values in metrics.items()}}
+
+
+def fill_in_competition(run: Run, teacher: Teacher, pool: ImagePool, student: TrainTarget, task: str, series: str) -> None:
+    """Makes the batches that are missing from the pool, in rounds, and trains the student between rounds.
+
+    Args:
+      run: the run.
+      teacher: the network that is inverted.
+      pool: the pool to fill.
+      student: the competitor, see `student.student_of`; its checkpoints are kept.
+      task, series: the names of the task and of the series in the metrics of the batches.
+
+    Raises:
+      DvinvError: a batch is missing from a round that the student has already trained past, a sidecar is damaged, or the
+        pool was made from another teacher.
+      SystemExit: SIGTERM was received; see `Synthesizer.fill` and `Training.advance`.
+    """
+    settings = run.settings.synthesis
+    missing, rounds, per_round = missing_batches(settings, pool), rounds_of(run.settings), settings.batches_per_round
+    if not missing:
+        return
+    decide(lambda: [pool.sidecar(number) for number in pool.numbers()] and None, 'a look at the pool')
+    hints = hints_of(run, teacher)
+    print_hints(hints)
+    with (
+        training_of(run, student, job_of(run, teacher, rounds, hints)) as training,
+        Synthesizer(run, teacher, pool, 'adaptive', task, series, student_fn=training.apply_fn) as synthesizer,
+    ):
+        for number in range(rounds.count):
+            unfinished = [batch for batch in range(number * per_round, (number + 1) * per_round) if batch in missing]
+            start = rounds.first_update(number)
+            if unfinished and training.step > start:
+                raise DvinvError(
+                    f'Batch {unfinished[0]} is missing from {pool.folder}. It was made against the student at update '
+                    f'{start}, which has since been trained to update {training.step}; delete '
+                    f'{run.workdir.path / "checkpoints" / student.name} and {run.workdir.network(student.name)}, and run '
+                    'the command again, which trains the student again up to there and makes the batch again.'
+                )
+            if training.step < start:
+                training.advance(*training_set(run.settings, pool), start)
+            if unfinished:
+                synthesizer.fill(unfinished, training.variables, round=number, student_updates=start)

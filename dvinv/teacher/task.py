@@ -1,28 +1,31 @@
 """The task `teacher`: training or reading, and scoring, of the network to invert and of the verifier that judges images."""
 
+import contextlib
 from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
 import optax
 
-from dvinv.config import LabelTrainingSettings, TrainingSettings, validate_devices
-from dvinv.data.rows import RowArray
-from dvinv.errors import DvinvError, shape_text
-from dvinv.evaluation.scoring import flops, test_accuracy, validate_fits
+from dvinv.config import LabelTrainingSettings, Settings, TrainingSettings, validate_devices
+from dvinv.config.errors import DvinvError, shape_text
+from dvinv.data.dataset import RowArray
+from dvinv.evaluation import flops, test_accuracy, validate_fits
 from dvinv.inversion.augmentation import Augmentation, augmentation_of
-from dvinv.inversion.moments import Moments
 from dvinv.inversion.recording import record_moments
+from dvinv.inversion.statistics import Moments
 from dvinv.inversion.teacher import Teacher
 from dvinv.networks import create, shapes_of
 from dvinv.pipeline.run import Role, Run
-from dvinv.runtime.processes import is_primary, meet
-from dvinv.teacher.verifiers import print_pixels, refuse_chance
-from dvinv.training.sampling import Rounds
-from dvinv.training.step import TrainJob
-from dvinv.training.targets import PlannedTraining, TrainTarget, train_network
+from dvinv.report.charts import Chart, loss_chart, mean_curves
+from dvinv.report.page import Section, Tile, percent, reads_right
+from dvinv.runtime.devices import is_primary, meet
+from dvinv.runtime.workdir import Metrics
+from dvinv.teacher.networks import print_pixels, refuse_chance
+from dvinv.training.step import Rounds, TrainJob
+from dvinv.training.trainer import PlannedTraining, TrainTarget, train_network
 
-ROLES: dict[Role, int] = {'teacher': 1, 'verifier': 2}  # see `training.targets.TrainTarget`
+ROLES: dict[Role, int] = {'teacher': 1, 'verifier': 2}  # see `training.trainer.TrainTarget`
 
 
 def validate(run: Run) -> None:
@@ -96,6 +99,33 @@ def record(run: Run, images: int, layers: Iterable[str] = ()) -> Moments:
     validate_fits(run.bare_teacher, data)
     training, seed = run.settings.teacher.training, run.settings.seed
     return record_balanced(run.bare_teacher, data.train.images, data.train.labels, images, training, seed, layers)
+
+
+def record_to_file(settings: Settings, workdir: str | None, out: str, images: int = 100, layers: Iterable[str] = ()) -> str:
+    """Records moments of the teacher that the settings name to the file `out`; returns a sentence that summarises them.
+
+    Args:
+      settings: the settings.
+      workdir: the path of the run that has trained the teacher, if the settings name no weights.
+      out: the path of the file to write.
+      images, layers: as for `record`.
+
+    Raises:
+      DvinvError: there is no teacher, or there are no training images, or see `record_moments`.
+    """
+    run = Run(settings, workdir or '')
+    with contextlib.ExitStack() as stack:
+        if run.is_trained_here('teacher'):
+            if not run.is_finished('teacher'):
+                raise DvinvError(
+                    'The config names no weights of a teacher, and --workdir has no trained teacher; give teacher.weights, '
+                    'or as --workdir the folder of a run that has trained it.'
+                )
+            stack.enter_context(contextlib.closing(run.open_workdir()))
+        moments = record(run, images, layers)
+    moments.save(out)
+    views = f', each augmented {moments.views} times as in its training' if moments.views else ''
+    return f'{out}: the moments of {len(moments.layers)} layers, over {moments.images} training images{views}.'
 
 
 def record_balanced(
@@ -216,3 +246,28 @@ def _train(role: Role, run: Run) -> None:
 def _job_of(settings: LabelTrainingSettings, count: int) -> TrainJob:
     """Returns the training job of teacher or verifier on `count` images."""
     return TrainJob(settings, supervised(settings.label_smoothing), Rounds(count))
+
+
+def teacher_section(run: Run, found: dict) -> Section:
+    """Returns the section; `found` are the figures of the task in results.json."""
+    group = run.settings.teacher
+    name = group.factory or group.network
+    source = f'was read from {group.weights}' if group.weights else f'came from the function {group.factory}'
+    if trained := run.is_trained_here('teacher'):
+        source = f'was trained here in {group.training.updates:,} updates'
+    accuracy = found['test_accuracy']
+    return Section(
+        'Teacher',
+        f'{name}, of {found["parameters"]:,} parameters, {source}'
+        + reads_right(accuracy, found['verifier_test_accuracy'], 'the verifier'),
+        charts=[training_losses(run.workdir.metrics)] if trained else (),
+        tiles=[Tile('Teacher', percent(accuracy), 'real test accuracy', accuracy)],
+    )
+
+
+def training_losses(metrics: Metrics) -> Chart | None:
+    """Draws the losses of the teacher and the verifier by update; None if the run trained neither."""
+    curves = {
+        role.capitalize(): mean_curves(metrics.lines('teacher', role), ['loss'])['loss'] for role in ('teacher', 'verifier')
+    }
+    return loss_chart(curves, 'Loss of the trainings on real images', 'cross-entropy')

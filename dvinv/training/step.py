@@ -1,9 +1,10 @@
-"""The train step of all networks: the job that defines it, the state that it updates, and its compiled programs.
+"""The train step of all networks: the job that defines it, the images of each update, the state, and its compiled programs.
 
 Randomness is a function of the seed and the number of the update only, so a state and its job determine all later states.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,16 +18,79 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int32
 
-from dvinv.config import TrainingSettings
-from dvinv.data.batches import HostBatches, ResidentBatches, fits_on_devices
+from dvinv.config import Settings, TrainingSettings
+from dvinv.data.dataset import HostBatches, ResidentBatches, fits_on_devices
 from dvinv.inversion.augmentation import augmentation_of
-from dvinv.inversion.linen_tap import features_in_training
+from dvinv.inversion.linen_modules import features_in_training
 from dvinv.networks import Classifier, initialise, shapes_of
-from dvinv.networks.arrays import Images, Labels, Pixels, Scalar
-from dvinv.networks.classifier import cast_floats, flatten, shapes_by_path, unflatten
-from dvinv.networks.inheritance import grown
+from dvinv.networks.classifier import Images, Labels, Pixels, Scalar, cast_floats, flatten, shapes_by_path, unflatten
+from dvinv.networks.naming import grown
 from dvinv.runtime.devices import AXIS, place, platform_of
-from dvinv.training.sampling import Rounds, chosen_images
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounds:
+    """The schedule by which images become available to a training.
+
+    `images` new images are added at the start of each of `count` rounds. A round lasts `updates` updates, and the last round
+    lasts to the end of the training. A single round stands for a pool that is finished before the student's first update.
+    """
+
+    images: int
+    count: int = 1
+    updates: int = 1
+
+    @property
+    def total(self) -> int:
+        """The number of images of all rounds."""
+        return self.count * self.images
+
+    def round_of(self, update: int) -> int:
+        """Returns the number of the round that an update belongs to."""
+        return min(update // self.updates, self.count - 1)
+
+    def available_at(self, update: int) -> int:
+        """Returns the number of images that are available when an update is made."""
+        return (self.round_of(update) + 1) * self.images
+
+    def first_update(self, round_number: int) -> int:
+        """Returns the update before which the images of a round are made."""
+        return round_number * self.updates
+
+
+def rounds_of(settings: Settings) -> Rounds:
+    """Returns the schedule by which the images of the run's own pool become available to the student."""
+    size = settings.round_images
+    count = settings.synthesis.images // size
+    return Rounds(size - settings.held_out_of(size), count, max(1, settings.distillation.updates_per_round))
+
+
+def chosen_images(seed: int, update: int, batch_size: int, rounds: Rounds) -> Int32[np.ndarray, ' B']:
+    """Returns the row numbers of the images in the batch of an update, int32 [B].
+
+    A round begins with one shuffled epoch of its new images, and continues with shuffled epochs of all images that are
+    available so far.
+    """
+    number = rounds.round_of(update)
+    earlier, available = number * rounds.images, (number + 1) * rounds.images
+    first = (update - rounds.first_update(number)) * batch_size  # position of the batch in the sequence of the round
+
+    def epoch_of(position: int) -> int:
+        return max(0, 1 + (position - rounds.images) // available)
+
+    chosen = []
+    for epoch in range(epoch_of(first), epoch_of(first + batch_size - 1) + 1):
+        start = rounds.images + (epoch - 1) * available if epoch else 0  # position of the epoch's first image
+        part = slice(max(0, first - start), first + batch_size - start)
+        count, offset = (available, 0) if epoch else (rounds.images, earlier)
+        chosen.append(offset + _shuffled(count, seed, epoch, number)[part])
+    return np.concatenate(chosen).astype(np.int32)
+
+
+@functools.lru_cache(maxsize=4)  # the end of an epoch and the start of the next one, for two sets of images
+def _shuffled(count: int, *seeds: int) -> np.ndarray:
+    return np.random.default_rng(seeds).permutation(count)
+
 
 STREAMED_BYTES = 2**28  # most bytes of images in one dispatch, where images are streamed from the host
 
@@ -38,13 +102,13 @@ class TrainJob:
     Attributes:
       settings: the settings of the training.
       loss_fn: (logits, features, x, labels, frozen, progress) -> scalar. x is the augmented, normalised batch [B, H, W, C];
-        features are the BatchNorm inputs of the network (see `linen_tap.features_in_training`) or the features that
+        features are the BatchNorm inputs of the network (see `linen_modules.features_in_training`) or the features that
         `forward` returns; progress is the fraction of the updates that are done.
       rounds: the schedule by which the images become available.
       frozen: further variables that `loss_fn` needs, for instance those of a teacher.
       second_rounds: the schedule of a second set of images, which follow the first ones in the arrays; the second half of
         every batch is drawn from them. None for a single set.
-      head: the path of a layer that is captured too, see `inversion.linen_tap.features_in_training`.
+      head: the path of a layer that is captured too, see `inversion.linen_modules.features_in_training`.
       forward: (variables, auxiliary, x, rngs, frozen, progress) -> (logits, features for the loss, running statistics), the
         forward pass in train mode. None for `features_in_training`.
       auxiliary: initial values of the parameters that are trained with the network and discarded afterwards, for instance
@@ -126,7 +190,7 @@ def initial_variables(module, key: jax.Array, image_shape, start: dict | None) -
       key: the random key of the initialisation.
       image_shape: H, W, C.
       start: variables to start from: all of them, those of some of the layers, or those of a network with fewer classes
-        (see `networks.inheritance.grown`). All others are random. None for random variables only.
+        (see `networks.naming.grown`). All others are random. None for random variables only.
     """
     if start is None:
         return initialise(module, key, image_shape)
@@ -275,7 +339,7 @@ class TrainStep:
 
         Args:
           state: the state, on the devices; its buffers are donated, so it must not be read afterwards.
-          batch: the batch of the dispatch, or its batches along a leading axis, as `batches.each` yields them.
+          batch: the batch of the dispatch, or its batches along a leading axis, as `dataset.each` yields them.
           key: the random key of augmentation and dropout, which is folded with the number of the update.
 
         Returns:

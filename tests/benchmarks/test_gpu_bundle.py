@@ -11,7 +11,7 @@ import gpu_schedule
 import pytest
 from smoke import ROOT
 
-from dvinv.errors import DvinvError
+from dvinv.config.errors import DvinvError
 
 
 @pytest.mark.parametrize(

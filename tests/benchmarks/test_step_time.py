@@ -11,7 +11,7 @@ import step_time
 from paired import median_interval
 from smoke import ROOT
 
-from dvinv.errors import DvinvError
+from dvinv.config.errors import DvinvError
 
 
 @pytest.mark.parametrize(

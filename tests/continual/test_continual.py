@@ -17,20 +17,18 @@ import dvinv.synthesis.synthesizer
 import dvinv.training
 from dvinv import DvinvError
 from dvinv.config import ContinualSettings, DataSettings, TrainingSettings
-from dvinv.continual import losses, scores
+from dvinv.continual import losses, stream
 from dvinv.continual import task as driver
-from dvinv.continual.jobs import network_of
-from dvinv.data.dataset import Split
-from dvinv.data.digits import read_digits
+from dvinv.continual.task import network_of
+from dvinv.data.dataset import Joined, Split
 from dvinv.data.pool import ImagePool
-from dvinv.data.rows import Joined
-from dvinv.inversion.linen_tap import features_in_training
+from dvinv.data.real import read_digits
+from dvinv.inversion.linen_modules import features_in_training
 from dvinv.networks import create, load_classifier
-from dvinv.networks.inheritance import grown, head_of
+from dvinv.networks.naming import grown, head_of
 from dvinv.pipeline import tasks as pipeline
 from dvinv.synthesis.synthesizer import Synthesizer
-from dvinv.training.sampling import Rounds, chosen_images
-from dvinv.training.step import TrainJob
+from dvinv.training.step import Rounds, TrainJob, chosen_images
 
 # Losses
 
@@ -218,7 +216,7 @@ def test_the_network_knows_all_classes_and_the_figures_are_those_of_its_answers(
 def test_killed_and_without_old_images_it_ends_with_the_same_bits(undisturbed, tmp_path, monkeypatch):
     """Killed inside tasks and between them. Of the teacher's classes there never was an image to train on; those of a task
     are gone as soon as a network has learned it."""
-    folder, run, learned, original = tmp_path / 'data', tmp_path / 'run', [], dvinv.training.targets.save_network
+    folder, run, learned, original = tmp_path / 'data', tmp_path / 'run', [], dvinv.training.trainer.save_network
     folder.mkdir()
     config = config_of(folder)
     (folder / 'train0.npz').unlink()
@@ -239,7 +237,7 @@ def test_killed_and_without_old_images_it_ends_with_the_same_bits(undisturbed, t
         monkeypatch.setattr(dvinv.training.step, 'chosen_images', chosen)
         return pipeline.run(config, run)
 
-    monkeypatch.setattr(dvinv.training.targets, 'save_network', save)
+    monkeypatch.setattr(dvinv.training.trainer, 'save_network', save)
     for updates, networks in ((5, []), (2, ['continual_1']), (5, ['continual_1'])):  # a checkpoint after 4, a task has 6
         with pytest.raises(KeyboardInterrupt):
             run_for(updates)
@@ -421,6 +419,6 @@ def test_what_cannot_be_learned_is_refused_before_anything_is_written(tmp_path, 
 
 def test_forgetting_is_what_was_best_less_what_is_left():
     matrix = [[0.9], [0.95, 0.8], [0.5, 0.7, 1.0]]
-    assert scores.forgetting(matrix) == pytest.approx((0.45 + 0.1) / 2)
-    assert scores.forgetting([None, None, [0.5, 0.7, 1.0]]) is None
+    assert stream.forgetting(matrix) == pytest.approx((0.45 + 0.1) / 2)
+    assert stream.forgetting([None, None, [0.5, 0.7, 1.0]]) is None
     assert ContinualSettings().weights.keys() == {'old_images', 'old_answers', 'head', 'features'}

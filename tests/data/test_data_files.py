@@ -9,13 +9,12 @@ from PIL import Image
 from tiny import tiny_teacher
 
 from dvinv.config import DataSettings
-from dvinv.data import npz
+from dvinv.config.errors import DvinvError
+from dvinv.data import files
 from dvinv.data.dataset import RealData, Split
-from dvinv.data.folders import labels_of
-from dvinv.data.pictures import resize
+from dvinv.data.files import labels_of, resize
 from dvinv.data.real import load_real
-from dvinv.errors import DvinvError
-from dvinv.evaluation.scoring import validate_fits
+from dvinv.evaluation import validate_fits
 
 
 def images(count=6, height=8, width=8, channels=3):
@@ -242,11 +241,11 @@ def encoded_npy():
 
 @pytest.mark.parametrize('pixels', [images() * np.float32(1.0000002 / images().max()), images() / images().max() - 1e-7])
 def test_what_interpolation_adds_at_the_ends_of_the_range_is_cut(pixels):
-    np.testing.assert_allclose(npz.as_pixels(pixels, 'here'), images() / images().max() * 255, atol=0.51)
+    np.testing.assert_allclose(files.as_pixels(pixels, 'here'), images() / images().max() * 255, atol=0.51)
 
 
 def test_integers_of_another_scale_are_said(capsys):
-    npz.as_pixels(images() // 16, 'here')
+    files.as_pixels(images() // 16, 'here')
     assert f'The brightest pixel of here is {images().max() // 16} of 255: are its images of another scale?' in (
         capsys.readouterr().err
     )

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dvinv import export
 from dvinv.config import DataSettings
-from dvinv.data.folders import read as read_folders
+from dvinv.config.errors import DvinvError
+from dvinv.data import export
+from dvinv.data.files import read_folders
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
-from dvinv.errors import DvinvError
 
 
 def pool_of(folder, channels):
@@ -87,5 +87,5 @@ def test_a_pool_that_is_not_there_is_told(tmp_path):
     with pytest.raises(DvinvError, match=r'There is no image in the pool .*none'):
         export.main(['--pool', str(tmp_path / 'none'), '--to', 'folders', '--out', str(tmp_path)])
     flags = ['--pool', str(tmp_path / 'none'), '--to', 'tfds', '--out', str(tmp_path)]
-    run = subprocess.run([sys.executable, '-m', 'dvinv.export', *flags], capture_output=True, text=True, env=os.environ)
+    run = subprocess.run([sys.executable, '-m', 'dvinv.data.export', *flags], capture_output=True, text=True, env=os.environ)
     assert (run.returncode, run.stderr.splitlines()[-1][:36]) == (1, 'dvinv: There is no image in the pool')

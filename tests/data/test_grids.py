@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from tiny import numbered
 
-from dvinv.data.grids import class_grid, png_data_uri, shown_classes
+from dvinv.data.export import class_grid, png_data_uri, shown_classes
 
 
 @pytest.mark.parametrize('channels', [1, 3])

@@ -15,20 +15,27 @@ from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, trained, trained_variables
 
 from dvinv import DvinvError
 from dvinv.config import TrainingSettings, default_config, parse
-from dvinv.distillation.hints import Hints, choose_hints, layer_error, staged_forward
-from dvinv.distillation.student import distillation_loss, hints_of, job_of, staged_loss
+from dvinv.distillation.student import (
+    Hints,
+    choose_hints,
+    distillation_loss,
+    hints_of,
+    job_of,
+    layer_error,
+    staged_forward,
+    staged_loss,
+)
 from dvinv.graph import graft, record
-from dvinv.graph.projections import initial_projections, relative_error, to_student, to_teacher
+from dvinv.graph.stages import initial_projections, relative_error, to_student, to_teacher
 from dvinv.inversion import from_linen, from_nnx
-from dvinv.inversion.execution import in_precision
-from dvinv.inversion.linen_tap import features_in_training
+from dvinv.inversion.linen_modules import features_in_training
+from dvinv.inversion.programs import in_precision
 from dvinv.networks import create, initialise
 from dvinv.pipeline import tasks as pipeline
 from dvinv.pipeline.run import Run
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.workdir import Workdir
-from dvinv.training.sampling import Rounds
-from dvinv.training.step import TrainJob, TrainStep, initial_state, make_train_step
+from dvinv.training.step import Rounds, TrainJob, TrainStep, initial_state, make_train_step
 from dvinv.training.trainer import Records, Training
 
 LAYERS = ('BatchNorm_0', 'BatchNorm_1')

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from dvinv.data.dataset import Split
-from dvinv.evaluation.by_class import compare
+from dvinv.evaluation import compare
 from dvinv.networks import Classifier
-from dvinv.report.classes import MOST_CLASSES, agreement_table, class_section
-from dvinv.report.page import render
+from dvinv.report.page import MOST_CLASSES, agreement_table, class_section, render
 
 NAMES = {'student': 'student'}
 

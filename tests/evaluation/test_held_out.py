@@ -11,9 +11,9 @@ from tiny import IMAGE_SHAPE, tiny_teacher
 from dvinv import DvinvError
 from dvinv.config import nested, parse
 from dvinv.data.pool import ImagePool
-from dvinv.evaluation.held_out import HeldOut, training_rows
+from dvinv.evaluation import HeldOut, training_rows
 from dvinv.runtime.workdir import Workdir
-from dvinv.training.sampling import chosen_images, rounds_of
+from dvinv.training.step import chosen_images, rounds_of
 
 
 def free(**changes):

@@ -9,7 +9,7 @@ import pytest
 from golden.drawn import draw_images, draw_state
 from safetensors.numpy import save_file
 
-from dvinv.errors import DvinvError
+from dvinv.config.errors import DvinvError
 from dvinv.networks import create, image_shape, read_classifier, shapes_of
 from dvinv.networks.weights import import_weights
 

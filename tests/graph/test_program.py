@@ -8,13 +8,14 @@ import pytest
 from jax.extend.core.primitives import closed_call_p
 from jax.sharding import PartitionSpec as P
 
-from dvinv.errors import DvinvError
-from dvinv.evaluation.scoring import flops
+from dvinv.config.errors import DvinvError
+from dvinv.evaluation import flops
 from dvinv.graph import record
-from dvinv.graph.rewriting import recomputed, rewritten
+from dvinv.graph.program import recomputed, rewritten
 from dvinv.networks import Classifier, apply_fn_of
-from dvinv.networks.channels import PrunedModule, find_channels
-from dvinv.networks.quantized.layers import find_layers
+from dvinv.networks.channel_groups import find_channels
+from dvinv.networks.pruned import PrunedModule
+from dvinv.networks.quantized_layers import find_layers
 from dvinv.networks.suited import suited_to
 from dvinv.runtime.devices import AXIS, make_mesh
 

@@ -12,8 +12,8 @@ from tiny import IMAGE_SHAPE, MEAN, STD, tiny_teacher, trained_variables
 
 from dvinv import DvinvError, from_linen, from_nnx
 from dvinv.graph import Stage, find_stages, graft, match_stages, record
-from dvinv.graph.projections import initial_projections, relative_error, to_student, to_teacher
-from dvinv.inversion.linen_tap import features_in_training
+from dvinv.graph.stages import initial_projections, relative_error, to_student, to_teacher
+from dvinv.inversion.linen_modules import features_in_training
 from dvinv.networks import create, shapes_of
 from dvinv.networks.registry import NETWORKS, image_shape
 

@@ -18,16 +18,15 @@ from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, tiny_teacher, trained, trained
 from dvinv import DvinvError, from_linen, from_nnx, invert
 from dvinv.config import InversionConfig, Stage, TrainingSettings, Weights
 from dvinv.inversion.augmentation import Augmentation
-from dvinv.inversion.contract import check_answers
-from dvinv.inversion.parameterization import initial_parameters, make_decode
-from dvinv.inversion.step import InversionState, make_step
+from dvinv.inversion.step import InversionState, initial_parameters, make_decode, make_step
+from dvinv.inversion.teacher import check_answers
 from dvinv.networks import save_network
-from dvinv.networks.channels import PrunedModule, find_channels
+from dvinv.networks.channel_groups import find_channels
 from dvinv.networks.classifier import Classifier, check_finite, flatten, unflatten
 from dvinv.networks.files import load_network
+from dvinv.networks.pruned import PrunedModule
 from dvinv.teacher.task import supervised
-from dvinv.training.sampling import Rounds
-from dvinv.training.step import TrainJob, initial_state, make_train_step
+from dvinv.training.step import Rounds, TrainJob, initial_state, make_train_step
 
 PICTURES = {'image_shape': IMAGE_SHAPE, 'mean': MEAN, 'std': STD}
 

@@ -11,8 +11,7 @@ from tiny import IMAGE_SHAPE, tiny_teacher
 
 from dvinv import DvinvError, from_nnx, invert
 from dvinv.config import InversionConfig, Stage, Weights
-from dvinv.inversion.execution import in_precision
-from dvinv.inversion.programs import Programs
+from dvinv.inversion.programs import Programs, in_precision
 from dvinv.runtime.devices import make_mesh
 
 KEY, LABELS = jax.random.key(3), np.arange(6) % 3

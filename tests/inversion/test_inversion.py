@@ -13,9 +13,7 @@ from tiny import IMAGE_SHAPE, tiny_teacher
 from dvinv import DvinvError, balanced_labels, invert
 from dvinv.config import InversionConfig, Stage, Weights, default_config, parse
 from dvinv.inversion import Inversion, losses, make_feature_loss, make_inverter
-from dvinv.inversion.objective import make_objective
-from dvinv.inversion.parameterization import initial_parameters
-from dvinv.inversion.step import InversionState, make_step
+from dvinv.inversion.step import InversionState, initial_parameters, make_objective, make_step
 from dvinv.runtime.devices import make_mesh
 
 GOLDEN = Path(__file__).parents[1] / 'golden' / 'inversion.npz'

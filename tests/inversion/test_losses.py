@@ -1,11 +1,12 @@
 """Every loss against its formula in numpy, and what its form promises."""
 
-import types
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import tiny_teacher
 
 from dvinv.distillation.student import distillation_loss
 from dvinv.inversion import losses
@@ -217,7 +218,8 @@ def test_logits_in_bfloat16_are_weighed_in_float32():
 
 def _distil(temperature):
     """The loss for a teacher whose logits are its variables."""
-    loss = distillation_loss(types.SimpleNamespace(apply_fn=lambda variables, x: variables), temperature)
+    teacher = dataclasses.replace(tiny_teacher(), apply_fn=lambda variables, x: variables)
+    loss = distillation_loss(teacher, temperature)
     return lambda student_logits, teacher_logits: loss(student_logits, {}, None, None, teacher_logits, 0.0)
 
 

@@ -13,17 +13,18 @@ from smoke import flip, synthesis_config
 from tiny import IMAGE_SHAPE, MEAN, STD, saved, tiny_teacher, trained_variables
 
 import dvinv
-from dvinv import moments as command
-from dvinv.errors import DvinvError
+from dvinv.config import parse
+from dvinv.config.errors import DvinvError
 from dvinv.inversion import attention_of
 from dvinv.inversion.augmentation import Augmentation, centred, color_shift_each
-from dvinv.inversion.objective import make_objective, view
-from dvinv.inversion.priors import patch_similarity_entropy, pixel_moments
+from dvinv.inversion.losses import patch_similarity_entropy, pixel_moments
 from dvinv.inversion.recording import default_places
+from dvinv.inversion.step import make_objective, view
 from dvinv.networks import create, shapes_of
 from dvinv.networks.vision_transformer import VisionTransformer
 from dvinv.pipeline import tasks as pipeline
-from dvinv.synthesis import section
+from dvinv.synthesis import task
+from dvinv.teacher.task import record_to_file
 
 QUICKLY = {'xla_backend_optimization_level': 0}  # what runs once is not worth optimising
 PICTURES = {'image_shape': IMAGE_SHAPE, 'mean': MEAN, 'std': STD}
@@ -376,8 +377,8 @@ def test_a_network_of_a_users_own_is_recorded_by_the_command_and_inverted(tmp_pa
     config = synthesis_config(teacher__factory='factories:without_batch_norm')
     out = str(tmp_path / 'moments.safetensors')
     with pytest.raises(DvinvError, match='fewer than two layers with weights; name what'):
-        command.record(config, None, out)
-    said = command.record(config, None, out, 20, ('Dense:output',))
+        record_to_file(parse(config), None, out)
+    said = record_to_file(parse(config), None, out, 20, ('Dense:output',))
     assert said == f'{out}: the moments of 1 layers, over 20 training images, each augmented 10 times as in its training.'
     config.teacher.moments = out
     figures = pipeline.run(config, tmp_path / 'run')['synthesis']
@@ -399,4 +400,4 @@ def test_a_network_of_a_users_own_is_recorded_by_the_command_and_inverted(tmp_pa
 )
 def test_the_report_names_the_way_of_inversion(statistics, sentence):
     figures = {'images': 10, 'teacher_accuracy': 0.9, 'statistics': statistics}
-    assert re.search(sentence, section._summary(figures, *section.METHODS['deepinversion']))
+    assert re.search(sentence, task._summary(figures, *task.METHODS['deepinversion']))

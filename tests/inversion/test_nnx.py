@@ -8,7 +8,7 @@ from flax import nnx
 from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, tiny_teacher, trained
 
 from dvinv import DvinvError, InversionConfig, Stage, Weights, from_linen, from_nnx, invert
-from dvinv.evaluation.scoring import flops, logits_of
+from dvinv.evaluation import flops, logits_of
 from dvinv.runtime.devices import make_mesh
 
 PICTURES = {'image_shape': IMAGE_SHAPE, 'mean': MEAN, 'std': STD}

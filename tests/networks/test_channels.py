@@ -8,10 +8,11 @@ import pytest
 from tiny import TinyNet, trained_variables
 
 from dvinv import DvinvError
-from dvinv.evaluation import scoring as evaluation
+from dvinv import evaluation as evaluation
 from dvinv.inversion import from_linen
-from dvinv.networks import NETWORKS, classifier_of, create, load_classifier, save_network
-from dvinv.networks.channels import PrunedModule, cost, find_channels
+from dvinv.networks import NETWORKS, channel_groups, classifier_of, create, load_classifier, save_network
+from dvinv.networks.channel_groups import find_channels
+from dvinv.networks.pruned import PrunedModule
 from dvinv.networks.vision_transformer import VisionTransformer
 
 # One network of every family: its width, and the size of its pictures.
@@ -68,8 +69,8 @@ def test_a_sliced_network_computes_what_the_masked_one_does(name):
     network = classifier_of(
         pruned_module, pruned_variables, {'image_shape': image_shape, 'num_classes': 7, 'mean': (0,), 'std': (1,)}
     )
-    assert cost.flops(channels).total(keep) == evaluation.flops(network)
-    assert cost.parameters(channels).total(keep) == network.parameters
+    assert channel_groups.flops(channels).total(keep) == evaluation.flops(network)
+    assert channel_groups.parameters(channels).total(keep) == network.parameters
 
 
 def test_option_a_shortcuts_tie_stages_by_their_channel_map():

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dvinv import from_linen
-from dvinv.errors import DvinvError
-from dvinv.evaluation.scoring import logits_of, top_accuracy
+from dvinv.config.errors import DvinvError
+from dvinv.evaluation import logits_of, top_accuracy
 from dvinv.networks.resnet import CifarResNet
 from dvinv.networks.weights import import_weights, read_state_dict
 

@@ -12,9 +12,9 @@ from safetensors.numpy import save_file
 
 from dvinv import from_linen
 from dvinv.config import DataSettings
+from dvinv.config.errors import DvinvError
 from dvinv.data.real import load_real
-from dvinv.errors import DvinvError
-from dvinv.evaluation.scoring import logits_of, top_accuracy
+from dvinv.evaluation import logits_of, top_accuracy
 from dvinv.networks import classifier_of, create, image_shape, read_classifier, shapes_of
 from dvinv.networks.weights import import_weights, read_state_dict
 

@@ -11,7 +11,7 @@ from dvinv.distillation.student import student_of
 from dvinv.inversion import from_linen
 from dvinv.networks import create, shapes_of
 from dvinv.networks.classifier import flatten
-from dvinv.networks.inheritance import inherited
+from dvinv.networks.naming import inherited
 from dvinv.pipeline.run import Run
 from dvinv.training.step import initial_variables
 

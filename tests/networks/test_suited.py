@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from tiny import tiny_teacher
 
-from dvinv.evaluation.scoring import logits_of
+from dvinv.evaluation import logits_of
 from dvinv.networks import suited
 from dvinv.networks.suited import depthwise, suited_to
 

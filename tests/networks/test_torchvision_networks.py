@@ -11,7 +11,7 @@ import pytest
 from golden.drawn import draw_images, draw_state
 from safetensors.numpy import save_file
 
-from dvinv.errors import DvinvError
+from dvinv.config.errors import DvinvError
 from dvinv.inversion.teacher import trusted_linen
 from dvinv.networks import create, image_shape, read_classifier, shapes_of
 from dvinv.networks.mobilenet import in_eighths

@@ -17,10 +17,9 @@ from tiny import IMAGE_SHAPE, MEAN, STD, trained_variables
 
 from dvinv import from_linen
 from dvinv.config import TrainingSettings, parse
-from dvinv.distillation.hints import choose_hints, staged_forward
-from dvinv.distillation.student import staged_loss
-from dvinv.errors import DvinvError
-from dvinv.graph.projections import initial_projections
+from dvinv.config.errors import DvinvError
+from dvinv.distillation.student import choose_hints, staged_forward, staged_loss
+from dvinv.graph.stages import initial_projections
 from dvinv.networks import create, load_network, read_classifier, registry, shapes_of
 from dvinv.networks.classifier import flatten
 from dvinv.networks.convnext import ConvNeXt
@@ -29,8 +28,7 @@ from dvinv.networks.vision_transformer import VisionTransformer
 from dvinv.networks.weights import import_weights
 from dvinv.pipeline import tasks as pipeline
 from dvinv.pipeline.run import Run
-from dvinv.training.sampling import Rounds
-from dvinv.training.step import TrainJob, initial_state, make_train_step
+from dvinv.training.step import Rounds, TrainJob, initial_state, make_train_step
 
 PARAMETERS = {  # for 1,000 classes, as torchvision and timm publish them
     'vit_b_16': 86_567_656,

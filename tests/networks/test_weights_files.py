@@ -14,7 +14,7 @@ import pytest
 from golden.drawn import draw_state
 from safetensors.numpy import save_file
 
-from dvinv.errors import DvinvError, say_once
+from dvinv.config.errors import DvinvError, say_once
 from dvinv.networks import read_classifier, registry, save_network
 from dvinv.networks.resnet import CifarResNet
 from dvinv.networks.weights import import_weights, read_state_dict

@@ -15,7 +15,7 @@ from smoke import ROOT, flip, lasting, smoke_config
 from tiny import saved
 
 from dvinv import main
-from dvinv.errors import DvinvError
+from dvinv.config.errors import DvinvError
 from dvinv.pipeline import tasks as pipeline
 
 
@@ -97,6 +97,10 @@ OWN = ('--config', 'tests/own_config.py')
             ['give all of them', "default_config('32px')"],
         ),
         (SMOKE, ['--workdir is missing']),
+        (
+            (*SMOKE, '--record_moments', 'no/m.safetensors'),
+            ["'no/m.safetensors', but there is no such folder"],
+        ),
         (('--workdir', 'w', *SMOKE, '--seeds', '-1'), ['--seeds is -1', 'at least 1']),
         (('--workdir', 'w', *SMOKE, '--sedes', '3'), ["Unknown command line flag 'sedes'", 'Did you mean: seeds']),
         (('--workdir', 'w', *SMOKE, 'teacher'), ["argument 'teacher'", 'flags start with --']),
@@ -109,7 +113,7 @@ OWN = ('--config', 'tests/own_config.py')
         (('--workdir', 'w', '--config=resnet20'), ["no config file 'resnet20'; did you mean configs/cifar10_resnet20"]),
         (('--workdir', 'w', '--config', 'digits:smoke'), ["no config file 'digits'; did you mean configs/digits.py?"]),
         (('--workdir', 'w', '--config', 'README.md'), ["no config file 'README.md'"]),
-        (('--workdir', 'w', '--config', 'dvinv/errors.py'), ['dvinv/errors.py is no config file', 'get_config']),
+        (('--workdir', 'w', '--config', 'dvinv/evaluation.py'), ['dvinv/evaluation.py is no config file', 'get_config']),
         (('--workdir', 'w', *SMOKE, '--config.synthesis.stages.0.noise=5'), ['--config.synthesis.stages[0].noise=5']),
         (('--workdir', 'w', *SMOKE, '--config.verifiers.0=5'), ['in brackets, from 0: --config.verifiers[0]=5']),
         (('--workdir', 'w', *SMOKE, '--config.synthesis.stages.noise=5'), ['of which item', 'stages[0].iterations=5']),

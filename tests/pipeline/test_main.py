@@ -14,18 +14,18 @@ from tiny import IMAGE_SHAPE, trained_variables
 
 import dvinv
 from dvinv.config import parse
+from dvinv.config.errors import DvinvError
 from dvinv.data.pool import ImagePool
 from dvinv.distillation import task as distillation
 from dvinv.distillation.student import hints_of, job_of, student_of
-from dvinv.errors import DvinvError
-from dvinv.evaluation.scoring import top_accuracy
+from dvinv.evaluation import top_accuracy
 from dvinv.networks import create, load_classifier, load_network, save_network
-from dvinv.pipeline import seeds
+from dvinv.pipeline import tasks
 from dvinv.pipeline import tasks as pipeline
 from dvinv.pipeline.run import Run
 from dvinv.synthesis import pools, synthesizer
-from dvinv.training.sampling import rounds_of
-from dvinv.training.targets import train_network
+from dvinv.training.step import rounds_of
+from dvinv.training.trainer import train_network
 
 STUDENTS = {'student', 'noise', 'prior_only', 'real'}
 TEACHER_ALONE = {'tasks': ('teacher',)}
@@ -357,7 +357,7 @@ def test_a_run_without_any_real_data_leaves_scores_open(tmp_path):
 def test_several_seeds_give_mean_and_deviation(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / 'runs' / 'seed-0')
     config = smoke_config(**TEACHER_ALONE)
-    summary = seeds.run_seeds(config, tmp_path / 'runs', 2)
+    summary = tasks.run_seeds(config, tmp_path / 'runs', 2)
     first, second = (results(tmp_path / 'runs' / f'seed-{seed}') for seed in (0, 1))
     assert summary == json.loads((tmp_path / 'runs' / 'results.json').read_text())
     assert summary['seeds'] == [first['teacher']['seed'], second['teacher']['seed']] == [0, 1]
@@ -365,11 +365,11 @@ def test_several_seeds_give_mean_and_deviation(finished, tmp_path, capsys):
     assert a != b
     assert summary['mean']['teacher']['test_accuracy'] == pytest.approx((a + b) / 2)
     assert summary['std']['teacher']['test_accuracy'] == pytest.approx(abs(a - b) / 2**0.5)
-    assert re.search(r'^teacher +test_accuracy +0\.\d+ \+- 0\.\d+$', seeds.table(summary, tmp_path), re.M)
+    assert re.search(r'^teacher +test_accuracy +0\.\d+ \+- 0\.\d+$', tasks.table(summary, tmp_path), re.M)
     said = capsys.readouterr().err
     assert f'seed 1 of 2 (config.seed is 0), in {tmp_path / "runs" / "seed-0"}; done, not run again: teacher\n' in said
     assert f'seed 2 of 2 (config.seed is 1), in {tmp_path / "runs" / "seed-1"}\n' in said
-    page = seeds._report(parse(config), summary)
+    page = tasks._report(parse(config), summary)
     rows = re.findall(r'<tr[^>]*><td class="words">(.*?)</td><td>', page)
     links = [f'<a href="seed-{seed}/report.html">seed {seed}</a>' for seed in (0, 1)]
     assert rows == ['mean', 'standard deviation', *links]
@@ -390,11 +390,11 @@ def test_seeds_that_were_not_asked_for_are_refused(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / 'seed-7' / 'results.json').write_text('{}')  # in seed-8 nothing was made
     with pytest.raises(DvinvError, match='holds seed-7, which these --seeds do not include'):
-        seeds.run_seeds(smoke_config(), tmp_path, 2)
+        tasks.run_seeds(smoke_config(), tmp_path, 2)
 
 
 def test_a_single_run_and_several_seeds_do_not_share_a_folder(run, tmp_path):
     before = lasting(run)
     with pytest.raises(DvinvError, match='holds a single run; choose another --workdir'):
-        seeds.run_seeds(smoke_config(), run, 2)
+        tasks.run_seeds(smoke_config(), run, 2)
     assert lasting(run) == before

@@ -17,16 +17,15 @@ from dvinv import DvinvError
 from dvinv.config import InversionConfig, PruningSettings, Stage, Weights
 from dvinv.data.pool import ImagePool
 from dvinv.inversion import from_linen, make_inverter
-from dvinv.networks import create, load_network
-from dvinv.networks.channels import PrunedModule, cost, find_channels
+from dvinv.networks import channel_groups, create, load_network
+from dvinv.networks.channel_groups import find_channels
+from dvinv.networks.pruned import PrunedModule
 from dvinv.pipeline import tasks as pipeline
 from dvinv.pruning import task as driver
-from dvinv.pruning.importance import Importance
-from dvinv.pruning.latency import predicted
-from dvinv.pruning.removal import least_reachable, removal_scores, without_lowest
+from dvinv.pruning.selection import Importance, least_reachable, predicted, removal_scores, without_lowest
 from dvinv.runtime.devices import make_mesh
 from dvinv.synthesis.synthesizer import Synthesizer
-from dvinv.training.sampling import chosen_images
+from dvinv.training.step import chosen_images
 
 
 @pytest.fixture(scope='module')
@@ -79,7 +78,7 @@ def test_importance_is_the_square_of_what_the_loss_loses_a_gate(measured):
 @pytest.mark.parametrize('measure', ['filters', 'flops', 'parameters'])
 def test_a_target_is_reached_and_no_more_removed_than_it_takes(measure):
     channels = find_channels(create('resnet20', 10, 0.5), (32, 32, 3))
-    price, keep = getattr(cost, measure)(channels), np.ones(channels.count, bool)
+    price, keep = getattr(channel_groups, measure)(channels), np.ones(channels.count, bool)
     scores = np.random.default_rng(0).random(channels.count)
     left = without_lowest(channels, keep, scores, price, 0.5 * price.total(keep), PruningSettings(min_channels=2))
     assert price.total(left) <= 0.5 * price.total(keep)
@@ -95,7 +94,7 @@ def test_a_target_is_reached_and_no_more_removed_than_it_takes(measure):
 
 def test_widths_stay_multiples():
     channels = find_channels(create('resnet20', 10), (32, 32, 3))
-    price, keep = cost.flops(channels), np.ones(channels.count, bool)
+    price, keep = channel_groups.flops(channels), np.ones(channels.count, bool)
     scores = np.random.default_rng(0).random(channels.count)
     left = without_lowest(channels, keep, scores, price, 0.6 * price.total(keep), PruningSettings(round_to=8))
     widths = [channels.remaining(groups, left).sum() for groups in channels.layers.values()]
@@ -107,7 +106,7 @@ def test_widths_stay_multiples():
 def test_a_width_that_is_no_multiple_becomes_one_first():
     channels = find_channels(create('resnet20', 10), (32, 32, 3))
     groups = channels.layers['layer1_0/conv1']
-    price, keep, scores = cost.flops(channels), np.ones(channels.count, bool), np.ones(channels.count)
+    price, keep, scores = channel_groups.flops(channels), np.ones(channels.count, bool), np.ones(channels.count)
     keep[groups[:3]], scores[groups] = False, 0
     left = without_lowest(channels, keep, scores, price, price.total(keep) - 1, PruningSettings(round_to=8))
     assert keep.sum() - left.sum() == 5
@@ -116,7 +115,7 @@ def test_a_width_that_is_no_multiple_becomes_one_first():
 
 def test_eta_lets_costly_units_go_first():
     channels = find_channels(TinyNet(), IMAGE_SHAPE)
-    price, keep, even = cost.flops(channels), np.ones(channels.count, bool), np.ones(channels.count)
+    price, keep, even = channel_groups.flops(channels), np.ones(channels.count, bool), np.ones(channels.count)
     scores = removal_scores(PruningSettings(eta=1.0, cost='flops'), even, price, keep)
     assert scores.argmin() == price.savings(keep).argmax()
     np.testing.assert_allclose(removal_scores(PruningSettings(), even, None, keep), 1 / channels.count)

@@ -13,27 +13,24 @@ from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, saved, tiny_teacher, trained, 
 
 import dvinv
 from dvinv.config import QuantizationSettings
+from dvinv.config.errors import DvinvError
 from dvinv.data.pool import ImagePool
-from dvinv.errors import DvinvError
 from dvinv.inversion import from_linen, from_nnx
-from dvinv.networks import create, load_classifier
-from dvinv.networks.classifier import flatten
-from dvinv.networks.quantized import rounding
-from dvinv.networks.quantized.calibration import Calibration, on_images, on_statistics, quantization_parameters
-from dvinv.networks.quantized.folding import bias_corrected, equalise, fold
-from dvinv.networks.quantized.layers import find_layers, with_rules, with_token_ranges
-from dvinv.networks.quantized.network import (
-    Bits,
-    load_quantized,
-    products_in_bfloat16,
-    quantize,
-    save_quantized,
-    simulated,
+from dvinv.networks import create, load_classifier, quantized
+from dvinv.networks.calibration import (
+    Calibration,
+    bias_corrected,
+    equalise,
+    fold,
+    on_images,
+    on_statistics,
+    quantization_parameters,
 )
+from dvinv.networks.classifier import flatten
+from dvinv.networks.quantized import Bits, load_quantized, products_in_bfloat16, quantize, save_quantized, simulated
+from dvinv.networks.quantized_layers import find_layers, with_rules, with_token_ranges
 from dvinv.pipeline import tasks as pipeline
-from dvinv.quantization.ablation import CalibratedNetwork, Scores, ablation
-from dvinv.quantization.bits import bits_of_layers
-from dvinv.quantization.section import quantization_section
+from dvinv.quantization.task import CalibratedNetwork, Scores, ablation, bits_of_layers, quantization_section
 from dvinv.report.page import render
 
 RNG = np.random.default_rng(0)
@@ -122,32 +119,32 @@ def test_what_is_pre_activated_is_left_alone():
 
 @pytest.mark.parametrize('bits', [2, 3, 4, 5, 6, 7, 8])
 def test_numbers_are_packed_as_densely_as_their_bits(bits):
-    top = rounding.largest(bits)
+    top = quantized.largest(bits)
     whole = RNG.integers(-top, top + 1, size=(3, 5, 7))
-    stream = rounding.packed(whole, bits)
+    stream = quantized.packed(whole, bits)
     assert stream.dtype == np.uint8
     assert len(stream) == -(-whole.size * bits // 8)
-    np.testing.assert_array_equal(jax.jit(lambda s: rounding.unpacked(s, bits, whole.shape))(stream), whole)
+    np.testing.assert_array_equal(jax.jit(lambda s: quantized.unpacked(s, bits, whole.shape))(stream), whole)
 
 
 def test_gradients_pass_the_rounding_as_learned_steps_have_it():
     x, step = np.array([-9.0, -0.3, 1.4, 9.0], np.float32), np.float32(0.5)
-    by_x, by_step = jax.jacobian(lambda x, s: rounding.round_weights(x, s, 7.0) * s, (0, 1))(x, step)
+    by_x, by_step = jax.jacobian(lambda x, s: quantized.round_weights(x, s, 7.0) * s, (0, 1))(x, step)
     np.testing.assert_array_equal(np.diag(by_x), [0, 1, 1, 0])
     np.testing.assert_allclose(by_step, [-7, -1 + 0.6, 3 - 2.8, 7], rtol=1e-5)  # LSQ, equation 3
-    np.testing.assert_allclose(rounding.round_inputs(x, step, 2.0, 15.0), [-1, -0.5, 1.5, 6.5])
+    np.testing.assert_allclose(quantized.round_inputs(x, step, 2.0, 15.0), [-1, -0.5, 1.5, 6.5])
 
 
 def test_steps_of_weights_have_the_least_error():
     kernel = RNG.normal(size=(3, 3, 4, 8)).astype(np.float32)
     kernel[..., 1] *= 100
     kernel[..., 2] = 0
-    step = rounding.weight_steps(kernel, 3, (0, 1, 2))
+    step = quantized.weight_steps(kernel, 3, (0, 1, 2))
     assert step.shape == (1, 1, 1, 8)
     assert (step > 0).all()
 
     def error(step):
-        return ((rounding.round_weights(kernel, step, 3) * step - kernel) ** 2).sum((0, 1, 2))
+        return ((quantized.round_weights(kernel, step, 3) * step - kernel) ** 2).sum((0, 1, 2))
 
     for other in (0.8, 1.3):
         assert (error(step) <= error(other * step)).all()
@@ -261,11 +258,11 @@ class Tokens(nn.Module):
 
 def test_a_token_of_large_values_does_not_make_the_others_coarse():
     x = np.array([[[0.1, 0.2, -0.1], [100.0, 0.0, -50.0], [0.0, 0.0, 0.0]]], np.float32)
-    rounded = np.asarray(rounding.round_tokens(x, 2, 255.0))
+    rounded = np.asarray(quantized.round_tokens(x, 2, 255.0))
     np.testing.assert_allclose(rounded[0, 0], x[0, 0], atol=0.3 / 255)
     np.testing.assert_allclose(rounded[0, 1], x[0, 1], atol=0.5 * 150 / 255)
     assert not rounded[0, 2].any()
-    by_x = jax.grad(lambda x: (rounding.round_tokens(x, 2, 255.0) * x[:, ::-1]).sum())(x)
+    by_x = jax.grad(lambda x: (quantized.round_tokens(x, 2, 255.0) * x[:, ::-1]).sum())(x)
     assert np.isfinite(by_x).all()
 
 
@@ -310,7 +307,7 @@ def test_without_statistics_the_means_for_bias_correction_are_those_of_the_calib
 
 def test_a_float_file_is_no_quantized_one(tmp_path):
     with pytest.raises(DvinvError, match='holds a network in float32'):
-        load_quantized(saved(tmp_path / 'float.safetensors'))
+        load_quantized(Path(saved(tmp_path / 'float.safetensors')))
 
 
 # The task
@@ -339,15 +336,15 @@ def given(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def quantized(given, tmp_path_factory):
+def quantized_run(given, tmp_path_factory):
     """(work directory, figures): 8 bits by calibration, 4 by learning."""
     workdir = tmp_path_factory.mktemp('quantized') / 'run'
     config = smoke_config(**given, quantization__settings=('w8a8', 'w4a4'), quantization__controls=('real',))
     return workdir, pipeline.run(config, workdir)['quantization']
 
 
-def test_the_task_ends_with_files_that_load(quantized, given):
-    workdir, figures = quantized
+def test_the_task_ends_with_files_that_load(quantized_run, given):
+    workdir, figures = quantized_run
     weights = Path(given['teacher__weights'])
     teacher = load_classifier(weights)
     assert {'test_accuracy', 'bytes_ratio', 'test_agreement', 'test_kl', 'pool_minus_real'} <= figures['w8a8'].keys()
@@ -364,16 +361,16 @@ def test_the_task_ends_with_files_that_load(quantized, given):
         dvinv.load(workdir, 'quantization', 'w3a3')
 
 
-def test_neither_controls_nor_scores_change_the_network(quantized, given, tmp_path):
+def test_neither_controls_nor_scores_change_the_network(quantized_run, given, tmp_path):
     fewer = {'data__name': '', 'held_out': 0.0, 'quantization__settings': ('w4a4',), 'quantization__controls': ()}
     figures = pipeline.run(smoke_config(**{**given, **fewer}), tmp_path / 'run')['quantization']
     assert figures['w4a4']['test_accuracy'] is figures['w4a4']['no_images_test_accuracy'] is None
-    plain, scored = (folder / 'networks' / 'quantized_w4a4.safetensors' for folder in (tmp_path / 'run', quantized[0]))
+    plain, scored = (folder / 'networks' / 'quantized_w4a4.safetensors' for folder in (tmp_path / 'run', quantized_run[0]))
     assert plain.read_bytes() == scored.read_bytes()
 
 
-def test_the_report_draws_accuracy_against_bits_and_megabytes(quantized):
-    page = render('t', 's', sections=[quantization_section(quantized[1])])
+def test_the_report_draws_accuracy_against_bits_and_megabytes(quantized_run):
+    page = render('t', 's', sections=[quantization_section(quantized_run[1])])
     for words in ('w4a4, distilled', 'Accuracy against bits', 'against the size of the file', 'not equalised'):
         assert words in page
 

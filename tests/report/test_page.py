@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from tiny import numbered
 
-from dvinv.data.grids import class_grid
+from dvinv.data.export import class_grid
 from dvinv.report.charts import line_chart
 from dvinv.report.page import Picture, Section, Table, Tile, class_picture, number, percent, render
 

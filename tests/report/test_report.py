@@ -11,11 +11,11 @@ from smoke import smoke_config, smoke_run
 from tiny import numbered, saved
 
 from dvinv.config import parse
+from dvinv.config.errors import DvinvError
 from dvinv.data.pool import ImagePool
-from dvinv.errors import DvinvError
 from dvinv.pipeline.run import Run
-from dvinv.pruning.section import pruning_sentence
-from dvinv.quantization.section import quantization_section
+from dvinv.pruning.task import pruning_sentence
+from dvinv.quantization.task import quantization_section
 from dvinv.report import task as report
 from dvinv.report.page import render
 

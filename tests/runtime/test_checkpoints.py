@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 from smoke import flip
 
-from dvinv.errors import DvinvError
+from dvinv.config.errors import DvinvError
 from dvinv.runtime.checkpoints import Checkpoints
 
 

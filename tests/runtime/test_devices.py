@@ -11,9 +11,8 @@ from tiny import IMAGE_SHAPE
 from dvinv import DvinvError, balanced_labels, invert
 from dvinv.config import InversionConfig, Stage, Weights
 from dvinv.inversion import make_inverter
-from dvinv.inversion.parameterization import initial_parameters
 from dvinv.inversion.programs import _over_batches, _over_one_batch
-from dvinv.inversion.step import InversionState, make_step
+from dvinv.inversion.step import InversionState, initial_parameters, make_step
 from dvinv.runtime.devices import AXIS, make_mesh, training_mesh
 
 BATCH, BATCHES = 8, 8

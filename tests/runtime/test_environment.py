@@ -16,9 +16,9 @@ from absl import flags
 import dvinv
 from dvinv import main
 from dvinv.__main__ import cli
-from dvinv.config import default_config, documentation, nested, parse
-from dvinv.errors import DvinvError, say_once
-from dvinv.runtime import banner, devices
+from dvinv.config import default_config, nested, parse, parsing
+from dvinv.config.errors import DvinvError, say_once
+from dvinv.runtime import devices, progress
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.workdir import flat
 
@@ -74,7 +74,7 @@ def test_public_names_are_listed_and_have_types():
 
 def test_every_field_is_listed_with_its_comment():
     """The comments stand in the sources of the dataclasses."""
-    text = documentation.described()
+    text = parsing.described()
     for flag, comment in (
         ('seed=0', 'seed of all random numbers'),
         ('data.train_path=', 'path of the training images (npz, folders)'),
@@ -88,14 +88,14 @@ def test_every_field_is_listed_with_its_comment():
         ('quantization.ranges=', "'minmax', 'percentile' or 'mse'"),
     ):
         assert re.search(rf'--config\.{re.escape(flag)}.*\n    {re.escape(comment)}', text), flag
-    names = {field.path for field in documentation.fields()}
+    names = {field.path for field in parsing.fields()}
     settings = nested(parse(default_config('digits')))
     assert {name.split('[')[0] for name in names} == {name.split('[')[0] for name in flat(settings)}
-    assert [field.path for field in documentation.fields() if not field.comment] == []
+    assert [field.path for field in parsing.fields() if not field.comment] == []
 
 
 def test_the_page_of_settings_is_that_of_the_fields():
-    assert (ROOT / 'docs' / 'settings.md').read_text() == documentation.as_markdown()
+    assert (ROOT / 'docs' / 'settings.md').read_text() == parsing.as_markdown()
 
 
 # The user
@@ -170,10 +170,12 @@ def machine(monkeypatch, tmp_path):
     """`machine(vendor, kind, smi)`: what is on the PCI bus, and the answer of nvidia-smi; None: it is not installed."""
 
     def machine(vendor='', kind='', smi=None):
-        monkeypatch.setattr(banner, 'PCI', tmp_path)
-        monkeypatch.setattr(banner.shutil, 'which', lambda name: smi is not None or None)
-        monkeypatch.setattr(banner.subprocess, 'run', lambda command, **_: subprocess.CompletedProcess(command, 0, smi, ''))
-        monkeypatch.setattr(banner, 'PLUGINS', ('no_such_plugin',))
+        monkeypatch.setattr(progress, 'PCI', tmp_path)
+        monkeypatch.setattr(progress.shutil, 'which', lambda name: smi is not None or None)
+        monkeypatch.setattr(
+            progress.subprocess, 'run', lambda command, **_: subprocess.CompletedProcess(command, 0, smi, '')
+        )
+        monkeypatch.setattr(progress, 'PLUGINS', ('no_such_plugin',))
         if vendor:
             (tmp_path / '0000:00:04.0').mkdir()
             (tmp_path / '0000:00:04.0' / 'vendor').write_text(f'{vendor}\n')
@@ -199,12 +201,12 @@ def test_a_gpu_that_is_not_used_is_told(monkeypatch, machine, there, name):
     try:
         jax.config.update('jax_platforms', '')
         expected = f"A GPU is there but not used ({name}): install JAX for it, as by pip install 'jax[cuda12]'"
-        assert banner.unused_gpu().startswith(expected) if name else banner.unused_gpu() == ''
+        assert progress.unused_gpu().startswith(expected) if name else progress.unused_gpu() == ''
         jax.config.update('jax_platforms', 'cpu')
-        assert banner.unused_gpu() == (f"A GPU is there but not used ({name}): JAX_PLATFORMS is 'cpu'." if name else '')
+        assert progress.unused_gpu() == (f"A GPU is there but not used ({name}): JAX_PLATFORMS is 'cpu'." if name else '')
         jax.config.update('jax_platforms', '')
-        monkeypatch.setattr(banner, 'PLUGINS', ('json',))
-        assert ('although JAX for CUDA is installed' in banner.unused_gpu()) == bool(name)
+        monkeypatch.setattr(progress, 'PLUGINS', ('json',))
+        assert ('although JAX for CUDA is installed' in progress.unused_gpu()) == bool(name)
     finally:
         jax.config.update('jax_platforms', before)
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dvinv.errors import DvinvError
-from dvinv.runtime.metrics import Metrics
+from dvinv.config.errors import DvinvError
+from dvinv.runtime.workdir import Metrics
 
 
 @pytest.fixture

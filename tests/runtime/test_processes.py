@@ -17,13 +17,12 @@ import pytest
 from smoke import lasting, smoke_config, synthesis_config
 
 from dvinv.config import parse
+from dvinv.config.errors import DvinvError
 from dvinv.data.pool import ImagePool
-from dvinv.errors import DvinvError
 from dvinv.pipeline import tasks as pipeline
-from dvinv.runtime import processes
-from dvinv.runtime.metrics import Metrics
-from dvinv.runtime.workdir import Workdir
-from dvinv.synthesis.batch_checkpoints import BatchCheckpoints
+from dvinv.runtime import devices
+from dvinv.runtime.workdir import Metrics, Workdir
+from dvinv.synthesis.pools import BatchCheckpoints
 
 pytestmark = pytest.mark.slow
 
@@ -156,10 +155,10 @@ from smoke import smoke_config
 from dvinv.inversion.invert import BatchCheckpoint
 from dvinv.networks import Classifier, create
 from dvinv.config import TrainingSettings
-from dvinv.training.sampling import Rounds
+from dvinv.training.step import Rounds
 from dvinv.runtime import processes
 from dvinv.runtime.devices import make_mesh
-from dvinv.synthesis.batch_checkpoints import BatchCheckpoints
+from dvinv.synthesis.pools import BatchCheckpoints
 from dvinv.teacher.task import supervised
 from dvinv.training.step import TrainJob, TrainStep
 
@@ -242,7 +241,7 @@ def test_a_process_that_waits_in_vain_for_the_others_ends_with_a_sentence(index)
     ended = subprocess.run(
         [sys.executable, '-c', f'from dvinv.runtime import processes\n{wait}'], capture_output=True, text=True
     )
-    assert ended.returncode == processes.LOST
+    assert ended.returncode == devices.LOST
     assert 'dvinv: Waited 1 s for all processes to start.' in ended.stderr
 
 
@@ -269,10 +268,10 @@ def test_a_launcher_tells_that_there_are_several(monkeypatch, environment, expec
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert processes._several(None, '', 0, -1) == expected
-    assert not processes._several(False, '', 0, -1)
-    assert processes._several(True, '', 0, -1)
-    assert not processes._several(None, 'host:1', 1, 0)
+    assert devices._several(None, '', 0, -1) == expected
+    assert not devices._several(False, '', 0, -1)
+    assert devices._several(True, '', 0, -1)
+    assert not devices._several(None, 'host:1', 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +284,7 @@ def test_a_launcher_tells_that_there_are_several(monkeypatch, environment, expec
     ],
 )
 def test_one_process_a_host_has_all_devices(environment, expected):
-    assert processes._one_a_host(environment) == expected
+    assert devices._one_a_host(environment) == expected
 
 
 @pytest.mark.parametrize(
@@ -300,15 +299,15 @@ def test_one_process_a_host_has_all_devices(environment, expected):
 )
 def test_flags_that_make_no_sense_are_refused(flags, message):
     with pytest.raises(DvinvError, match=message):
-        processes._several(None, *flags)
+        devices._several(None, *flags)
 
 
 def test_processes_that_jax_does_not_find_are_told(monkeypatch):
     def initialize(*_, **__):
         raise ValueError('coordinator_address should be defined.')
 
-    monkeypatch.setattr(processes.jax.distributed, 'initialize', initialize)
-    with pytest.raises(DvinvError, match='nothing tells JAX where they are'), processes.joined(True):
+    monkeypatch.setattr(devices.jax.distributed, 'initialize', initialize)
+    with pytest.raises(DvinvError, match='nothing tells JAX where they are'), devices.joined(True):
         pass
 
 
@@ -319,9 +318,9 @@ def second_of_two(monkeypatch):
     def second_of_two(*said):
         messages = [np.frombuffer(json.dumps(value).encode(), np.uint8) for value in said]
         answers = iter([part for message in messages for part in (np.int32(len(message)), message)])
-        monkeypatch.setattr(processes.jax, 'process_count', lambda: 2)
-        monkeypatch.setattr(processes.jax, 'process_index', lambda: 1)
-        monkeypatch.setattr(processes.multihost_utils, 'broadcast_one_to_all', lambda value: next(answers))
+        monkeypatch.setattr(devices.jax, 'process_count', lambda: 2)
+        monkeypatch.setattr(devices.jax, 'process_index', lambda: 1)
+        monkeypatch.setattr(devices.multihost_utils, 'broadcast_one_to_all', lambda value: next(answers))
 
     return second_of_two
 
@@ -334,7 +333,7 @@ def second_of_two(monkeypatch):
         (
             RuntimeError('Gloo all-reduce failed: Connection closed by peer\nmore'),
             'Another process of the run has ended, and says why (Gloo all-reduce failed: Connection closed by peer).',
-            processes.LOST,
+            devices.LOST,
         ),
     ],
 )
@@ -343,39 +342,39 @@ def test_a_process_that_fails_says_which_one_it_is(second_of_two, monkeypatch, e
         raise SystemExit(said)
 
     second_of_two()
-    monkeypatch.setattr(processes, '_join', lambda *_: None)
-    monkeypatch.setattr(processes, '_end', end)
-    with pytest.raises(SystemExit) as ended, processes.joined(None, 'host:1', 2, 1):
+    monkeypatch.setattr(devices, '_join', lambda *_: None)
+    monkeypatch.setattr(devices, '_end', end)
+    with pytest.raises(SystemExit) as ended, devices.joined(None, 'host:1', 2, 1):
         raise error
     assert ended.value.code == (sentence, status)
 
 
 def test_process_0_decides_for_all(second_of_two):
-    assert processes.decide(lambda: [1, 'a'], 'this') == [1, 'a']
+    assert devices.decide(lambda: [1, 'a'], 'this') == [1, 'a']
     second_of_two({'value': [2, 'b']}, {'error': 'The disk is full.'})
-    assert processes.decide(lambda: [1, 'a'], 'this') == [2, 'b']
+    assert devices.decide(lambda: [1, 'a'], 'this') == [2, 'b']
     with pytest.raises(DvinvError, match='The disk is full'):
-        processes.decide(lambda: None, 'this')
+        devices.decide(lambda: None, 'this')
 
 
 def test_another_config_or_version_on_another_process_is_refused_by_name(second_of_two, monkeypatch):
     second_of_two({'value': {'seed': 0, 'jax': '0.1', 'same': 1}})
-    monkeypatch.setattr(processes.multihost_utils, 'process_allgather', lambda differs: np.array([False, differs]))
+    monkeypatch.setattr(devices.multihost_utils, 'process_allgather', lambda differs: np.array([False, differs]))
     with pytest.raises(
         DvinvError, match=r"differ: jax \('0\.1' in process 0, '0\.2' here\), seed \(0 in process 0, 1 here\)\."
     ):
-        processes.refuse_differing({'seed': 1, 'jax': '0.2', 'same': 1}, 'configs and versions')
+        devices.refuse_differing({'seed': 1, 'jax': '0.2', 'same': 1}, 'configs and versions')
     second_of_two({'value': {'seed': 0}}, {'value': {'seed': 0}})
-    processes.refuse_differing({'seed': 0}, 'configs')
-    monkeypatch.setattr(processes.multihost_utils, 'process_allgather', lambda differs: np.array([False, differs, True]))
+    devices.refuse_differing({'seed': 0}, 'configs')
+    monkeypatch.setattr(devices.multihost_utils, 'process_allgather', lambda differs: np.array([False, differs, True]))
     with pytest.raises(DvinvError, match='The configs of the processes differ: another process says how'):
-        processes.refuse_differing({'seed': 0}, 'configs')
+        devices.refuse_differing({'seed': 0}, 'configs')
 
 
 def test_a_wait_that_takes_too_long_ends_the_process(capfd):
     code = "with processes._time_limit('the clock', 0.1):\n import time; time.sleep(60)"
     ended = subprocess.run([sys.executable, '-c', f'from dvinv.runtime import processes\n{code}'], capture_output=True)
-    assert ended.returncode == processes.LOST
+    assert ended.returncode == devices.LOST
     assert b'Waited 0 s for the clock.' in ended.stderr
 
 

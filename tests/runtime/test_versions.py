@@ -2,7 +2,7 @@
 
 import pytest
 
-from dvinv.runtime import versions
+from dvinv.runtime import workdir
 
 
 @pytest.mark.parametrize(
@@ -17,9 +17,9 @@ from dvinv.runtime import versions
 )
 def test_the_command_can_be_given_again(monkeypatch, argv, told):
     monkeypatch.setattr('sys.argv', argv)
-    assert versions.command() == told
+    assert workdir.command() == told
 
 
 def test_the_packages_are_named():
-    assert 'dvinv 0' in versions.packages()
-    assert 'Python 3.' in versions.packages()
+    assert 'dvinv 0' in workdir.packages()
+    assert 'Python 3.' in workdir.packages()

@@ -9,8 +9,8 @@ import pytest
 from smoke import lasting, smoke_config
 
 from dvinv.config import parse
+from dvinv.config.errors import DvinvError
 from dvinv.data.pool import ImagePool
-from dvinv.errors import DvinvError
 from dvinv.pipeline import tasks as pipeline
 from dvinv.runtime.workdir import Workdir
 from dvinv.synthesis.synthesizer import Synthesizer

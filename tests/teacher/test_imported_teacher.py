@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from smoke import smoke_config, smoke_run
 
-from dvinv.errors import DvinvError
+from dvinv.config.errors import DvinvError
 from dvinv.networks import create
 from dvinv.networks.classifier import flatten
 from dvinv.networks.naming import find_keys
 from dvinv.pipeline import tasks as pipeline
-from dvinv.teacher import verifiers
+from dvinv.teacher import networks
 
 sys.path.append(str(Path(__file__).parents[1] / 'golden'))
 from drawn import draw_state
@@ -104,7 +104,7 @@ def test_other_verifiers_may_be_normalised_in_their_own_ways(fields, tmp_path):
         for name, own in (('vgg11_bn', {}), ('wrn16_1', pixels))
     ]
     run = smoke_run(**fields, verifiers=tuple(others))
-    found = verifiers.load_more(run.settings.verifiers, run.teacher)
+    found = networks.load_more(run.settings.verifiers, run.teacher)
     assert {name: (one.mean, one.std) for name, one in found.items()} == {
         'vgg11_bn': (MEAN, STD),
         'wrn16_1': (pixels['mean'], tuple(pixels['std'])),

@@ -15,23 +15,21 @@ from tiny import IMAGE_SHAPE, TinyNet, tiny_teacher, trained
 
 from dvinv import DvinvError, from_linen, from_nnx, load
 from dvinv.config import TrainingSettings
-from dvinv.continual.jobs import head_path, network_of
-from dvinv.distillation.hints import choose_hints, staged_forward
-from dvinv.distillation.student import distillation_loss, hints_of, student_of
+from dvinv.continual.task import head_path, network_of
+from dvinv.distillation.student import choose_hints, distillation_loss, hints_of, staged_forward, student_of
 from dvinv.distillation.student import validate as validate_student
-from dvinv.inversion.linen_tap import features_in_training
-from dvinv.inversion.modules import trainable, validate_trainable, with_classes
+from dvinv.inversion.linen_modules import features_in_training, trainable, validate_trainable, with_classes
 from dvinv.networks import module_of, save_network, shapes_of
-from dvinv.networks.channels import PrunedModule, find_channels
+from dvinv.networks.channel_groups import find_channels
 from dvinv.networks.classifier import flatten
+from dvinv.networks.pruned import PrunedModule
 from dvinv.pipeline import tasks as pipeline
 from dvinv.pruning import task as pruning
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.workdir import Workdir
-from dvinv.teacher import factories
+from dvinv.teacher import networks
 from dvinv.teacher import task as teacher
-from dvinv.training.sampling import Rounds
-from dvinv.training.step import TrainJob
+from dvinv.training.step import Rounds, TrainJob
 from dvinv.training.trainer import Records, Training
 
 KEY = jax.random.key(0)
@@ -101,7 +99,7 @@ class Pair(TinyNet):
 
 def own(source=Nnx, classes=3):
     """The network of a class as `student.factory` would give it."""
-    return factories.network_of(source, classes, 'it')
+    return networks.network_of(source, classes, 'it')
 
 
 @pytest.fixture(scope='module')
@@ -178,7 +176,7 @@ def test_what_cannot_be_trained_is_refused(source, classes, words):
 )
 def test_functions_that_give_no_network_are_refused(name, words):
     with pytest.raises(DvinvError) as caught:
-        factories.of_student(name, 10)
+        networks.of_student(name, 10)
     assert words in str(caught.value)
 
 

@@ -9,17 +9,17 @@ import pytest
 from smoke import smoke_config, smoke_run
 from tiny import IMAGE_SHAPE, saved, tiny_teacher
 
+from dvinv import evaluation
 from dvinv.config import DataSettings, parse
+from dvinv.config.errors import DvinvError
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
-from dvinv.errors import DvinvError
-from dvinv.evaluation import quality
-from dvinv.evaluation.scoring import accuracy, logits_of
+from dvinv.evaluation import accuracy, logits_of
 from dvinv.networks import load_classifier
 from dvinv.pipeline import tasks as pipeline
-from dvinv.report.quality import quality_table
+from dvinv.report.page import quality_table
 from dvinv.teacher import task as teacher
-from dvinv.teacher.verifiers import load_more, print_pixels, refuse_chance, validate_judge
+from dvinv.teacher.networks import load_more, print_pixels, refuse_chance, validate_judge
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_each_verifier_tells_the_share_that_it_recognises(classes):
 
     pool = mock.Mock(ImagePool)
     pool.rows = {'images': images, 'labels': labels}.__getitem__
-    of = quality.figures_of_sets(first, {'other': other}, {'synthesized': pool}, None)['synthesized']
+    of = evaluation.figures_of_sets(first, {'other': other}, {'synthesized': pool}, None)['synthesized']
     shares = pytest.approx(2 / 3), accuracy(other, images, labels)
     assert shares[0] != shares[1]
     assert (of['recognised'], of['verifiers']['other']['recognised']) == shares

@@ -14,13 +14,11 @@ from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, pixels_only
 import dvinv.training
 from dvinv import DvinvError
 from dvinv.config import TrainingSettings
-from dvinv.data.batches import HostBatches, ResidentBatches, fits_on_devices
-from dvinv.data.rows import Joined
+from dvinv.data.dataset import HostBatches, Joined, ResidentBatches, fits_on_devices
 from dvinv.runtime import preemption
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.workdir import Workdir
-from dvinv.training.sampling import Rounds, chosen_images
-from dvinv.training.step import TrainJob, TrainStep
+from dvinv.training.step import Rounds, TrainJob, TrainStep, chosen_images
 from dvinv.training.trainer import Records, Training
 
 CLASSIFIER = pixels_only(IMAGE_SHAPE, 3, MEAN, STD)

@@ -1,1 +1,0 @@
-"""Evaluation of networks and of synthesized images."""
