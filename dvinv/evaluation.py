@@ -35,6 +35,11 @@ from dvinv.networks.classifier import AnyArray, Classifier, Features, Images, Lo
 from dvinv.networks.suited import suited_to
 from dvinv.runtime import preemption
 
+MOST_TEST_IMAGES = 5_000  # maximum number of test images, evenly spaced
+FIGURES = ('held_out_agreement', 'held_out_kl', 'held_out_class_agreement')
+MOST_POOL_IMAGES = 5_000  # maximum number of images, evenly spaced over a pool
+KERNEL_MOST = 2_000
+
 
 def divergence(target_logits: Float[AnyArray, 'B O'], logits: Logits, temperature: float = 1.0) -> Scalar:
     """Computes the mean over images of KL(p_target || p), with softmaxes at `temperature`.
@@ -178,9 +183,6 @@ def flops(network: Classifier) -> int:
     return count_flops(jax.make_jaxpr(network.apply_fn)(network.variables, x))
 
 
-MOST_TEST_IMAGES = 5_000  # maximum number of test images, evenly spaced
-
-
 def compare(teacher: Classifier, networks: dict[str, Classifier], test: Split) -> dict:
     """Computes accuracies by class, and confusion counts between the teacher and each network.
 
@@ -216,9 +218,6 @@ def _pairs(first: np.ndarray, second: np.ndarray) -> list[list[int]]:
     pairs, counts = np.unique(np.stack([first, second], 1), axis=0, return_counts=True)
     order = np.argsort(-counts, kind='stable')
     return [[*pairs[i].tolist(), int(counts[i])] for i in order]
-
-
-FIGURES = ('held_out_agreement', 'held_out_kl', 'held_out_class_agreement')
 
 
 def training_rows(settings: Settings, array: RowArray) -> RowArray:
@@ -281,10 +280,6 @@ class HeldOut:
         class_agreement = [float(part.mean()) if len(part) else None for part in by_class]
         kl = float(divergence(self._teacher_logits, logits))
         return dict(zip(FIGURES, (float(agrees.mean()), kl, class_agreement), strict=True))
-
-
-MOST_POOL_IMAGES = 5_000  # maximum number of images, evenly spaced over a pool
-KERNEL_MOST = 2_000
 
 
 @dataclasses.dataclass(frozen=True)

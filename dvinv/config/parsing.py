@@ -27,6 +27,7 @@ RENAMED = {
 }
 
 EXAMPLES: dict[Any, Any] = {int: 100, float: 0.1, str: 'resnet20'}  # a value of each type, for error messages
+FIELD = re.compile(r'    (\w+): \w')
 
 
 def default_config(preset: str = '') -> ml_collections.ConfigDict:
@@ -184,9 +185,6 @@ def shrink(config: ml_collections.ConfigDict, width: float = 0.25) -> None:
     if config.distillation.counts:
         config.distillation.counts = (20, 40)
     config.logging.update(every=5, checkpoint_every=10, iterations=2)
-
-
-FIELD = re.compile(r'    (\w+): \w')
 
 
 class Field(NamedTuple):

@@ -26,6 +26,7 @@ from dvinv.runtime.devices import is_primary, meet
 from dvinv.teacher.task import record_balanced
 
 OldLogits = Float[AnyArray, 'B O']
+IMAGES = 100  # the number of images that moments are recorded from, unless the teacher's settings name another
 
 
 def deepinversion_terms(logits: Logits, old_logits: OldLogits, labels: Labels, temperature: float) -> dict[str, Scalar]:
@@ -100,9 +101,6 @@ def cross_entropy(logits: Logits, labels: Labels) -> Scalar:
 def total(terms: dict[str, Scalar], weights: dict[str, float]) -> Scalar:
     """Computes the weighted sum of the terms; the default weight is 1."""
     return jnp.asarray(sum(weights.get(name, 1.0) * term for name, term in terms.items()))
-
-
-IMAGES = 100  # the number of images that moments are recorded from, unless the teacher's settings name another
 
 
 def names_of_moments(run: Run, teacher: Teacher, number: int) -> dict[str, str]:

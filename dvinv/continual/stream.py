@@ -20,6 +20,8 @@ from dvinv.inversion import Teacher
 from dvinv.networks import Classifier
 from dvinv.pipeline.run import Run
 
+MAIN = 'continual'
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -138,9 +140,6 @@ def _among_all(split: Split, step: Step) -> Split:
             f'{step.field} has the label {highest}, but its test images are of {step.classes} classes, counted from 0.'
         )
     return Split(images, (labels + step.first).astype(np.int32))
-
-
-MAIN = 'continual'
 
 
 def chains_of(settings: ContinualSettings) -> dict[str, str]:

@@ -28,6 +28,7 @@ from dvinv.runtime.devices import AXIS, place, platform_of
 
 # The local header of a zip archive: 26 bytes not needed here, the length of the name, and the length of the extra field.
 LOCAL_HEADER = struct.Struct('<26xHH')
+RESIDENT_SHARE = 0.25  # fraction of a device's free memory that images may take, so that most remains for the training
 
 
 @runtime_checkable  # for the tests, which check the types of arguments
@@ -228,9 +229,6 @@ class RealData:
     def image_shape(self) -> tuple[int, int, int]:
         """The shape (H, W, C) of an image."""
         return self.test.images.shape[1:]
-
-
-RESIDENT_SHARE = 0.25  # fraction of a device's free memory that images may take, so that most remains for the training
 
 
 def fits_on_devices(mesh: Mesh, size: int) -> bool:

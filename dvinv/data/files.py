@@ -37,6 +37,21 @@ from dvinv.config.errors import DvinvError, listed, say_once, shape_text
 from dvinv.data.dataset import RealData, Split
 
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP')
+SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
+LAYOUTS = ({'images', 'labels'}, {'jpeg', 'offsets', 'labels'})
+ALIASES = {'x': 'images', 'y': 'labels'}
+# {array: (its dtypes, its possible numbers of dimensions, a description of both)}
+ARRAYS = {
+    'images': ((np.number, np.bool_), (3, 4), 'numbers [N, H, W], [N, H, W, C] or [N, C, H, W]'),
+    'labels': ((np.number, np.bool_), (1, 2), 'whole numbers [N], or one-hot [N, K]'),
+    'jpeg': ((np.uint8,), (1,), 'uint8 [bytes]'),
+    'offsets': ((np.integer,), (1,), 'integers [N + 1]'),
+    'header': ((np.uint8,), (1,), 'uint8 [bytes]'),
+    'class_names': ((np.str_,), (1,), 'strings [K]'),
+}
+EDGE = 1e-3  # fraction of the range by which float pixels may exceed it
+DARK = 32  # a warning is printed if no pixel of uint8 images is as bright as this
+FEW_CHANNELS = 4  # an axis of at most this length is taken for channels if it precedes a larger height and width
 
 
 def decode(files: Mapping[str, bytes | Path], image_size: int = 0, mode: str = '') -> UInt8[np.ndarray, 'N H W C']:
@@ -108,9 +123,6 @@ def _opened(name: str, file: bytes | Path) -> Iterator[Image.Image]:
             f'{name} cannot be decoded ({type(error).__name__}): it is damaged, or no {", ".join(FORMATS)} file; replace or '
             'remove it.'
         ) from error
-
-
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
 
 
 def read_folders(source: DataSettings) -> RealData:
@@ -190,22 +202,6 @@ def _files_of_classes(path: str) -> dict[str, list[Path]]:
 def _split(files: dict[str, list[Path]], labels: dict[str, int], image_size: int) -> Split:
     images = decode({str(path): path for paths in files.values() for path in paths}, image_size, 'RGB')
     return Split(images, np.array([labels[name] for name, paths in files.items() for _ in paths], np.int32))
-
-
-LAYOUTS = ({'images', 'labels'}, {'jpeg', 'offsets', 'labels'})
-ALIASES = {'x': 'images', 'y': 'labels'}
-# {array: (its dtypes, its possible numbers of dimensions, a description of both)}
-ARRAYS = {
-    'images': ((np.number, np.bool_), (3, 4), 'numbers [N, H, W], [N, H, W, C] or [N, C, H, W]'),
-    'labels': ((np.number, np.bool_), (1, 2), 'whole numbers [N], or one-hot [N, K]'),
-    'jpeg': ((np.uint8,), (1,), 'uint8 [bytes]'),
-    'offsets': ((np.integer,), (1,), 'integers [N + 1]'),
-    'header': ((np.uint8,), (1,), 'uint8 [bytes]'),
-    'class_names': ((np.str_,), (1,), 'strings [K]'),
-}
-EDGE = 1e-3  # fraction of the range by which float pixels may exceed it
-DARK = 32  # a warning is printed if no pixel of uint8 images is as bright as this
-FEW_CHANNELS = 4  # an axis of at most this length is taken for channels if it precedes a larger height and width
 
 
 def read_npz(source: DataSettings) -> RealData:

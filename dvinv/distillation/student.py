@@ -36,6 +36,9 @@ from dvinv.teacher.task import validate_takes
 from dvinv.training.step import Rounds, TrainJob
 from dvinv.training.trainer import TrainTarget, seed_of
 
+ROLE = 3  # see `training.trainer.TrainTarget`; the same for all students
+PROJECTIONS = 2  # folded into the key of a student for its projections; a training folds in 0 and 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Hints:
@@ -165,10 +168,6 @@ def staged_forward(module, teacher: Teacher, pairs: tuple[StagePair, ...], share
         return logits, {'teacher_logits': teacher_logits, 'stage_errors': jnp.stack(errors)}, batch_stats
 
     return forward
-
-
-ROLE = 3  # see `training.trainer.TrainTarget`; the same for all students
-PROJECTIONS = 2  # folded into the key of a student for its projections; a training folds in 0 and 1
 
 
 def validate(run: Run) -> None:

@@ -21,6 +21,15 @@ from dvinv.synthesis.synthesizer import control_pool
 from dvinv.training.step import Rounds, rounds_of
 from dvinv.training.trainer import PlannedTraining, TrainTarget, snapshot_name, train_network
 
+STUDENTS = MappingProxyType(
+    {
+        'student': 'Synthesized images',
+        'real': 'Real training images (upper control)',
+        'prior_only': 'Images without the feature term',
+        'noise': 'Noise images',
+    }
+)
+
 
 def validate(run: Run) -> None:
     """Validates the student, and that its controls have images, before anything is written.
@@ -138,16 +147,6 @@ def planned_trainings(run: Run) -> list[PlannedTraining]:
 def complete(run: Run) -> bool:
     """Returns whether student and images of controls still exist; users delete damaged files to recompute them."""
     return controls_are_complete(run, run.settings.distillation.controls) and run.workdir.has_network('student')
-
-
-STUDENTS = MappingProxyType(
-    {
-        'student': 'Synthesized images',
-        'real': 'Real training images (upper control)',
-        'prior_only': 'Images without the feature term',
-        'noise': 'Noise images',
-    }
-)
 
 
 def distillation_section(settings: DistillationSettings, results: dict, metrics: Metrics, names: Sequence[str]) -> Section:

@@ -42,6 +42,9 @@ ACTIVATIONS: dict[str, Callable] = {'relu': jax.nn.relu, 'relu6': jax.nn.relu6}
 Place = tuple[int, ...]  # an equation's index in the program, then its index in the function that is called there, etc.
 Inlined = Callable[[JaxprEqn], ClosedJaxpr | None]  # returns the function to inline; None to keep an equation whole
 Apply = Callable[[JaxprEqn, int, list], Sequence]  # (equation, its index, its inputs) -> its results
+# A function of an operation's parameters, extended by 'avals', the shapes and dtypes of its inputs. It returns a function of
+# the inputs that replaces the operation, or None to keep the operation.
+Rule = Callable[[dict], Callable | None]
 
 
 def array_type(variable: Var | Literal) -> jax.core.ShapedArray:
@@ -305,11 +308,6 @@ def _flops(operation: Operation) -> int:
         (result,) = operation.result_shapes
         return 2 * math.prod(result) * math.prod(operation.shapes[0][axis] for axis in contracted)
     return operation.params.get('length', 1) * sum(map(count_flops, programs_inside(operation.equation)))
-
-
-# A function of an operation's parameters, extended by 'avals', the shapes and dtypes of its inputs. It returns a function of
-# the inputs that replaces the operation, or None to keep the operation.
-Rule = Callable[[dict], Callable | None]
 
 
 def rewritten(fn: Callable, rules: Mapping[str, Rule]) -> Callable:

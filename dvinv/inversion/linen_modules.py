@@ -27,6 +27,12 @@ from dvinv.inversion.tap import Tap
 from dvinv.networks.classifier import Images, Logits, flatten, join_names, shapes_of
 
 CAPTURED = jax.make_user_context()  # what is captured; nn.jit must not reuse a trace that captured something else
+# Names of arguments and fields that switch between train and eval mode, and their values in eval mode.
+EVAL_MODE = {
+    **dict.fromkeys(('train', 'training', 'is_train', 'is_training', 'train_mode'), False),
+    **dict.fromkeys(('deterministic', 'use_running_average', 'inference', 'is_inference', 'eval_mode', 'is_eval'), True),
+}
+TRAINED = ('params', STATISTICS)  # the collections that are trained, checkpointed and saved
 
 
 class LinenTap(Tap):
@@ -153,14 +159,6 @@ def _sowing_head(path: str) -> Iterator[None]:
 def _flat(sown, collection: str) -> dict[tuple[str, ...], Any]:
     """Returns {path without the collection: variable, or the sown values of all calls} of one collection."""
     return flax.traverse_util.flatten_dict(flax.core.unfreeze(sown).get(collection, {}))
-
-
-# Names of arguments and fields that switch between train and eval mode, and their values in eval mode.
-EVAL_MODE = {
-    **dict.fromkeys(('train', 'training', 'is_train', 'is_training', 'train_mode'), False),
-    **dict.fromkeys(('deterministic', 'use_running_average', 'inference', 'is_inference', 'eval_mode', 'is_eval'), True),
-}
-TRAINED = ('params', STATISTICS)  # the collections that are trained, checkpointed and saved
 
 
 def eval_arguments(network) -> dict[str, bool]:

@@ -17,6 +17,8 @@ from dvinv.networks.classifier import AnyArray, Images, Labels, Logits, PerImage
 EPSILON = 1e-12
 LARGE = 8.0  # a first layer with a larger running deviation, over all channels, has pixels from 0 to 255 as its input
 LOG_ZERO = -1e30  # a finite substitute for log 0
+POINTS = 32  # the number of points at which the density is evaluated
+MARGIN = 3.0  # the first and last point are so many bandwidths beyond the lowest and highest similarity
 
 
 def psum(tree, axis: str | None):
@@ -148,10 +150,6 @@ def competition(teacher_logits: Logits, student_logits: Logits, axis: str | None
 
 TOTAL_VARIATION = {'l2': total_variation_l2, 'l1': total_variation_l1}
 L2 = {'image': l2_per_image, 'batch': l2_per_batch}
-
-
-POINTS = 32  # the number of points at which the density is evaluated
-MARGIN = 3.0  # the first and last point are so many bandwidths beyond the lowest and highest similarity
 
 
 def pixel_moments(x: Images, axis: str | None = None) -> Scalar:

@@ -29,6 +29,7 @@ from dvinv.networks.suited import suited_to
 from dvinv.runtime.devices import AXIS, fetch, place, platform_of
 
 Network = TypeVar('Network', bound=Classifier)
+PROGRAMS_KEPT = 16  # cached programs; each holds networks and compiled code, but no weights
 
 
 def executed(teacher: Teacher, student_fn: Callable | None, config: InversionConfig, platform: str):
@@ -71,9 +72,6 @@ def in_bfloat16(fn: Callable) -> Callable:
         return fn({**variables, 'params': params}, x.astype(jnp.bfloat16))
 
     return run
-
-
-PROGRAMS_KEPT = 16  # cached programs; each holds networks and compiled code, but no weights
 
 
 def programs_of(teacher: Teacher, config: InversionConfig, mesh: Mesh, student_fn: Callable | None = None) -> 'Programs':

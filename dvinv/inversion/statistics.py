@@ -32,6 +32,7 @@ VariablePath = tuple[str, ...]  # of a variable: (collection, names of modules, 
 # Words by which the names of a running mean and a running variance differ, and a pattern that matches either name.
 NAMES = ('mean', 'var'), ('mean', 'variance'), ('Mean', 'Var'), ('Mean', 'Variance')
 STATISTIC = re.compile(r'(?:^|[\W\d_])(?:mean|var|variance)(?:$|[\W\d_])|Mean|Var(?:iance)?$')
+KIND = 'recorded moments'  # stored in the field of the file in which other files name their network
 
 
 def find_statistics(variables: Mapping) -> dict[str, tuple[VariablePath, VariablePath]]:
@@ -94,9 +95,6 @@ def running_statistics(variables: Mapping) -> dict[str, tuple[Any, Any]]:
     """Returns {layer: (running mean, running variance)}, each [..., C], arrays or shapes; see `find_statistics`."""
     flat = non_intermediates(variables)
     return {layer: (flat[mean], flat[variance]) for layer, (mean, variance) in find_statistics(variables).items()}
-
-
-KIND = 'recorded moments'  # stored in the field of the file in which other files name their network
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ IMAGES = 4
 # The most by which an image's logits may change with the other images of the batch: the larger of these shares.
 TOLERANCE = 0.005  # of the range of the logits over the images; moments of the batch cause far larger changes
 ROUNDING = 2**-8  # of the size of the logits: the rounding of bfloat16
+FAR = 20  # the largest distance of normalised images from grey, in multiples of the distance between black and white
 
 
 def check_answers(classifier: Classifier, name: str) -> None:
@@ -167,9 +168,6 @@ def _are_shares(answers: np.ndarray, total: float) -> bool:
     if not answers.min() >= 0:
         return False
     return bool(np.allclose(answers.sum(1), total, rtol=0.01, atol=0) if total else answers.max() <= 1)
-
-
-FAR = 20  # the largest distance of normalised images from grey, in multiples of the distance between black and white
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

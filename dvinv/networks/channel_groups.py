@@ -15,6 +15,8 @@ from dvinv.networks.channel_rules import Coupling, Pin, Product, follow
 from dvinv.networks.classifier import flatten, name_of, shapes_of, unflatten
 
 FIXED = -1  # stands for the group of a place that cannot be removed
+KeepMask = Bool[np.ndarray, ' groups']  # whether each channel group is kept
+PerGroup = Float[np.ndarray, ' groups']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,10 +221,6 @@ def _in_groups(product: Product, groups_of: Callable[[np.ndarray], np.ndarray | 
 def _because(pins: list[tuple[np.ndarray, Pin]]) -> str:
     reasons = listed([*dict.fromkeys(f'{reason.operation} in {reason.module}' for _, reason in pins)], 3)
     return f': they meet operations that cannot be followed, or that take all channels at once ({reasons})' if pins else ''
-
-
-KeepMask = Bool[np.ndarray, ' groups']  # whether each channel group is kept
-PerGroup = Float[np.ndarray, ' groups']
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,9 @@ V1_STRIDES = (2, 1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)  # of the stem, then of 
 V2_BLOCKS, V2_STRIDES = (1, 2, 3, 4, 3, 3, 1), (1, 2, 2, 2, 1, 2, 1)  # per stage: blocks, stride of the first block
 EXPANSION = 6  # ratio of the channels inside a block of V2 to those before it; the very first block has no expansion
 LAST = 1280  # minimum number of channels before the head of V2
+POOLED = (0, 2, 4)  # the fire modules with a max-pooling before them
+SMALLEST = 31  # height and width that the stem and three poolings reduce to one pixel
+FIRES = (3, 4, 6, 7, 9, 10, 11, 12)  # indices of the fire modules in torchvision's list of layers
 
 
 class MobileNetV1(nn.Module):
@@ -154,11 +157,6 @@ class MobileNetV2(nn.Module):
                 index += 1
         x = layer(x, index, max(LAST, self.last), 1, 1).mean((1, 2))
         return nn.Dense(self.num_classes, name='classifier_1')(nn.Dropout(0.2, deterministic=not train)(x))
-
-
-POOLED = (0, 2, 4)  # the fire modules with a max-pooling before them
-SMALLEST = 31  # height and width that the stem and three poolings reduce to one pixel
-FIRES = (3, 4, 6, 7, 9, 10, 11, 12)  # indices of the fire modules in torchvision's list of layers
 
 
 def torchvision_names() -> dict[str, str]:

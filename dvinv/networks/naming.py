@@ -34,6 +34,7 @@ GLUON_KEY = re.compile(r'([a-z]+\d+_)\w+_(weight|bias|gamma|beta|running_mean|ru
 # Modules that PyTorch wraps around another: for several devices, for compilation, for recomputation.
 WRAPPERS = {'module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module'}
 AVERAGED = re.compile(r'(^|[._])(ema|averaged?|shadow|swa)([._]|$)')  # matches the name of a copy with averaged weights
+NUMBERED = re.compile(r'(.*?)(\d+)')
 
 
 def find_keys(
@@ -194,9 +195,6 @@ def _gluon_prefix(keys: Collection[str]) -> str:
         return ''
     prefixes = Counter(match[1] for match in map(GLUON_KEY.fullmatch, keys) if match)
     return max(prefixes, key=lambda prefix: prefixes[prefix], default='')
-
-
-NUMBERED = re.compile(r'(.*?)(\d+)')
 
 
 def inherited(teacher: Mapping, student: Mapping) -> dict:

@@ -31,6 +31,7 @@ from dvinv.networks.quantized_layers import Layer, find_layers, with_rules, with
 
 # Fractions of the largest magnitude that are tried in the search for the step of least squared error.
 SHARES = np.linspace(0.3, 1.0, 36)
+INPUT_PARAMETERS = ('step', 'zero_point', 'top')  # of the inputs of a layer, in the order in which a file has them
 
 
 def largest(bits: int) -> int:
@@ -108,9 +109,6 @@ def unpacked(stream: UInt8[AnyArray, 'bytes'], bits: int, shape) -> Float[AnyArr
     digits = digits.reshape(-1)[: count * bits].reshape(count, bits)
     powers = 2.0 ** np.arange(bits - 1, -1, -1, dtype=np.float32)
     return (digits.astype(jnp.float32) * powers).sum(1).reshape(shape) - 2.0 ** (bits - 1)
-
-
-INPUT_PARAMETERS = ('step', 'zero_point', 'top')  # of the inputs of a layer, in the order in which a file has them
 
 
 def products_in_bfloat16(apply_fn: Callable) -> Callable:

@@ -47,6 +47,13 @@ OTHERS = (
     (rb'.{257}ustar', 'a tar archive', 'unpack it (one of PyTorch older than 0.1.10: load it there and save it again)'),
     (rb'\x08[\x01-\x1f][\x12\x1a\x3a\x42]', 'an ONNX graph', f'with the network from which it was exported, {STATE_DICT}'),
 )
+# The names of a network's state dict in checkpoints, in the order of preference if a checkpoint has several.
+STATE_DICTS = ('state_dict', 'model_state_dict', 'model', 'net', 'network', 'module', 'params', 'weights')
+ENDINGS = {
+    '.npz': 'npz',
+    '.safetensors': 'safetensors',
+    **dict.fromkeys(('.pth', '.pt', '.th', '.bin', '.ckpt', '.tar'), 'torch'),
+}
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -190,10 +197,6 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         }
 
 
-# The names of a network's state dict in checkpoints, in the order of preference if a checkpoint has several.
-STATE_DICTS = ('state_dict', 'model_state_dict', 'model', 'net', 'network', 'module', 'params', 'weights')
-
-
 def _state_dict_of(path: Path, content, is_tensor: Callable) -> dict:
     """Returns the mapping in a checkpoint that has a network's tensors.
 
@@ -241,11 +244,6 @@ def _innermost(content: Mapping) -> Mapping:
 
 
 READERS = {'npz': _read_npz, 'safetensors': _read_safetensors, 'torch': _read_torch}
-ENDINGS = {
-    '.npz': 'npz',
-    '.safetensors': 'safetensors',
-    **dict.fromkeys(('.pth', '.pt', '.th', '.bin', '.ckpt', '.tar'), 'torch'),
-}
 
 
 class MisfitError(DvinvError):

@@ -44,6 +44,20 @@ MODULES = {
     'quantization': quantization,
     'report': report,
 }
+HEADLINES = {  # patterns of the figures in results.json that are printed, in the order of the tasks
+    'teacher': ('test_accuracy', 'verifier_test_accuracy'),
+    'synthesis': ('images', 'verifier_accuracy', 'feature_loss_last', 'feature_loss_real'),
+    'distillation': (
+        'test_accuracy',
+        '*_agreement',
+        'real_test_accuracy',
+        'prior_only_test_accuracy',
+        'noise_test_accuracy',
+    ),
+    'pruning': ('test_accuracy', '*_agreement', 'unpruned_test_accuracy', 'flops_ratio', 'parameters_ratio'),
+    'continual': ('test_accuracy', 'finetune_test_accuracy', 'replay_test_accuracy', 'joint_test_accuracy'),
+    'quantization': ('float_test_accuracy', 'w*a*.test_accuracy', 'w*a*_agreement'),
+}
 
 
 def run(config: ml_collections.ConfigDict | Settings, workdir) -> dict:
@@ -128,22 +142,6 @@ def _is_finished(task: str, run: Run) -> bool:
     if not (complete := MODULES[task].complete(run)):
         say(f'{task} has results, but not all of its files are there: it runs again.')
     return complete
-
-
-HEADLINES = {  # patterns of the figures in results.json that are printed, in the order of the tasks
-    'teacher': ('test_accuracy', 'verifier_test_accuracy'),
-    'synthesis': ('images', 'verifier_accuracy', 'feature_loss_last', 'feature_loss_real'),
-    'distillation': (
-        'test_accuracy',
-        '*_agreement',
-        'real_test_accuracy',
-        'prior_only_test_accuracy',
-        'noise_test_accuracy',
-    ),
-    'pruning': ('test_accuracy', '*_agreement', 'unpruned_test_accuracy', 'flops_ratio', 'parameters_ratio'),
-    'continual': ('test_accuracy', 'finetune_test_accuracy', 'replay_test_accuracy', 'joint_test_accuracy'),
-    'quantization': ('float_test_accuracy', 'w*a*.test_accuracy', 'w*a*_agreement'),
-}
 
 
 def run_seeds(config: ml_collections.ConfigDict | Settings, workdir, count: int) -> dict:

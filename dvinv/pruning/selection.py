@@ -38,6 +38,9 @@ from dvinv.networks.channel_rules import Product, is_depthwise
 from dvinv.networks.classifier import Pixels, flatten
 from dvinv.networks.suited import suited_to
 
+SHARES = (0.25, 0.5, 0.75, 1.0)  # the grid, as shares of the channels along an axis
+EXACT = {'filters': channel_groups.filters, 'flops': channel_groups.flops, 'parameters': channel_groups.parameters}
+
 
 class Importance:
     """Importance of the groups of one network, by any method.
@@ -134,9 +137,6 @@ def _gates(channels: ChannelGroups) -> dict[str, np.ndarray]:
         path: groups if path in behind_norms else np.where(covered[groups], FIXED, groups)
         for path, groups in outputs.items()
     }
-
-
-SHARES = (0.25, 0.5, 0.75, 1.0)  # the grid, as shares of the channels along an axis
 
 
 def latency(network: Classifier, batch_size: int, repetitions: int = 15) -> float:
@@ -254,9 +254,6 @@ def timed(run: Callable, args: tuple) -> float:
     start = time.perf_counter()
     jax.block_until_ready(run(*args))
     return time.perf_counter() - start
-
-
-EXACT = {'filters': channel_groups.filters, 'flops': channel_groups.flops, 'parameters': channel_groups.parameters}
 
 
 def removal_scores(settings: PruningSettings, importance: PerGroup, price: Cost | None, keep: KeepMask) -> PerGroup:

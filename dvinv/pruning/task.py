@@ -53,39 +53,25 @@ from dvinv.synthesis.synthesizer import Synthesizer, control_pool
 from dvinv.training.step import Rounds, TrainJob
 from dvinv.training.trainer import PlannedTraining, TrainTarget, seed_of, train_network
 
-
-def run_of_step(run: Run, role: int, step: int) -> Run:
-    """Returns the run with the synthesis settings of a step: its number of batches, and a seed of its own.
-
-    Args:
-      role: see `training.trainer.TrainTarget`.
-    """
-    count, synthesis = run.settings.pruning.adaptive_batches, run.settings.synthesis
-    images = count * synthesis.batch_size
-    synthesis = dataclasses.replace(synthesis, method='adaptive', images=images, batches_per_round=count)
-    return run.with_synthesis(synthesis, seed_of(run, role, step))
-
-
-def images_against(run: Run, target: TrainTarget) -> ImagePool:
-    """Synthesizes the pool of a step from the unpruned teacher, in competition with the network just pruned.
-
-    Args:
-      target: the pruned network before fine-tuning.
-
-    Returns:
-      The finished pool.
-    """
-    run, name = run_of_step(run, target.role, target.part), f'pruned_{target.part}'
-    pool = ImagePool(run.workdir.path / 'pools' / name, run.teacher.digest(), quarantine=True)
-    if missing := missing_batches(run.settings.synthesis, pool):
-        student_fn, series = apply_fn_of(target.module), f'images_{name}'
-        with Synthesizer(run, run.teacher, pool, 'adaptive', 'pruning', series, student_fn=student_fn) as synthesizer:
-            synthesizer.fill(missing, target.start, step=target.part)
-    return pool
-
-
 ROLE = 5  # see `training.trainer.TrainTarget`
 CONTROLS = ('untuned', 'magnitude', 'random', *DATA_FREE_CONTROLS, 'real')
+NAMES = {
+    'test_accuracy': 'Synthesized images',
+    'real_test_accuracy': 'Real training images (upper control)',
+    'prior_only_test_accuracy': 'Images without the feature term',
+    'noise_test_accuracy': 'Noise images',
+    'magnitude_test_accuracy': 'Synthesized images, removed by magnitude',
+    'random_test_accuracy': 'Synthesized images, removed by chance',
+    'untuned_test_accuracy': 'No fine-tuning',
+    'unpruned_test_accuracy': 'The whole network',
+}
+RATIOS = {
+    'flops_ratio': 'FLOPs',
+    'parameters_ratio': 'Parameters',
+    'filters_ratio': 'Filters',
+    'latency_ratio': 'Latency, measured',
+    'predicted_latency_ratio': 'Latency, by the table of layers',
+}
 
 
 def validate(run: Run) -> None:
@@ -378,23 +364,34 @@ class Pruner:
         return self._read_or_compute('latency.json', measure)
 
 
-NAMES = {
-    'test_accuracy': 'Synthesized images',
-    'real_test_accuracy': 'Real training images (upper control)',
-    'prior_only_test_accuracy': 'Images without the feature term',
-    'noise_test_accuracy': 'Noise images',
-    'magnitude_test_accuracy': 'Synthesized images, removed by magnitude',
-    'random_test_accuracy': 'Synthesized images, removed by chance',
-    'untuned_test_accuracy': 'No fine-tuning',
-    'unpruned_test_accuracy': 'The whole network',
-}
-RATIOS = {
-    'flops_ratio': 'FLOPs',
-    'parameters_ratio': 'Parameters',
-    'filters_ratio': 'Filters',
-    'latency_ratio': 'Latency, measured',
-    'predicted_latency_ratio': 'Latency, by the table of layers',
-}
+def run_of_step(run: Run, role: int, step: int) -> Run:
+    """Returns the run with the synthesis settings of a step: its number of batches, and a seed of its own.
+
+    Args:
+      role: see `training.trainer.TrainTarget`.
+    """
+    count, synthesis = run.settings.pruning.adaptive_batches, run.settings.synthesis
+    images = count * synthesis.batch_size
+    synthesis = dataclasses.replace(synthesis, method='adaptive', images=images, batches_per_round=count)
+    return run.with_synthesis(synthesis, seed_of(run, role, step))
+
+
+def images_against(run: Run, target: TrainTarget) -> ImagePool:
+    """Synthesizes the pool of a step from the unpruned teacher, in competition with the network just pruned.
+
+    Args:
+      target: the pruned network before fine-tuning.
+
+    Returns:
+      The finished pool.
+    """
+    run, name = run_of_step(run, target.role, target.part), f'pruned_{target.part}'
+    pool = ImagePool(run.workdir.path / 'pools' / name, run.teacher.digest(), quarantine=True)
+    if missing := missing_batches(run.settings.synthesis, pool):
+        student_fn, series = apply_fn_of(target.module), f'images_{name}'
+        with Synthesizer(run, run.teacher, pool, 'adaptive', 'pruning', series, student_fn=student_fn) as synthesizer:
+            synthesizer.fill(missing, target.start, step=target.part)
+    return pool
 
 
 def pruning_section(workdir: Workdir, found: dict) -> Section:

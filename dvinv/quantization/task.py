@@ -51,6 +51,109 @@ from dvinv.synthesis.synthesizer import control_pool
 from dvinv.training.step import Rounds, TrainJob
 from dvinv.training.trainer import PlannedTraining, Records, Training, seed_of
 
+TASK, ROLE = 'quantization', 6  # see `training.trainer.TrainTarget`
+ABLATIONS = {  # figure -> its label
+    'no_images_test_accuracy': 'no images',
+    'minmax_test_accuracy': 'pool, all values',
+    'percentile_test_accuracy': 'pool, percentile',
+    'mse_test_accuracy': 'pool, least error',
+    'real_test_accuracy': 'real images',
+    'noise_test_accuracy': 'noise',
+    'uncorrected_test_accuracy': 'uncorrected',
+    'unequalised_test_accuracy': 'not equalised',
+    'per_layer_test_accuracy': 'pool, ranges per layer',
+    'per_token_test_accuracy': 'pool, ranges per token',
+}
+FINAL = 'the network in the file'
+
+
+def validate(run: Run) -> None:
+    """Validates, before anything is written, that the teacher can be quantized with these settings.
+
+    Raises:
+      DvinvError: it cannot; the message names the field, its value and the way out, or the operation of the network.
+    """
+    settings, teacher = run.settings.quantization, run.planned_teacher
+    run.validate_real_control('quantization')
+    validate_devices(settings.training, 'quantization.training', run.training_mesh.size)
+    if run.settings.has_data_free_controls('quantization'):
+        run.once(synthesizer.validate)
+    layers = find_layers(teacher.apply_fn, teacher.variables, teacher.image_shape)
+    for setting in settings.settings:
+        bits_of_layers(settings, setting, layers)
+
+
+def run(run: Run) -> dict:
+    """Quantizes the teacher to every setting, and scores the ablation on the real test images; returns the figures.
+
+    The ablation compares ranges and bias correction from BatchNorm statistics, ranges from the pool, and training on the
+    pool. Real images are read when every network is finished: for the upper control and the scores.
+    """
+    settings, teacher, workdir = run.settings.quantization, run.teacher, run.workdir
+    pool = finished_pool(run) if settings.images or settings.distilled else None
+    weights = teacher.without_moments().variables
+    plain = _prepared(settings, fold(teacher.apply_fn, weights, teacher.image_shape))
+    network = equalise(plain) if settings.equalise else plain
+    calibration = _calibrated(run, network, pool)
+    about = run.teacher_parts[2]
+    for setting in settings.settings:
+        path = workdir.network(quantized_name(setting))
+        if not workdir.has_network(path.stem):
+            bits = bits_of_layers(settings, setting, network.layers)
+            variables = calibration.variables(bits, *source_and_method(settings), settings.correct)
+            if setting in settings.distilled:
+                assert pool is not None  # it was read above
+                variables = _distil(run, network, variables, pool, setting)
+            layers = zip(network.layers, bits, strict=True)
+            kernel_bits = {layer.kernel: layer_bits.weights for layer, layer_bits in layers if layer_bits.weights}
+            save_quantized(path, variables, kernel_bits, about | _token_ranges(network))
+
+    for control in settings.controls:
+        images = run.training_split.images if control == 'real' else control_pool(run, 'noise', TASK).rows('images')
+        calibration = calibration.with_source(control, on_images(network, teacher, _evenly(images, settings.images)))
+    held_out = pool and HeldOut(run.settings, teacher, pool)
+    unequalised = _calibrated(run, plain, pool) if settings.equalise else None
+    scores, float_bytes = Scores(teacher, run.data), len(network_bytes(weights, about))
+    figures = {}
+    for setting in settings.settings:
+        path = workdir.network(quantized_name(setting))
+        size = path.stat().st_size
+        quantized = load_quantized(path, teacher)
+        figures[setting] = {
+            **scores.figures(quantized),
+            **(held_out.beside({setting: quantized}, setting) if held_out else {}),
+            'bytes': size,
+            'bytes_ratio': size / float_bytes,
+            'distilled': setting in settings.distilled,
+            **ablation(settings, scores, calibration, unequalised, setting),
+        }
+    return {
+        **figures,
+        'float_test_accuracy': scores.float_accuracy,
+        'float_bytes': float_bytes,
+        'layers': len(network.layers),
+        'folded_layers': sum(layer.norm is not None for layer in network.layers),
+    }
+
+
+def planned_trainings(run: Run) -> list[PlannedTraining]:
+    """Returns the trainings of the task, for `--plan`."""
+    settings, teacher = run.settings.quantization, run.planned_teacher
+    if not settings.distilled:
+        return []
+    weights = teacher.without_moments().variables
+    network = _prepared(settings, fold(teacher.apply_fn, weights, teacher.image_shape))
+    bits = bits_of_layers(settings, settings.distilled[0], network.layers)
+    inputs = {'no_images': on_statistics(network, teacher, jax.random.key(0))}
+    variables = CalibratedNetwork(network, inputs).variables(bits, 'no_images', 'minmax', settings.correct)
+    module, job = _training(settings, teacher, network, variables, run.settings.synthesis.images)
+    return [PlannedTraining('quantized', module, job, teacher, len(settings.distilled), teacher)]
+
+
+def complete(run: Run) -> bool:
+    """Returns whether the network files of the finished task still exist; users delete damaged files to recompute them."""
+    return all(run.workdir.has_network(quantized_name(setting)) for setting in run.settings.quantization.settings)
+
 
 def bits_of_layers(settings: QuantizationSettings, setting: str, layers: Sequence[Layer]) -> list[Bits]:
     """Returns the bits of weights and inputs of each layer.
@@ -200,97 +303,6 @@ def _difference(control: str, pool_right: np.ndarray | None, control_right: np.n
     return dict(zip(names, (float(difference.mean()), float(difference.std() / len(difference) ** 0.5)), strict=True))
 
 
-TASK, ROLE = 'quantization', 6  # see `training.trainer.TrainTarget`
-
-
-def run(run: Run) -> dict:
-    """Quantizes the teacher to every setting, and scores the ablation on the real test images; returns the figures.
-
-    The ablation compares ranges and bias correction from BatchNorm statistics, ranges from the pool, and training on the
-    pool. Real images are read when every network is finished: for the upper control and the scores.
-    """
-    settings, teacher, workdir = run.settings.quantization, run.teacher, run.workdir
-    pool = finished_pool(run) if settings.images or settings.distilled else None
-    weights = teacher.without_moments().variables
-    plain = _prepared(settings, fold(teacher.apply_fn, weights, teacher.image_shape))
-    network = equalise(plain) if settings.equalise else plain
-    calibration = _calibrated(run, network, pool)
-    about = run.teacher_parts[2]
-    for setting in settings.settings:
-        path = workdir.network(quantized_name(setting))
-        if not workdir.has_network(path.stem):
-            bits = bits_of_layers(settings, setting, network.layers)
-            variables = calibration.variables(bits, *source_and_method(settings), settings.correct)
-            if setting in settings.distilled:
-                assert pool is not None  # it was read above
-                variables = _distil(run, network, variables, pool, setting)
-            layers = zip(network.layers, bits, strict=True)
-            kernel_bits = {layer.kernel: layer_bits.weights for layer, layer_bits in layers if layer_bits.weights}
-            save_quantized(path, variables, kernel_bits, about | _token_ranges(network))
-
-    for control in settings.controls:
-        images = run.training_split.images if control == 'real' else control_pool(run, 'noise', TASK).rows('images')
-        calibration = calibration.with_source(control, on_images(network, teacher, _evenly(images, settings.images)))
-    held_out = pool and HeldOut(run.settings, teacher, pool)
-    unequalised = _calibrated(run, plain, pool) if settings.equalise else None
-    scores, float_bytes = Scores(teacher, run.data), len(network_bytes(weights, about))
-    figures = {}
-    for setting in settings.settings:
-        path = workdir.network(quantized_name(setting))
-        size = path.stat().st_size
-        quantized = load_quantized(path, teacher)
-        figures[setting] = {
-            **scores.figures(quantized),
-            **(held_out.beside({setting: quantized}, setting) if held_out else {}),
-            'bytes': size,
-            'bytes_ratio': size / float_bytes,
-            'distilled': setting in settings.distilled,
-            **ablation(settings, scores, calibration, unequalised, setting),
-        }
-    return {
-        **figures,
-        'float_test_accuracy': scores.float_accuracy,
-        'float_bytes': float_bytes,
-        'layers': len(network.layers),
-        'folded_layers': sum(layer.norm is not None for layer in network.layers),
-    }
-
-
-def planned_trainings(run: Run) -> list[PlannedTraining]:
-    """Returns the trainings of the task, for `--plan`."""
-    settings, teacher = run.settings.quantization, run.planned_teacher
-    if not settings.distilled:
-        return []
-    weights = teacher.without_moments().variables
-    network = _prepared(settings, fold(teacher.apply_fn, weights, teacher.image_shape))
-    bits = bits_of_layers(settings, settings.distilled[0], network.layers)
-    inputs = {'no_images': on_statistics(network, teacher, jax.random.key(0))}
-    variables = CalibratedNetwork(network, inputs).variables(bits, 'no_images', 'minmax', settings.correct)
-    module, job = _training(settings, teacher, network, variables, run.settings.synthesis.images)
-    return [PlannedTraining('quantized', module, job, teacher, len(settings.distilled), teacher)]
-
-
-def validate(run: Run) -> None:
-    """Validates, before anything is written, that the teacher can be quantized with these settings.
-
-    Raises:
-      DvinvError: it cannot; the message names the field, its value and the way out, or the operation of the network.
-    """
-    settings, teacher = run.settings.quantization, run.planned_teacher
-    run.validate_real_control('quantization')
-    validate_devices(settings.training, 'quantization.training', run.training_mesh.size)
-    if run.settings.has_data_free_controls('quantization'):
-        run.once(synthesizer.validate)
-    layers = find_layers(teacher.apply_fn, teacher.variables, teacher.image_shape)
-    for setting in settings.settings:
-        bits_of_layers(settings, setting, layers)
-
-
-def complete(run: Run) -> bool:
-    """Returns whether the network files of the finished task still exist; users delete damaged files to recompute them."""
-    return all(run.workdir.has_network(quantized_name(setting)) for setting in run.settings.quantization.settings)
-
-
 def _prepared(settings: QuantizationSettings, network: Folded) -> Folded:
     """Returns the folded network, with ranges per token if the settings ask for them."""
     return dataclasses.replace(network, layers=with_token_ranges(network.layers)) if settings.token_ranges else network
@@ -339,21 +351,6 @@ def _training(
 def _evenly(images, most: int) -> np.ndarray:
     """Returns at most `most` of the images, evenly spaced."""
     return images[evenly(len(images), most)]
-
-
-ABLATIONS = {  # figure -> its label
-    'no_images_test_accuracy': 'no images',
-    'minmax_test_accuracy': 'pool, all values',
-    'percentile_test_accuracy': 'pool, percentile',
-    'mse_test_accuracy': 'pool, least error',
-    'real_test_accuracy': 'real images',
-    'noise_test_accuracy': 'noise',
-    'uncorrected_test_accuracy': 'uncorrected',
-    'unequalised_test_accuracy': 'not equalised',
-    'per_layer_test_accuracy': 'pool, ranges per layer',
-    'per_token_test_accuracy': 'pool, ranges per token',
-}
-FINAL = 'the network in the file'
 
 
 def smallest(figures: dict) -> str:

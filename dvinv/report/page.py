@@ -29,6 +29,21 @@ Link: TypeAlias = tuple[str, str]
 Cell: TypeAlias = str | int | float | Link | None
 """Numbers are shown by `number`; None and NaN are an en dash."""
 
+SETS = {
+    'synthesized': 'Synthesized images',
+    'prior_only': 'Without the feature term',
+    'noise': 'Noise',
+    'real': 'Real images',
+}
+COLUMNS = {
+    'inception_score': 'inception score',
+    'frechet_distance': 'Fréchet distance',
+    'kernel_distance': 'kernel distance',
+    'spread': 'spread',
+    'nearest': 'nearest',
+}
+MOST_CLASSES = 20  # maximum number of classes in a table or a matrix; of more, those that differ most are shown
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -254,21 +269,6 @@ def _longest_word(value: Cell) -> int:
     return max(map(len, text.split()), default=0)
 
 
-SETS = {
-    'synthesized': 'Synthesized images',
-    'prior_only': 'Without the feature term',
-    'noise': 'Noise',
-    'real': 'Real images',
-}
-COLUMNS = {
-    'inception_score': 'inception score',
-    'frechet_distance': 'Fréchet distance',
-    'kernel_distance': 'kernel distance',
-    'spread': 'spread',
-    'nearest': 'nearest',
-}
-
-
 def quality_table(results: dict[str, dict], verifier: str) -> Table:
     """Returns the table for the report, with one row per set of images.
 
@@ -296,9 +296,6 @@ def _accuracies(quality: dict[str, Any], verifier: str) -> dict[str, float]:
     for network, figures in {verifier: quality, **quality['verifiers']}.items():
         accuracies |= {network: figures['recognised'], f'{network}, top 5': figures['recognised_top5']}
     return {heading: accuracy for heading, accuracy in accuracies.items() if accuracy is not None}
-
-
-MOST_CLASSES = 20  # maximum number of classes in a table or a matrix; of more, those that differ most are shown
 
 
 def class_section(comparison: dict, names: dict[str, str], class_names: Sequence[str]) -> Section:

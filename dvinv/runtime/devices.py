@@ -27,6 +27,12 @@ from jax.sharding import PartitionSpec as P
 from dvinv.config.errors import DvinvError, listed, say, say_once
 
 AXIS = 'data'
+JOIN = 300  # seconds to wait for all processes to start
+HEARTBEAT = 30  # seconds without a heartbeat after which a process counts as dead
+WAIT = 3600  # seconds to wait for process 0 or for the slowest process
+LOST = 75  # exit status after the loss of another process: the same command, for all processes, resumes
+# Matches the errors of JAX, Gloo and NCCL for a collective that another process has left.
+GONE = re.compile(r'gloo|nccl|coordination|unavailable|deadline|heartbeat|connection (closed|reset)', re.IGNORECASE)
 
 
 def jax_option(name: str) -> Any:
@@ -176,14 +182,6 @@ def keep_compiled() -> None:
         return
     jax.config.update('jax_compilation_cache_dir', str(folder))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
-
-
-JOIN = 300  # seconds to wait for all processes to start
-HEARTBEAT = 30  # seconds without a heartbeat after which a process counts as dead
-WAIT = 3600  # seconds to wait for process 0 or for the slowest process
-LOST = 75  # exit status after the loss of another process: the same command, for all processes, resumes
-# Matches the errors of JAX, Gloo and NCCL for a collective that another process has left.
-GONE = re.compile(r'gloo|nccl|coordination|unavailable|deadline|heartbeat|connection (closed|reset)', re.IGNORECASE)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,10 @@ NVIDIA = '0x10de'  # vendor id on the PCI bus
 DISPLAY = '0x03'  # prefix of the class of a graphics card on the PCI bus
 PCI = Path('/sys/bus/pci/devices')
 PLUGINS = 'jax_cuda12_plugin', 'jax_cuda13_plugin'
+BAR = 20  # minimum length of a bar in characters, on a terminal with at least 80 columns
+DRAWN = 0.1  # seconds between two drawings of a bar
+PACES = 50  # number of recent intervals that the speed is estimated from
+COMPILED = 'iterations', 'updates'  # units of work that begins with a compilation
 
 
 def announce(settings: Settings, workdir, tasks: Sequence[str], seeds: int = 0) -> None:
@@ -109,12 +113,6 @@ def _gpu() -> str:
         if vendor == NVIDIA and kind.startswith(DISPLAY):
             return f'NVIDIA, at {device.name} of the PCI bus'
     return ''
-
-
-BAR = 20  # minimum length of a bar in characters, on a terminal with at least 80 columns
-DRAWN = 0.1  # seconds between two drawings of a bar
-PACES = 50  # number of recent intervals that the speed is estimated from
-COMPILED = 'iterations', 'updates'  # units of work that begins with a compilation
 
 
 class Progress:

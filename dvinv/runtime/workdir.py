@@ -36,6 +36,68 @@ from dvinv.config.errors import DvinvError, listed
 from dvinv.runtime.devices import decide, is_primary, meet, refuse_differing
 from dvinv.runtime.files import refuse_full_disk, write_atomic
 
+PACKAGES = 'jax', 'jaxlib', 'flax', 'optax', 'numpy'
+SETTINGS = (  # names in jax.config; settings that a version of JAX does not have are skipped
+    'jax_enable_x64',
+    'jax_explicit_x64_dtypes',
+    'jax_numpy_dtype_promotion',
+    'jax_default_matmul_precision',
+    'jax_allow_f16_reductions',
+    'jax_default_prng_impl',
+    'jax_threefry_partitionable',
+    'jax_random_seed_offset',
+    'jax_high_dynamic_range_gumbel',
+    'jax_accurate_erf_inv',
+    'jax_softmax_custom_jvp',
+    'jax_use_hlo_logistic_lowering',
+    'jax_disable_jit',
+    'jax_disable_most_optimizations',
+    'jax_optimization_level',
+    'jax_exec_time_optimization_effort',
+    'eager_constant_folding',
+)
+ENVIRONMENT = 'XLA_FLAGS', 'NVIDIA_TF32_OVERRIDE'
+NO_MATTER = '--xla_force_host_platform_device_count', '--xla_dump'  # flags in XLA_FLAGS without an effect on results
+FILE = 'versions.json'
+# Keys that a resumed run may change, since no result depends on them. (Only the report, which is made again each time,
+# depends on verifiers and synthesis.controls.)
+EXEMPT = ('tasks', 'devices', 'logging', 'verifiers', 'synthesis.controls')
+# Keys that earlier versions did not have, with the values under which their runs continue unchanged.
+ADDED = {
+    'student.factory': '',
+    'held_out': 0.0,
+    'synthesis.pixel_scale': 'network',
+    'teacher.moments': '',
+    'teacher.moments_images': 0,
+    'synthesis.attention': ['*Attention*:output'],
+    'synthesis.weights.patch_similarity': 0.0,
+    'synthesis.weights.pixel_moments': 0.0,
+    'distillation.curve_points': 0,
+    'quantization.token_ranges': False,
+    'synthesis.stages.color_shift': 0.0,  # of every stage
+    'synthesis.stages.centre': 1.0,
+}
+# The results of a run, without its records: until one of these exists, a folder may get another config.
+RESULTS = (
+    'results.json',
+    'latency.json',
+    'checkpoints',
+    'networks',
+    'pool',
+    'pools',
+    'controls',
+    'samples',
+    'pruning',
+)
+# task -> the name of the file of its final network; after that of 'quantization' follows the setting, as in 'quantized_w8a8'
+FINAL_NETWORKS = {
+    'teacher': 'teacher',
+    'distillation': 'student',
+    'pruning': 'pruned',
+    'continual': 'continual',
+    'quantization': 'quantized_',
+}
+
 
 class Metrics:
     """The measurements of a run.
@@ -98,31 +160,6 @@ class Metrics:
                 f'{self._path} holds a line that is damaged ({text.strip()[:60]!r}); delete that line.'
             ) from error
         return entry
-
-
-PACKAGES = 'jax', 'jaxlib', 'flax', 'optax', 'numpy'
-SETTINGS = (  # names in jax.config; settings that a version of JAX does not have are skipped
-    'jax_enable_x64',
-    'jax_explicit_x64_dtypes',
-    'jax_numpy_dtype_promotion',
-    'jax_default_matmul_precision',
-    'jax_allow_f16_reductions',
-    'jax_default_prng_impl',
-    'jax_threefry_partitionable',
-    'jax_random_seed_offset',
-    'jax_high_dynamic_range_gumbel',
-    'jax_accurate_erf_inv',
-    'jax_softmax_custom_jvp',
-    'jax_use_hlo_logistic_lowering',
-    'jax_disable_jit',
-    'jax_disable_most_optimizations',
-    'jax_optimization_level',
-    'jax_exec_time_optimization_effort',
-    'eager_constant_folding',
-)
-ENVIRONMENT = 'XLA_FLAGS', 'NVIDIA_TF32_OVERRIDE'
-NO_MATTER = '--xla_force_host_platform_device_count', '--xla_dump'  # flags in XLA_FLAGS without an effect on results
-FILE = 'versions.json'
 
 
 def versions() -> dict[str, str]:
@@ -197,48 +234,6 @@ def _differing(folder: Path, current: dict[str, str]) -> dict[str, tuple[str, st
 
 def _sentence(differing: dict[str, tuple[str, str]]) -> str:
     return listed([f'{name} {old or "none"} there, {new or "none"} here' for name, (old, new) in differing.items()], 8)
-
-
-# Keys that a resumed run may change, since no result depends on them. (Only the report, which is made again each time,
-# depends on verifiers and synthesis.controls.)
-EXEMPT = ('tasks', 'devices', 'logging', 'verifiers', 'synthesis.controls')
-# Keys that earlier versions did not have, with the values under which their runs continue unchanged.
-ADDED = {
-    'student.factory': '',
-    'held_out': 0.0,
-    'synthesis.pixel_scale': 'network',
-    'teacher.moments': '',
-    'teacher.moments_images': 0,
-    'synthesis.attention': ['*Attention*:output'],
-    'synthesis.weights.patch_similarity': 0.0,
-    'synthesis.weights.pixel_moments': 0.0,
-    'distillation.curve_points': 0,
-    'quantization.token_ranges': False,
-    'synthesis.stages.color_shift': 0.0,  # of every stage
-    'synthesis.stages.centre': 1.0,
-}
-
-# The results of a run, without its records: until one of these exists, a folder may get another config.
-RESULTS = (
-    'results.json',
-    'latency.json',
-    'checkpoints',
-    'networks',
-    'pool',
-    'pools',
-    'controls',
-    'samples',
-    'pruning',
-)
-
-# task -> the name of the file of its final network; after that of 'quantization' follows the setting, as in 'quantized_w8a8'
-FINAL_NETWORKS = {
-    'teacher': 'teacher',
-    'distillation': 'student',
-    'pruning': 'pruned',
-    'continual': 'continual',
-    'quantization': 'quantized_',
-}
 
 
 def quantized_name(setting: str) -> str:

@@ -27,6 +27,26 @@ from dvinv.synthesis.synthesizer import control_pool, fill_in_competition, fill_
 from dvinv.teacher import task as teacher
 from dvinv.training.step import rounds_of
 
+PER_CLASS, PER_CLASS_BESIDE = 16, 10  # images per row of a grid with the full width, or next to another
+TERMS = {
+    'cross_entropy': 'cross-entropy',
+    'feature': 'feature loss',
+    'total_variation': 'total variation',
+    'competition': 'competition',
+}
+UNTIL = 'pixels were optimized until a trained network {}'
+METHODS = {  # (name, description); the braces stand for the verdict of the network on the labels
+    'deepinversion': ('DeepInversion', f'{UNTIL} and found the statistics of its BatchNorm inputs familiar'),
+    'adaptive': (
+        'Adaptive DeepInversion',
+        f'{UNTIL}, found the statistics of its BatchNorm inputs familiar, and disagreed with the student that learns from '
+        'them meanwhile',
+    ),
+    'prior_only': ('DeepInversion without its feature term', f'{UNTIL}, whatever the statistics of its BatchNorm inputs'),
+    'noise': ('drawing noise', 'every inversion starts from it, and nothing was optimized'),
+}
+CONTROLS = {'prior_only': 'Made without the feature term.', 'noise': 'Noise: where every image starts.'}
+
 
 def validate(run: Run) -> None:
     """Validates, before anything is written, that the images of the task can be made and judged.
@@ -137,27 +157,6 @@ def _write_samples(workdir: Workdir, pool: ImagePool) -> None:
     buffer = io.BytesIO()
     class_grid(pool.rows('images'), pool.rows('labels')[:], 16).save(buffer, 'PNG')
     write_atomic(workdir.path / 'samples' / 'grid.png', buffer.getvalue())
-
-
-PER_CLASS, PER_CLASS_BESIDE = 16, 10  # images per row of a grid with the full width, or next to another
-TERMS = {
-    'cross_entropy': 'cross-entropy',
-    'feature': 'feature loss',
-    'total_variation': 'total variation',
-    'competition': 'competition',
-}
-UNTIL = 'pixels were optimized until a trained network {}'
-METHODS = {  # (name, description); the braces stand for the verdict of the network on the labels
-    'deepinversion': ('DeepInversion', f'{UNTIL} and found the statistics of its BatchNorm inputs familiar'),
-    'adaptive': (
-        'Adaptive DeepInversion',
-        f'{UNTIL}, found the statistics of its BatchNorm inputs familiar, and disagreed with the student that learns from '
-        'them meanwhile',
-    ),
-    'prior_only': ('DeepInversion without its feature term', f'{UNTIL}, whatever the statistics of its BatchNorm inputs'),
-    'noise': ('drawing noise', 'every inversion starts from it, and nothing was optimized'),
-}
-CONTROLS = {'prior_only': 'Made without the feature term.', 'noise': 'Noise: where every image starts.'}
 
 
 def synthesis_section(

@@ -25,6 +25,15 @@ from dvinv.networks.classifier import check_normalisation, differing_shapes
 from dvinv.networks.quantized import load_quantized
 from dvinv.runtime.workdir import FINAL_NETWORKS, network_files, network_path, quantized_name
 
+FEW = 100  # number of real images below which an accuracy has little significance
+# task -> a pattern for the names of its other network files: controls and intermediate steps
+OTHERS = {
+    'teacher': 'verifier',
+    'distillation': r'student_of_\d+|(student|noise|prior_only|real)_after_\d+|noise|prior_only|real',
+    'pruning': r'(untuned|magnitude|random|pruned_by_(noise|prior_only|real))(_\d+)?|pruned_\d+',
+    'continual': r'(finetune|lwf_mc|replay|joint|deepinversion|always_be_dreaming)(_\d+)?|continual_\d+',
+}
+
 
 def of_teacher(name: str, num_classes: Callable[[], int | None]):
     """Returns the result of the function `name` of `teacher.factory`: a Teacher, or an untrained network.
@@ -132,9 +141,6 @@ def _imported(field: str, name: str):
                 'num_classes, and rngs for an NNX model.'
             )
     return source
-
-
-FEW = 100  # number of real images below which an accuracy has little significance
 
 
 def load_more(verifiers: Sequence[MoreVerifierSettings], teacher: Teacher, say: bool = False) -> dict[str, Classifier]:
@@ -253,15 +259,6 @@ def validate_judge(teacher: Teacher, verifier: Classifier, name: str, field: str
                 f'The {name} {of_verifier}, but the teacher {of_teacher}; give {field}.weights of a network with the image '
                 f'shape and classes of the teacher, or {without}.'
             )
-
-
-# task -> a pattern for the names of its other network files: controls and intermediate steps
-OTHERS = {
-    'teacher': 'verifier',
-    'distillation': r'student_of_\d+|(student|noise|prior_only|real)_after_\d+|noise|prior_only|real',
-    'pruning': r'(untuned|magnitude|random|pruned_by_(noise|prior_only|real))(_\d+)?|pruned_\d+',
-    'continual': r'(finetune|lwf_mc|replay|joint|deepinversion|always_be_dreaming)(_\d+)?|continual_\d+',
-}
 
 
 def load(workdir, task: str, setting: str = '', *, teacher: Classifier | None = None, module=None) -> tuple[Callable, dict]:

@@ -27,6 +27,8 @@ from dvinv.networks.classifier import Images, Labels, Pixels, Scalar, cast_float
 from dvinv.networks.naming import grown
 from dvinv.runtime.devices import AXIS, place, platform_of
 
+STREAMED_BYTES = 2**28  # most bytes of images in one dispatch, where images are streamed from the host
+
 
 @dataclasses.dataclass(frozen=True)
 class Rounds:
@@ -90,9 +92,6 @@ def chosen_images(seed: int, update: int, batch_size: int, rounds: Rounds) -> In
 @functools.lru_cache(maxsize=4)  # the end of an epoch and the start of the next one, for two sets of images
 def _shuffled(count: int, *seeds: int) -> np.ndarray:
     return np.random.default_rng(seeds).permutation(count)
-
-
-STREAMED_BYTES = 2**28  # most bytes of images in one dispatch, where images are streamed from the host
 
 
 @dataclasses.dataclass(frozen=True)
