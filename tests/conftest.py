@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -49,9 +50,14 @@ SLOW_FIXTURES = {'adaptive', 'batches', 'finished', 'quantized_run', 'trained', 
 
 
 def pytest_collection_modifyitems(items):
+    """Marks tests as slow, and lets files of few and slow tests come first: at the end no process waits long for another."""
     for item in items:
         if SLOW_FIXTURES.intersection(item.fixturenames):
             item.add_marker(pytest.mark.slow)
+    tests = Counter(item.path for item in items)
+    slow = {item.path for item in items if item.get_closest_marker('slow')}
+    slow_first = {path: (0, count) if path in slow else (1, -count) for path, count in tests.items()}
+    items.sort(key=lambda item: (slow_first[item.path], item.path))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -88,6 +88,13 @@ def test_no_function_is_named_check():
     assert [function.name for function in functions if function.name == 'check'] == []
 
 
+def test_a_reader_finds_few_places():
+    """A new part belongs into a file about the same thing, if there is one."""
+    assert len(FILES) <= 90
+    entries = {path.name for path in PACKAGE.iterdir() if path.suffix == '.py' or (path / '__init__.py').exists()}
+    assert len(entries - {'__init__.py', '__main__.py', 'main.py'}) <= 17
+
+
 def test_no_file_is_too_long():
     assert {str(path.relative_to(ROOT)) for path in FILES if path.read_text().count('\n') > 500} == set()
 
