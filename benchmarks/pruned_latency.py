@@ -21,7 +21,7 @@ from dvinv.config.errors import DvinvError
 from dvinv.networks import classifier_of, initialise, load_network, module_of
 from dvinv.networks.channel_groups import find_channels
 from dvinv.networks.suited import suited_to
-from dvinv.pruning.selection import measure_table, predicted, timed
+from dvinv.pruning.selection import measure_latencies, predicted_latency, timed
 
 tell = functools.partial(print, file=sys.stderr, flush=True)  # stdout is for the result
 
@@ -57,7 +57,7 @@ def measure(path: Path, batch_size: int, rounds: int, multiple: int) -> dict:
     module = module_of(whole)
     channels = find_channels(module, tuple(about['image_shape']))
     tell(f'Measuring the table of layers, batch {batch_size} ...')
-    price = predicted(channels, measure_table(channels, batch_size, multiple))
+    price = predicted_latency(channels, measure_latencies(channels, batch_size, multiple))
     keep = channels.keep_mask(about['kept'])
     networks = (
         classifier_of(module, initialise(module, jax.random.key(0), tuple(about['image_shape'])), whole),

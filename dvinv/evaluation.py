@@ -1,20 +1,4 @@
-"""Evaluation of networks and of synthesized images: accuracies, also by class or on held-out images, FLOPs, image quality.
-
-The images of a pool are made in rounds, and the last images of every round are held out. The same holds for the pools of the
-controls, so that all networks that are compared are trained on equally many images. If there are real test images, networks
-are scored on these, and nothing is held out.
-
-With p(y|x) the outputs of that network and f(x) [D] the inputs of its last layer:
-
-- inception score: exp E KL(p(y|x) || p(y)) (Salimans et al., arXiv 1606.03498), from 1 to the number of classes;
-- Frechet distance between Gaussians with the moments of the features of synthesized and of real images (Heusel et al., arXiv
-  1706.08500); biased upwards unless the number of images is many times D;
-- kernel distance: MMD^2 of f with the kernel (f f' / D + 1)^3, unbiased for any number of images, so it may be below 0
-  (Binkowski et al., arXiv 1801.01401);
-- spread: the mean squared distance of features to the mean of their class, divided by that to the mean of all features: 0 if
-  all images of a class are the same, about 1 if classes cannot be distinguished;
-- nearest: the mean cosine between the features of an image and those of the nearest other image.
-"""
+"""Evaluation of networks and of images: accuracies, also by class or on held-out images, FLOPs, image quality."""
 
 import dataclasses
 import functools
@@ -35,10 +19,10 @@ from dvinv.networks.classifier import AnyArray, Classifier, Features, Images, Lo
 from dvinv.networks.suited import suited_to
 from dvinv.runtime import preemption
 
-MOST_TEST_IMAGES = 5_000  # maximum number of test images, evenly spaced
-FIGURES = ('held_out_agreement', 'held_out_kl', 'held_out_class_agreement')
-MOST_POOL_IMAGES = 5_000  # maximum number of images, evenly spaced over a pool
-KERNEL_MOST = 2_000
+MOST_TEST_IMAGES = 5_000  # test images that are scored by class, at most
+HELD_OUT_FIGURES = ('held_out_agreement', 'held_out_kl', 'held_out_class_agreement')
+MOST_POOL_IMAGES = 5_000  # images of a pool that are judged, at most
+KERNEL_MOST = 2_000  # images for the kernel distance, at most
 
 
 def divergence(target_logits: Float[AnyArray, 'B O'], logits: Logits, temperature: float = 1.0) -> Scalar:
@@ -183,7 +167,7 @@ def flops(network: Classifier) -> int:
     return count_flops(jax.make_jaxpr(network.apply_fn)(network.variables, x))
 
 
-def compare(teacher: Classifier, networks: dict[str, Classifier], test: Split) -> dict:
+def compare_by_class(teacher: Classifier, networks: dict[str, Classifier], test: Split) -> dict:
     """Computes accuracies by class, and confusion counts between the teacher and each network.
 
     Args:
@@ -242,6 +226,10 @@ def _parts(settings: Settings, count: int) -> tuple[np.ndarray, np.ndarray]:
 class HeldOut:
     """The held-out images of a pool, and the teacher's logits for them.
 
+    The images of a pool are made in rounds, and the last images of every round are held out. The same holds for the pools of
+    the controls, so that all networks that are compared are trained on equally many images. If there are real test images,
+    networks are scored on these, and nothing is held out.
+
     Attributes:
       count: the number of held-out images.
     """
@@ -279,7 +267,7 @@ class HeldOut:
         by_class = [agrees[self._labels == label] for label in range(self._classes)]
         class_agreement = [float(part.mean()) if len(part) else None for part in by_class]
         kl = float(divergence(self._teacher_logits, logits))
-        return dict(zip(FIGURES, (float(agrees.mean()), kl, class_agreement), strict=True))
+        return dict(zip(HELD_OUT_FIGURES, (float(agrees.mean()), kl, class_agreement), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,8 +297,19 @@ def evenly(count: int, most: int) -> Integer[np.ndarray, ' n']:
     return np.linspace(0, count - 1, min(count, most)).round().astype(int)
 
 
-def figures(images: Judgement, real: Judgement | None = None) -> dict:
-    """Computes the figures of a set of images, which are described at the top of this module.
+def quality_figures(images: Judgement, real: Judgement | None = None) -> dict:
+    """Computes the figures of a set of images.
+
+    With p(y|x) the outputs of a network that had no part in making the images, and f(x) [D] the inputs of its last layer:
+
+    - inception score: exp E KL(p(y|x) || p(y)) (Salimans et al., arXiv 1606.03498), from 1 to the number of classes;
+    - Frechet distance between Gaussians with the moments of the features of synthesized and of real images (Heusel et al.,
+      arXiv 1706.08500); biased upwards unless the number of images is many times D;
+    - kernel distance: MMD^2 of f with the kernel (f f' / D + 1)^3, unbiased for any number of images, so it may be below 0
+      (Binkowski et al., arXiv 1801.01401);
+    - spread: the mean squared distance of features to the mean of their class, divided by that to the mean of all features:
+      0 if all images of a class are the same, about 1 if classes cannot be distinguished;
+    - nearest: the mean cosine between the features of an image and those of the nearest other image.
 
     Args:
       images: the images.
@@ -378,7 +377,7 @@ def figures_of_sets(
     judged = {name: judge(verifier, *images) for name, images in sets.items()}
     return {
         name: {
-            **figures(judged[name], judged.get('real')),
+            **quality_figures(judged[name], judged.get('real')),
             'verifiers': {network: recognised(judge(other, *images)) for network, other in others.items()},
         }
         for name, images in sets.items()

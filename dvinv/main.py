@@ -125,6 +125,8 @@ def _parse(argv: list[str]) -> list[str]:
     arguments = _parse_flags(argv)
     if _RECORD_MOMENTS.value and not Path(_RECORD_MOMENTS.value).absolute().parent.is_dir():
         raise DvinvError(f'--record_moments is {_RECORD_MOMENTS.value!r}, but there is no such folder.')
+    if _RECORD_MOMENTS.value and (_PLAN.value or _SEEDS.value):
+        raise DvinvError('--record_moments runs nothing else; leave out --plan and --seeds.')
     if not (_WORKDIR.value or _PLAN.value or _RECORD_MOMENTS.value):
         raise DvinvError('--workdir is missing; name the folder for all files of the run.')
     if _SEEDS.value < 0:

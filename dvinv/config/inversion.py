@@ -83,8 +83,7 @@ class InversionConfig:
     stages: tuple[Stage, ...]
     weights: Weights = Weights()
     total_variation: Literal['l2', 'l1'] = 'l2'  # norm of the differences: 'l2' (paper) or 'l1'
-    # The parameters that Adam optimizes: 'pixels' (paper) or their 'fourier' coefficients, see
-    # dvinv.inversion.step.
+    # The parameters that Adam optimizes: 'pixels' (paper) or their 'fourier' coefficients, see dvinv.inversion.step.
     parameterization: Literal['pixels', 'fourier'] = 'pixels'
     contrast: float = 0.6  # standard deviation of the initial images before the sigmoid, for 'fourier'
     # The norm of each image ('image': ImageNet) or of the whole batch ('batch': CIFAR).

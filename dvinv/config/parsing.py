@@ -212,7 +212,8 @@ def as_markdown() -> str:
         'Every field of a config, its default, and what it does. The defaults of the group `synthesis`',
     ]
     lines += ['are those of the preset `digits`; they differ from preset to preset (dvinv/config/inversion.py).', '']
-    lines += ['This page is made by `python -m dvinv.config.parsing > docs/settings.md`.']
+    command = "from dvinv.config.parsing import as_markdown as page; print(page(), end='')"
+    lines += [f'This page is made by `python -c "{command}" > docs/settings.md`.']
     group = None
     for field in fields():
         owner, _, name = field.path.rpartition('.')
@@ -262,7 +263,3 @@ def _comments(source: str) -> dict[str, str]:
                 comments[field[1]] = text
         above = []
     return comments
-
-
-if __name__ == '__main__':
-    print(as_markdown(), end='')

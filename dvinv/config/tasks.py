@@ -10,6 +10,11 @@ import optax
 from dvinv.config.errors import DvinvError, validate_bounds, validate_choices, validate_positive
 
 Precision = Literal['float32', 'bfloat16']
+DataFreeControl = Literal['noise', 'prior_only']
+Cost = Literal['filters', 'flops', 'parameters', 'latency']
+ContinualLoss = Literal['deepinversion', 'always_be_dreaming']
+CONTINUAL_LOSSES: tuple[ContinualLoss, ...] = get_args(ContinualLoss)
+BITS = re.compile(r'w(\d+)a(\d+)')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,13 +122,6 @@ def validate_devices(settings: TrainingSettings, group: str, devices: int) -> No
             f'A batch of {settings.batch_size} images cannot be split evenly over {devices} devices; choose a '
             f'{group}.batch_size that {devices} divides, or another number of devices.'
         )
-
-
-DataFreeControl = Literal['noise', 'prior_only']
-Cost = Literal['filters', 'flops', 'parameters', 'latency']
-ContinualLoss = Literal['deepinversion', 'always_be_dreaming']
-CONTINUAL_LOSSES: tuple[ContinualLoss, ...] = get_args(ContinualLoss)
-BITS = re.compile(r'w(\d+)a(\d+)')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The protocol of continual learning: the tasks, the chains of networks that learn them, and the accuracy matrix.
+"""The protocol of continual learning: the tasks, the chains of networks that learn them, their moments, the accuracy matrix.
 
 Task 0 is that of the teacher: the classes of the group `data`. In the labels of the network, the classes of task t follow
 those of all earlier tasks. Training images are read one task at a time. Reading test images does not read training images,
@@ -14,13 +14,17 @@ import numpy as np
 
 from dvinv.config import CONTINUAL_LOSSES, ContinualSettings, DataSettings, Settings, parse_group
 from dvinv.config.errors import DvinvError, listed, shape_text
-from dvinv.data.dataset import RealData, Split
+from dvinv.data.dataset import RealData, RowArray, Split
 from dvinv.evaluation import logits_of
 from dvinv.inversion import Teacher
 from dvinv.networks import Classifier
+from dvinv.networks.classifier import MOMENTS
 from dvinv.pipeline.run import Run
+from dvinv.runtime.devices import is_primary, meet
+from dvinv.teacher.task import record_balanced
 
 MAIN = 'continual'
+RECORDED_IMAGES = 100  # the number of images that moments are recorded from, unless the teacher's settings name another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,3 +228,50 @@ def forgetting(matrix: Sequence[list[float] | None]) -> float | None:
         return None
     *earlier, last = known
     return statistics.fmean(max(row[task] for row in earlier[task:]) - last[task] for task in range(len(earlier)))
+
+
+def names_of_moments(run: Run, teacher: Teacher, number: int) -> dict[str, str]:
+    """Returns {chain: name of the file of its moments} for the chains that record moments after task `number`."""
+    settings = run.settings.continual
+    if MOMENTS not in teacher.variables or number == len(settings.steps):
+        return {}
+    return {chain: f'moments_{name_of(settings, chain, number)}' for chain in synthesizing(settings)}
+
+
+def with_recorded(run: Run, chain: str, number: int, current: Teacher) -> Teacher:
+    """Returns a network with moments to match by images, or as it is if the first network has no recorded moments.
+
+    Args:
+      chain: the chain of the network.
+      number: the task that the images are made for.
+      current: the network of the chain before that task.
+    """
+    if MOMENTS not in run.teacher.variables:
+        return current
+    if number == 1:
+        return current.with_variables({MOMENTS: run.teacher.variables[MOMENTS]})
+    return current.with_moments(run.workdir.network(names_of_moments(run, run.teacher, number - 1)[chain]))
+
+
+def record_after_task(run: Run, network: Teacher, name: str, images: RowArray, labels: np.ndarray) -> None:
+    """Records the moments of a network at the places of the teacher's, and writes them to the work directory.
+
+    The moments of the first network do not describe the networks that follow it. The moments of those are recorded right
+    after each task but the last, from the images that the network has just learned from: synthesized ones of the old
+    classes, and real ones of the new classes. No real image of an old class is needed.
+
+    Args:
+      network: the network.
+      name: the name of the file of moments; nothing happens if it exists.
+      images: the images that the network has learned from, uint8 [N, H, W, C].
+      labels: their labels, int [N].
+    """
+    if run.workdir.has_network(name):
+        return
+    settings = run.settings
+    count = settings.teacher.moments_images or RECORDED_IMAGES
+    layers = tuple(run.teacher.variables[MOMENTS])
+    moments = record_balanced(network, images, labels, count, settings.continual, settings.seed, layers)
+    if is_primary():
+        moments.save(run.workdir.network(name))
+    meet(f'the moments {name}')

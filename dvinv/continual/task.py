@@ -16,16 +16,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from dvinv.config.errors import DvinvError
-from dvinv.continual.losses import (
-    always_be_dreaming_terms,
-    cross_entropy,
-    deepinversion_terms,
-    lwf_mc_terms,
-    names_of_moments,
-    record,
-    total,
-    with_recorded,
-)
+from dvinv.continual.losses import always_be_dreaming_terms, cross_entropy, deepinversion_terms, lwf_mc_terms, total
 from dvinv.continual.stream import (
     MAIN,
     Step,
@@ -33,12 +24,15 @@ from dvinv.continual.stream import (
     class_names_of,
     figures,
     name_of,
+    names_of_moments,
     names_of_networks,
     pools_of,
+    record_after_task,
     steps_of,
     synthesizing,
     test_images,
     training_images,
+    with_recorded,
 )
 from dvinv.data.dataset import Joined, RowArray, Split
 from dvinv.data.pool import ImagePool
@@ -223,7 +217,7 @@ def train_task(run: Run, steps: list[Step], like: Teacher, learned: dict[str, li
             train_network(run, _target(run, paths[chain].stem, like, current), job, images, labels)
             if chain in moments:
                 network = dataclasses.replace(like, variables=load_network(paths[chain])[0])
-                record(run, network, moments[chain], images, labels)
+                record_after_task(run, network, moments[chain], images, labels)
     for chain, path in paths.items():
         learned[chain].append(dataclasses.replace(like, variables=load_network(path)[0]))
 

@@ -23,7 +23,6 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Int32, Integer, UInt8
 
 from dvinv.config.errors import DvinvError
-from dvinv.networks.classifier import AnyArray, Labels, Pixels
 from dvinv.runtime.devices import AXIS, place, platform_of
 
 # The local header of a zip archive: 26 bytes not needed here, the length of the name, and the length of the extra field.
@@ -264,7 +263,9 @@ class ResidentBatches:
         self._write = jax.jit(_write, donate_argnums=0, out_shardings=self._everywhere)
 
     @staticmethod
-    def pick(arrays, chosen: Int32[AnyArray, ' B']) -> tuple[Pixels, Labels]:
+    def pick(
+        arrays, chosen: Int32[jax.Array | np.ndarray, ' B']
+    ) -> tuple[UInt8[jax.Array, 'B H W C'], Integer[jax.Array, ' B']]:
         """Returns (images, labels) of the row numbers `chosen`, int32 [B]; for use inside a compiled program."""
         images, labels = arrays
         return images[chosen], labels[chosen]

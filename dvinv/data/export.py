@@ -1,11 +1,8 @@
 """python -m dvinv.data.export --pool runs/digits/pool --to folders --out DIR
 
-Exports an image pool for other programs: PNG pictures in class folders, a TensorFlow Datasets data set, or an .npz.
-
-Grids of pictures for people are made here as well.
+Pictures of images in grids, and the export of a pool for other programs: PNG pictures in class folders, a TensorFlow
+Datasets data set, or an .npz.
 """
-
-from __future__ import annotations
 
 import argparse
 import base64
@@ -44,7 +41,7 @@ def shown_classes(labels: np.ndarray, max_classes: int = 20) -> list[int]:
     return [int(label) for label in present]
 
 
-def name_of(label: int, class_names: Sequence[str]) -> str:
+def class_name(label: int, class_names: Sequence[str]) -> str:
     """Returns the name of a class, or its number if no name is known."""
     return class_names[label] if label < len(class_names) else str(label)
 
@@ -233,7 +230,7 @@ def _png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-FORMATS = {'folders': to_folders, 'tfds': to_tfds, 'npz': to_npz}
+EXPORTERS = {'folders': to_folders, 'tfds': to_tfds, 'npz': to_npz}
 
 
 def main(argv: list[str]) -> None:
@@ -245,13 +242,13 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog='python -m dvinv.data.export', description='Export an image pool.')
     parser.add_argument('--pool', type=Path, required=True, help='the folder with shard-000000.npz and so on')
     parser.add_argument(
-        '--to', choices=FORMATS, required=True, help='PNG pictures in class folders, TensorFlow Datasets, or one .npz'
+        '--to', choices=EXPORTERS, required=True, help='PNG pictures in class folders, TensorFlow Datasets, or one .npz'
     )
     parser.add_argument(
         '--out', type=Path, required=True, help='the folder to write to; the same command resumes a killed export'
     )
     arguments = parser.parse_args(argv)
-    FORMATS[arguments.to](ImagePool(arguments.pool), arguments.out)
+    EXPORTERS[arguments.to](ImagePool(arguments.pool), arguments.out)
 
 
 if __name__ == '__main__':

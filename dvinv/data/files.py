@@ -1,13 +1,13 @@
-"""Images in files: decoding, class folders, and .npz files with exact pixels or JPEG.
+"""Readers of images in files: class folders, and .npz files with exact pixels or JPEG.
 
-In folders there is one sub-folder per class, named after it, with PNG, JPEG, WebP or BMP files directly inside.
-The label of a class is its position in `data.class_names`. Without class names, folders that are all named by whole numbers
-(7, 07) have these numbers as labels. Otherwise labels count the names from 0 in alphabetical order, where numbers within
-names are ordered by value (class_2 before class_10; 2_dog before 10_ship).
+In folders there is one sub-folder per class, named after it, with PNG, JPEG, WebP or BMP files directly inside. The label of
+a class is its position in `data.class_names`. Without class names, folders that are all named by whole numbers (7, 07) have
+these numbers as labels. Otherwise labels count the names from 0 in alphabetical order, where numbers within names are
+ordered by value (class_2 before class_10; 2_dog before 10_ship).
 
 An .npz file holds
 
-images (or x)   numbers [N, H, W, C], [N, H, W] or [N, C, H, W], see `as_pixels`
+    images (or x)   numbers [N, H, W, C], [N, H, W] or [N, C, H, W], see `as_pixels`
     labels (or y)   whole numbers [N] or [N, 1], or one-hot [N, K]
 
 or
@@ -36,12 +36,12 @@ from dvinv.config import DataSettings
 from dvinv.config.errors import DvinvError, listed, say_once, shape_text
 from dvinv.data.dataset import RealData, Split
 
-FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP')
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
-LAYOUTS = ({'images', 'labels'}, {'jpeg', 'offsets', 'labels'})
-ALIASES = {'x': 'images', 'y': 'labels'}
+PICTURE_FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP')
+PICTURE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
+NPZ_LAYOUTS = ({'images', 'labels'}, {'jpeg', 'offsets', 'labels'})
+NPZ_ALIASES = {'x': 'images', 'y': 'labels'}
 # {array: (its dtypes, its possible numbers of dimensions, a description of both)}
-ARRAYS = {
+NPZ_ARRAYS = {
     'images': ((np.number, np.bool_), (3, 4), 'numbers [N, H, W], [N, H, W, C] or [N, C, H, W]'),
     'labels': ((np.number, np.bool_), (1, 2), 'whole numbers [N], or one-hot [N, K]'),
     'jpeg': ((np.uint8,), (1,), 'uint8 [bytes]'),
@@ -49,7 +49,7 @@ ARRAYS = {
     'header': ((np.uint8,), (1,), 'uint8 [bytes]'),
     'class_names': ((np.str_,), (1,), 'strings [K]'),
 }
-EDGE = 1e-3  # fraction of the range by which float pixels may exceed it
+RANGE_TOLERANCE = 1e-3  # fraction of the range by which float pixels may exceed it
 DARK = 32  # a warning is printed if no pixel of uint8 images is as bright as this
 FEW_CHANNELS = 4  # an axis of at most this length is taken for channels if it precedes a larger height and width
 
@@ -114,14 +114,14 @@ def _decode(name: str, file: bytes | Path, mode: str) -> Image.Image:
 @contextlib.contextmanager
 def _opened(name: str, file: bytes | Path) -> Iterator[Image.Image]:
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as picture:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=PICTURE_FORMATS) as picture:
             yield picture
     except DvinvError:
         raise
     except Exception as error:  # Pillow raises many types of errors for a damaged file
         raise DvinvError(
-            f'{name} cannot be decoded ({type(error).__name__}): it is damaged, or no {", ".join(FORMATS)} file; replace or '
-            'remove it.'
+            f'{name} cannot be decoded ({type(error).__name__}): it is damaged, or no {", ".join(PICTURE_FORMATS)} file; '
+            'replace or remove it.'
         ) from error
 
 
@@ -186,16 +186,18 @@ def _files_of_classes(path: str) -> dict[str, list[Path]]:
     if not Path(path).is_dir():
         raise DvinvError(f'The data folder {path} does not exist.')
     folders = sorted(entry for entry in Path(path).iterdir() if entry.is_dir() and not entry.name.startswith('.'))
-    if not folders and any(entry.suffix.lower() in SUFFIXES for entry in Path(path).iterdir()):
+    if not folders and any(entry.suffix.lower() in PICTURE_SUFFIXES for entry in Path(path).iterdir()):
         raise DvinvError(
             f'The data folder {path} has images but no sub-folders, so no labels; it must have one sub-folder per class.'
         )
     if not folders:
         raise DvinvError(f'The data folder {path} is empty; it must have one sub-folder per class.')
-    files = {folder.name: sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES) for folder in folders}
+    files = {folder.name: sorted(f for f in folder.iterdir() if f.suffix.lower() in PICTURE_SUFFIXES) for folder in folders}
     for name, paths in files.items():
         if not paths:
-            raise DvinvError(f'{Path(path) / name} is empty; a class needs images ({", ".join(SUFFIXES)}) directly inside.')
+            raise DvinvError(
+                f'{Path(path) / name} is empty; a class needs images ({", ".join(PICTURE_SUFFIXES)}) directly inside.'
+            )
     return files
 
 
@@ -276,9 +278,11 @@ def as_pixels(images: np.ndarray, path: str) -> np.ndarray:
     if images.dtype == np.bool_:
         return images * np.uint8(255)
     lowest, highest = images.min(), images.max()
-    are_fractions = np.isrealobj(images) and highest <= 1 + EDGE and np.issubdtype(images.dtype, np.floating)
+    are_fractions = np.isrealobj(images) and highest <= 1 + RANGE_TOLERANCE and np.issubdtype(images.dtype, np.floating)
     scale = 255 if are_fractions else 1
-    if not (np.isrealobj(images) and lowest * scale >= -255 * EDGE and highest <= 255 * (1 + EDGE)):  # NaN is neither
+    if not (
+        np.isrealobj(images) and lowest * scale >= -255 * RANGE_TOLERANCE and highest <= 255 * (1 + RANGE_TOLERANCE)
+    ):  # NaN is neither
         raise DvinvError(
             f'The images of {path} are {images.dtype} from {lowest:g} to {highest:g}; they must be pixels, before any '
             'normalisation: uint8, or numbers from 0 to 1 or from 0 to 255.'
@@ -323,26 +327,26 @@ def _jpeg_files(arrays: dict[str, np.ndarray], path: str) -> dict[str, bytes]:
 
 
 def _arrays(path: str) -> dict[str, np.ndarray]:
-    """Returns the arrays of a file that are among `ARRAYS`."""
+    """Returns the arrays of a file that are among `NPZ_ARRAYS`."""
     if not Path(path).is_file():
         raise DvinvError(f'The data file {path} does not exist.')
     try:
         with open(path, 'rb') as stream, np.load(stream, allow_pickle=False) as file:
-            stored_names = {ALIASES.get(name, name): name for name in file.files}
-            arrays = {name: file[stored_names[name]] for name in ARRAYS if name in stored_names}
+            stored_names = {NPZ_ALIASES.get(name, name): name for name in file.files}
+            arrays = {name: file[stored_names[name]] for name in NPZ_ARRAYS if name in stored_names}
     except Exception as error:  # NumPy, zipfile and zlib raise many types of errors for a damaged file
         raise DvinvError(
             f'The data file {path} cannot be read ({error}): it is damaged, no .npz archive, or holds Python objects, which '
             'dvinv does not unpickle.'
         ) from error
-    if not any(layout <= arrays.keys() for layout in LAYOUTS):
+    if not any(layout <= arrays.keys() for layout in NPZ_LAYOUTS):
         names = ', '.join(file.files[:5]) + (', ...' if len(file.files) > 5 else '')
         raise DvinvError(
             f'{path} holds {len(file.files)} arrays ({names}); it must hold images (or x) and labels (or y), or jpeg, '
             'offsets and labels.'
         )
     for name, array in arrays.items():
-        dtypes, dimensions, description = ARRAYS[name]
+        dtypes, dimensions, description = NPZ_ARRAYS[name]
         if not any(np.issubdtype(array.dtype, dtype) for dtype in dtypes) or array.ndim not in dimensions:
             found = f'{array.dtype} {list(array.shape)}'
             raise DvinvError(f'The array {stored_names[name]} of {path} is {found}; it must be {description}.')

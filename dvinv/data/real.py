@@ -32,7 +32,7 @@ def read_prepared(source: DataSettings) -> RealData:
     Raises:
       DvinvError: the data set is missing, has another format or is damaged, or the package array-record is missing.
     """
-    import tensorflow_datasets as tfds  # imported late, because it takes a second and only these two data sets need it
+    import tensorflow_datasets as tfds  # imported late, because it takes a second and only cifar10 and cifar100 need it
 
     folder = tfds.core.Path(source.path or tfds.core.constants.DATA_DIR) / source.name
     data_dir = f', data_dir={source.path!r}' if source.path else ''

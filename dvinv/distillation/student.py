@@ -21,8 +21,18 @@ import numpy as np
 from dvinv.config import validate_devices
 from dvinv.config.errors import DvinvError, listed, say
 from dvinv.evaluation import divergence
-from dvinv.graph import Stage, StagePair, find_stages, graft, match_stages, record
-from dvinv.graph.stages import initial_projections, relative_error, to_student, to_teacher
+from dvinv.graph.stages import (
+    Stage,
+    StagePair,
+    find_stages,
+    graft,
+    initial_projections,
+    match_stages,
+    record,
+    relative_error,
+    to_student,
+    to_teacher,
+)
 from dvinv.inversion import Teacher
 from dvinv.inversion.linen_modules import features_in_training
 from dvinv.inversion.programs import in_precision

@@ -6,18 +6,7 @@ network it is the output of the last block before a strided block, in a VGG the 
 of a strided depthwise convolution. All later values depend on the images through this value alone, so that the network can
 be cut there: `record` returns the outputs of its stages, and `graft` replaces them while the network runs.
 
-Functions that a program calls (`jit`, `jax.checkpoint`, closed calls) are inlined. Loops, branches and functions with a
-custom derivative (`jax.nn.relu`, for instance) stay whole, so that the derivative stays as it is.
-
-A projected pair of stages has two 1x1 convolutions without a bias. They are trained together with the student and discarded
-afterwards:
-
-    to_teacher [C_student, C_teacher] maps the student's output to the teacher's channels, where the two are compared;
-    to_student [C_teacher, C_student] maps the teacher's output to the student's channels, where it replaces the student's
-    output.
-
-The comparison is made only in the teacher's channels, so that no projection can make both outputs vanish. `to_student` is
-trained by the errors of the later stages of the student. A pair with the same numbers of channels has no projections.
+Which functions of the program are inlined: see `graph.program`.
 """
 
 import dataclasses
@@ -317,6 +306,16 @@ def _replacement(index: int, output: jax.Array, replace: Callable) -> Float[AnyA
 
 def initial_projections(key: jax.Array, pairs: Sequence[StagePair]) -> dict:
     """Draws the projections of the pairs that need them.
+
+    A projected pair of stages has two 1x1 convolutions without a bias. They are trained together with the student and
+    discarded afterwards:
+
+        to_teacher [C_student, C_teacher] maps the student's output to the teacher's channels, where the two are compared;
+        to_student [C_teacher, C_student] maps the teacher's output to the student's channels, where it replaces the
+        student's output.
+
+    The comparison is made only in the teacher's channels, so that no projection can make both outputs vanish. `to_student`
+    is trained by the errors of the later stages of the student. A pair with the same numbers of channels has no projections.
 
     Args:
       key: A random key.

@@ -1,8 +1,8 @@
 """Inversion, the core of dvinv: images are optimized until a frozen teacher is confident and their statistics match.
 
 The package consists of pure functions. It reads no flags and no files except those with recorded moments. A good order to
-read it is teacher, tap, nnx_tap, moments, recording, augmentation, losses, priors, objective, execution, parameterization,
-step, programs, invert. Settings are in dvinv.config.
+read it is statistics, capture, tap, linen_modules, nnx_models, teacher, recording, augmentation, losses, step, programs,
+invert. Settings are in dvinv.config.
 """
 
 from dvinv.inversion.invert import (

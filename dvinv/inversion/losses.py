@@ -17,8 +17,8 @@ from dvinv.networks.classifier import AnyArray, Images, Labels, Logits, PerImage
 EPSILON = 1e-12
 LARGE = 8.0  # a first layer with a larger running deviation, over all channels, has pixels from 0 to 255 as its input
 LOG_ZERO = -1e30  # a finite substitute for log 0
-POINTS = 32  # the number of points at which the density is evaluated
-MARGIN = 3.0  # the first and last point are so many bandwidths beyond the lowest and highest similarity
+DENSITY_POINTS = 32  # the number of points at which the density is evaluated
+DENSITY_MARGIN = 3.0  # the first and last point are so many bandwidths beyond the lowest and highest similarity
 
 
 def psum(tree, axis: str | None):
@@ -198,11 +198,14 @@ def patch_similarity_entropy(tokens: Float[AnyArray, 'B ... C'], axis: str | Non
         return jnp.float32(0.0)
     fixed = jax.lax.stop_gradient(similarities)
     bandwidth = jnp.maximum(1.06 * jnp.std(fixed, 1, keepdims=True) * count**-0.2, 1e-4)
-    low, high = fixed.min(1, keepdims=True) - MARGIN * bandwidth, fixed.max(1, keepdims=True) + MARGIN * bandwidth
-    places = low + (high - low) * jnp.linspace(0.0, 1.0, POINTS)[None]
+    low, high = (
+        fixed.min(1, keepdims=True) - DENSITY_MARGIN * bandwidth,
+        fixed.max(1, keepdims=True) + DENSITY_MARGIN * bandwidth,
+    )
+    places = low + (high - low) * jnp.linspace(0.0, 1.0, DENSITY_POINTS)[None]
     apart = (places[:, :, None] - similarities[:, None]) / bandwidth[:, :, None]
     density = jnp.exp(-0.5 * jnp.square(apart)).mean(2) / (jnp.sqrt(2 * jnp.pi) * bandwidth)
-    entropy = -jnp.sum(density * jnp.log(density + EPSILON), 1) * (high - low)[:, 0] / (POINTS - 1)
+    entropy = -jnp.sum(density * jnp.log(density + EPSILON), 1) * (high - low)[:, 0] / (DENSITY_POINTS - 1)
     return pmean(entropy.mean(), axis)
 
 

@@ -4,7 +4,8 @@
 `bn_stats = 'global'`: one batch is split over the devices, and its losses are those of the whole batch. The devices may
 belong to several processes, which must then all make the same calls.
 
-These transforms change how a network's function is computed, not the function itself; the user's network stays unmodified.
+`executed` and `in_precision` change how a network's function is computed, not the function itself; the user's network stays
+unmodified.
 """
 
 import dataclasses

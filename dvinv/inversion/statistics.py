@@ -4,10 +4,10 @@ Any layer that owns running statistics (`batch_stats/mean` and `batch_stats/var`
 `running_mean` and `running_var`, in any collection) counts as a BatchNorm, whatever its class. If moments were recorded (the
 collection `MOMENTS` of the variables), they replace all running statistics.
 
-The owner of a network runs about 100 of its training images through it, and keeps the mean and variance per channel, over
-images and positions, of the inputs or outputs of chosen layers. No image can be read off them. Once they are among the
-network's variables (the collection `MOMENTS`), synthesized images are optimized to match them, as they would match running
-statistics (Table 8 of arXiv 1912.08795: 90.52 with the moments of 100 images, 90.68 with BatchNorm's own).
+For recorded moments, the owner of a network runs about 100 of its training images through it, and keeps the mean and
+variance per channel, over images and positions, of the inputs or outputs of chosen layers. No image can be read off them.
+Once they are among its variables, synthesized images are optimized to match them, as they would match running statistics
+(Table 8 of arXiv 1912.08795: 90.52 with the moments of 100 images, 90.68 with BatchNorm's own).
 """
 
 import dataclasses
@@ -30,19 +30,19 @@ STATISTICS = 'batch_stats'  # Flax's collection of running statistics
 VariablePath = tuple[str, ...]  # of a variable: (collection, names of modules, name of the variable)
 
 # Words by which the names of a running mean and a running variance differ, and a pattern that matches either name.
-NAMES = ('mean', 'var'), ('mean', 'variance'), ('Mean', 'Var'), ('Mean', 'Variance')
+STATISTIC_WORDS = ('mean', 'var'), ('mean', 'variance'), ('Mean', 'Var'), ('Mean', 'Variance')
 STATISTIC = re.compile(r'(?:^|[\W\d_])(?:mean|var|variance)(?:$|[\W\d_])|Mean|Var(?:iance)?$')
-KIND = 'recorded moments'  # stored in the field of the file in which other files name their network
+MOMENTS_KIND = 'recorded moments'  # stored in the field of the file in which other files name their network
 
 
 def find_statistics(variables: Mapping) -> dict[str, tuple[VariablePath, VariablePath]]:
     """Finds the running mean and variance of every layer that has them.
 
     A mean and a variance belong together if they are variables of one module, have the same shape, and their names differ
-    only by the words in `NAMES`. If a module has several pairs, the pair with Flax's own collection and names is taken, or
-    else the first one. Outside of Flax's collection, a module that contains other modules does not count as a normalization
-    layer: it may be the network itself, with the mean and variance of pixels. If there are recorded moments, only these are
-    returned.
+    only by the words in `STATISTIC_WORDS`. If a module has several pairs, the pair with Flax's own collection and names is
+    taken, or else the first one. Outside of Flax's collection, a module that contains other modules does not count as a
+    normalization layer: it may be the network itself, with the mean and variance of pixels. If there are recorded moments,
+    only these are returned.
 
     Returns:
       {layer: (path of its running mean, path of its running variance)}. Layers are module paths such as 'stage1/bn0'; the
@@ -54,7 +54,7 @@ def find_statistics(variables: Mapping) -> dict[str, tuple[VariablePath, Variabl
         return {place: ((MOMENTS, place, 'mean'), (MOMENTS, place, 'var')) for place in recorded}
     outer = {path[1:end] for path in flat for end in range(1, len(path) - 1)}
     for path, leaf in sorted(flat.items(), key=lambda item: (item[0][0] != STATISTICS, item[0][-1] != 'mean')):
-        for mean, variance in NAMES:
+        for mean, variance in STATISTIC_WORDS:
             partner = (*path[:-1], path[-1].replace(mean, variance))
             innermost = path[0] == STATISTICS or path[1:-1] not in outer
             if innermost and partner != path and partner in flat and np.shape(flat[partner]) == np.shape(leaf) != ():
@@ -118,7 +118,7 @@ class Moments:
 
     def save(self, path) -> None:
         """Writes a safetensors file with the moments, the digest of the network and the other attributes, but no image."""
-        about = {'network': KIND, 'layers': [*self.layers], 'teacher': self.digest, 'images': self.images}
+        about = {'network': MOMENTS_KIND, 'layers': [*self.layers], 'teacher': self.digest, 'images': self.images}
         about |= {'views': self.views, 'version': self.version}
         write_atomic(Path(path), network_bytes(self.variables(), about))
 
@@ -136,7 +136,7 @@ class Moments:
             variables, about = load_network(Path(path))
         except DvinvError as error:
             raise DvinvError(f'{what} that can be read: {error}') from error
-        if about.get('network') != KIND:
+        if about.get('network') != MOMENTS_KIND:
             raise DvinvError(f'{what}, but the weights of a network; the flag --record_moments writes such a file.')
         found = variables[MOMENTS]
         layers = {place: (found[place]['mean'], found[place]['var']) for place in about['layers']}

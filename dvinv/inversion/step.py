@@ -1,21 +1,7 @@
 """One iteration of the inversion as a pure function: parameterization, objective (eq. 1 to 5), update.
 
-The parameterization says which parameters Adam updates, and how images are decoded from them.
-
-'pixels' (paper): the parameters are the images in normalised space, initialised with white noise. The normalised space is
-that of the network. If the network takes unnormalised pixels, for instance from 0 to 255, the initial noise would be nearly
-black in its space and the steps of Adam invisible. Therefore such networks, and with `pixel_scale = 'common'` all networks,
-use one common space (see `pixel_scale_of`).
-
-'fourier': the parameters are initialised with white noise as well. Decoding gives every frequency the amplitude that it has
-in natural images, 1/frequency (Field, 1987), mixes the colour channels so that they correlate as in natural images, and
-applies a sigmoid that keeps the pixels between black and white. Adam updates all parameters by steps of about the same size.
-On pixels this is a step of the same size for every frequency, which leads to fine patterns that only the teacher recognises.
-Here coarse shapes change a lot and fine ones little, and brightness and colour vary from image to image as in real ones. No
-data is needed for that. (Preconditioning by frequency is known from feature visualization: Olah, Mordvintsev and Schubert,
-2017.)
-
-The objective is the only place where the terms of the loss are weighted and summed.
+The parameterization (`make_decode`) says which parameters Adam updates, and how images are decoded from them. The objective
+is the only place where the terms of the loss are weighted and summed.
 """
 
 import dataclasses
@@ -82,6 +68,19 @@ def rescaled(x: Images, old: Classifier, new: Classifier) -> Images:
 
 def make_decode(kind: str, contrast: float, classifier: Classifier, scale: Classifier | None = None) -> Callable:
     """Returns the function `parameters -> images`, both [B, H, W, C] float32, the images normalised.
+
+    'pixels' (paper): the parameters are the images in normalised space, initialised with white noise. The normalised space
+    is that of the network. If the network takes unnormalised pixels, for instance from 0 to 255, the initial noise would be
+    nearly black in its space and the steps of Adam invisible. Therefore such networks, and with `pixel_scale = 'common'` all
+    networks, use one common space (see `pixel_scale_of`).
+
+    'fourier': the parameters are initialised with white noise as well. Decoding gives every frequency the amplitude that it
+    has in natural images, 1/frequency (Field, 1987), mixes the colour channels so that they correlate as in natural images,
+    and applies a sigmoid that keeps the pixels between black and white. Adam updates all parameters by steps of about the
+    same size. On pixels this is a step of the same size for every frequency, which leads to fine patterns that only the
+    teacher recognises. Here coarse shapes change a lot and fine ones little, and brightness and colour vary from image to
+    image as in real ones. No data is needed for that. (Preconditioning by frequency is known from feature visualization:
+    Olah, Mordvintsev and Schubert, 2017.)
 
     Args:
       kind: 'pixels' or 'fourier'.
@@ -171,7 +170,7 @@ class InversionState(struct.PyTreeNode):
 
     Attributes:
       parameters: The parameters from which the images are decoded, [B, H, W, C] float32, always at full resolution; see
-        the top of this module.
+        `make_decode`.
       opt_state: The state of the current stage's optimizer (Adam).
       iteration: int32 scalar, counted over all stages of the batch.
       key: The batch's random key. Iteration t draws from fold_in(key, t).

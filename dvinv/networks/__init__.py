@@ -1,4 +1,4 @@
-"""Flax networks by name, and their files."""
+"""Flax networks by name, their files, and pruned and quantized ones."""
 
 from dvinv.networks.classifier import Classifier, apply_fn_of, initialise, shapes_of
 from dvinv.networks.files import (

@@ -1,4 +1,4 @@
-"""A Classifier: a trained network in eval mode, and the normalisation of its input images; and the shapes of arrays.
+"""The `Classifier` (a network in eval mode and the normalisation of its images), types of arrays, trees of variables.
 
 `B` images have height `H`, width `W` and `C` channels; a network has `K` classes, and `D` features before its last layer.
 Functions take numpy arrays as well as JAX's, and return JAX's. The tests check these annotations at every call, in the

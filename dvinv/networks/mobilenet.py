@@ -26,10 +26,10 @@ from dvinv.networks.torch_layers import batch_norm, conv, refuse_small_images
 V1_STRIDES = (2, 1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)  # of the stem, then of the depthwise convolutions
 V2_BLOCKS, V2_STRIDES = (1, 2, 3, 4, 3, 3, 1), (1, 2, 2, 2, 1, 2, 1)  # per stage: blocks, stride of the first block
 EXPANSION = 6  # ratio of the channels inside a block of V2 to those before it; the very first block has no expansion
-LAST = 1280  # minimum number of channels before the head of V2
-POOLED = (0, 2, 4)  # the fire modules with a max-pooling before them
-SMALLEST = 31  # height and width that the stem and three poolings reduce to one pixel
-FIRES = (3, 4, 6, 7, 9, 10, 11, 12)  # indices of the fire modules in torchvision's list of layers
+V2_LAST = 1280  # minimum number of channels before the head of V2
+SQUEEZENET_POOLED = (0, 2, 4)  # the fire modules with a max-pooling before them
+SQUEEZENET_SMALLEST = 31  # height and width that the stem and three poolings reduce to one pixel
+SQUEEZENET_FIRES = (3, 4, 6, 7, 9, 10, 11, 12)  # indices of the fire modules in torchvision's list of layers
 
 
 class MobileNetV1(nn.Module):
@@ -95,7 +95,7 @@ def in_eighths(channels: float) -> int:
     return nearest if nearest >= 0.9 * channels else nearest + 8
 
 
-def timm_names() -> dict[str, str]:
+def v2_timm_names() -> dict[str, str]:
     """Returns {name in torchvision: name in timm} for V2; in timm blocks are numbered within their stage."""
     blocks = [f'blocks.{stage}.{block}' for stage, count in enumerate(V2_BLOCKS) for block in range(count)]
     first, *later = [(f'features.{index}.conv', block) for index, block in enumerate(blocks, 1)]
@@ -138,9 +138,9 @@ class MobileNetV2(nn.Module):
 
     num_classes: int
     channels: Sequence[int] = (32, 16, 24, 32, 64, 96, 160, 320)  # of the stem, then per stage
-    last: int = LAST  # smaller values are raised to LAST: as published, a narrow network keeps all of these channels
+    last: int = V2_LAST  # smaller values are raised to V2_LAST: as published, a narrow network keeps all of these channels
 
-    aliases: ClassVar[dict[str, str]] = timm_names()
+    aliases: ClassVar[dict[str, str]] = v2_timm_names()
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -155,14 +155,14 @@ class MobileNetV2(nn.Module):
                 inner = x.shape[-1] * (1 if index == 1 else EXPANSION)
                 x = InvertedResidual(channels, 1 if block else stride, inner, name=f'features_{index}')(x, train)
                 index += 1
-        x = layer(x, index, max(LAST, self.last), 1, 1).mean((1, 2))
+        x = layer(x, index, max(V2_LAST, self.last), 1, 1).mean((1, 2))
         return nn.Dense(self.num_classes, name='classifier_1')(nn.Dropout(0.2, deterministic=not train)(x))
 
 
-def torchvision_names() -> dict[str, str]:
+def squeezenet_torchvision_names() -> dict[str, str]:
     """Returns {name of a submodule here: name in torchvision}."""
     parts = ('squeeze', 'expand1x1', 'expand3x3')
-    fires = [f'features.{place}.{part}' for place in FIRES for part in parts]
+    fires = [f'features.{place}.{part}' for place in SQUEEZENET_FIRES for part in parts]
     names = ['features.0', *fires, 'classifier.1']
     return {f'conv{index}': name for index, name in enumerate(names)}
 
@@ -179,12 +179,12 @@ class SqueezeNet(nn.Module):
     num_classes: int
     channels: Sequence[int] = (64, 16, 16, 32, 32, 48, 48, 64, 64)  # of the stem, then of each fire module's squeeze layer
 
-    aliases: ClassVar[dict[str, str]] = torchvision_names()
+    aliases: ClassVar[dict[str, str]] = squeezenet_torchvision_names()
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Computes logits; raises DvinvError for images that are too small to be pooled three times."""
-        refuse_small_images('A SqueezeNet', x, SMALLEST)
+        refuse_small_images('A SqueezeNet', x, SQUEEZENET_SMALLEST)
 
         def layer(x, index: int, channels: int, size: int):
             return nn.relu(conv(channels, size, bias=True, name=f'conv{index}')(x))
@@ -192,7 +192,7 @@ class SqueezeNet(nn.Module):
         stem, *squeezed = self.channels
         x = nn.relu(nn.Conv(stem, (3, 3), (2, 2), 'VALID', name='conv0')(x))
         for fire, channels in enumerate(squeezed):
-            if fire in POOLED:
+            if fire in SQUEEZENET_POOLED:
                 x = max_pool(x)
             index = 3 * fire + 1
             x = layer(x, index, channels, 1)

@@ -1,14 +1,9 @@
-"""The names and layouts that PyTorch, Keras and Gluon (MXNet) use for the variables of a Flax network.
+"""The variables of Flax networks: names and layouts in PyTorch, Keras and Gluon (MXNet), and reuse in other networks.
 
 Flax       params/layer1_0/conv1/kernel    batch_stats/layer1_0/bn1/mean
 PyTorch    layer1.0.conv1.weight           layer1.0.bn1.running_mean
 Keras      layer1_0/conv1/kernel           layer1_0/bn1/moving_mean
 Gluon      resnet0_layer1_0_conv1_weight   resnet0_layer1_0_bn1_running_mean
-
-A student inherits the layers with matching names and shapes (arXiv 2311.18823). Layers are paired by their names and, within
-a series of numbered ones such as the blocks of a stage, by depth: the first with the first, the last with the last, and
-those in between spread evenly over the series of the teacher. A network with more classes has all weights of the smaller
-one; only its head, the last layer, has more outputs.
 """
 
 import dataclasses
@@ -199,6 +194,10 @@ def _gluon_prefix(keys: Collection[str]) -> str:
 
 def inherited(teacher: Mapping, student: Mapping) -> dict:
     """Returns the part of the student's variables that the teacher has weights for.
+
+    A student inherits the layers with matching names and shapes (arXiv 2311.18823). Layers are paired by their names and,
+    within a series of numbered ones such as the blocks of a stage, by depth: the first with the first, the last with the
+    last, and those in between spread evenly over the series of the teacher.
 
     Args:
       teacher: the variables of the teacher, {'params': ..., 'batch_stats': ...}, arrays.

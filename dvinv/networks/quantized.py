@@ -1,4 +1,4 @@
-"""Quantized networks: rounding to a few bits, the variables during quantization, and the file.
+"""Quantized networks: rounding to a few bits, the simulated network, and its file.
 
 Weights are symmetric, with one step per channel: w = step q with |q| <= 2^(b-1) - 1. Activations are affine, with one step
 per layer or per token: x = step (q - zero point) with 0 <= q <= 2^b - 1, so that 0 (padding, the negative side of a ReLU) is
@@ -30,7 +30,7 @@ from dvinv.networks.files import classifier_of, load_network, module_of, save_ne
 from dvinv.networks.quantized_layers import Layer, find_layers, with_rules, with_token_ranges
 
 # Fractions of the largest magnitude that are tried in the search for the step of least squared error.
-SHARES = np.linspace(0.3, 1.0, 36)
+STEP_SHARES = np.linspace(0.3, 1.0, 36)
 INPUT_PARAMETERS = ('step', 'zero_point', 'top')  # of the inputs of a layer, in the order in which a file has them
 
 
@@ -88,8 +88,8 @@ def weight_steps(kernel: Float[np.ndarray, '...'], bits: int, contracted: tuple[
     top = largest(bits)
     magnitude = np.abs(kernel).max(contracted, keepdims=True)
     magnitude = np.where(magnitude > 0, magnitude, 1.0)
-    best, least_error = SHARES[0] * magnitude / top, np.full(magnitude.shape, np.inf)
-    for share in SHARES:
+    best, least_error = STEP_SHARES[0] * magnitude / top, np.full(magnitude.shape, np.inf)
+    for share in STEP_SHARES:
         step = share * magnitude / top
         error = ((np.clip(np.rint(kernel / step), -top, top) * step - kernel) ** 2).sum(contracted, keepdims=True)
         best, least_error = np.where(error < least_error, step, best), np.minimum(error, least_error)

@@ -12,7 +12,7 @@ import jax
 from dvinv.config.errors import DvinvError
 from dvinv.networks.convnext import ConvNeXt
 from dvinv.networks.inception_v3 import InceptionV3
-from dvinv.networks.mobilenet import LAST, MobileNetV1, MobileNetV2, SqueezeNet, TimmMobileNetV1, in_eighths
+from dvinv.networks.mobilenet import V2_LAST, MobileNetV1, MobileNetV2, SqueezeNet, TimmMobileNetV1, in_eighths
 from dvinv.networks.resnet import BasicBlock, Bottleneck, CifarResNet, ResNet, SmallResNet, WideResNet, imagenet_stem
 from dvinv.networks.torch_layers import group_norm
 from dvinv.networks.vgg import VGG, ImageNetVGG, SmallConvNet
@@ -91,7 +91,7 @@ NETWORKS: dict[str, Network] = {
     'mobilenet_v2': Network(
         MobileNetV2,
         IMAGENET,
-        {'channels': (32, 16, 24, 32, 64, 96, 160, 320), 'last': LAST},
+        {'channels': (32, 16, 24, 32, 64, 96, 160, 320), 'last': V2_LAST},
         rounding=in_eighths,
         pixels=IMAGENET_PIXELS,
     ),

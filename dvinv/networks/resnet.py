@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from dvinv.networks.torch_layers import batch_norm, conv
 
 
-def small_stem(x: jax.Array, channels: int, train: bool, norm: Callable = batch_norm) -> jax.Array:
+def cifar_stem(x: jax.Array, channels: int, train: bool, norm: Callable = batch_norm) -> jax.Array:
     """Applies the stem for CIFAR: one 3x3 convolution; x [B, H, W, C] -> [B, H, W, channels]."""
     return nn.relu(norm(train, 'bn1')(conv(channels, 3, name='conv1')(x)))
 
@@ -75,7 +75,7 @@ def residual_features(
     channels: Sequence[int],
     shortcut: Callable,
     block: type[nn.Module] = BasicBlock,
-    stem: Callable = small_stem,
+    stem: Callable = cifar_stem,
     norm: Callable = batch_norm,
 ) -> jax.Array:
     """Computes features [B, F] of x [B, H, W, C]: the stem, the stages, and the mean over space.
@@ -116,7 +116,7 @@ class ResNet(nn.Module):
     blocks: Sequence[int]  # per stage
     channels: Sequence[int] = (64, 128, 256, 512)  # per stage; a bottleneck's output has 4 times as many
     block: type[nn.Module] = BasicBlock  # or Bottleneck
-    stem: Callable = small_stem  # or imagenet_stem: (x, channels, train, norm) -> x
+    stem: Callable = cifar_stem  # or imagenet_stem: (x, channels, train, norm) -> x
     norm: Callable = batch_norm  # (train, name) -> a layer; timm's networks with GroupNorm use the same names
 
     # {name in torchvision: name in the common CIFAR repositories}.
@@ -146,7 +146,7 @@ class CifarResNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         blocks = (self.blocks,) * len(self.channels)
-        x = residual_features(x, train, blocks, self.channels, option_a, BasicBlock, small_stem, self.norm)
+        x = residual_features(x, train, blocks, self.channels, option_a, BasicBlock, cifar_stem, self.norm)
         return nn.Dense(self.num_classes, name='linear')(x)
 
 
@@ -166,7 +166,7 @@ class PreActivationBlock(nn.Module):
         return x + y
 
 
-class Stage(nn.Module):
+class WideStage(nn.Module):
     """Blocks with the same number of channels; the first one has the stride."""
 
     blocks: int
@@ -192,7 +192,7 @@ class WideResNet(nn.Module):
         stem, *stages = self.channels
         x = conv(stem, 3, name='conv1')(x)
         for stage, channels in enumerate(stages, 1):
-            x = Stage(self.blocks, channels, 1 if stage == 1 else 2, name=f'block{stage}')(x, train)
+            x = WideStage(self.blocks, channels, 1 if stage == 1 else 2, name=f'block{stage}')(x, train)
         x = nn.relu(batch_norm(train, 'bn1')(x))
         return nn.Dense(self.num_classes, name='fc')(x.mean((1, 2)))
 

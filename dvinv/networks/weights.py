@@ -24,16 +24,16 @@ from dvinv.networks.naming import AVERAGED, Unwrapped, find_keys, to_flax_layout
 
 KNOWN = 'a PyTorch state dict (.pth, .pt, .bin, .ckpt, .safetensors), or named arrays (.npz)'
 STATE_DICT = "save the state dict, torch.save(network.state_dict(), 'weights.pth')"
-KERAS = "save the arrays, np.savez('weights.npz', **{variable.path: variable for variable in network.variables})"
+SAVE_KERAS = "save the arrays, np.savez('weights.npz', **{variable.path: variable for variable in network.variables})"
 
 OLD_TORCH = b'\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19'  # the pickled number at the start of files of PyTorch before 1.6
 # Formats that dvinv does not read: (regular expression of the first bytes, name of the format, how to convert the weights).
-OTHERS = (
+UNREADABLE = (
     (rb'\x80[\x02-\x05]', 'a pickle, which could run code', 'save every tensor under its name by numpy.savez'),
     (rb'version https://git-lfs', 'a pointer of Git LFS in place of the weights', 'get the file itself by git lfs pull'),
     (rb'\s*<(!DOCTYPE|!doctype|html|HTML|\?xml)', 'a web page', 'download the file itself'),
     (rb'\s*\{\s*"', 'a JSON text', 'name the file that holds the tensors; shards that an index names must be joined first'),
-    (rb'\x89HDF\r\n\x1a\n', 'an HDF5 file', f'with Keras, {KERAS}'),
+    (rb'\x89HDF\r\n\x1a\n', 'an HDF5 file', f'with Keras, {SAVE_KERAS}'),
     (rb'GGUF', 'a GGUF file', 'use the float weights from which it was quantized'),
     (rb'.{4}TFL3', 'a TensorFlow Lite model', 'use the weights from which it was converted'),
     (rb'\x12\x01\x00{6}', 'a parameter file of MXNet', 'save its arrays under their names by numpy.savez'),
@@ -54,15 +54,6 @@ ENDINGS = {
     '.safetensors': 'safetensors',
     **dict.fromkeys(('.pth', '.pt', '.th', '.bin', '.ckpt', '.tar'), 'torch'),
 }
-
-
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Returns the tensors of a weights file by name, in the dtypes of the file.
-
-    Raises:
-      DvinvError: the file is missing, damaged, in an unsupported format, or would run code.
-    """
-    return READERS[kind_of(path)](path)
 
 
 def kind_of(path: Path) -> str:
@@ -91,7 +82,7 @@ def kind_of(path: Path) -> str:
         return 'safetensors'
     if OLD_TORCH in start[:64]:
         return 'torch'
-    for pattern, kind, way_out in OTHERS:
+    for pattern, kind, way_out in UNREADABLE:
         if re.match(pattern, start, re.DOTALL):
             raise _not_read(path, kind, way_out)
     if path.suffix not in ENDINGS:
@@ -125,7 +116,7 @@ def _kind_of_archive(path: Path) -> str:
     if any(re.search(r'(^|/)data\.pkl$', name) for name in names):
         return 'torch'
     if any(name.endswith('.weights.h5') for name in names):
-        raise _not_read(path, 'a Keras archive', f'with Keras, {KERAS}')
+        raise _not_read(path, 'a Keras archive', f'with Keras, {SAVE_KERAS}')
     if names and all(name.endswith('.npy') for name in names):
         return 'npz'
     raise _not_read(path, f'a zip archive of {listed(names, 3) or "nothing"}', 'name a file in it')
@@ -251,12 +242,13 @@ class MisfitError(DvinvError):
 
 
 def read_state_dict(path: Path) -> dict[str, np.ndarray]:
-    """Returns the tensors of a weights file by name.
+    """Returns the tensors of a weights file by name, in the dtypes of the file.
 
     Raises:
       DvinvError: the file is missing, damaged, in an unsupported format, or would run code.
     """
-    return read_tensors(Path(path))
+    path = Path(path)
+    return READERS[kind_of(path)](path)
 
 
 def import_weights(module: nn.Module, image_shape, state: dict[str, np.ndarray], source: str = 'These weights') -> dict:

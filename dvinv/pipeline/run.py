@@ -136,10 +136,10 @@ class Run:
         """The result of the function `teacher.factory`: a Teacher, or a network to be trained; None if there is no function.
 
         Raises:
-          DvinvError: see `networks.of_teacher`.
+          DvinvError: see `networks.teacher_of_factory`.
         """
         name = self.settings.teacher.factory
-        return networks.of_teacher(name, lambda: self.data.num_classes if self.data else None) if name else None
+        return networks.teacher_of_factory(name, lambda: self.data.num_classes if self.data else None) if name else None
 
     @functools.cached_property
     def teacher(self) -> Teacher:
@@ -249,7 +249,7 @@ class Run:
             return create(group.network, teacher.num_classes, group.width)
         key = group.factory, teacher.image_shape, teacher.num_classes
         if key not in self._students:
-            module = networks.of_student(group.factory, teacher.num_classes)
+            module = networks.student_of_factory(group.factory, teacher.num_classes)
             name = f'The network of student.factory {group.factory!r}'
             validate_trainable(module, teacher.image_shape, teacher.num_classes, name)
             self._students[key] = module

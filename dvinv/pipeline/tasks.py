@@ -63,7 +63,7 @@ HEADLINES = {  # patterns of the figures in results.json that are printed, in th
 def run(config: ml_collections.ConfigDict | Settings, workdir) -> dict:
     """Runs those tasks of a config that have no results in `workdir` or have lost files there.
 
-    If there are several processes, all of them must call it, see `runtime.processes`.
+    If there are several processes, all of them must call it, see `runtime.devices`.
 
     Args:
       config: the config.
@@ -158,7 +158,7 @@ def run_seeds(config: ml_collections.ConfigDict | Settings, workdir, count: int)
       (n - 1); it is None for one seed.
 
     Raises:
-      DvinvError: `workdir` holds a single run or other seeds, or as for `tasks.run`.
+      DvinvError: `workdir` holds a single run or other seeds, or as for `run`.
     """
     settings, workdir = parse(config), Path(workdir)
     if (workdir / 'config.json').exists():

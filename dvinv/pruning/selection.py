@@ -1,18 +1,4 @@
-"""The choice of the channel groups to remove: their importance, the latency of a network, and removal down to a target cost.
-
-First-order Taylor (arXiv 1912.08795, section 4.3; Molchanov et al., arXiv 1906.10771): imagine a gate, 1 when open, after
-each channel of every BatchNorm. Closing the gates of group u changes the loss L by about -sum dL/dg, and over batches
-
-    importance(u) = E[(sum over the gates g of u of dL/dg)^2]
-
-A gate multiplies scale and bias, so dL/dg = scale dL/dscale + bias dL/dbias, and no actual gate is needed. Groups without a
-BatchNorm have their gates after the layers that produce them, where they multiply kernel and bias instead. Magnitude and
-random importance are controls.
-
-The table has the time of every convolution and matrix product of the network on a grid of widths, and is interpolated
-between them. Each layer is timed together with the pass over its result that follows it in a network (scale, shift, ReLU).
-The fixed cost of a call is subtracted, because the full network has it only once.
-"""
+"""The choice of the channel groups to remove: their importance, a network's latency, and removal down to a target cost."""
 
 import itertools
 import math
@@ -38,12 +24,23 @@ from dvinv.networks.channel_rules import Product, is_depthwise
 from dvinv.networks.classifier import Pixels, flatten
 from dvinv.networks.suited import suited_to
 
-SHARES = (0.25, 0.5, 0.75, 1.0)  # the grid, as shares of the channels along an axis
+WIDTH_SHARES = (0.25, 0.5, 0.75, 1.0)  # grid of the table of latencies: shares of the channels along an axis
+# {measure: its cost}; 'latency' is measured instead
 EXACT = {'filters': channel_groups.filters, 'flops': channel_groups.flops, 'parameters': channel_groups.parameters}
 
 
 class Importance:
     """Importance of the groups of one network, by any method.
+
+    First-order Taylor (arXiv 1912.08795, section 4.3; Molchanov et al., arXiv 1906.10771): imagine a gate, 1 when open,
+    after each channel of every BatchNorm. Closing the gates of group u changes the loss L by about -sum dL/dg, and over
+    batches
+
+        importance(u) = E[(sum over the gates g of u of dL/dg)^2]
+
+    A gate multiplies scale and bias, so dL/dg = scale dL/dscale + bias dL/dbias, and no actual gate is needed. Groups
+    without a BatchNorm have their gates after the layers that produce them, where they multiply kernel and bias instead.
+    Magnitude and random importance are controls.
 
     All methods take the variables of the unpruned network, with zeros in place of removed groups. Their shapes never change,
     so one compiled program serves all steps of pruning.
@@ -146,13 +143,17 @@ def latency(network: Classifier, batch_size: int, repetitions: int = 15) -> floa
     return _median_seconds(run, (jax.device_put(network.variables), x), repetitions)
 
 
-def measure_table(
+def measure_latencies(
     channels: ChannelGroups,
     batch_size: int,
     round_to: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict:
     """Measures the seconds of every layer at the widths of the grid, and of an empty call; returns plain numbers for JSON.
+
+    The table has the time of every convolution and matrix product of the network on a grid of widths, and is interpolated
+    between them. Each layer is timed together with the pass over its result that follows it in a network (scale, shift,
+    ReLU). The fixed cost of a call is subtracted, because the full network has it only once.
 
     Args:
       round_to: the number that all widths of the grid are multiples of. Time is not linear between widths that a backend
@@ -175,11 +176,11 @@ def measure_table(
     }
 
 
-def predicted(channels: ChannelGroups, table: dict) -> Cost:
+def predicted_latency(channels: ChannelGroups, table: dict) -> Cost:
     """Returns the predicted seconds of a forward pass as a `Cost` of the remaining groups.
 
     Args:
-      table: the result of `measure_table`.
+      table: the result of `measure_latencies`.
     """
     terms = [Term((), lambda: table['call'])]
     for product, row in zip(channels.products, table['layers'], strict=True):
@@ -188,7 +189,7 @@ def predicted(channels: ChannelGroups, table: dict) -> Cost:
 
 
 def _widths(count: int, round_to: int) -> list[int]:
-    return sorted({min(count, round_to * max(1, round(count * share / round_to))) for share in SHARES})
+    return sorted({min(count, round_to * max(1, round(count * share / round_to))) for share in WIDTH_SHARES})
 
 
 def _interpolated(widths: list[list[int]], seconds: list[float], call: float) -> Callable[..., np.ndarray]:

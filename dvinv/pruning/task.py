@@ -34,8 +34,8 @@ from dvinv.pruning.selection import (
     EXACT,
     Importance,
     latency,
-    measure_table,
-    predicted,
+    measure_latencies,
+    predicted_latency,
     refuse_unreachable,
     removal_scores,
     unreachable,
@@ -265,7 +265,7 @@ class Pruner:
         if measure in EXACT:
             return EXACT[measure](self._channels)
         assert self._table is not None, 'the settings need no table of latencies'
-        return predicted(self._channels, self._table)
+        return predicted_latency(self._channels, self._table)
 
     def _read_or_compute(self, name: str, compute: Callable[[], dict]) -> dict:
         """Returns the content of a JSON file in the work directory; if it is missing, process 0 computes and writes it."""
@@ -359,7 +359,7 @@ class Pruner:
         def measure() -> dict:
             with Progress('pruning: latencies', len(self._channels.products), 'layers') as progress:
                 batch_size, round_to = self._settings.latency_batch, self._settings.round_to
-                return measure_table(self._channels, batch_size, round_to, lambda done, total: progress.update(done))
+                return measure_latencies(self._channels, batch_size, round_to, lambda done, total: progress.update(done))
 
         return self._read_or_compute('latency.json', measure)
 

@@ -27,15 +27,15 @@ from dvinv.inversion import Teacher
 from dvinv.inversion.programs import in_precision
 from dvinv.networks import Classifier
 from dvinv.networks.calibration import (
-    METHODS,
+    RANGE_METHODS,
     Calibration,
     Folded,
     QuantizedModule,
     equalise,
     fold,
-    module_of,
     on_images,
     on_statistics,
+    quantized_module,
     trained_variables,
 )
 from dvinv.networks.files import network_bytes
@@ -269,7 +269,7 @@ def ablation(
     bits, chosen = bits_of_layers(settings, setting, calibration.network.layers), source_and_method(settings)
     ways: dict[str, tuple[str, str]] = {'no_images': ('no_images', settings.ranges)}
     if settings.images:
-        ways |= {method: ('pool', method) for method in METHODS}
+        ways |= {method: ('pool', method) for method in RANGE_METHODS}
     ways |= {control: (control, settings.ranges) for control in settings.controls}
     apply_fn = simulated(calibration.network.apply_fn, calibration.network.layers)
     right = {name: scores.right(apply_fn, calibration.variables(bits, *way, settings.correct)) for name, way in ways.items()}
@@ -341,7 +341,7 @@ def _training(
     training, apply_fn = settings.training, simulated(network.apply_fn, network.layers)
     if training.precision == 'bfloat16':
         apply_fn = products_in_bfloat16(apply_fn)
-    module = module_of(network, apply_fn, variables)
+    module = quantized_module(network, apply_fn, variables)
     loss = distillation_loss(in_precision(teacher, training.precision), settings.temperature)
     # The parameters include logarithms of steps, which bfloat16 would change by percents, so only products use it.
     training = dataclasses.replace(training, precision='float32')

@@ -1,4 +1,4 @@
-"""What a page is made of, as plain data, and its rendering by template.html.j2: one HTML file that needs no other file.
+"""The page of a report: its parts as plain data, tables of image quality and of classes, and its rendering as one file.
 
 It has no scripts and no external resources, and the same text for the same inputs; it may link to files in its folder.
 """
@@ -14,13 +14,13 @@ import numpy as np
 from PIL import Image
 
 from dvinv.data.dataset import RowArray
-from dvinv.data.export import class_grid, name_of, png_data_uri, shown_classes
+from dvinv.data.export import class_grid, class_name, png_data_uri, shown_classes
 from dvinv.evaluation import MOST_POOL_IMAGES
 from dvinv.report.charts import ENVIRONMENT, Chart, heat_map
 
 UNKNOWN = '–'
 NARROW = 4  # most columns of a table that is placed next to a chart (with two of text at most)
-FEW = 2  # most images per class at which a row per class would be nearly empty
+FEW_PER_CLASS = 2  # most images per class at which a row per class would be nearly empty
 LEAST = 0.0001  # smallest magnitude that is shown as a figure
 PHONE = 20  # the width of a table on a phone, in rem
 
@@ -29,13 +29,13 @@ Link: TypeAlias = tuple[str, str]
 Cell: TypeAlias = str | int | float | Link | None
 """Numbers are shown by `number`; None and NaN are an en dash."""
 
-SETS = {
+IMAGE_SETS = {
     'synthesized': 'Synthesized images',
     'prior_only': 'Without the feature term',
     'noise': 'Noise',
     'real': 'Real images',
 }
-COLUMNS = {
+QUALITY_COLUMNS = {
     'inception_score': 'inception score',
     'frechet_distance': 'Fréchet distance',
     'kernel_distance': 'kernel distance',
@@ -121,7 +121,7 @@ class Picture:
     image: Image.Image
     caption: str
     row_labels: Sequence[str | int] = ()
-    """Names of the rows of a grid, from the top; see `files.shown_classes`."""
+    """Names of the rows of a grid, from the top; see `data.export.shown_classes`."""
     wide: bool = False
     """Takes the whole width; those that do not stand side by side. All are above the charts."""
 
@@ -187,7 +187,7 @@ def class_picture(
     """Returns a grid with one named row per class, or with one image per class side by side if classes have few images.
 
     Args:
-      images, labels, per_class: see `files.class_grid`.
+      images, labels, per_class: see `data.export.class_grid`.
       caption: the caption of the picture.
       class_names: the names of classes in the order of labels; () to show numbers.
       beside: the labels of another set of images, to use the layout of its grid; None for the layout of `labels`.
@@ -195,9 +195,9 @@ def class_picture(
     """
     placed = np.asarray(labels if beside is None else beside)
     present, counts = np.unique(placed, return_counts=True)
-    if counts.max() > FEW or len(present) == 1:
+    if counts.max() > FEW_PER_CLASS or len(present) == 1:
         classes = shown_classes(placed)
-        row_names = [name_of(label, class_names) for label in classes]
+        row_names = [class_name(label, class_names) for label in classes]
         return Picture(class_grid(images, labels, per_class, classes=classes), caption, row_names, wide)
     columns = (per_class + 1) // 2
     classes = shown_classes(placed, 8 * columns)
@@ -205,7 +205,7 @@ def class_picture(
     places = np.array([place for place, found in enumerate(first) if len(found)], int)
     rows = range(-(-len(classes) // columns))
     grid = class_grid(images[np.concatenate(first)], places // columns, columns, classes=rows)
-    names = ', '.join(name_of(classes[place], class_names) for place in places)
+    names = ', '.join(class_name(classes[place], class_names) for place in places)
     same = beside is not None and len(places) == len(classes)
     which = 'in the same places' if same else f'row by row: {names}'
     return Picture(grid, f'{caption} One per class, {which}.', wide=wide)
@@ -278,7 +278,7 @@ def quality_table(results: dict[str, dict], verifier: str) -> Table:
     """
     accuracies = {name: _accuracies(quality, verifier) for name, quality in results.items()}
     rows = [
-        [SETS[name], *map(percent, accuracies[name].values()), *(quality[key] for key in COLUMNS)]
+        [IMAGE_SETS[name], *map(percent, accuracies[name].values()), *(quality[key] for key in QUALITY_COLUMNS)]
         for name, quality in results.items()
     ]
     caption = (
@@ -287,7 +287,7 @@ def quality_table(results: dict[str, dict], verifier: str) -> Table:
         'Distances to real images: lower is better, 0 for the same images. Spread within classes: 0 if all images of a '
         'class are equal. Nearest: the cosine to the most similar other image, 1 for copies.'
     )
-    return Table(('Images', *accuracies['synthesized'], *COLUMNS.values()), rows, caption=caption)
+    return Table(('Images', *accuracies['synthesized'], *QUALITY_COLUMNS.values()), rows, caption=caption)
 
 
 def _accuracies(quality: dict[str, Any], verifier: str) -> dict[str, float]:
@@ -302,7 +302,7 @@ def class_section(comparison: dict, names: dict[str, str], class_names: Sequence
     """Returns the section of the report.
 
     Args:
-      comparison: the result of `evaluation.compare`.
+      comparison: the result of `evaluation.compare_by_class`.
       names: {name of a network: its name for readers}.
       class_names: the names of classes in the order of labels; () to show numbers.
     """
@@ -316,7 +316,7 @@ def class_section(comparison: dict, names: dict[str, str], class_names: Sequence
         selection = f'The {MOST_CLASSES} of {len(labels)} classes in which {criterion}. '
     rows = [
         [
-            name_of(labels[i], class_names),
+            class_name(labels[i], class_names),
             comparison['test_images'][i],
             *(percent(accuracy[name][i]) for name in ('teacher', *networks)),
         ]
@@ -336,7 +336,10 @@ def class_section(comparison: dict, names: dict[str, str], class_names: Sequence
         tables.append(
             Table(
                 ('The teacher says', f'the {names[name]} says', 'images'),
-                [[name_of(first, class_names), name_of(second, class_names), count] for first, second, count in differing],
+                [
+                    [class_name(first, class_names), class_name(second, class_names), count]
+                    for first, second, count in differing
+                ],
                 caption=f'The classes in which the {names[name]} most often differs from the teacher.',
                 text_columns=2,
             )
@@ -367,7 +370,7 @@ def agreement_table(agreement: Sequence[float | None], class_names: Sequence[str
         selection = f', for the {MOST_CLASSES} of {len(by_label)} classes where it is lowest'
     return Table(
         ('Class', 'agrees with the teacher'),
-        [[name_of(label, class_names), percent(by_label[label])] for label in labels],
+        [[class_name(label, class_names), percent(by_label[label])] for label in labels],
         caption=f'On synthesized images that no student was trained on{selection}.',
     )
 
@@ -381,8 +384,8 @@ def confusion_matrix(pairs: list[list[int]], labels: list[int], name: str, class
     """Draws a confusion matrix; a row sums to 100%, less answers in classes that have no test image.
 
     Args:
-      pairs: the confusion of a network, see `evaluation.compare`.
-      labels: the classes, see `evaluation.compare`.
+      pairs: the confusion of a network, see `evaluation.compare_by_class`.
+      labels: the classes, see `evaluation.compare_by_class`.
       name: the name of the network for readers.
       class_names: see `class_section`.
     """
@@ -391,5 +394,5 @@ def confusion_matrix(pairs: list[list[int]], labels: list[int], name: str, class
     for first, _, count in pairs:
         totals[first] = totals.get(first, 0) + count
     rows = [[counts[row, column] / totals[row] if (row, column) in counts else None for column in labels] for row in labels]
-    headings = [name_of(label, class_names) for label in labels]
+    headings = [class_name(label, class_names) for label in labels]
     return heat_map(rows, f'Teacher (rows) and {name} (columns)', headings, headings)

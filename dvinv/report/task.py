@@ -11,7 +11,7 @@ from dvinv.data.dataset import RealData
 from dvinv.data.pool import ImagePool
 from dvinv.distillation.student import student_of
 from dvinv.distillation.task import distillation_section
-from dvinv.evaluation import accuracy, compare, evenly, figures_of_sets, flops
+from dvinv.evaluation import accuracy, compare_by_class, evenly, figures_of_sets, flops
 from dvinv.networks import Classifier, load_classifier
 from dvinv.networks.quantized import load_quantized
 from dvinv.pipeline.run import Run
@@ -20,10 +20,10 @@ from dvinv.quantization.task import quantization_section, smallest
 from dvinv.report.page import Link, Section, Table, class_section, percent, quality_table, render
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.progress import device_names, duration
-from dvinv.runtime.workdir import FINAL_NETWORKS, command, network_files, packages, quantized_name
+from dvinv.runtime.workdir import FINAL_NETWORKS, command, network_files, package_text, quantized_name
 from dvinv.synthesis.pools import finished_pool, open_control
 from dvinv.synthesis.task import CONTROLS, synthesis_section
-from dvinv.teacher.networks import load_more, refuse_chance
+from dvinv.teacher.networks import load_more_verifiers, refuse_chance
 from dvinv.teacher.task import teacher_section
 
 MOST_SCORED = 500  # maximum number of real images on which a verifier is checked to be better than chance
@@ -43,7 +43,7 @@ COMPARED = {'distillation': 'student', 'pruning': 'pruned network'}  # what the 
 
 def validate(run: Run) -> None:
     """Validates the verifiers that only the report needs."""
-    load_more(run.settings.verifiers, run.planned_teacher, say=True)
+    load_more_verifiers(run.settings.verifiers, run.planned_teacher, report=True)
 
 
 def run(run: Run) -> None:
@@ -103,7 +103,7 @@ def _facts(run: Run, results: dict) -> dict[str, str | list[Link]]:
         'Made': f'{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}',
         'Command': command(),
         'Device': device_names(run.settings.devices),
-        'Versions': packages(),
+        'Versions': package_text(),
         'Time': duration(seconds) + ' for all tasks, compilation included' if seconds else '',
         'Networks': [(f'{file.stem} ({file.stat().st_size / 1e6:.2f} MB)', f'networks/{file.name}') for file in networks],
         'Figures': [(file.name, file.name) for file in files],
@@ -116,7 +116,7 @@ def _quality(run: Run, pools: dict[str, ImagePool]) -> Section:
     if verifier is None:
         text = 'The config names no verifier (verifier.network): no network but the teacher has judged these images.'
         return Section('Quality', text)
-    others, real = load_more(run.settings.verifiers, run.teacher), run.data
+    others, real = load_more_verifiers(run.settings.verifiers, run.teacher), run.data
     for index, (name, other) in enumerate(others.items()):
         if real:
             rows = evenly(len(real.test.labels), MOST_SCORED)
@@ -151,7 +151,7 @@ def _classes(run: Run, data: RealData, names: Sequence[str]) -> Section:
     digests = {name: network.digest() for name, network in {'teacher': teacher, **networks}.items()}
     found = workdir.read_json('by_class.json', {})
     if found.get('networks') != digests:  # unchanged networks keep their figures
-        found = {'networks': digests, **compare(teacher, networks, data.test)}
+        found = {'networks': digests, **compare_by_class(teacher, networks, data.test)}
         write_atomic(workdir.path / 'by_class.json', (json.dumps(found) + '\n').encode())
     return class_section(found, titles, names)
 

@@ -1,6 +1,5 @@
 """What a run shows on the terminal: its banner, and progress with the estimated time left."""
 
-import collections
 import json
 import os
 import shutil
@@ -8,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -149,7 +148,7 @@ class Progress:
         self._every, self._brief, self._stream, self._clock = every, brief, stream or sys.stderr, clock
         self._start = self._last = clock()
         self._marked: float | None = None  # the time at which the count last increased
-        self._paces: collections.deque[float] = collections.deque(maxlen=PACES)  # seconds per unit
+        self._paces: deque[float] = deque(maxlen=PACES)  # seconds per unit
         self._terminal = getattr(self._stream, 'isatty', lambda: False)()
         if self._terminal and not brief:
             self._draw({})

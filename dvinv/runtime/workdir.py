@@ -1,6 +1,6 @@
 """The work directory of a run: its config, results, metrics, lock and clock, and with which versions it was made.
 
-config.json  versions.json  results.json  metrics.jsonl  times.json  quality.json  by_class.json  report.html
+    config.json  versions.json  results.json  metrics.jsonl  times.json  quality.json  by_class.json  report.html
     checkpoints/  networks/  pool/  pools/  controls/  samples/  pruning/
 
 The same command resumes the run; another config is rejected. If there are several processes, all of them read the work
@@ -10,7 +10,7 @@ A run may be resumed with other packages; a message then says that results may d
 that change random numbers or precision would mix two kinds of images in one pool, so a run is not resumed under other
 settings.
 
-The measurements of a batch of images are in its sidecar (`data.pool`). If there are several processes, process 0 writes.
+The measurements of a batch of images are in its sidecar (`data.pool`).
 """
 
 import enum
@@ -37,7 +37,7 @@ from dvinv.runtime.devices import decide, is_primary, meet, refuse_differing
 from dvinv.runtime.files import refuse_full_disk, write_atomic
 
 PACKAGES = 'jax', 'jaxlib', 'flax', 'optax', 'numpy'
-SETTINGS = (  # names in jax.config; settings that a version of JAX does not have are skipped
+JAX_SETTINGS = (  # names in jax.config; settings that a version of JAX does not have are skipped
     'jax_enable_x64',
     'jax_explicit_x64_dtypes',
     'jax_numpy_dtype_promotion',
@@ -57,13 +57,16 @@ SETTINGS = (  # names in jax.config; settings that a version of JAX does not hav
     'eager_constant_folding',
 )
 ENVIRONMENT = 'XLA_FLAGS', 'NVIDIA_TF32_OVERRIDE'
-NO_MATTER = '--xla_force_host_platform_device_count', '--xla_dump'  # flags in XLA_FLAGS without an effect on results
-FILE = 'versions.json'
+HARMLESS_XLA_FLAGS = (
+    '--xla_force_host_platform_device_count',
+    '--xla_dump',
+)  # flags in XLA_FLAGS without an effect on results
+VERSIONS_FILE = 'versions.json'
 # Keys that a resumed run may change, since no result depends on them. (Only the report, which is made again each time,
 # depends on verifiers and synthesis.controls.)
-EXEMPT = ('tasks', 'devices', 'logging', 'verifiers', 'synthesis.controls')
+EXEMPT_KEYS = ('tasks', 'devices', 'logging', 'verifiers', 'synthesis.controls')
 # Keys that earlier versions did not have, with the values under which their runs continue unchanged.
-ADDED = {
+ADDED_KEYS = {
     'student.factory': '',
     'held_out': 0.0,
     'synthesis.pixel_scale': 'network',
@@ -168,8 +171,11 @@ def versions() -> dict[str, str]:
     variables = {name: os.environ.get(name, '').split() for name in ENVIRONMENT}
     return {
         **packages,
-        **{name: _value(getattr(jax.config, name)) for name in SETTINGS if hasattr(jax.config, name)},
-        **{name: ' '.join(sorted(w for w in words if not w.startswith(NO_MATTER))) for name, words in variables.items()},
+        **{name: _value(getattr(jax.config, name)) for name in JAX_SETTINGS if hasattr(jax.config, name)},
+        **{
+            name: ' '.join(sorted(w for w in words if not w.startswith(HARMLESS_XLA_FLAGS)))
+            for name, words in variables.items()
+        },
     }
 
 
@@ -186,7 +192,7 @@ def refuse_other_settings(folder: Path) -> None:
     Raises:
       DvinvError: they differ; the message names the settings and says how to restore them.
     """
-    if differing := _differing(folder, {name: value for name, value in versions().items() if name in SETTINGS}):
+    if differing := _differing(folder, {name: value for name, value in versions().items() if name in JAX_SETTINGS}):
         assigned = ' '.join(
             f'no {name.upper()}' if old == 'None' else f'{name.upper()}={old}' for name, (old, _) in differing.items()
         )
@@ -196,7 +202,7 @@ def refuse_other_settings(folder: Path) -> None:
         )
 
 
-def record(folder: Path) -> None:
+def record_versions(folder: Path) -> None:
     """Writes the versions to the work directory, and prints a message if a run is resumed with other versions."""
     current = versions()
     if differing := _differing(folder, current):
@@ -205,7 +211,7 @@ def record(folder: Path) -> None:
             'would have been made, in its last bits.',
             file=sys.stderr,
         )
-    write_atomic(folder / FILE, (json.dumps(current, indent=2, sort_keys=True) + '\n').encode())
+    write_atomic(folder / VERSIONS_FILE, (json.dumps(current, indent=2, sort_keys=True) + '\n').encode())
 
 
 def command() -> str:
@@ -217,7 +223,7 @@ def command() -> str:
     return shlex.join(['dvinv', *arguments]) if path.stem == 'dvinv' else ''
 
 
-def packages() -> str:
+def package_text() -> str:
     """Returns the versions of dvinv, Python and the packages that the results depend on."""
     found = versions()
     return ', '.join([*(f'{name} {found[name]}' for name in ('dvinv', *PACKAGES)), f'Python {platform.python_version()}'])
@@ -226,7 +232,7 @@ def packages() -> str:
 def _differing(folder: Path, current: dict[str, str]) -> dict[str, tuple[str, str]]:
     """Returns {name: (recorded value, current value)} of the values in `current` that differ from those a run recorded."""
     try:
-        recorded = dict(json.loads((folder / FILE).read_text()))
+        recorded = dict(json.loads((folder / VERSIONS_FILE).read_text()))
     except (FileNotFoundError, ValueError, TypeError):
         return {}
     return {name: (recorded[name], new) for name, new in current.items() if recorded.get(name, new) != new}
@@ -268,8 +274,8 @@ def flat(tree, prefix='') -> dict:
 
 
 def _is_exempt(key: str) -> bool:
-    """Returns whether a key of `flat` is in `EXEMPT`, or inside a group that is."""
-    return any(key == name or key.startswith((f'{name}.', f'{name}[')) for name in EXEMPT)
+    """Returns whether a key of `flat` is in `EXEMPT_KEYS`, or inside a group that is."""
+    return any(key == name or key.startswith((f'{name}.', f'{name}[')) for name in EXEMPT_KEYS)
 
 
 class Workdir:
@@ -314,7 +320,7 @@ class Workdir:
                 for name in ('metrics.jsonl', 'times.json'):  # left by an earlier start, with a config that is replaced now
                     (self.path / name).unlink(missing_ok=True)
             write_atomic(self.path / 'config.json', _dumps(nested(settings)))
-            record(self.path)
+            record_versions(self.path)
         except BaseException:
             self.close()
             raise
@@ -345,7 +351,7 @@ class Workdir:
             current['held_out'] = recorded['held_out'] = 0.0
 
         def value(values: dict, key: str):
-            return values.get(key, ADDED.get(re.sub(r'\[\d+\]', '', key), 'absent'))
+            return values.get(key, ADDED_KEYS.get(re.sub(r'\[\d+\]', '', key), 'absent'))
 
         keys = sorted(k for k in {*current, *recorded} if value(current, k) != value(recorded, k))
         return [f'{k} ({value(recorded, k)!r} there, {value(current, k)!r} here)' for k in keys]

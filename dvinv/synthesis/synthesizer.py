@@ -395,7 +395,7 @@ def fill_in_competition(run: Run, teacher: Teacher, pool: ImagePool, student: Tr
       run: the run.
       teacher: the network that is inverted.
       pool: the pool to fill.
-      student: the competitor, see `student.student_of`; its checkpoints are kept.
+      student: the competitor, see `distillation.student.student_of`; its checkpoints are kept.
       task, series: the names of the task and of the series in the metrics of the batches.
 
     Raises:

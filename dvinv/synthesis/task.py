@@ -155,7 +155,7 @@ def _real_feature_loss(run: Run, pool: ImagePool) -> float | None:
 
 def _write_samples(workdir: Workdir, pool: ImagePool) -> None:
     buffer = io.BytesIO()
-    class_grid(pool.rows('images'), pool.rows('labels')[:], 16).save(buffer, 'PNG')
+    class_grid(pool.rows('images'), pool.rows('labels')[:], PER_CLASS).save(buffer, 'PNG')
     write_atomic(workdir.path / 'samples' / 'grid.png', buffer.getvalue())
 
 

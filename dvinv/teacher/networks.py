@@ -25,9 +25,9 @@ from dvinv.networks.classifier import check_normalisation, differing_shapes
 from dvinv.networks.quantized import load_quantized
 from dvinv.runtime.workdir import FINAL_NETWORKS, network_files, network_path, quantized_name
 
-FEW = 100  # number of real images below which an accuracy has little significance
+FEW_IMAGES = 100  # number of real images below which an accuracy has little significance
 # task -> a pattern for the names of its other network files: controls and intermediate steps
-OTHERS = {
+OTHER_NETWORKS = {
     'teacher': 'verifier',
     'distillation': r'student_of_\d+|(student|noise|prior_only|real)_after_\d+|noise|prior_only|real',
     'pruning': r'(untuned|magnitude|random|pruned_by_(noise|prior_only|real))(_\d+)?|pruned_\d+',
@@ -35,7 +35,7 @@ OTHERS = {
 }
 
 
-def of_teacher(name: str, num_classes: Callable[[], int | None]):
+def teacher_of_factory(name: str, num_classes: Callable[[], int | None]):
     """Returns the result of the function `name` of `teacher.factory`: a Teacher, or an untrained network.
 
     Args:
@@ -51,11 +51,11 @@ def of_teacher(name: str, num_classes: Callable[[], int | None]):
     return network_of(source, count, f'teacher.factory {name!r}')
 
 
-def of_student(name: str, num_classes: int):
+def student_of_factory(name: str, num_classes: int):
     """Returns the network from the function `name` of `student.factory`, as returned by `trainable`.
 
     Raises:
-      DvinvError: see `of_teacher`.
+      DvinvError: see `teacher_of_factory`.
     """
     network = network_of(_imported('student.factory', name), num_classes, f'student.factory {name!r}')
     if isinstance(network, Teacher):
@@ -143,13 +143,15 @@ def _imported(field: str, name: str):
     return source
 
 
-def load_more(verifiers: Sequence[MoreVerifierSettings], teacher: Teacher, say: bool = False) -> dict[str, Classifier]:
+def load_more_verifiers(
+    verifiers: Sequence[MoreVerifierSettings], teacher: Teacher, report: bool = False
+) -> dict[str, Classifier]:
     """Loads the additional verifiers; returns {name of the network: Classifier} in the order of the settings.
 
     Args:
       verifiers: the settings of the verifiers.
       teacher: the teacher.
-      say: whether to call `print_pixels` for each.
+      report: whether to call `print_pixels` for each.
 
     Raises:
       DvinvError: a file is missing, or a verifier takes other images or classes than the teacher.
@@ -158,7 +160,7 @@ def load_more(verifiers: Sequence[MoreVerifierSettings], teacher: Teacher, say: 
     for index, verifier in enumerate(verifiers):
         field, name = f'verifiers[{index}]', verifier.network
         networks[name] = read_verifier(verifier, field, teacher)
-        if say:
+        if report:
             print_pixels(verifier, field, networks[name])
         validate_judge(teacher, networks[name], f'verifier {name}', field, 'leave it out')
     return networks
@@ -211,12 +213,12 @@ def refuse_chance(share: float | None, count: int, network: Classifier, name: st
       network: the network.
       name: the name of the network in messages.
       field: the config field with its weights, mean and std; '': it was trained in this run. In that case, perhaps after a
-        short training, a message is printed instead of the refusal. The same holds for fewer than `FEW` images, on which a
-        weak network may score badly by chance.
+        short training, a message is printed instead of the refusal. The same holds for fewer than `FEW_IMAGES` images, on
+        which a weak network may score badly by chance.
       way_out: what the user can do besides setting another mean and std, for the error message.
 
     Raises:
-      DvinvError: the network is no better than chance, has a `field`, and was scored on at least `FEW` images.
+      DvinvError: the network is no better than chance, has a `field`, and was scored on at least `FEW_IMAGES` images.
     """
     if share is None or network.num_classes < 2 or share * network.num_classes > 1:
         return
@@ -224,7 +226,7 @@ def refuse_chance(share: float | None, count: int, network: Classifier, name: st
         f'{name} recognises {share:.3f} of {count:,} real images, and chance would {1 / network.num_classes:.3f} '
         f'({network.num_classes} classes)'
     )
-    if field and count >= FEW:
+    if field and count >= FEW_IMAGES:
         raise DvinvError(
             f'{finding}, so its judgements of images are meaningless. It takes pixels with mean {network.mean} and std '
             f'{network.std}; set {field}.mean and {field}.std to those of its training, order the classes of the data as it '
@@ -253,11 +255,11 @@ def validate_judge(teacher: Teacher, verifier: Classifier, name: str, field: str
         )
     check_normalisation(verifier.mean, verifier.std, f'{field}.')
     for attribute, phrase in (('image_shape', 'takes images of {}'), ('num_classes', 'knows {} classes')):
-        of_verifier, of_teacher = (phrase.format(getattr(network, attribute)) for network in (verifier, teacher))
-        if of_verifier != of_teacher:
+        verifier_phrase, teacher_phrase = (phrase.format(getattr(network, attribute)) for network in (verifier, teacher))
+        if verifier_phrase != teacher_phrase:
             raise DvinvError(
-                f'The {name} {of_verifier}, but the teacher {of_teacher}; give {field}.weights of a network with the image '
-                f'shape and classes of the teacher, or {without}.'
+                f'The {name} {verifier_phrase}, but the teacher {teacher_phrase}; give {field}.weights of a network with '
+                f'the image shape and classes of the teacher, or {without}.'
             )
 
 
@@ -312,7 +314,9 @@ def _other(workdir: Path, task: str, setting: str) -> str:
     """
     if setting in ('', FINAL_NETWORKS[task]):
         return ''
-    others = {stem.removeprefix('pruned_by_'): stem for stem in network_files(workdir) if re.fullmatch(OTHERS[task], stem)}
+    others = {
+        stem.removeprefix('pruned_by_'): stem for stem in network_files(workdir) if re.fullmatch(OTHER_NETWORKS[task], stem)
+    }
     if not (stem := others.get(setting.removeprefix('pruned_by_'))):
         raise DvinvError(
             f'The task {task} has no network {setting!r} in {workdir}; besides its result, which is loaded without a name, '

@@ -1,4 +1,4 @@
-"""The task `teacher`: training or reading, and scoring, of the network to invert and of the verifier that judges images."""
+"""The task `teacher`: trains or reads the network to invert and the verifier, scores them, and records moments."""
 
 import contextlib
 from collections.abc import Callable, Iterable
@@ -48,7 +48,7 @@ def run(run: Run) -> dict:
     if run.is_trained_here('teacher'):
         _train('teacher', run)
     if run.settings.teacher.moments_images and not run.workdir.has_network('moments'):
-        moments = record(run, run.settings.teacher.moments_images)
+        moments = record_teacher(run, run.settings.teacher.moments_images)
         if is_primary():
             moments.save(run.workdir.network('moments'))
         meet('moments of the teacher')
@@ -83,7 +83,7 @@ def complete(run: Run) -> bool:
     return all(map(run.workdir.has_network, names))
 
 
-def record(run: Run, images: int, layers: Iterable[str] = ()) -> Moments:
+def record_teacher(run: Run, images: int, layers: Iterable[str] = ()) -> Moments:
     """Records the moments of the teacher on real training images, augmented as for its training.
 
     Args:
@@ -108,7 +108,7 @@ def record_to_file(settings: Settings, workdir: str | None, out: str, images: in
       settings: the settings.
       workdir: the path of the run that has trained the teacher, if the settings name no weights.
       out: the path of the file to write.
-      images, layers: as for `record`.
+      images, layers: as for `record_teacher`.
 
     Raises:
       DvinvError: there is no teacher, or there are no training images, or see `record_moments`.
@@ -122,7 +122,7 @@ def record_to_file(settings: Settings, workdir: str | None, out: str, images: in
                     'or as --workdir the folder of a run that has trained it.'
                 )
             stack.enter_context(contextlib.closing(run.open_workdir()))
-        moments = record(run, images, layers)
+        moments = record_teacher(run, images, layers)
     moments.save(out)
     views = f', each augmented {moments.views} times as in its training' if moments.views else ''
     return f'{out}: the moments of {len(moments.layers)} layers, over {moments.images} training images{views}.'

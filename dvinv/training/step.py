@@ -338,7 +338,7 @@ class TrainStep:
 
         Args:
           state: the state, on the devices; its buffers are donated, so it must not be read afterwards.
-          batch: the batch of the dispatch, or its batches along a leading axis, as `dataset.each` yields them.
+          batch: the batch of the dispatch, or its batches along a leading axis, as `batches.each` yields them.
           key: the random key of augmentation and dropout, which is folded with the number of the update.
 
         Returns:

@@ -278,7 +278,7 @@ class TrainTarget:
       part: the number of the training, for a network that is trained several times; each training shuffles differently.
       start: variables to start from (see `Training`); None for random variables.
       kept: the kept channels of a pruned network (see `networks.pruned.PrunedModule`).
-      user_module: the user's network (see `inversion.modules`), trained instead of `network`; None to train `network`.
+      user_module: the user's network (see `inversion.linen_modules`), trained instead of `network`; None to train `network`.
       snapshots: the numbers of updates after which the network is saved too, see `snapshot_name`.
     """
 

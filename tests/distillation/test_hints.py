@@ -25,8 +25,7 @@ from dvinv.distillation.student import (
     staged_forward,
     staged_loss,
 )
-from dvinv.graph import graft, record
-from dvinv.graph.stages import initial_projections, relative_error, to_student, to_teacher
+from dvinv.graph.stages import graft, initial_projections, record, relative_error, to_student, to_teacher
 from dvinv.inversion import from_linen, from_nnx
 from dvinv.inversion.linen_modules import features_in_training
 from dvinv.inversion.programs import in_precision

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dvinv.data.dataset import Split
-from dvinv.evaluation import compare
+from dvinv.evaluation import compare_by_class
 from dvinv.networks import Classifier
 from dvinv.report.page import MOST_CLASSES, agreement_table, class_section, render
 
@@ -31,7 +31,7 @@ def images(labels):
 
 def test_shares_by_class_and_pairs_of_answers():
     teacher, student = says([0, 0, 1, 2], 4), says([0, 1, 1, 1], 4)
-    found = compare(teacher, {'student': student}, images([0, 0, 2, 2]))
+    found = compare_by_class(teacher, {'student': student}, images([0, 0, 2, 2]))
     assert found == {
         'images': 4,
         'classes': [0, 2],
@@ -44,7 +44,7 @@ def test_shares_by_class_and_pairs_of_answers():
 
 def test_few_classes_have_a_matrix_by_name():
     answers = [0, 0, 0, 0, 1]
-    found = compare(says(answers, 2), {'student': says([0, 0, 0, 1, 1], 2)}, images(answers))
+    found = compare_by_class(says(answers, 2), {'student': says([0, 0, 0, 1, 1], 2)}, images(answers))
     section = class_section(found, NAMES, ('ant', 'bee'))
     assert section.text.startswith('The student agrees with the teacher on 80.0% of the real test images.')
     (table,), (chart,) = section.tables, section.charts
@@ -59,7 +59,7 @@ def test_of_many_classes_those_that_lose_most_are_told(networks):
     right = [*range(count)]
     wrong = [*right[:-1], 0]
     networks = {name: says(wrong, count) for name in networks}
-    section = class_section(compare(says(right, count), networks, images(right)), NAMES, ())
+    section = class_section(compare_by_class(says(right, count), networks, images(right)), NAMES, ())
     assert not section.charts
     assert len(section.tables[0].rows) == MOST_CLASSES
     if networks:

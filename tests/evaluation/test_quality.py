@@ -85,14 +85,14 @@ def test_a_judgement_takes_all_images_once_in_order():
     judged = evaluation.judge(network, images, np.arange(5), batch_size=2)
     direct = network.apply_fn(network.variables, network.normalise(images))
     np.testing.assert_allclose(judged.logits, direct, rtol=1e-4, atol=1e-5)
-    figures = evaluation.figures(judged, judged)
+    figures = evaluation.quality_figures(judged, judged)
     assert (figures['frechet_distance'], figures['kernel_distance']) == (0, 0)  # not what rounding leaves of it
     assert figures['spread'] is None  # five classes, an image each
-    assert evaluation.figures(judged)['kernel_distance'] is None
+    assert evaluation.quality_figures(judged)['kernel_distance'] is None
 
 
 def test_too_few_images_are_told():
     network = tiny_teacher()
     one = evaluation.judge(network, np.zeros((1, *network.image_shape), np.uint8), np.zeros(1, int))
     with pytest.raises(DvinvError, match='fewer than two images'):
-        evaluation.figures(one)
+        evaluation.quality_figures(one)

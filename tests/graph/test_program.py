@@ -10,8 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from dvinv.config.errors import DvinvError
 from dvinv.evaluation import flops
-from dvinv.graph import record
 from dvinv.graph.program import recomputed, rewritten
+from dvinv.graph.stages import record
 from dvinv.networks import Classifier, apply_fn_of
 from dvinv.networks.channel_groups import find_channels
 from dvinv.networks.pruned import PrunedModule

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dvinv.graph import Stage, StagePair
-from dvinv.graph.stages import initial_projections, relative_error, to_student, to_teacher
+from dvinv.graph.stages import Stage, StagePair, initial_projections, relative_error, to_student, to_teacher
 
 
 def _pair(teacher_channels, student_channels):

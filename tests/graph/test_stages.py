@@ -11,8 +11,17 @@ from flax import nnx
 from tiny import IMAGE_SHAPE, MEAN, STD, tiny_teacher, trained_variables
 
 from dvinv import DvinvError, from_linen, from_nnx
-from dvinv.graph import Stage, find_stages, graft, match_stages, record
-from dvinv.graph.stages import initial_projections, relative_error, to_student, to_teacher
+from dvinv.graph.stages import (
+    Stage,
+    find_stages,
+    graft,
+    initial_projections,
+    match_stages,
+    record,
+    relative_error,
+    to_student,
+    to_teacher,
+)
 from dvinv.inversion.linen_modules import features_in_training
 from dvinv.networks import create, shapes_of
 from dvinv.networks.registry import NETWORKS, image_shape

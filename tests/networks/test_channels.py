@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from tiny import TinyNet, trained_variables
 
-from dvinv import DvinvError
-from dvinv import evaluation as evaluation
+from dvinv import DvinvError, evaluation
 from dvinv.inversion import from_linen
 from dvinv.networks import NETWORKS, channel_groups, classifier_of, create, load_classifier, save_network
 from dvinv.networks.channel_groups import find_channels

@@ -101,6 +101,7 @@ OWN = ('--config', 'tests/own_config.py')
             (*SMOKE, '--record_moments', 'no/m.safetensors'),
             ["'no/m.safetensors', but there is no such folder"],
         ),
+        ((*SMOKE, '--record_moments', 'm.safetensors', '--plan'), ['leave out --plan and --seeds']),
         (('--workdir', 'w', *SMOKE, '--seeds', '-1'), ['--seeds is -1', 'at least 1']),
         (('--workdir', 'w', *SMOKE, '--sedes', '3'), ["Unknown command line flag 'sedes'", 'Did you mean: seeds']),
         (('--workdir', 'w', *SMOKE, 'teacher'), ["argument 'teacher'", 'flags start with --']),

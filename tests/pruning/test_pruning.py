@@ -22,7 +22,7 @@ from dvinv.networks.channel_groups import find_channels
 from dvinv.networks.pruned import PrunedModule
 from dvinv.pipeline import tasks as pipeline
 from dvinv.pruning import task as driver
-from dvinv.pruning.selection import Importance, least_reachable, predicted, removal_scores, without_lowest
+from dvinv.pruning.selection import Importance, least_reachable, predicted_latency, removal_scores, without_lowest
 from dvinv.runtime.devices import make_mesh
 from dvinv.synthesis.synthesizer import Synthesizer
 from dvinv.training.step import chosen_images
@@ -129,7 +129,7 @@ def test_latency_is_read_off_the_table_between_its_widths():
         {'widths': widths, 'seconds': [1 + 10 * i * o for i in widths[0] for o in widths[1]]},
         {'widths': widths[1:], 'seconds': [1, 1, 1]},
     ]
-    price, keep = predicted(channels, {'call': 1.0, 'layers': rows}), np.ones(channels.count, bool)
+    price, keep = predicted_latency(channels, {'call': 1.0, 'layers': rows}), np.ones(channels.count, bool)
     assert price.total(keep) == pytest.approx(1 + 4 + 10 * 4 * 5 + 0)
     first = channels.layers['Conv_0'][0]
     keep[first] = False
@@ -168,7 +168,7 @@ def test_fewer_channels_never_cost_more_however_noisy_the_table():
     channels = find_channels(TinyNet(), IMAGE_SHAPE)
     widths, noise = [[1, 2, 4], [1, 2, 5]], np.random.default_rng(0)
     rows = [{'widths': w, 'seconds': noise.random(3 ** len(w)).tolist()} for w in (widths[:1], widths, widths[1:])]
-    price = predicted(channels, {'call': 0.0, 'layers': rows})
+    price = predicted_latency(channels, {'call': 0.0, 'layers': rows})
     for _ in range(20):
         assert price.savings(noise.random(channels.count) < 0.8).min() >= 0
 
@@ -177,7 +177,7 @@ def test_a_target_in_latency_is_told_where_it_is_out_of_reach():
     channels = find_channels(TinyNet(), IMAGE_SHAPE)
     rows = [{'widths': [[1, 4]], 'seconds': [9, 9]}, {'widths': [[1, 4], [1, 5]], 'seconds': [9, 9, 9, 9]}]
     table = {'call': 0.0, 'layers': [*rows, {'widths': [[1, 5]], 'seconds': [9, 9]}]}
-    assert least_reachable(channels, predicted(channels, table), PruningSettings(min_channels=1)) == 1.0
+    assert least_reachable(channels, predicted_latency(channels, table), PruningSettings(min_channels=1)) == 1.0
 
 
 @pytest.mark.slow

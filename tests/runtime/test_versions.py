@@ -21,5 +21,5 @@ def test_the_command_can_be_given_again(monkeypatch, argv, told):
 
 
 def test_the_packages_are_named():
-    assert 'dvinv 0' in workdir.packages()
-    assert 'Python 3.' in workdir.packages()
+    assert 'dvinv 0' in workdir.package_text()
+    assert 'Python 3.' in workdir.package_text()

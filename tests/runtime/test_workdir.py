@@ -7,7 +7,6 @@ import jax
 import pytest
 
 from dvinv.config.errors import DvinvError
-from dvinv.runtime import workdir
 from dvinv.runtime import workdir as workdir_module
 from dvinv.runtime.workdir import Workdir, holds_work
 
@@ -88,7 +87,7 @@ def test_a_run_does_not_go_on_under_settings_of_jax_that_change_its_images(tmp_p
 def test_what_an_older_run_did_not_record_is_no_difference(tmp_path, capsys):
     Workdir(tmp_path, config()).close()
     recorded = json.loads((tmp_path / 'versions.json').read_text())
-    (tmp_path / 'versions.json').write_text(json.dumps({key: recorded[key] for key in ('dvinv', *workdir.PACKAGES)}))
+    (tmp_path / 'versions.json').write_text(json.dumps({key: recorded[key] for key in ('dvinv', *workdir_module.PACKAGES)}))
     Workdir(tmp_path, config()).close()
     assert capsys.readouterr().err == ''
     assert json.loads((tmp_path / 'versions.json').read_text()) == recorded

@@ -104,7 +104,7 @@ def test_other_verifiers_may_be_normalised_in_their_own_ways(fields, tmp_path):
         for name, own in (('vgg11_bn', {}), ('wrn16_1', pixels))
     ]
     run = smoke_run(**fields, verifiers=tuple(others))
-    found = networks.load_more(run.settings.verifiers, run.teacher)
+    found = networks.load_more_verifiers(run.settings.verifiers, run.teacher)
     assert {name: (one.mean, one.std) for name, one in found.items()} == {
         'vgg11_bn': (MEAN, STD),
         'wrn16_1': (pixels['mean'], tuple(pixels['std'])),

@@ -176,7 +176,7 @@ def test_what_cannot_be_trained_is_refused(source, classes, words):
 )
 def test_functions_that_give_no_network_are_refused(name, words):
     with pytest.raises(DvinvError) as caught:
-        networks.of_student(name, 10)
+        networks.student_of_factory(name, 10)
     assert words in str(caught.value)
 
 

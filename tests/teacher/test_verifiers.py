@@ -19,7 +19,7 @@ from dvinv.networks import load_classifier
 from dvinv.pipeline import tasks as pipeline
 from dvinv.report.page import quality_table
 from dvinv.teacher import task as teacher
-from dvinv.teacher.networks import load_more, print_pixels, refuse_chance, validate_judge
+from dvinv.teacher.networks import load_more_verifiers, print_pixels, refuse_chance, validate_judge
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def config_of(*verifiers):
 
 @pytest.mark.parametrize('kind', [dict, ml_collections.ConfigDict])
 def test_verifiers_go_by_the_name_of_their_network(told, kind):
-    others = load_more(config_of(kind(told)), tiny_teacher())
+    others = load_more_verifiers(config_of(kind(told)), tiny_teacher())
     assert list(others) == ['small_convnet']
     images = np.random.default_rng(0).integers(0, 256, (9, *IMAGE_SHAPE), dtype=np.uint8)
     networks = others['small_convnet'], load_classifier(told['weights'])
@@ -60,7 +60,7 @@ def test_verifiers_go_by_the_name_of_their_network(told, kind):
 )
 def test_a_verifier_that_is_told_wrongly_is_refused(told, change, words):
     with pytest.raises(DvinvError, match=words):
-        load_more(config_of(told | change), tiny_teacher())
+        load_more_verifiers(config_of(told | change), tiny_teacher())
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_a_verifier_that_is_told_wrongly_is_refused(told, change, words):
 )
 def test_a_verifier_unlike_the_teacher_is_refused(told, tmp_path, other, words):
     with pytest.raises(DvinvError, match=words):
-        load_more(config_of(told | {'weights': saved(tmp_path / 'other.safetensors', **other)}), tiny_teacher())
+        load_more_verifiers(config_of(told | {'weights': saved(tmp_path / 'other.safetensors', **other)}), tiny_teacher())
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_pixels_of_a_verifier_that_are_no_numbers_are_refused(mean, std):
 
 def test_two_of_one_name_are_refused(told):
     with pytest.raises(DvinvError, match=r'verifiers\[1\]\.network is small_convnet, as for another'):
-        load_more(config_of(told, told), tiny_teacher())
+        load_more_verifiers(config_of(told, told), tiny_teacher())
 
 
 def test_others_without_a_first_are_refused(told):
@@ -157,7 +157,7 @@ def test_others_without_a_first_are_refused(told):
 
 def test_a_verifier_is_a_dict():
     with pytest.raises(DvinvError, match=r"verifiers\[0\] is 'resnet20=w\.npz'; it must be a dict"):
-        load_more(config_of('resnet20=w.npz'), tiny_teacher())
+        load_more_verifiers(config_of('resnet20=w.npz'), tiny_teacher())
 
 
 @pytest.mark.parametrize('classes', [3, 10])
