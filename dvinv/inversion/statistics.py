@@ -102,7 +102,8 @@ class Moments:
     """The recorded moments of layers of one network.
 
     Attributes:
-      layers: {place: (mean, variance)}, float32 [..., C] each. A place is the path of a layer, which denotes the layer's
+      layers: {place: (mean, variance)}, float32 [..., C] each, arrays or, for planning, shapes. A place is the path of a
+      layer, which denotes the layer's
         input, or the path followed by ':output', which denotes its output.
       digest: The digest of the network, see `Classifier.digest`.
       images: The number of images from which they were recorded.
@@ -110,7 +111,7 @@ class Moments:
       version: The version of dvinv.
     """
 
-    layers: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    layers: Mapping[str, tuple[Any, Any]]
     digest: str
     images: int
     views: int = 0
