@@ -103,8 +103,7 @@ class Moments:
 
     Attributes:
       layers: {place: (mean, variance)}, float32 [..., C] each, arrays or, for planning, shapes. A place is the path of a
-      layer, which denotes the layer's
-        input, or the path followed by ':output', which denotes its output.
+        layer, which denotes the layer's input, or the path followed by ':output', which denotes its output.
       digest: The digest of the network, see `Classifier.digest`.
       images: The number of images from which they were recorded.
       views: The number of times that each image was augmented anew; 0 if each was used once, without augmentation.
