@@ -136,7 +136,7 @@ def test_the_page_names_the_network_the_command_and_the_files(report_of, tmp_pat
 
 def test_a_report_that_is_made_anew_compares_classes_once(report_of, monkeypatch):
     first = report_of('deepinversion')
-    monkeypatch.setattr(report, 'compare', None)
+    monkeypatch.setattr(report, 'compare_by_class', None)
     matrices = [
         page[page.index('<h2>Class by class') : page.index('<h2>Teacher')] for page in (first, report_of('deepinversion'))
     ]
