@@ -28,7 +28,7 @@ def rehearse(workdir: Path) -> tuple[int, str]:
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason='takes long, and the GPU machine has Python 3.12')
-def test_a_rehearsal_measures_every_figure_and_goes_on_where_it_ended(tmp_path):
+def test_a_rehearsal_measures_the_figures_of_its_stages_and_goes_on_where_it_ended(tmp_path):
     status, output = rehearse(tmp_path)
     assert status == 0, output + (tmp_path / 'out' / 'log.txt').read_text()
     assert output.endswith('Not finished: resnet34.\n')

@@ -95,8 +95,8 @@ def test_an_item_for_which_too_little_time_is_left_is_skipped(settings):
     assert context.report.reason('jax') == 'skipped: 5 s were left, and it needs at least 10'
 
 
-def test_a_call_with_too_little_time_names_what_it_skips(settings, capsys):
-    settings = dataclasses.replace(settings, rehearse=False, gpu='NVIDIA X100', core=True)
+def test_a_call_with_too_little_time_names_what_it_skips(real, capsys):
+    settings = dataclasses.replace(real, core=True)
     gpu_schedule.restore(settings, Path('nowhere'))
     status = gpu_schedule.Session(settings, time.monotonic() + gpu_schedule.GRACE + 18.5, []).run()
     printed = capsys.readouterr().out
@@ -111,26 +111,26 @@ def test_a_call_with_too_little_time_names_what_it_skips(settings, capsys):
 
 STAND_IN_STAGE = """
 import json, os, pathlib, signal, sys, time
-sys.path.insert(0, {benchmarks!r})
-from gpu_stage import Settings
 stage, settings, level, seconds = sys.argv[1:]
-report = Settings(**json.loads(pathlib.Path(settings).read_text())).report(stage)
 with open('calls', 'a') as calls:
     print(stage, level, file=calls)
+if stage == 'imagenet':  # before the imports, which may take longer than the second that this stage has
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(60)
+sys.path.insert(0, {benchmarks!r})
+from gpu_stage import Settings
+report = Settings(**json.loads(pathlib.Path(settings).read_text())).report(stage)
 for name in report.unfinished(int(level)):
     report.begin(name)
     if stage == 'inversion' and name.endswith('112'):
         os.kill(os.getpid(), signal.SIGKILL)
-    if stage == 'imagenet':
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        time.sleep(60)
     report.excuse(name, 'a stand-in')
     report.finish(name)
 """
 
 
 @pytest.mark.slow
-def test_a_stage_that_is_killed_or_hangs_loses_only_itself(settings, monkeypatch, tmp_path, capsys):
+def test_a_stage_that_is_killed_or_hangs_loses_only_itself(real, monkeypatch, tmp_path, capsys):
     (tmp_path / 'benchmarks').mkdir()
     script = STAND_IN_STAGE.replace('{benchmarks!r}', repr(str(ROOT / 'benchmarks')))
     (tmp_path / 'benchmarks' / 'gpu_stage.py').write_text(script)
@@ -138,7 +138,7 @@ def test_a_stage_that_is_killed_or_hangs_loses_only_itself(settings, monkeypatch
     monkeypatch.setattr(gpu_schedule, 'GRACE', 0.3)
     schedule = [gpu_schedule.Pass(stage, 1, 1 if stage == 'imagenet' else 100, 0) for stage in gpu_stage.MODULES]
     monkeypatch.setattr(gpu_schedule, 'SCHEDULE', schedule)
-    settings = dataclasses.replace(settings, rehearse=False, gpu='NVIDIA X100', core=True)
+    settings = dataclasses.replace(real, core=True)
     gpu_schedule.restore(settings, Path('nowhere'))
     session = gpu_schedule.Session(settings, time.monotonic() + 600, [str(ROOT)])
     assert session.run() == gpu_schedule.SHORT_OF_TIME
@@ -175,12 +175,12 @@ def test_figures_of_earlier_calls_come_back(real, tmp_path):
     assert not real.report('peak').complete()  # of another card: shares of its peak would be wrong
 
 
-def test_a_rehearsal_is_not_taken_for_a_measurement(settings, tmp_path):
+def test_a_rehearsal_is_not_taken_for_a_measurement(settings, real, tmp_path):
     measured(tmp_path / 'previous', card='', rehearsal=True)
     gpu_schedule.restore(settings, tmp_path / 'previous')
     (Path(settings.out) / 'peak.json').unlink()
     with pytest.raises(DvinvError, match='comes from a rehearsal, unlike this call; name another --out'):
-        gpu_schedule.restore(dataclasses.replace(settings, rehearse=False, gpu='NVIDIA X100'), tmp_path / 'previous')
+        gpu_schedule.restore(real, tmp_path / 'previous')
     (tmp_path / 'previous' / 'peak.json').write_text('{"stage": 1}')
     with pytest.raises(DvinvError, match=r'peak.json is damaged .*; delete it'):
         gpu_schedule.restore(settings, tmp_path / 'previous')
