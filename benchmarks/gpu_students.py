@@ -9,10 +9,10 @@ status, seconds and results, and is written after every run. First come the pool
 images each. A ResNet-8 is trained on the first in five ways and scored on validation images (4,000 training images, on which
 no data-free student is trained), so are three other students in two ways; the best way for the ResNet-8 is scored on test
 images, with the pools of three seeds. Then come controls of the other students, teachers without BatchNorm that are trained
-here, and a ResNet-20 by recorded moments. A run that waits for another is overtaken by those that need none. Runs for which
-time is too short are named, and those under way at the end are stopped; the same command continues them while the machine is
-held. The teachers without BatchNorm and one file of images of each of their pools come back in `networks.tar`, logs and
-curves in `logs.tar.gz`.
+here (images of the vision transformer also by other weights of the feature term), and a ResNet-20 by recorded moments. A run
+that waits for another is overtaken by those that need none. Runs for which time is too short are named, and those under way
+at the end are stopped; the same command continues them while the machine is held. The teachers without BatchNorm and one
+file of images of each of their pools come back in `networks.tar`, logs and curves in `logs.tar.gz`.
 """
 
 import argparse

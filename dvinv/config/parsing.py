@@ -65,20 +65,22 @@ def parse_group(cls: type, config: Any, path: str) -> Any:
     Raises:
       DvinvError: see `parse`.
     """
-    fields, prefix = {field.name: field for field in dataclasses.fields(cls)}, f'{path}.' if path else ''
+    known_fields, prefix = {field.name: field for field in dataclasses.fields(cls)}, f'{path}.' if path else ''
     for name in config:
-        if name not in fields:
-            raise DvinvError(_unknown(f'{prefix}{name}', [f'{prefix}{known}' for known in fields]))
+        if name not in known_fields:
+            raise DvinvError(_unknown(f'{prefix}{name}', [f'{prefix}{known}' for known in known_fields]))
     required = [field.name for field in _required_fields(cls)]
     for name in required:
         if name not in config:
             raise DvinvError(f'{path} has no {name}; it needs {" and ".join(required)}.')
-    values = {name: _value(fields[name].type, config[name], f'{prefix}{name}') for name in config}
+    values = {name: _value(known_fields[name].type, config[name], f'{prefix}{name}') for name in config}
     try:
         return cls(**values)
     except DvinvError as error:
         # A message begins with the name of a field, except for messages about several groups.
-        raise DvinvError(f'{prefix}{error}' if str(error).split(' ')[0].split('[')[0] in fields else str(error)) from None
+        raise DvinvError(
+            f'{prefix}{error}' if str(error).split(' ')[0].split('[')[0] in known_fields else str(error)
+        ) from None
 
 
 def current_name(path: str) -> str:

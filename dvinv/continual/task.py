@@ -36,8 +36,7 @@ from dvinv.continual.stream import (
 )
 from dvinv.data.dataset import Joined, RowArray, Split
 from dvinv.data.pool import ImagePool
-from dvinv.distillation import student
-from dvinv.distillation.student import hints_of, student_of
+from dvinv.distillation.student import hints_of, student_of, validate_student
 from dvinv.distillation.student import job_of as student_job
 from dvinv.inversion import Teacher, from_linen
 from dvinv.inversion.linen_modules import LinenModule, trained_part, with_classes
@@ -51,8 +50,7 @@ from dvinv.report.charts import Chart, heat_map
 from dvinv.report.page import Picture, Section, Table, Tile, class_picture, percent
 from dvinv.runtime.devices import is_primary
 from dvinv.runtime.workdir import Workdir
-from dvinv.synthesis import synthesizer
-from dvinv.synthesis.synthesizer import fill_in_competition, fill_pool
+from dvinv.synthesis.synthesizer import fill_in_competition, fill_pool, validate_count, validate_synthesis
 from dvinv.training.step import Rounds, TrainJob, rounds_of
 from dvinv.training.trainer import PlannedTraining, TrainTarget, train_network
 
@@ -92,12 +90,12 @@ def validate(run: Run) -> None:
         raise DvinvError(f'pool is {run.settings.pool!r}, but the task makes pools of its own; leave it out.')
     if run.settings.synthesis.classes:
         raise DvinvError('synthesis.classes is set, but images of all classes so far are made; leave it out.')
-    run.once(synthesizer.validate)
+    run.once(validate_synthesis)
     if run.settings.trains_student:
-        run.once(student.validate)
+        run.once(validate_student)
     _validate_network(run)
     steps = steps_of(run, teacher)
-    synthesizer.validate_count(run, 'synthesis.images', run.settings.synthesis.images, steps[-1].first)
+    validate_count(run, 'synthesis.images', run.settings.synthesis.images, steps[-1].first)
     old_images = sorted({'replay', 'joint'} & {*settings.controls})
     if old_images and run.data is not None and run.data.train is None:
         raise DvinvError(
@@ -336,11 +334,11 @@ def continual_section(run: Run, found: dict) -> Section:
     settings, names = run.settings.continual, class_names_of(run, steps_of(run, run.teacher))
     labels = {MAIN: LOSSES[settings.loss], **CONTROLS}
     chains = [MAIN, *settings.controls]
-    figures = ('test_accuracy', 'old_test_accuracy', 'new_test_accuracy', 'average_accuracy', 'forgetting')
+    columns = ('test_accuracy', 'old_test_accuracy', 'new_test_accuracy', 'average_accuracy', 'forgetting')
     rows = []
     for chain in chains:
         prefix = '' if chain == MAIN else f'{chain}_'
-        rows.append([labels[chain], *(percent(found.get(prefix + figure)) for figure in figures)])
+        rows.append([labels[chain], *(percent(found.get(prefix + figure)) for figure in columns)])
     table = Table(
         ('Learned from', 'all classes', 'old classes', 'classes of the last task', 'mean over tasks', 'forgetting'),
         rows,

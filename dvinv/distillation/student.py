@@ -180,7 +180,7 @@ def staged_forward(module, teacher: Teacher, pairs: tuple[StagePair, ...], share
     return forward
 
 
-def validate(run: Run) -> None:
+def validate_student(run: Run) -> None:
     """Validates the student of a run, and prints a message if it has more parameters than the teacher.
 
     Raises:

@@ -7,17 +7,15 @@ from types import MappingProxyType
 from dvinv.config import DATA_FREE_CONTROLS, DistillationSettings
 from dvinv.config.errors import DvinvError
 from dvinv.data.dataset import RowArray
-from dvinv.distillation import student
-from dvinv.distillation.student import hints_of, job_of, prefix_of, print_hints, student_of
+from dvinv.distillation.student import hints_of, job_of, prefix_of, print_hints, student_of, validate_student
 from dvinv.evaluation import HeldOut, flops, test_accuracy, training_set
 from dvinv.networks import Classifier, load_classifier
 from dvinv.pipeline.run import Run
 from dvinv.report.charts import Chart, line_chart, loss_chart, mean_curves
 from dvinv.report.page import Section, Table, Tile, agreement_table, number, percent, reads_right
 from dvinv.runtime.workdir import Metrics
-from dvinv.synthesis import synthesizer
 from dvinv.synthesis.pools import controls_are_complete, finished_pool
-from dvinv.synthesis.synthesizer import control_pool
+from dvinv.synthesis.synthesizer import control_pool, validate_synthesis
 from dvinv.training.step import Rounds, rounds_of
 from dvinv.training.trainer import PlannedTraining, TrainTarget, snapshot_name, train_network
 
@@ -38,9 +36,9 @@ def validate(run: Run) -> None:
       DvinvError: one is invalid; the message names the field, its value and the way out.
     """
     run.validate_real_control('distillation')
-    run.once(student.validate)
+    run.once(validate_student)
     if run.settings.has_data_free_controls('distillation'):
-        run.once(synthesizer.validate)
+        run.once(validate_synthesis)
 
 
 def run(run: Run) -> dict:

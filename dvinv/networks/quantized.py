@@ -187,14 +187,14 @@ def quantize(
       means: the means of the layers' input channels, for bias correction; None: no correction.
     """
     flat = flatten(network.weights)
-    steps, tops, rounded = {}, {}, {}
+    steps, tops, rounded_kernels = {}, {}, {}
     for layer, layer_bits in zip(network.layers, bits, strict=True):
         if layer_bits.weights and layer.kernel not in steps:
             kernel = np.asarray(flat[layer.kernel])
             step = weight_steps(kernel, layer_bits.weights, layer.contracted)
             steps[layer.kernel] = step
             tops[layer.kernel] = np.float32(largest(layer_bits.weights))
-            rounded[layer.kernel] = integer_weights(kernel, step, layer_bits.weights) * step
+            rounded_kernels[layer.kernel] = integer_weights(kernel, step, layer_bits.weights) * step
     parameters = [
         quantization_parameters(calibration, layer_bits.inputs, method) if layer_bits.inputs else (1.0, 0.0)
         for calibration, layer_bits in zip(calibrations, bits, strict=True)
@@ -204,7 +204,7 @@ def quantize(
         'zero_point': np.array([zero_point for _, zero_point in parameters], np.float32),
         'top': np.array([2.0**layer_bits.inputs - 1 for layer_bits in bits], np.float32),
     }
-    weights = network.weights if means is None else bias_corrected(network, rounded, means)
+    weights = network.weights if means is None else bias_corrected(network, rounded_kernels, means)
     return {'weights': weights, 'steps': steps, 'tops': tops, 'inputs': inputs, 'ceilings': network.ceilings}
 
 

@@ -47,9 +47,8 @@ from dvinv.runtime.devices import decide
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.progress import Progress
 from dvinv.runtime.workdir import Workdir
-from dvinv.synthesis import synthesizer
 from dvinv.synthesis.pools import controls_are_complete, finished_pool, missing_batches
-from dvinv.synthesis.synthesizer import Synthesizer, control_pool
+from dvinv.synthesis.synthesizer import Synthesizer, control_pool, validate_count, validate_synthesis
 from dvinv.training.step import Rounds, TrainJob
 from dvinv.training.trainer import PlannedTraining, TrainTarget, seed_of, train_network
 
@@ -91,10 +90,10 @@ def validate(run: Run) -> None:
             'unpruned one.'
         )
     if settings.adaptive_batches or run.settings.has_data_free_controls('pruning'):
-        run.once(synthesizer.validate)
+        run.once(validate_synthesis)
     if settings.adaptive_batches:
         images = settings.adaptive_batches * run.settings.synthesis.batch_size
-        synthesizer.validate_count(run, 'pruning.adaptive_batches', images, teacher.num_classes)
+        validate_count(run, 'pruning.adaptive_batches', images, teacher.num_classes)
     channels = find_channels(module, teacher.image_shape, settings.ignored_layers)
     if settings.measure in EXACT:
         refuse_unreachable(channels, EXACT[settings.measure](channels), settings)

@@ -45,9 +45,8 @@ from dvinv.pipeline.run import Run
 from dvinv.report.charts import Chart, line_chart
 from dvinv.report.page import Section, Table, Tile, percent
 from dvinv.runtime.workdir import quantized_name
-from dvinv.synthesis import synthesizer
 from dvinv.synthesis.pools import finished_pool
-from dvinv.synthesis.synthesizer import control_pool
+from dvinv.synthesis.synthesizer import control_pool, validate_synthesis
 from dvinv.training.step import Rounds, TrainJob
 from dvinv.training.trainer import PlannedTraining, Records, Training, seed_of
 
@@ -77,7 +76,7 @@ def validate(run: Run) -> None:
     run.validate_real_control('quantization')
     validate_devices(settings.training, 'quantization.training', run.training_mesh.size)
     if run.settings.has_data_free_controls('quantization'):
-        run.once(synthesizer.validate)
+        run.once(validate_synthesis)
     layers = find_layers(teacher.apply_fn, teacher.variables, teacher.image_shape)
     for setting in settings.settings:
         bits_of_layers(settings, setting, layers)
@@ -381,7 +380,7 @@ def quantization_section(figures: dict) -> Section:
         caption='Whole files. Weights (w) and inputs of layers (a) have so many bits; the first and the last layer may have '
         'more. Agreement: the share of test images that both put into one class.',
     )
-    ablation = Table(
+    calibrations = Table(
         ('Ranges from', *settings),
         [
             [label, *(percent(figures[setting].get(name)) for setting in settings)]
@@ -395,7 +394,7 @@ def quantization_section(figures: dict) -> Section:
     return Section(
         'Quantization',
         sentence,
-        tables=[files, ablation],
+        tables=[files, calibrations],
         charts=[accuracy_by_bits(figures), accuracy_by_size(figures)],
         tiles=[Tile(setting, ratio, "of the float network's bytes") if accuracy is None else tile],
         summary=sentence,

@@ -43,7 +43,7 @@ from dvinv.training.trainer import TrainTarget, training_of
 VOTE = 20  # dispatches between two checks of process 0's clock, where several processes save a batch together
 
 
-def validate(run: Run) -> None:
+def validate_synthesis(run: Run) -> None:
     """Validates that the images of a run can be made.
 
     Raises:

@@ -11,7 +11,7 @@ import numpy as np
 from dvinv.data.dataset import RealData
 from dvinv.data.export import class_grid
 from dvinv.data.pool import ImagePool
-from dvinv.distillation import student
+from dvinv.distillation.student import student_of, validate_student
 from dvinv.evaluation import among_top, logits_of, validate_fits
 from dvinv.inversion import make_feature_loss
 from dvinv.networks import Classifier
@@ -21,9 +21,8 @@ from dvinv.report.page import Picture, Section, Table, Tile, class_picture, numb
 from dvinv.runtime import preemption
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.workdir import Workdir
-from dvinv.synthesis import synthesizer
 from dvinv.synthesis.pools import controls_are_complete, missing_batches, open_pool
-from dvinv.synthesis.synthesizer import control_pool, fill_in_competition, fill_pool
+from dvinv.synthesis.synthesizer import control_pool, fill_in_competition, fill_pool, validate_stages, validate_synthesis
 from dvinv.teacher import task as teacher
 from dvinv.training.step import rounds_of
 
@@ -55,11 +54,11 @@ def validate(run: Run) -> None:
       DvinvError: they cannot; the message names the field, its value and the remedy.
     """
     run.once(teacher.validate_verifier)
-    run.once(synthesizer.validate_stages if run.settings.pool else synthesizer.validate)
+    run.once(validate_stages if run.settings.pool else validate_synthesis)
     if run.settings.synthesis.controls:
-        run.once(synthesizer.validate)
+        run.once(validate_synthesis)
     if run.settings.trains_student:
-        run.once(student.validate)
+        run.once(validate_student)
 
 
 def run(run: Run) -> dict:
@@ -86,7 +85,7 @@ def _fill(run: Run, pool: ImagePool) -> None:
     """
     method = run.settings.synthesis.method
     if method == 'adaptive':
-        fill_in_competition(run, run.teacher, pool, student.student_of(run, run.teacher), 'synthesis', method)
+        fill_in_competition(run, run.teacher, pool, student_of(run, run.teacher), 'synthesis', method)
         return
     fill_pool(run, run.teacher, pool, method, 'synthesis', method)
 
