@@ -57,10 +57,7 @@ JAX_SETTINGS = (  # names in jax.config; settings that a version of JAX does not
     'eager_constant_folding',
 )
 ENVIRONMENT = 'XLA_FLAGS', 'NVIDIA_TF32_OVERRIDE'
-HARMLESS_XLA_FLAGS = (
-    '--xla_force_host_platform_device_count',
-    '--xla_dump',
-)  # flags in XLA_FLAGS without an effect on results
+HARMLESS_XLA_FLAGS = '--xla_force_host_platform_device_count', '--xla_dump'  # no result depends on them
 VERSIONS_FILE = 'versions.json'
 # Keys that a resumed run may change, since no result depends on them. (Only the report, which is made again each time,
 # depends on verifiers and synthesis.controls.)
@@ -81,17 +78,7 @@ ADDED_KEYS = {
     'synthesis.stages.centre': 1.0,
 }
 # The results of a run, without its records: until one of these exists, a folder may get another config.
-RESULTS = (
-    'results.json',
-    'latency.json',
-    'checkpoints',
-    'networks',
-    'pool',
-    'pools',
-    'controls',
-    'samples',
-    'pruning',
-)
+RESULTS = 'results.json', 'latency.json', 'checkpoints', 'networks', 'pool', 'pools', 'controls', 'samples', 'pruning'
 # task -> the name of the file of its final network; after that of 'quantization' follows the setting, as in 'quantized_w8a8'
 FINAL_NETWORKS = {
     'teacher': 'teacher',
@@ -100,182 +87,6 @@ FINAL_NETWORKS = {
     'continual': 'continual',
     'quantization': 'quantized_',
 }
-
-
-class Metrics:
-    """The measurements of a run.
-
-    A line has the keys "task", "series" and "step", which counts updates of a training, and further keys with floats. An
-    incomplete last line, which a kill may leave, is ignored.
-
-    Raises:
-      DvinvError: a line is damaged; raised by the methods that read.
-    """
-
-    def __init__(self, path: Path, on_append: Callable[[str], None] = lambda task: None):
-        self._path, self._on_append = Path(path), on_append
-
-    def append(self, task: str, series: str, lines: list[dict]) -> None:
-        """Appends lines, each with a `step`, and flushes them to the operating system."""
-        text = ''.join(json.dumps({'task': task, 'series': series, **line}) + '\n' for line in lines)
-        if is_primary():
-            with refuse_full_disk(self._path), open(self._path, 'a') as file:
-                file.write(text)
-        self._on_append(task)
-
-    def lines(self, task: str, series: str) -> Iterator[dict]:
-        """Yields the lines of a series, reading them one at a time."""
-        with self._open() as file:
-            for line in file:
-                if line.endswith(b'\n'):
-                    entry = self._parse(line)
-                    if (entry['task'], entry['series']) == (task, series):
-                        yield entry
-
-    def cut(self, task: str, series: str, step: int) -> None:
-        """Deletes the lines of a series beyond `step`, which will be measured again, and an incomplete last line."""
-
-        def stays(line: bytes) -> bool:
-            if not line.endswith(b'\n'):
-                return False
-            entry = self._parse(line)
-            return (entry['task'], entry['series']) != (task, series) or entry['step'] <= step
-
-        with self._open() as file:
-            lines = file.readlines()
-        kept = [line for line in lines if stays(line)]
-        if kept != lines:
-            write_atomic(self._path, kept)
-
-    def _open(self) -> BinaryIO:
-        try:
-            return open(self._path, 'rb')
-        except FileNotFoundError:
-            return io.BytesIO()  # no measurement yet
-
-    def _parse(self, line: bytes) -> dict:
-        text = line.decode(errors='replace')
-        try:
-            entry = json.loads(text)
-            entry['task'], entry['series'], entry['step']
-        except (ValueError, KeyError, TypeError) as error:
-            raise DvinvError(
-                f'{self._path} holds a line that is damaged ({text.strip()[:60]!r}); delete that line.'
-            ) from error
-        return entry
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of the packages in use, including dvinv, and the values of the settings, in one dict."""
-    packages = {'dvinv': dvinv.__version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}
-    variables = {name: os.environ.get(name, '').split() for name in ENVIRONMENT}
-    return {
-        **packages,
-        **{name: _value(getattr(jax.config, name)) for name in JAX_SETTINGS if hasattr(jax.config, name)},
-        **{
-            name: ' '.join(sorted(w for w in words if not w.startswith(HARMLESS_XLA_FLAGS)))
-            for name, words in variables.items()
-        },
-    }
-
-
-def _value(setting) -> str:
-    """Returns the value of a setting as the text that JAX reads from the environment."""
-    if isinstance(setting, enum.Enum):
-        setting = setting.value if isinstance(setting.value, str) else setting.name.lower()
-    return str(setting)
-
-
-def refuse_other_settings(folder: Path) -> None:
-    """Validates that the settings of JAX are those of the run in a folder.
-
-    Raises:
-      DvinvError: they differ; the message names the settings and says how to restore them.
-    """
-    if differing := _differing(folder, {name: value for name, value in versions().items() if name in JAX_SETTINGS}):
-        assigned = ' '.join(
-            f'no {name.upper()}' if old == 'None' else f'{name.upper()}={old}' for name, (old, _) in differing.items()
-        )
-        raise DvinvError(
-            f'{folder} holds a run under other settings of JAX: {_sentence(differing)}. Its images would be of two kinds; '
-            f'set them as they were ({assigned} in the environment), or choose another --workdir.'
-        )
-
-
-def record_versions(folder: Path) -> None:
-    """Writes the versions to the work directory, and prints a message if a run is resumed with other versions."""
-    current = versions()
-    if differing := _differing(folder, current):
-        print(
-            f'This run goes on under other versions: {_sentence(differing)}. What is made from now on may differ from what '
-            'would have been made, in its last bits.',
-            file=sys.stderr,
-        )
-    write_atomic(folder / VERSIONS_FILE, (json.dumps(current, indent=2, sort_keys=True) + '\n').encode())
-
-
-def command() -> str:
-    """Returns the command line that started this process; '' if it was not dvinv's, as in a notebook."""
-    program, *arguments = sys.argv or ['']
-    path = Path(program)
-    if path.name == 'main.py' and path.parent.name == 'dvinv':
-        return shlex.join(['python', '-m', 'dvinv.main', *arguments])
-    return shlex.join(['dvinv', *arguments]) if path.stem == 'dvinv' else ''
-
-
-def package_text() -> str:
-    """Returns the versions of dvinv, Python and the packages that the results depend on."""
-    found = versions()
-    return ', '.join([*(f'{name} {found[name]}' for name in ('dvinv', *PACKAGES)), f'Python {platform.python_version()}'])
-
-
-def _differing(folder: Path, current: dict[str, str]) -> dict[str, tuple[str, str]]:
-    """Returns {name: (recorded value, current value)} of the values in `current` that differ from those a run recorded."""
-    try:
-        recorded = dict(json.loads((folder / VERSIONS_FILE).read_text()))
-    except (FileNotFoundError, ValueError, TypeError):
-        return {}
-    return {name: (recorded[name], new) for name, new in current.items() if recorded.get(name, new) != new}
-
-
-def _sentence(differing: dict[str, tuple[str, str]]) -> str:
-    return listed([f'{name} {old or "none"} there, {new or "none"} here' for name, (old, new) in differing.items()], 8)
-
-
-def quantized_name(setting: str) -> str:
-    """Returns the name of the file of the network that is quantized to a setting, for instance 'w8a8'."""
-    return FINAL_NETWORKS['quantization'] + setting
-
-
-def network_path(workdir: Path, name: str) -> Path:
-    """Returns the path of the file of a finished network, also for a work directory that is not open."""
-    return workdir / 'networks' / f'{name}.safetensors'
-
-
-def network_files(workdir: Path) -> dict[str, Path]:
-    """Returns {name: path} of the files of all finished networks, sorted by name."""
-    return {path.stem: path for path in sorted(network_path(workdir, '*').parent.glob('*.safetensors'))}
-
-
-def holds_work(folder: Path) -> bool:
-    """Returns whether a run has produced results in this folder; a run that was rejected or ended early has not."""
-    places = (Path(folder) / name for name in RESULTS)
-    paths = (path for place in places for path in (place, *place.rglob('*')))
-    return any(path.is_file() and not path.name.startswith('.') for path in paths)
-
-
-def flat(tree, prefix='') -> dict:
-    """Returns nested dicts and lists as a flat dict {path: leaf}, with paths such as 'a.b[0].c'."""
-    if isinstance(tree, dict):
-        return {k: v for key, item in tree.items() for k, v in flat(item, f'{prefix}.{key}' if prefix else key).items()}
-    if isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
-        return {k: v for i, item in enumerate(tree) for k, v in flat(item, f'{prefix}[{i}]').items()}
-    return {prefix: tree}
-
-
-def _is_exempt(key: str) -> bool:
-    """Returns whether a key of `flat` is in `EXEMPT_KEYS`, or inside a group that is."""
-    return any(key == name or key.startswith((f'{name}.', f'{name}[')) for name in EXEMPT_KEYS)
 
 
 class Workdir:
@@ -411,5 +222,181 @@ class Workdir:
         self._lock.release()
 
 
+class Metrics:
+    """The measurements of a run.
+
+    A line has the keys "task", "series" and "step", which counts updates of a training, and further keys with floats. An
+    incomplete last line, which a kill may leave, is ignored.
+
+    Raises:
+      DvinvError: a line is damaged; raised by the methods that read.
+    """
+
+    def __init__(self, path: Path, on_append: Callable[[str], None] = lambda task: None):
+        self._path, self._on_append = Path(path), on_append
+
+    def append(self, task: str, series: str, lines: list[dict]) -> None:
+        """Appends lines, each with a `step`, and flushes them to the operating system."""
+        text = ''.join(json.dumps({'task': task, 'series': series, **line}) + '\n' for line in lines)
+        if is_primary():
+            with refuse_full_disk(self._path), open(self._path, 'a') as file:
+                file.write(text)
+        self._on_append(task)
+
+    def lines(self, task: str, series: str) -> Iterator[dict]:
+        """Yields the lines of a series, reading them one at a time."""
+        with self._open() as file:
+            for line in file:
+                if line.endswith(b'\n'):
+                    entry = self._parse(line)
+                    if (entry['task'], entry['series']) == (task, series):
+                        yield entry
+
+    def cut(self, task: str, series: str, step: int) -> None:
+        """Deletes the lines of a series beyond `step`, which will be measured again, and an incomplete last line."""
+
+        def stays(line: bytes) -> bool:
+            if not line.endswith(b'\n'):
+                return False
+            entry = self._parse(line)
+            return (entry['task'], entry['series']) != (task, series) or entry['step'] <= step
+
+        with self._open() as file:
+            lines = file.readlines()
+        kept = [line for line in lines if stays(line)]
+        if kept != lines:
+            write_atomic(self._path, kept)
+
+    def _open(self) -> BinaryIO:
+        try:
+            return open(self._path, 'rb')
+        except FileNotFoundError:
+            return io.BytesIO()  # no measurement yet
+
+    def _parse(self, line: bytes) -> dict:
+        text = line.decode(errors='replace')
+        try:
+            entry = json.loads(text)
+            entry['task'], entry['series'], entry['step']
+        except (ValueError, KeyError, TypeError) as error:
+            raise DvinvError(
+                f'{self._path} holds a line that is damaged ({text.strip()[:60]!r}); delete that line.'
+            ) from error
+        return entry
+
+
 def _dumps(tree) -> bytes:
     return (json.dumps(tree, indent=2, sort_keys=True) + '\n').encode()
+
+
+def quantized_name(setting: str) -> str:
+    """Returns the name of the file of the network that is quantized to a setting, for instance 'w8a8'."""
+    return FINAL_NETWORKS['quantization'] + setting
+
+
+def network_path(workdir: Path, name: str) -> Path:
+    """Returns the path of the file of a finished network, also for a work directory that is not open."""
+    return workdir / 'networks' / f'{name}.safetensors'
+
+
+def network_files(workdir: Path) -> dict[str, Path]:
+    """Returns {name: path} of the files of all finished networks, sorted by name."""
+    return {path.stem: path for path in sorted(network_path(workdir, '*').parent.glob('*.safetensors'))}
+
+
+def holds_work(folder: Path) -> bool:
+    """Returns whether a run has produced results in this folder; a run that was rejected or ended early has not."""
+    places = (Path(folder) / name for name in RESULTS)
+    paths = (path for place in places for path in (place, *place.rglob('*')))
+    return any(path.is_file() and not path.name.startswith('.') for path in paths)
+
+
+def flat(tree, prefix='') -> dict:
+    """Returns nested dicts and lists as a flat dict {path: leaf}, with paths such as 'a.b[0].c'."""
+    if isinstance(tree, dict):
+        return {k: v for key, item in tree.items() for k, v in flat(item, f'{prefix}.{key}' if prefix else key).items()}
+    if isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
+        return {k: v for i, item in enumerate(tree) for k, v in flat(item, f'{prefix}[{i}]').items()}
+    return {prefix: tree}
+
+
+def _is_exempt(key: str) -> bool:
+    """Returns whether a key of `flat` is in `EXEMPT_KEYS`, or inside a group that is."""
+    return any(key == name or key.startswith((f'{name}.', f'{name}[')) for name in EXEMPT_KEYS)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of the packages in use, including dvinv, and the values of the settings, in one dict."""
+    packages = {'dvinv': dvinv.__version__, **{name: importlib.metadata.version(name) for name in PACKAGES}}
+    variables = {name: os.environ.get(name, '').split() for name in ENVIRONMENT}
+    return {
+        **packages,
+        **{name: _value(getattr(jax.config, name)) for name in JAX_SETTINGS if hasattr(jax.config, name)},
+        **{
+            name: ' '.join(sorted(w for w in words if not w.startswith(HARMLESS_XLA_FLAGS)))
+            for name, words in variables.items()
+        },
+    }
+
+
+def _value(setting) -> str:
+    """Returns the value of a setting as the text that JAX reads from the environment."""
+    if isinstance(setting, enum.Enum):
+        setting = setting.value if isinstance(setting.value, str) else setting.name.lower()
+    return str(setting)
+
+
+def refuse_other_settings(folder: Path) -> None:
+    """Validates that the settings of JAX are those of the run in a folder.
+
+    Raises:
+      DvinvError: they differ; the message names the settings and says how to restore them.
+    """
+    if differing := _differing(folder, {name: value for name, value in versions().items() if name in JAX_SETTINGS}):
+        assigned = ' '.join(
+            f'no {name.upper()}' if old == 'None' else f'{name.upper()}={old}' for name, (old, _) in differing.items()
+        )
+        raise DvinvError(
+            f'{folder} holds a run under other settings of JAX: {_sentence(differing)}. Its images would be of two kinds; '
+            f'set them as they were ({assigned} in the environment), or choose another --workdir.'
+        )
+
+
+def record_versions(folder: Path) -> None:
+    """Writes the versions to the work directory, and prints a message if a run is resumed with other versions."""
+    current = versions()
+    if differing := _differing(folder, current):
+        print(
+            f'This run goes on under other versions: {_sentence(differing)}. What is made from now on may differ from what '
+            'would have been made, in its last bits.',
+            file=sys.stderr,
+        )
+    write_atomic(folder / VERSIONS_FILE, (json.dumps(current, indent=2, sort_keys=True) + '\n').encode())
+
+
+def command() -> str:
+    """Returns the command line that started this process; '' if it was not dvinv's, as in a notebook."""
+    program, *arguments = sys.argv or ['']
+    path = Path(program)
+    if path.name == 'main.py' and path.parent.name == 'dvinv':
+        return shlex.join(['python', '-m', 'dvinv.main', *arguments])
+    return shlex.join(['dvinv', *arguments]) if path.stem == 'dvinv' else ''
+
+
+def package_text() -> str:
+    """Returns the versions of dvinv, Python and the packages that the results depend on."""
+    found = versions()
+    return ', '.join([*(f'{name} {found[name]}' for name in ('dvinv', *PACKAGES)), f'Python {platform.python_version()}'])
+
+
+def _differing(folder: Path, current: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """Returns {name: (recorded value, current value)} of the values in `current` that differ from those a run recorded."""
+    try:
+        recorded = dict(json.loads((folder / VERSIONS_FILE).read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return {}
+    return {name: (recorded[name], new) for name, new in current.items() if recorded.get(name, new) != new}
+
+
+def _sentence(differing: dict[str, tuple[str, str]]) -> str:
+    return listed([f'{name} {old or "none"} there, {new or "none"} here' for name, (old, new) in differing.items()], 8)
