@@ -156,7 +156,7 @@ from dvinv.inversion.invert import BatchCheckpoint
 from dvinv.networks import Classifier, create
 from dvinv.config import TrainingSettings
 from dvinv.training.step import Rounds
-from dvinv.runtime import processes
+from dvinv.runtime import devices
 from dvinv.runtime.devices import make_mesh
 from dvinv.synthesis.pools import BatchCheckpoints
 from dvinv.teacher.task import supervised
@@ -168,7 +168,7 @@ class Counted:
         self.read.append(len(rows))
         return self.array[rows]
 
-with processes.joined(None, *{joined!r}):
+with devices.joined(None, *{joined!r}):
     rng = np.random.default_rng(0)
     images = Counted(rng.integers(0, 256, (64, 8, 8, 1), np.uint8))
     labels = rng.integers(0, 10, 64).astype(np.int32)
@@ -187,7 +187,7 @@ with processes.joined(None, *{joined!r}):
         state = [np.full((4, 100), index, np.float32), np.arange(iterations, dtype=np.int32), np.array(index, np.int32)]
         batches.save(index, BatchCheckpoint(iterations, state, {{'loss': np.full(iterations, index, np.float32)}}))
         assert batches.load(index).iterations == iterations
-    processes.meet('saved')
+    devices.meet('saved')
     assert [batches.load(i).state[2] for i in range({count})] == [*range({count})]
     held = sum(shard.data.shape[0] for shard in chosen[0].addressable_shards) if {count} > 1 else 16
     print(json.dumps({{'losses': losses, 'read': images.read, 'held': held}}))
@@ -237,9 +237,9 @@ def test_each_process_saves_its_batches_and_another_number_of_processes_loads_th
 
 @pytest.mark.parametrize('index', [0, 1])
 def test_a_process_that_waits_in_vain_for_the_others_ends_with_a_sentence(index):
-    wait = f'processes.JOIN = 1\nwith processes.joined(None, "127.0.0.1:{_free_port()}", 2, {index}): pass'
+    wait = f'devices.JOIN = 1\nwith devices.joined(None, "127.0.0.1:{_free_port()}", 2, {index}): pass'
     ended = subprocess.run(
-        [sys.executable, '-c', f'from dvinv.runtime import processes\n{wait}'], capture_output=True, text=True
+        [sys.executable, '-c', f'from dvinv.runtime import devices\n{wait}'], capture_output=True, text=True
     )
     assert ended.returncode == devices.LOST
     assert 'dvinv: Waited 1 s for all processes to start.' in ended.stderr
@@ -372,8 +372,8 @@ def test_another_config_or_version_on_another_process_is_refused_by_name(second_
 
 
 def test_a_wait_that_takes_too_long_ends_the_process(capfd):
-    code = "with processes._time_limit('the clock', 0.1):\n import time; time.sleep(60)"
-    ended = subprocess.run([sys.executable, '-c', f'from dvinv.runtime import processes\n{code}'], capture_output=True)
+    code = "with devices._time_limit('the clock', 0.1):\n import time; time.sleep(60)"
+    ended = subprocess.run([sys.executable, '-c', f'from dvinv.runtime import devices\n{code}'], capture_output=True)
     assert ended.returncode == devices.LOST
     assert b'Waited 0 s for the clock.' in ended.stderr
 
