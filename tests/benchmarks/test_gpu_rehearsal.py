@@ -27,6 +27,7 @@ def rehearse(workdir: Path) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.version_info < (3, 12), reason='takes long, and the GPU machine has Python 3.12')
 def test_a_rehearsal_measures_the_figures_of_its_stages_and_goes_on_where_it_ended(tmp_path):
     status, output = rehearse(tmp_path)

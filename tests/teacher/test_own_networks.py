@@ -16,8 +16,14 @@ from tiny import IMAGE_SHAPE, TinyNet, tiny_teacher, trained
 from dvinv import DvinvError, from_linen, from_nnx, load
 from dvinv.config import TrainingSettings
 from dvinv.continual.task import head_path, network_of
-from dvinv.distillation.student import choose_hints, distillation_loss, hints_of, staged_forward, student_of
-from dvinv.distillation.student import validate as validate_student
+from dvinv.distillation.student import (
+    choose_hints,
+    distillation_loss,
+    hints_of,
+    staged_forward,
+    student_of,
+    validate_student,
+)
 from dvinv.inversion.linen_modules import features_in_training, trainable, validate_trainable, with_classes
 from dvinv.networks import module_of, save_network, shapes_of
 from dvinv.networks.channel_groups import find_channels
