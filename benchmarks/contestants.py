@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dvinv.config.errors import DvinvError
+from dvinv.runtime.errors import DvinvError
 
 # Neither JAX nor PyTorch here: a process imports its own, when it starts.
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from contestants import SETTINGS, Task, set_up_jax, teacher_of
 from paired import median_interval
 
-from dvinv.config.errors import DvinvError
+from dvinv.runtime.errors import DvinvError
 
 tell = functools.partial(print, file=sys.stderr, flush=True)  # stdout is for the result
 

@@ -46,7 +46,7 @@ import gpu_bundle  # noqa: E402
 from gpu_schedule import Session, find_gpu, restore  # noqa: E402
 from gpu_stage import MODULES, Settings  # noqa: E402
 
-from dvinv.config.errors import DvinvError  # noqa: E402
+from dvinv.runtime.errors import DvinvError  # noqa: E402
 
 
 def main() -> None:

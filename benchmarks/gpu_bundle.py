@@ -9,7 +9,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from dvinv.config.errors import DvinvError
+from dvinv.runtime.errors import DvinvError
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / '.gpu_bundle'

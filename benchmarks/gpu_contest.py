@@ -12,7 +12,7 @@ from gpu_peak import NO_TORCH
 from paired import median_interval
 from torch_contestant import Variant
 
-from dvinv.config.errors import DvinvError
+from dvinv.runtime.errors import DvinvError
 
 DVINV = {'dvinv_bfloat16': 'bfloat16', 'dvinv_float32': 'float32'}  # contestant -> precision
 TORCH = {

@@ -13,7 +13,7 @@ import numpy as np
 from gpu_report import Item, read_json
 from gpu_runs import ENDED, Run, end_all
 
-from dvinv.config.errors import DvinvError
+from dvinv.runtime.errors import DvinvError
 
 CONFIG, BATCH, BATCHES = 'configs/imagenet_mobilenet_v1.py', 84, 2
 TEACHER, VERIFIER = 'imagenet_mobilenet_v1_075_224.npz', 'imagenet_squeezenet1.1.npz'

@@ -16,7 +16,7 @@ from gpu_report import Report, read_json
 from gpu_stage import MODULES, ROOT, Settings
 from gpu_summary import summary
 
-from dvinv.config.errors import DvinvError
+from dvinv.runtime.errors import DvinvError
 
 GRACE = 15.0  # seconds in which a stage that is ended may save; then it is killed
 DONE, FAILED, SHORT_OF_TIME = 0, 1, 3  # exit statuses

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 from gpu_report import Item, Report, read_json  # noqa: E402
 
-from dvinv.config.errors import DvinvError  # noqa: E402
+from dvinv.runtime.errors import DvinvError  # noqa: E402
 
 # Stage -> its module, which has `items(stage, rehearse) -> {name: Item}` and `measure(names, context)`. They import JAX and
 # PyTorch only in the processes that they start.

@@ -32,7 +32,7 @@ import gpu_bundle  # noqa: E402
 from gpu_report import read_json  # noqa: E402
 from gpu_runs import Run, run_side_by_side  # noqa: E402
 
-from dvinv.config.errors import DvinvError  # noqa: E402
+from dvinv.runtime.errors import DvinvError  # noqa: E402
 
 GRACE = 15.0  # seconds before the end in which runs that are under way are stopped and files are packed
 LEAST = 25.0  # seconds that a run needs at least; none is started with less

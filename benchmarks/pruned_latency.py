@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from paired import median_interval
 
-from dvinv.config.errors import DvinvError
 from dvinv.networks import classifier_of, initialise, load_network, module_of
 from dvinv.networks.channel_groups import find_channels
 from dvinv.networks.suited import suited_to
 from dvinv.pruning.selection import measure_latencies, predicted_latency, timed
+from dvinv.runtime.errors import DvinvError
 
 tell = functools.partial(print, file=sys.stderr, flush=True)  # stdout is for the result
 

@@ -33,7 +33,7 @@ from paired import median_interval
 from table import grid
 from torch_contestant import Torch, Variant
 
-from dvinv.config.errors import DvinvError
+from dvinv.runtime.errors import DvinvError
 
 # What first steps may differ by, relative; sums of float32 in another order stay within 1e-6. A ReLU or a max-pooling whose
 # inputs are that close may choose otherwise, and then the gradient of its image differs by 1e-3 or so: hence the median

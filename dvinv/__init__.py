@@ -10,7 +10,6 @@ if TYPE_CHECKING:  # the names that `__getattr__` imports, for tools that read t
     from dvinv.config import Stage as Stage
     from dvinv.config import Weights as Weights
     from dvinv.config import default_config as default_config
-    from dvinv.config.errors import DvinvError as DvinvError
     from dvinv.inversion import Moments as Moments
     from dvinv.inversion import Teacher as Teacher
     from dvinv.inversion import balanced_labels as balanced_labels
@@ -20,10 +19,11 @@ if TYPE_CHECKING:  # the names that `__getattr__` imports, for tools that read t
     from dvinv.inversion import record_moments as record_moments
     from dvinv.inversion.invert import invert as invert
     from dvinv.pipeline.tasks import run as run
+    from dvinv.runtime.errors import DvinvError as DvinvError
     from dvinv.teacher.networks import load as load
 
 _EXPORTS = {
-    'DvinvError': 'dvinv.config.errors',
+    'DvinvError': 'dvinv.runtime.errors',
     'InversionConfig': 'dvinv.config',
     'Moments': 'dvinv.inversion',
     'PRESETS': 'dvinv.config',

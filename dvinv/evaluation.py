@@ -11,13 +11,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Integer, UInt8
 
 from dvinv.config import Settings
-from dvinv.config.errors import DvinvError, shape_text
 from dvinv.data.dataset import Chosen, RealData, RowArray, Split
 from dvinv.data.pool import ImagePool
 from dvinv.graph.program import contraction_rules, count_flops, rewritten
 from dvinv.networks.classifier import AnyArray, Classifier, Features, Images, Logits, Scalar
 from dvinv.networks.suited import suited_to
 from dvinv.runtime import preemption
+from dvinv.runtime.errors import DvinvError, shape_text
 
 MOST_TEST_IMAGES = 5_000  # test images that are scored by class, at most
 HELD_OUT_FIGURES = ('held_out_agreement', 'held_out_kl', 'held_out_class_agreement')

@@ -22,8 +22,8 @@ from ml_collections import config_flags
 
 import dvinv
 from dvinv import configs
-from dvinv.config.errors import DvinvError, listed, say
 from dvinv.runtime import preemption
+from dvinv.runtime.errors import DvinvError, listed, say
 
 # A module that teacher.factory names may define flags with the same names, as many training scripts do; its flags override.
 _CONFIG = config_flags.DEFINE_config_file(
@@ -123,11 +123,12 @@ def main(_) -> None:
 def _parse(argv: list[str]) -> list[str]:
     """Parses the flags of a run, and raises a `DvinvError` for flags that do not define one."""
     arguments = _parse_flags(argv)
-    if _RECORD_MOMENTS.value and not Path(_RECORD_MOMENTS.value).absolute().parent.is_dir():
-        raise DvinvError(f'--record_moments is {_RECORD_MOMENTS.value!r}, but there is no such folder.')
-    if _RECORD_MOMENTS.value and (_PLAN.value or _SEEDS.value):
-        raise DvinvError('--record_moments runs nothing else; leave out --plan and --seeds.')
-    if not (_WORKDIR.value or _PLAN.value or _RECORD_MOMENTS.value):
+    if _RECORD_MOMENTS.value:
+        if _PLAN.value or _SEEDS.value:
+            raise DvinvError('--record_moments runs nothing else; leave out --plan and --seeds.')
+        if not Path(_RECORD_MOMENTS.value).absolute().parent.is_dir():
+            raise DvinvError(f'--record_moments is {_RECORD_MOMENTS.value!r}, but there is no such folder.')
+    elif not (_WORKDIR.value or _PLAN.value):
         raise DvinvError('--workdir is missing; name the folder for all files of the run.')
     if _SEEDS.value < 0:
         raise DvinvError(f'--seeds is {_SEEDS.value}; it must be at least 1, or 0 for a single run.')

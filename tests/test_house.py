@@ -34,7 +34,7 @@ ALONE = {'some', 'of', 'there', 'one', 'whole', 'made'}  # as a name of their ow
 
 # The floors of the house, from the ground; imports point down, or stay on their floor.
 FLOORS = [
-    {'config'},
+    {'runtime.errors', 'config'},
     {'runtime'},
     {'data', 'graph', 'networks'},
     {'inversion'},

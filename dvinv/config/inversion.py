@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import optax
 
-from dvinv.config.errors import DvinvError, validate_bounds, validate_choices
 from dvinv.config.tasks import Precision
+from dvinv.runtime.errors import DvinvError, validate_bounds, validate_choices
 
 StatisticsScope = Literal['device', 'global']
 

@@ -12,9 +12,9 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 import ml_collections
 from ml_collections import config_dict
 
-from dvinv.config.errors import DvinvError
 from dvinv.config.inversion import PRESETS, InversionConfig, preset_for
 from dvinv.config.settings import Settings, SynthesisSettings
+from dvinv.runtime.errors import DvinvError
 
 # {name of a field in earlier versions: its current name}
 RENAMED = {

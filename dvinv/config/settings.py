@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from dvinv.config.errors import DvinvError, validate_bounds, validate_choices
 from dvinv.config.inversion import InversionConfig, Stage, StatisticsScope, Weights
 from dvinv.config.tasks import (
     ContinualSettings,
@@ -15,6 +14,7 @@ from dvinv.config.tasks import (
     PruningSettings,
     QuantizationSettings,
 )
+from dvinv.runtime.errors import DvinvError, validate_bounds, validate_choices
 
 Task = Literal['teacher', 'synthesis', 'distillation', 'pruning', 'continual', 'quantization', 'report']
 Method = Literal['deepinversion', 'adaptive', 'prior_only', 'noise']

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import optax
 
-from dvinv.config.errors import DvinvError, validate_bounds, validate_choices, validate_positive
+from dvinv.runtime.errors import DvinvError, validate_bounds, validate_choices, validate_positive
 
 Precision = Literal['float32', 'bfloat16']
 DataFreeControl = Literal['noise', 'prior_only']

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from dvinv.config import CONTINUAL_LOSSES, ContinualSettings, DataSettings, Settings, parse_group
-from dvinv.config.errors import DvinvError, listed, shape_text
 from dvinv.data.dataset import RealData, RowArray, Split
 from dvinv.evaluation import logits_of
 from dvinv.inversion import Teacher
@@ -21,6 +20,7 @@ from dvinv.networks import Classifier
 from dvinv.networks.classifier import MOMENTS
 from dvinv.pipeline.run import Run
 from dvinv.runtime.devices import is_primary, meet
+from dvinv.runtime.errors import DvinvError, listed, shape_text
 from dvinv.teacher.task import record_balanced
 
 MAIN = 'continual'

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dvinv.config.errors import DvinvError
 from dvinv.continual.losses import always_be_dreaming_terms, cross_entropy, deepinversion_terms, lwf_mc_terms, total
 from dvinv.continual.stream import (
     MAIN,
@@ -49,6 +48,7 @@ from dvinv.pipeline.run import Run
 from dvinv.report.charts import Chart, heat_map
 from dvinv.report.page import Picture, Section, Table, Tile, class_picture, percent
 from dvinv.runtime.devices import is_primary
+from dvinv.runtime.errors import DvinvError
 from dvinv.runtime.workdir import Workdir
 from dvinv.synthesis.synthesizer import fill_in_competition, fill_pool, validate_count, validate_synthesis
 from dvinv.training.step import Rounds, TrainJob, rounds_of

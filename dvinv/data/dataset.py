@@ -22,8 +22,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int32, Integer, UInt8
 
-from dvinv.config.errors import DvinvError
 from dvinv.runtime.devices import AXIS, place, platform_of
+from dvinv.runtime.errors import DvinvError
 
 # The local header of a zip archive: 26 bytes not needed here, the length of the name, and the length of the extra field.
 LOCAL_HEADER = struct.Struct('<26xHH')

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dvinv.config.errors import DvinvError
 from dvinv.data.dataset import RowArray
 from dvinv.data.pool import ImagePool
 from dvinv.runtime import preemption
+from dvinv.runtime.errors import DvinvError
 from dvinv.runtime.files import refuse_full_disk, write_atomic
 from dvinv.runtime.progress import Progress
 

@@ -33,8 +33,8 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from dvinv.config import DataSettings
-from dvinv.config.errors import DvinvError, listed, say_once, shape_text
 from dvinv.data.dataset import RealData, Split
+from dvinv.runtime.errors import DvinvError, listed, say_once, shape_text
 
 PICTURE_FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP')
 PICTURE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
@@ -280,9 +280,8 @@ def as_pixels(images: np.ndarray, path: str) -> np.ndarray:
     lowest, highest = images.min(), images.max()
     are_fractions = np.isrealobj(images) and highest <= 1 + RANGE_TOLERANCE and np.issubdtype(images.dtype, np.floating)
     scale = 255 if are_fractions else 1
-    if not (
-        np.isrealobj(images) and lowest * scale >= -255 * RANGE_TOLERANCE and highest <= 255 * (1 + RANGE_TOLERANCE)
-    ):  # NaN is neither
+    least, most = -255 * RANGE_TOLERANCE, 255 * (1 + RANGE_TOLERANCE)
+    if not (np.isrealobj(images) and lowest * scale >= least and highest <= most):  # NaN is neither
         raise DvinvError(
             f'The images of {path} are {images.dtype} from {lowest:g} to {highest:g}; they must be pixels, before any '
             'normalisation: uint8, or numbers from 0 to 1 or from 0 to 255.'

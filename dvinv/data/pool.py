@@ -21,9 +21,9 @@ from typing import NoReturn
 import numpy as np
 from jaxtyping import Float, Num
 
-from dvinv.config.errors import DvinvError
 from dvinv.data.dataset import Rows
 from dvinv.runtime import preemption
+from dvinv.runtime.errors import DvinvError
 from dvinv.runtime.files import sha256_of, state_of, write_atomic
 
 # (path, `state_of(path)`) of the shards that this process has checked, since hashing a large pool takes long.

@@ -10,9 +10,9 @@ import textwrap
 import numpy as np
 
 from dvinv.config import DataSettings
-from dvinv.config.errors import DvinvError, shape_text
 from dvinv.data.dataset import RealData, Split
 from dvinv.data.files import decode, read_folders, read_npz, resize
+from dvinv.runtime.errors import DvinvError, shape_text
 
 
 def read_digits(source: DataSettings) -> RealData:

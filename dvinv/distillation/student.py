@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from dvinv.config import validate_devices
-from dvinv.config.errors import DvinvError, listed, say
 from dvinv.evaluation import divergence
 from dvinv.graph.stages import (
     Stage,
@@ -42,6 +41,7 @@ from dvinv.networks.naming import inherited
 from dvinv.networks.suited import suited_to
 from dvinv.pipeline.run import Run
 from dvinv.runtime.devices import platform_of
+from dvinv.runtime.errors import DvinvError, listed, say
 from dvinv.teacher.task import validate_takes
 from dvinv.training.step import Rounds, TrainJob
 from dvinv.training.trainer import TrainTarget, seed_of

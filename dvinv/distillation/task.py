@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from dvinv.config import DATA_FREE_CONTROLS, DistillationSettings
-from dvinv.config.errors import DvinvError
 from dvinv.data.dataset import RowArray
 from dvinv.distillation.student import hints_of, job_of, prefix_of, print_hints, student_of, validate_student
 from dvinv.evaluation import HeldOut, flops, test_accuracy, training_set
@@ -13,6 +12,7 @@ from dvinv.networks import Classifier, load_classifier
 from dvinv.pipeline.run import Run
 from dvinv.report.charts import Chart, line_chart, loss_chart, mean_curves
 from dvinv.report.page import Section, Table, Tile, agreement_table, number, percent, reads_right
+from dvinv.runtime.errors import DvinvError
 from dvinv.runtime.workdir import Metrics
 from dvinv.synthesis.pools import controls_are_complete, finished_pool
 from dvinv.synthesis.synthesizer import control_pool, validate_synthesis

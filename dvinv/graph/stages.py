@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 from jaxtyping import Float
 
-from dvinv.config.errors import DvinvError, listed
 from dvinv.graph.program import (
     Operation,
     Place,
@@ -34,6 +33,7 @@ from dvinv.graph.program import (
     program_of,
 )
 from dvinv.networks.classifier import AnyArray, Scalar
+from dvinv.runtime.errors import DvinvError, listed
 
 # Operations that prepare a value for the next operation; their results are not outputs of a stage.
 LAYOUT = ('pad', 'transpose')

@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from dvinv.config.errors import DvinvError
 from dvinv.inversion.losses import EPSILON, pmean
 from dvinv.inversion.statistics import VariablePath
 from dvinv.networks.classifier import AnyArray, LayerInput, Moment, join_names
+from dvinv.runtime.errors import DvinvError
 
 OUTPUT = ':output'  # follows the path of a layer and denotes the layer's output instead of its input
 SOWN, ARRAY = 'dvinv_sown', 'dvinv_array'  # names of the sown variables: measured values (moments, say), and whole arrays

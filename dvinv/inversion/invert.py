@@ -10,10 +10,10 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Integer
 
 from dvinv.config import PRESETS, InversionConfig, Stage, preset_for
-from dvinv.config.errors import DvinvError, listed
 from dvinv.inversion.programs import make_feature_loss, programs_of
 from dvinv.inversion.teacher import Teacher, network_input
 from dvinv.runtime.devices import make_mesh, on_mesh, usual_promotions
+from dvinv.runtime.errors import DvinvError, listed
 
 REPORT_EVERY = 20  # the least number of iterations between two fetches of the metrics
 

@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dvinv.config.errors import DvinvError, in_a_line, listed, shape_text
 from dvinv.inversion.capture import ARRAY, SOWN, CallRecorder, CaptureSpec, by_place, entire_input, input_of
 from dvinv.inversion.statistics import PRIVATE, STATISTICS, non_intermediates, running_means
 from dvinv.inversion.tap import Tap
 from dvinv.networks.classifier import Images, Logits, flatten, join_names, shapes_of
+from dvinv.runtime.errors import DvinvError, in_a_line, listed, shape_text
 
 CAPTURED = jax.make_user_context()  # what is captured; nn.jit must not reuse a trace that captured something else
 # Names of arguments and fields that switch between train and eval mode, and their values in eval mode.

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
-from dvinv.config.errors import DvinvError
 from dvinv.inversion.capture import ARRAY, SOWN, CallRecorder, CaptureSpec, by_place, entire_input
 from dvinv.inversion.linen_modules import in_training, trained_part
 from dvinv.inversion.statistics import PRIVATE, STATISTICS, running_means
 from dvinv.inversion.tap import DRAWS, LEARNS, Tap
 from dvinv.networks.classifier import Images, flatten, join_names, unflatten
+from dvinv.runtime.errors import DvinvError
 
 GROUPS = {'params': nnx.Param, STATISTICS: nnx.BatchStat, 'others': ...}  # {group: its type}; the first match counts
 

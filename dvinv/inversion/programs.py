@@ -20,7 +20,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dvinv.config import InversionConfig, Stage
-from dvinv.config.errors import DvinvError
 from dvinv.graph.program import recomputed
 from dvinv.inversion import losses
 from dvinv.inversion.step import InversionState, initial_parameters, make_chunk, make_decode, make_step, pixel_scale_of, view
@@ -28,6 +27,7 @@ from dvinv.inversion.teacher import Teacher
 from dvinv.networks.classifier import Classifier, cast_floats
 from dvinv.networks.suited import suited_to
 from dvinv.runtime.devices import AXIS, fetch, place, platform_of
+from dvinv.runtime.errors import DvinvError
 
 Network = TypeVar('Network', bound=Classifier)
 PROGRAMS_KEPT = 16  # cached programs; each holds networks and compiled code, but no weights

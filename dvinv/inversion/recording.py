@@ -6,7 +6,6 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 
-from dvinv.config.errors import DvinvError, listed
 from dvinv.graph.program import Program, called_or_jaxs_own, program_of
 from dvinv.inversion.augmentation import Augmentation
 from dvinv.inversion.capture import OUTPUT
@@ -15,6 +14,7 @@ from dvinv.inversion.tap import in_order
 from dvinv.inversion.teacher import Teacher, network_input
 from dvinv.networks.classifier import flatten, join_names
 from dvinv.runtime.devices import usual_promotions
+from dvinv.runtime.errors import DvinvError, listed
 
 NORMALISES = re.compile(r'^(?!Weight|Spectral).*Norm(?:aliz\w*|alis\w*)?(?:_?\d+[dD]?)?$')  # class names of such layers
 LEAST = 2  # the least number of images

@@ -20,9 +20,9 @@ import flax
 import numpy as np
 
 import dvinv
-from dvinv.config.errors import DvinvError
 from dvinv.networks.classifier import MOMENTS, join_names
 from dvinv.networks.files import load_network, network_bytes
+from dvinv.runtime.errors import DvinvError
 from dvinv.runtime.files import write_atomic
 
 PRIVATE = 'dvinv_tap'  # the collection into which the tap sows values
@@ -106,7 +106,7 @@ class Moments:
         layer, which denotes the layer's input, or the path followed by ':output', which denotes its output.
       digest: The digest of the network, see `Classifier.digest`.
       images: The number of images from which they were recorded.
-      views: The number of times that each image was augmented anew; 0 if each was used once, without augmentation.
+      views: The number of augmented views of each image; 0 if each was used once, without augmentation.
       version: The version of dvinv.
     """
 
@@ -131,7 +131,7 @@ class Moments:
         """
         what = f'{path} holds no recorded moments'
         if not Path(path).is_file():
-            raise DvinvError(f'{what}: there is no such file; --record_moments writes one.')
+            raise DvinvError(f'{what}: there is no such file; the flag --record_moments writes one.')
         try:
             variables, about = load_network(Path(path))
         except DvinvError as error:

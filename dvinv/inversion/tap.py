@@ -17,7 +17,6 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from dvinv.config.errors import DvinvError, in_a_line, listed, say, shape_text
 from dvinv.graph.program import called_or_jaxs_own, program_of
 from dvinv.inversion.capture import (
     OUTPUT,
@@ -36,6 +35,7 @@ from dvinv.inversion.statistics import (
     unpaired_statistics,
 )
 from dvinv.networks.classifier import MOMENTS, Images, Logits, Moment, join_names, name_of
+from dvinv.runtime.errors import DvinvError, in_a_line, listed, say, shape_text
 
 # Symptoms of a network in training mode, and arguments that may put it in eval mode.
 LEARNS = 'wants to update its running statistics', {'train': False}

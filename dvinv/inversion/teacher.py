@@ -12,20 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dvinv.config.errors import DvinvError, in_a_line, listed
 from dvinv.graph.program import called_or_jaxs_own, program_of
 from dvinv.inversion.linen_modules import LinenModule, LinenTap, eval_arguments, trainable, unboxed
 from dvinv.inversion.statistics import moments_of, running_statistics
 from dvinv.inversion.tap import Tap
 from dvinv.networks.classifier import MOMENTS, Classifier, check_finite, check_normalisation, flatten, unflatten
+from dvinv.runtime.errors import DvinvError, in_a_line, listed
 
 NOISE_IMAGES = 4
 # The most by which an image's logits may change with the other images of the batch: the larger of these shares.
 TOLERANCE = 0.005  # of the range of the logits over the images; moments of the batch cause far larger changes
 ROUNDING = 2**-8  # of the size of the logits: the rounding of bfloat16
-FARTHEST_FROM_GREY = (
-    20  # the largest distance of normalised images from grey, in multiples of the distance between black and white
-)
+# The largest distance of normalised images from grey, in multiples of the distance between black and white.
+FARTHEST_FROM_GREY = 20
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

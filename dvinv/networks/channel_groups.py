@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
-from dvinv.config.errors import DvinvError, listed
 from dvinv.graph.program import called_or_jaxs_own, program_of
 from dvinv.networks.channel_rules import Coupling, Pin, Product, follow
 from dvinv.networks.classifier import flatten, name_of, shapes_of, unflatten
+from dvinv.runtime.errors import DvinvError, listed
 
 FIXED = -1  # stands for the group of a place that cannot be removed
 KeepMask = Bool[np.ndarray, ' groups']  # whether each channel group is kept

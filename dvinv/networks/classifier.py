@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Integer, Num, UInt8
 
-from dvinv.config.errors import DvinvError, listed
+from dvinv.runtime.errors import DvinvError, listed
 
 AnyArray = jax.Array | np.ndarray
 

@@ -13,12 +13,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from dvinv.config.errors import DvinvError
 from dvinv.networks import registry, weights
 from dvinv.networks.classifier import Classifier, apply_fn_of, flatten, shapes_of, unflatten
 from dvinv.networks.pruned import PrunedModule
 from dvinv.networks.weights import MisfitError, agreement, count_classes, import_weights, read_state_dict, refuse_values
 from dvinv.runtime.devices import meet
+from dvinv.runtime.errors import DvinvError
 from dvinv.runtime.files import write_atomic
 
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 import flax.linen as nn
 import numpy as np
 
-from dvinv.config.errors import DvinvError, listed
 from dvinv.networks.classifier import flatten, join_names, shapes_of, unflatten
+from dvinv.runtime.errors import DvinvError, listed
 
 # {name of a leaf in Flax: its name or names in the other framework}; other leaves have the same name everywhere. Keras has
 # two names for a kernel, and other names for the variables of normalisation layers.

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dvinv.config.errors import DvinvError
 from dvinv.graph.program import Operation, array_type, called_or_jaxs_own, program_of
 from dvinv.networks.channel_groups import find_channels
 from dvinv.networks.channel_rules import ELEMENTWISE, Coupling, Labels, follow, is_depthwise, parts
+from dvinv.runtime.errors import DvinvError
 
 
 class PrunedModule(nn.Module):

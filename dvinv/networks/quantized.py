@@ -22,12 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Num, UInt8
 
-from dvinv.config.errors import DvinvError, listed
 from dvinv.graph.program import contraction_rules, rewritten
 from dvinv.networks.calibration import Calibration, Folded, bias_corrected, quantization_parameters
 from dvinv.networks.classifier import AnyArray, Classifier, flatten, shapes_of, unflatten
 from dvinv.networks.files import classifier_of, load_network, module_of, save_network
 from dvinv.networks.quantized_layers import Layer, find_layers, with_rules, with_token_ranges
+from dvinv.runtime.errors import DvinvError, listed
 
 # Fractions of the largest magnitude that are tried in the search for the step of least squared error.
 STEP_SHARES = np.linspace(0.3, 1.0, 36)

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
-from dvinv.config.errors import DvinvError, listed
 from dvinv.graph.program import (
     CUSTOM_DERIVATIVES,
     Operation,
@@ -30,6 +29,7 @@ from dvinv.graph.program import (
     rewritten,
 )
 from dvinv.networks.classifier import join_names
+from dvinv.runtime.errors import DvinvError, listed
 
 OPERATIONS = ('conv_general_dilated', 'dot_general')
 CUT = ('min', 'custom_jvp_call')  # the operations that can implement a ReLU6

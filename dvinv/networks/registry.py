@@ -9,7 +9,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from dvinv.config.errors import DvinvError
 from dvinv.networks.convnext import ConvNeXt
 from dvinv.networks.inception_v3 import InceptionV3
 from dvinv.networks.mobilenet import V2_LAST, MobileNetV1, MobileNetV2, SqueezeNet, TimmMobileNetV1, in_eighths
@@ -17,6 +16,7 @@ from dvinv.networks.resnet import BasicBlock, Bottleneck, CifarResNet, ResNet, S
 from dvinv.networks.torch_layers import group_norm
 from dvinv.networks.vgg import VGG, ImageNetVGG, SmallConvNet
 from dvinv.networks.vision_transformer import VisionTransformer, in_heads
+from dvinv.runtime.errors import DvinvError
 
 
 def rounded(channels: float) -> int:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dvinv.config.errors import DvinvError
+from dvinv.runtime.errors import DvinvError
 
 
 def conv(channels: int, size: int, stride: int = 1, *, groups: int = 1, bias: bool = False, name: str) -> nn.Conv:

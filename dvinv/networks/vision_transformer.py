@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dvinv.config.errors import DvinvError, say_once
 from dvinv.networks.naming import nested_names
 from dvinv.networks.torch_layers import Mlp, layer_norm
+from dvinv.runtime.errors import DvinvError, say_once
 
 
 def torchvision_names(depth: int, first: str = 'mlp.0', second: str = 'mlp.3') -> dict[str, str]:

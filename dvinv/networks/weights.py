@@ -18,9 +18,9 @@ import ml_dtypes  # noqa: F401  a dependency of JAX; its import registers bfloat
 import numpy as np
 from safetensors import safe_open
 
-from dvinv.config.errors import DvinvError, listed, say_once
 from dvinv.networks.classifier import flatten, shapes_of, unflatten
 from dvinv.networks.naming import AVERAGED, Unwrapped, find_keys, to_flax_layout, unwrapped
+from dvinv.runtime.errors import DvinvError, listed, say_once
 
 KNOWN = 'a PyTorch state dict (.pth, .pt, .bin, .ckpt, .safetensors), or named arrays (.npz)'
 STATE_DICT = "save the state dict, torch.save(network.state_dict(), 'weights.pth')"

@@ -14,7 +14,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dvinv.config import Settings, Stage
-from dvinv.config.errors import DvinvError
 from dvinv.continual.stream import pools_of
 from dvinv.evaluation import flops
 from dvinv.inversion import Teacher, balanced_labels
@@ -24,6 +23,7 @@ from dvinv.networks import Classifier, apply_fn_of, shapes_of
 from dvinv.pipeline import tasks as pipeline
 from dvinv.pipeline.run import Run
 from dvinv.runtime.devices import make_mesh, platform_of
+from dvinv.runtime.errors import DvinvError
 from dvinv.runtime.progress import duration
 from dvinv.synthesis.synthesizer import batches_side_by_side
 from dvinv.training.step import TrainStep

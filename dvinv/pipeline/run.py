@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 
 from dvinv.config import DataSettings, Settings, SynthesisSettings
-from dvinv.config.errors import DvinvError, listed
 from dvinv.data.dataset import RealData, Split
 from dvinv.data.real import Datasets
 from dvinv.evaluation import validate_fits
@@ -22,6 +21,7 @@ from dvinv.networks import Classifier, create, load_classifier, load_network, re
 from dvinv.networks.classifier import check_finite, differing_shapes
 from dvinv.networks.files import refuse_other
 from dvinv.runtime.devices import make_mesh, training_mesh
+from dvinv.runtime.errors import DvinvError, listed
 from dvinv.runtime.workdir import Workdir, network_path
 from dvinv.teacher import networks
 from dvinv.teacher.networks import print_pixels, read_verifier, validate_judge

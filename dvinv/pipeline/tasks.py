@@ -17,7 +17,6 @@ from typing import Any
 import ml_collections
 
 from dvinv.config import PRESETS, Settings, nested, parse, preset_for
-from dvinv.config.errors import DvinvError, listed, say
 from dvinv.continual import task as continual
 from dvinv.distillation import task as distillation
 from dvinv.inversion import Teacher, takes_resolutions
@@ -28,6 +27,7 @@ from dvinv.report import task as report
 from dvinv.report.page import Section, Table, Tile, percent, render
 from dvinv.runtime import preemption
 from dvinv.runtime.devices import is_primary
+from dvinv.runtime.errors import DvinvError, listed, say
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.progress import done_already, duration
 from dvinv.runtime.workdir import Workdir, holds_work

@@ -14,7 +14,6 @@ import optax
 from scipy.interpolate import RegularGridInterpolator
 
 from dvinv.config import PruningSettings
-from dvinv.config.errors import DvinvError
 from dvinv.evaluation import divergence
 from dvinv.inversion import Teacher
 from dvinv.inversion.statistics import running_statistics
@@ -23,6 +22,7 @@ from dvinv.networks.channel_groups import FIXED, ChannelGroups, Cost, KeepMask, 
 from dvinv.networks.channel_rules import Product, is_depthwise
 from dvinv.networks.classifier import Pixels, flatten
 from dvinv.networks.suited import suited_to
+from dvinv.runtime.errors import DvinvError
 
 WIDTH_SHARES = (0.25, 0.5, 0.75, 1.0)  # grid of the table of latencies: shares of the channels along an axis
 # {measure: its cost}; 'latency' is measured instead

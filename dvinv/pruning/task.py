@@ -15,7 +15,6 @@ from typing import cast
 import numpy as np
 
 from dvinv.config import DATA_FREE_CONTROLS, StudentSettings, validate_devices
-from dvinv.config.errors import DvinvError
 from dvinv.data.dataset import Joined, RowArray
 from dvinv.data.pool import ImagePool
 from dvinv.distillation.student import distillation_loss
@@ -44,6 +43,7 @@ from dvinv.pruning.selection import (
 from dvinv.report.charts import Chart, bars, line_chart
 from dvinv.report.page import Section, Table, Tile, number, percent
 from dvinv.runtime.devices import decide
+from dvinv.runtime.errors import DvinvError
 from dvinv.runtime.files import write_atomic
 from dvinv.runtime.progress import Progress
 from dvinv.runtime.workdir import Workdir

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from dvinv.config import BITS, QuantizationSettings, bits_of, validate_devices
-from dvinv.config.errors import DvinvError, listed
 from dvinv.data.dataset import RealData
 from dvinv.data.pool import ImagePool
 from dvinv.distillation.student import distillation_loss
@@ -44,6 +43,7 @@ from dvinv.networks.quantized_layers import Layer, find_layers, with_token_range
 from dvinv.pipeline.run import Run
 from dvinv.report.charts import Chart, line_chart
 from dvinv.report.page import Section, Table, Tile, percent
+from dvinv.runtime.errors import DvinvError, listed
 from dvinv.runtime.workdir import quantized_name
 from dvinv.synthesis.pools import finished_pool
 from dvinv.synthesis.synthesizer import control_pool, validate_synthesis

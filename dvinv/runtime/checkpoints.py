@@ -22,8 +22,8 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dvinv.config.errors import DvinvError
 from dvinv.runtime.devices import decide, is_primary
+from dvinv.runtime.errors import DvinvError
 from dvinv.runtime.files import refuse_full_disk, sha256_of, write_atomic
 
 METADATA = 'notes'  # the entry of a manifest with its metadata, as it has been called since the first version

@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
-from dvinv.config.errors import DvinvError, listed, say, say_once
+from dvinv.runtime.errors import DvinvError, listed, say, say_once
 
 AXIS = 'data'
 JOIN = 300  # seconds to wait for all processes to start

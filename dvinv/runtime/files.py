@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from dvinv.config.errors import DvinvError
 from dvinv.runtime.devices import is_primary
+from dvinv.runtime.errors import DvinvError
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 
-from dvinv.config.errors import say
+from dvinv.runtime.errors import say
 
 NAMES = {signal.SIGTERM: 'SIGTERM', signal.SIGINT: 'Ctrl-C'}
 GRACE = 20.0  # seconds in which the flag must be checked; Kubernetes and SLURM wait for 30 before SIGKILL

@@ -15,8 +15,8 @@ from pathlib import Path
 import jax
 
 from dvinv.config import Settings
-from dvinv.config.errors import CLEAR
 from dvinv.runtime.devices import jax_option, local_devices
+from dvinv.runtime.errors import CLEAR
 
 NVIDIA = '0x10de'  # vendor id on the PCI bus
 DISPLAY = '0x03'  # prefix of the class of a graphics card on the PCI bus

@@ -32,8 +32,8 @@ import jax
 
 import dvinv
 from dvinv.config import Settings, current_name, nested
-from dvinv.config.errors import DvinvError, listed
 from dvinv.runtime.devices import decide, is_primary, meet, refuse_differing
+from dvinv.runtime.errors import DvinvError, listed
 from dvinv.runtime.files import refuse_full_disk, write_atomic
 
 PACKAGES = 'jax', 'jaxlib', 'flax', 'optax', 'numpy'

@@ -13,13 +13,13 @@ import numpy as np
 
 import dvinv
 from dvinv.config import DATA_FREE_CONTROLS, SynthesisSettings
-from dvinv.config.errors import DvinvError, say
 from dvinv.data.pool import DamagedError, ImagePool
 from dvinv.inversion.invert import BatchCheckpoint
 from dvinv.pipeline.run import Run
 from dvinv.runtime import preemption
 from dvinv.runtime.checkpoints import Checkpoints, DamagedCheckpointError
 from dvinv.runtime.devices import decide
+from dvinv.runtime.errors import DvinvError, say
 from dvinv.runtime.progress import Progress
 from dvinv.runtime.workdir import Workdir
 

@@ -16,7 +16,6 @@ import numpy as np
 
 import dvinv
 from dvinv.config import Settings, nested
-from dvinv.config.errors import DvinvError, listed, say
 from dvinv.data.pool import ImagePool
 from dvinv.distillation.student import hints_of, job_of, print_hints
 from dvinv.evaluation import logits_of, training_set
@@ -35,6 +34,7 @@ from dvinv.inversion.step import initial_parameters, make_decode, pixel_scale_of
 from dvinv.pipeline.run import Run
 from dvinv.runtime import preemption
 from dvinv.runtime.devices import decide, is_primary, make_mesh, meet, platform_of
+from dvinv.runtime.errors import DvinvError, listed, say
 from dvinv.runtime.progress import Progress
 from dvinv.synthesis.pools import BatchCheckpoints, missing_batches, open_control, quarantine_damaged
 from dvinv.training.step import rounds_of

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dvinv.config import MoreVerifierSettings, VerifierSettings
-from dvinv.config.errors import DvinvError, listed, say
 from dvinv.inversion.linen_modules import trainable, with_classes
 from dvinv.inversion.teacher import Teacher
 from dvinv.networks import (
@@ -23,6 +22,7 @@ from dvinv.networks import (
 )
 from dvinv.networks.classifier import check_normalisation, differing_shapes
 from dvinv.networks.quantized import load_quantized
+from dvinv.runtime.errors import DvinvError, listed, say
 from dvinv.runtime.workdir import FINAL_NETWORKS, network_files, network_path, quantized_name
 
 FEW_IMAGES = 100  # number of real images below which an accuracy has little significance

@@ -8,7 +8,6 @@ import numpy as np
 import optax
 
 from dvinv.config import LabelTrainingSettings, Settings, TrainingSettings, validate_devices
-from dvinv.config.errors import DvinvError, shape_text
 from dvinv.data.dataset import RowArray
 from dvinv.evaluation import flops, test_accuracy, validate_fits
 from dvinv.inversion.augmentation import Augmentation, augmentation_of
@@ -20,6 +19,7 @@ from dvinv.pipeline.run import Role, Run
 from dvinv.report.charts import Chart, loss_chart, mean_curves
 from dvinv.report.page import Section, Tile, percent, reads_right
 from dvinv.runtime.devices import is_primary, meet
+from dvinv.runtime.errors import DvinvError, shape_text
 from dvinv.runtime.workdir import Metrics
 from dvinv.teacher.networks import print_pixels, refuse_chance
 from dvinv.training.step import Rounds, TrainJob

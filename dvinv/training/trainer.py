@@ -16,13 +16,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dvinv.config import LoggingSettings, StudentSettings, TeacherSettings, VerifierSettings, validate_devices
-from dvinv.config.errors import DvinvError
 from dvinv.data.dataset import RowArray
 from dvinv.networks import Classifier, apply_fn_of, load_classifier, module_of, save_network
 from dvinv.pipeline.run import Run
 from dvinv.runtime import preemption
 from dvinv.runtime.checkpoints import Checkpoints
 from dvinv.runtime.devices import AXIS, of_primary, place, platform_of
+from dvinv.runtime.errors import DvinvError
 from dvinv.runtime.progress import Progress
 from dvinv.runtime.workdir import Workdir
 from dvinv.training.step import TrainJob, TrainStep, make_reestimate

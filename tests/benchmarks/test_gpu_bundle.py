@@ -11,7 +11,7 @@ import gpu_schedule
 import pytest
 from smoke import ROOT
 
-from dvinv.config.errors import DvinvError
+from dvinv.runtime.errors import DvinvError
 
 
 @pytest.mark.parametrize(

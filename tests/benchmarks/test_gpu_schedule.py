@@ -11,7 +11,7 @@ from gpu_cases import context_of, reasons
 from gpu_report import DONE, FAILED, PENDING, Item, Report, nulls, read_json
 from smoke import ROOT
 
-from dvinv.config.errors import DvinvError
+from dvinv.runtime.errors import DvinvError
 
 
 def report_of(tmp_path, names=('one', 'two')) -> Report:

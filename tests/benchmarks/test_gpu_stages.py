@@ -17,7 +17,7 @@ from gpu_stage import Context
 from PIL import Image
 
 from dvinv.config import parse
-from dvinv.config.errors import DvinvError
+from dvinv.runtime.errors import DvinvError
 
 
 class Contestant:

@@ -11,7 +11,7 @@ import step_time
 from paired import median_interval
 from smoke import ROOT
 
-from dvinv.config.errors import DvinvError
+from dvinv.runtime.errors import DvinvError
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from dvinv.config import DataSettings
-from dvinv.config.errors import DvinvError
 from dvinv.data.dataset import Split
 from dvinv.data.real import Datasets, load_real
+from dvinv.runtime.errors import DvinvError
 
 DIGITS, VALIDATION = DataSettings('digits'), DataSettings('digits', validation=True)
 

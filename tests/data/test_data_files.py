@@ -9,12 +9,12 @@ from PIL import Image
 from tiny import tiny_teacher
 
 from dvinv.config import DataSettings
-from dvinv.config.errors import DvinvError
 from dvinv.data import files
 from dvinv.data.dataset import RealData, Split
 from dvinv.data.files import labels_of, resize
 from dvinv.data.real import load_real
 from dvinv.evaluation import validate_fits
+from dvinv.runtime.errors import DvinvError
 
 
 def images(count=6, height=8, width=8, channels=3):

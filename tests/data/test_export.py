@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from dvinv.config import DataSettings
-from dvinv.config.errors import DvinvError
 from dvinv.data import export
 from dvinv.data.files import read_folders
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
+from dvinv.runtime.errors import DvinvError
 
 
 def pool_of(folder, channels):

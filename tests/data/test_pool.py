@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from smoke import flip
 
-from dvinv.config.errors import DvinvError
 from dvinv.data import pool as module
 from dvinv.data.dataset import Rows
 from dvinv.data.pool import ImagePool
+from dvinv.runtime.errors import DvinvError
 from dvinv.runtime.files import sha256_of
 
 NOTES = {'batch': 0, 'feature_loss_last': 0.25}

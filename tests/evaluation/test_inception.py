@@ -9,9 +9,9 @@ import pytest
 from golden.drawn import draw_images, draw_state
 from safetensors.numpy import save_file
 
-from dvinv.config.errors import DvinvError
 from dvinv.networks import create, image_shape, read_classifier, shapes_of
 from dvinv.networks.weights import import_weights
+from dvinv.runtime.errors import DvinvError
 
 PIXELS = {'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5)}
 SMALLEST = (75, 75, 3)

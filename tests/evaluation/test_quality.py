@@ -7,9 +7,9 @@ import pytest
 from tiny import tiny_teacher
 
 from dvinv import evaluation
-from dvinv.config.errors import DvinvError
 from dvinv.evaluation import with_features
 from dvinv.networks import create, initialise
+from dvinv.runtime.errors import DvinvError
 
 RNG = np.random.default_rng(0)
 

@@ -8,7 +8,6 @@ import pytest
 from jax.extend.core.primitives import closed_call_p
 from jax.sharding import PartitionSpec as P
 
-from dvinv.config.errors import DvinvError
 from dvinv.evaluation import flops
 from dvinv.graph.program import recomputed, rewritten
 from dvinv.graph.stages import record
@@ -18,6 +17,7 @@ from dvinv.networks.pruned import PrunedModule
 from dvinv.networks.quantized_layers import find_layers
 from dvinv.networks.suited import suited_to
 from dvinv.runtime.devices import AXIS, make_mesh
+from dvinv.runtime.errors import DvinvError
 
 X = np.linspace(0.2, 1.0, 6, dtype=np.float32).reshape(2, 3)
 

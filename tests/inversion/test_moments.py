@@ -14,7 +14,6 @@ from tiny import IMAGE_SHAPE, MEAN, STD, saved, tiny_teacher, trained_variables
 
 import dvinv
 from dvinv.config import parse
-from dvinv.config.errors import DvinvError
 from dvinv.inversion import attention_of
 from dvinv.inversion.augmentation import Augmentation, centred, color_shift_each
 from dvinv.inversion.losses import patch_similarity_entropy, pixel_moments
@@ -23,6 +22,7 @@ from dvinv.inversion.step import make_objective, view
 from dvinv.networks import create, shapes_of
 from dvinv.networks.vision_transformer import VisionTransformer
 from dvinv.pipeline import tasks as pipeline
+from dvinv.runtime.errors import DvinvError
 from dvinv.synthesis import task
 from dvinv.teacher.task import record_to_file
 

@@ -10,10 +10,10 @@ import pytest
 from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, pixels_only, trained_variables
 
 from dvinv.config import PRESETS, InversionConfig, Stage, Weights
-from dvinv.config.errors import DvinvError
 from dvinv.inversion import feature_loss, invert
 from dvinv.inversion.step import InversionState, initial_parameters, make_decode, make_step, pixel_scale_of, rescaled
 from dvinv.inversion.teacher import trusted_linen
+from dvinv.runtime.errors import DvinvError
 
 SHAPE = (32, 24, 3)
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from dvinv import from_linen
-from dvinv.config.errors import DvinvError
 from dvinv.evaluation import logits_of, top_accuracy
 from dvinv.networks.resnet import CifarResNet
 from dvinv.networks.weights import import_weights, read_state_dict
+from dvinv.runtime.errors import DvinvError
 
 SHAPE = (32, 32, 3)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

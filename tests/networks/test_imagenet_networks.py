@@ -12,11 +12,11 @@ from safetensors.numpy import save_file
 
 from dvinv import from_linen
 from dvinv.config import DataSettings
-from dvinv.config.errors import DvinvError
 from dvinv.data.real import load_real
 from dvinv.evaluation import logits_of, top_accuracy
 from dvinv.networks import classifier_of, create, image_shape, read_classifier, shapes_of
 from dvinv.networks.weights import import_weights, read_state_dict
+from dvinv.runtime.errors import DvinvError
 
 PIXELS = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 SYMMETRIC = {'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5)}

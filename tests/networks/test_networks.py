@@ -11,9 +11,9 @@ import pytest
 from smoke import flip
 from tiny import IMAGE_SHAPE, pixels_only, tiny_teacher, trained_variables
 
-from dvinv.config.errors import DvinvError
 from dvinv.evaluation import accuracy, flops, logits_of, top_accuracy
 from dvinv.networks import NETWORKS, Classifier, create, image_shape, load_classifier, load_network, save_network
+from dvinv.runtime.errors import DvinvError
 
 SMALL = ('small_convnet', 'small_resnet')
 ABOUT = {

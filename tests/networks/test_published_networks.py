@@ -14,13 +14,13 @@ from safetensors.numpy import save_file
 from tiny import trained_variables
 
 from dvinv import from_linen
-from dvinv.config.errors import DvinvError
 from dvinv.networks import NETWORKS, create, image_shape, read_classifier, save_network
 from dvinv.networks.classifier import flatten
 from dvinv.networks.naming import find_keys
 from dvinv.networks.registry import published_pixels
 from dvinv.networks.resnet import ResNet
 from dvinv.networks.weights import OLD_TORCH, import_weights, read_state_dict
+from dvinv.runtime.errors import DvinvError
 
 PARAMETERS = {  # for 10 classes
     'resnet20': 269_722,

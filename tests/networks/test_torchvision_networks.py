@@ -11,12 +11,12 @@ import pytest
 from golden.drawn import draw_images, draw_state
 from safetensors.numpy import save_file
 
-from dvinv.config.errors import DvinvError
 from dvinv.inversion.teacher import trusted_linen
 from dvinv.networks import create, image_shape, read_classifier, shapes_of
 from dvinv.networks.mobilenet import in_eighths
 from dvinv.networks.torch_layers import adaptive_mean
 from dvinv.networks.weights import import_weights
+from dvinv.runtime.errors import DvinvError
 
 PIXELS = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 PARAMETERS = {  # for 1,000 classes, as torchvision publishes them

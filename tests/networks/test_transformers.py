@@ -17,7 +17,6 @@ from tiny import IMAGE_SHAPE, MEAN, STD, trained_variables
 
 from dvinv import from_linen
 from dvinv.config import TrainingSettings, parse
-from dvinv.config.errors import DvinvError
 from dvinv.distillation.student import choose_hints, staged_forward, staged_loss
 from dvinv.graph.stages import initial_projections
 from dvinv.networks import create, load_network, read_classifier, registry, shapes_of
@@ -28,6 +27,7 @@ from dvinv.networks.vision_transformer import VisionTransformer
 from dvinv.networks.weights import import_weights
 from dvinv.pipeline import tasks as pipeline
 from dvinv.pipeline.run import Run
+from dvinv.runtime.errors import DvinvError
 from dvinv.training.step import Rounds, TrainJob, initial_state, make_train_step
 
 PARAMETERS = {  # for 1,000 classes, as torchvision and timm publish them

@@ -14,10 +14,10 @@ import pytest
 from golden.drawn import draw_state
 from safetensors.numpy import save_file
 
-from dvinv.config.errors import DvinvError, say_once
 from dvinv.networks import read_classifier, registry, save_network
 from dvinv.networks.resnet import CifarResNet
 from dvinv.networks.weights import import_weights, read_state_dict
+from dvinv.runtime.errors import DvinvError, say_once
 
 SHAPE, PIXELS = (32, 32, 3), {'mean': (0.5, 0.4, 0.3), 'std': (0.2, 0.3, 0.4)}
 GOLDEN = Path(__file__).parents[1] / 'golden'

@@ -15,8 +15,8 @@ from smoke import ROOT, flip, lasting, smoke_config
 from tiny import saved
 
 from dvinv import main
-from dvinv.config.errors import DvinvError
 from dvinv.pipeline import tasks as pipeline
+from dvinv.runtime.errors import DvinvError
 
 
 def contents(folder):

@@ -14,7 +14,6 @@ from tiny import IMAGE_SHAPE, trained_variables
 
 import dvinv
 from dvinv.config import parse
-from dvinv.config.errors import DvinvError
 from dvinv.data.pool import ImagePool
 from dvinv.distillation import task as distillation
 from dvinv.distillation.student import hints_of, job_of, student_of
@@ -23,6 +22,7 @@ from dvinv.networks import create, load_classifier, load_network, save_network
 from dvinv.pipeline import tasks
 from dvinv.pipeline import tasks as pipeline
 from dvinv.pipeline.run import Run
+from dvinv.runtime.errors import DvinvError
 from dvinv.synthesis import pools, synthesizer
 from dvinv.training.step import rounds_of
 from dvinv.training.trainer import train_network

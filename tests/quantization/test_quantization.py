@@ -13,7 +13,6 @@ from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, saved, tiny_teacher, trained, 
 
 import dvinv
 from dvinv.config import QuantizationSettings
-from dvinv.config.errors import DvinvError
 from dvinv.data.pool import ImagePool
 from dvinv.inversion import from_linen, from_nnx
 from dvinv.networks import create, load_classifier, quantized
@@ -32,6 +31,7 @@ from dvinv.networks.quantized_layers import find_layers, with_rules, with_token_
 from dvinv.pipeline import tasks as pipeline
 from dvinv.quantization.task import CalibratedNetwork, Scores, ablation, bits_of_layers, quantization_section
 from dvinv.report.page import render
+from dvinv.runtime.errors import DvinvError
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(256, size=(24, *IMAGE_SHAPE)).astype(np.uint8)

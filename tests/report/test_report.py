@@ -11,13 +11,13 @@ from smoke import smoke_config, smoke_run
 from tiny import numbered, saved
 
 from dvinv.config import parse
-from dvinv.config.errors import DvinvError
 from dvinv.data.pool import ImagePool
 from dvinv.pipeline.run import Run
 from dvinv.pruning.task import pruning_sentence
 from dvinv.quantization.task import quantization_section
 from dvinv.report import task as report
 from dvinv.report.page import render
+from dvinv.runtime.errors import DvinvError
 
 TEACHER = {'test_accuracy': 0.9, 'verifier_test_accuracy': None, 'test_images': 360, 'parameters': 9, 'flops': 9}
 MADE = {

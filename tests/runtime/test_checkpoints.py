@@ -13,8 +13,8 @@ import orbax.checkpoint as ocp
 import pytest
 from smoke import flip
 
-from dvinv.config.errors import DvinvError
 from dvinv.runtime.checkpoints import Checkpoints
+from dvinv.runtime.errors import DvinvError
 
 
 def state(seed=0):

@@ -17,9 +17,9 @@ import dvinv
 from dvinv import main
 from dvinv.__main__ import cli
 from dvinv.config import default_config, nested, parse, parsing
-from dvinv.config.errors import DvinvError, say_once
 from dvinv.runtime import devices, progress
 from dvinv.runtime.devices import make_mesh
+from dvinv.runtime.errors import DvinvError, say_once
 from dvinv.runtime.workdir import flat
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +53,13 @@ def test_the_command_sees_modules_of_the_working_folder(monkeypatch, tmp_path):
     assert sys.path.count(str(tmp_path)) == 1
     script = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['scripts']['dvinv']
     assert script == f'{cli.__module__}:{cli.__name__}'
+
+
+def test_flags_are_read_before_jax_is_imported():
+    """A mistyped flag is reported at once, and importing JAX takes seconds."""
+    code = "import sys, dvinv.main; print({'jax', 'optax', 'flax'} & {*sys.modules})"
+    answer = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert answer.stdout == 'set()\n'
 
 
 def test_public_names_are_listed_and_have_types():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dvinv.config.errors import DvinvError
+from dvinv.runtime.errors import DvinvError
 from dvinv.runtime.workdir import Metrics
 
 

@@ -16,13 +16,13 @@ from smoke import flip, synthesis_config
 
 from dvinv import balanced_labels
 from dvinv.config import InversionConfig, Stage
-from dvinv.config.errors import DvinvError
 from dvinv.data.pool import ImagePool
 from dvinv.inversion import make_inverter
 from dvinv.inversion.invert import BatchCheckpoint
 from dvinv.pipeline import tasks as pipeline
 from dvinv.runtime import preemption
 from dvinv.runtime.devices import make_mesh
+from dvinv.runtime.errors import DvinvError
 from dvinv.synthesis import task as synthesis
 from dvinv.synthesis.pools import BatchCheckpoints, open_pool
 from dvinv.synthesis.synthesizer import Synthesizer, in_words

@@ -17,10 +17,10 @@ import pytest
 from smoke import lasting, smoke_config, synthesis_config
 
 from dvinv.config import parse
-from dvinv.config.errors import DvinvError
 from dvinv.data.pool import ImagePool
 from dvinv.pipeline import tasks as pipeline
 from dvinv.runtime import devices
+from dvinv.runtime.errors import DvinvError
 from dvinv.runtime.workdir import Metrics, Workdir
 from dvinv.synthesis.pools import BatchCheckpoints
 

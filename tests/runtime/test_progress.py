@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from dvinv.config.errors import CLEAR, say
+from dvinv.runtime.errors import CLEAR, say
 from dvinv.runtime.progress import BAR, Progress, duration
 
 

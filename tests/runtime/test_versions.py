@@ -6,7 +6,7 @@ from dvinv.runtime import workdir
 
 
 @pytest.mark.parametrize(
-    ('argv', 'told'),
+    ('argv', 'expected'),
     [
         (['/x/dvinv/main.py', '--config', 'configs/digits.py:fast'], 'python -m dvinv.main --config configs/digits.py:fast'),
         (['/usr/bin/dvinv', "--config.tasks=('teacher',)"], "dvinv '--config.tasks=('\"'\"'teacher'\"'\"',)'"),
@@ -15,9 +15,9 @@ from dvinv.runtime import workdir
         ([], ''),
     ],
 )
-def test_the_command_can_be_given_again(monkeypatch, argv, told):
+def test_the_command_can_be_given_again(monkeypatch, argv, expected):
     monkeypatch.setattr('sys.argv', argv)
-    assert workdir.command() == told
+    assert workdir.command() == expected
 
 
 def test_the_packages_are_named():

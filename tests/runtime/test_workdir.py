@@ -6,8 +6,8 @@ import json
 import jax
 import pytest
 
-from dvinv.config.errors import DvinvError
 from dvinv.runtime import workdir as workdir_module
+from dvinv.runtime.errors import DvinvError
 from dvinv.runtime.workdir import Workdir, holds_work
 
 

@@ -9,9 +9,9 @@ import pytest
 from smoke import lasting, smoke_config
 
 from dvinv.config import parse
-from dvinv.config.errors import DvinvError
 from dvinv.data.pool import ImagePool
 from dvinv.pipeline import tasks as pipeline
+from dvinv.runtime.errors import DvinvError
 from dvinv.runtime.workdir import Workdir
 from dvinv.synthesis.synthesizer import Synthesizer
 from dvinv.training.trainer import Training

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from smoke import smoke_config, smoke_run
 
-from dvinv.config.errors import DvinvError
 from dvinv.networks import create
 from dvinv.networks.classifier import flatten
 from dvinv.networks.naming import find_keys
 from dvinv.pipeline import tasks as pipeline
+from dvinv.runtime.errors import DvinvError
 from dvinv.teacher import networks
 
 sys.path.append(str(Path(__file__).parents[1] / 'golden'))

@@ -11,19 +11,19 @@ from tiny import IMAGE_SHAPE, saved, tiny_teacher
 
 from dvinv import evaluation
 from dvinv.config import DataSettings, parse
-from dvinv.config.errors import DvinvError
 from dvinv.data.pool import ImagePool
 from dvinv.data.real import load_real
 from dvinv.evaluation import accuracy, logits_of
 from dvinv.networks import load_classifier
 from dvinv.pipeline import tasks as pipeline
 from dvinv.report.page import quality_table
+from dvinv.runtime.errors import DvinvError
 from dvinv.teacher import task as teacher
 from dvinv.teacher.networks import load_more_verifiers, print_pixels, refuse_chance, validate_judge
 
 
 @pytest.fixture
-def told(tmp_path) -> dict:
+def entry(tmp_path) -> dict:
     """An item of `config.verifiers` that fits the tiny teacher; the config's own is a small_resnet."""
     return {'network': 'small_convnet', 'weights': saved(tmp_path / 'small_convnet.safetensors')}
 
@@ -33,11 +33,11 @@ def config_of(*verifiers):
 
 
 @pytest.mark.parametrize('kind', [dict, ml_collections.ConfigDict])
-def test_verifiers_go_by_the_name_of_their_network(told, kind):
-    others = load_more_verifiers(config_of(kind(told)), tiny_teacher())
+def test_verifiers_go_by_the_name_of_their_network(entry, kind):
+    others = load_more_verifiers(config_of(kind(entry)), tiny_teacher())
     assert list(others) == ['small_convnet']
     images = np.random.default_rng(0).integers(0, 256, (9, *IMAGE_SHAPE), dtype=np.uint8)
-    networks = others['small_convnet'], load_classifier(told['weights'])
+    networks = others['small_convnet'], load_classifier(entry['weights'])
     np.testing.assert_array_equal(*(network.apply_fn(network.variables, network.normalise(images)) for network in networks))
 
 
@@ -58,9 +58,9 @@ def test_verifiers_go_by_the_name_of_their_network(told, kind):
         ({'std': (0.5, 0.0)}, r'verifiers\[0\]\.std is \(0\.5, 0\.0\); every standard deviation must be above 0'),
     ],
 )
-def test_a_verifier_that_is_told_wrongly_is_refused(told, change, words):
+def test_a_verifier_that_is_told_wrongly_is_refused(entry, change, words):
     with pytest.raises(DvinvError, match=words):
-        load_more_verifiers(config_of(told | change), tiny_teacher())
+        load_more_verifiers(config_of(entry | change), tiny_teacher())
 
 
 @pytest.mark.parametrize(
@@ -71,9 +71,9 @@ def test_a_verifier_that_is_told_wrongly_is_refused(told, change, words):
         ({'image_shape': (9, 8, 2)}, r'The verifier small_convnet takes images of \(9, 8, 2\), but the teacher'),
     ],
 )
-def test_a_verifier_unlike_the_teacher_is_refused(told, tmp_path, other, words):
+def test_a_verifier_unlike_the_teacher_is_refused(entry, tmp_path, other, words):
     with pytest.raises(DvinvError, match=words):
-        load_more_verifiers(config_of(told | {'weights': saved(tmp_path / 'other.safetensors', **other)}), tiny_teacher())
+        load_more_verifiers(config_of(entry | {'weights': saved(tmp_path / 'other.safetensors', **other)}), tiny_teacher())
 
 
 @pytest.mark.parametrize(
@@ -145,14 +145,14 @@ def test_pixels_of_a_verifier_that_are_no_numbers_are_refused(mean, std):
         validate_judge(tiny_teacher(), verifier, 'verifier', 'verifier', 'leave it out')
 
 
-def test_two_of_one_name_are_refused(told):
+def test_two_of_one_name_are_refused(entry):
     with pytest.raises(DvinvError, match=r'verifiers\[1\]\.network is small_convnet, as for another'):
-        load_more_verifiers(config_of(told, told), tiny_teacher())
+        load_more_verifiers(config_of(entry, entry), tiny_teacher())
 
 
-def test_others_without_a_first_are_refused(told):
+def test_others_without_a_first_are_refused(entry):
     with pytest.raises(DvinvError, match=r"verifiers has entries, but verifier\.network is ''"):
-        parse(smoke_config(verifier__network='', verifiers=(told,)))
+        parse(smoke_config(verifier__network='', verifiers=(entry,)))
 
 
 def test_a_verifier_is_a_dict():
