@@ -38,9 +38,7 @@ from dvinv.inversion.programs import in_precision
 from dvinv.networks import shapes_of
 from dvinv.networks.classifier import Images, Scalar
 from dvinv.networks.naming import inherited
-from dvinv.networks.suited import suited_to
 from dvinv.pipeline.run import Run
-from dvinv.runtime.devices import platform_of
 from dvinv.runtime.errors import DvinvError, listed, say
 from dvinv.teacher.task import validate_takes
 from dvinv.training.step import Rounds, TrainJob
@@ -146,7 +144,7 @@ def layer_error(features: dict, teacher_features: dict) -> Scalar:
     return jnp.stack(terms).mean()
 
 
-def staged_forward(module, teacher: Teacher, pairs: tuple[StagePair, ...], share: float, platform: str) -> Callable:
+def staged_forward(module, teacher: Teacher, pairs: tuple[StagePair, ...], share: float) -> Callable:
     """Returns the forward pass of a student that is compared with `teacher` at the outputs of its stages.
 
     Args:
@@ -154,13 +152,12 @@ def staged_forward(module, teacher: Teacher, pairs: tuple[StagePair, ...], share
       share: the initial probability with which the output of a stage of the student is replaced by that of the teacher's
         stage (projected to the student's channels), drawn per stage and image. It falls to 0 linearly over the training, so
         that the student ends with its own outputs.
-      platform: the platform that the networks run on, 'cpu', 'gpu' or 'tpu'.
 
     Returns:
       A `training.step.TrainJob.forward`; its features are {'teacher_logits': [B, K], 'stage_errors': float32 [stages]}.
     """
     resolutions = [pair.student.resolution for pair in pairs]
-    of_teacher = suited_to(platform, record(teacher.apply_fn, resolutions))
+    of_teacher = record(teacher.apply_fn, resolutions)
 
     def forward(variables, projections: dict, x: Images, rngs, frozen, progress):
         teacher_logits, targets = of_teacher(frozen, x)
@@ -172,7 +169,7 @@ def staged_forward(module, teacher: Teacher, pairs: tuple[StagePair, ...], share
             return jnp.where(replaced[index], target.astype(output.dtype), output) if share else output
 
         student = graft(functools.partial(features_in_training, module), resolutions, replace)
-        (logits, _, batch_stats), outputs = suited_to(platform, student)(variables, x, rngs)
+        (logits, _, batch_stats), outputs = student(variables, x, rngs)
         projected = [to_teacher(projections, pair, output) for pair, output in zip(pairs, outputs, strict=True)]
         errors = [*map(relative_error, projected, targets)]
         return logits, {'teacher_logits': teacher_logits, 'stage_errors': jnp.stack(errors)}, batch_stats
@@ -244,7 +241,7 @@ def job_of(run: Run, teacher: Teacher, rounds: Rounds, hints: Hints) -> TrainJob
         staged_loss(settings.temperature, settings.hint, settings.hint_decay),
         rounds,
         teacher.variables,
-        forward=staged_forward(module, teacher, hints.pairs, settings.graft, platform_of(run.mesh)),
+        forward=staged_forward(module, teacher, hints.pairs, settings.graft),
         auxiliary=initial_projections(jax.random.fold_in(jax.random.key(seed_of(run, ROLE)), PROJECTIONS), hints.pairs),
     )
 

@@ -25,6 +25,7 @@ from dvinv.inversion.linen_modules import features_in_training
 from dvinv.networks import Classifier, initialise, shapes_of
 from dvinv.networks.classifier import Images, Labels, Pixels, Scalar, cast_floats, flatten, shapes_by_path, unflatten
 from dvinv.networks.naming import grown
+from dvinv.networks.suited import suited_to
 from dvinv.runtime.devices import AXIS, place, platform_of
 
 STREAMED_BYTES = 2**28  # most bytes of images in one dispatch, where images are streamed from the host
@@ -210,7 +211,7 @@ def initial_state(settings: TrainingSettings, variables: dict, auxiliary: Mappin
     return TrainState(params, batch_stats, projections, opt_state, np.zeros((), np.int32))
 
 
-def make_train_step(module, job: TrainJob, classifier: Classifier) -> Callable:
+def make_train_step(module, job: TrainJob, classifier: Classifier, platform: str) -> Callable:
     """Returns the pure train step `(state, images, labels, frozen, key) -> (state, loss)`.
 
     With the precision 'bfloat16' the network runs forward and backward in bfloat16; its parameters, running statistics and
@@ -220,6 +221,7 @@ def make_train_step(module, job: TrainJob, classifier: Classifier) -> Callable:
       module: the Linen module of the network.
       job: the training. Its `frozen` variables are passed to the step as an argument.
       classifier: defines how pixels are normalised.
+      platform: the platform that it runs on, 'cpu', 'gpu' or 'tpu'; see `networks.suited`.
 
     Returns:
       The train step: images are uint8 [B, H, W, C], labels int [B], key is a random key; the loss is a float32 scalar.
@@ -235,7 +237,8 @@ def make_train_step(module, job: TrainJob, classifier: Classifier) -> Callable:
             logits, features, batch_stats = forward(*trained, state.batch_stats, x, dropout_key, frozen, progress)
             return job.loss_fn(logits, features, x, labels, frozen, progress), batch_stats
 
-        (loss, batch_stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(trained)
+        gradient_of = jax.value_and_grad(suited_to(platform, loss_of), has_aux=True)
+        (loss, batch_stats), gradient = gradient_of(trained)
         updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
         params, auxiliary = optax.apply_updates(trained, updates)
         return TrainState(params, batch_stats, auxiliary, opt_state, state.step + 1), loss
@@ -243,16 +246,17 @@ def make_train_step(module, job: TrainJob, classifier: Classifier) -> Callable:
     return train_step
 
 
-def make_reestimate(module, job: TrainJob, classifier: Classifier) -> Callable:
+def make_reestimate(module, job: TrainJob, classifier: Classifier, platform: str) -> Callable:
     """Returns `(state, images, key) -> state`, which updates running statistics from a batch and keeps the weights.
 
     The batch runs through the network in train mode.
     """
     settings, forward = job.settings, make_forward(module, dataclasses.replace(job, forward=None))
+    run = suited_to(platform, functools.partial(forward, frozen=None, progress=1.0))
 
     def reestimate(state: TrainState, images: Pixels, key: jax.Array) -> TrainState:
         x, dropout_key = _augmented(settings, classifier, images, state, key)
-        _, _, batch_stats = forward(state.params, {}, state.batch_stats, x, dropout_key, None, 1.0)
+        _, _, batch_stats = run(state.params, {}, state.batch_stats, x, dropout_key)
         return dataclasses.replace(state, batch_stats=batch_stats, step=state.step + 1)
 
     return reestimate
@@ -313,7 +317,7 @@ class TrainStep:
         self._mesh, self._everywhere = mesh, NamedSharding(mesh, P())
         self._job, self._module, self._image_shape = job, module, like.image_shape
         self._frozen = self.place(job.frozen)
-        self._step = make_train_step(module, job, like)
+        self._step = make_train_step(module, job, like, platform_of(mesh))
         self.updates = updates or job.settings.dispatch_length(platform_of(mesh))
         self.batches: ResidentBatches | HostBatches
         count, image_bytes = job.images, math.prod(like.image_shape)

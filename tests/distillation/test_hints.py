@@ -175,7 +175,7 @@ def test_a_student_learns_the_teachers_layers_from_hints_and_not_from_answers(te
 
     def distance(hint):
         loss = distillation_loss(teacher, 3.0, hint, LAYERS if hint else ())
-        update = jax.jit(make_train_step(TinyNet(), TrainJob(recipe, loss, Rounds(8)), teacher))
+        update = jax.jit(make_train_step(TinyNet(), TrainJob(recipe, loss, Rounds(8)), teacher, 'cpu'))
         state = initial_state(recipe, initialise(TinyNet(), jax.random.key(0), IMAGE_SHAPE))
         for _ in range(recipe.updates):
             state, _ = update(state, images, np.zeros(64, np.int32), teacher.variables, jax.random.key(1))
@@ -252,7 +252,7 @@ def _staged(teacher, module, share=0.5, hint=10.0):
         staged_loss(3.0, hint),
         Rounds(20),
         teacher.variables,
-        forward=staged_forward(module, teacher, pairs, share, 'cpu'),
+        forward=staged_forward(module, teacher, pairs, share),
         auxiliary=initial_projections(jax.random.key(0), pairs),
     )
 

@@ -627,7 +627,7 @@ def test_no_rank_is_promoted_implicitly_in_the_pixel_step_and_the_train_step():
             step = make_step(teacher, InversionConfig((stage,), parameterization=parameterization), stage)
             state = InversionState(_images(), stage.make_optimizer().init(_images()), np.int32(0), jax.random.key(0))
             jax.eval_shape(step, state, np.zeros(3, np.int32), teacher.variables, None)
-        train_step = make_train_step(TinyNet(channels=(4,)), job, teacher)
+        train_step = make_train_step(TinyNet(channels=(4,)), job, teacher, 'cpu')
         batch = np.zeros((4, *IMAGE_SHAPE), np.uint8), np.zeros(4, np.int32)
         jax.eval_shape(train_step, initial_state(recipe, teacher.variables), *batch, None, jax.random.key(0))
 

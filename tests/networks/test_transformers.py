@@ -267,11 +267,11 @@ def test_a_vision_transformer_learns_the_answers_and_a_stage_of_another_network(
     pairs = choose_hints('auto', student, own).pairs
     assert [pair.student.resolution for pair in pairs] == [(4, 4)]
     recipe = TrainingSettings(updates=12, batch_size=20, learning_rate=0.01)
-    staged = staged_forward(student, own, pairs, 0.5, 'cpu')
+    staged = staged_forward(student, own, pairs, 0.5)
     projections = initial_projections(jax.random.key(0), pairs)
     job = TrainJob(recipe, staged_loss(3.0, 1.0), Rounds(20), own.variables, forward=staged, auxiliary=projections)
     images, labels = np.random.default_rng(1).integers(0, 256, (20, *IMAGE_SHAPE), dtype=np.uint8), np.zeros(20, np.int32)
-    step, losses = jax.jit(make_train_step(student, job, own)), []
+    step, losses = jax.jit(make_train_step(student, job, own, 'cpu')), []
     state = initial_state(recipe, trained_variables(student), projections)
     for _ in range(recipe.updates):
         state, loss = step(state, images, labels, job.frozen, jax.random.key(0))

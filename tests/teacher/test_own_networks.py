@@ -217,7 +217,7 @@ def test_stages_of_ones_own_student_are_found_and_grafted(source, images):
     like, module = tiny_teacher(channels=(4,)), own(source)
     pairs = choose_hints('stages', module, like).pairs
     assert [pair.student.channels for pair in pairs] == [4]
-    forward = staged_forward(module, like, pairs, 0.5, 'cpu')
+    forward = staged_forward(module, like, pairs, 0.5)
     arguments = shapes_of(module, IMAGE_SHAPE), {}, images, {'dropout': KEY}, like.variables, 0.5
     logits, features, statistics = jax.eval_shape(forward, *arguments)
     assert (logits.shape, features['stage_errors'].shape) == ((6, 3), (1,))

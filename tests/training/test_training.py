@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from tiny import IMAGE_SHAPE, MEAN, STD, TinyNet, pixels_only
 
 import dvinv.training
@@ -18,7 +19,16 @@ from dvinv.data.dataset import HostBatches, Joined, ResidentBatches, fits_on_dev
 from dvinv.runtime import preemption
 from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.workdir import Workdir
-from dvinv.training.step import Rounds, TrainJob, TrainStep, chosen_images
+from dvinv.training.step import (
+    Rounds,
+    TrainJob,
+    TrainStep,
+    chosen_images,
+    initial_state,
+    initial_variables,
+    make_reestimate,
+    make_train_step,
+)
 from dvinv.training.trainer import Records, Training
 
 CLASSIFIER = pixels_only(IMAGE_SHAPE, 3, MEAN, STD)
@@ -350,6 +360,30 @@ def test_recipes_that_cannot_be_followed_are_refused(fields, sentence):
 
 
 # Statistics, devices, losses
+
+
+class Depthwise(nn.Module):
+    """A depthwise convolution, for which XLA has no fast code on a CPU."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Conv(2, (3, 3), feature_group_count=x.shape[-1])(x))
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize(('platform', 'kept'), [('cpu', False), ('gpu', True)])
+def test_what_is_slow_on_a_cpu_is_replaced_in_network_loss_and_reestimation(platform, kept):
+    module, like = Depthwise(), pixels_only((8, 8, 2), 3, (0.5, 0.5), (0.5, 0.5))
+    variables, key = initial_variables(module, jax.random.key(0), (8, 8, 2), None), jax.random.key(1)
+
+    def loss(logits, features, x, labels, frozen, progress):
+        return ((logits - module.apply(frozen, x)) ** 2).mean()
+
+    job, state = TrainJob(SHORT, loss, Rounds(8)), initial_state(SHORT, variables)
+    images, labels = np.zeros((8, 8, 8, 2), np.uint8), np.zeros(8, np.int32)
+    update = jax.make_jaxpr(make_train_step(module, job, like, platform))(state, images, labels, variables, key)
+    reestimate = jax.make_jaxpr(make_reestimate(module, job, like, platform))(state, images, key)
+    assert ['conv_general_dilated' in str(program) for program in (update, reestimate)] == [kept] * 2
 
 
 def test_estimating_statistics_again_changes_them_and_no_weight(undisturbed, tmp_path):
