@@ -211,7 +211,7 @@ def initial_state(settings: TrainingSettings, variables: dict, auxiliary: Mappin
     return TrainState(params, batch_stats, projections, opt_state, np.zeros((), np.int32))
 
 
-def make_train_step(module, job: TrainJob, classifier: Classifier, platform: str) -> Callable:
+def make_train_step(module, job: TrainJob, classifier: Classifier, mesh: Mesh) -> Callable:
     """Returns the pure train step `(state, images, labels, frozen, key) -> (state, loss)`.
 
     With the precision 'bfloat16' the network runs forward and backward in bfloat16; its parameters, running statistics and
@@ -221,7 +221,7 @@ def make_train_step(module, job: TrainJob, classifier: Classifier, platform: str
       module: the Linen module of the network.
       job: the training. Its `frozen` variables are passed to the step as an argument.
       classifier: defines how pixels are normalised.
-      platform: the platform that it runs on, 'cpu', 'gpu' or 'tpu'; see `networks.suited`.
+      mesh: the devices that the step runs on, whose kind decides on the form of its operations (see `networks.suited`).
 
     Returns:
       The train step: images are uint8 [B, H, W, C], labels int [B], key is a random key; the loss is a float32 scalar.
@@ -237,8 +237,8 @@ def make_train_step(module, job: TrainJob, classifier: Classifier, platform: str
             logits, features, batch_stats = forward(*trained, state.batch_stats, x, dropout_key, frozen, progress)
             return job.loss_fn(logits, features, x, labels, frozen, progress), batch_stats
 
-        gradient_of = jax.value_and_grad(suited_to(platform, loss_of), has_aux=True)
-        (loss, batch_stats), gradient = gradient_of(trained)
+        suited = suited_to(platform_of(mesh), loss_of, trained=mesh.size == 1)
+        (loss, batch_stats), gradient = jax.value_and_grad(suited, has_aux=True)(trained)
         updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
         params, auxiliary = optax.apply_updates(trained, updates)
         return TrainState(params, batch_stats, auxiliary, opt_state, state.step + 1), loss
@@ -246,13 +246,13 @@ def make_train_step(module, job: TrainJob, classifier: Classifier, platform: str
     return train_step
 
 
-def make_reestimate(module, job: TrainJob, classifier: Classifier, platform: str) -> Callable:
+def make_reestimate(module, job: TrainJob, classifier: Classifier, mesh: Mesh) -> Callable:
     """Returns `(state, images, key) -> state`, which updates running statistics from a batch and keeps the weights.
 
     The batch runs through the network in train mode.
     """
     settings, forward = job.settings, make_forward(module, dataclasses.replace(job, forward=None))
-    run = suited_to(platform, functools.partial(forward, frozen=None, progress=1.0))
+    run = suited_to(platform_of(mesh), functools.partial(forward, frozen=None, progress=1.0))
 
     def reestimate(state: TrainState, images: Pixels, key: jax.Array) -> TrainState:
         x, dropout_key = _augmented(settings, classifier, images, state, key)
@@ -317,7 +317,7 @@ class TrainStep:
         self._mesh, self._everywhere = mesh, NamedSharding(mesh, P())
         self._job, self._module, self._image_shape = job, module, like.image_shape
         self._frozen = self.place(job.frozen)
-        self._step = make_train_step(module, job, like, platform_of(mesh))
+        self._step = make_train_step(module, job, like, mesh)
         self.updates = updates or job.settings.dispatch_length(platform_of(mesh))
         self.batches: ResidentBatches | HostBatches
         count, image_bytes = job.images, math.prod(like.image_shape)

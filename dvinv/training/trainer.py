@@ -91,7 +91,7 @@ class Training:
         self._train_step = TrainStep(module, job, like, mesh, job.dispatch_length(records.logging.every, platform_of(mesh)))
         everywhere, self._split = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
         self._reestimate = jax.jit(
-            make_reestimate(module, job, like, platform_of(mesh)),
+            make_reestimate(module, job, like, mesh),
             in_shardings=(everywhere, self._split, everywhere),
             out_shardings=everywhere,
         )

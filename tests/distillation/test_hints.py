@@ -175,7 +175,7 @@ def test_a_student_learns_the_teachers_layers_from_hints_and_not_from_answers(te
 
     def distance(hint):
         loss = distillation_loss(teacher, 3.0, hint, LAYERS if hint else ())
-        update = jax.jit(make_train_step(TinyNet(), TrainJob(recipe, loss, Rounds(8)), teacher, 'cpu'))
+        update = jax.jit(make_train_step(TinyNet(), TrainJob(recipe, loss, Rounds(8)), teacher, make_mesh(1)))
         state = initial_state(recipe, initialise(TinyNet(), jax.random.key(0), IMAGE_SHAPE))
         for _ in range(recipe.updates):
             state, _ = update(state, images, np.zeros(64, np.int32), teacher.variables, jax.random.key(1))

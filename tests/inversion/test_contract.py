@@ -25,6 +25,7 @@ from dvinv.networks.channel_groups import find_channels
 from dvinv.networks.classifier import Classifier, check_finite, flatten, unflatten
 from dvinv.networks.files import load_network
 from dvinv.networks.pruned import PrunedModule
+from dvinv.runtime.devices import make_mesh
 from dvinv.teacher.task import supervised
 from dvinv.training.step import Rounds, TrainJob, initial_state, make_train_step
 
@@ -627,7 +628,7 @@ def test_no_rank_is_promoted_implicitly_in_the_pixel_step_and_the_train_step():
             step = make_step(teacher, InversionConfig((stage,), parameterization=parameterization), stage)
             state = InversionState(_images(), stage.make_optimizer().init(_images()), np.int32(0), jax.random.key(0))
             jax.eval_shape(step, state, np.zeros(3, np.int32), teacher.variables, None)
-        train_step = make_train_step(TinyNet(channels=(4,)), job, teacher, 'cpu')
+        train_step = make_train_step(TinyNet(channels=(4,)), job, teacher, make_mesh(1))
         batch = np.zeros((4, *IMAGE_SHAPE), np.uint8), np.zeros(4, np.int32)
         jax.eval_shape(train_step, initial_state(recipe, teacher.variables), *batch, None, jax.random.key(0))
 

@@ -49,6 +49,27 @@ def test_values_and_gradients_are_those_of_xla(size, stride, padding, groups, he
     _compare(_convolution(stride, padding, groups), *_arrays(size, groups, height))
 
 
+@pytest.mark.parametrize('cached', [0, 40_000])  # a group is one image, or two of the four
+@pytest.mark.parametrize(('size', 'stride', 'padding'), [(3, 1, 'SAME'), (3, 2, ((0, 2), (1, 0))), (5, 3, 'VALID')])
+def test_the_gradient_of_a_kernel_is_summed_in_groups_of_images(monkeypatch, cached, size, stride, padding):
+    monkeypatch.setattr(suited, 'GROUPED_BYTES', 0)
+    monkeypatch.setattr(suited, 'CACHED_BYTES', cached)
+    fn, (x, kernel) = _convolution(stride, padding, 1), _arrays(size, 1, 9)
+    x, wave = np.concatenate([x, x[::-1] + 1]), lambda fn: lambda *arrays: jnp.sin(fn(*arrays)).sum()
+    for trained in (False, True):
+        gradient = jax.grad(wave(suited_to('cpu', fn, trained)), (0, 1))
+        assert ('scan' in str(jax.make_jaxpr(gradient)(x, kernel))) == trained
+        for got, wanted in zip(gradient(x, kernel), jax.grad(wave(fn), (0, 1))(x, kernel), strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_few_images_keep_the_gradient_of_xla():
+    fn, (x, kernel) = _convolution(1, 'SAME', 1), _arrays(3, 1, 32, 32)
+    many = np.zeros((4096, 32, 32, CHANNELS), np.float32)
+    gradient = jax.grad(lambda k, x: suited_to('cpu', fn, trained=True)(x, k).sum())
+    assert ['scan' in str(jax.make_jaxpr(gradient)(kernel, images)) for images in (x, many)] == [False, True]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('padding', ['SAME', ((2, 1), (1, 2))])
 @pytest.mark.parametrize('stride', [1, 2])
@@ -167,7 +188,7 @@ def test_networks_of_users_are_reached_unmodified(make):
 
 def test_scores_are_taken_in_that_form(monkeypatch):
     parameters = []
-    monkeypatch.setattr(suited, '_convolution', lambda params: parameters.append(params))
+    monkeypatch.setattr(suited, '_convolution', lambda trained, params: parameters.append(params))
     network = tiny_teacher()
     logits_of(network, np.zeros((2, *network.image_shape), np.uint8))
     assert len(parameters) == 2

@@ -27,6 +27,7 @@ from dvinv.networks.vision_transformer import VisionTransformer
 from dvinv.networks.weights import import_weights
 from dvinv.pipeline import tasks as pipeline
 from dvinv.pipeline.run import Run
+from dvinv.runtime.devices import make_mesh
 from dvinv.runtime.errors import DvinvError
 from dvinv.training.step import Rounds, TrainJob, initial_state, make_train_step
 
@@ -271,7 +272,7 @@ def test_a_vision_transformer_learns_the_answers_and_a_stage_of_another_network(
     projections = initial_projections(jax.random.key(0), pairs)
     job = TrainJob(recipe, staged_loss(3.0, 1.0), Rounds(20), own.variables, forward=staged, auxiliary=projections)
     images, labels = np.random.default_rng(1).integers(0, 256, (20, *IMAGE_SHAPE), dtype=np.uint8), np.zeros(20, np.int32)
-    step, losses = jax.jit(make_train_step(student, job, own, 'cpu')), []
+    step, losses = jax.jit(make_train_step(student, job, own, make_mesh(1))), []
     state = initial_state(recipe, trained_variables(student), projections)
     for _ in range(recipe.updates):
         state, loss = step(state, images, labels, job.frozen, jax.random.key(0))

@@ -372,7 +372,8 @@ class Depthwise(nn.Module):
 
 
 @pytest.mark.parametrize(('platform', 'kept'), [('cpu', False), ('gpu', True)])
-def test_what_is_slow_on_a_cpu_is_replaced_in_network_loss_and_reestimation(platform, kept):
+def test_what_is_slow_on_a_cpu_is_replaced_in_network_loss_and_reestimation(monkeypatch, platform, kept):
+    monkeypatch.setattr(dvinv.training.step, 'platform_of', lambda mesh: platform)
     module, like = Depthwise(), pixels_only((8, 8, 2), 3, (0.5, 0.5), (0.5, 0.5))
     variables, key = initial_variables(module, jax.random.key(0), (8, 8, 2), None), jax.random.key(1)
 
@@ -381,8 +382,9 @@ def test_what_is_slow_on_a_cpu_is_replaced_in_network_loss_and_reestimation(plat
 
     job, state = TrainJob(SHORT, loss, Rounds(8)), initial_state(SHORT, variables)
     images, labels = np.zeros((8, 8, 8, 2), np.uint8), np.zeros(8, np.int32)
-    update = jax.make_jaxpr(make_train_step(module, job, like, platform))(state, images, labels, variables, key)
-    reestimate = jax.make_jaxpr(make_reestimate(module, job, like, platform))(state, images, key)
+    mesh = make_mesh(1)
+    update = jax.make_jaxpr(make_train_step(module, job, like, mesh))(state, images, labels, variables, key)
+    reestimate = jax.make_jaxpr(make_reestimate(module, job, like, mesh))(state, images, key)
     assert ['conv_general_dilated' in str(program) for program in (update, reestimate)] == [kept] * 2
 
 
