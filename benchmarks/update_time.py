@@ -121,7 +121,7 @@ def make_update(case: Case) -> Callable[[], None]:
 
 def csv_rows(case: Case, result: dict) -> list[dict]:
     """Returns the figures of a case as rows of measured.COLUMNS."""
-    what = f'update.{case.network}_{case.resolution}'
+    what = f'update.{case.network}_{case.resolution}_{case.batch}'
     interval = {name: result[name] for name in ('low', 'high')}
     return [
         {'what': f'{what}.xla', 'value': result['xla_ms'], 'unit': 'ms', 'n': result['rounds']},

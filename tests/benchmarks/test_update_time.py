@@ -30,5 +30,5 @@ def test_both_programs_are_timed_and_make_rows(tmp_path):
     assert 0 < result['low'] <= result['ratio'] <= result['high']
     update_time.append(tmp_path / 'rows.csv', update_time.csv_rows(case, result))
     rows = {row['what']: row for row in read(tmp_path / 'rows.csv')}
-    assert rows.keys() == {f'update.small_convnet_8.{name}' for name in ('xla', 'dvinv', 'ratio')}
-    assert float(rows['update.small_convnet_8.ratio']['low']) == result['low']
+    assert rows.keys() == {f'update.small_convnet_8_4.{name}' for name in ('xla', 'dvinv', 'ratio')}
+    assert float(rows['update.small_convnet_8_4.ratio']['low']) == result['low']
