@@ -9,9 +9,8 @@ XLA on CPU has a fast path for plain convolutions of images that are not smaller
   and 512 channels took 906 ms, and 18 ms as a matrix product;
 - the gradient of max-pooling: 203 ms for the first max-pooling of a ResNet, on 8 images of 112 px and 64 channels, and 28 ms
   here;
-- the gradient of a convolution with respect to its kernel, if the images are many: they no longer fit in the caches, and 64
-  images of 32 px and 64 channels took 17 times as long as the forward pass. A group of images at a time takes as long as
-  that.
+- the gradient of a convolution with respect to its kernel, if the images are too many for the caches: that of 64 images of
+  32 px and 64 channels took more than ten times as long as the forward pass. A few images at a time take as long as that.
 
 GPUs and TPUs have fast kernels for all of them, and networks stay unchanged there.
 """
@@ -44,7 +43,8 @@ def suited_to(platform: str, fn: Callable, trained: bool = False) -> Callable:
     Args:
       platform: the backend, 'cpu', 'gpu' or 'tpu'.
       fn: a function from arrays, or trees of arrays, to a tree of arrays.
-      trained: whether the gradient with respect to kernels matters too, in a program on a single device.
+      trained: whether the gradients with respect to kernels matter too. For programs on a single device: on several, their
+        images would be gathered.
     """
     if platform != 'cpu':
         return fn
