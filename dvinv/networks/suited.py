@@ -10,9 +10,7 @@ XLA on CPU has a fast path for plain convolutions of images that are not smaller
 - the gradient of max-pooling: 203 ms for the first max-pooling of a ResNet, on 8 images of 112 px and 64 channels, and 28 ms
   here;
 - the gradient of a convolution with respect to its kernel, if the images are too many for the caches: that of 64 images of
-  32 px and 64 channels took more than ten times as long as the forward pass. A few images at a time take as long as that;
-- the gradient of BatchNorm in train mode: what automatic differentiation makes of it took three to five times as long as the
-  closed form.
+  32 px and 64 channels took more than ten times as long as the forward pass. A few images at a time take as long as that.
 
 GPUs and TPUs have fast kernels for all of them, and networks stay unchanged there.
 """
@@ -22,7 +20,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,13 +43,11 @@ def suited_to(platform: str, fn: Callable, trained: bool = False) -> Callable:
     Args:
       platform: the backend, 'cpu', 'gpu' or 'tpu'.
       fn: a function from arrays, or trees of arrays, to a tree of arrays.
-      trained: whether `fn` has networks in train mode and is differentiated in their parameters too. For a single device: on
-        several, the images for the gradient of a kernel would be gathered.
+      trained: whether the gradients with respect to kernels matter too. For programs on a single device: on several, their
+        images would be gathered.
     """
     if platform != 'cpu':
         return fn
-    if trained:
-        fn = _with_closed_batch_norm(fn)
     return rewritten(fn, {'conv_general_dilated': functools.partial(_convolution, trained), 'reduce_window_max': _max})
 
 
@@ -207,68 +202,6 @@ def _grouped_backward(strides, padding, precision, residuals, gradient):
 
 
 grouped.defvjp(_grouped_forward, _grouped_backward)
-
-
-def _with_closed_batch_norm(fn: Callable) -> Callable:
-    """Returns `fn` with the closed form of the gradient of Flax's BatchNorm, in train mode and with its usual settings."""
-
-    def intercept(call, args, kwargs, context):
-        layer, outputs = context.module, call(*args, **kwargs)
-        if type(layer) is not nn.BatchNorm or context.method_name != '__call__' or len(args) != 1:
-            return outputs
-        (x,), train = args, not (kwargs.pop('use_running_average', None) or layer.use_running_average)
-        usual = layer.use_scale and layer.use_bias and layer.use_fast_variance and layer.axis_name is None
-        floats = {x.dtype, outputs.dtype} == {np.dtype('float32')}
-        if kwargs or not (train and usual and floats and layer.axis in (-1, x.ndim - 1)):
-            return outputs
-        scale, bias = (layer.get_variable('params', name) for name in ('scale', 'bias'))
-        return batch_normalised(x, scale, bias, jax.lax.stop_gradient(outputs), layer.epsilon)
-
-    @functools.wraps(fn)
-    def run(*args):
-        with nn.intercept_methods(intercept):
-            return fn(*args)
-
-    return run
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def batch_normalised(
-    x: Float[AnyArray, '*B C'],
-    scale: Float[AnyArray, ' C'],
-    bias: Float[AnyArray, ' C'],
-    outputs: Float[AnyArray, '*B C'],
-    epsilon: float,
-) -> Float[AnyArray, '*B C']:
-    """Returns `outputs`, the result of BatchNorm in train mode for x, with the gradients for x, scale and bias.
-
-    With the normalised input z = (x - mean) / sqrt(variance + epsilon), and the gradient g of the result,
-
-        gradient of x = scale / sqrt(variance + epsilon) (g - mean(g) - z mean(g z))
-    """
-    return outputs
-
-
-def _batch_normalised_forward(x, scale, bias, outputs, epsilon):
-    axes = tuple(range(x.ndim - 1))
-    mean = x.mean(axes, keepdims=True)
-    # As Flax has it, so that XLA computes it once.
-    variance = jnp.maximum(0.0, jnp.square(x).mean(axes, keepdims=True) - jnp.square(mean))
-    return outputs, (x, scale, mean, jax.lax.rsqrt(variance + epsilon))
-
-
-def _batch_normalised_backward(epsilon, residuals, gradient):
-    x, scale, mean, inverse = residuals
-    axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
-    centred = x - mean
-    to_bias = gradient.sum(axes, keepdims=True)
-    to_scale = (gradient * centred).sum(axes, keepdims=True) * inverse
-    factor = scale.reshape(inverse.shape) * inverse
-    to_x = factor * gradient - (factor * inverse * to_scale / count) * centred - factor * to_bias / count
-    return to_x, to_scale.reshape(scale.shape), to_bias.reshape(scale.shape), jnp.zeros_like(gradient)
-
-
-batch_normalised.defvjp(_batch_normalised_forward, _batch_normalised_backward)
 
 
 def max_pool(x: Inputs, size: Sequence[int], strides: Sequence[int], padding: Padding) -> Float[jax.Array, 'B _ _ I']:

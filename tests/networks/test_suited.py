@@ -1,6 +1,5 @@
 """Networks in the CPU backend's favourite form compute the same, with the same gradients."""
 
-import dataclasses
 import functools
 import itertools
 
@@ -69,60 +68,6 @@ def test_few_images_keep_the_gradient_of_xla():
     many = np.zeros((4096, 32, 32, CHANNELS), np.float32)
     gradient = jax.grad(lambda k, x: suited_to('cpu', fn, trained=True)(x, k).sum())
     assert ['scan' in str(jax.make_jaxpr(gradient)(kernel, images)) for images in (x, many)] == [False, True]
-
-
-class Normalised(nn.Module):
-    """BatchNorm in train mode, with these settings."""
-
-    settings: dict = dataclasses.field(default_factory=dict)
-    masked: bool = False
-
-    @nn.compact
-    def __call__(self, x):
-        mask = {'mask': jnp.ones(x.shape, bool)} if self.masked else {}
-        return nn.BatchNorm(use_running_average=False, **self.settings)(x, **mask)
-
-
-def _normalised(module, x):
-    """The loss of a BatchNorm, a function of its parameters and inputs, and its parameters."""
-    variables = module.init(jax.random.key(0), x)
-    rng = np.random.default_rng(1)
-    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), variables['params'])
-
-    def loss(params, x):
-        outputs, changed = module.apply({**variables, 'params': params}, x, mutable=['batch_stats'])
-        return (jnp.sin(outputs) * jnp.arange(outputs.size).reshape(outputs.shape)).sum(), changed
-
-    return loss, params
-
-
-@pytest.mark.parametrize('shape', [(6, 3, 2, CHANNELS), (9, CHANNELS)])
-def test_the_gradient_of_batch_norm_is_its_closed_form(shape):
-    x = np.random.default_rng(0).normal(3.0, 0.5, shape).astype(np.float32)
-    loss, params = _normalised(Normalised(), x)
-    gradients = {}
-    for trained in (False, True):
-        gradient = jax.value_and_grad(suited_to('cpu', loss, trained), (0, 1), has_aux=True)
-        assert ('batch_normalised' in str(jax.make_jaxpr(suited_to('cpu', loss, trained))(params, x))) == trained
-        gradients[trained] = gradient(params, x)
-    (values, expected), (found_values, found) = gradients[False], gradients[True]
-    jax.tree.map(np.testing.assert_array_equal, found_values, values)  # the result and the running statistics
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), found, expected)
-
-
-@pytest.mark.parametrize(
-    'module',
-    [
-        Normalised(masked=True),
-        *(Normalised({name: False}) for name in ('use_scale', 'use_bias', 'use_fast_variance')),
-        Normalised({'axis': 1}),
-        Normalised({'dtype': jnp.bfloat16}),
-    ],
-)
-def test_unusual_batch_norm_keeps_its_gradient(module):
-    x = np.ones((2, 3, 3, CHANNELS), np.float32)
-    loss, params = _normalised(module, x)
-    assert 'batch_normalised' not in str(jax.make_jaxpr(suited_to('cpu', loss, trained=True))(params, x))
 
 
 @pytest.mark.slow
