@@ -88,8 +88,8 @@ def test_logits_are_those_of_pytorch(name):
 @pytest.mark.parametrize(
     ('name', 'file', 'width', 'pixels', 'step', 'top1', 'top5'),
     [
-        # Every fifth photo, because a CPU takes a tenth of a second for one; of all 1,000 they know 0.815 and 0.954, 0.608 and
-        # 0.828.
+        # Every fifth photo, because a CPU takes a tenth of a second for one; of all 1,000 they know 0.815 and 0.954, and
+        # 0.608 and 0.828.
         ('mobilenet_v1', 'imagenet_mobilenet_v1_075_224.npz', 0.75, SYMMETRIC, 5, 0.83, 0.965),
         ('squeezenet1_1', 'imagenet_squeezenet1.1.npz', 1.0, PIXELS, 5, 0.645, 0.84),
     ],
