@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from measured import append
 from paired import median_interval
+from step_time import in_turns, rounded
 
 from dvinv.config import TrainingSettings
 from dvinv.networks import Classifier, create
@@ -65,6 +66,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.rounds < 1:
         raise DvinvError(f'--rounds is {arguments.rounds}; it must be at least 1.')
+    for case in arguments.networks:
+        if min(case.resolution, case.batch) < 1 or case.width <= 0:
+            raise DvinvError(f'{case} has a number that is not above 0.')
     return arguments
 
 
@@ -84,16 +88,15 @@ def measure(case: Case, rounds: int) -> dict:
         of_xla = make_update(case)
     of_dvinv = make_update(case)
     times: dict[Callable, list[float]] = {of_xla: [], of_dvinv: []}
-    for number in range(rounds):
-        for update in [of_xla, of_dvinv][:: -1 if number % 2 else 1]:
+    for updates in in_turns([of_xla, of_dvinv], rounds):
+        for update in updates:
             start = time.perf_counter()
             for _ in range(UPDATES):
                 update()
             times[update].append((time.perf_counter() - start) / UPDATES * 1e3)
-    ratio, low, high = median_interval([ours / theirs for theirs, ours in zip(*times.values(), strict=True)])
-    milliseconds = [round(statistics.median(series), 2) for series in times.values()]
-    rounded = dict(zip(('ratio', 'low', 'high'), [round(value, 3) for value in (ratio, low, high)], strict=True))
-    return {'xla_ms': milliseconds[0], 'dvinv_ms': milliseconds[1], **rounded, 'rounds': rounds}
+    ratio, low, high = median_interval([suited / xla for xla, suited in zip(times[of_xla], times[of_dvinv], strict=True)])
+    xla_ms, dvinv_ms = map(statistics.median, times.values())
+    return rounded({'xla_ms': xla_ms, 'dvinv_ms': dvinv_ms, 'ratio': ratio, 'low': low, 'high': high, 'rounds': rounds})
 
 
 def make_update(case: Case) -> Callable[[], None]:
@@ -101,7 +104,8 @@ def make_update(case: Case) -> Callable[[], None]:
     shape, middle = (case.resolution, case.resolution, CHANNELS), (0.5,) * CHANNELS
     settings = TrainingSettings(updates=1, batch_size=case.batch, learning_rate=1e-3, warmup=0)
     job = TrainJob(settings, supervised(0.0), Rounds(case.batch))
-    like = Classifier(lambda variables, x: x, {}, shape, CLASSES, middle, middle)  # of which only the pixels matter
+    # Its own function and variables are not used.
+    like = Classifier(lambda variables, x: x, {}, shape, CLASSES, middle, middle)
     train_step = TrainStep(create(case.network, CLASSES, case.width), job, like, make_mesh(1, of_all=True))
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (case.batch, *shape), np.uint8)

@@ -33,8 +33,10 @@ IMAGES_LAST = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))  # images and result [B
 Inputs = Float[AnyArray, 'B H W I']
 Padding = tuple[tuple[int, int], tuple[int, int]]  # (above, below), (left, right), in pixels
 
-CACHED_BYTES = 2**21  # of the windows of a group of images, for which the gradient of a kernel is computed at a time
-GROUPED_BYTES = 2**24  # of the windows of a batch; of fewer, XLA's own gradient is as fast
+CHUNK_BYTES = (
+    2**21
+)  # most bytes of the windows of a chunk of images, of which the gradient of a kernel is computed at a time
+CHUNKED_BYTES = 2**24  # bytes of the windows of a batch, up to which XLA's own gradient is as fast
 
 
 def suited_to(platform: str, fn: Callable, trained: bool = False) -> Callable:
@@ -68,10 +70,11 @@ def _convolution(trained: bool, params: dict) -> Callable | None:
         return functools.partial(gathered, padding=padding, **product)
     if groups == images[3] == kernel[3] > 1 and min(margins) >= 0:
         return lambda x, k: depthwise(x.astype(dtype or x.dtype), k.astype(dtype or k.dtype), strides, padding)
-    if trained and groups == 1 and min(margins) >= 0 and {aval.dtype for aval in params['avals']} == {np.dtype('float32')}:
+    dtypes = {*(aval.dtype for aval in params['avals']), np.dtype(dtype or np.float32)}
+    if trained and groups == 1 and min(margins) >= 0 and dtypes == {np.dtype(np.float32)}:
         pixels = images[0] * math.prod(places(images[1:3], kernel[:2], strides, padding))
-        if 4 * pixels * math.prod(kernel[:3]) > GROUPED_BYTES:
-            return lambda x, k: grouped(x, k, strides, padding, params['precision'])
+        if 4 * pixels * math.prod(kernel[:3]) > CHUNKED_BYTES:
+            return lambda x, k: chunked(x, k, strides, padding, params['precision'])
     return None
 
 
@@ -164,13 +167,13 @@ def _to_images(gradient, kernel, shape, strides, padding):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def grouped(
+def chunked(
     x: Inputs, kernel: Float[AnyArray, 'h w I O'], strides: tuple[int, int], padding: Padding, precision=None
 ) -> Float[jax.Array, 'B _ _ O']:
-    """Computes a convolution, x [B, H, W, I], kernel [h, w, I, O], as XLA does; the gradient of its kernel, in groups.
+    """Computes a convolution, x [B, H, W, I], kernel [h, w, I, O], as XLA does; its gradient for the kernel, in chunks.
 
-    This gradient is the sum over groups of images of (values of all windows) transposed times (gradient of the result); the
-    values of a group fit in the caches of a CPU.
+    This gradient is the sum over chunks of images of (values of all windows) transposed times (gradient of the result). The
+    values of a chunk fit in the caches of a CPU.
     """
     return _by_xla(x, kernel, strides, padding, precision)
 
@@ -180,28 +183,28 @@ def _by_xla(x, kernel, strides, padding, precision):
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout, precision=precision)
 
 
-def _grouped_forward(x, kernel, strides, padding, precision):
+def _chunked_forward(x, kernel, strides, padding, precision):
     return _by_xla(x, kernel, strides, padding, precision), (x, kernel)
 
 
-def _grouped_backward(strides, padding, precision, residuals, gradient):
+def _chunked_backward(strides, padding, precision, residuals, gradient):
     x, kernel = residuals
     (to_images,) = jax.linear_transpose(lambda x: _by_xla(x, kernel, strides, padding, precision), x)(gradient)
     size, sizes, values = kernel.shape[:2], gradient.shape[1:3], math.prod(kernel.shape[:3])  # `values` of a window
-    most = max(1, CACHED_BYTES // (4 * math.prod(sizes) * values))
-    count = max(divisor for divisor in range(1, most + 1) if len(x) % divisor == 0)  # of images in a group
+    most = max(1, CHUNK_BYTES // (4 * math.prod(sizes) * values))
+    count = max(divisor for divisor in range(1, most + 1) if len(x) % divisor == 0)  # of images in a chunk
 
-    def add(sums, group):
-        images, gradients = group
+    def add(sums, chunk):
+        images, gradients = chunk
         windows = jnp.concatenate([shifted(padded(images, padding), tap, sizes, strides) for tap in taps(size)], -1)
         return sums + jnp.einsum('bhwi,bhwo->io', windows, gradients, precision=precision), None
 
-    groups = [array.reshape(-1, count, *array.shape[1:]) for array in (x, gradient)]
-    sums, _ = jax.lax.scan(add, jnp.zeros((values, kernel.shape[3]), kernel.dtype), groups)
+    chunks = [array.reshape(-1, count, *array.shape[1:]) for array in (x, gradient)]
+    sums, _ = jax.lax.scan(add, jnp.zeros((values, kernel.shape[3]), kernel.dtype), chunks)
     return to_images, sums.reshape(kernel.shape)
 
 
-grouped.defvjp(_grouped_forward, _grouped_backward)
+chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 def max_pool(x: Inputs, size: Sequence[int], strides: Sequence[int], padding: Padding) -> Float[jax.Array, 'B _ _ I']:

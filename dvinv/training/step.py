@@ -221,7 +221,7 @@ def make_train_step(module, job: TrainJob, classifier: Classifier, mesh: Mesh) -
       module: the Linen module of the network.
       job: the training. Its `frozen` variables are passed to the step as an argument.
       classifier: defines how pixels are normalised.
-      mesh: the devices that the step runs on, whose kind decides on the form of its operations (see `networks.suited`).
+      mesh: the devices that the step runs on. On a CPU some operations are replaced by faster ones, see `networks.suited`.
 
     Returns:
       The train step: images are uint8 [B, H, W, C], labels int [B], key is a random key; the loss is a float32 scalar.

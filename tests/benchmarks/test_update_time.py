@@ -24,6 +24,12 @@ def test_without_rounds_nothing_is_measured():
         update_time.parse(['resnet20:32:64', '--rounds', '0'])
 
 
+@pytest.mark.parametrize('network', ['resnet20:0:64', 'resnet20:32:0', 'resnet20:32:64:0'])
+def test_an_update_of_nothing_is_refused(network):
+    with pytest.raises(DvinvError, match='has a number that is not above 0'):
+        update_time.parse([network])
+
+
 def test_both_programs_are_timed_and_make_rows(tmp_path):
     case = update_time.Case('small_convnet', 8, 4, 0.125)
     result = update_time.measure(case, 2)

@@ -49,11 +49,11 @@ def test_values_and_gradients_are_those_of_xla(size, stride, padding, groups, he
     _compare(_convolution(stride, padding, groups), *_arrays(size, groups, height))
 
 
-@pytest.mark.parametrize('cached', [0, 40_000])  # a group is one image, or two of the four
+@pytest.mark.parametrize('chunk_bytes', [0, 40_000])  # a chunk is one image, or two of the four
 @pytest.mark.parametrize(('size', 'stride', 'padding'), [(3, 1, 'SAME'), (3, 2, ((0, 2), (1, 0))), (5, 3, 'VALID')])
-def test_the_gradient_of_a_kernel_is_summed_in_groups_of_images(monkeypatch, cached, size, stride, padding):
-    monkeypatch.setattr(suited, 'GROUPED_BYTES', 0)
-    monkeypatch.setattr(suited, 'CACHED_BYTES', cached)
+def test_the_gradient_of_a_kernel_is_summed_over_chunks_of_images(monkeypatch, chunk_bytes, size, stride, padding):
+    monkeypatch.setattr(suited, 'CHUNKED_BYTES', 0)
+    monkeypatch.setattr(suited, 'CHUNK_BYTES', chunk_bytes)
     fn, (x, kernel) = _convolution(stride, padding, 1), _arrays(size, 1, 9)
     x, wave = np.concatenate([x, x[::-1] + 1]), lambda fn: lambda *arrays: jnp.sin(fn(*arrays)).sum()
     for trained in (False, True):
